@@ -1,0 +1,76 @@
+"""The episode: what passes from a data module to the model, and the legend of its axes.
+
+=============  =========================================================================================
+axis           meaning
+=============  =========================================================================================
+``…``          any leading axes; in a batch one, ``episodes`` (B)
+``n_way``      classes of an episode (N)
+``n_shot``     labelled *support* videos a class (K)
+``n_queries``  query videos of an episode, of all its classes together (M); ``n_query`` is their number a class
+``frames``     frames a video (T)
+``dim``        width of CLIP's embeddings (D)
+``n_classes``  classes of the split that the episode comes from (C)
+=============  =========================================================================================
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypedDict
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+# What is drawn for an episode, each from a stream of its own, so that none shifts another.
+STREAMS = {"videos": 0, "augmentation": 1, "prompts": 2}
+# A seed deals different episodes at each stage.
+STAGES = {"train": 0, "val": 1, "test": 2}
+
+
+class Episode(TypedDict):
+    """A batch of episodes; all that ``CLIPM2DF`` needs of a data module.
+
+    Videos come as bytes and are scaled and normalised on the device. ``torch.utils.data.default_collate`` doesn't fit
+    (``class_names`` belongs to the batch): :func:`clip_m2df.data.episodes.collate_episodes` stacks single episodes.
+
+    Attributes:
+        support: uint8 frames ``(episodes, n_way, n_shot, frames, 3, height, width)``.
+        query: uint8 frames ``(episodes, n_queries, frames, 3, height, width)``, in any order.
+        query_labels: int64 ``(episodes, n_queries)``, each query's class as a place in the episode, 0 … n_way − 1.
+        class_indices: int64 ``(episodes, n_way)``, the episode's classes as places in ``class_names``.
+        class_names: what the prompts say, one text a class of the split, in the order of its class table.
+        draws: float32 ``(episodes, n_queries)``, uniforms in [0, 1) by which PPS samples (:func:`episode_draws`).
+    """
+
+    support: torch.Tensor
+    query: torch.Tensor
+    query_labels: torch.Tensor
+    class_indices: torch.Tensor
+    class_names: list[str]
+    draws: torch.Tensor
+
+
+def episode_generator(seed: int, stage: str, episode: int, stream: str) -> np.random.Generator:
+    """The generator of one kind of draw for one episode.
+
+    A pure function of its arguments, so that an episode is the same whatever the number of workers and ranks.
+
+    Args:
+        seed: the run's seed.
+        stage: ``train``, ``val`` or ``test``.
+        episode: the episode's number, from 0.
+        stream: what is drawn, a key of ``STREAMS``.
+    """
+    return np.random.default_rng([seed, STAGES[stage], episode, STREAMS[stream]])
+
+
+def episode_draws(seed: int, stage: str, episode: int, n_queries: int) -> torch.Tensor:
+    """The uniforms by which the probability prompt selector samples, a function of (seed, episode, query) alone.
+
+    Returns:
+        float32 ``(n_queries)`` in [0, 1).
+    """
+    import torch
+
+    return torch.from_numpy(episode_generator(seed, stage, episode, "prompts").random(n_queries, dtype=np.float32))

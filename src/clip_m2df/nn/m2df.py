@@ -1,0 +1,495 @@
+"""CLIP-M²DF: the head (:class:`M2DFHead`), stage by stage as in the paper, and the whole model (:class:`M2DF`)."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from clip_m2df.errors import UserError
+from clip_m2df.nn.distillation import (
+    CONDITIONS,
+    DIRECTIONS,
+    Direction,
+    Distillation,
+    ViewEvidence,
+    mutual_distillation,
+    text_confidence,
+    visual_confidence,
+)
+from clip_m2df.nn.matching import cosine, frame_costs, full_precision, otam
+from clip_m2df.nn.prompts import (
+    DEFAULT_TEMPLATE,
+    SELECTIONS,
+    Selection,
+    closest_frames,
+    fill_template,
+    prompt_probabilities,
+    prompt_scores,
+    select_prompts,
+)
+from clip_m2df.nn.views import FusedSequence, FusionEncoder, GlobalTemporalContext, LocalTemporalContext, View
+
+if TYPE_CHECKING:
+    from clip_m2df.nn.backbone import CLIPBackbone
+
+CONTEXTS: dict[str, type[nn.Module]] = {"local": LocalTemporalContext, "global": GlobalTemporalContext}
+VIEWS = tuple(CONTEXTS)
+
+
+class HeadOutput(NamedTuple):
+    """What a head says of the queries. Mappings are keyed by view (``local``, ``global``), those in use only.
+
+    Attributes:
+        logits: ``(…, n_queries, n_way)``, minus the fused distance.
+        distances: OTAM distances of each view ``(…, n_queries, n_way)``.
+        text_similarities: cosines of the text parts in each view ``(…, n_queries, n_way)``; no part of the logits.
+        visual_confidences: ``max softmax(−d)`` of each view ``(…, n_queries)``.
+        text_confidences: ``max softmax(t)`` of each view ``(…, n_queries)``.
+        prompt_probabilities: PPS's distribution π ``(…, n_queries, n_way)``.
+        prompt_indices: int64 ``(…, n_queries)``, the class whose prompt each query got (``expectation``: the likeliest).
+        distillation: the term's value ``(…)`` and the queries ``(…, n_queries)`` distilled each way.
+    """
+
+    logits: Tensor
+    distances: dict[str, Tensor]
+    text_similarities: dict[str, Tensor]
+    visual_confidences: dict[str, Tensor]
+    text_confidences: dict[str, Tensor]
+    prompt_probabilities: Tensor
+    prompt_indices: Tensor
+    distillation: Distillation
+
+    @property
+    def distillation_loss(self) -> Tensor:
+        """The distillation term ``(…)``, one an episode."""
+        return self.distillation.loss
+
+
+class M2DFHead(nn.Module):
+    """CLIP-M²DF on frame features and prompt embeddings (Guo et al., arXiv 2401.08345, section 3).
+
+    Any leading axes: B episodes run at once. The stages are methods, to be called one by one where only some are
+    wanted.
+
+    Args:
+        dim: width of the features, a multiple of ``heads``.
+        depth: layers of each fusion encoder.
+        views: ``("local", "global")``, or one of them (an ablation).
+        view_weights: α, the weight of each view's distance, in the order of ``views``; 1 each by default.
+        pps: give queries a probability prompt embedding; without it (an ablation) theirs is zero.
+        selection: how PPS picks at evaluation: ``argmax``, ``sample`` or ``expectation``.
+            Note: the published code samples here too; with argmax a test repeats.
+        train_selection: how it picks in training.
+        reliability: what makes a view the reliable one: any of ``text`` and ``visual``, or nothing.
+        direction: which distillation to use: ``local_to_global``, ``global_to_local`` or ``mutual``.
+        single_direction: match each query with a prototype by OTAM one way, not both.
+        detach_teacher: no gradient through the reliable view's distribution and the weights.
+        top_k: frames that count in a prompt's score.
+        temperature: of PPS's softmax.
+        smoothing: λ of OTAM's soft minimum.
+        heads: attention heads of the fusion encoders.
+        hidden_dim: width inside their feed-forward parts.
+        context_dropout: dropout of the global temporal context.
+        attention_dropout: dropout after the fusion encoders' attention.
+        dropout: dropout in their feed-forward parts.
+
+    Raises:
+        UserError: an option out of its range, with what it may be.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        depth: int = 1,
+        views: Sequence[str] = VIEWS,
+        view_weights: Sequence[float] | None = None,
+        pps: bool = True,
+        selection: Selection = "argmax",
+        train_selection: Selection = "sample",
+        reliability: Sequence[str] = ("text",),
+        direction: Direction = "global_to_local",
+        single_direction: bool = False,
+        detach_teacher: bool = False,
+        top_k: int = 4,
+        temperature: float = 200.0,
+        smoothing: float = 0.5,
+        heads: int = 8,
+        hidden_dim: int = 2048,
+        context_dropout: float = 0.1,
+        attention_dropout: float = 0.2,
+        dropout: float = 0.05,
+    ) -> None:
+        super().__init__()
+        _check_choices("views", views, VIEWS)
+        if not views:
+            raise UserError("views is empty; give local, global or both")
+        _check_choices("reliability", reliability, CONDITIONS)
+        _check_choices("direction", [direction], DIRECTIONS)
+        _check_choices("selection", [selection], SELECTIONS)
+        _check_choices("train_selection", [train_selection], SELECTIONS)
+        weights = [1.0] * len(views) if view_weights is None else list(view_weights)
+        if len(weights) != len(views):
+            raise UserError(f"view_weights has {len(weights)} numbers for {len(views)} views; give one a view")
+        if top_k < 1:
+            raise UserError(f"top_k {top_k}: at least 1 frame must count")
+        if smoothing <= 0:
+            raise UserError(f"smoothing {smoothing}: the soft minimum needs a positive one")
+
+        self.dim = dim
+        self.view_weights = dict(zip(views, weights, strict=True))
+        self.pps = pps
+        self.selection: Selection = selection
+        self.train_selection: Selection = train_selection
+        self.reliability = tuple(reliability)
+        self.direction: Direction = direction
+        self.single_direction = single_direction
+        self.detach_teacher = detach_teacher
+        self.top_k = top_k
+        self.temperature = temperature
+        self.smoothing = smoothing
+
+        self.views = nn.ModuleDict()
+        for view in views:
+            context = GlobalTemporalContext(dim, context_dropout) if view == "global" else LocalTemporalContext(dim)
+            encoder = FusionEncoder(dim, depth, heads, hidden_dim, attention_dropout, dropout)
+            self.views[view] = View(context, encoder)
+        # Scale of the class logits, learnt where their loss is used.
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, support: Tensor, query: Tensor, prompts: Tensor, draws: Tensor | None = None) -> HeadOutput:
+        """Score the queries of an episode.
+
+        Args:
+            support: ``(…, n_way, n_shot, frames, dim)``, frame features.
+            query: ``(…, n_queries, frames, dim)``.
+            prompts: ``(…, n_way, dim)``, the prompt embeddings of the episode's classes.
+            draws: ``(…, n_queries)``, uniforms in [0, 1) by which PPS samples.
+
+        Raises:
+            UserError: PPS samples and there are no draws.
+        """
+        # Probability prompt selector: a prompt for each query
+        probabilities = prompt_probabilities(self.prompt_scores(query, prompts), self.temperature)
+        selection = self.train_selection if self.training else self.selection
+        selected = select_prompts(probabilities, prompts, selection, draws)
+        query_prompts = selected.embeddings if self.pps else torch.zeros_like(selected.embeddings)
+
+        # Two views, each fusing prompt, frames and temporal context; a prototype a class
+        support_prompts = prompts.unsqueeze(-2).expand(*support.shape[:-2], -1)
+        prototype = self.prototype(self.fuse(support, support_prompts))
+        evidence = self.match(self.fuse(query, query_prompts), prototype)
+
+        # Distance fusion, and the more reliable view teaches the other
+        return HeadOutput(
+            logits=-self.fuse_distances(evidence),
+            distances={view: e.distances for view, e in evidence.items()},
+            text_similarities={view: e.text_similarities for view, e in evidence.items()},
+            visual_confidences={view: visual_confidence(e.distances) for view, e in evidence.items()},
+            text_confidences={view: text_confidence(e.text_similarities) for view, e in evidence.items()},
+            prompt_probabilities=probabilities,
+            prompt_indices=selected.indices,
+            distillation=self.distill(evidence),
+        )
+
+    def prompt_scores(self, query: Tensor, prompts: Tensor) -> Tensor:
+        """Scores s of ``query (…, n_queries, frames, dim)`` with ``prompts (…, n_way, dim)``: ``(…, n_queries, n_way)``."""
+        return prompt_scores(query, prompts, self.top_k)
+
+    def fuse(self, frames: Tensor, prompt: Tensor) -> dict[str, FusedSequence]:
+        """The text and visual parts of each view, for ``frames (…, frames, dim)`` with ``prompt (…, dim)``."""
+        return {name: view(frames, prompt) for name, view in self.views.items()}
+
+    def prototype(self, support: Mapping[str, FusedSequence]) -> dict[str, FusedSequence]:
+        """The mean over the shots, ``(…, n_way, n_shot, …)`` to ``(…, n_way, …)``, in each view."""
+        return {
+            view: FusedSequence(text=fused.text.mean(-2), visual=fused.visual.mean(-3))
+            for view, fused in support.items()
+        }
+
+    def match(
+        self, query: Mapping[str, FusedSequence], prototype: Mapping[str, FusedSequence]
+    ) -> dict[str, ViewEvidence]:
+        """Compare fused queries ``(…, n_queries, …)`` with prototypes ``(…, n_way, …)``: OTAM and text, in each view."""
+        return {
+            view: ViewEvidence(
+                distances=otam(
+                    frame_costs(fused.visual, prototype[view].visual),
+                    smoothing=self.smoothing,
+                    single_direction=self.single_direction,
+                ),
+                text_similarities=cosine(fused.text, prototype[view].text),
+            )
+            for view, fused in query.items()
+        }
+
+    def fuse_distances(self, evidence: Mapping[str, ViewEvidence]) -> Tensor:
+        """``d = Σ α_v d_v``, ``(…, n_queries, n_way)``."""
+        weighted = [self.view_weights[view] * e.distances for view, e in evidence.items()]
+        return torch.stack(weighted).sum(0)
+
+    def distill(self, evidence: Mapping[str, ViewEvidence]) -> Distillation:
+        """The mutual distillation term; zero with a single view."""
+        if len(evidence) < 2:
+            (only,) = evidence.values()
+            nobody = torch.zeros(only.distances.shape[:-1], dtype=torch.bool, device=only.distances.device)
+            return Distillation(only.distances.new_zeros(only.distances.shape[:-2]), nobody, nobody)
+        return mutual_distillation(
+            evidence["local"],
+            evidence["global"],
+            conditions=self.reliability,
+            direction=self.direction,
+            detach_teacher=self.detach_teacher,
+        )
+
+    def class_logits(
+        self, support: Tensor, query: Tensor, prompts: Tensor, prompt_table: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """How each video's raw features compare with the prompts of all classes of the split (METHOD, section 7).
+
+        A video stands by the mean of its ``top_k`` frames closest to a prompt: a support video's own, for a query that
+        of the highest score.
+
+        Args:
+            support: ``(…, n_way, n_shot, frames, dim)``.
+            query: ``(…, n_queries, frames, dim)``.
+            prompts: ``(…, n_way, dim)``.
+            prompt_table: ``(…, n_classes, dim)``.
+
+        Returns:
+            ``(…, n_way, n_shot, n_classes)`` and ``(…, n_queries, n_classes)``.
+        """
+        likeliest = self.prompt_scores(query, prompts).argmax(-1, keepdim=True)
+        query_prompts = torch.take_along_dim(prompts, likeliest, dim=-2)
+        support_prompts = prompts.unsqueeze(-2).expand(*support.shape[:-2], -1)
+        table = prompt_table.unsqueeze(-3)
+        return (
+            self._class_logits(support, support_prompts, table),
+            self._class_logits(query, query_prompts, prompt_table),
+        )
+
+    def _class_logits(self, videos: Tensor, prompts: Tensor, prompt_table: Tensor) -> Tensor:
+        """``videos (…, n, frames, dim)`` with a prompt each ``(…, n, dim)``: ``(…, n, n_classes)``."""
+        places = closest_frames(videos, prompts.unsqueeze(-2), self.top_k)[1].squeeze(-2)
+        best = torch.take_along_dim(videos, places.unsqueeze(-1), dim=-2)
+        return _scaled_cosine(best, prompt_table, self.scale)
+
+    @classmethod
+    def from_published(cls, state_dict: Mapping[str, Tensor], **options: Any) -> M2DFHead:
+        """A head with the weights of a published checkpoint, in eval mode.
+
+        Args:
+            state_dict: the checkpoint's ``model_state_dict``, or the head's part of it. Keys of the tower
+                (``backbone.*``) and the unused ``context_conv11`` and ``context_conv22`` are passed over.
+            **options: of the head, where they differ from the defaults; ``dim``, ``depth`` and ``hidden_dim`` are read
+                off the shapes.
+
+        Raises:
+            UserError: keys that are not known or missing, named.
+        """
+        renamed, unknown = {}, []
+        for key, value in state_dict.items():
+            name = _published_name(key)
+            if name is None:
+                unknown.append(key)
+            elif name:
+                renamed[name] = value
+        if unknown:
+            raise UserError(f"not a published CLIP-M²DF checkpoint: unknown keys {_some(unknown)}")
+        try:
+            hidden_dim, dim = renamed["views.local.encoder.layers.0.feed_forward.0.weight"].shape
+        except KeyError:
+            raise UserError("not a published CLIP-M²DF checkpoint: no key context2.layers.0.1.net.0.weight") from None
+        depths = {int(match[1]) for key in renamed if (match := re.search(r"encoder\.layers\.(\d+)\.", key))}
+        shape_options = {"dim": dim, "depth": max(depths) + 1, "hidden_dim": hidden_dim}
+        head = cls(**(shape_options | options))
+        if leftover := set(VIEWS) - set(head.views):
+            renamed = {k: v for k, v in renamed.items() if k.split(".")[1] not in leftover}
+        load_exactly(head, renamed, "published CLIP-M²DF checkpoint")
+        return head.eval()
+
+
+@full_precision
+def _scaled_cosine(frames: Tensor, prompt_table: Tensor, scale: Tensor) -> Tensor:
+    return scale * cosine(frames.mean(-2), prompt_table)
+
+
+class M2DF(nn.Module):
+    """CLIP-M²DF from frames to scores: CLIP's towers, the prompts, and a head.
+
+    Args:
+        backbone: CLIP's two towers. The text tower is frozen: its embeddings are computed once a class table and kept.
+        head: :class:`M2DFHead`, or another with its interface.
+        template: the prompt, with ``{}`` where the class goes.
+        freeze_backbone: train the head alone.
+    """
+
+    def __init__(
+        self,
+        backbone: CLIPBackbone,
+        head: nn.Module,
+        template: str = DEFAULT_TEMPLATE,
+        freeze_backbone: bool = False,
+    ) -> None:
+        super().__init__()
+        fill_template(template, [])  # refuses a template without its {}
+        self.backbone = backbone
+        self.head = head
+        self.template = template
+        self.freeze_backbone = freeze_backbone
+        backbone.visual.requires_grad_(not freeze_backbone)
+        if backbone.text is not None:
+            backbone.text.requires_grad_(False)
+        self._prompt_tables: dict[tuple[str, ...], Tensor] = {}
+        self.register_load_state_dict_post_hook(lambda module, keys: module._prompt_tables.clear())
+
+    def train(self, mode: bool = True) -> M2DF:
+        """Set training mode; a frozen tower stays in eval mode, and so does the text tower always."""
+        super().train(mode)
+        if self.freeze_backbone:
+            self.backbone.eval()
+        elif self.backbone.text is not None:
+            self.backbone.text.eval()
+        return self
+
+    def forward(self, support: Tensor, query: Tensor, prompts: Tensor, draws: Tensor | None = None) -> HeadOutput:
+        """Score the queries of an episode.
+
+        Args:
+            support: uint8 ``(…, n_way, n_shot, frames, 3, height, width)``.
+            query: uint8 ``(…, n_queries, frames, 3, height, width)``.
+            prompts: ``(…, n_way, dim)``, from :meth:`encode_prompts`.
+            draws: ``(…, n_queries)``, uniforms in [0, 1) by which PPS samples.
+        """
+        return cast(HeadOutput, self.head(self.encode_frames(support), self.encode_frames(query), prompts, draws))
+
+    def encode_frames(self, frames: Tensor) -> Tensor:
+        """Features of uint8 ``frames (…, 3, height, width)``: ``(…, dim)``, not L2-normalised."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_backbone):
+            return self.backbone.encode_frames(self.backbone.normalise(frames))
+
+    @torch.no_grad()
+    def encode_prompts(self, class_names: Sequence[str]) -> Tensor:
+        """The prompt table ``(n_classes, dim)`` of these classes, float32, computed once and kept."""
+        names = tuple(class_names)
+        device = self.head_device
+        if names not in self._prompt_tables or self._prompt_tables[names].device != device:
+            tokens = self.backbone.tokenize(fill_template(self.template, names)).to(device)
+            with torch.autocast(device.type, enabled=False):
+                # A clone: what is made under inference mode could not take part in training.
+                with torch.inference_mode(False):
+                    self._prompt_tables[names] = self.backbone.encode_text(tokens).float().clone()
+        return self._prompt_tables[names]
+
+    @property
+    def head_device(self) -> torch.device:
+        """Where the head's weights lie."""
+        return next(self.head.parameters()).device
+
+    @classmethod
+    def from_published(cls, file: str | os.PathLike[str], *, tokenizer: str | None = None, **options: Any) -> M2DF:
+        """The model in a published checkpoint file, in eval mode.
+
+        Args:
+            file: the checkpoint, with the weights under ``model_state_dict`` and the tower under ``backbone.*``.
+            tokenizer: see :meth:`CLIPBackbone.from_openai`.
+            **options: of the head, see :meth:`M2DFHead.from_published`.
+
+        Raises:
+            UserError: a file that can't be read safely, or of another model.
+        """
+        from clip_m2df.nn.backbone import CLIPBackbone, read_weights
+
+        state = read_weights(os.fspath(file))
+        state = state.get("model_state_dict", state)
+        if not isinstance(state, Mapping):
+            raise UserError(f"{file} is not a published CLIP-M²DF checkpoint: its model_state_dict holds no weights")
+        tower = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
+        if not tower:
+            raise UserError(f"{file} holds no tower under backbone.*; M2DFHead.from_published reads a head alone")
+        if not any(
+            key.startswith("visual.") for key in tower
+        ):  # the visual tower alone, as the published code saves it
+            tower = {f"visual.{key}": value for key, value in tower.items()}
+        backbone = CLIPBackbone.from_openai(tower, tokenizer=tokenizer)
+        return cls(backbone, M2DFHead.from_published(state, **options)).eval()
+
+
+# Published names that hold no weights of their own or none that are used.
+_PASSED_OVER = re.compile(r"backbone\.|context_conv(11|22)\.|tcn\.network\.\d+\.net\.")
+# Published names and ours, in the order in which they are tried.
+_RENAMED = (
+    (r"scale", "scale"),
+    (r"context_conv([12])\.(weight|bias)", r"views.local.context.conv\1.\2"),
+    (r"tcn\.network\.(\d)\.conv([12])\.bias", r"views.global.context.blocks.\1.conv\2.bias"),
+    (
+        r"tcn\.network\.(\d)\.conv([12])\.weight_g",
+        r"views.global.context.blocks.\1.conv\2.parametrizations.weight.original0",
+    ),
+    (
+        r"tcn\.network\.(\d)\.conv([12])\.weight_v",
+        r"views.global.context.blocks.\1.conv\2.parametrizations.weight.original1",
+    ),
+    # The published names have it crosswise: context2 is the local view's encoder, context_local the global view's.
+    (r"context2\.layers\.(\d+)\.(.+)", r"views.local.encoder.layers.\1.\2"),
+    (r"context_local\.layers\.(\d+)\.(.+)", r"views.global.encoder.layers.\1.\2"),
+)
+_RENAMED_IN_LAYER = (
+    (r"\.0\.norm\.(weight|bias)$", r".norm.\1"),
+    (r"\.0\.fn\.(to_[qkv]\.weight|to_out\.0\.(?:weight|bias))$", r".\1"),
+    (r"\.1\.net\.([03])\.(weight|bias)$", r".feed_forward.\1.\2"),
+)
+
+
+def _published_name(key: str) -> str | None:
+    """Our name of a published key; empty for one that is passed over, None for one that is not known."""
+    if _PASSED_OVER.match(key):
+        return ""
+    for pattern, ours in _RENAMED:
+        if match := re.fullmatch(pattern, key):
+            name = match.expand(ours)
+            if ".encoder." not in name:
+                return name
+            for layer_pattern, layer_ours in _RENAMED_IN_LAYER:
+                renamed, count = re.subn(layer_pattern, layer_ours, name)
+                if count:
+                    return renamed
+    return None
+
+
+def load_exactly(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
+    """Load weights of which none may be missing, unknown or of another shape.
+
+    Raises:
+        UserError: names the first few that are.
+    """
+    expected = module.state_dict()
+    if missing := [key for key in expected if key not in state]:
+        raise UserError(f"not a {what}: missing {_some(missing)}")
+    if unknown := [key for key in state if key not in expected]:
+        raise UserError(f"not a {what}: unknown {_some(unknown)}")
+    for key, value in state.items():
+        if value.shape != expected[key].shape:
+            raise UserError(f"{what}: {key} is {tuple(value.shape)}, expected {tuple(expected[key].shape)}")
+    module.load_state_dict(state)
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _check_choices(option: str, values: Sequence[str], choices: Sequence[str]) -> None:
+    if isinstance(values, str):
+        raise UserError(f"{option}: give a list, [{values}]")
+    for value in values:
+        if value not in choices:
+            raise UserError(f"{option}: {value!r} is not one of {', '.join(choices)}")
+    if len(set(values)) != len(values):
+        raise UserError(f"{option}: {', '.join(values)} names one twice")

@@ -1,0 +1,127 @@
+"""Prompts: templates, and the probability prompt selector, PPS (paper, section 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from clip_m2df.errors import UserError
+from clip_m2df.nn.matching import cosine, full_precision
+
+DEFAULT_TEMPLATE = "a photo of {}"
+
+Selection = Literal["argmax", "sample", "expectation"]
+SELECTIONS: tuple[str, ...] = get_args(Selection)
+
+
+class SelectedPrompts(NamedTuple):
+    """What PPS gives the queries.
+
+    Attributes:
+        embeddings: ``(…, n_queries, dim)``, each query's probability prompt embedding.
+        indices: int64 ``(…, n_queries)``, the chosen classes as places in the episode (``expectation``: the likeliest).
+    """
+
+    embeddings: Tensor
+    indices: Tensor
+
+
+def fill_template(template: str, class_names: Sequence[str]) -> list[str]:
+    """The prompts of the classes.
+
+    Args:
+        template: a text with ``{}`` where the class goes.
+        class_names: what to put there.
+
+    Raises:
+        UserError: the template has no ``{}``, so that every class would have the same prompt.
+    """
+    if "{}" not in template:
+        raise UserError(
+            f"the template {template!r} has no {{}} where the class goes; give one like {DEFAULT_TEMPLATE!r}"
+        )
+    return [template.replace("{}", name) for name in class_names]
+
+
+def closest_frames(frames: Tensor, prompts: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The frames most like a prompt.
+
+    Args:
+        frames: ``(…, frames, dim)``.
+        prompts: ``(…, n, dim)``.
+        top_k: how many frames; all of them where there are fewer.
+
+    Returns:
+        Their cosines and their places, both ``(…, n, min(top_k, frames))``.
+    """
+    values, places = cosine(prompts, frames).topk(min(top_k, frames.shape[-2]), dim=-1)
+    return values, places
+
+
+def prompt_scores(query: Tensor, prompts: Tensor, top_k: int = 4) -> Tensor:
+    """How well each class's prompt describes each query: the mean cosine over the ``top_k`` closest frames.
+
+    Args:
+        query: ``(…, n_queries, frames, dim)``.
+        prompts: ``(…, n_way, dim)``.
+        top_k: frames that count.
+
+    Returns:
+        ``(…, n_queries, n_way)``.
+    """
+    return closest_frames(query, prompts.unsqueeze(-3), top_k)[0].mean(-1)
+
+
+@full_precision
+def prompt_probabilities(scores: Tensor, temperature: float = 200.0) -> Tensor:
+    """``softmax(temperature · scores)`` over the classes, ``(…, n_queries, n_way)``.
+
+    In bfloat16 these are off by up to 0.17, which is why they never are.
+    """
+    return (temperature * scores).softmax(-1)
+
+
+def draw_classes(probabilities: Tensor, draws: Tensor) -> Tensor:
+    """Invert each distribution's cumulative sum at a uniform.
+
+    Args:
+        probabilities: ``(…, n_way)``.
+        draws: ``(…)`` in [0, 1).
+
+    Returns:
+        int64 ``(…)``; a class of probability 0 is never drawn.
+    """
+    # In float64 a float32 uniform below 1 stays below the whole, whatever the rounding of the sum.
+    cumulative = probabilities.double().cumsum(-1)
+    threshold = draws.double().unsqueeze(-1) * cumulative[..., -1:]
+    return (cumulative > threshold).to(torch.uint8).argmax(-1)
+
+
+def select_prompts(
+    probabilities: Tensor, prompts: Tensor, selection: Selection = "argmax", draws: Tensor | None = None
+) -> SelectedPrompts:
+    """Give each query a prompt embedding.
+
+    Args:
+        probabilities: ``(…, n_queries, n_way)``.
+        prompts: ``(…, n_way, dim)``.
+        selection: the likeliest class's (``argmax``), that of a drawn one (``sample``), or the mean (``expectation``).
+        draws: ``(…, n_queries)`` uniforms in [0, 1) for ``sample``.
+
+    Raises:
+        UserError: ``sample`` without draws.
+    """
+    if selection == "sample":
+        if draws is None:
+            raise UserError(
+                "selection 'sample' needs draws, uniforms (…, n_queries); clip_m2df.episode.episode_draws makes them"
+            )
+        indices = draw_classes(probabilities, draws)
+    else:
+        indices = probabilities.argmax(-1)
+    if selection == "expectation":
+        return SelectedPrompts(probabilities.to(prompts.dtype) @ prompts, indices)
+    return SelectedPrompts(torch.take_along_dim(prompts, indices.unsqueeze(-1), dim=-2), indices)

@@ -1,0 +1,205 @@
+"""The two views: local and global temporal context, and the multi-modal fusion encoder (paper, section 3.3)."""
+
+from __future__ import annotations
+
+import warnings
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from clip_m2df.errors import UserError
+
+
+class FusedSequence(NamedTuple):
+    """What the fusion encoder makes of a video and its prompt.
+
+    Attributes:
+        text: ``(…, dim)``, token 0, where the prompt went in.
+        visual: ``(…, frames, dim)``, the other tokens.
+    """
+
+    text: Tensor
+    visual: Tensor
+
+
+class LocalTemporalContext(nn.Module):
+    """LTCE: two convolutions over time, no activation between; each frame sees two on either side.
+
+    Args:
+        dim: width of the features.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv1d(dim, dim, kernel_size=3, padding=1)
+        self.conv2 = nn.Conv1d(dim, dim, kernel_size=3, padding=1)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """``(videos, frames, dim)`` to the same."""
+        x = rearrange(frames, "n t d -> n d t")
+        return rearrange(self.conv2(self.conv1(x)), "n d t -> n t d")
+
+
+class CausalBlock(nn.Module):
+    """A residual block of the temporal convolutional network: frame t sees t and frames before it.
+
+    Args:
+        dim: width of the features.
+        dilation: distance between the taps of its two convolutions.
+        dropout: share dropped after each convolution.
+    """
+
+    kernel_size = 3
+
+    def __init__(self, dim: int, dilation: int, dropout: float) -> None:
+        super().__init__()
+        self.padding = (self.kernel_size - 1) * dilation
+        self.conv1 = weight_norm(nn.Conv1d(dim, dim, self.kernel_size, dilation=dilation))
+        self.conv2 = weight_norm(nn.Conv1d(dim, dim, self.kernel_size, dilation=dilation))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(videos, dim, frames)`` to the same."""
+        y = x
+        for conv in (self.conv1, self.conv2):
+            y = self.dropout(F.relu(conv(F.pad(y, (self.padding, 0)))))
+        return F.relu(y + x)
+
+
+class GlobalTemporalContext(nn.Module):
+    """GTCE: the last step of a temporal convolutional network, added to every frame.
+
+    Args:
+        dim: width of the features.
+        dropout: share dropped after each convolution.
+    """
+
+    dilations = (1, 2, 4)
+    # Two convolutions a block: the last step sees itself and this many frames less one before it.
+    receptive_field = 1 + 2 * (CausalBlock.kernel_size - 1) * sum(dilations)
+
+    def __init__(self, dim: int, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*(CausalBlock(dim, dilation, dropout) for dilation in self.dilations))
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """``(videos, frames, dim)`` to the same."""
+        if frames.shape[1] > self.receptive_field:
+            warnings.warn(
+                f"{frames.shape[1]} frames a video: the global view sees the last {self.receptive_field} only",
+                stacklevel=2,
+            )
+        # Note: the frame count comes from the shape; the published code has 8 written in.
+        last = self.blocks(rearrange(frames, "n t d -> n d t"))[..., -1]
+        return frames + rearrange(last, "n d -> n 1 d")
+
+
+class FusionLayer(nn.Module):
+    """Pre-norm attention and a feed-forward part without norm.
+
+    Args:
+        dim: width of the tokens.
+        heads: attention heads, contiguous in the width.
+        hidden_dim: width inside the feed-forward part.
+        attention_dropout: share dropped after the attention's output map.
+        dropout: share dropped in the feed-forward part.
+    """
+
+    def __init__(self, dim: int, heads: int, hidden_dim: int, attention_dropout: float, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(dim)
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_k = nn.Linear(dim, dim, bias=False)
+        self.to_v = nn.Linear(dim, dim, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(dim, dim), nn.Dropout(attention_dropout))
+        self.feed_forward = nn.Sequential(
+            nn.Linear(dim, hidden_dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden_dim, dim), nn.Dropout(dropout)
+        )
+
+    def forward(self, query: Tensor, key_value: Tensor) -> Tensor:
+        """``query (videos, tokens, dim)`` and ``key_value (videos, tokens, dim)`` to the shape of ``query``."""
+        # One norm serves both, and the residual is the query before it.
+        x, y = self.norm(query), self.norm(key_value)
+        q, k, v = (
+            rearrange(part, "n t (h d) -> n h t d", h=self.heads) for part in (self.to_q(x), self.to_k(y), self.to_v(y))
+        )
+        attended = rearrange(F.scaled_dot_product_attention(q, k, v), "n h t d -> n t (h d)")
+        fused = query + self.to_out(attended)
+        return fused + self.feed_forward(fused)
+
+
+class FusionEncoder(nn.Module):
+    """MMFE: fuses a video's prompt, its frames and their temporal context.
+
+    Args:
+        dim: width of the tokens, a multiple of ``heads``.
+        depth: layers; those after the first are self-attention.
+        heads: attention heads.
+        hidden_dim: width inside the feed-forward part.
+        attention_dropout: share dropped after the attention's output map.
+        dropout: share dropped in the feed-forward part.
+
+    Raises:
+        UserError: ``dim`` is no multiple of ``heads``, or ``depth`` is less than 1.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        depth: int = 1,
+        heads: int = 8,
+        hidden_dim: int = 2048,
+        attention_dropout: float = 0.2,
+        dropout: float = 0.05,
+    ) -> None:
+        super().__init__()
+        if dim % heads:
+            raise UserError(f"dim {dim} is no multiple of {heads} attention heads; give heads that divide it")
+        if depth < 1:
+            raise UserError(f"depth {depth}: the fusion encoder needs at least 1 layer")
+        self.layers = nn.ModuleList(
+            FusionLayer(dim, heads, hidden_dim, attention_dropout, dropout) for _ in range(depth)
+        )
+
+    def forward(self, prompt: Tensor, frames: Tensor, context: Tensor) -> FusedSequence:
+        """Fuse.
+
+        Args:
+            prompt: ``(videos, dim)``.
+            frames: ``(videos, frames, dim)``.
+            context: ``(videos, frames, dim)``.
+        """
+        token = rearrange(prompt, "n d -> n 1 d")
+        tokens = torch.cat((token, context), 1)
+        key_value = torch.cat((token, frames), 1)
+        first, *further = self.layers
+        tokens = first(tokens, key_value)
+        for layer in further:
+            tokens = layer(tokens, tokens)
+        return FusedSequence(text=tokens[:, 0], visual=tokens[:, 1:])
+
+
+class View(nn.Module):
+    """One view of a video: its temporal context and the fusion encoder that reads it.
+
+    Args:
+        context: :class:`LocalTemporalContext` or :class:`GlobalTemporalContext`.
+        encoder: this view's own fusion encoder.
+    """
+
+    def __init__(self, context: nn.Module, encoder: FusionEncoder) -> None:
+        super().__init__()
+        self.context = context
+        self.encoder = encoder
+
+    def forward(self, frames: Tensor, prompt: Tensor) -> FusedSequence:
+        """``frames (…, frames, dim)`` with ``prompt (…, dim)``, any leading axes, to their fused sequence."""
+        leading = frames.shape[:-2]
+        frames, prompt = frames.flatten(0, -3), prompt.to(frames.dtype).flatten(0, -2)
+        fused = self.encoder(prompt, frames, self.context(frames))
+        return FusedSequence(*(part.unflatten(0, leading) for part in fused))
