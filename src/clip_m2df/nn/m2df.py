@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -52,7 +51,7 @@ class HeadOutput(NamedTuple):
         visual_confidences: ``max softmax(−d)`` of each view ``(…, n_queries)``.
         text_confidences: ``max softmax(t)`` of each view ``(…, n_queries)``.
         prompt_probabilities: PPS's distribution π ``(…, n_queries, n_way)``.
-        prompt_indices: int64 ``(…, n_queries)``, the class whose prompt each query got (``expectation``: the likeliest).
+        prompt_indices: int64 ``(…, n_queries)``, whose prompt each query got (``expectation``: the likeliest).
         distillation: the term's value ``(…)`` and the queries ``(…, n_queries)`` distilled each way.
     """
 
@@ -199,7 +198,7 @@ class M2DFHead(nn.Module):
         )
 
     def prompt_scores(self, query: Tensor, prompts: Tensor) -> Tensor:
-        """Scores s of ``query (…, n_queries, frames, dim)`` with ``prompts (…, n_way, dim)``: ``(…, n_queries, n_way)``."""
+        """PPS's scores of ``query (…, n_queries, frames, dim)`` by ``prompts (…, n_way, dim)``: ``(…, n_queries, n_way)``."""
         return prompt_scores(query, prompts, self.top_k)
 
     def fuse(self, frames: Tensor, prompt: Tensor) -> dict[str, FusedSequence]:
@@ -216,7 +215,7 @@ class M2DFHead(nn.Module):
     def match(
         self, query: Mapping[str, FusedSequence], prototype: Mapping[str, FusedSequence]
     ) -> dict[str, ViewEvidence]:
-        """Compare fused queries ``(…, n_queries, …)`` with prototypes ``(…, n_way, …)``: OTAM and text, in each view."""
+        """Compare fused queries ``(…, n_queries, …)`` with prototypes ``(…, n_way, …)`` in each view."""
         return {
             view: ViewEvidence(
                 distances=otam(
@@ -309,9 +308,10 @@ class M2DFHead(nn.Module):
         depths = {int(match[1]) for key in renamed if (match := re.search(r"encoder\.layers\.(\d+)\.", key))}
         shape_options = {"dim": dim, "depth": max(depths) + 1, "hidden_dim": hidden_dim}
         head = cls(**(shape_options | options))
-        if leftover := set(VIEWS) - set(head.views):
-            renamed = {k: v for k, v in renamed.items() if k.split(".")[1] not in leftover}
-        load_exactly(head, renamed, "published CLIP-M²DF checkpoint")
+        for view in set(VIEWS) - set(head.views):  # an ablation needs the weights of its own view only
+            renamed = {name: value for name, value in renamed.items() if not name.startswith(f"views.{view}.")}
+        check_weights(head, renamed, "a published CLIP-M²DF checkpoint")
+        head.load_state_dict(renamed)
         return head.eval()
 
 
@@ -381,10 +381,9 @@ class M2DF(nn.Module):
         device = self.head_device
         if names not in self._prompt_tables or self._prompt_tables[names].device != device:
             tokens = self.backbone.tokenize(fill_template(self.template, names)).to(device)
-            with torch.autocast(device.type, enabled=False):
-                # A clone: what is made under inference mode could not take part in training.
-                with torch.inference_mode(False):
-                    self._prompt_tables[names] = self.backbone.encode_text(tokens).float().clone()
+            # Outside inference mode: what is made under it could not take part in training later.
+            with torch.autocast(device.type, enabled=False), torch.inference_mode(False):
+                self._prompt_tables[names] = self.backbone.encode_text(tokens).float()
         return self._prompt_tables[names]
 
     @property
@@ -463,21 +462,25 @@ def _published_name(key: str) -> str | None:
     return None
 
 
-def load_exactly(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
-    """Load weights of which none may be missing, unknown or of another shape.
+def check_weights(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
+    """Refuse weights that are not exactly those of a module.
+
+    Args:
+        module: where they are to go.
+        state: the weights.
+        what: what they should be, for the message.
 
     Raises:
-        UserError: names the first few that are.
+        UserError: names the first few that are missing, unknown or of another shape.
     """
     expected = module.state_dict()
     if missing := [key for key in expected if key not in state]:
-        raise UserError(f"not a {what}: missing {_some(missing)}")
+        raise UserError(f"not {what}: missing {_some(missing)}")
     if unknown := [key for key in state if key not in expected]:
-        raise UserError(f"not a {what}: unknown {_some(unknown)}")
+        raise UserError(f"not {what}: unknown {_some(unknown)}")
     for key, value in state.items():
         if value.shape != expected[key].shape:
-            raise UserError(f"{what}: {key} is {tuple(value.shape)}, expected {tuple(expected[key].shape)}")
-    module.load_state_dict(state)
+            raise UserError(f"not {what}: {key} is {tuple(value.shape)}, expected {tuple(expected[key].shape)}")
 
 
 def _some(names: Sequence[str], most: int = 3) -> str:

@@ -1,0 +1,369 @@
+"""The one table of videos: reading, checking and writing it."""
+
+import csv
+import hashlib
+import io
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from clip_m2df.errors import UserError
+
+SPLITS = ("train", "val", "test")
+"""The names that a split may have, in the order in which they are listed."""
+
+_REQUIRED = ("path", "label", "split")
+_LISTED = 5  # how many culprits a message names
+
+
+@dataclass(frozen=True)
+class Video:
+    """One row of a manifest.
+
+    Attributes:
+        path: Absolute path of a video file, or of a folder of numbered images.
+        label: Name of the class.
+        split: ``train``, ``val`` or ``test``.
+        text: What a prompt says of the class: plain words.
+        extra: The row's other columns, by name.
+    """
+
+    path: str
+    label: str
+    split: str
+    text: str
+    extra: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True)
+class Split:
+    """The videos of one split, by class; class number c is entry c of each table.
+
+    Attributes:
+        name: ``train``, ``val`` or ``test``.
+        class_names: The labels, sorted.
+        class_texts: What a prompt says of each class.
+        videos: The videos of each class, in the manifest's order.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    class_texts: tuple[str, ...]
+    videos: tuple[tuple[Video, ...], ...]
+
+    def check_episodes(self, *, n_way: int, n_shot: int, n_query: int) -> None:
+        """Check that the split can supply episodes of this shape.
+
+        Args:
+            n_way: Classes in an episode.
+            n_shot: Support videos of each class.
+            n_query: Query videos of each class.
+
+        Raises:
+            UserError: If the shape makes no sense, or the split has too few classes or videos for it.
+        """
+        if n_way < 2:
+            raise UserError(f"n_way is {n_way}, but an episode tells classes apart: set n_way to 2 or more")
+        for option, value in (("n_shot", n_shot), ("n_query", n_query)):
+            if value < 1:
+                raise UserError(f"{option} is {value}, but an episode needs at least one: set {option} to 1 or more")
+        n_classes = len(self.class_names)
+        if n_classes < n_way:
+            remedy = f"set n_way to {n_classes} or less" if n_classes >= 2 else "n_way cannot be less than 2"
+            raise UserError(
+                f"the {self.name} split has {_count(n_classes, 'class', 'classes')}, too few for n_way {n_way}: "
+                f"{remedy}, or add classes to the manifest"
+            )
+        needed = n_shot + n_query
+        short = {name: len(videos) for name, videos in zip(self.class_names, self.videos, strict=True)}
+        short = {name: count for name, count in short.items() if count < needed}
+        if short:
+            fewest = min(short.values())
+            remedy = f"lower n_shot or n_query to a sum of {fewest}" if fewest >= 2 else "lower n_shot or n_query"
+            raise UserError(
+                f"the {self.name} split has {_count(len(short), 'class', 'classes')} with fewer than the {needed} "
+                f"videos that n_shot {n_shot} and n_query {n_query} take: "
+                f"{_some([f'{name!r} has {count}' for name, count in short.items()])}; "
+                f"{remedy}, or add videos of these classes to the manifest or remove the classes"
+            )
+
+
+class Manifest:
+    """The videos of a data set, each with its class and its split.
+
+    Args:
+        videos: The rows, in order.
+        root: The folder that relative paths start at. It decides how ``digest`` names the videos under it.
+        source: What messages call the list.
+        lines: The line of each row, for messages; otherwise rows are counted from 1.
+
+    Attributes:
+        videos: The rows, in order.
+
+    Raises:
+        UserError: If there are no videos, a split is unknown, a video is listed twice, or a class lies in two splits or
+            has two texts.
+    """
+
+    def __init__(
+        self,
+        videos: Iterable[Video],
+        *,
+        root: str | Path | None = None,
+        source: str = "the list of videos",
+        lines: Sequence[int] | None = None,
+    ) -> None:
+        self.videos = tuple(videos)
+        self._root = None if root is None else os.path.abspath(root)
+        if not self.videos:
+            raise UserError(f"{source} has no videos: add a row for each video")
+        places = (
+            [f"line {n}" for n in lines] if lines is not None else [f"row {n + 1}" for n in range(len(self.videos))]
+        )
+        _check(self.videos, places, source)
+        self._splits = {name: _split(name, self.videos) for name in SPLITS if any(v.split == name for v in self.videos)}
+
+    @classmethod
+    def read(cls, path: str | Path, *, check_files: bool = True) -> "Manifest":
+        """Read a manifest and check it.
+
+        The file is CSV in UTF-8 with the columns ``path``, ``label`` and ``split`` and optionally ``text``: what a
+        prompt says of the class, its label where empty. Other columns are kept. Relative paths start at its folder.
+
+        Args:
+            path: The CSV file.
+            check_files: Whether to refuse a manifest whose videos are not all there.
+
+        Returns:
+            The manifest.
+
+        Raises:
+            UserError: If the file cannot be read, or a row is at fault; the message names the line.
+        """
+        rows, lines = _read_rows(path)
+        root = os.path.dirname(os.path.abspath(path))
+        texts: dict[str, str] = {}
+        for row in rows:
+            if row.get("text"):
+                texts.setdefault(row["label"], row["text"])
+        videos = [
+            Video(
+                path=os.path.abspath(os.path.join(root, row["path"])),
+                label=row["label"],
+                split=row["split"],
+                text=row.get("text") or texts.get(row["label"], row["label"]),
+                extra={name: cell for name, cell in row.items() if name not in (*_REQUIRED, "text")},
+            )
+            for row in rows
+        ]
+        manifest = cls(videos, root=root, source=f"the manifest {path}", lines=lines)
+        if check_files:
+            missing = [row["path"] for row, video in zip(rows, videos, strict=True) if not os.path.exists(video.path)]
+            if missing:
+                raise UserError(
+                    f"{len(missing)} of the {len(videos)} videos in the manifest {path} are not there: "
+                    f"{_some([repr(name) for name in missing])}; relative paths start at {root}: "
+                    "put the videos there, mend the paths or remove the rows"
+                )
+        return manifest
+
+    @property
+    def splits(self) -> dict[str, Split]:
+        """The splits that have videos, by name."""
+        return dict(self._splits)
+
+    def split(self, name: str) -> Split:
+        """Return the split of this name.
+
+        Raises:
+            UserError: If the manifest has no video in it.
+        """
+        if name not in self._splits:
+            raise UserError(f"the manifest has no {name!r} split: it has {', '.join(self._splits)}")
+        return self._splits[name]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256, in hexadecimal, of what decides the episodes: splits, classes, texts and the videos of each.
+
+        Videos under the root count by their path from there, so a data set that is moved as a whole keeps its digest.
+        """
+        state = hashlib.sha256()
+        for split in self._splits.values():
+            for label, text, videos in zip(split.class_names, split.class_texts, split.videos, strict=True):
+                cells = [split.name, label, text, *(_relative(video.path, self._root) for video in videos)]
+                # Cells hold no line breaks, and an empty line ends a class.
+                state.update("".join(cell + "\n" for cell in [*cells, ""]).encode())
+        return state.hexdigest()
+
+    def summary(self) -> str:
+        """Return a plain table of the splits with their numbers of classes and videos."""
+        rows = [
+            (split.name, str(len(split.class_names)), str(sum(map(len, split.videos))))
+            for split in self._splits.values()
+        ]
+        return "\n".join(
+            f"{name:<5}  {classes:>7}  {videos:>7}" for name, classes, videos in [("split", "classes", "videos"), *rows]
+        )
+
+    def write(self, path: str | Path) -> None:
+        """Write the manifest as CSV, whole or not at all.
+
+        Videos under the file's folder are named by their path from there, others by their absolute path.
+
+        Args:
+            path: The CSV file; one that is there is replaced.
+
+        Raises:
+            UserError: If it cannot be written.
+        """
+        target = os.path.abspath(path)
+        extras = list(dict.fromkeys(name for video in self.videos for name in video.extra))
+        draft = f"{target}.{os.getpid()}.part"
+        try:
+            with open(draft, "w", encoding="utf-8", newline="") as file:
+                table = csv.writer(file, lineterminator="\n")
+                table.writerow([*_REQUIRED, "text", *extras])
+                for video in self.videos:
+                    name = _relative(video.path, os.path.dirname(target))
+                    cells = [video.extra.get(extra, "") for extra in extras]
+                    table.writerow([name, video.label, video.split, video.text, *cells])
+            os.replace(draft, target)
+        except OSError as error:
+            raise UserError(
+                f"cannot write the manifest {path}: {error.strerror}; name a file in a folder that can be written"
+            ) from error
+        finally:
+            if os.path.exists(draft):
+                os.remove(draft)
+
+
+def _read_rows(path: str | Path) -> tuple[list[dict[str, str]], list[int]]:
+    """Read the rows of a manifest, each as cells by column, with the line that each starts on."""
+    text = _read_text(path)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    header: list[str] | None = None
+    rows: list[dict[str, str]] = []
+    lines: list[int] = []
+    while True:
+        line = reader.line_num + 1
+        where = f"line {line} of the manifest {path}"
+        try:
+            cells = next(reader)
+        except StopIteration:
+            break
+        except csv.Error as error:
+            raise UserError(f"{where} is not valid CSV ({error}): check its quotes and commas") from error
+        if not cells:
+            continue
+        if any("\n" in cell or "\r" in cell for cell in cells):
+            raise UserError(f"{where} has a line break inside a cell: close the quote, or take the line break out")
+        if header is None:
+            header = _header(cells, path)
+            continue
+        if len(cells) != len(header):
+            raise UserError(
+                f"{where} has {_count(len(cells), 'cell')}, but the header has {len(header)}: "
+                'put a cell that holds a comma in double quotes ("...")'
+            )
+        row = {name: cell if name == "path" else cell.strip() for name, cell in zip(header, cells, strict=True)}
+        for name in _REQUIRED:
+            if not row[name].strip():
+                raise UserError(f"{where} has an empty {name}: fill it in or remove the row")
+        rows.append(row)
+        lines.append(line)
+    if header is None:
+        raise UserError(f"the manifest {path} is empty: it needs a header line with the columns {', '.join(_REQUIRED)}")
+    return rows, lines
+
+
+def _read_text(path: str | Path) -> str:
+    if os.path.isdir(path):
+        raise UserError(f"the manifest {path} is a folder: name the CSV file itself")
+    if not os.path.exists(path):
+        raise UserError(f"there is no manifest {path}: check the name; relative names start at {os.getcwd()}")
+    if not os.path.isfile(path):
+        raise UserError(f"the manifest {path} is not a regular file: name a CSV file")
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read the manifest {path}: {error.strerror}; check its permissions") from error
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"line {line} of the manifest {path} is not UTF-8: save the file with that encoding") from error
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise UserError(f"line {line} of the manifest {path} has a NUL character: save it as plain CSV in UTF-8")
+    return text
+
+
+def _header(cells: Sequence[str], path: str | Path) -> list[str]:
+    header = [cell.strip() for cell in cells]
+    missing = [name for name in _REQUIRED if name not in header]
+    if missing:
+        raise UserError(
+            f"the manifest {path} has no column {' and no column '.join(map(repr, missing))}; its first line names "
+            f"{', '.join(map(repr, header))}: name the columns there, separated by commas"
+        )
+    for name in header:
+        if header.count(name) > 1:
+            raise UserError(f"the manifest {path} has the column {name!r} more than once: rename or remove one")
+    return header
+
+
+def _check(videos: Sequence[Video], places: Sequence[str], source: str) -> None:
+    """Refuse an unknown split, a video listed twice and a class with two splits or two texts."""
+    first_of_path: dict[str, str] = {}
+    first_of_class: dict[str, tuple[Video, str]] = {}
+    for video, place in zip(videos, places, strict=True):
+        if video.split not in SPLITS:
+            raise UserError(f"{place} of {source} has the split {video.split!r}: it can be {', '.join(SPLITS)}")
+        # Equal on this file system, even where its names ignore case.
+        earlier = first_of_path.setdefault(os.path.normcase(os.path.normpath(video.path)), place)
+        if earlier is not place:
+            raise UserError(f"{source} lists the video {video.path} twice, on {earlier} and on {place}: remove one")
+        known, where = first_of_class.setdefault(video.label, (video, place))
+        if known.split != video.split:
+            raise UserError(
+                f"the class {video.label!r} is in two splits of {source}, {known.split} on {where} and {video.split} "
+                f"on {place}: few-shot splits share no class, so keep it in one"
+            )
+        if known.text != video.text:
+            raise UserError(
+                f"the class {video.label!r} has two texts in {source}, {known.text!r} on {where} and {video.text!r} "
+                f"on {place}: give it one"
+            )
+
+
+def _split(name: str, videos: Sequence[Video]) -> Split:
+    by_class: dict[str, list[Video]] = {}
+    for video in videos:
+        if video.split == name:
+            by_class.setdefault(video.label, []).append(video)
+    classes = sorted(by_class)
+    return Split(
+        name=name,
+        class_names=tuple(classes),
+        class_texts=tuple(by_class[label][0].text for label in classes),
+        videos=tuple(tuple(by_class[label]) for label in classes),
+    )
+
+
+def _relative(path: str, root: str | None) -> str:
+    """Name a path from the root, with forward slashes, if it lies under it."""
+    if root is None or not Path(path).is_relative_to(root):
+        return path
+    return Path(path).relative_to(root).as_posix()
+
+
+def _count(number: int, one: str, many: str | None = None) -> str:
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
+def _some(names: Sequence[str]) -> str:
+    """Join the first few of the names, and say how many more there are."""
+    more = len(names) - _LISTED
+    return ", ".join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "")

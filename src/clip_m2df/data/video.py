@@ -1,0 +1,300 @@
+"""The only file that opens a video.
+
+A frame that is silently another frame is worse than a slow one. decord and torchcodec seek, and on some containers they
+return neighbours of the frames they were asked for; reading from the start, as PyAV does here, never does. So ``auto``
+leaves to decord only what it was found exact on, VP8 and VP9 in WebM, and reads all else with PyAV.
+"""
+
+import io
+import os
+import re
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import IO, TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from clip_m2df.errors import UserError
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
+    from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
+
+Decoder = Literal["auto", "decord", "pyav", "torchcodec"]
+Choose = Callable[[int], Sequence[int]]
+"""From the number of frames that a video has to the numbers of those that are wanted."""
+
+_Picture = NDArray[np.uint8]  # (height, width, 3)
+
+_EBML = b"\x1a\x45\xdf\xa3"  # how Matroska and WebM begin; the kind is named right after
+_IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+
+
+class VideoError(UserError):
+    """A video that cannot be read; the message names the file and the reason."""
+
+
+def read_frames(path: str, choose: Choose, *, decoder: Decoder = "auto") -> Tensor:
+    """Read chosen frames of a video.
+
+    Frame k is the k-th that is shown, as the video is meant to be seen: edit lists and rotation are applied. Frames
+    that do not decode are not counted, so a truncated video is a shorter one. A frame of another size than the first
+    is scaled to it.
+
+    Args:
+        path: A video file, or a folder of images, whose numbers order them.
+        choose: From the number of frames to the wanted ones, in any order, repeats allowed. It is asked again when
+            fewer frames decode than the file promised, so it must not depend on anything else.
+        decoder: What reads a video file. ``auto`` is exact; the others are a person's own choice.
+
+    Returns:
+        uint8 RGB pixels, shape ``(frames, 3, height, width)``.
+
+    Raises:
+        VideoError: If the file is no video, or not one frame of it decodes.
+        UserError: If the decoder is unknown or not installed.
+    """
+    if decoder not in _READERS:
+        raise UserError(f"there is no decoder {decoder!r}: choose from {', '.join(_READERS)}")
+    path = os.path.abspath(path)
+    try:
+        mode = os.stat(path).st_mode
+        if stat.S_ISDIR(mode):
+            return _read_images(path, choose)
+        if not stat.S_ISREG(mode):  # opening a FIFO would wait for ever
+            raise _unreadable(path, "it is neither a regular file nor a folder of images")
+        with open(path, "rb") as file:
+            head = file.read(64)
+    except FileNotFoundError as error:
+        raise _unreadable(path, "there is no such file") from error
+    except PermissionError as error:
+        raise VideoError(f"cannot read the video {path}: no permission; allow reading it") from error
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise _unreadable(path, str(error)) from error
+    if not head:
+        raise _unreadable(path, "it is empty")
+    return _READERS[decoder](path, head, choose)
+
+
+def _read_auto(path: str, head: bytes, choose: Choose) -> Tensor:
+    if head.startswith(_EBML) and b"webm" in head:
+        try:
+            return _read_decord(path, head, choose)
+        except UserError:
+            # Not installed, or the file holds AV1 or is broken: PyAV has the last word.
+            pass
+    return _read_pyav(path, head, choose)
+
+
+def _read_decord(path: str, head: bytes, choose: Choose) -> Tensor:
+    try:
+        import decord
+    except (ImportError, OSError) as error:
+        raise _not_installed("decord") from error
+    broken = (RuntimeError, AssertionError, IndexError, decord.DECORDError, decord.DECORDLimitReachedError)
+    try:
+        # More threads fail on some VP9 files. The reader lives as short as can be: it hangs after a fork.
+        reader = decord.VideoReader(path, num_threads=1)
+    except broken as error:
+        raise _unreadable(path, "decord cannot open it") from error
+    wanted = _wanted(choose, len(reader))
+    numbers = sorted(set(wanted))
+    try:
+        pictures = reader.get_batch(numbers).asnumpy()
+    except broken as error:
+        raise _unreadable(path, "decord cannot decode the wanted frames") from error
+    return _clip(dict(zip(numbers, pictures, strict=True)), wanted)
+
+
+def _read_torchcodec(path: str, head: bytes, choose: Choose) -> Tensor:
+    try:
+        from torchcodec.decoders import VideoDecoder
+    except (ImportError, OSError, RuntimeError) as error:  # the last two where FFmpeg's libraries are not found
+        raise _not_installed("torchcodec") from error
+    try:
+        video = VideoDecoder(path, seek_mode="exact", num_ffmpeg_threads=1)
+    except (RuntimeError, ValueError) as error:
+        raise _unreadable(path, "torchcodec cannot open it") from error
+    wanted = _wanted(choose, len(video))
+    numbers = sorted(set(wanted))
+    try:
+        frames: Tensor = video.get_frames_at(indices=numbers).data
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise _unreadable(path, "torchcodec cannot decode the wanted frames") from error
+    return frames[[numbers.index(number) for number in wanted]]
+
+
+def _read_pyav(path: str, head: bytes, choose: Choose) -> Tensor:
+    """Decode from the first frame to the last wanted one."""
+    n_frames = _count_packets(path)
+    while n_frames > 0:
+        wanted = _wanted(choose, n_frames)
+        pictures, decoded = _decode(path, set(wanted))
+        if len(pictures) == len(set(wanted)):
+            return _clip(pictures, wanted)
+        # It ended before the last wanted frame, so this is fewer than before.
+        n_frames = decoded
+    raise _unreadable(path, "not one frame of it decodes")
+
+
+def _read_images(folder: str, choose: Choose) -> Tensor:
+    with os.scandir(folder) as entries:
+        # A leading dot marks what macOS and editors leave beside the images.
+        names = [e.name for e in entries if e.name.lower().endswith(_IMAGES) and e.name[0] != "." and e.is_file()]
+    if not names:
+        raise _unreadable(folder, f"the folder has no images ({', '.join(_IMAGES)})")
+    names.sort(key=_natural)
+    wanted = _wanted(choose, len(names))
+    pictures: dict[int, _Picture] = {}
+    size: tuple[int, int] | None = None
+    for number in sorted(set(wanted)):
+        path = os.path.join(folder, names[number])
+        with open(path, "rb") as file:
+            # From memory: FFmpeg would take a name such as "img_%d.jpg" for a pattern.
+            data = io.BytesIO(file.read())
+        with _open(data, path) as (container, stream):
+            frame = next(_frames(container, stream), None)
+            if frame is None:
+                raise _unreadable(path, "the image does not decode")
+            size = size or _size(frame)
+            pictures[number] = _picture(frame, size)
+    return _clip(pictures, wanted)
+
+
+def _natural(name: str) -> tuple[list[int], str]:
+    """Order names by the numbers in them, then by their letters."""
+    return [int(digits) for digits in re.findall(r"\d+", name)], name
+
+
+@contextmanager
+def _open(source: str | IO[bytes], path: str) -> Iterator[tuple["InputContainer", "VideoStream"]]:
+    import av
+
+    try:
+        # Old files carry titles in any encoding; playlists must not reach beyond the disk.
+        container = av.open(source, "r", metadata_errors="replace", options={"protocol_whitelist": "file"})
+    except av.FFmpegError as error:
+        raise _unreadable(path, f"it is not a video that FFmpeg knows ({error.strerror})") from error
+    with container:
+        # A cover picture is a video stream too.
+        streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
+        if not streams:
+            raise _unreadable(path, "it has no video stream")
+        stream = streams[0]
+        if stream.codec_context is None:
+            raise _unreadable(path, "there is no decoder for its codec")
+        stream.thread_count = 1  # the workers are the parallelism
+        yield container, stream
+
+
+def _count_packets(path: str) -> int:
+    """Count the frames that a video holds, without decoding: headers lie, and some have no count."""
+    import av
+
+    count = 0
+    with _open(path, path) as (container, stream):
+        try:
+            for packet in container.demux(stream):
+                # The last packet is empty; those that an edit list cuts away are decoded, but not shown.
+                count += packet.size > 0 and not packet.is_discard
+        except av.FFmpegError:
+            pass
+    return count
+
+
+def _decode(path: str, numbers: set[int]) -> tuple[dict[int, _Picture], int]:
+    """Decode up to the last of the numbered frames; return those that there are, and how many were decoded."""
+    pictures: dict[int, _Picture] = {}
+    decoded = 0
+    last = max(numbers)
+    with _open(path, path) as (container, stream):
+        for frame in _frames(container, stream):
+            if decoded == 0:
+                size = _size(frame)
+            if decoded in numbers:
+                pictures[decoded] = _picture(frame, size)
+            decoded += 1
+            if decoded > last:
+                break
+    return pictures, decoded
+
+
+def _frames(container: "InputContainer", stream: "VideoStream") -> Iterator["VideoFrame"]:
+    """Yield what decodes, in the order of presentation."""
+    import av
+
+    packets = container.demux(stream)
+    while True:
+        try:
+            packet = next(packets)
+        except StopIteration:
+            return
+        except av.FFmpegError:
+            break
+        try:
+            frames = packet.decode()
+        except av.FFmpegError:
+            # A broken packet costs its own frames, not those after it.
+            continue
+        yield from frames
+    # A truncated file ends without the empty packet that hands out the frames still held for reordering.
+    try:
+        frames = stream.decode(None)
+    except av.FFmpegError:
+        return
+    yield from frames
+
+
+def _size(frame: "VideoFrame") -> tuple[int, int]:
+    """Return the width and height of a frame as it is shown."""
+    return (frame.height, frame.width) if _quarters(frame) % 2 else (frame.width, frame.height)
+
+
+def _picture(frame: "VideoFrame", size: tuple[int, int]) -> _Picture:
+    """Convert a frame to RGB, turned as it is shown and scaled to a width and height."""
+    quarters = _quarters(frame)
+    width, height = size[::-1] if quarters % 2 else size
+    # By default PyAV starts a thread a core for each frame.
+    array = frame.reformat(width=width, height=height, format="rgb24", threads=1).to_ndarray()
+    return np.rot90(array, quarters)
+
+
+def _quarters(frame: "VideoFrame") -> int:
+    return round(frame.rotation / 90) % 4
+
+
+def _clip(pictures: dict[int, _Picture], wanted: Sequence[int]) -> Tensor:
+    frames = np.stack([pictures[number] for number in wanted])
+    return torch.from_numpy(frames).permute(0, 3, 1, 2)
+
+
+def _wanted(choose: Choose, n_frames: int) -> list[int]:
+    wanted = [int(number) for number in choose(n_frames)]
+    if not wanted or min(wanted) < 0 or max(wanted) >= n_frames:
+        raise ValueError(f"choose({n_frames}) returned {wanted}, not frame numbers from 0 to {n_frames - 1}")
+    return wanted
+
+
+def _unreadable(path: str, reason: str) -> VideoError:
+    return VideoError(f"cannot read the video {path}: {reason}; remove it from the manifest or replace it")
+
+
+def _not_installed(package: str) -> UserError:
+    return UserError(
+        f"decoder {package!r} needs the package {package}, which cannot be imported: install it, or use 'auto'"
+    )
+
+
+_READERS: dict[str, Callable[[str, bytes, Choose], Tensor]] = {
+    "auto": _read_auto,
+    "decord": _read_decord,
+    "pyav": _read_pyav,
+    "torchcodec": _read_torchcodec,
+}

@@ -1,0 +1,92 @@
+"""What is counted over episodes, as torchmetrics metrics.
+
+States are integers, so that sums over ranks are exact: any number of ranks gives the same accuracy, bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+# Two-sided 95 % of a normal distribution, as the field reports it.
+Z_95 = 1.96
+
+
+class EpisodeAccuracy(Metric):
+    """Mean accuracy over episodes with its 95 % interval, ``1.96 σ / √n`` over the per-episode accuracies.
+
+    σ is the population's, as in the published evaluations. All episodes have the same number of queries.
+    """
+
+    full_state_update = False
+    correct: Tensor
+    correct_squared: Tensor
+    episodes: Tensor
+    n_queries: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        for name in ("correct", "correct_squared", "episodes"):
+            self.add_state(name, torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+        # The largest, since a rank without episodes has seen none.
+        self.add_state("n_queries", torch.zeros((), dtype=torch.long), dist_reduce_fx="max")
+
+    def update(self, correct: Tensor) -> None:
+        """Count episodes.
+
+        Args:
+            correct: bool ``(episodes, n_queries)``, which queries were classified rightly.
+
+        Raises:
+            ValueError: episodes of another number of queries than before.
+        """
+        n_queries = correct.shape[-1]
+        if self.n_queries not in (0, n_queries):
+            raise ValueError(f"episodes of {n_queries} queries after episodes of {int(self.n_queries)}")
+        counts = correct.long().sum(-1)
+        self.correct += counts.sum()
+        self.correct_squared += counts.square().sum()
+        self.episodes += counts.numel()
+        self.n_queries.fill_(n_queries)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Float64 ``accuracy`` and ``interval`` (the half-width), both shares of 1; not a number without episodes."""
+        n, q = int(self.episodes), int(self.n_queries)
+        if n == 0:
+            nothing = torch.tensor(math.nan, dtype=torch.float64)
+            return {"accuracy": nothing, "interval": nothing.clone()}
+        # Exact integers until the last division: n Σc² − (Σc)² is n² times the variance of the counts.
+        scatter = n * int(self.correct_squared) - int(self.correct) ** 2
+        interval = Z_95 * math.sqrt(scatter) / n / q / math.sqrt(n)
+        values = {"accuracy": int(self.correct) / (n * q), "interval": interval}
+        return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
+
+
+class Share(Metric):
+    """The share of things of which something is true."""
+
+    full_state_update = False
+    hits: Tensor
+    total: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        for name in ("hits", "total"):
+            self.add_state(name, torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, hits: Tensor) -> None:
+        """Count.
+
+        Args:
+            hits: bool, any shape.
+        """
+        self.hits += hits.sum()
+        self.total += hits.numel()
+
+    def compute(self) -> Tensor:
+        """Float64; not a number where nothing was counted."""
+        return torch.tensor(int(self.hits) / int(self.total) if self.total else math.nan, dtype=torch.float64)

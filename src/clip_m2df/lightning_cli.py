@@ -1,0 +1,152 @@
+"""``fit``, ``validate`` and ``test`` through one LightningCLI."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning
+from jsonargparse import ArgumentError, Namespace
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from clip_m2df.data.datamodule import EpisodeDataModule
+from clip_m2df.errors import UserError
+from clip_m2df.module import CLIPM2DF, checkpoint_options
+
+CHECKPOINTS = "checkpoints"
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """Keeps the best checkpoint on val and the last one, under stable names in ``<run folder>/checkpoints``.
+
+    Args:
+        monitor: the metric that tells which is best.
+        mode: whether the best is the largest (``max``) or the smallest (``min``).
+    """
+
+    def __init__(self, monitor: str = "val/accuracy", mode: str = "max") -> None:
+        super().__init__(
+            filename="best", monitor=monitor, mode=mode, save_top_k=1, save_last=True, enable_version_counter=False
+        )
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Find the folder: that of the run, not that of a logger, which is another each time."""
+        self.dirpath = os.path.join(trainer.default_root_dir, CHECKPOINTS)
+        super().setup(trainer, pl_module, stage)
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Keep the last step, also where no validation followed it."""
+        super().on_train_end(trainer, pl_module)
+        if not trainer.fast_dev_run and self._last_global_step_saved != trainer.global_step:
+            trainer.save_checkpoint(os.path.join(str(self.dirpath), "last.ckpt"))
+
+
+class RunConfig(SaveConfigCallback):
+    """Writes the configuration of a run into its folder, not beside a logger's files."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **(kwargs | {"save_to_log_dir": False}))
+
+    def save_config(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Write ``<run folder>/config.yaml``, for ``fit`` only."""
+        if stage == "fit":
+            folder = Path(trainer.default_root_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            text = self.parser.dump(self.config, skip_none=False)
+            (folder / "config.yaml").write_text(text, encoding="utf-8")
+
+
+class CLI(LightningCLI):
+    """The trainer's commands for :class:`CLIPM2DF` and :class:`EpisodeDataModule`.
+
+    Args:
+        args: a command and its options.
+    """
+
+    def __init__(self, args: Sequence[str]) -> None:
+        self.args = list(args)
+        super().__init__(
+            CLIPM2DF,
+            EpisodeDataModule,
+            save_config_callback=RunConfig,
+            seed_everything_default=0,
+            trainer_defaults={"default_root_dir": "runs"},
+            parser_kwargs={"exit_on_error": False} | {c: {"exit_on_error": False} for c in self.subcommands()},
+            # Otherwise any `optimizer:` group would replace the model's own two learning rates.
+            auto_configure_optimizers=False,
+            # Otherwise checkpoints made here could be loaded by the command line only.
+            load_from_checkpoint_support=False,
+            args=self.args,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The commands, and what of the Trainer's methods is not an option."""
+        return {
+            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
+            "validate": {"model", "dataloaders", "datamodule"},
+            "test": {"model", "dataloaders", "datamodule"},
+        }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the options of :class:`RunCheckpoint`."""
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, without LightningCLI's warning about arguments that don't come from ``sys.argv``."""
+        self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: LightningCLI would let a checkpoint's options win silently. See `_take_options_from`."""
+
+    def before_instantiate_classes(self) -> None:
+        """Find the checkpoint and take the model's options from it.
+
+        Raises:
+            UserError: there is no such checkpoint, an option contradicts it, or a run would overwrite another.
+        """
+        config = self.config[self.subcommand]
+        folder = Path(config.trainer.default_root_dir or ".") / CHECKPOINTS
+        if config.ckpt_path is None:
+            if self.subcommand == "fit" and (folder / "last.ckpt").exists() and not config.trainer.fast_dev_run:
+                raise UserError(
+                    f"the run folder {folder.parent} holds a run already: go on with it by --ckpt_path last, or give"
+                    " another --trainer.default_root_dir"
+                )
+            return
+        if config.ckpt_path in ("last", "best"):
+            config.ckpt_path = str(folder / f"{config.ckpt_path}.ckpt")
+        self._take_options_from(config)
+
+    def _take_options_from(self, config: Namespace) -> None:
+        saved = checkpoint_options(config.ckpt_path)
+        given = self.parser.parse_args(self.args, defaults=False)[self.subcommand].get("model") or Namespace()
+        for option, value in vars(given).items():
+            if option in saved:
+                kept = saved[option]["source"] if option == "backbone" else saved[option]
+                value = value.as_dict() if isinstance(value, Namespace) else value
+                if value != kept:
+                    raise UserError(
+                        f"model.{option} is {value!r}, but {kept!r} in {config.ckpt_path}: a checkpoint keeps the"
+                        " options that it was trained with; leave it out"
+                    )
+        for option, value in saved.items():
+            config.model[option] = value
+
+
+def run(args: Sequence[str]) -> None:
+    """Run ``fit``, ``validate`` or ``test``.
+
+    Raises:
+        UserError: whatever a person can mend in the options.
+    """
+    try:
+        CLI(args)
+    except ArgumentError as error:
+        raise UserError(f"{error}\n(clip-m2df {args[0]} --help explains the options)") from error
+    except MisconfigurationException as error:
+        raise UserError(str(error)) from error

@@ -1,0 +1,337 @@
+"""CLIPM2DF: the LightningModule around :class:`clip_m2df.nn.m2df.M2DF`; steps, metrics, optimiser, schedule."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import MeanMetric
+
+from clip_m2df.episode import Episode
+from clip_m2df.errors import UserError
+from clip_m2df.evaluation.metrics import EpisodeAccuracy, Share
+from clip_m2df.nn import heads
+from clip_m2df.nn.backbone import CLIPBackbone
+from clip_m2df.nn.m2df import M2DF, HeadOutput, check_weights
+from clip_m2df.nn.prompts import DEFAULT_TEMPLATE, Selection
+
+# Options that a person changes at evaluation. They stay out of the checkpoint, so that what is asked for wins.
+EVALUATION_OPTIONS = ("selection", "text_fusion")
+
+
+class CLIPM2DF(lightning.LightningModule):
+    """CLIP-M²DF for a Lightning Trainer (Guo et al., arXiv 2401.08345).
+
+    Takes batches of :class:`clip_m2df.episode.Episode`, from :class:`clip_m2df.EpisodeDataModule` or any other data
+    module. Its checkpoints are enough: towers' configuration, tokenizer and preprocessing are in them.
+
+    Args:
+        backbone: CLIP's weights: a name on the hub or a folder in transformers' format (ViT), a file in OpenAI's
+            layout, ``rn50`` for the public ResNet-50, ``tiny`` for the small CLIP that comes with the package.
+        head: what scores the queries: ``m2df``, or the class path of another head.
+        head_options: options of the head; for ``m2df`` those of :class:`clip_m2df.nn.m2df.M2DFHead`.
+        template: the prompt, with ``{}`` where the class goes.
+        freeze_backbone: train the head alone.
+        freeze_batch_norm: keep the batch norm of a ResNet tower at its running statistics, in training too.
+            Note: the published code does so until its first evaluation only, and changes its model half-way.
+        lr: peak learning rate of Adam, for the head.
+        backbone_lr: the same for the visual tower; ``lr`` by default.
+        weight_decay: Adam's.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        warmup_start: the share of the peak at which it starts.
+        milestones: optimiser steps after which it is multiplied by ``gamma``.
+        gamma: see ``milestones``.
+        match_weight: λ of the classification loss, a sum over the queries.
+        distill_weight: λ of the distillation term.
+        class_weight: λ of the class-text loss over all classes of the split, a sum over support and query videos; off
+            at 0, as published.
+        selection: how PPS picks at evaluation: ``argmax``, ``sample`` or ``expectation``.
+        text_fusion: β of ``p = p_text^β · p_visual^(1−β)`` at evaluation, the text's probabilities from the class
+            logits of the episode's classes; 0 leaves the text out.
+
+    Raises:
+        UserError: an option out of its range, weights that can't be had, a head that does not exist.
+    """
+
+    def __init__(
+        self,
+        backbone: str | dict[str, Any] = "openai/clip-vit-base-patch16",
+        head: str = "m2df",
+        head_options: dict[str, Any] | None = None,
+        template: str = DEFAULT_TEMPLATE,
+        freeze_backbone: bool = False,
+        freeze_batch_norm: bool = True,
+        lr: float = 1e-6,
+        backbone_lr: float | None = None,
+        weight_decay: float = 0.0,
+        warmup_steps: int = 0,
+        warmup_start: float = 0.1,
+        milestones: list[int] | None = None,
+        gamma: float = 0.1,
+        match_weight: float = 1.0,
+        distill_weight: float = 1.0,
+        class_weight: float = 0.0,
+        selection: Selection = "argmax",
+        text_fusion: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if lr <= 0:
+            raise UserError(f"lr is {lr}; it must be positive")
+        if not 0 <= text_fusion <= 1:
+            raise UserError(f"text_fusion is {text_fusion}; it must be between 0 and 1")
+        if warmup_steps < 0 or not 0 < warmup_start <= 1:
+            raise UserError(
+                f"warmup_steps {warmup_steps} must not be negative, and warmup_start {warmup_start} between 0 and 1"
+            )
+        # What is asked of the head is checked before a tower is loaded, which takes longer.
+        options = dict(head_options or {})
+        if "selection" in options:
+            raise UserError(
+                "head_options: selection is an option of the model itself, --model.selection; move it there"
+            )
+        if "selection" in heads.options_of(heads.head_class(head)):
+            options["selection"] = selection
+        tower = (
+            CLIPBackbone.from_description(backbone) if isinstance(backbone, Mapping) else CLIPBackbone.load(backbone)
+        )
+        tower.freeze_batch_norm = freeze_batch_norm
+        self.model = M2DF(tower, heads.build_head(head, {"dim": tower.dim, **options}), template, freeze_backbone)
+        if not class_weight and isinstance(scale := getattr(self.model.head, "scale", None), nn.Parameter):
+            # Without its loss it has no gradient, which DDP would wait for.
+            scale.requires_grad_(False)
+
+        self.lr = lr
+        self.backbone_lr = lr if backbone_lr is None else backbone_lr
+        self.weight_decay = weight_decay
+        self.warmup_steps = warmup_steps
+        self.warmup_start = warmup_start
+        self.milestones = sorted(milestones or [])
+        self.gamma = gamma
+        self.match_weight = match_weight
+        self.distill_weight = distill_weight
+        self.class_weight = class_weight
+        self.text_fusion = text_fusion
+        self.save_hyperparameters(
+            {
+                # The tower's name; its description, of megabytes, goes into checkpoints only, not into logs.
+                "backbone": tower.source,
+                "head": head,
+                "head_options": head_options,
+                "template": template,
+                "freeze_backbone": freeze_backbone,
+                "freeze_batch_norm": freeze_batch_norm,
+                "lr": lr,
+                "backbone_lr": backbone_lr,
+                "weight_decay": weight_decay,
+                "warmup_steps": warmup_steps,
+                "warmup_start": warmup_start,
+                "milestones": milestones,
+                "gamma": gamma,
+                "match_weight": match_weight,
+                "distill_weight": distill_weight,
+                "class_weight": class_weight,
+            }
+        )
+        self.metrics = nn.ModuleDict({f"{stage}_metrics": _stage_metrics() for stage in ("train", "val", "test")})
+
+    # ---------------------------------------------------------------------------------------------- use
+
+    def forward(self, episode: Episode) -> HeadOutput:
+        """Score the queries of a batch of episodes."""
+        table = self.encode_prompts(episode["class_names"])
+        support, query = self._features(episode)
+        return self._head(support, query, table[episode["class_indices"]], episode)
+
+    def encode_prompts(self, class_names: Sequence[str]) -> Tensor:
+        """The prompt table ``(n_classes, dim)`` of any class names, new ones too."""
+        return self.model.encode_prompts(class_names)
+
+    # ------------------------------------------------------------------------------------------- steps
+
+    def training_step(self, batch: Episode, batch_idx: int) -> Tensor:
+        """Loss of a batch, a mean over its episodes."""
+        return self._step(batch, "train")
+
+    def validation_step(self, batch: Episode, batch_idx: int) -> None:
+        """Count a batch of validation episodes."""
+        self._step(batch, "val")
+
+    def test_step(self, batch: Episode, batch_idx: int) -> None:
+        """Count a batch of test episodes."""
+        self._step(batch, "test")
+
+    def _step(self, batch: Episode, stage: str) -> Tensor:
+        labels = batch["query_labels"]
+        table = self.encode_prompts(batch["class_names"])
+        prompts = table[batch["class_indices"]]
+        support, query = self._features(batch)
+        output = self._head(support, query, prompts, batch)
+
+        # L = λ_match Σ_q CE + λ_distill L_distill + λ_class Σ CE, sums within an episode, a mean over episodes
+        match = F.cross_entropy(output.logits.flatten(0, 1), labels.flatten(), reduction="sum") / len(labels)
+        distill = output.distillation_loss.mean()
+        losses = {"match": match, "distill": distill}
+        loss = self.match_weight * match + self.distill_weight * distill
+        if self.class_weight:
+            losses["class"] = self._class_loss(support, query, prompts, table, batch)
+            loss = loss + self.class_weight * losses["class"]
+        losses["total"] = loss
+
+        probabilities = output.logits.softmax(-1)
+        if stage != "train" and self.text_fusion:
+            probabilities = self._fuse_text(output, support, query, prompts)
+        self._count(stage, output, probabilities.argmax(-1) == labels, labels, losses)
+        return loss
+
+    def _features(self, batch: Episode) -> tuple[Tensor, Tensor]:
+        return self.model.encode_frames(batch["support"]), self.model.encode_frames(batch["query"])
+
+    def _head(self, support: Tensor, query: Tensor, prompts: Tensor, batch: Episode) -> HeadOutput:
+        output: HeadOutput = self.model.head(support, query, prompts, batch.get("draws"))
+        return output
+
+    def _class_loss(self, support: Tensor, query: Tensor, prompts: Tensor, table: Tensor, batch: Episode) -> Tensor:
+        classes = batch["class_indices"]
+        of_support, of_query = self.model.head.class_logits(support, query, prompts, table)
+        support_classes = classes.unsqueeze(-1).expand(of_support.shape[:-1])
+        query_classes = classes.gather(1, batch["query_labels"])
+        logits = torch.cat((of_support.flatten(0, -2), of_query.flatten(0, -2)))
+        targets = torch.cat((support_classes.flatten(), query_classes.flatten()))
+        return F.cross_entropy(logits, targets, reduction="sum") / len(classes)
+
+    def _fuse_text(self, output: HeadOutput, support: Tensor, query: Tensor, prompts: Tensor) -> Tensor:
+        """``p_text^β · p_visual^(1−β)``, not normalised (CLIP-FSAR's evaluation)."""
+        text = self.model.head.class_logits(support, query, prompts, prompts)[1].log_softmax(-1)
+        visual = output.logits.log_softmax(-1)
+        return (self.text_fusion * text + (1 - self.text_fusion) * visual).exp()
+
+    # ----------------------------------------------------------------------------------------- metrics
+
+    def _count(
+        self, stage: str, output: HeadOutput, correct: Tensor, labels: Tensor, losses: Mapping[str, Tensor]
+    ) -> None:
+        metrics = self.metrics[f"{stage}_metrics"]
+        metrics["accuracy"].update(correct)
+        metrics["pps_accuracy"].update(output.prompt_indices == labels)
+        if len(output.distances) == 2:
+            local, global_ = (d.argmin(-1) for d in output.distances.values())
+            metrics["view_agreement"].update(local == global_)
+            metrics["local_to_global"].update(output.distillation.local_to_global)
+            metrics["global_to_local"].update(output.distillation.global_to_local)
+        for name, value in losses.items():
+            metrics[f"loss_{name}"].update(value.detach(), weight=len(labels))
+
+    def _log_metrics(self, stage: str) -> None:
+        """Log what has been counted since the last time, and start anew."""
+        for name, metric in self.metrics[f"{stage}_metrics"].items():
+            if metric.update_called:
+                value = metric.compute()
+                values = value if isinstance(value, dict) else {name: value}
+                for key, number in values.items():
+                    # Already the sum over all ranks.
+                    self.log(
+                        f"{stage}/{key.replace('loss_', 'loss/')}",
+                        number.float(),
+                        prog_bar=key in ("accuracy", "interval", "loss_total"),
+                        rank_zero_only=False,
+                        sync_dist=False,
+                    )
+            metric.reset()
+
+    def on_train_batch_end(self, outputs: Any, batch: Episode, batch_idx: int) -> None:
+        """Log over whole optimiser steps, as often as the Trainer logs."""
+        stepped = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
+        if stepped and self.trainer.global_step % self.trainer.log_every_n_steps == 0:
+            self._log_metrics("train")
+
+    def on_validation_epoch_end(self) -> None:
+        """Log what the validation counted."""
+        self._log_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log what the test counted."""
+        self._log_metrics("test")
+
+    # --------------------------------------------------------------------------------------- optimiser
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """Adam, a learning rate each for head and tower; linear warm-up, then steps; counted in optimiser steps."""
+        tower = [p for p in self.model.backbone.parameters() if p.requires_grad]
+        head = [p for p in self.model.head.parameters() if p.requires_grad]
+        groups = [{"params": head, "lr": self.lr, "name": "head"}] if head else []
+        if tower:
+            groups.append({"params": tower, "lr": self.backbone_lr, "name": "backbone"})
+        if not groups:
+            raise UserError("nothing to train: the tower is frozen and the head has no parameters; use test")
+        optimizer = torch.optim.Adam(groups, weight_decay=self.weight_decay)
+        scheduler = LambdaLR(optimizer, self._lr_factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _lr_factor(self, step: int) -> float:
+        """Share of the peak learning rate at an optimiser step."""
+        if step < self.warmup_steps:
+            return self.warmup_start + (1 - self.warmup_start) * step / self.warmup_steps
+        return float(self.gamma ** sum(step >= milestone for milestone in self.milestones))
+
+    # ------------------------------------------------------------------------------------- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put the towers' description in the place of their name: a checkpoint needs no network and no files."""
+        hparams = dict(checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}))
+        hparams["backbone"] = self.model.backbone.description()
+        checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = hparams
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse weights that are not this model's.
+
+        Raises:
+            UserError: names the first weights that are missing, unknown or of another shape.
+        """
+        check_weights(self, checkpoint["state_dict"], "a checkpoint of this model")
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> CLIPM2DF:
+        """Load a model with its options, tower, tokenizer and preprocessing; needs no network.
+
+        Args:
+            checkpoint_path: the file.
+            *args: see ``lightning.LightningModule.load_from_checkpoint``.
+            **kwargs: the same; options of the model among them win over the checkpoint's.
+
+        Raises:
+            UserError: there is no such file, or it is no checkpoint of this model.
+        """
+        checkpoint_options(checkpoint_path)
+        loaded: CLIPM2DF = super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        return loaded
+
+
+def checkpoint_options(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The model options in a checkpoint, read without its weights and without executing anything in it.
+
+    Raises:
+        UserError: there is no such file, or it is no checkpoint of :class:`CLIPM2DF`.
+    """
+    if not os.path.isfile(path):
+        raise UserError(f"checkpoint {path}: no such file; give the path of a .ckpt file that fit wrote")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        options = checkpoint[CLIPM2DF.CHECKPOINT_HYPER_PARAMS_KEY]
+        is_ours = isinstance(options["backbone"], dict) and "head" in options
+    except Exception as error:  # torch.load raises whatever the bytes happen to provoke
+        raise UserError(f"{path} is not a readable CLIPM2DF checkpoint; give a .ckpt file that fit wrote") from error
+    if not is_ours:
+        raise UserError(f"{path} is a checkpoint of another model; give one that clip-m2df fit or CLIPM2DF wrote")
+    return dict(options)
+
+
+def _stage_metrics() -> nn.ModuleDict:
+    counts = {name: Share() for name in ("pps_accuracy", "view_agreement", "local_to_global", "global_to_local")}
+    losses = {f"loss_{name}": MeanMetric() for name in ("total", "match", "distill", "class")}
+    return nn.ModuleDict({"accuracy": EpisodeAccuracy(), **counts, **losses})

@@ -1,0 +1,68 @@
+"""Heads by name: what classifies the queries of an episode, on frame features and prompt embeddings.
+
+A head has the interface of :class:`clip_m2df.nn.m2df.M2DFHead`: keyword options with ``dim`` among them,
+``head(support, query, prompts, draws)`` that returns a :class:`clip_m2df.nn.m2df.HeadOutput`, and ``class_logits``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from clip_m2df.errors import UserError
+
+HEADS = {"m2df": "clip_m2df.nn.m2df.M2DFHead"}
+
+
+def head_class(name: str) -> type[nn.Module]:
+    """The class of a head.
+
+    Args:
+        name: a key of ``HEADS``, or a class path ``package.module.Class``.
+
+    Raises:
+        UserError: there is no such head, or it is not a ``torch.nn.Module``.
+    """
+    path = HEADS.get(name, name)
+    module, _, attribute = path.rpartition(".")
+    if not module:
+        raise UserError(
+            f"head: {name!r} is neither one of {', '.join(HEADS)} nor a class path like package.module.Class"
+        )
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"head: {name!r} can't be imported ({error}); check the class path") from error
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise UserError(f"head: {name!r} is not a class derived from torch.nn.Module")
+    return found
+
+
+def build_head(name: str, options: Mapping[str, Any]) -> nn.Module:
+    """Make a head.
+
+    Args:
+        name: see :func:`head_class`.
+        options: keyword options of the class.
+
+    Raises:
+        UserError: an option that the class doesn't have, with the nearest that it has.
+    """
+    cls = head_class(name)
+    known = options_of(cls)
+    for option in options:
+        if option not in known:
+            near = difflib.get_close_matches(option, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
+            raise UserError(f"head_options: {cls.__name__} has no option {option!r}; {hint}")
+    return cls(**options)
+
+
+def options_of(cls: type[nn.Module]) -> tuple[str, ...]:
+    """Names of the options of a head's class."""
+    return tuple(inspect.signature(cls).parameters)

@@ -1,0 +1,38 @@
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+
+def save_tokenizer(folder: Path, letters: Iterable[str], words: Iterable[str] = ()) -> int:
+    """Save a tokenizer in CLIP's manner that knows the letters, the merge "c a" and further words; its size."""
+    from transformers import CLIPTokenizer
+
+    letters = sorted(letters)
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "ca", *words, "<|startoftext|>", "<|endoftext|>"]
+    merges: Any = [("c", "a")]  # declared as strings, read as pairs
+    CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges).save_pretrained(folder)
+    return len(tokens)
+
+
+@pytest.fixture(scope="session")
+def tiny_clip_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP in transformers' format, with random weights: 32 x 32 images, 16 tokens, embeddings of 32."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPConfig, CLIPModel
+
+    folder = tmp_path_factory.mktemp("tiny_clip")
+    vocab_size = save_tokenizer(folder, ByteLevel.alphabet())
+    tower = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {"vocab_size": vocab_size, "max_position_embeddings": 16, "bos_token_id": vocab_size - 2}
+    config = CLIPConfig(
+        text_config={**tower, **text, "eos_token_id": vocab_size - 1},
+        vision_config={**tower, "image_size": 32, "patch_size": 8},
+        projection_dim=32,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        CLIPModel(config).save_pretrained(folder)
+    return folder

@@ -1,0 +1,89 @@
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from clip_m2df.nn.matching import cosine, frame_costs, otam
+from tests.nn import references
+
+
+def random_costs(*shape: int, seed: int = 0) -> Tensor:
+    return 2 * torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_cosine_equals_the_definition_pair_by_pair() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 3, 5, generator=generator), torch.randn(2, 4, 5, generator=generator)
+    expected = [[[references.cosine(a, b) for b in y[batch].tolist()] for a in x[batch].tolist()] for batch in range(2)]
+    torch.testing.assert_close(cosine(x, y), torch.tensor(expected))
+
+
+def test_cosine_is_finite_with_finite_gradients_at_zero_vectors_and_large_halves() -> None:
+    zero = torch.zeros(1, 4, requires_grad=True)
+    value = cosine(zero, torch.ones(1, 4))
+    value.sum().backward()
+    assert value.item() == 0
+    assert zero.grad is not None
+    assert zero.grad.isfinite().all()
+    large = torch.full((1, 4), 226.0, dtype=torch.float16)  # norm 452: its square overflows float16
+    assert cosine(large, large).item() == pytest.approx(1, abs=1e-5)
+    assert cosine(large, large).dtype == torch.float32
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 4), (4, 1), (2, 2), (8, 8), (5, 9), (9, 5)])
+@pytest.mark.parametrize("single_direction", [True, False])
+def test_otam_equals_the_loop(shape: tuple[int, int], single_direction: bool) -> None:
+    costs = random_costs(3, 2, *shape)
+    expected = references.otam_of(costs, single_direction=single_direction)
+    distances = otam(costs, single_direction=single_direction)
+    torch.testing.assert_close(distances.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_otam_by_hand() -> None:
+    # One row: every column is aligned with it. One column: the soft minimum of the ways to enter and leave it.
+    assert otam(torch.tensor([[1.0, 2.0, 4.0]]), single_direction=True).item() == pytest.approx(7)
+    first = 3.0
+    entered = 1 - 0.5 * math.log(2 + math.exp(-first / 0.5))
+    expected = -0.5 * math.log(2 * math.exp(-first / 0.5) + math.exp(-entered / 0.5))
+    assert otam(torch.tensor([[3.0], [1.0]]), single_direction=True).item() == pytest.approx(expected)
+
+
+def test_otam_skips_leading_and_trailing_rows() -> None:
+    # The second sequence is the middle of the first: aligning it costs nothing where rows may be skipped.
+    costs = 2 - 2 * torch.eye(9)[:, 3:6]
+    aligned = otam(costs, single_direction=True, smoothing=1e-3)
+    assert aligned.item() == pytest.approx(0, abs=1e-2)
+    assert otam(costs.T, single_direction=True, smoothing=1e-3).item() > 5
+
+
+def test_otam_gradient_equals_the_numerical_one() -> None:
+    costs = random_costs(2, 4, 4).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda c: otam(c), (costs,))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("frames", "scale"), [(8, 1.0), (32, 1.0), (64, 1.0), (64, 0.0), (64, 100.0)])
+def test_otam_under_autocast_is_within_a_thousandth_of_float64(dtype: torch.dtype, frames: int, scale: float) -> None:
+    # Scale 0: no cost at all; 100: every cost at its largest.
+    costs = (scale * random_costs(2, frames, frames, seed=frames)).clamp(0, 2)
+    for given in (costs, costs.to(dtype)):
+        leaf = given.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=dtype):
+            distances = otam(leaf)
+        distances.sum().backward()
+        assert distances.dtype == torch.float32
+        assert leaf.grad is not None
+        assert leaf.grad.isfinite().all()
+        assert (distances.double() - references.otam_of(given)).abs().max() < 1e-3
+
+
+def test_frame_costs_pair_every_query_with_every_prototype() -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, prototype = torch.randn(2, 3, 4, 8, generator=generator), torch.randn(2, 5, 6, 8, generator=generator)
+    costs = frame_costs(query, prototype)
+    assert costs.shape == (2, 3, 5, 4, 6)
+    for b, q, c, i, j in itertools.product(range(2), (0, 2), (1, 4), (0, 3), (2, 5)):
+        expected = 1 - references.cosine(query[b, q, i].tolist(), prototype[b, c, j].tolist())
+        assert costs[b, q, c, i, j].item() == pytest.approx(expected, abs=1e-6)

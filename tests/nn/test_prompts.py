@@ -1,0 +1,82 @@
+import pytest
+import torch
+
+from clip_m2df.errors import UserError
+from clip_m2df.nn.prompts import draw_classes, fill_template, prompt_probabilities, prompt_scores, select_prompts
+from tests.nn import references
+
+
+def features(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("frames", "top_k"), [(8, 4), (3, 4), (5, 1)])
+def test_probabilities_equal_the_loop(frames: int, top_k: int) -> None:
+    query, prompts = features(2, 6, frames, 16), features(2, 3, 16, seed=1)
+    probabilities = prompt_probabilities(prompt_scores(query, prompts, top_k))
+    expected = [references.prompt_probabilities(query[b], prompts[b], top_k) for b in range(2)]
+    torch.testing.assert_close(probabilities, torch.tensor(expected), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_probabilities_ignore_the_autocast(dtype: torch.dtype) -> None:
+    query, prompts = features(6, 8, 16), features(3, 16, seed=1)
+    with torch.autocast("cpu", dtype=dtype):
+        under = prompt_probabilities(prompt_scores(query, prompts))
+    assert torch.equal(under, prompt_probabilities(prompt_scores(query, prompts)))
+
+
+def test_draws_invert_the_cumulative_sum() -> None:
+    generator = torch.Generator().manual_seed(0)
+    probabilities = torch.rand(200, 5, generator=generator).pow(8)
+    probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+    draws = torch.rand(200, generator=generator)
+    expected = [references.draw(p, u) for p, u in zip(probabilities.tolist(), draws.tolist(), strict=True)]
+    assert draw_classes(probabilities, draws).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "uniform", "drawn"),
+    [
+        ([0.25, 0.0, 0.75], 0.0, 0),
+        ([0.25, 0.0, 0.75], 0.25, 2),
+        ([0.0, 0.5, 0.5], 0.0, 1),
+        ([0.5, 0.5, 0.0], 1 - 2**-24, 1),
+        ([1e-30, 1.0, 0.0], 1 - 2**-24, 1),
+    ],
+)
+def test_draws_at_the_edges_never_take_an_impossible_class(
+    probabilities: list[float], uniform: float, drawn: int
+) -> None:
+    assert draw_classes(torch.tensor(probabilities), torch.tensor(uniform)).item() == drawn
+
+
+def test_draws_follow_the_probabilities() -> None:
+    draws = torch.rand(20000, generator=torch.Generator().manual_seed(0))
+    counts = draw_classes(torch.tensor([0.1, 0.2, 0.7]).expand(20000, 3), draws).bincount() / 20000
+    torch.testing.assert_close(counts, torch.tensor([0.1, 0.2, 0.7]), atol=0.01, rtol=0)
+
+
+def test_each_selection_picks_what_it_says() -> None:
+    prompts = features(2, 3, 16)
+    probabilities = torch.tensor([[[0.1, 0.6, 0.3], [0.5, 0.2, 0.3]]]).expand(2, 2, 3)
+    likeliest = select_prompts(probabilities, prompts, "argmax")
+    assert likeliest.indices.tolist() == [[1, 0], [1, 0]]
+    assert torch.equal(likeliest.embeddings, torch.stack((prompts[:, 1], prompts[:, 0]), 1))
+    drawn = select_prompts(probabilities, prompts, "sample", torch.tensor([[0.05, 0.95], [0.65, 0.05]]))
+    assert drawn.indices.tolist() == [[0, 2], [1, 0]]
+    assert torch.equal(drawn.embeddings[0], prompts[0, [0, 2]])
+    mean = select_prompts(probabilities, prompts, "expectation")
+    torch.testing.assert_close(mean.embeddings[1, 0], prompts[1].T @ torch.tensor([0.1, 0.6, 0.3]))
+    assert mean.indices.tolist() == [[1, 0], [1, 0]]
+
+
+def test_sampling_without_draws_says_what_makes_them() -> None:
+    with pytest.raises(UserError, match=r"'sample' needs draws.*episode_draws"):
+        select_prompts(torch.full((1, 2), 0.5), features(2, 4), "sample")
+
+
+def test_templates() -> None:
+    assert fill_template("a photo of {}", ["draw sword", "{curly}"]) == ["a photo of draw sword", "a photo of {curly}"]
+    with pytest.raises(UserError, match=r"'a photo' has no \{\}"):
+        fill_template("a photo", ["x"])
