@@ -9,9 +9,9 @@ from typing import Any
 
 import lightning
 from jsonargparse import ArgumentError, Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from clip_m2df.data.datamodule import EpisodeDataModule
 from clip_m2df.errors import UserError
@@ -41,7 +41,8 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Keep the last step, also where no validation followed it."""
         super().on_train_end(trainer, pl_module)
-        if not trainer.fast_dev_run and self._last_global_step_saved != trainer.global_step:
+        dev_run = trainer.fast_dev_run  # type: ignore[attr-defined]
+        if not dev_run and self._last_global_step_saved != trainer.global_step:
             trainer.save_checkpoint(os.path.join(str(self.dirpath), "last.ckpt"))
 
 
@@ -109,7 +110,7 @@ class CLI(LightningCLI):
         Raises:
             UserError: there is no such checkpoint, an option contradicts it, or a run would overwrite another.
         """
-        config = self.config[self.subcommand]
+        config = self.config[str(self.subcommand)]
         folder = Path(config.trainer.default_root_dir or ".") / CHECKPOINTS
         if config.ckpt_path is None:
             if self.subcommand == "fit" and (folder / "last.ckpt").exists() and not config.trainer.fast_dev_run:
@@ -124,11 +125,10 @@ class CLI(LightningCLI):
 
     def _take_options_from(self, config: Namespace) -> None:
         saved = checkpoint_options(config.ckpt_path)
-        given = self.parser.parse_args(self.args, defaults=False)[self.subcommand].get("model") or Namespace()
-        for option, value in vars(given).items():
+        given = self.parser.parse_args(self.args, defaults=False)[str(self.subcommand)].get("model")
+        for option, value in (given.as_dict() if given else {}).items():
             if option in saved:
                 kept = saved[option]["source"] if option == "backbone" else saved[option]
-                value = value.as_dict() if isinstance(value, Namespace) else value
                 if value != kept:
                     raise UserError(
                         f"model.{option} is {value!r}, but {kept!r} in {config.ckpt_path}: a checkpoint keeps the"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import lightning
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
@@ -138,6 +139,7 @@ class CLIPM2DF(lightning.LightningModule):
                 "class_weight": class_weight,
             }
         )
+        # ModuleDict refuses the name "train", a method of its own.
         self.metrics = nn.ModuleDict({f"{stage}_metrics": _stage_metrics() for stage in ("train", "val", "test")})
 
     # ---------------------------------------------------------------------------------------------- use
@@ -216,7 +218,7 @@ class CLIPM2DF(lightning.LightningModule):
     def _count(
         self, stage: str, output: HeadOutput, correct: Tensor, labels: Tensor, losses: Mapping[str, Tensor]
     ) -> None:
-        metrics = self.metrics[f"{stage}_metrics"]
+        metrics = self._metrics_of(stage)
         metrics["accuracy"].update(correct)
         metrics["pps_accuracy"].update(output.prompt_indices == labels)
         if len(output.distances) == 2:
@@ -227,9 +229,12 @@ class CLIPM2DF(lightning.LightningModule):
         for name, value in losses.items():
             metrics[f"loss_{name}"].update(value.detach(), weight=len(labels))
 
+    def _metrics_of(self, stage: str) -> dict[str, Any]:
+        return dict(cast(nn.ModuleDict, self.metrics[f"{stage}_metrics"]).items())
+
     def _log_metrics(self, stage: str) -> None:
         """Log what has been counted since the last time, and start anew."""
-        for name, metric in self.metrics[f"{stage}_metrics"].items():
+        for name, metric in self._metrics_of(stage).items():
             if metric.update_called:
                 value = metric.compute()
                 values = value if isinstance(value, dict) else {name: value}
@@ -247,7 +252,7 @@ class CLIPM2DF(lightning.LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Episode, batch_idx: int) -> None:
         """Log over whole optimiser steps, as often as the Trainer logs."""
         stepped = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
-        if stepped and self.trainer.global_step % self.trainer.log_every_n_steps == 0:
+        if stepped and self.trainer.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._log_metrics("train")
 
     def on_validation_epoch_end(self) -> None:
@@ -260,7 +265,7 @@ class CLIPM2DF(lightning.LightningModule):
 
     # --------------------------------------------------------------------------------------- optimiser
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """Adam, a learning rate each for head and tower; linear warm-up, then steps; counted in optimiser steps."""
         tower = [p for p in self.model.backbone.parameters() if p.requires_grad]
         head = [p for p in self.model.head.parameters() if p.requires_grad]

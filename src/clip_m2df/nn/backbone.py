@@ -174,7 +174,7 @@ class CLIPBackbone(nn.Module):
         """
         if isinstance(state_dict_or_file, str):
             file = Path(state_dict_or_file).expanduser()
-            source, state = state_dict_or_file, _read_weights(file)
+            source, state = state_dict_or_file, read_weights(file)
             if tokenizer is None and _has_tokenizer(file.parent):
                 tokenizer = str(file.parent)
         else:
@@ -443,7 +443,7 @@ def _read_transformers_folder(folder: Path, source: str) -> tuple[dict[str, dict
 
     for pattern in ("model*.safetensors", "pytorch_model*.bin"):
         if files := sorted(folder.glob(pattern)):
-            return towers, {key: weight for file in files for key, weight in _read_weights(file).items()}
+            return towers, {key: weight for file in files for key, weight in read_weights(file).items()}
     raise UserError(f"{source} has no weights: neither model.safetensors nor pytorch_model.bin is in the folder")
 
 
@@ -593,8 +593,16 @@ _OPENAI_NAMES = (
 # Files and the hub
 
 
-def _read_weights(file: Path) -> dict[str, Tensor]:
-    """Read a file of named tensors, without running anything that is in it."""
+def read_weights(file: Path, inside: str = "") -> dict[str, Tensor]:
+    """Read a file of named tensors, without running anything that is in it.
+
+    Args:
+        file: `.safetensors`, or what `torch.save` wrote.
+        inside: The key of a training checkpoint under which its weights lie, where it has that key.
+
+    Raises:
+        UserError: The file doesn't exist, is damaged, is a program, or holds something else.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -618,6 +626,8 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle raises nearly anything
         raise UserError(f"{file} is damaged, or holds more than tensors ({error}): fetch it again") from error
+    if isinstance(state, dict):
+        state = state.get(inside, state)
     if not isinstance(state, dict) or not all(isinstance(weight, Tensor) for weight in state.values()):
         raise UserError(f"{file} isn't a plain table of tensors, name by name: save the model's state_dict() alone")
     return state

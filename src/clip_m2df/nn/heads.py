@@ -10,11 +10,14 @@ import difflib
 import importlib
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
 from clip_m2df.errors import UserError
+
+if TYPE_CHECKING:
+    from clip_m2df.nn.m2df import M2DFHead
 
 HEADS = {"m2df": "clip_m2df.nn.m2df.M2DFHead"}
 
@@ -43,7 +46,7 @@ def head_class(name: str) -> type[nn.Module]:
     return found
 
 
-def build_head(name: str, options: Mapping[str, Any]) -> nn.Module:
+def build_head(name: str, options: Mapping[str, Any]) -> M2DFHead:
     """Make a head.
 
     Args:
@@ -60,7 +63,7 @@ def build_head(name: str, options: Mapping[str, Any]) -> nn.Module:
             near = difflib.get_close_matches(option, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
             raise UserError(f"head_options: {cls.__name__} has no option {option!r}; {hint}")
-    return cls(**options)
+    return cast("M2DFHead", cls(**options))  # or what has its interface
 
 
 def options_of(cls: type[nn.Module]) -> tuple[str, ...]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -333,7 +334,7 @@ class M2DF(nn.Module):
     def __init__(
         self,
         backbone: CLIPBackbone,
-        head: nn.Module,
+        head: M2DFHead,
         template: str = DEFAULT_TEMPLATE,
         freeze_backbone: bool = False,
     ) -> None:
@@ -347,7 +348,10 @@ class M2DF(nn.Module):
         if backbone.text is not None:
             backbone.text.requires_grad_(False)
         self._prompt_tables: dict[tuple[str, ...], Tensor] = {}
-        self.register_load_state_dict_post_hook(lambda module, keys: module._prompt_tables.clear())
+        # Other weights, other prompts.
+        self.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
+            lambda module, keys: module._prompt_tables.clear()
+        )
 
     def train(self, mode: bool = True) -> M2DF:
         """Set training mode; a frozen tower stays in eval mode, and so does the text tower always."""
@@ -367,7 +371,8 @@ class M2DF(nn.Module):
             prompts: ``(…, n_way, dim)``, from :meth:`encode_prompts`.
             draws: ``(…, n_queries)``, uniforms in [0, 1) by which PPS samples.
         """
-        return cast(HeadOutput, self.head(self.encode_frames(support), self.encode_frames(query), prompts, draws))
+        output: HeadOutput = self.head(self.encode_frames(support), self.encode_frames(query), prompts, draws)
+        return output
 
     def encode_frames(self, frames: Tensor) -> Tensor:
         """Features of uint8 ``frames (…, 3, height, width)``: ``(…, dim)``, not L2-normalised."""
@@ -405,10 +410,7 @@ class M2DF(nn.Module):
         """
         from clip_m2df.nn.backbone import CLIPBackbone, read_weights
 
-        state = read_weights(os.fspath(file))
-        state = state.get("model_state_dict", state)
-        if not isinstance(state, Mapping):
-            raise UserError(f"{file} is not a published CLIP-M²DF checkpoint: its model_state_dict holds no weights")
+        state = read_weights(Path(file), inside="model_state_dict")
         tower = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
         if not tower:
             raise UserError(f"{file} holds no tower under backbone.*; M2DFHead.from_published reads a head alone")

@@ -55,7 +55,8 @@ def cosine(x: Tensor, y: Tensor) -> Tensor:
     """
     # norm, not sqrt(Σx²): the latter's gradient at a zero vector is not a number.
     norms = x.norm(dim=-1).unsqueeze(-1) * y.norm(dim=-1).unsqueeze(-2)
-    return x @ y.transpose(-1, -2) / (norms + COSINE_EPS)
+    products: Tensor = x @ y.transpose(-1, -2)
+    return products / (norms + COSINE_EPS)
 
 
 def frame_costs(query: Tensor, prototype: Tensor) -> Tensor:

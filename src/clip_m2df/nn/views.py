@@ -40,8 +40,8 @@ class LocalTemporalContext(nn.Module):
 
     def forward(self, frames: Tensor) -> Tensor:
         """``(videos, frames, dim)`` to the same."""
-        x = rearrange(frames, "n t d -> n d t")
-        return rearrange(self.conv2(self.conv1(x)), "n d t -> n t d")
+        x: Tensor = self.conv2(self.conv1(rearrange(frames, "n t d -> n d t")))
+        return rearrange(x, "n d t -> n t d")
 
 
 class CausalBlock(nn.Module):
@@ -94,7 +94,7 @@ class GlobalTemporalContext(nn.Module):
                 stacklevel=2,
             )
         # Note: the frame count comes from the shape; the published code has 8 written in.
-        last = self.blocks(rearrange(frames, "n t d -> n d t"))[..., -1]
+        last: Tensor = self.blocks(rearrange(frames, "n t d -> n d t"))[..., -1]
         return frames + rearrange(last, "n d -> n 1 d")
 
 
@@ -129,8 +129,9 @@ class FusionLayer(nn.Module):
             rearrange(part, "n t (h d) -> n h t d", h=self.heads) for part in (self.to_q(x), self.to_k(y), self.to_v(y))
         )
         attended = rearrange(F.scaled_dot_product_attention(q, k, v), "n h t d -> n t (h d)")
-        fused = query + self.to_out(attended)
-        return fused + self.feed_forward(fused)
+        fused: Tensor = query + self.to_out(attended)
+        fused = fused + self.feed_forward(fused)
+        return fused
 
 
 class FusionEncoder(nn.Module):

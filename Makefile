@@ -1,0 +1,28 @@
+# `make demo` and `make test` need Python 3.11 (PYTHON=…) and make; the rest they set up in .venv.
+PYTHON ?= python3.11
+BIN := .venv/bin
+
+.PHONY: demo test check format clean
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[dev]' --constraint constraints.txt
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/clip-m2df demo
+
+test: check
+	$(BIN)/pytest --numprocesses 2 --cov --cov-report term --cov-fail-under 90
+
+check: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .coverage*
