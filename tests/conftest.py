@@ -36,3 +36,20 @@ def tiny_clip_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(0)
         CLIPModel(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A manifest of H.264 videos, 48 x 32 pixels: train 4 classes of 4, val 3 of 3, test 3 of 3; texts for test."""
+    from tests.data import clips
+
+    folder = tmp_path_factory.mktemp("videos")
+    lines = ["path,label,split,text"]
+    for split, n_classes, n_videos in (("train", 4, 4), ("val", 3, 3), ("test", 3, 3)):
+        for c in range(n_classes):
+            for v in range(n_videos):
+                name = f"{split}{c}_{v}.mp4"
+                clips.render(folder / name, n_frames=9 + c + v, size=(48, 32))
+                lines.append(f"{name},{split} class {c},{split},{'' if split != 'test' else f'the text of {c}'}")
+    (folder / "manifest.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder / "manifest.csv"

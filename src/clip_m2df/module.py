@@ -12,11 +12,10 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics import MeanMetric
 
 from clip_m2df.episode import Episode
 from clip_m2df.errors import UserError
-from clip_m2df.evaluation.metrics import EpisodeAccuracy, Share
+from clip_m2df.evaluation.metrics import EpisodeAccuracy, Mean, Share
 from clip_m2df.nn import heads
 from clip_m2df.nn.backbone import CLIPBackbone
 from clip_m2df.nn.m2df import M2DF, HeadOutput, check_weights
@@ -227,7 +226,7 @@ class CLIPM2DF(lightning.LightningModule):
             metrics["local_to_global"].update(output.distillation.local_to_global)
             metrics["global_to_local"].update(output.distillation.global_to_local)
         for name, value in losses.items():
-            metrics[f"loss_{name}"].update(value.detach(), weight=len(labels))
+            metrics[f"loss_{name}"].update(value, len(labels))
 
     def _metrics_of(self, stage: str) -> dict[str, Any]:
         return dict(cast(nn.ModuleDict, self.metrics[f"{stage}_metrics"]).items())
@@ -338,5 +337,5 @@ def checkpoint_options(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _stage_metrics() -> nn.ModuleDict:
     counts = {name: Share() for name in ("pps_accuracy", "view_agreement", "local_to_global", "global_to_local")}
-    losses = {f"loss_{name}": MeanMetric() for name in ("total", "match", "distill", "class")}
+    losses = {f"loss_{name}": Mean() for name in ("total", "match", "distill", "class")}
     return nn.ModuleDict({"accuracy": EpisodeAccuracy(), **counts, **losses})

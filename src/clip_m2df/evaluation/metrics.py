@@ -1,6 +1,7 @@
 """What is counted over episodes, as torchmetrics metrics.
 
-States are integers, so that sums over ranks are exact: any number of ranks gives the same accuracy, bit for bit.
+What is counted is kept in integers, so that sums over ranks are exact: any number of ranks gives the same accuracy, bit
+for bit. No state is written in place: what a validation under inference mode left could not be outside of it.
 """
 
 from __future__ import annotations
@@ -48,10 +49,10 @@ class EpisodeAccuracy(Metric):
         if self.n_queries not in (0, n_queries):
             raise ValueError(f"episodes of {n_queries} queries after episodes of {int(self.n_queries)}")
         counts = correct.long().sum(-1)
-        self.correct += counts.sum()
-        self.correct_squared += counts.square().sum()
-        self.episodes += counts.numel()
-        self.n_queries.fill_(n_queries)
+        self.correct = self.correct + counts.sum()
+        self.correct_squared = self.correct_squared + counts.square().sum()
+        self.episodes = self.episodes + counts.numel()
+        self.n_queries = torch.full_like(self.n_queries, n_queries)
 
     def compute(self) -> dict[str, Tensor]:
         """Float64 ``accuracy`` and ``interval`` (the half-width), both shares of 1; not a number without episodes."""
@@ -84,9 +85,36 @@ class Share(Metric):
         Args:
             hits: bool, any shape.
         """
-        self.hits += hits.sum()
-        self.total += hits.numel()
+        self.hits = self.hits + hits.sum()
+        self.total = self.total + hits.numel()
 
     def compute(self) -> Tensor:
         """Float64; not a number where nothing was counted."""
         return torch.tensor(int(self.hits) / int(self.total) if self.total else math.nan, dtype=torch.float64)
+
+
+class Mean(Metric):
+    """Mean of a number over episodes. (torchmetrics' own writes its state in place.)"""
+
+    full_state_update = False
+    total: Tensor
+    episodes: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("episodes", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, mean: Tensor, episodes: int) -> None:
+        """Count the mean of some episodes.
+
+        Args:
+            mean: a scalar.
+            episodes: how many it is of.
+        """
+        self.total = self.total + mean.detach() * episodes
+        self.episodes = self.episodes + episodes
+
+    def compute(self) -> Tensor:
+        """Not a number without episodes."""
+        return self.total / self.episodes

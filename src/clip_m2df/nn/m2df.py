@@ -22,7 +22,7 @@ from clip_m2df.nn.distillation import (
     text_confidence,
     visual_confidence,
 )
-from clip_m2df.nn.matching import cosine, frame_costs, full_precision, otam
+from clip_m2df.nn.matching import at_least_float32, cosine, frame_costs, full_precision, otam
 from clip_m2df.nn.prompts import (
     DEFAULT_TEMPLATE,
     SELECTIONS,
@@ -388,7 +388,7 @@ class M2DF(nn.Module):
             tokens = self.backbone.tokenize(fill_template(self.template, names)).to(device)
             # Outside inference mode: what is made under it could not take part in training later.
             with torch.autocast(device.type, enabled=False), torch.inference_mode(False):
-                self._prompt_tables[names] = self.backbone.encode_text(tokens).float()
+                self._prompt_tables[names] = at_least_float32(self.backbone.encode_text(tokens))
         return self._prompt_tables[names]
 
     @property

@@ -21,6 +21,11 @@ R = TypeVar("R")
 COSINE_EPS = 0.01
 
 
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor, in float32 if it was in half precision."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
 def full_precision(function: Callable[P, R]) -> Callable[P, R]:
     """Run ``function`` outside autocast, its half-precision tensors made float32.
 
@@ -28,9 +33,7 @@ def full_precision(function: Callable[P, R]) -> Callable[P, R]:
     """
 
     def widen(value: object) -> object:
-        if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16):
-            return value.float()
-        return value
+        return at_least_float32(value) if isinstance(value, Tensor) else value
 
     @wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -56,7 +59,7 @@ def cosine(x: Tensor, y: Tensor) -> Tensor:
     # norm, not sqrt(Σx²): the latter's gradient at a zero vector is not a number.
     norms = x.norm(dim=-1).unsqueeze(-1) * y.norm(dim=-1).unsqueeze(-2)
     products: Tensor = x @ y.transpose(-1, -2)
-    return products / (norms + COSINE_EPS)
+    return products.div(norms + COSINE_EPS)
 
 
 def frame_costs(query: Tensor, prototype: Tensor) -> Tensor:

@@ -94,10 +94,11 @@ def draw_classes(probabilities: Tensor, draws: Tensor) -> Tensor:
     Returns:
         int64 ``(…)``; a class of probability 0 is never drawn.
     """
-    # In float64 a float32 uniform below 1 stays below the whole, whatever the rounding of the sum.
-    cumulative = probabilities.double().cumsum(-1)
-    threshold = draws.double().unsqueeze(-1) * cumulative[..., -1:]
-    return (cumulative > threshold).to(torch.uint8).argmax(-1)
+    cumulative = probabilities.cumsum(-1)
+    drawn = (cumulative <= draws.unsqueeze(-1) * cumulative[..., -1:]).sum(-1)
+    # A draw next to 1 may round to the whole sum, and so pass every class.
+    places = torch.arange(probabilities.shape[-1], device=probabilities.device)
+    return drawn.minimum((places * (probabilities > 0)).amax(-1))
 
 
 def select_prompts(

@@ -1,0 +1,288 @@
+import copy
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from clip_m2df import CLIPM2DF, Episode, UserError
+from clip_m2df.module import EVALUATION_OPTIONS, checkpoint_options
+
+PLAIN = {"hidden_dim": 32, "heads": 4, "context_dropout": 0.0, "attention_dropout": 0.0, "dropout": 0.0}
+NAMES = ["a cat", "a car", "a tree", "the sea"]
+
+
+def make(tiny_clip_dir: Path, seed: int = 0, head_options: dict[str, Any] | None = None, **options: Any) -> CLIPM2DF:
+    torch.manual_seed(seed)
+    return CLIPM2DF(backbone=str(tiny_clip_dir), head_options=PLAIN | (head_options or {}), **options)
+
+
+def make_episodes(n: int, seed: int = 0) -> Episode:
+    """Noise around one picture a class, so that there is something to learn: 3-way 1-shot, 2 queries a class."""
+    generator = torch.Generator().manual_seed(seed)
+    pictures = torch.rand(4, 1, 3, 32, 32, generator=torch.Generator().manual_seed(99)) * 200
+    classes = torch.stack([torch.randperm(4, generator=generator)[:3] for _ in range(n)])
+    labels = torch.arange(3).repeat_interleave(2).expand(n, 6)
+
+    def videos(of: Tensor) -> Tensor:
+        noise = torch.rand(*of.shape, 4, 3, 32, 32, generator=generator) * 55
+        return (pictures[of] + noise).to(torch.uint8)
+
+    return Episode(
+        support=videos(classes.unsqueeze(-1)),
+        query=videos(classes.gather(1, labels)),
+        query_labels=labels,
+        class_indices=classes,
+        class_names=NAMES,
+        draws=torch.rand(n, 6, generator=generator),
+    )
+
+
+def one(batch: Episode, i: int) -> Episode:
+    single = copy.copy(batch)
+    for key in set(batch) - {"class_names"}:
+        single[key] = batch[key][i : i + 1]  # type: ignore[literal-required]
+    return single
+
+
+class UsersEpisodes(IterableDataset[Episode]):
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def __iter__(self) -> Iterator[Episode]:
+        return (make_episodes(2, seed) for seed in range(self.n))
+
+
+class UsersData(lightning.LightningDataModule):
+    """Somebody's own data module, which knows no more than the legend of Episode."""
+
+    def train_dataloader(self) -> DataLoader[Episode]:
+        return DataLoader(UsersEpisodes(40), batch_size=None)
+
+    def val_dataloader(self) -> DataLoader[Episode]:
+        return DataLoader(UsersEpisodes(4), batch_size=None)
+
+    test_dataloader = val_dataloader
+
+
+def trainer(folder: Path, **options: Any) -> lightning.Trainer:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return lightning.Trainer(default_root_dir=folder, accelerator="cpu", **(quiet | options))
+
+
+def test_it_trains_in_a_users_own_script_with_their_own_data(tiny_clip_dir: Path, tmp_path: Path) -> None:
+    model = make(tiny_clip_dir, lr=1e-3)
+    (before,) = trainer(tmp_path).validate(model, UsersData(), verbose=False)
+    fitted = trainer(tmp_path, max_epochs=1, accumulate_grad_batches=2)
+    fitted.fit(model, UsersData())
+    assert fitted.global_step == 20
+    (after,) = trainer(tmp_path).validate(model, UsersData(), verbose=False)
+    assert after["val/loss/match"] < 0.5 * before["val/loss/match"]
+    assert set(after) == {
+        "val/accuracy", "val/interval", "val/pps_accuracy", "val/view_agreement", "val/local_to_global",
+        "val/global_to_local", "val/loss/total", "val/loss/match", "val/loss/distill",
+    }  # fmt: skip
+
+
+def test_the_loss_is_the_methods_sum(tiny_clip_dir: Path) -> None:
+    model = make(
+        tiny_clip_dir, match_weight=0.7, distill_weight=3.0, class_weight=1.5, head_options={"direction": "mutual"}
+    )
+    batch = make_episodes(2)
+    loss = model.training_step(batch, 0)
+    table = model.encode_prompts(NAMES)
+    expected = 0.0
+    for i in range(2):
+        support = model.model.encode_frames(batch["support"][i])
+        query = model.model.encode_frames(batch["query"][i])
+        classes, labels = batch["class_indices"][i], batch["query_labels"][i]
+        output = model.model.head(support, query, table[classes], batch["draws"][i])
+        expected += 0.7 * F.cross_entropy(output.logits, labels, reduction="sum").item()
+        expected += 3.0 * output.distillation_loss.item()
+        of_support, of_query = model.model.head.class_logits(support, query, table[classes], table)
+        expected += 1.5 * F.cross_entropy(of_support[:, 0], classes, reduction="sum").item()
+        expected += 1.5 * F.cross_entropy(of_query, classes[labels], reduction="sum").item()
+    assert loss.item() == pytest.approx(expected / 2, rel=1e-5)
+
+
+def test_accumulated_episodes_make_the_step_of_a_batch(tiny_clip_dir: Path, tmp_path: Path) -> None:
+    batch = make_episodes(4)
+    states = []
+    for batches in ([batch], [one(batch, i) for i in range(4)]):
+        model = make(tiny_clip_dir).double()
+        loader: Any = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+        options: dict[str, Any] = {"accumulate_grad_batches": len(batches), "max_steps": 1, "precision": "64-true"}
+        trainer(tmp_path, limit_val_batches=0, **options).fit(model, loader)
+        states.append(model.state_dict())
+    for name, value in states[0].items():
+        torch.testing.assert_close(value, states[1][name], rtol=1e-7, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("freeze_backbone", [True, False])
+def test_what_is_trained_and_at_which_rate(tiny_clip_dir: Path, tmp_path: Path, freeze_backbone: bool) -> None:
+    model = make(tiny_clip_dir, lr=1e-2, backbone_lr=1e-4, freeze_backbone=freeze_backbone)
+    before = copy.deepcopy(model.state_dict())
+    loader: Any = DataLoader(UsersEpisodes(1), batch_size=None)
+    trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(model, loader)
+    # Adam's first step is as long as the learning rate wherever there is a gradient.
+    moved = {name: (value - before[name]).abs().max().item() for name, value in model.state_dict().items()}
+    for name, distance in moved.items():
+        if name.startswith("model.head.views."):
+            assert distance == pytest.approx(1e-2, rel=0.05), name
+        elif name.startswith("model.backbone.visual.") and not freeze_backbone and "position_ids" not in name:
+            assert distance <= 1.05e-4
+        else:
+            assert distance == 0, name
+    visual = [distance for name, distance in moved.items() if name.startswith("model.backbone.visual.")]
+    assert max(visual) == (0 if freeze_backbone else pytest.approx(1e-4, rel=0.05))
+
+
+def test_nothing_that_is_trained_is_without_gradient(tiny_clip_dir: Path) -> None:
+    # What DDP would otherwise wait for.
+    for options in (
+        {},
+        {"class_weight": 1.0},
+        {"head_options": {"views": ["global"]}},
+        {"head_options": {"pps": False}},
+    ):
+        model = make(tiny_clip_dir, **options)
+        model.training_step(make_episodes(2), 0).backward()
+        missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+        assert missing == []
+
+
+def test_the_learning_rate_warms_up_and_steps_by_optimiser_steps(tiny_clip_dir: Path, tmp_path: Path) -> None:
+    model = make(
+        tiny_clip_dir, lr=1.0e-3, backbone_lr=1e-4, warmup_steps=4, warmup_start=0.2, milestones=[6, 8], gamma=0.1
+    )
+    seen = []
+
+    class Watch(lightning.Callback):
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            seen.append([group["lr"] for group in optimizer.param_groups])
+
+    loader: Any = DataLoader(UsersEpisodes(20), batch_size=None)
+    options: dict[str, Any] = {"max_steps": 10, "accumulate_grad_batches": 2, "limit_val_batches": 0}
+    trainer(tmp_path, callbacks=[Watch()], **options).fit(model, loader)
+    factors = [0.2, 0.4, 0.6, 0.8, 1, 1, 0.1, 0.1, 0.01, 0.01]
+    assert [head for head, _ in seen] == pytest.approx([1e-3 * f for f in factors])
+    assert [tower for _, tower in seen] == pytest.approx([1e-4 * f for f in factors])
+
+
+def test_text_fusion_mixes_the_texts_probabilities_in(tiny_clip_dir: Path) -> None:
+    batch = make_episodes(3)
+    model = make(tiny_clip_dir, text_fusion=0.9).eval()
+    seen = []
+    model._count = lambda stage, output, correct, *rest: seen.append((output, correct))  # type: ignore[method-assign]
+    with torch.no_grad():
+        model.validation_step(batch, 0)
+        model.text_fusion = 0.0
+        model.validation_step(batch, 0)
+        output, fused = seen[0]
+        table = model.encode_prompts(NAMES)
+        for i in range(3):
+            prompts = table[batch["class_indices"][i]]
+            query = model.model.encode_frames(batch["query"][i])
+            text = model.model.head.class_logits(query[:3].unsqueeze(1), query, prompts, prompts)[1].softmax(-1)
+            probabilities = text**0.9 * output.logits[i].softmax(-1) ** 0.1
+            assert torch.equal(fused[i], probabilities.argmax(-1) == batch["query_labels"][i])
+    assert torch.equal(seen[1][1], seen[1][0].logits.argmax(-1) == batch["query_labels"])
+
+
+def fitted_checkpoint(tiny_clip_dir: Path, folder: Path, **options: Any) -> tuple[CLIPM2DF, Path]:
+    model = make(tiny_clip_dir, lr=1e-3, **options)
+    run = trainer(folder, max_steps=2, limit_val_batches=0)
+    run.fit(model, DataLoader(UsersEpisodes(2), batch_size=None))
+    run.save_checkpoint(folder / "model.ckpt")
+    return model.eval(), folder / "model.ckpt"
+
+
+def test_a_checkpoint_is_enough(tiny_clip_dir: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "clip"
+    shutil.copytree(tiny_clip_dir, copied)
+    options = {"template": "this is {}", "head_options": {"depth": 2}, "selection": "sample"}
+    model, path = fitted_checkpoint(copied, tmp_path, **options)
+    shutil.rmtree(copied)  # neither the folder nor a network is needed
+    loaded = CLIPM2DF.load_from_checkpoint(path).eval()
+    new_names = ["something it has never heard of", "a cat"]
+    assert torch.equal(loaded.encode_prompts(new_names), model.encode_prompts(new_names))
+    model.model.head.selection = "argmax"
+    with torch.no_grad():
+        assert torch.equal(loaded(make_episodes(2)).logits, model(make_episodes(2)).logits)
+    # The checkpoint of a loaded model is enough too.
+    assert loaded.hparams["backbone"] == str(copied)
+    loaded.eval()
+    trainer(tmp_path).validate(loaded, UsersData(), verbose=False)
+
+
+def test_what_changes_at_evaluation_stays_out_of_the_checkpoint(tiny_clip_dir: Path, tmp_path: Path) -> None:
+    _, path = fitted_checkpoint(tiny_clip_dir, tmp_path, selection="sample", text_fusion=0.5)
+    saved = checkpoint_options(path)
+    assert not set(EVALUATION_OPTIONS) & set(saved)
+    loaded = CLIPM2DF.load_from_checkpoint(path)
+    assert loaded.model.head.selection == "argmax"
+    assert loaded.text_fusion == 0
+    assert CLIPM2DF.load_from_checkpoint(path, selection="expectation").model.head.selection == "expectation"
+
+
+def test_checkpoints_of_something_else_are_refused(tiny_clip_dir: Path, tmp_path: Path) -> None:
+    _, path = fitted_checkpoint(tiny_clip_dir, tmp_path)
+    with pytest.raises(UserError, match=r"checkpoint .*none.ckpt: no such file"):
+        CLIPM2DF.load_from_checkpoint(tmp_path / "none.ckpt")
+    (tmp_path / "text.ckpt").write_text("not a checkpoint")
+    with pytest.raises(UserError, match=r"text.ckpt is not a readable CLIPM2DF checkpoint"):
+        CLIPM2DF.load_from_checkpoint(tmp_path / "text.ckpt")
+    torch.save({"state_dict": {}, "hyper_parameters": {"backbone": "resnet", "head": 3}}, tmp_path / "other.ckpt")
+    with pytest.raises(UserError, match=r"other.ckpt is a checkpoint of another model"):
+        CLIPM2DF.load_from_checkpoint(tmp_path / "other.ckpt")
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["hyper_parameters"]["head_options"] = PLAIN | {"depth": 2}
+    torch.save(checkpoint, tmp_path / "deeper.ckpt")
+    with pytest.raises(
+        UserError, match=r"not a checkpoint of this model: missing model\.head\.views\.local\.encoder\.layers\.1"
+    ):
+        CLIPM2DF.load_from_checkpoint(tmp_path / "deeper.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": 0.0}, "lr is 0.0; it must be positive"),
+        ({"text_fusion": 1.5}, "text_fusion is 1.5"),
+        ({"warmup_start": 0.0}, "warmup_start 0.0"),
+        ({"head": "nothing"}, "head: 'nothing' is neither one of m2df"),
+        ({"head_options": {"selection": "sample"}}, r"selection is an option of the model itself, --model\.selection"),
+        ({"head_options": {"dept": 2}}, "has no option 'dept'; did you mean 'depth'"),
+        ({"template": "a photo"}, r"'a photo' has no \{\}"),
+    ],
+)
+def test_options_out_of_range_are_refused_by_name(tiny_clip_dir: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make(tiny_clip_dir, **options)
+
+
+def test_frames_of_another_size_than_the_towers_are_refused(tiny_clip_dir: Path) -> None:
+    batch = make_episodes(1)
+    batch["support"] = batch["support"][..., :16, :16]
+    with pytest.raises(UserError, match=r"takes images of \(3, 32, 32\), not \(3, 16, 16\)"):
+        make(tiny_clip_dir).training_step(batch, 0)
+
+
+def test_the_prompt_table_is_kept_until_other_weights_come(tiny_clip_dir: Path) -> None:
+    model = make(tiny_clip_dir)
+    table = model.encode_prompts(NAMES)
+    assert model.encode_prompts(list(NAMES)) is table
+    assert not table.requires_grad
+    state = model.state_dict()
+    state = {k: v + 0.1 if "text.model.text_projection" in k else v for k, v in state.items()}
+    model.load_state_dict(state)
+    assert not torch.allclose(model.encode_prompts(NAMES), table)
+    with torch.inference_mode():
+        under_inference = make(tiny_clip_dir).encode_prompts(NAMES)
+    assert not under_inference.is_inference()
