@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -140,8 +141,5 @@ def _headline(config: Path) -> str:
 
 def _plain(error: UserError) -> str:
     """The message alone, also where a worker process wrapped it in its traceback."""
-    return (
-        str(error).rstrip().rpartition(f"{UserError.__name__}: ")[2]
-        if "Original Traceback" in str(error)
-        else str(error)
-    )
+    message = str(error).rstrip()
+    return re.split(r"\n[\w.]+Error: ", message)[-1] if "Original Traceback" in message else message

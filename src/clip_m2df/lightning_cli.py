@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import yaml
 from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -122,6 +123,7 @@ class CLI(LightningCLI):
         if config.ckpt_path in ("last", "best"):
             config.ckpt_path = str(folder / f"{config.ckpt_path}.ckpt")
         self._take_options_from(config)
+        self.parser.add_instantiator(self._build_model, CLIPM2DF, subclasses=False)
 
     def _take_options_from(self, config: Namespace) -> None:
         saved = checkpoint_options(config.ckpt_path)
@@ -134,8 +136,13 @@ class CLI(LightningCLI):
                         f"model.{option} is {value!r}, but {kept!r} in {config.ckpt_path}: a checkpoint keeps the"
                         " options that it was trained with; leave it out"
                     )
+        self.saved_options = saved
         for option, value in saved.items():
-            config.model[option] = value
+            config.model[option] = value["source"] if option == "backbone" else value
+
+    def _build_model(self, cls: type[CLIPM2DF], *args: Any, **kwargs: Any) -> CLIPM2DF:
+        """With the towers' description that a checkpoint holds: as an option it would be parsed once more."""
+        return cls(*args, **kwargs | self.saved_options)
 
 
 def run(args: Sequence[str]) -> None:
@@ -144,9 +151,24 @@ def run(args: Sequence[str]) -> None:
     Raises:
         UserError: whatever a person can mend in the options.
     """
+    _check_configs(args)
     try:
         CLI(args)
     except ArgumentError as error:
-        raise UserError(f"{error}\n(clip-m2df {args[0]} --help explains the options)") from error
+        raise UserError(f"{' '.join(str(error).split())}\n(clip-m2df {args[0]} --help explains the options)") from error
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
+
+
+def _check_configs(args: Sequence[str]) -> None:
+    """Name the file where a config is no YAML, which the parser's message doesn't."""
+    for flag, value in zip(args, [*args[1:], ""], strict=True):
+        name, equals, inline = flag.partition("=")
+        if name in ("--config", "-c"):
+            path = Path(inline if equals else value)
+            try:
+                content = yaml.safe_load(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError, yaml.YAMLError) as error:
+                raise UserError(f"config {path} can't be read: {' '.join(str(error).split())}") from error
+            if not isinstance(content, dict | None):
+                raise UserError(f"config {path} is not a table of options; start from one that clip-m2df configs lists")

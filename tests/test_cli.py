@@ -1,0 +1,240 @@
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from clip_m2df import __version__
+from clip_m2df.cli import find_config, main, shipped_configs
+from clip_m2df.module import CLIPM2DF, checkpoint_options
+
+
+def options(manifest: Path, tiny_clip_dir: Path, folder: Path, *more: str) -> list[str]:
+    """A run of two optimiser steps on the tests' own videos, through the shipped demo config."""
+    return [
+        "--config=demo_5way1shot.yaml",
+        f"--model.backbone={tiny_clip_dir}",
+        "--model.head_options.hidden_dim=32",
+        "--model.head_options.heads=4",
+        f"--data.manifest={manifest}",
+        "--data.n_way=3",
+        "--data.n_query=2",
+        "--data.frames=2",
+        "--data.batch_size=2",
+        "--data.episodes_per_step=4",
+        "--data.validate_every=1",
+        "--data.val_episodes=4",
+        "--data.test_episodes=6",
+        "--data.num_workers=0",
+        "--trainer.max_steps=2",
+        "--trainer.accelerator=cpu",
+        "--trainer.enable_progress_bar=false",
+        f"--trainer.default_root_dir={folder}",
+        *more,
+    ]
+
+
+@pytest.fixture(scope="module")
+def fitted(manifest: Path, tiny_clip_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run."""
+    folder = tmp_path_factory.mktemp("fitted") / "run"
+    assert main(["fit", *options(manifest, tiny_clip_dir, folder)]) == 0
+    return folder
+
+
+def fails(args: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What a command says that ends with status 2: a line or two, and no traceback."""
+    capsys.readouterr()
+    assert main(args) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    message = said[said.index("clip-m2df: error: ") :]
+    assert len(message.strip().splitlines()) <= 3
+    return message
+
+
+def test_fit_keeps_best_last_config_and_metrics_in_a_stable_folder(fitted: Path) -> None:
+    assert {path.name for path in (fitted / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert "n_way: 3" in (fitted / "config.yaml").read_text()
+    (metrics,) = fitted.rglob("metrics.csv")
+    header = metrics.read_text().splitlines()[0]
+    for name in ("val/accuracy", "val/interval", "val/loss/match", "val/pps_accuracy", "val/view_agreement"):
+        assert name in header
+    last = torch.load(fitted / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["global_step"] == 2
+
+
+def test_a_checkpoint_of_the_command_line_loads_in_python(fitted: Path) -> None:
+    model = CLIPM2DF.load_from_checkpoint(fitted / "checkpoints" / "best.ckpt")
+    assert model.encode_prompts(["something new"]).shape == (1, 32)
+
+
+def test_validate_and_test_print_the_accuracy(
+    manifest: Path, tiny_clip_dir: Path, fitted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command, prefix in (("validate", "val"), ("test", "test")):
+        assert main([command, *options(manifest, tiny_clip_dir, fitted, "--ckpt_path=best")]) == 0
+        said = capsys.readouterr().out
+        assert f"{prefix}/accuracy" in said
+        assert f"{prefix}/interval" in said
+
+
+def test_a_checkpoint_is_tested_without_its_backbones_files(
+    manifest: Path, tiny_clip_dir: Path, fitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = [a for a in options(manifest, tiny_clip_dir, tmp_path) if "--model" not in a and "--config" not in a]
+    path = fitted / "checkpoints" / "best.ckpt"
+    assert main(["test", *args, "--data.resize=32", "--data.size=32", f"--ckpt_path={path}"]) == 0
+
+
+def test_what_changes_at_evaluation_wins_over_the_checkpoint(
+    manifest: Path, tiny_clip_dir: Path, fitted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["test", *options(manifest, tiny_clip_dir, fitted, "--ckpt_path=best")]
+    assert main([*args, "--model.selection=sample", "--model.text_fusion=0.5", "--data.n_way=2"]) == 0
+
+
+def test_a_model_option_that_contradicts_the_checkpoint_is_refused(
+    manifest: Path, tiny_clip_dir: Path, fitted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["test", *options(manifest, tiny_clip_dir, fitted, "--ckpt_path=best")]
+    said = fails([*args, "--model.template=this is {}"], capsys)
+    assert "model.template is 'this is {}', but 'a photo of {}' in" in said
+    assert "leave it out" in said
+    assert "model.head_options is" in fails([*args, "--model.head_options.depth=2"], capsys)
+    assert "model.backbone is 'tiny'" in fails([*args, "--model.backbone=tiny"], capsys)
+    # The same value is no contradiction.
+    assert main([*args, "--model.template=a photo of {}"]) == 0
+
+
+def test_fit_goes_on_from_last_and_refuses_to_write_over_a_run(
+    manifest: Path, tiny_clip_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["fit", *options(manifest, tiny_clip_dir, tmp_path / "run")]
+    assert main(args) == 0
+    assert "holds a run already: go on with it by --ckpt_path last" in fails(args, capsys)
+    assert main([*args, "--ckpt_path=last", "--trainer.max_steps=3"]) == 0
+    assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 3
+
+
+def test_the_last_step_is_kept_without_any_validation(manifest: Path, tiny_clip_dir: Path, tmp_path: Path) -> None:
+    assert main(["fit", *options(manifest, tiny_clip_dir, tmp_path, "--trainer.limit_val_batches=0")]) == 0
+    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
+
+
+def test_bad_checkpoints(
+    manifest: Path, tiny_clip_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["test", *options(manifest, tiny_clip_dir, tmp_path)]
+    assert "last.ckpt: no such file" in fails([*args, "--ckpt_path=last"], capsys)
+    assert "nowhere.ckpt: no such file" in fails([*args, "--ckpt_path=nowhere.ckpt"], capsys)
+    other = tmp_path / "other.ckpt"
+    torch.save({"state_dict": {}, "hyper_parameters": {"lr": 1.0}}, other)
+    assert "not a readable CLIPM2DF checkpoint" in fails([*args, f"--ckpt_path={other}"], capsys)
+
+
+def test_misspelt_keys_are_named(
+    manifest: Path, tiny_clip_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["fit", *options(manifest, tiny_clip_dir, tmp_path)]
+    assert "--model.lrr" in fails([*args, "--model.lrr=1"], capsys)
+    misspelt = tmp_path / "misspelt.yaml"
+    misspelt.write_text("data:\n  n_ways: 5\n")
+    assert "n_ways" in fails([*args, f"--config={misspelt}"], capsys)
+    assert "'dept'; did you mean 'depth'" in fails([*args, "--model.head_options.dept=2"], capsys)
+    assert 'key "data.n_way"' in fails([*args, "--data.n_way=five"], capsys)
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("data: [")
+    assert "broken.yaml" in fails(["fit", "--config", str(broken)], capsys)
+
+
+def test_errors_of_the_data_come_as_one_line(
+    manifest: Path, tiny_clip_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["fit", *options(manifest, tiny_clip_dir, tmp_path)]
+    assert "n_way is 1" in fails([*args, "--data.n_way=1"], capsys)
+    assert "nowhere.csv" in fails([*args, "--data.manifest=nowhere.csv"], capsys)
+    assert "too few" in fails([*args, "--data.n_way=5"], capsys)
+    assert "takes images of (3, 32, 32)" in fails([*args, "--data.size=24"], capsys)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_broken_video_ends_a_run_with_its_name(
+    manifest: Path, tiny_clip_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], num_workers: int
+) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for video in manifest.parent.glob("*.mp4"):
+        (broken / video.name).write_bytes(b"" if video.name == "val0_0.mp4" else video.read_bytes())
+    (broken / "manifest.csv").write_text(manifest.read_text())
+    args = ["fit", *options(broken / "manifest.csv", tiny_clip_dir, tmp_path, f"--data.num_workers={num_workers}")]
+    said = fails([*args, "--data.val_episodes=20"], capsys)
+    assert "val0_0.mp4" in said
+    assert "it is empty" in said
+
+
+def test_a_switch_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match=r"config nope\.yaml"):
+        main(["--traceback", "fit", "--config", "nope.yaml"])
+
+
+def test_configs_are_found_here_first_and_among_the_shipped_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_config("demo_5way1shot.yaml") == shipped_configs()["demo_5way1shot.yaml"]
+    (tmp_path / "demo_5way1shot.yaml").write_text("")
+    assert find_config("demo_5way1shot.yaml") == Path("demo_5way1shot.yaml")
+    assert "config demo_5way1shop.yaml: no such file here" in fails(["fit", "--config", "demo_5way1shop.yaml"], capsys)
+    assert main(["configs"]) == 0
+    assert "demo_5way1shot.yaml" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("args", [["--help"], ["--version"], ["configs"], []])
+def test_the_top_level_answers_without_torch_or_lightning(args: list[str]) -> None:
+    script = (
+        "import sys\nfrom clip_m2df.cli import main\n"
+        f"try:\n    status = main({args!r})\nexcept SystemExit as end:\n    status = end.code\n"
+        "assert status == 0, status\n"
+        "heavy = {'torch', 'lightning', 'transformers', 'av', 'numpy'} & set(sys.modules)\nassert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (__version__ if args == ["--version"] else "fit") in done.stdout or args == ["configs"]
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    script = (
+        "import sys, clip_m2df\n"
+        "assert not {'torch', 'lightning', 'transformers', 'numpy'} & set(sys.modules)\n"
+        "for name in clip_m2df.__all__: getattr(clip_m2df, name)\n"
+        "assert set(clip_m2df.__all__) == set(dir(clip_m2df))\n"
+        "try: clip_m2df.nothing\nexcept AttributeError as error: assert 'nothing' in str(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_unknown_commands_end_with_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["fitt"])
+    assert end.value.code == 2
+    assert "invalid choice: 'fitt'" in capsys.readouterr().err
+
+
+def test_fit_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--help"])
+    assert end.value.code == 0
+    said = capsys.readouterr().out
+    for option in ("--model.head_options", "--data.episodes_per_step", "--checkpoint.monitor", "--trainer.max_steps"):
+        assert option in said
+
+
+def test_the_saved_config_is_a_config(fitted: Path, tmp_path: Path) -> None:
+    args = [f"--config={fitted / 'config.yaml'}", f"--trainer.default_root_dir={tmp_path}", "--trainer.max_steps=1"]
+    assert main(["fit", *args]) == 0
+    again = checkpoint_options(tmp_path / "checkpoints" / "last.ckpt")
+    assert again["head_options"] == {"hidden_dim": 32, "heads": 4}
