@@ -201,7 +201,12 @@ class EpisodeDataModule(lightning.LightningDataModule):
             # In batches, and not by epoch: an endless stream has none.
             self.trainer.val_check_interval = self.validate_every * batches
             self.trainer.check_val_every_n_epoch = None
-        if self.trainer.max_steps < 0 and not self.trainer.fast_dev_run:
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if self.trainer.max_steps < 0:
+            raise UserError("training episodes never end: give with trainer.max_steps the optimiser steps to train")
+        limit = self.trainer.limit_train_batches
+        if isinstance(limit, int) and limit % batches:
             raise UserError(
-                "the stream of training episodes is endless: say with trainer.max_steps how many optimiser steps to train"
+                f"trainer.limit_train_batches {limit} cuts an optimiser step of {batches} batches; give a multiple"
             )

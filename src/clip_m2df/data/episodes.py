@@ -181,12 +181,10 @@ class EpisodeDataset(Dataset[Episode]):
 
 def collate_episodes(episodes: Sequence[Episode]) -> Episode:
     """Join episodes of one split and shape along their leading axis."""
-    joined = {
-        key: torch.cat([episode[key] for episode in episodes])  # type: ignore[literal-required]
-        for key in Episode.__annotations__
-        if key != "class_names"
-    }
-    return Episode(class_names=episodes[0]["class_names"], **joined)  # type: ignore[typeddict-item]
+    joined = episodes[0].copy()
+    for key in set(joined) - {"class_names"}:
+        joined[key] = torch.cat([episode[key] for episode in episodes])  # type: ignore[literal-required]
+    return joined
 
 
 class EpisodeSampler(DistributedSampler[int]):

@@ -62,25 +62,30 @@ def read_frames(path: str, choose: Choose, *, decoder: Decoder = "auto") -> Tens
     if decoder not in _READERS:
         raise UserError(f"there is no decoder {decoder!r}: choose from {', '.join(_READERS)}")
     path = os.path.abspath(path)
-    try:
+    with _naming(path):
         mode = os.stat(path).st_mode
-        if stat.S_ISDIR(mode):
-            return _read_images(path, choose)
-        if not stat.S_ISREG(mode):  # opening a FIFO would wait for ever
-            raise _unreadable(path, "it is neither a regular file nor a folder of images")
-        with open(path, "rb") as file:
-            head = file.read(64)
+    if stat.S_ISDIR(mode):
+        return _read_images(path, choose)
+    if not stat.S_ISREG(mode):  # opening a FIFO would wait for ever
+        raise _unreadable(path, "it is neither a regular file nor a folder of images")
+    with _naming(path), open(path, "rb") as file:
+        head = file.read(64)
+    if not head:
+        raise _unreadable(path, "it is empty")
+    return _READERS[decoder](path, head, choose)
+
+
+@contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Turn the operating system's refusals into errors that name the video."""
+    try:
+        yield
     except FileNotFoundError as error:
         raise _unreadable(path, "there is no such file") from error
     except PermissionError as error:
         raise VideoError(f"cannot read the video {path}: no permission; allow reading it") from error
-    except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise _unreadable(path, str(error)) from error
-    if not head:
-        raise _unreadable(path, "it is empty")
-    return _READERS[decoder](path, head, choose)
 
 
 def _read_auto(path: str, head: bytes, choose: Choose) -> Tensor:
@@ -145,7 +150,7 @@ def _read_pyav(path: str, head: bytes, choose: Choose) -> Tensor:
 
 
 def _read_images(folder: str, choose: Choose) -> Tensor:
-    with os.scandir(folder) as entries:
+    with _naming(folder), os.scandir(folder) as entries:
         # A leading dot marks what macOS and editors leave beside the images.
         names = [e.name for e in entries if e.name.lower().endswith(_IMAGES) and e.name[0] != "." and e.is_file()]
     if not names:
@@ -156,7 +161,7 @@ def _read_images(folder: str, choose: Choose) -> Tensor:
     size: tuple[int, int] | None = None
     for number in sorted(set(wanted)):
         path = os.path.join(folder, names[number])
-        with open(path, "rb") as file:
+        with _naming(path), open(path, "rb") as file:
             # From memory: FFmpeg would take a name such as "img_%d.jpg" for a pattern.
             data = io.BytesIO(file.read())
         with _open(data, path) as (container, stream):
@@ -191,7 +196,10 @@ def _open(source: str | IO[bytes], path: str) -> Iterator[tuple["InputContainer"
         if stream.codec_context is None:
             raise _unreadable(path, "there is no decoder for its codec")
         stream.thread_count = 1  # the workers are the parallelism
-        yield container, stream
+        try:
+            yield container, stream
+        except av.FFmpegError as error:
+            raise _unreadable(path, f"a frame cannot be converted to RGB ({error.strerror})") from error
 
 
 def _count_packets(path: str) -> int:

@@ -1,0 +1,137 @@
+"""Renders tiny videos whose pictures tell their own frame number, and reads the numbers back."""
+
+import struct
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from av.container import OutputContainer
+from numpy.typing import NDArray
+from torch import Tensor
+
+WIDTH, HEIGHT = 96, 64
+ROWS, COLUMNS = 2, 4  # one block for each bit of the number, so 256 frames can be told apart
+ON, OFF = (250, 200, 60), (20, 20, 20)  # orange, so that red and blue cannot be mistaken for each other
+
+
+def picture(number: int, width: int = WIDTH, height: int = HEIGHT) -> NDArray[np.uint8]:
+    """The picture of a frame number, (height, width, 3): block b is lit where bit b is set."""
+    pixels = np.empty((height, width, 3), np.uint8)
+    for bit in range(ROWS * COLUMNS):
+        row, column = divmod(bit, COLUMNS)
+        rows = slice(row * height // ROWS, (row + 1) * height // ROWS)
+        columns = slice(column * width // COLUMNS, (column + 1) * width // COLUMNS)
+        pixels[rows, columns] = ON if number >> bit & 1 else OFF
+    return pixels
+
+
+def numbers(clip: Tensor) -> list[int]:
+    """The frame numbers that the pictures of a clip, (frames, 3, height, width), tell."""
+    height, width = clip.shape[-2:]
+    found = [0] * len(clip)
+    for bit in range(ROWS * COLUMNS):
+        row, column = divmod(bit, COLUMNS)
+        y, x = (2 * row + 1) * height // (2 * ROWS), (2 * column + 1) * width // (2 * COLUMNS)
+        for k, lit in enumerate((clip[:, 1, y, x] > 110).tolist()):
+            found[k] |= lit << bit
+    return found
+
+
+def render(
+    path: Path,
+    n_frames: int = 40,
+    codec: str = "libx264",
+    *,
+    options: dict[str, str] | None = None,
+    container_options: dict[str, str] | None = None,
+    times: Sequence[int] | None = None,
+    size: tuple[int, int] = (WIDTH, HEIGHT),
+    audio: bool = False,
+) -> Path:
+    """Render a video; the file's name says its format.
+
+    Args:
+        path: The file.
+        n_frames: How many pictures it has, numbered from 0.
+        codec: The video's codec.
+        options: The codec's options.
+        container_options: The muxer's options.
+        times: When each frame is shown, in 24ths of a second; every second one by default.
+        size: Width and height in pixels.
+        audio: Whether a silent sound track comes first.
+
+    Returns:
+        The path.
+    """
+    with av.open(str(path), "w", options=container_options or {}) as container:
+        sound = container.add_stream("aac", rate=8000) if audio else None
+        stream = container.add_stream(codec, rate=12, options=options or {})
+        assert isinstance(stream, av.VideoStream)
+        stream.width, stream.height = size
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 24) if times else Fraction(1, 12)
+        for number in range(n_frames):
+            frame = av.VideoFrame.from_ndarray(picture(number, *size), format="rgb24")
+            frame.time_base = stream.codec_context.time_base
+            frame.pts = times[number] if times else number
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+        if sound is not None:
+            _write_silence(container, sound)
+    return path
+
+
+def render_sound(path: Path) -> Path:
+    """Render a file that has a sound track and no picture."""
+    with av.open(str(path), "w") as container:
+        _write_silence(container, container.add_stream("aac", rate=8000))
+    return path
+
+
+def _write_silence(container: OutputContainer, stream: av.AudioStream) -> None:
+    frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+    frame.sample_rate = 8000
+    frame.pts = 0
+    container.mux(stream.encode(frame))
+    container.mux(stream.encode(None))
+
+
+def save_image(path: Path, number: int, size: tuple[int, int] = (WIDTH, HEIGHT)) -> Path:
+    """Save the picture of a number as one image; the file's name says its format."""
+    codec, layout = {".jpg": ("mjpeg", "yuvj420p"), ".jpeg": ("mjpeg", "yuvj420p"), ".png": ("png", "rgb24")}.get(
+        path.suffix.lower(), (path.suffix[1:].lower(), "bgr24" if path.suffix.lower() == ".bmp" else "yuv420p")
+    )
+    encoder = av.CodecContext.create("libwebp" if codec == "webp" else codec, "w")
+    assert isinstance(encoder, av.VideoCodecContext)
+    encoder.width, encoder.height = size
+    encoder.pix_fmt = layout
+    encoder.time_base = Fraction(1, 1)
+    frame = av.VideoFrame.from_ndarray(picture(number, *size), format="rgb24").reformat(format=layout)
+    frame.pts = 0
+    path.write_bytes(b"".join(bytes(packet) for packet in [*encoder.encode(frame), *encoder.encode(None)]))
+    return path
+
+
+def rotate(path: Path, matrix: tuple[int, int, int, int]) -> Path:
+    """Write a rotation into an mp4's only track header: the display matrix (a, b, c, d), of entries -1, 0 and 1."""
+    data = bytearray(path.read_bytes())
+    start = data.index(b"tkhd") + 4 + 40
+    a, b, c, d = (entry << 16 for entry in matrix)
+    struct.pack_into(">9i", data, start, a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+    return path
+
+
+def cut_start(path: Path, n_frames: int) -> Path:
+    """Move the start of an mp4's only edit list: the frames before it are stored, but not shown, as a lossless cut does."""
+    data = bytearray(path.read_bytes())
+    media = data.index(b"mdhd") + 4
+    (timescale,) = struct.unpack_from(">I", data, media + 12)
+    edit = data.index(b"elst") + 4
+    version, entries, _, start = struct.unpack_from(">IIIi", data, edit)
+    assert (version, entries) == (0, 1)
+    struct.pack_into(">i", data, edit + 12, start + n_frames * timescale // 12)
+    path.write_bytes(data)
+    return path

@@ -1,0 +1,267 @@
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+
+from clip_m2df.data import motion_shapes
+from clip_m2df.data.motion_shapes import (
+    CLASSES,
+    COLOURS,
+    FPS,
+    MOTIONS,
+    OF_TWO_SHAPES,
+    SHAPES,
+    MotionClass,
+    clip_appearances,
+    draw_scene,
+    paint,
+    render,
+    render_clip,
+    shared_appearance_classes,
+)
+from clip_m2df.errors import UserError
+
+ONE_EACH = {"train": 0, "val": 1, "test": 0}
+
+
+def generator(seed: int) -> np.random.Generator:
+    return np.random.Generator(np.random.PCG64(seed))
+
+
+def videos(root: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(root)): file.read_bytes() for file in sorted(root.rglob("*.mp4"))}
+
+
+def of_split(split: str) -> list[MotionClass]:
+    return [c for c in CLASSES if c.split == split]
+
+
+def test_class_table() -> None:
+    train, val, test = of_split("train"), of_split("val"), of_split("test")
+    assert (len(train), len(val), len(test)) == (24, 10, 23)
+    assert len({c.label for c in CLASSES}) == len({c.slug for c in CLASSES}) == len(CLASSES)
+    appearances = [{c.appearance for c in split} for split in (train, val, test)]
+    assert appearances[0].isdisjoint(appearances[1] | appearances[2])
+    assert appearances[1].isdisjoint(appearances[2])
+    assert {c.motion for c in (*val, *test)} <= {c.motion for c in train} == set(MOTIONS)
+
+
+def test_tiny_clip_sees_every_colour_and_shape_but_no_held_out_appearance() -> None:
+    seen = clip_appearances()
+    assert {c.appearance for c in CLASSES if c.split != "train"}.isdisjoint(seen)
+    assert {colour for colour, _ in seen} == set(COLOURS)
+    assert {shape for _, shape in seen} == set(SHAPES)
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_shared_appearance_classes(split: str) -> None:
+    shared = shared_appearance_classes(split)
+    for c in of_split(split):
+        twins = [o for o in of_split(split) if o != c and o.appearance == c.appearance]
+        assert (c.label in shared) == bool(twins)
+    assert len(shared) >= len(of_split(split)) / 3
+    if split == "test":
+        assert 8 <= len(shared) < len(of_split(split))
+
+
+def test_labels_are_sentences() -> None:
+    assert MotionClass("test", "red", "star", "moving to the left").label == "a red star moving to the left"
+    assert MotionClass("test", "orange", "ring", "growing").label == "an orange ring growing"
+    assert MotionClass("test", "cyan", "cross", "moving apart").label == "two cyan crosses moving apart"
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(UserError, match="no shape 'cube'"):
+        MotionClass("test", "red", "cube", "growing")
+    with pytest.raises(UserError, match="no split 'training'"):
+        shared_appearance_classes("training")
+
+
+def visible(motion: str, seed: int) -> Any:
+    """Where the shape is: the change that a fully covered pixel would show, (frames, height, width) of 0 or 1."""
+    scene = draw_scene(MotionClass("test", "white", "square", motion), generator(seed))
+    hidden = type(scene)(**{**vars(scene), "opacity": np.zeros_like(scene.opacity)})
+    change = np.abs(paint(scene).astype(float) - paint(hidden)).sum(-1)
+    return (change > 20).astype(float)
+
+
+def centroid(mask: Any, axis: int) -> Any:
+    """Mean row (axis 0) or column (axis 1) of the shape in each frame."""
+    mass = mask.sum(axis=(1, 2))
+    return (mask.sum(axis=2 - axis) * np.arange(mask.shape[1])).sum(1) / mass
+
+
+@pytest.mark.parametrize(
+    ("motion", "axis", "sign"),
+    [("moving to the left", 1, -1), ("moving to the right", 1, 1), ("moving up", 0, -1), ("moving down", 0, 1)],
+)
+def test_moving_shapes_move_that_way(motion: str, axis: int, sign: int) -> None:
+    for seed in range(3):
+        mask = visible(motion, seed)
+        along, across = centroid(mask, axis), centroid(mask, 1 - axis)
+        assert sign * (along[-1] - along[0]) > 6
+        assert abs(across[-1] - across[0]) < 9  # no more than the camera's jitter
+
+
+@pytest.mark.parametrize(("motion", "sign"), [("growing", 1), ("shrinking", -1), ("appearing", 1), ("vanishing", -1)])
+def test_area_grows_and_shrinks(motion: str, sign: int) -> None:
+    for seed in range(3):
+        area = visible(motion, seed).sum(axis=(1, 2))
+        ratio = (area[-1] + 1) / (area[0] + 1)
+        assert (ratio if sign > 0 else 1 / ratio) > 2
+
+
+@pytest.mark.parametrize(("motion", "sign"), [("moving apart", 1), ("approaching each other", -1)])
+def test_two_shapes_part_and_approach(motion: str, sign: int) -> None:
+    for seed in range(3):
+        mask = visible(motion, seed)
+        columns = np.arange(mask.shape[2])
+        spread = [np.std(np.repeat(columns, frame.sum(0).astype(int))) for frame in mask]
+        assert sign * (spread[-1] - spread[0]) > 2
+
+
+def test_turning_changes_the_angle_and_bouncing_comes_back() -> None:
+    for motion, sign in (("turning clockwise", 1), ("turning anticlockwise", -1)):
+        scene = draw_scene(MotionClass("test", "red", "crescent", motion), generator(0))
+        assert sign * (scene.angle[-1] - scene.angle[0]) > np.pi * 0.9
+    row = centroid(visible("bouncing", 1), 0)
+    assert (np.diff(row) > 0.5).any()
+    assert (np.diff(row) < -0.5).any()
+
+
+def test_clockwise_is_clockwise_on_the_screen() -> None:
+    scene = draw_scene(MotionClass("test", "white", "triangle", "growing"), generator(0))
+    frames = len(scene.angle)
+    still: dict[str, Any] = {"x": np.full((1, frames), 0.5, np.float32), "y": np.full((1, frames), 0.5, np.float32)}
+    still |= {"radius": np.full(frames, 0.3, np.float32), "camera": np.full((frames, 2), motion_shapes.JITTER)}
+    quarter = type(scene)(**{**vars(scene), **still, "angle": np.full(frames, np.pi / 2, np.float32)})
+    hidden = type(scene)(**{**vars(quarter), "opacity": np.zeros(frames, np.float32)})
+    mask = np.abs(paint(quarter).astype(float) - paint(hidden)).sum(-1)[0] > 20
+    columns = np.flatnonzero(mask.any(0))
+    # A quarter of a turn clockwise brings the tip from the top to the right, where the shape is then thinnest.
+    assert mask[:, columns[-2]].sum() < mask[:, columns[1]].sum() / 2
+
+
+def test_background_does_not_depend_on_the_class() -> None:
+    some = [draw_scene(c, generator(3)).texture for c in CLASSES if c.motion in ("growing", *OF_TWO_SHAPES)]
+    assert all(np.array_equal(texture, some[0]) for texture in some)
+    assert not np.array_equal(some[0], draw_scene(CLASSES[0], generator(4)).texture)
+
+
+def test_frames_can_be_painted_one_at_a_time() -> None:
+    scene = draw_scene(CLASSES[0], generator(0))
+    assert np.array_equal(paint(scene)[[2, 5]], paint(scene, np.array([2, 5])))
+    assert np.array_equal(paint(scene), render_clip(CLASSES[0], generator(0)))
+
+
+def test_rendering_repeats_bit_for_bit_whatever_the_workers(tmp_path: Path) -> None:
+    alone = render(tmp_path / "a", videos_per_class=ONE_EACH, workers=1, progress=False).parent
+    together = render(tmp_path / "b", videos_per_class=ONE_EACH, workers=2, progress=False).parent
+    assert len(videos(alone)) == 10
+    assert videos(alone) == videos(together)
+    assert (alone / "manifest.csv").read_bytes() == (together / "manifest.csv").read_bytes()
+    more = render(tmp_path / "c", videos_per_class={"val": 2}, workers=1, progress=False).parent
+    assert videos(alone).items() <= videos(more).items()
+    other = render(tmp_path / "d", videos_per_class=ONE_EACH, seed=1, workers=1, progress=False).parent
+    assert not set(videos(alone).values()) & set(videos(other).values())
+
+
+def test_videos_and_manifest(tmp_path: Path) -> None:
+    manifest = render(tmp_path / "a", videos_per_class=ONE_EACH, workers=1, progress=False)
+    with manifest.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["label"] for row in rows] == [c.label for c in of_split("val")]
+    assert {row["split"] for row in rows} == {"val"}
+    for number, row in enumerate(rows):
+        assert Path(row["path"]).parts[0] == "val"
+        with av.open(str(manifest.parent / row["path"])) as container:
+            stream = container.streams.video[0]
+            assert stream.codec_context.name == "h264"
+            frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])
+        assert 2 <= len(frames) / FPS <= 4
+        index = CLASSES.index(of_split("val")[number])
+        drawn = render_clip(CLASSES[index], np.random.Generator(np.random.PCG64([0, index, 0])))
+        assert frames.shape == drawn.shape
+        assert np.abs(frames.astype(float) - drawn).mean() < 12
+
+
+def test_cache_is_used_and_its_key_tells_settings_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLIP_M2DF_CACHE", str(tmp_path))
+    first = render(videos_per_class=ONE_EACH, workers=1, progress=False)
+    assert first.parent.parent == tmp_path
+    stamp = first.stat().st_mtime_ns
+    assert render(videos_per_class=ONE_EACH, workers=2, progress=False) == first
+    assert first.stat().st_mtime_ns == stamp
+    assert render(videos_per_class=ONE_EACH, seed=1, workers=1, progress=False) != first
+
+
+def test_a_half_written_folder_is_never_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLIP_M2DF_CACHE", str(tmp_path))
+    write = motion_shapes.write_video
+    calls = 0
+
+    def breaks_off(path: Path, frames: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        write(path, frames)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(motion_shapes, "write_video", breaks_off)
+        with pytest.raises(KeyboardInterrupt):
+            render(videos_per_class=ONE_EACH, workers=1, progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+    whole = render(videos_per_class=ONE_EACH, workers=1, progress=False)
+    expected = videos(whole.parent)
+    whole.unlink()  # as if it had been broken off before the manifest
+    (whole.parent / next(iter(expected))).write_bytes(b"half")
+    again = render(videos_per_class=ONE_EACH, workers=1, progress=False)
+    assert again == whole
+    assert again.is_file()
+    assert videos(again.parent) == expected
+
+
+def test_a_slower_process_keeps_what_the_faster_one_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = motion_shapes.write_video
+    target = tmp_path / "videos"
+
+    def overtaken(path: Path, frames: Any) -> None:
+        write(path, frames)
+        if not target.exists():
+            monkeypatch.setattr(motion_shapes, "write_video", write)
+            render(target, videos_per_class=ONE_EACH, workers=1, progress=False)
+
+    monkeypatch.setattr(motion_shapes, "write_video", overtaken)
+    manifest = render(target, videos_per_class=ONE_EACH, workers=1, progress=False)
+    assert manifest.is_file()
+    assert len(videos(target)) == 10
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_render_refuses_what_makes_no_sense(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="empty or a new folder"):
+        render(tmp_path, videos_per_class=ONE_EACH, workers=1, progress=False)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    with pytest.raises(UserError, match="the splits are"):
+        render(tmp_path / "a", videos_per_class={"testing": 1})
+    with pytest.raises(UserError, match="negative"):
+        render(tmp_path / "a", videos_per_class={"test": -1})
+    with pytest.raises(UserError, match="negative"):
+        render(tmp_path / "a", videos_per_class=ONE_EACH, seed=-1)
+
+
+def test_importing_the_renderer_is_light() -> None:
+    code = "import sys, clip_m2df.data.motion_shapes; print([m for m in ('torch', 'av', 'rich') if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=dict(os.environ)
+    )
+    assert done.stdout.strip() == "[]"
