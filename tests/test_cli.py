@@ -1,13 +1,17 @@
+import os
 import subprocess
 import sys
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from clip_m2df import __version__
 from clip_m2df.cli import find_config, main, shipped_configs
+from clip_m2df.lightning_cli import CLI
 from clip_m2df.module import CLIPM2DF, checkpoint_options
 
 
@@ -22,6 +26,8 @@ def options(manifest: Path, tiny_clip_dir: Path, folder: Path, *more: str) -> li
         "--data.n_way=3",
         "--data.n_query=2",
         "--data.frames=2",
+        "--data.resize=32",
+        "--data.size=32",
         "--data.batch_size=2",
         "--data.episodes_per_step=4",
         "--data.validate_every=1",
@@ -86,7 +92,7 @@ def test_a_checkpoint_is_tested_without_its_backbones_files(
 ) -> None:
     args = [a for a in options(manifest, tiny_clip_dir, tmp_path) if "--model" not in a and "--config" not in a]
     path = fitted / "checkpoints" / "best.ckpt"
-    assert main(["test", *args, "--data.resize=32", "--data.size=32", f"--ckpt_path={path}"]) == 0
+    assert main(["test", *args, f"--ckpt_path={path}"]) == 0
 
 
 def test_what_changes_at_evaluation_wins_over_the_checkpoint(
@@ -238,3 +244,42 @@ def test_the_saved_config_is_a_config(fitted: Path, tmp_path: Path) -> None:
     assert main(["fit", *args]) == 0
     again = checkpoint_options(tmp_path / "checkpoints" / "last.ckpt")
     assert again["head_options"] == {"hidden_dim": 32, "heads": 4}
+
+
+def test_a_wheel_brings_the_configs_and_the_tiny_clip(tmp_path: Path) -> None:
+    root = Path(__file__).parents[1]
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(build, cwd=root, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    script = (
+        "import clip_m2df.nn.backbone as b, clip_m2df.cli as c\n"
+        f"assert c.__file__.startswith({str(tmp_path)!r})\n"
+        "assert c.find_config('demo_5way1shot.yaml').is_file()\n"
+        "assert (b.TINY_CLIP / 'model.safetensors').is_file()\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, check=True)
+
+
+class Parsed(CLI):
+    """Parses and goes no further."""
+
+    def instantiate_classes(self) -> None:
+        pass
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+@pytest.mark.parametrize("name", sorted(shipped_configs()))
+def test_every_shipped_config_is_parsed_whole(name: str) -> None:
+    # Recipes are layered on a config.
+    names = ["demo_5way1shot.yaml", name] if name.startswith("recipes/") else [name]
+    config = Parsed(["fit", *(f"--config={find_config(n)}" for n in names)]).config["fit"]
+    for n in names:
+        for group, values in yaml.safe_load(find_config(n).read_text()).items():
+            for key, value in values.items() if isinstance(values, dict) else []:
+                if not isinstance(value, dict):
+                    assert config[group][key] == value

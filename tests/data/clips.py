@@ -125,7 +125,7 @@ def rotate(path: Path, matrix: tuple[int, int, int, int]) -> Path:
 
 
 def cut_start(path: Path, n_frames: int) -> Path:
-    """Move the start of an mp4's only edit list: the frames before it are stored, but not shown, as a lossless cut does."""
+    """Move the start of an mp4's only edit list: frames before it are stored, but not shown, as a lossless cut does."""
     data = bytearray(path.read_bytes())
     media = data.index(b"mdhd") + 4
     (timescale,) = struct.unpack_from(">I", data, media + 12)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clip_m2df.errors import UserError
 from clip_m2df.nn.heads import build_head
-from clip_m2df.nn.m2df import M2DFHead
+from clip_m2df.nn.m2df import M2DF, M2DFHead
 
 GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("head_*.npz"))
 DIRECTIONS = {"up2down": "global_to_local", "down2up": "local_to_global", "bid": "mutual"}
@@ -250,3 +250,62 @@ def test_heads_by_name_and_class_path() -> None:
         build_head("m2df", {"dim": 16, "dept": 2})
     with pytest.raises(UserError, match="OtherHead has no option 'zzz'; it has dim, width"):
         build_head(f"{__name__}.OtherHead", {"dim": 16, "zzz": 2})
+
+
+def published_file(folder: Path, clip: Path, tower_prefix: str = "visual.") -> Path:
+    """A published checkpoint file: the head's weights, and the tower's under ``backbone.*``."""
+    tower = {f"backbone.{k.removeprefix(tower_prefix)}": v for k, v in published_state(clip).items() if "visual." in k}
+    state = published_head(dim=32) | tower
+    torch.save({"epoch": 3, "model_state_dict": state, "cfg": "TRAIN: true"}, folder / "checkpoint.pyth")
+    return folder / "checkpoint.pyth"
+
+
+def published_head(dim: int) -> dict[str, Tensor]:
+    """Weights of a head of another width, under the published names."""
+    generator = torch.Generator().manual_seed(0)
+    state = published_state(GOLDEN[0])
+    shapes = {k: [dim if size == 16 else size for size in v.shape] for k, v in state.items()}
+    return {k: 0.1 * torch.randn(shape, generator=generator) for k, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("name", ["clip_vit", "clip_resnet"])
+@pytest.mark.parametrize("tower_prefix", ["visual.", ""])
+def test_a_published_checkpoint_file_gives_tower_and_head(tmp_path: Path, name: str, tower_prefix: str) -> None:
+    clip = GOLDEN[0].with_name(f"{name}.npz")
+    model = M2DF.from_published(published_file(tmp_path, clip, tower_prefix), direction="mutual")
+    assert not model.training
+    arrays = np.load(clip)
+    features = model.backbone.encode_frames(torch.from_numpy(arrays["image"]))
+    torch.testing.assert_close(features, torch.from_numpy(arrays["image_features"]), rtol=1e-4, atol=1e-4)
+    assert model.head.direction == "mutual"
+    expected = M2DFHead.from_published(published_head(dim=32)).state_dict()
+    for key, value in model.head.state_dict().items():
+        assert torch.equal(value, expected[key])
+    with pytest.raises(UserError, match="no text tower"):
+        model.encode_prompts(["a cat"])
+
+
+def test_a_model_scores_raw_frames_as_its_head_scores_their_features(tmp_path: Path) -> None:
+    model = M2DF.from_published(published_file(tmp_path, GOLDEN[0].with_name("clip_vit.npz")))
+    generator = torch.Generator().manual_seed(0)
+    support = torch.randint(0, 256, (2, 3, 1, 4, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    query = torch.randint(0, 256, (2, 6, 4, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    prompts = torch.randn(2, 3, 32, generator=generator)
+    with torch.no_grad():
+        logits = model(support, query, prompts).logits
+        mean, std = model.backbone.mean, model.backbone.std
+        encoded = [model.backbone.encode_frames((x / 255 - mean) / std) for x in (support, query)]
+        torch.testing.assert_close(logits, model.head(*encoded, prompts).logits)
+
+
+def test_files_that_are_no_published_checkpoint_are_refused(tmp_path: Path) -> None:
+    file = published_file(tmp_path, GOLDEN[0].with_name("clip_vit.npz"))
+    state = torch.load(file, weights_only=True)["model_state_dict"]
+    torch.save({k: v for k, v in state.items() if not k.startswith("backbone.")}, tmp_path / "head.pt")
+    with pytest.raises(UserError, match=r"head\.pt holds no tower under backbone\.\*"):
+        M2DF.from_published(tmp_path / "head.pt")
+    torch.save({"model_state_dict": 3}, tmp_path / "odd.pt")
+    with pytest.raises(UserError, match=r"odd\.pt isn't a plain table of tensors"):
+        M2DF.from_published(tmp_path / "odd.pt")
+    with pytest.raises(UserError, match="no such file"):
+        M2DF.from_published(tmp_path / "none.pt")

@@ -80,12 +80,12 @@ class Split:
         short = {name: count for name, count in short.items() if count < needed}
         if short:
             fewest = min(short.values())
-            remedy = f"lower n_shot or n_query to a sum of {fewest}" if fewest >= 2 else "lower n_shot or n_query"
+            remedy = f"lower n_shot or n_query to a sum of {fewest}, or " if fewest >= 2 else ""
             raise UserError(
                 f"the {self.name} split has {_count(len(short), 'class', 'classes')} with fewer than the {needed} "
                 f"videos that n_shot {n_shot} and n_query {n_query} take: "
                 f"{_some([f'{name!r} has {count}' for name, count in short.items()])}; "
-                f"{remedy}, or add videos of these classes to the manifest or remove the classes"
+                f"{remedy}add videos of these classes to the manifest or remove the classes"
             )
 
 
@@ -193,8 +193,8 @@ class Manifest:
         for split in self._splits.values():
             for label, text, videos in zip(split.class_names, split.class_texts, split.videos, strict=True):
                 cells = [split.name, label, text, *(_relative(video.path, self._root) for video in videos)]
-                # Cells hold no line breaks, and an empty line ends a class.
-                state.update("".join(cell + "\n" for cell in [*cells, ""]).encode())
+                # No cell holds a NUL or is empty, so an empty one ends a class.
+                state.update("".join(cell + "\0" for cell in [*cells, ""]).encode())
         return state.hexdigest()
 
     def summary(self) -> str:

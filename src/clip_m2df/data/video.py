@@ -188,6 +188,9 @@ def _open(source: str | IO[bytes], path: str) -> Iterator[tuple["InputContainer"
     except av.FFmpegError as error:
         raise _unreadable(path, f"it is not a video that FFmpeg knows ({error.strerror})") from error
     with container:
+        if container.format.name == "tty":
+            # FFmpeg would play a text file on a terminal and film that.
+            raise _unreadable(path, "it is a text file")
         # A cover picture is a video stream too.
         streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
         if not streams:

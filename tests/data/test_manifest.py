@@ -1,0 +1,400 @@
+import copy
+import os
+import pickle
+import random
+from pathlib import Path
+
+import pytest
+
+from clip_m2df.data import manifest as module
+from clip_m2df.data.manifest import SPLITS, Manifest, Video
+from clip_m2df.errors import UserError
+
+VALID = """\
+path,label,split,text,source
+a/1.mp4,draw sword,train,,web
+a/2.mp4,draw sword,train,drawing a sword,web
+b/1.avi,"Pretending, [something]",train,,"web, old"
+"c/it's ""1"" (é).webm",hug,val,,tv
+c/2.webm,hug,val,,
+d/frames,eat,test,eating,tv
+/data/e.mp4,zap,test,,tv
+"""
+
+
+def save(folder: Path, text: str | bytes) -> Path:
+    path = folder / "manifest.csv"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return path
+
+
+def refusal(folder: Path, text: str | bytes, *, check_files: bool = False) -> str:
+    """The message with which a manifest is refused."""
+    path = save(folder, text)
+    with pytest.raises(UserError) as caught:
+        Manifest.read(path, check_files=check_files)
+    message = str(caught.value)
+    assert "manifest" in message
+    assert "\n" not in message
+    return message
+
+
+def rows(*lines: str) -> str:
+    return "\n".join(["path,label,split", *lines, ""])
+
+
+def manifest_of(counts: dict[str, int], split: str = "train") -> Manifest:
+    return Manifest(Video(f"/v/{c}/{k}.mp4", c, split, c) for c, count in counts.items() for k in range(count))
+
+
+# Reading
+
+
+def test_a_manifest_is_read(tmp_path: Path) -> None:
+    manifest = Manifest.read(save(tmp_path, VALID), check_files=False)
+    assert list(manifest.splits) == ["train", "val", "test"]
+    train = manifest.split("train")
+    assert train.name == "train"
+    assert train.class_names == ("Pretending, [something]", "draw sword")
+    assert train.class_texts == ("Pretending, [something]", "drawing a sword")
+    assert [[video.path for video in videos] for videos in train.videos] == [
+        [str(tmp_path / "b/1.avi")],
+        [str(tmp_path / "a/1.mp4"), str(tmp_path / "a/2.mp4")],
+    ]
+    assert train.videos[0][0].extra == {"source": "web, old"}
+    assert manifest.split("val").videos[0][0].path == str(tmp_path / 'c/it\'s "1" (é).webm')
+    assert manifest.split("test").class_names == ("eat", "zap")
+    assert [video.path for (video,) in manifest.split("test").videos] == [str(tmp_path / "d/frames"), "/data/e.mp4"]
+    assert {video.text for video in manifest.videos if video.label == "draw sword"} == {"drawing a sword"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\ufeff" + VALID,
+        VALID.replace("\n", "\r\n"),
+        VALID.replace("\n", "\n\n"),
+        VALID.rstrip("\n"),
+        VALID.replace(",train,", ", train ,").replace("path,label", "path, label"),
+    ],
+    ids=["BOM", "CRLF", "blank lines", "no last line end", "spaces"],
+)
+def test_what_programs_make_of_a_csv_changes_nothing(tmp_path: Path, text: str) -> None:
+    plain = Manifest.read(save(tmp_path, VALID), check_files=False)
+    assert Manifest.read(save(tmp_path, text), check_files=False).videos == plain.videos
+
+
+def test_columns_in_any_order_and_a_relative_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, "split,path,label\nval,x/../a.mp4,run\n")
+    monkeypatch.chdir(tmp_path)
+    (video,) = Manifest.read("manifest.csv", check_files=False).videos
+    assert video == Video(str(tmp_path / "a.mp4"), "run", "val", "run", {})
+
+
+def test_files_and_folders_of_images_are_found(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").touch()
+    (tmp_path / "frames").mkdir()
+    path = save(tmp_path, rows("a.mp4,run,train", "frames,run,train"))
+    assert len(Manifest.read(path).videos) == 2
+
+
+def test_videos_can_be_sent_to_workers_and_compared(tmp_path: Path) -> None:
+    manifest = Manifest.read(save(tmp_path, VALID), check_files=False)
+    assert pickle.loads(pickle.dumps(manifest)).videos == copy.deepcopy(manifest).videos == manifest.videos
+    assert len(set(manifest.videos)) == 7
+
+
+# Refusing
+
+
+def test_a_manifest_that_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"there is no manifest .*none\.csv: check the name; relative names start at"):
+        Manifest.read(tmp_path / "none.csv")
+
+
+def test_a_manifest_that_is_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is a folder: name the CSV file itself"):
+        Manifest.read(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs on this system")
+def test_a_manifest_that_is_a_fifo(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(UserError, match="is not a regular file: name a CSV file"):
+        Manifest.read(tmp_path / "fifo")
+
+
+def test_a_manifest_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(tmp_path, VALID)
+
+    def deny(_: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", deny)  # a superuser may read everything
+    with pytest.raises(UserError, match=r"cannot read the manifest .*: Permission denied; check its permissions"):
+        Manifest.read(path)
+
+
+@pytest.mark.parametrize("text", ["", "\n\n", "\ufeff"])
+def test_a_manifest_that_is_empty(tmp_path: Path, text: str) -> None:
+    assert "is empty: it needs a header line with the columns path, label, split" in refusal(tmp_path, text)
+
+
+def test_a_manifest_without_rows(tmp_path: Path) -> None:
+    assert "has no videos: add a row for each video" in refusal(tmp_path, rows())
+
+
+def test_a_manifest_with_a_missing_column(tmp_path: Path) -> None:
+    message = refusal(tmp_path, "path,class,split\na.mp4,run,train\n")
+    assert "has no column 'label'; its first line names 'path', 'class', 'split'" in message
+    message = refusal(tmp_path, "path;label;split\na.mp4;run;train\n")
+    assert "no column 'path' and no column 'label' and no column 'split'" in message
+    assert "'path;label;split': name the columns there, separated by commas" in message
+
+
+def test_a_manifest_with_a_column_twice(tmp_path: Path) -> None:
+    assert "has the column 'label' more than once" in refusal(tmp_path, "path,label,split,label\n")
+
+
+def test_a_manifest_that_is_not_utf8(tmp_path: Path) -> None:
+    message = refusal(tmp_path, VALID.encode("latin-1"))
+    assert message.startswith("line 5 of the manifest")
+    assert "is not UTF-8: save the file with that encoding" in message
+
+
+@pytest.mark.parametrize(("line", "cells"), [("b.mp4,run", 2), ("b.mp4,run, jump,train", 4), ("b.mp4", 1)])
+def test_a_row_with_too_few_or_too_many_cells(tmp_path: Path, line: str, cells: int) -> None:
+    message = refusal(tmp_path, rows("a.mp4,run,train", "", line))
+    assert message.startswith("line 4 of the manifest")
+    assert f"has {cells} cell{'s' * (cells > 1)}, but the header has 3" in message
+
+
+@pytest.mark.parametrize(
+    ("line", "column"), [(",run,train", "path"), (" ,run,train", "path"), ("a, ,train", "label"), ("a,run,", "split")]
+)
+def test_a_row_with_an_empty_cell(tmp_path: Path, line: str, column: str) -> None:
+    message = refusal(tmp_path, rows("b.mp4,run,train", line))
+    assert message.startswith("line 3 of the manifest")
+    assert f"has an empty {column}: fill it in or remove the row" in message
+
+
+def test_an_unknown_split(tmp_path: Path) -> None:
+    message = refusal(tmp_path, rows("a.mp4,run,train", "b.mp4,jump,validation"))
+    assert message.startswith("line 3 of the manifest")
+    assert "has the split 'validation': it can be train, val, test" in message
+
+
+@pytest.mark.parametrize("again", ["v/a.mp4", "./v//a.mp4", "v/../v/a.mp4"])
+def test_a_video_that_is_listed_twice(tmp_path: Path, again: str) -> None:
+    message = refusal(tmp_path, rows("v/a.mp4,run,train", "v/b.mp4,run,train", f"{again},run,train"))
+    assert f"lists the video {tmp_path / 'v/a.mp4'} twice, on line 2 and on line 4: remove one" in message
+
+
+def test_a_class_in_two_splits(tmp_path: Path) -> None:
+    message = refusal(tmp_path, rows("a.mp4,run,train", "b.mp4,jump,val", "c.mp4,run,test"))
+    assert "the class 'run' is in two splits" in message
+    assert "train on line 2 and test on line 4" in message
+
+
+def test_two_texts_for_one_class(tmp_path: Path) -> None:
+    text = "path,label,split,text\na,run,train,running\nb,run,train,\nc,run,train,someone runs\n"
+    message = refusal(tmp_path, text)
+    assert "the class 'run' has two texts" in message
+    assert "'running' on line 2 and 'someone runs' on line 4: give it one" in message
+
+
+def test_missing_videos(tmp_path: Path) -> None:
+    (tmp_path / "2.mp4").touch()
+    message = refusal(tmp_path, rows(*(f"{k}.mp4,run,train" for k in range(9))), check_files=True)
+    assert "8 of the 9 videos in the manifest" in message
+    assert "are not there: '0.mp4', '1.mp4', '3.mp4', '4.mp4', '5.mp4' and 3 more; " in message
+    assert f"relative paths start at {tmp_path}: put the videos there" in message
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("b.mp4,a\0b,train", "has a NUL character"),
+        ("b.mp4,run,train," + "x" * 200_000, "is not valid CSV (field larger than field limit (131072))"),
+        ('b.mp4,"run"s,train', "is not valid CSV"),
+        ('b.mp4,"run,train', "is not valid CSV (unexpected end of data): check its quotes"),
+        ('b.mp4,"ru\nn",train', "has a line break inside a cell"),
+    ],
+    ids=["NUL", "giant cell", "quote inside", "open quote", "line break"],
+)
+def test_what_is_no_csv(tmp_path: Path, line: str, reason: str) -> None:
+    message = refusal(tmp_path, rows("a.mp4,run,train", line))
+    assert message.startswith("line 3 of the manifest")
+    assert reason in message
+
+
+def test_any_damage_ends_in_a_manifest_or_in_a_user_error(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    scraps = [b",", b'"', b"\n", b"\r", b"\0", b"\xff", b"\xef\xbb\xbf", b"train", b"val", b" ", b"path", b"\xc3\xa9"]
+    outcomes = {"refused": 0, "read": 0}
+    for _ in range(600):
+        data = bytearray(VALID.encode())
+        for _ in range(rng.randint(1, 3)):
+            start = rng.randrange(len(data))
+            data[start : start + rng.choice([0, 0, 1, 1, 5, 60])] = rng.choice([b"", rng.randbytes(1), *scraps])
+        path = save(tmp_path, bytes(data))
+        try:
+            manifest = Manifest.read(path, check_files=False)
+        except UserError:
+            outcomes["refused"] += 1
+            continue
+        outcomes["read"] += 1
+        # Each of these rows is one line, so what was read can be held against the lines themselves.
+        lines = [line for line in data.decode("utf-8-sig").splitlines() if line]
+        assert len(manifest.videos) == len(lines) - 1
+        for video, line in zip(manifest.videos, lines[1:], strict=True):
+            assert os.path.isabs(video.path)
+            assert video.split in SPLITS
+            assert video.split in line
+            assert video.label.replace('"', "") in line.replace('"', "")
+        assert sum(len(videos) for split in manifest.splits.values() for videos in split.videos) == len(lines) - 1
+        manifest.write(path)
+        assert Manifest.read(path, check_files=False).digest == manifest.digest
+    assert min(outcomes.values()) > 100
+
+
+# Built from a list
+
+
+def test_a_list_of_videos_is_checked_by_row() -> None:
+    with pytest.raises(UserError, match="the list of videos has no videos"):
+        Manifest([])
+    videos = [Video("/a.mp4", "run", "train", "run"), Video("/a.mp4", "run", "train", "run")]
+    with pytest.raises(UserError, match=r"lists the video /a\.mp4 twice, on row 1 and on row 2"):
+        Manifest(videos, source="the importer's list")
+
+
+def test_a_split_that_is_not_there(tmp_path: Path) -> None:
+    manifest = Manifest.read(save(tmp_path, rows("a,run,train", "b,jump,val")), check_files=False)
+    with pytest.raises(UserError, match="the manifest has no 'test' split: it has train, val"):
+        manifest.split("test")
+
+
+def test_summary(tmp_path: Path) -> None:
+    assert Manifest.read(save(tmp_path, VALID), check_files=False).summary().splitlines() == [
+        "split  classes   videos",
+        "train        2        3",
+        "val          1        2",
+        "test         2        2",
+    ]
+
+
+# The digest
+
+
+def test_the_digest_tells_what_decides_the_episodes(tmp_path: Path) -> None:
+    def digest(text: str) -> str:
+        return Manifest.read(save(tmp_path, text), check_files=False).digest
+
+    assert len(digest(VALID)) == 64
+    lines = VALID.splitlines()
+    same = [
+        VALID.replace(",tv", ",radio"),  # another column
+        "\n".join([lines[0], *lines[3:], *lines[1:3]]),  # classes in another order
+        VALID.replace("a/1.mp4", "./a/1.mp4"),
+    ]
+    different = [
+        VALID.replace("a/1.mp4", "a/3.mp4"),
+        VALID.replace("eating", "dining"),
+        VALID.replace("hug", "kiss"),
+        VALID.replace("val", "test"),
+        "\n".join([lines[0], lines[2], lines[1], *lines[3:]]),  # videos of one class in another order
+        "\n".join(lines[:-1]),
+    ]
+    assert {digest(text) for text in same} == {digest(VALID)}
+    assert len({digest(text) for text in [VALID, *different]}) == 1 + len(different)
+
+
+def test_the_digest_is_kept_when_the_data_set_moves(tmp_path: Path) -> None:
+    digests = set()
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        digests.add(Manifest.read(save(tmp_path / name, VALID), check_files=False).digest)
+    assert len(digests) == 1
+
+
+# Writing
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    manifest = Manifest.read(save(tmp_path, VALID), check_files=False)
+    for folder in (tmp_path, tmp_path / "elsewhere"):
+        folder.mkdir(exist_ok=True)
+        manifest.write(folder / "copy.csv")
+        assert Manifest.read(folder / "copy.csv", check_files=False).videos == manifest.videos
+    written = (tmp_path / "copy.csv").read_text(encoding="utf-8").splitlines()
+    assert written[0] == "path,label,split,text,source"
+    assert written[1] == "a/1.mp4,draw sword,train,drawing a sword,web"
+    assert written[-1].startswith("/data/e.mp4,")
+
+
+def test_a_manifest_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(tmp_path, "as it was")
+
+    def full(*_: object) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "_relative", full)
+    with pytest.raises(UserError, match=r"cannot write the manifest .*: No space left on device"):
+        manifest_of({"run": 1}).write(path)
+    assert path.read_text() == "as it was"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot write the manifest .*; name a file in a folder that can be written"):
+        manifest_of({"run": 1}).write(tmp_path / "none" / "manifest.csv")
+
+
+# Episodes
+
+
+def test_episodes_that_the_split_can_supply() -> None:
+    split = manifest_of({"run": 3, "jump": 2}).split("train")
+    split.check_episodes(n_way=2, n_shot=1, n_query=1)
+
+
+@pytest.mark.parametrize("n_way", [1, 0, -3])
+def test_n_way_1(n_way: int) -> None:
+    split = manifest_of({"run": 3, "jump": 2}).split("train")
+    with pytest.raises(
+        UserError, match=f"n_way is {n_way}, but an episode tells classes apart: set n_way to 2 or more"
+    ):
+        split.check_episodes(n_way=n_way, n_shot=1, n_query=1)
+
+
+@pytest.mark.parametrize(("n_shot", "n_query", "option"), [(0, 1, "n_shot"), (1, 0, "n_query"), (1, -1, "n_query")])
+def test_no_shots_or_no_queries(n_shot: int, n_query: int, option: str) -> None:
+    split = manifest_of({"run": 3, "jump": 2}).split("train")
+    with pytest.raises(UserError, match=rf"{option} is -?\d, but .*: set {option} to 1 or more"):
+        split.check_episodes(n_way=2, n_shot=n_shot, n_query=n_query)
+
+
+def test_too_few_classes_for_the_way() -> None:
+    split = manifest_of({"run": 3, "jump": 3, "hug": 3}, "val").split("val")
+    with pytest.raises(UserError, match="the val split has 3 classes, too few for n_way 5: set n_way to 3 or less, or"):
+        split.check_episodes(n_way=5, n_shot=1, n_query=1)
+    split = manifest_of({"run": 3}).split("train")
+    with pytest.raises(UserError, match="the train split has 1 class, too few for n_way 2: n_way cannot be less"):
+        split.check_episodes(n_way=2, n_shot=1, n_query=1)
+
+
+def test_too_few_videos_for_the_shots_and_queries() -> None:
+    split = manifest_of({"run": 9, "jump": 3, "hug": 2}).split("train")
+    with pytest.raises(UserError) as caught:
+        split.check_episodes(n_way=2, n_shot=3, n_query=1)
+    assert "the train split has 2 classes with fewer than the 4 videos that n_shot 3 and n_query 1 take: " in str(
+        caught.value
+    )
+    assert "'hug' has 2, 'jump' has 3; lower n_shot or n_query to a sum of 2, or add videos" in str(caught.value)
+
+
+def test_many_classes_with_too_few_videos() -> None:
+    split = manifest_of({f"class {k}": 1 for k in range(7)}).split("train")
+    with pytest.raises(UserError, match=r"'class 4' has 1 and 2 more; add videos of these classes"):
+        split.check_episodes(n_way=2, n_shot=1, n_query=1)

@@ -1,0 +1,464 @@
+import os
+import pickle
+import random
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from clip_m2df.data import video
+from clip_m2df.data.video import Decoder, VideoError, read_frames
+from clip_m2df.errors import UserError
+from tests.data.clips import (
+    HEIGHT,
+    OFF,
+    ON,
+    WIDTH,
+    cut_start,
+    numbers,
+    picture,
+    render,
+    render_sound,
+    rotate,
+    save_image,
+)
+
+N_FRAMES = 40
+B_FRAMES = {"bf": "3", "g": "12"}
+ALT_REF = {"lag-in-frames": "10", "auto-alt-ref": "1", "cpu-used": "8", "g": "20"}
+UNEVEN = [2 * k + (k % 3 == 0) + 10 * (k > 20) for k in range(N_FRAMES)]
+
+CLIPS: dict[str, dict[str, Any]] = {
+    "h264_b_frames.mp4": {"options": B_FRAMES},
+    "h264_open_gop.mp4": {"options": {"x264-params": "open-gop=1:keyint=12:min-keyint=12:bframes=2:scenecut=0"}},
+    "h264_fragmented.mp4": {"options": B_FRAMES, "container_options": {"movflags": "frag_keyframe"}},
+    "h264_with_sound.mp4": {"options": B_FRAMES, "audio": True},
+    "h264_uneven.mp4": {"times": UNEVEN},
+    "h264.avi": {"options": B_FRAMES},
+    "h264.mkv": {"options": B_FRAMES},
+    "h264.ts": {"options": B_FRAMES},
+    "mpeg4_b_frames.avi": {"codec": "mpeg4", "options": {"bf": "2", "g": "12"}},
+    "vp9_alt_ref.webm": {"codec": "libvpx-vp9", "options": ALT_REF},
+    "vp9_uneven.webm": {"codec": "libvpx-vp9", "options": {"cpu-used": "8"}, "times": UNEVEN},
+    "vp8_alt_ref.webm": {"codec": "libvpx", "options": ALT_REF},
+    "av1.webm": {"codec": "libsvtav1", "options": {"preset": "11"}},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("clips")
+    for name, how in CLIPS.items():
+        render(folder / name, N_FRAMES, **how)
+    return folder
+
+
+class Chooser:
+    """Remembers the numbers of frames that it was asked about."""
+
+    def __init__(self, choose: Callable[[int], Sequence[int]] = range) -> None:
+        self.choose = choose
+        self.asked: list[int] = []
+
+    def __call__(self, n_frames: int) -> Sequence[int]:
+        self.asked.append(n_frames)
+        return self.choose(n_frames)
+
+
+def refusal(path: Path, decoder: Decoder = "auto") -> str:
+    """The message with which a video is refused."""
+    with pytest.raises(VideoError) as caught:
+        read_frames(str(path), range, decoder=decoder)
+    message = str(caught.value)
+    assert str(path) in message
+    assert "\n" not in message
+    return message
+
+
+# Frames are the right ones
+
+
+@pytest.mark.parametrize("decoder", ["auto", "pyav"])
+@pytest.mark.parametrize("name", CLIPS)
+def test_every_frame_is_the_one_with_its_number(folder: Path, name: str, decoder: Decoder) -> None:
+    choose = Chooser()
+    clip = read_frames(str(folder / name), choose, decoder=decoder)
+    assert clip.dtype == torch.uint8
+    assert clip.shape == (N_FRAMES, 3, HEIGHT, WIDTH)
+    assert numbers(clip) == list(range(N_FRAMES))
+    assert choose.asked == [N_FRAMES]
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_sparse_and_random_frames_are_the_right_ones(folder: Path, name: str) -> None:
+    rng = random.Random(0)
+    for wanted in ([39], [2, 7, 12, 17, 22, 27, 32, 37], *([rng.choices(range(N_FRAMES), k=8)] * 3)):
+        assert numbers(read_frames(str(folder / name), lambda _, wanted=wanted: wanted)) == wanted  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", ["h264_b_frames.mp4", "vp9_alt_ref.webm"])
+def test_decord_on_what_it_can_read(folder: Path, name: str) -> None:
+    pytest.importorskip("decord")
+    wanted = [31, 4, 4, 17]
+    assert numbers(read_frames(str(folder / name), lambda _: wanted, decoder="decord")) == wanted
+
+
+@pytest.mark.parametrize("name", ["h264_b_frames.mp4", "vp9_alt_ref.webm"])
+def test_pixels_are_the_rendered_colours(folder: Path, name: str) -> None:
+    clip = read_frames(str(folder / name), lambda _: [21])
+    expected = torch.from_numpy(picture(21)).permute(2, 0, 1)
+    assert {tuple(colour) for colour in expected.flatten(1).T.tolist()} == {ON, OFF}
+    assert (clip[0].float() - expected.float()).abs().mean() < 12  # of 255: the codec's loss
+
+
+def test_relative_path(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    assert numbers(read_frames("h264.avi", lambda _: [5])) == [5]
+
+
+def test_names_that_ffmpeg_could_take_for_something_else(tmp_path: Path) -> None:
+    for name in ("-y.mp4", "concat:a|b.mp4", "frame_%03d.mp4", "it's «naïve» #1 (sport)!.mp4"):
+        path = render(tmp_path / "clip.mp4", 4).rename(tmp_path / name)
+        assert numbers(read_frames(str(path), range)) == [0, 1, 2, 3]
+
+
+def test_short_video(tmp_path: Path) -> None:
+    path = render(tmp_path / "one.mp4", 1)
+    assert numbers(read_frames(str(path), lambda n: [0] * (7 + n))) == [0] * 8
+
+
+def test_frames_that_an_edit_list_cuts_away_are_not_counted(tmp_path: Path) -> None:
+    path = cut_start(render(tmp_path / "cut.mp4", N_FRAMES, options={"bf": "2", "g": "12"}), 17)
+    choose = Chooser()
+    assert numbers(read_frames(str(path), choose)) == list(range(17, N_FRAMES))
+    assert choose.asked == [N_FRAMES - 17]
+
+
+@pytest.mark.parametrize(
+    ("matrix", "quarters"), [((0, 1, -1, 0), -1), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 1)], ids=["90", "180", "270"]
+)
+def test_rotation_is_applied(tmp_path: Path, matrix: tuple[int, int, int, int], quarters: int) -> None:
+    stored = read_frames(str(render(tmp_path / "stored.mp4", 12)), range)
+    path = rotate(render(tmp_path / "turned.mp4", 12), matrix)
+    assert read_frames(str(path), range).equal(stored.rot90(quarters, (2, 3)))
+
+
+def test_a_change_of_size_is_scaled_to_the_first(tmp_path: Path) -> None:
+    small = render(tmp_path / "small.ts", 10)
+    large = render(tmp_path / "large.ts", 10, size=(2 * WIDTH, 3 * HEIGHT))
+    both = tmp_path / "both.ts"
+    both.write_bytes(small.read_bytes() + large.read_bytes())
+    clip = read_frames(str(both), range)
+    assert clip.shape[2:] == (HEIGHT, WIDTH)
+    assert numbers(clip)[-8:] == list(range(2, 10))
+
+
+def test_a_cover_picture_is_no_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import av
+
+    path = render(tmp_path / "clip.mp4", 4)
+    streams = [SimpleNamespace(disposition=av.stream.Disposition.attached_pic)]
+
+    class Container(SimpleNamespace):
+        def __enter__(self) -> "Container":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    container = Container(format=SimpleNamespace(name="mp3"), streams=SimpleNamespace(video=streams))
+    monkeypatch.setattr(av, "open", lambda *_, **__: container)
+    assert "no video stream" in refusal(path)
+    streams.append(SimpleNamespace(disposition=av.stream.Disposition.default, codec_context=None))
+    assert "no decoder for its codec" in refusal(path)
+
+
+def test_only_wanted_frames_are_converted_each_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    converted = []
+    picture = video._picture
+
+    def count(*args: Any) -> Any:
+        converted.append(1)
+        return picture(*args)
+
+    monkeypatch.setattr(video, "_picture", count)
+    assert numbers(read_frames(str(folder / "h264.mkv"), lambda _: [9, 3, 9, 9])) == [9, 3, 9, 9]
+    assert len(converted) == 2
+
+
+@pytest.mark.parametrize("wanted", [[], [-1], [N_FRAMES]])
+def test_a_choice_out_of_range_is_a_bug_and_no_fault_of_the_video(folder: Path, wanted: list[int]) -> None:
+    for name in ("h264.mkv", "vp8_alt_ref.webm"):
+        with pytest.raises(ValueError, match="returned") as caught:
+            read_frames(str(folder / name), lambda _: wanted)
+        assert not isinstance(caught.value, UserError)
+
+
+# Broken files
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("clip.mp4", {"options": B_FRAMES, "container_options": {"movflags": "faststart"}}),
+        ("clip.mkv", {"options": B_FRAMES}),
+        ("clip.ts", {"options": B_FRAMES}),
+        ("clip.avi", {"codec": "mpeg4", "options": {"bf": "2", "g": "12"}}),
+        ("clip.webm", {"codec": "libvpx-vp9", "options": ALT_REF}),
+    ],
+)
+def test_a_video_that_is_truncated_is_a_shorter_one(tmp_path: Path, name: str, how: dict[str, Any]) -> None:
+    path = render(tmp_path / name, 100, **how)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 7 // 10])
+    choose = Chooser()
+    found = numbers(read_frames(str(path), choose))
+    assert 20 < len(found) < 95
+    # What the last frames refer to may be lost, so they can be damaged or missing.
+    assert found[:-3] == list(range(len(found) - 3))
+    assert choose.asked[-1] == len(found)
+    assert choose.asked == sorted(set(choose.asked), reverse=True)
+
+    last = read_frames(str(path), lambda n: [0, n - 1])
+    assert last.equal(read_frames(str(path), range)[[0, -1]])
+
+
+def test_a_video_that_is_broken_in_the_middle_ends_there(tmp_path: Path) -> None:
+    how = {"options": {"bf": "3", "g": "10", "sc_threshold": "0"}, "container_options": {"movflags": "frag_keyframe"}}
+    path = render(tmp_path / "clip.mp4", N_FRAMES, **how)
+    data = bytearray(path.read_bytes())
+    table = data.rindex(b"trun") + 4  # of the last fragment: version and flags, then the number of frames
+    data[table + 4 : table + 8] = b"\x7f\xff\xff\xff"
+    path.write_bytes(data)
+    assert numbers(read_frames(str(path), range)) == list(range(30))
+
+
+@pytest.mark.parametrize("decoder", ["auto", "pyav", "decord"])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("text.mp4", b"this is no video\n" * 40),
+        ("text.txt", b"this is no video\n" * 40),
+        ("text.webm", b"\x1aE\xdf\xa3 webm, it says, but it is not\n" * 40),
+        ("zeros.avi", bytes(5000)),
+    ],
+)
+def test_a_video_that_is_not_a_video(tmp_path: Path, name: str, content: bytes, decoder: Decoder) -> None:
+    if decoder == "decord":
+        pytest.importorskip("decord")
+    path = tmp_path / name
+    path.write_bytes(content)
+    message = refusal(path, decoder)
+    if decoder == "decord":
+        assert "decord cannot" in message
+    else:
+        assert ("it is a text file" if name.endswith(".txt") else "not a video that FFmpeg knows") in message
+    assert "remove it from the manifest or replace it" in message
+
+
+def test_a_video_that_is_empty(tmp_path: Path) -> None:
+    path = tmp_path / "empty.mp4"
+    path.touch()
+    assert "it is empty; remove it from the manifest or replace it" in refusal(path)
+
+
+def test_a_video_without_its_header(tmp_path: Path) -> None:
+    path = render(tmp_path / "clip.mp4")  # whose header comes last
+    path.write_bytes(path.read_bytes()[:-1500])
+    assert "not a video that FFmpeg knows" in refusal(path)
+
+
+def test_a_video_of_which_not_one_frame_decodes(tmp_path: Path) -> None:
+    path = render(tmp_path / "clip.mp4", container_options={"movflags": "faststart"})
+    data = path.read_bytes()
+    start = data.index(b"mdat") + 4
+    path.write_bytes(data[:start] + b"\xff" * (len(data) - start))
+    assert "not one frame of it decodes" in refusal(path)
+    path.write_bytes(data[:start])
+    assert "not one frame of it decodes" in refusal(path)
+
+
+def test_decord_on_frames_that_do_not_decode(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decord = pytest.importorskip("decord")
+
+    def fail(*_: object) -> None:
+        raise decord.DECORDError("no frame")
+
+    monkeypatch.setattr(decord.VideoReader, "get_batch", fail)
+    assert "decord cannot decode the wanted frames" in refusal(folder / "vp9_alt_ref.webm", "decord")
+    assert numbers(read_frames(str(folder / "vp9_alt_ref.webm"), range)) == list(range(N_FRAMES))
+
+
+def test_a_frame_that_cannot_be_converted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import av
+
+    def fail(*_: object) -> None:
+        raise av.error.PatchWelcomeError(0, "Not yet implemented")
+
+    monkeypatch.setattr(video, "_picture", fail)
+    assert "cannot be converted to RGB (Not yet implemented)" in refusal(folder / "h264.mkv")
+
+
+def test_sound_without_pictures(tmp_path: Path) -> None:
+    assert "it has no video stream" in refusal(render_sound(tmp_path / "sound.m4a"))
+
+
+def test_a_missing_video(tmp_path: Path) -> None:
+    assert "there is no such file" in refusal(tmp_path / "missing.mp4")
+    assert "name" in refusal(tmp_path / ("x" * 300))  # File name too long
+    assert "null" in refusal(tmp_path / "a\0b")
+
+
+def test_a_video_without_permission(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def deny(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(video, "open", deny, raising=False)  # a superuser may read everything
+    assert "no permission; allow reading it" in refusal(folder / "h264.mkv")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs on this system")
+def test_a_fifo_does_not_hang(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.mp4")
+    assert "neither a regular file nor a folder of images" in refusal(tmp_path / "fifo.mp4")
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"), [("a.mp4", "libx264"), ("a.avi", "mpeg4"), ("a.mkv", "libx264"), ("a.webm", "libvpx-vp9")]
+)
+def test_any_damage_ends_in_frames_or_in_a_video_error(tmp_path: Path, name: str, codec: str) -> None:
+    rng = random.Random(0)
+    path = render(tmp_path / name, 10, codec, options={"g": "5"})
+    whole = path.read_bytes()
+    outcomes = set()
+    for _ in range(40):
+        data = bytearray(whole)
+        for _ in range(rng.randint(1, 6)):
+            start = rng.randrange(rng.choice([len(data), 1000]))
+            data[start : start + rng.randint(0, 8)] = rng.randbytes(rng.randint(0, 8))
+        path.write_bytes(data)
+        try:
+            clip = read_frames(str(path), range)
+        except VideoError:
+            outcomes.add("refused")
+        else:
+            outcomes.add("read")
+            assert clip.dtype == torch.uint8
+            assert clip.shape[:2] == (len(clip), 3)
+    assert outcomes == {"refused", "read"}
+
+
+def test_the_error_survives_the_way_from_a_worker() -> None:
+    error = VideoError("cannot read the video")
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+# Folders of images
+
+
+def test_images_are_ordered_by_their_numbers(tmp_path: Path) -> None:
+    for number in (10, 2, 1, 33):
+        save_image(tmp_path / f"img_{number}.jpg", number)
+    save_image(tmp_path / "img_%d4.PNG", 4)
+    save_image(tmp_path / "img_0005.bmp", 5)
+    save_image(tmp_path / "img_006.webp", 6)
+    save_image(tmp_path / "img_0007.jpeg", 7)
+    save_image(tmp_path / "._img_3.jpg", 3)
+    (tmp_path / "img_8.txt").write_text("no image")
+    (tmp_path / "img_9.jpg").mkdir()
+    choose = Chooser()
+    assert numbers(read_frames(str(tmp_path), choose)) == [1, 2, 4, 5, 6, 7, 10, 33]
+    assert choose.asked == [8]
+    assert numbers(read_frames(str(tmp_path), lambda _: [6, 0, 6])) == [10, 1, 10]
+
+
+def test_images_of_other_sizes_are_scaled_to_the_first(tmp_path: Path) -> None:
+    save_image(tmp_path / "1.png", 1)
+    save_image(tmp_path / "2.png", 2, size=(50, 80))
+    clip = read_frames(str(tmp_path), lambda _: [1, 0])
+    assert clip.shape == (2, 3, HEIGHT, WIDTH)
+    assert numbers(clip) == [2, 1]
+
+
+def test_a_folder_without_images(tmp_path: Path) -> None:
+    assert "the folder has no images" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n" + bytes(50)])
+def test_an_image_that_does_not_decode(tmp_path: Path, content: bytes) -> None:
+    save_image(tmp_path / "1.png", 1)
+    (tmp_path / "2.png").write_bytes(content)
+    assert "remove it from the manifest or replace it" in refusal_of_image(tmp_path, "2.png")
+    assert numbers(read_frames(str(tmp_path), lambda _: [0])) == [1]
+
+
+def refusal_of_image(folder: Path, name: str) -> str:
+    with pytest.raises(VideoError) as caught:
+        read_frames(str(folder), range)
+    assert str(folder / name) in str(caught.value)
+    return str(caught.value)
+
+
+# Decoders that are not there
+
+
+def test_an_unknown_decoder(folder: Path) -> None:
+    with pytest.raises(UserError, match="no decoder 'opencv': choose from auto, decord, pyav, torchcodec"):
+        read_frames(str(folder / "h264.mkv"), range, decoder="opencv")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("package", ["decord", "torchcodec"])
+def test_a_decoder_that_is_not_installed(folder: Path, monkeypatch: pytest.MonkeyPatch, package: Decoder) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setitem(sys.modules, f"{package}.decoders", None)
+    path = str(folder / "vp9_alt_ref.webm")
+    with pytest.raises(UserError, match=f"needs the package {package}, which cannot be imported: install it") as caught:
+        read_frames(path, range, decoder=package)
+    assert not isinstance(caught.value, VideoError)
+    assert numbers(read_frames(path, lambda _: [5])) == [5]
+
+
+def test_auto_leaves_webm_to_decord_and_nothing_else(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def read(path: str, *_: object) -> Tensor:
+        asked.append(Path(path).name)
+        raise VideoError("not today")
+
+    monkeypatch.setattr(video, "_read_decord", read)
+    for name in CLIPS:
+        assert numbers(read_frames(str(folder / name), lambda _: [5])) == [5]
+    assert asked == [name for name in CLIPS if name.endswith(".webm")]
+
+
+def test_torchcodec_is_asked_for_exact_frames_once_each(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class VideoDecoder:
+        """Stands in for torchcodec's."""
+
+        def __init__(self, source: str, *, seek_mode: str, num_ffmpeg_threads: int) -> None:
+            assert (seek_mode, num_ffmpeg_threads) == ("exact", 1)
+            if "mp4" in source:
+                raise ValueError("no video stream")
+
+        def __len__(self) -> int:
+            return N_FRAMES
+
+        def get_frames_at(self, indices: list[int]) -> SimpleNamespace:
+            assert indices == sorted(set(indices))
+            if 39 in indices:
+                raise RuntimeError("end of file")
+            return SimpleNamespace(data=torch.from_numpy(np.stack([picture(k) for k in indices])).permute(0, 3, 1, 2))
+
+    module = ModuleType("torchcodec.decoders")
+    module.VideoDecoder = VideoDecoder  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torchcodec", ModuleType("torchcodec"))
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", module)
+    path = folder / "h264.mkv"
+    assert numbers(read_frames(str(path), lambda _: [9, 3, 9], decoder="torchcodec")) == [9, 3, 9]
+    assert "torchcodec cannot decode the wanted frames" in refusal(path, "torchcodec")
+    assert "torchcodec cannot open it" in refusal(folder / "h264_b_frames.mp4", "torchcodec")
