@@ -20,10 +20,12 @@ from clip_m2df.data.manifest import Manifest, Split, Video
 from clip_m2df.data.motion_shapes import render, shared_appearance_classes
 from clip_m2df.errors import UserError
 from clip_m2df.evaluation.features import Scorer, encode_clips, otam_scores, play_episodes
-from clip_m2df.lightning_cli import CLI
+from clip_m2df.lightning_cli import run
 from clip_m2df.module import CLIPM2DF
 
 CONFIG = "demo_5way1shot.yaml"
+# Tells a demo's folder, which the next one may replace, from a run that somebody wants to keep.
+MARKER = ".demo"
 
 
 def run_demo(output: Path, episodes: int, overrides: Sequence[str] = ()) -> None:
@@ -35,20 +37,21 @@ def run_demo(output: Path, episodes: int, overrides: Sequence[str] = ()) -> None
         overrides: further options of ``fit``.
 
     Raises:
-        UserError: ``output`` holds something else than a run.
+        UserError: ``output`` is there and is no earlier demo's.
     """
     if episodes < 2:
         raise UserError(f"episodes {episodes}: an interval needs at least 2")
-    if output.exists():
-        if any(output.iterdir()) and not (output / "config.yaml").is_file():
-            raise UserError(f"{output} holds something else than an earlier demo; give another --output")
-        shutil.rmtree(output)
+    if output.exists() and not (output / MARKER).is_file():
+        raise UserError(f"{output} is there already, and no earlier demo; give another --output")
+    shutil.rmtree(output, ignore_errors=True)
+    output.mkdir(parents=True)
+    (output / MARKER).touch()
     started = time.perf_counter()
     console = Console()
 
     render()
     rendered = time.perf_counter()
-    fit = CLI(["fit", "--config", str(find_config(CONFIG)), f"--trainer.default_root_dir={output}", *overrides])
+    fit = run(["fit", "--config", str(find_config(CONFIG)), f"--trainer.default_root_dir={output}", *overrides])
     trained = time.perf_counter()
 
     config = fit.config["fit"]

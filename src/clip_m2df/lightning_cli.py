@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import lightning
 import yaml
 from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from clip_m2df.data.datamodule import EpisodeDataModule
@@ -47,6 +49,20 @@ class RunCheckpoint(ModelCheckpoint):
             trainer.save_checkpoint(os.path.join(str(self.dirpath), "last.ckpt"))
 
 
+class RunProgressBar(RichProgressBar):
+    """Counts to the end of the run; Lightning's own takes optimiser steps for batches where there are no epochs."""
+
+    @property
+    def total_train_batches(self) -> int | float:
+        """Batches that are left of the run."""
+        steps = self.trainer.max_steps - self.trainer.global_step
+        batches = steps * self.trainer.accumulate_grad_batches if steps > 0 else float("inf")
+        return min(self.trainer.num_training_batches, batches)
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "Training"
+
+
 class RunConfig(SaveConfigCallback):
     """Writes the configuration of a run into its folder, not beside a logger's files."""
 
@@ -58,7 +74,7 @@ class RunConfig(SaveConfigCallback):
         if stage == "fit":
             folder = Path(trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            text = self.parser.dump(self.config, skip_none=False)
+            text = self.parser.dump(self.config, skip_unset=False)
             (folder / "config.yaml").write_text(text, encoding="utf-8")
 
 
@@ -105,6 +121,13 @@ class CLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Nothing: LightningCLI would let a checkpoint's options win silently. See `_take_options_from`."""
 
+    def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
+        """Make the trainer, with the run's progress bar unless none is wanted."""
+        trainer_options = self.config_init[str(self.subcommand)].trainer
+        if trainer_options.enable_progress_bar is not False:
+            trainer_options.callbacks = [*(trainer_options.callbacks or []), RunProgressBar()]
+        return super().instantiate_trainer(**kwargs)
+
     def before_instantiate_classes(self) -> None:
         """Find the checkpoint and take the model's options from it.
 
@@ -145,15 +168,21 @@ class CLI(LightningCLI):
         return cls(*args, **kwargs | self.saved_options)
 
 
-def run(args: Sequence[str]) -> None:
+def run(args: Sequence[str]) -> CLI:
     """Run ``fit``, ``validate`` or ``test``.
+
+    Returns:
+        Model, data module and trainer, as they are at the end.
 
     Raises:
         UserError: whatever a person can mend in the options.
     """
     _check_configs(args)
+    # Advertisements, and a deprecation inside Lightning that nobody here can mend.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     try:
-        CLI(args)
+        return CLI(args)
     except ArgumentError as error:
         raise UserError(f"{' '.join(str(error).split())}\n(clip-m2df {args[0]} --help explains the options)") from error
     except MisconfigurationException as error:
@@ -172,3 +201,7 @@ def _check_configs(args: Sequence[str]) -> None:
                 raise UserError(f"config {path} can't be read: {' '.join(str(error).split())}") from error
             if not isinstance(content, dict | None):
                 raise UserError(f"config {path} is not a table of options; start from one that clip-m2df configs lists")
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "Tip:" not in record.getMessage()

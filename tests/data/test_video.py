@@ -1,8 +1,10 @@
+import itertools
 import os
 import pickle
 import random
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -228,14 +230,33 @@ def test_a_video_that_is_truncated_is_a_shorter_one(tmp_path: Path, name: str, h
     assert last.equal(read_frames(str(path), range)[[0, -1]])
 
 
-def test_a_video_that_is_broken_in_the_middle_ends_there(tmp_path: Path) -> None:
-    how = {"options": {"bf": "3", "g": "10", "sc_threshold": "0"}, "container_options": {"movflags": "frag_keyframe"}}
-    path = render(tmp_path / "clip.mp4", N_FRAMES, **how)
-    data = bytearray(path.read_bytes())
-    table = data.rindex(b"trun") + 4  # of the last fragment: version and flags, then the number of frames
-    data[table + 4 : table + 8] = b"\x7f\xff\xff\xff"
-    path.write_bytes(data)
-    assert numbers(read_frames(str(path), range)) == list(range(30))
+@pytest.mark.parametrize("flush_fails", [False, True])
+def test_a_file_that_cannot_be_read_on_ends_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flush_fails: bool
+) -> None:
+    import av
+
+    opened = video._open
+
+    @contextmanager
+    def failing(source: Any, path: str) -> Iterator[Any]:
+        with opened(source, path) as (container, stream):
+
+            def demux(_: object) -> Iterator[Any]:
+                yield from itertools.islice(container.demux(stream), 19)
+                raise av.error.InvalidDataError(0, "Input/output error")
+
+            def decode(packet: None) -> list[Any]:
+                if flush_fails:
+                    raise av.error.InvalidDataError(0, "Input/output error")
+                return stream.decode(packet)
+
+            yield SimpleNamespace(demux=demux), SimpleNamespace(decode=decode)
+
+    monkeypatch.setattr(video, "_open", failing)
+    path = render(tmp_path / "clip.avi", codec="mpeg4", options={"bf": "2", "g": "100", "sc_threshold": "1000000000"})
+    # 19 packets: one frame by itself, then threes; of each the last shown is stored first, and the decoder holds it.
+    assert numbers(read_frames(str(path), range)) == list(range(18 if flush_fails else 19))
 
 
 @pytest.mark.parametrize("decoder", ["auto", "pyav", "decord"])

@@ -72,7 +72,13 @@ def read_frames(path: str, choose: Choose, *, decoder: Decoder = "auto") -> Tens
         head = file.read(64)
     if not head:
         raise _unreadable(path, "it is empty")
-    return _READERS[decoder](path, head, choose)
+    if decoder == "auto" and head.startswith(_EBML) and b"webm" in head:
+        try:
+            return _read_decord(path, choose)
+        except UserError:
+            # Not installed, or the file holds AV1 or is broken: PyAV has the last word.
+            pass
+    return _READERS[decoder](path, choose)
 
 
 @contextmanager
@@ -88,17 +94,7 @@ def _naming(path: str) -> Iterator[None]:
         raise _unreadable(path, str(error)) from error
 
 
-def _read_auto(path: str, head: bytes, choose: Choose) -> Tensor:
-    if head.startswith(_EBML) and b"webm" in head:
-        try:
-            return _read_decord(path, head, choose)
-        except UserError:
-            # Not installed, or the file holds AV1 or is broken: PyAV has the last word.
-            pass
-    return _read_pyav(path, head, choose)
-
-
-def _read_decord(path: str, head: bytes, choose: Choose) -> Tensor:
+def _read_decord(path: str, choose: Choose) -> Tensor:
     try:
         import decord
     except (ImportError, OSError) as error:
@@ -118,7 +114,7 @@ def _read_decord(path: str, head: bytes, choose: Choose) -> Tensor:
     return _clip(dict(zip(numbers, pictures, strict=True)), wanted)
 
 
-def _read_torchcodec(path: str, head: bytes, choose: Choose) -> Tensor:
+def _read_torchcodec(path: str, choose: Choose) -> Tensor:
     try:
         from torchcodec.decoders import VideoDecoder
     except (ImportError, OSError, RuntimeError) as error:  # the last two where FFmpeg's libraries are not found
@@ -136,7 +132,7 @@ def _read_torchcodec(path: str, head: bytes, choose: Choose) -> Tensor:
     return frames[[numbers.index(number) for number in wanted]]
 
 
-def _read_pyav(path: str, head: bytes, choose: Choose) -> Tensor:
+def _read_pyav(path: str, choose: Choose) -> Tensor:
     """Decode from the first frame to the last wanted one."""
     n_frames = _count_packets(path)
     while n_frames > 0:
@@ -303,8 +299,8 @@ def _not_installed(package: str) -> UserError:
     )
 
 
-_READERS: dict[str, Callable[[str, bytes, Choose], Tensor]] = {
-    "auto": _read_auto,
+_READERS: dict[str, Callable[[str, Choose], Tensor]] = {
+    "auto": _read_pyav,
     "decord": _read_decord,
     "pyav": _read_pyav,
     "torchcodec": _read_torchcodec,

@@ -1,0 +1,72 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from clip_m2df import CLIPM2DF
+from clip_m2df.cli import main
+from clip_m2df.data import motion_shapes
+from clip_m2df.evaluation.features import otam_scores, play_episodes
+from tests.nn import references
+
+
+def test_the_demo_goes_from_rendering_to_a_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CLIP_M2DF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(motion_shapes, "VIDEOS_PER_CLASS", {"train": 6, "val": 2, "test": 2})
+    output = tmp_path / "demo"
+    small = ["--trainer.max_steps=1", "--data.episodes_per_step=4", "--data.val_episodes=4", "--data.num_workers=0"]
+    from clip_m2df.demo import run_demo
+
+    run_demo(output, 20, [*small, "--data.validate_every=1", "--trainer.enable_progress_bar=false"])
+    said = capsys.readouterr().out
+    for row in ("OTAM on the tower's features", "CLIP-M²DF before training", "CLIP-M²DF after training"):
+        assert row in said
+    # The same episodes as the test command's: the table's last row is its accuracy.
+    test = [f"--trainer.default_root_dir={output}", "--ckpt_path=best", "--data.test_episodes=20", *small[1:]]
+    assert main(["test", "--config=demo_5way1shot.yaml", *test, "--trainer.enable_progress_bar=false"]) == 0
+    tested = capsys.readouterr().out
+    accuracy = float(tested.split("test/accuracy")[1].split("│")[1])
+    assert f"{100 * accuracy:.1f} ± " in said.split("after training")[1].splitlines()[0]
+    # An earlier demo is replaced; anything else is not.
+    (output / ".demo").unlink()
+    assert main(["demo", f"--output={output}"]) == 2
+    assert "is there already, and no earlier demo" in capsys.readouterr().err
+    assert CLIPM2DF.load_from_checkpoint(output / "checkpoints" / "best.ckpt").hparams["backbone"] == "tiny"
+
+
+def test_the_demo_wants_episodes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--episodes=1"]) == 2
+    assert "episodes 1: an interval needs at least 2" in capsys.readouterr().err
+
+
+def test_episodes_are_played_by_the_places_of_their_videos() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(12, 4, 8, generator=generator)
+    support = torch.tensor([[[0, 1], [2, 3]], [[4, 5], [6, 7]], [[8, 9], [0, 4]]])
+    query = torch.tensor([[[10], [11]], [[10], [11]], [[11], [10]]])
+    classes = torch.tensor([[0, 1], [1, 2], [2, 0]])
+    correct = []
+    for s, q in zip(support, query, strict=True):
+        for place in range(2):
+            costs = []
+            for c in range(2):
+                prototype = (features[s[c, 0]] + features[s[c, 1]]) / 2
+                frames = features[q[place, 0]]
+                costs.append([[1 - references.cosine(a, b) for b in prototype.tolist()] for a in frames.tolist()])
+            distances = [references.otam(c) + references.otam([list(r) for r in zip(*c, strict=True)]) for c in costs]
+            correct.append(distances.index(min(distances)) == place)
+    table = torch.randn(3, 8, generator=generator)
+    result = play_episodes(otam_scores, features, table, support, query, classes, batch_size=2)
+    assert result["accuracy"] == pytest.approx(sum(correct) / 6)
+    seen = []
+
+    def scorer(support: torch.Tensor, query: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
+        seen.append((support, query, prompts))
+        return torch.zeros(len(support), 2, 2)
+
+    play_episodes(scorer, features, table, support, query, classes, batch_size=2)
+    assert torch.equal(seen[1][0], features[support[2:]])
+    assert torch.equal(seen[0][1][1, 0], features[10])
+    assert torch.equal(seen[0][2][1], table[[1, 2]])
