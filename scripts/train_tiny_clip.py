@@ -309,8 +309,8 @@ the benchmark's val and test classes use.
 
     $command
 
-made this folder and this page in $minutes minutes on $threads thread(s) of a CPU that did other work too: $steps steps of
-$batch frames, out of $frames rendered. The same command with the same versions (torch $torch, transformers
+made this folder and this page in $minutes minutes on $threads thread(s) of a CPU that did other work too:
+$steps steps of $batch frames, out of $frames rendered. The same command with the same versions (torch $torch, transformers
 $transformers) repeats the weights on the same kind of CPU.
 
 How often, among the captions "a photo of …" of all combinations of a row, the right one is nearest to a new frame:
