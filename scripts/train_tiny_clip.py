@@ -310,8 +310,8 @@ the benchmark's val and test classes use.
     $command
 
 made this folder and this page in $minutes minutes on $threads thread(s) of a CPU that did other work too:
-$steps steps of $batch frames, out of $frames rendered. The same command with the same versions (torch $torch, transformers
-$transformers) repeats the weights on the same kind of CPU.
+$steps steps of $batch frames, out of $frames rendered. The same command with the same versions
+(torch $torch, transformers $transformers) repeats the weights on the same kind of CPU.
 
 How often, among the captions "a photo of …" of all combinations of a row, the right one is nearest to a new frame:
 
@@ -347,7 +347,7 @@ def main() -> None:
     """Train, measure and write the directory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=OUT, help="the directory to write")
-    parser.add_argument("--steps", type=int, default=2000, help="optimiser steps")
+    parser.add_argument("--steps", type=int, default=3000, help="optimiser steps")
     parser.add_argument("--scenes", type=int, default=6000, help="scenes to render for training, four frames of each")
     parser.add_argument("--batch", type=int, default=128, help="frames in a batch")
     parser.add_argument("--seed", type=int, default=0, help="seed of the scenes, weights and batches")

@@ -76,9 +76,8 @@ def test_any_text_can_be_encoded(tokenizer: Any, text: str) -> None:
 @torch.no_grad()
 def test_padding_does_not_change_an_embedding(model: Any, tokenizer: Any) -> None:
     texts = ["a red star", "a photo of two blue rings moving apart"]
-    whole = [
-        tokenizer(texts, padding=p, truncation=True, max_length=77, return_tensors="pt") for p in (True, "max_length")
-    ]
+    short = {"truncation": True, "max_length": 77, "return_tensors": "pt"}
+    whole = [tokenizer(texts, padding=padding, **short) for padding in (True, "max_length")]
     first, second = (model.get_text_features(**inputs).pooler_output for inputs in whole)
     alone = model.get_text_features(**tokenizer(texts[:1], return_tensors="pt")).pooler_output
     torch.testing.assert_close(first, second)
