@@ -11,7 +11,7 @@ import yaml
 
 from clip_m2df import __version__
 from clip_m2df.cli import find_config, main, shipped_configs
-from clip_m2df.lightning_cli import CLI
+from clip_m2df.lightning_cli import CLI, run
 from clip_m2df.module import CLIPM2DF, checkpoint_options
 
 
@@ -99,7 +99,13 @@ def test_what_changes_at_evaluation_wins_over_the_checkpoint(
     manifest: Path, tiny_clip_dir: Path, fitted: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = ["test", *options(manifest, tiny_clip_dir, fitted, "--ckpt_path=best")]
-    assert main([*args, "--model.selection=sample", "--model.text_fusion=0.5", "--data.n_way=2"]) == 0
+    args[1] = f"--config={find_config('demo_5way1shot.yaml')}"
+    ended = run([*args, "--model.selection=sample", "--model.text_fusion=0.5", "--data.n_way=2"])
+    assert ended.model.model.head.selection == "sample"
+    assert ended.model.text_fusion == 0.5
+    assert ended.datamodule.eval_shape.n_way == 2
+    weights = torch.load(fitted / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(value, weights[name]) for name, value in ended.model.state_dict().items())
 
 
 def test_a_model_option_that_contradicts_the_checkpoint_is_refused(
@@ -109,20 +115,38 @@ def test_a_model_option_that_contradicts_the_checkpoint_is_refused(
     said = fails([*args, "--model.template=this is {}"], capsys)
     assert "model.template is 'this is {}', but 'a photo of {}' in" in said
     assert "leave it out" in said
-    assert "model.head_options is" in fails([*args, "--model.head_options.depth=2"], capsys)
+    assert "model.head_options.depth is 2, but 1 in" in fails([*args, "--model.head_options.depth=2"], capsys)
+    assert "--model.selection" in fails([*args, "--model.head_options.selection=sample"], capsys)
     assert "model.backbone is 'tiny'" in fails([*args, "--model.backbone=tiny"], capsys)
-    # The same value is no contradiction.
-    assert main([*args, "--model.template=a photo of {}"]) == 0
+    # The same value is no contradiction, nor is a default that the checkpoint doesn't name.
+    assert main([*args, "--model.template=a photo of {}", "--model.head_options={heads: 4, depth: 1}"]) == 0
 
 
 def test_fit_goes_on_from_last_and_refuses_to_write_over_a_run(
     manifest: Path, tiny_clip_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    args = ["fit", *options(manifest, tiny_clip_dir, tmp_path / "run")]
+    plain = {"context_dropout": 0.0, "attention_dropout": 0.0, "dropout": 0.0, "hidden_dim": 32, "heads": 4}
+    no_dropout = [f"--model.head_options={plain}"]
+
+    def last(name: str) -> dict[str, torch.Tensor]:
+        checkpoint = torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)
+        assert checkpoint["global_step"] == 3
+        weights: dict[str, torch.Tensor] = checkpoint["state_dict"]
+        return weights
+
+    args = ["fit", *options(manifest, tiny_clip_dir, tmp_path / "run"), *no_dropout]
     assert main(args) == 0
     assert "holds a run already: go on with it by --ckpt_path last" in fails(args, capsys)
+    # A checkpoint from elsewhere is no licence either.
+    elsewhere = tmp_path / "elsewhere.ckpt"
+    elsewhere.write_bytes((tmp_path / "run" / "checkpoints" / "last.ckpt").read_bytes())
+    assert "holds a run already" in fails([*args, f"--ckpt_path={elsewhere}"], capsys)
+    assert "data.batch_size times the devices to 2" in fails([*args, "--ckpt_path=last", "--data.batch_size=4"], capsys)
     assert main([*args, "--ckpt_path=last", "--trainer.max_steps=3"]) == 0
-    assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 3
+    uninterrupted = ["fit", *options(manifest, tiny_clip_dir, tmp_path / "whole", "--trainer.max_steps=3"), *no_dropout]
+    assert main(uninterrupted) == 0
+    for name, value in last("whole").items():
+        assert torch.equal(value, last("run")[name]), name
 
 
 def test_the_last_step_is_kept_without_any_validation(manifest: Path, tiny_clip_dir: Path, tmp_path: Path) -> None:
@@ -136,9 +160,12 @@ def test_bad_checkpoints(
     args = ["test", *options(manifest, tiny_clip_dir, tmp_path)]
     assert "last.ckpt: no such file" in fails([*args, "--ckpt_path=last"], capsys)
     assert "nowhere.ckpt: no such file" in fails([*args, "--ckpt_path=nowhere.ckpt"], capsys)
+    assert "test measures a checkpoint: give --ckpt_path best" in fails(args, capsys)
     other = tmp_path / "other.ckpt"
     torch.save({"state_dict": {}, "hyper_parameters": {"lr": 1.0}}, other)
-    assert "not a readable CLIPM2DF checkpoint" in fails([*args, f"--ckpt_path={other}"], capsys)
+    assert "other.ckpt is a checkpoint of another model" in fails([*args, f"--ckpt_path={other}"], capsys)
+    other.write_bytes(other.read_bytes()[:200])
+    assert "other.ckpt is damaged or no checkpoint" in fails([*args, f"--ckpt_path={other}"], capsys)
 
 
 def test_misspelt_keys_are_named(
@@ -163,7 +190,7 @@ def test_errors_of_the_data_come_as_one_line(
     assert "n_way is 1" in fails([*args, "--data.n_way=1"], capsys)
     assert "nowhere.csv" in fails([*args, "--data.manifest=nowhere.csv"], capsys)
     assert "too few" in fails([*args, "--data.n_way=5"], capsys)
-    assert "takes images of (3, 32, 32)" in fails([*args, "--data.size=24"], capsys)
+    assert "data.size is 24, but the tower takes frames of 32 pixels" in fails([*args, "--data.size=24"], capsys)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -179,6 +206,16 @@ def test_a_broken_video_ends_a_run_with_its_name(
     said = fails([*args, "--data.val_episodes=20"], capsys)
     assert "val0_0.mp4" in said
     assert "it is empty" in said
+
+
+def test_a_folder_that_cannot_be_written_ends_in_one_line(
+    manifest: Path, tiny_clip_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    args = ["fit", *options(manifest, tiny_clip_dir, tmp_path / "file" / "run")]
+    assert "file/run" in fails(args, capsys)
+    with pytest.raises(OSError, match="file/run"):
+        main([*args, "--traceback"])
 
 
 def test_a_switch_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
@@ -242,6 +279,9 @@ def test_fit_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_saved_config_is_a_config(fitted: Path, tmp_path: Path) -> None:
     args = [f"--config={fitted / 'config.yaml'}", f"--trainer.default_root_dir={tmp_path}", "--trainer.max_steps=1"]
     assert main(["fit", *args]) == 0
+    assert main(["fit", *args, "--ckpt_path=last", "--trainer.max_steps=2"]) == 0
+    # What it went on from is the run's own matter, not that of whoever starts from its configuration.
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["ckpt_path"] is None
     again = checkpoint_options(tmp_path / "checkpoints" / "last.ckpt")
     assert again["head_options"] == {"hidden_dim": 32, "heads": 4}
 
@@ -267,6 +307,9 @@ class Parsed(CLI):
     """Parses and goes no further."""
 
     def instantiate_classes(self) -> None:
+        pass
+
+    def after_instantiate_classes(self) -> None:
         pass
 
     def _run_subcommand(self, subcommand: str) -> None:

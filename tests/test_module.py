@@ -5,14 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from clip_m2df import CLIPM2DF, Episode, UserError
+from clip_m2df import CLIPM2DF, Episode, M2DFHead, UserError
 from clip_m2df.module import EVALUATION_OPTIONS, checkpoint_options
+from clip_m2df.nn.matching import frame_costs, otam
 
 PLAIN = {"hidden_dim": 32, "heads": 4, "context_dropout": 0.0, "attention_dropout": 0.0, "dropout": 0.0}
 NAMES = ["a cat", "a car", "a tree", "the sea"]
@@ -229,6 +231,8 @@ def test_what_changes_at_evaluation_stays_out_of_the_checkpoint(tiny_clip_dir: P
     assert loaded.model.head.selection == "argmax"
     assert loaded.text_fusion == 0
     assert CLIPM2DF.load_from_checkpoint(path, selection="expectation").model.head.selection == "expectation"
+    with pytest.raises(UserError, match="CLIPM2DF has no option 'selektion'"):
+        CLIPM2DF.load_from_checkpoint(path, selektion="sample")
 
 
 def test_checkpoints_of_something_else_are_refused(tiny_clip_dir: Path, tmp_path: Path) -> None:
@@ -236,7 +240,7 @@ def test_checkpoints_of_something_else_are_refused(tiny_clip_dir: Path, tmp_path
     with pytest.raises(UserError, match=r"checkpoint .*none.ckpt: no such file"):
         CLIPM2DF.load_from_checkpoint(tmp_path / "none.ckpt")
     (tmp_path / "text.ckpt").write_text("not a checkpoint")
-    with pytest.raises(UserError, match=r"text.ckpt is not a readable CLIPM2DF checkpoint"):
+    with pytest.raises(UserError, match=r"text.ckpt is damaged or no checkpoint"):
         CLIPM2DF.load_from_checkpoint(tmp_path / "text.ckpt")
     torch.save({"state_dict": {}, "hyper_parameters": {"backbone": "resnet", "head": 3}}, tmp_path / "other.ckpt")
     with pytest.raises(UserError, match=r"other.ckpt is a checkpoint of another model"):
@@ -254,6 +258,11 @@ def test_checkpoints_of_something_else_are_refused(tiny_clip_dir: Path, tmp_path
     ("options", "message"),
     [
         ({"lr": 0.0}, "lr is 0.0; it must be positive"),
+        ({"backbone_lr": -1.0}, "backbone_lr is -1.0"),
+        ({"weight_decay": -1.0}, "weight_decay is -1.0; it must not be negative"),
+        ({"head_options": {"dim": 16}}, "dim follows from the backbone; leave it out"),
+        ({"head_options": {"depth": "2"}}, "head_options: M2DFHead does not take"),
+        ({"head_options": {"views": None}}, "head_options: M2DFHead does not take"),
         ({"text_fusion": 1.5}, "text_fusion is 1.5"),
         ({"warmup_start": 0.0}, "warmup_start 0.0"),
         ({"head": "nothing"}, "head: 'nothing' is neither one of m2df"),
@@ -286,3 +295,47 @@ def test_the_prompt_table_is_kept_until_other_weights_come(tiny_clip_dir: Path) 
     with torch.inference_mode():
         under_inference = make(tiny_clip_dir).encode_prompts(NAMES)
     assert not under_inference.is_inference()
+
+
+@pytest.mark.parametrize("freeze_backbone", [True, False])
+@pytest.mark.parametrize("freeze_batch_norm", [True, False])
+def test_what_is_frozen_is_in_eval_mode_from_the_start(
+    tiny_clip_dir: Path, tmp_path: Path, freeze_backbone: bool, freeze_batch_norm: bool
+) -> None:
+    arrays = np.load(Path(__file__).parent / "golden" / "clip_resnet.npz")
+    state = {k.removeprefix("state/"): torch.from_numpy(arrays[k]) for k in arrays if k.startswith("state/")}
+    torch.save(state, tmp_path / "resnet.pt")
+    options = {"freeze_backbone": freeze_backbone, "freeze_batch_norm": freeze_batch_norm}
+    made = CLIPM2DF(backbone=str(tmp_path / "resnet.pt"), head_options=PLAIN, **options)  # type: ignore[arg-type]
+    description = made.model.backbone.description()
+    rebuilt = CLIPM2DF(backbone=description, head_options=PLAIN, **options)  # type: ignore[arg-type]
+    for model in (made, rebuilt):
+        assert model.model.head.training
+        assert model.model.backbone.visual.training is not freeze_backbone
+        assert model.model.backbone.text is not None
+        assert not model.model.backbone.text.training
+        norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        assert {norm.training for norm in norms} == {not freeze_backbone and not freeze_batch_norm}
+        before = copy.deepcopy(norms[0].running_mean)
+        model.model.encode_frames(torch.full((2, 3, 64, 64), 200, dtype=torch.uint8))
+        assert torch.equal(before, norms[0].running_mean) is (freeze_backbone or freeze_batch_norm)  # type: ignore[arg-type]
+
+
+class ParameterFree(torch.nn.Module):
+    """OTAM on raw features: a head with nothing to train."""
+
+    def __init__(self, *, dim: int) -> None:
+        super().__init__()
+        self.plain = M2DFHead(dim=dim, hidden_dim=8, heads=1).requires_grad_(False)
+
+    def forward(self, support: Tensor, query: Tensor, prompts: Tensor, draws: Tensor | None = None) -> Any:
+        output = self.plain(support, query, prompts, draws)
+        return output._replace(logits=-otam(frame_costs(query, support.mean(-3))))
+
+
+def test_another_head_by_its_class_path(tiny_clip_dir: Path, tmp_path: Path) -> None:
+    model = CLIPM2DF(backbone=str(tiny_clip_dir), head=f"{__name__}.ParameterFree", freeze_backbone=True)
+    (result,) = trainer(tmp_path).validate(model, UsersData(), verbose=False)
+    assert result["val/accuracy"] > 0.5
+    with pytest.raises(UserError, match="nothing to train"):
+        trainer(tmp_path, max_steps=1).fit(model, UsersData())

@@ -43,6 +43,11 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         print(f"clip-m2df: error: {_plain(error)}", file=sys.stderr)
         return 2
+    except OSError as error:  # a folder that can't be written, a full disk
+        if show_traceback:
+            raise
+        print(f"clip-m2df: error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("clip-m2df: interrupted", file=sys.stderr)
         return 130

@@ -51,7 +51,9 @@ def run_demo(output: Path, episodes: int, overrides: Sequence[str] = ()) -> None
 
     render()
     rendered = time.perf_counter()
-    fit = run(["fit", "--config", str(find_config(CONFIG)), f"--trainer.default_root_dir={output}", *overrides])
+    # One device: Lightning would start the whole command anew for each further one.
+    fixed = [f"--trainer.default_root_dir={output}", "--trainer.devices=1"]
+    fit = run(["fit", "--config", str(find_config(CONFIG)), *fixed, *overrides])
     trained = time.perf_counter()
 
     config = fit.config["fit"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import warnings
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 import yaml
 from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -19,6 +21,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from clip_m2df.data.datamodule import EpisodeDataModule
 from clip_m2df.errors import UserError
 from clip_m2df.module import CLIPM2DF, checkpoint_options
+from clip_m2df.nn.heads import head_class
 
 CHECKPOINTS = "checkpoints"
 
@@ -74,7 +77,9 @@ class RunConfig(SaveConfigCallback):
         if stage == "fit":
             folder = Path(trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            text = self.parser.dump(self.config, skip_unset=False)
+            config = self.config.clone()
+            config.ckpt_path = None  # the run's, not that of whoever starts from its configuration
+            text = self.parser.dump(config, skip_unset=False)
             (folder / "config.yaml").write_text(text, encoding="utf-8")
 
 
@@ -136,29 +141,58 @@ class CLI(LightningCLI):
         """
         config = self.config[str(self.subcommand)]
         folder = Path(config.trainer.default_root_dir or ".") / CHECKPOINTS
-        if config.ckpt_path is None:
-            if self.subcommand == "fit" and (folder / "last.ckpt").exists() and not config.trainer.fast_dev_run:
+        if config.ckpt_path in ("last", "best"):
+            config.ckpt_path = str(folder / f"{config.ckpt_path}.ckpt")
+        if self.subcommand == "fit":
+            goes_on = config.ckpt_path is not None and Path(config.ckpt_path).resolve().parent == folder.resolve()
+            if (folder / "last.ckpt").exists() and not goes_on and not config.trainer.fast_dev_run:
                 raise UserError(
                     f"the run folder {folder.parent} holds a run already: go on with it by --ckpt_path last, or give"
                     " another --trainer.default_root_dir"
                 )
-            return
-        if config.ckpt_path in ("last", "best"):
-            config.ckpt_path = str(folder / f"{config.ckpt_path}.ckpt")
-        self._take_options_from(config)
-        self.parser.add_instantiator(self._build_model, CLIPM2DF, subclasses=False)
+        elif config.ckpt_path is None:
+            raise UserError(f"{self.subcommand} measures a checkpoint: give --ckpt_path best, last, or a .ckpt file")
+        if config.ckpt_path is not None:
+            self._take_options_from(config)
+            self.parser.add_instantiator(self._build_model, CLIPM2DF, subclasses=False)
+
+    def after_instantiate_classes(self) -> None:
+        """Check that the data module makes frames of the tower's size; leave cores to the workers that decode.
+
+        Raises:
+            UserError: they are of another size.
+        """
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) - self.datamodule.num_workers))
+        size, wanted = self.datamodule.reader.size, self.model.model.backbone.image_size
+        if size != wanted:
+            raise UserError(
+                f"data.size is {size}, but the tower takes frames of {wanted} pixels: give --data.size {wanted}, and"
+                f" --data.resize {wanted} or more"
+            )
 
     def _take_options_from(self, config: Namespace) -> None:
         saved = checkpoint_options(config.ckpt_path)
         given = self.parser.parse_args(self.args, defaults=False)[str(self.subcommand)].get("model")
-        for option, value in (given.as_dict() if given else {}).items():
-            if option in saved:
-                kept = saved[option]["source"] if option == "backbone" else saved[option]
-                if value != kept:
-                    raise UserError(
-                        f"model.{option} is {value!r}, but {kept!r} in {config.ckpt_path}: a checkpoint keeps the"
-                        " options that it was trained with; leave it out"
-                    )
+        kept = saved | {"backbone": saved["backbone"]["source"]}
+        asked = given.as_dict() if given else {}
+        # Options of the head one by one, those that the checkpoint doesn't name at their defaults.
+        kept |= {
+            f"head_options.{option}": (saved["head_options"] or {}).get(option, parameter.default)
+            for option, parameter in inspect.signature(head_class(saved["head"])).parameters.items()
+            if option != "selection"
+        }
+        asked |= {f"head_options.{option}": value for option, value in (asked.pop("head_options", None) or {}).items()}
+        for option, value in asked.items():
+            if option in kept and _plain(value) != _plain(kept[option]):
+                raise UserError(
+                    f"model.{option} is {value!r}, but {kept[option]!r} in {config.ckpt_path}: a checkpoint keeps the"
+                    " options that it was trained with; leave it out"
+                )
+        if "head_options.selection" in asked:
+            raise UserError(
+                "head_options: selection is an option of the model itself, --model.selection; move it there"
+            )
         self.saved_options = saved
         for option, value in saved.items():
             config.model[option] = value["source"] if option == "backbone" else value
@@ -181,6 +215,9 @@ def run(args: Sequence[str]) -> CLI:
     # Advertisements, and a deprecation inside Lightning that nobody here can mend.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*tensorboardX.*")
+    # The metrics that are logged have been summed over ranks already.
+    warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
     try:
         return CLI(args)
     except ArgumentError as error:
@@ -201,6 +238,10 @@ def _check_configs(args: Sequence[str]) -> None:
                 raise UserError(f"config {path} can't be read: {' '.join(str(error).split())}") from error
             if not isinstance(content, dict | None):
                 raise UserError(f"config {path} is not a table of options; start from one that clip-m2df configs lists")
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:

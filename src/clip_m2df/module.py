@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -18,7 +19,7 @@ from clip_m2df.errors import UserError
 from clip_m2df.evaluation.metrics import EpisodeAccuracy, Mean, Share
 from clip_m2df.nn import heads
 from clip_m2df.nn.backbone import CLIPBackbone
-from clip_m2df.nn.m2df import M2DF, HeadOutput, check_weights
+from clip_m2df.nn.m2df import M2DF, HeadOutput, M2DFHead, check_weights
 from clip_m2df.nn.prompts import DEFAULT_TEMPLATE, Selection
 
 # Options that a person changes at evaluation. They stay out of the checkpoint, so that what is asked for wins.
@@ -81,8 +82,11 @@ class CLIPM2DF(lightning.LightningModule):
         text_fusion: float = 0.0,
     ) -> None:
         super().__init__()
-        if lr <= 0:
-            raise UserError(f"lr is {lr}; it must be positive")
+        for option, value in {"lr": lr, "backbone_lr": lr if backbone_lr is None else backbone_lr}.items():
+            if not value > 0:
+                raise UserError(f"{option} is {value}; it must be positive")
+        if not weight_decay >= 0:
+            raise UserError(f"weight_decay is {weight_decay}; it must not be negative")
         if not 0 <= text_fusion <= 1:
             raise UserError(f"text_fusion is {text_fusion}; it must be between 0 and 1")
         if warmup_steps < 0 or not 0 < warmup_start <= 1:
@@ -95,6 +99,8 @@ class CLIPM2DF(lightning.LightningModule):
             raise UserError(
                 "head_options: selection is an option of the model itself, --model.selection; move it there"
             )
+        if "dim" in options:
+            raise UserError("head_options: dim follows from the backbone; leave it out")
         if "selection" in heads.options_of(heads.head_class(head)):
             options["selection"] = selection
         tower = (
@@ -102,9 +108,9 @@ class CLIPM2DF(lightning.LightningModule):
         )
         tower.freeze_batch_norm = freeze_batch_norm
         self.model = M2DF(tower, heads.build_head(head, {"dim": tower.dim, **options}), template, freeze_backbone)
-        if not class_weight and isinstance(scale := getattr(self.model.head, "scale", None), nn.Parameter):
-            # Without its loss it has no gradient, which DDP would wait for.
-            scale.requires_grad_(False)
+        if not class_weight and isinstance(self.model.head, M2DFHead):
+            # Without its loss the scale has no gradient, which DDP would wait for.
+            self.model.head.scale.requires_grad_(False)
 
         self.lr = lr
         self.backbone_lr = lr if backbone_lr is None else backbone_lr
@@ -312,6 +318,9 @@ class CLIPM2DF(lightning.LightningModule):
             UserError: there is no such file, or it is no checkpoint of this model.
         """
         checkpoint_options(checkpoint_path)
+        known = {*inspect.signature(cls).parameters, "map_location", "hparams_file", "strict", "weights_only"}
+        if unknown := [option for option in kwargs if option not in known]:
+            raise UserError(f"CLIPM2DF has no option {unknown[0]!r}; its options are {', '.join(sorted(known))}")
         loaded: CLIPM2DF = super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
         return loaded
 
@@ -326,11 +335,10 @@ def checkpoint_options(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise UserError(f"checkpoint {path}: no such file; give the path of a .ckpt file that fit wrote")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        options = checkpoint[CLIPM2DF.CHECKPOINT_HYPER_PARAMS_KEY]
-        is_ours = isinstance(options["backbone"], dict) and "head" in options
     except Exception as error:  # torch.load raises whatever the bytes happen to provoke
-        raise UserError(f"{path} is not a readable CLIPM2DF checkpoint; give a .ckpt file that fit wrote") from error
-    if not is_ours:
+        raise UserError(f"{path} is damaged or no checkpoint; give a .ckpt file that fit wrote") from error
+    options = checkpoint.get(CLIPM2DF.CHECKPOINT_HYPER_PARAMS_KEY) if isinstance(checkpoint, dict) else None
+    if not isinstance(options, dict) or not isinstance(options.get("backbone"), dict) or "head" not in options:
         raise UserError(f"{path} is a checkpoint of another model; give one that clip-m2df fit or CLIPM2DF wrote")
     return dict(options)
 

@@ -37,9 +37,8 @@ def test_training_and_evaluation_have_seeds_of_their_own(manifest: Path) -> None
     for seed, eval_seed in ((0, 0), (1, 0), (0, 1)):
         data = make(manifest, seed=seed, eval_seed=eval_seed)
         data.setup("fit")
-        drawn[seed, eval_seed] = [
-            next(iter(loader))["draws"] for loader in (data.train_dataloader(), data.val_dataloader())
-        ]
+        loaders: tuple[Any, ...] = (data.train_dataloader(), data.val_dataloader())
+        drawn[seed, eval_seed] = [next(iter(loader))["draws"] for loader in loaders]
     assert not torch.equal(drawn[0, 0][0], drawn[1, 0][0])
     assert torch.equal(drawn[0, 0][1], drawn[1, 0][1])
     assert torch.equal(drawn[0, 0][0], drawn[0, 1][0])
@@ -153,6 +152,7 @@ def test_a_trainer_that_would_cut_steps_is_refused(manifest: Path, tmp_path: Pat
             {"accumulate_grad_batches": 3},
             r"trainer\.accumulate_grad_batches is 3, but follows from data\.episodes_per_step, 4",
         ),
+        ({"val_check_interval": 3}, r"trainer\.val_check_interval is 3, in batches; say with data\.validate_every"),
         ({"limit_train_batches": 3}, r"trainer\.limit_train_batches 3 cuts an optimiser step of 2 batches"),
     )
     for options, message in cases:
@@ -174,3 +174,25 @@ def test_without_validation_the_val_split_may_be_missing(manifest: Path, tmp_pat
     assert len(fit(data, tmp_path, limit_val_batches=0).seen) == 8
     with pytest.raises(UserError, match="val"):
         fit(make(shorter), tmp_path)
+
+
+def test_a_short_run_is_validated_at_its_end(manifest: Path, tmp_path: Path) -> None:
+    assert fit(make(manifest, batch_size=2, episodes_per_step=4, val_episodes=1), tmp_path).validated == [4]
+
+
+@pytest.mark.parametrize("changed", [{"batch_size": 4}, {"episodes_per_step": 8}])
+def test_a_run_that_would_count_otherwise_does_not_go_on(
+    manifest: Path, tmp_path: Path, changed: dict[str, int]
+) -> None:
+    counts = {"batch_size": 2, "episodes_per_step": 4, "val_episodes": 1}
+    fit(make(manifest, **counts), tmp_path, max_steps=2)
+    with pytest.raises(
+        UserError, match=r"set data\.episodes_per_step to 4, and data\.batch_size times the devices to 2"
+    ):
+        fit(make(manifest, **(counts | changed)), tmp_path, str(tmp_path / "two.ckpt"))
+
+
+def test_each_device_needs_an_episode(manifest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(EpisodeDataModule, "world_size", 4)
+    with pytest.raises(UserError, match="val_episodes is 3 on 4 devices; give at least one a device"):
+        make(manifest, val_episodes=3).setup("validate")

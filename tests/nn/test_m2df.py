@@ -1,4 +1,5 @@
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from torch import Tensor
 from clip_m2df.errors import UserError
 from clip_m2df.nn.heads import build_head
 from clip_m2df.nn.m2df import M2DF, M2DFHead
+from clip_m2df.nn.prompts import select_prompts
+from clip_m2df.nn.views import FusedSequence
+from tests.nn import references
 
 GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("head_*.npz"))
 DIRECTIONS = {"up2down": "global_to_local", "down2up": "local_to_global", "bid": "mutual"}
@@ -172,18 +176,90 @@ def test_every_option_of_matching_and_distillation_reaches_its_stage() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_under_autocast_results_are_float32_and_finite(dtype: torch.dtype) -> None:
-    head = make_head()
+@pytest.mark.parametrize("selection", ["argmax", "expectation"])
+def test_under_autocast_results_are_float32_and_finite(dtype: torch.dtype, selection: str) -> None:
+    head = make_head(selection=selection, temperature=5.0)
     support, query, prompts = episode()
     query.requires_grad_()
     with torch.autocast("cpu", dtype=dtype):
         output = head(support, query, prompts)
         loss = F.cross_entropy(output.logits, torch.arange(6) % 3) + output.distillation_loss
+        selected = select_prompts(output.prompt_probabilities, prompts, head.selection)
     loss.backward()
     assert output.logits.dtype == output.prompt_probabilities.dtype == torch.float32
     assert torch.equal(output.prompt_probabilities, head(support, query, prompts).prompt_probabilities)
+    assert torch.equal(
+        selected.embeddings, select_prompts(output.prompt_probabilities, prompts, head.selection).embeddings
+    )
     assert query.grad is not None
     assert query.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("frames", [8, 64])
+def test_matching_and_losses_under_autocast_are_within_a_thousandth_of_a_float64_loop(
+    dtype: torch.dtype, frames: int
+) -> None:
+    # The same fused sequences, as autocast leaves them, for both: what follows is float32 whatever the autocast.
+    head = make_head(direction="mutual", reliability=["text", "visual"])
+    generator = torch.Generator().manual_seed(0)
+
+    def fused(*leading: int) -> dict[str, FusedSequence]:
+        return {
+            view: FusedSequence(
+                torch.randn(*leading, 16, generator=generator).to(dtype),
+                torch.randn(*leading, frames, 16, generator=generator).to(dtype),
+            )
+            for view in ("local", "global")
+        }
+
+    query, prototype, labels = fused(4), fused(3), torch.tensor([0, 1, 2, 0])
+    prompts = torch.randn(3, 16, generator=generator).to(dtype)
+    raw = query["local"].visual
+    with torch.autocast("cpu", dtype=dtype):
+        evidence = head.match(query, prototype)
+        match = F.cross_entropy(-head.fuse_distances(evidence), labels, reduction="sum")
+        distill = head.distill(evidence).loss
+        class_logits = head.class_logits(raw[:3].unsqueeze(1), raw, prompts, prompts)[1]
+        class_loss = F.cross_entropy(class_logits, labels, reduction="sum")
+
+    distances, texts = {}, {}
+    for view in ("local", "global"):
+        distances[view] = torch.tensor(
+            [
+                [
+                    sum(
+                        references.otam([[1 - references.cosine(a, b) for b in y] for a in x])
+                        for x, y in ((q, p), (p, q))
+                    )
+                    for p in prototype[view].visual.double().tolist()
+                ]
+                for q in query[view].visual.double().tolist()
+            ],
+            dtype=torch.float64,
+        )
+        texts[view] = torch.tensor(
+            [
+                [references.cosine(q, p) for p in prototype[view].text.double().tolist()]
+                for q in query[view].text.double().tolist()
+            ],
+            dtype=torch.float64,
+        )
+        assert (evidence[view].distances - distances[view]).abs().max() < 1e-3
+    fused_rows = (-(distances["local"] + distances["global"])).tolist()
+    expected = -sum(math.log(references.softmax(row)[c]) for row, c in zip(fused_rows, labels.tolist(), strict=True))
+    assert match.item() == pytest.approx(expected, abs=1e-3)
+    taught = references.distillation(distances, texts, ["text", "visual"], "mutual")[0]
+    assert distill.item() == pytest.approx(taught, abs=1e-3)
+    expected = 0.0
+    for video, c in zip(raw.double().tolist(), labels.tolist(), strict=True):
+        cosines = [[references.cosine(p, f) for f in video] for p in prompts.double().tolist()]
+        best = [sorted(range(frames), key=lambda t, row=row: -row[t])[:4] for row in cosines]  # type: ignore[misc]
+        likeliest = max(range(3), key=lambda n: sum(cosines[n][t] for t in best[n]))
+        mean = [sum(video[t][d] for t in best[likeliest]) / 4 for d in range(16)]
+        logits = [references.cosine(mean, p) for p in prompts.double().tolist()]
+        expected -= math.log(references.softmax(logits)[c])
+    assert class_loss.item() == pytest.approx(expected, abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +275,12 @@ def test_under_autocast_results_are_float32_and_finite(dtype: torch.dtype) -> No
         ({"selection": "max"}, "selection: 'max' is not one of argmax, sample, expectation"),
         ({"train_selection": "max"}, "train_selection: 'max'"),
         ({"top_k": 0}, "top_k 0"),
-        ({"smoothing": 0.0}, "smoothing 0.0"),
+        ({"smoothing": 0.0}, "smoothing is 0.0; it must be positive"),
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"hidden_dim": 0}, "hidden_dim is 0"),
+        ({"dropout": 1.5}, "dropout is 1.5; it must be from 0 to below 1"),
+        ({"attention_dropout": -0.5}, "attention_dropout is -0.5"),
+        ({"heads": 0}, "no multiple of 0 attention heads"),
         ({"dim": 12}, "dim 12 is no multiple of 8"),
     ],
 )

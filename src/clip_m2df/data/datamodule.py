@@ -41,7 +41,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
         decoder: which library decodes; ``auto`` takes the fastest that gives the right frames.
         batch_size: episodes that go through the model at once, on each device.
         episodes_per_step: episodes of an optimiser step, whatever the number of devices.
-        validate_every: optimiser steps between validations. None leaves it to the Trainer.
+        validate_every: optimiser steps between validations; a shorter run is validated at its end.
         num_workers: processes that decode, for each device.
 
     Raises:
@@ -67,7 +67,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
         decoder: Decoder = "auto",
         batch_size: int = 1,
         episodes_per_step: int = 16,
-        validate_every: int | None = None,
+        validate_every: int = 100,
         num_workers: int = 2,
     ) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
             "frames": frames,
             "batch_size": batch_size,
             "episodes_per_step": episodes_per_step,
-            "validate_every": 1 if validate_every is None else validate_every,
+            "validate_every": validate_every,
         }
         for option, value in at_least_one.items():
             if value < 1:
@@ -146,6 +146,11 @@ class EpisodeDataModule(lightning.LightningDataModule):
         if self.manifest is None:
             path = motion_shapes.render() if self.manifest_path == EMBEDDED else self.manifest_path
             self.manifest = Manifest.read(path)
+        for option in ("val_episodes", "test_episodes"):
+            if getattr(self, option) < self.world_size:
+                raise UserError(
+                    f"{option} is {getattr(self, option)} on {self.world_size} devices; give at least one a device"
+                )
         if stage == "fit":
             self._add_dataset("train", self.train_shape, self.seed)
             self._count_in_steps()
@@ -153,6 +158,24 @@ class EpisodeDataModule(lightning.LightningDataModule):
             self._add_dataset("test", self.eval_shape, self.eval_seed)
         elif stage == "validate" or not self.trainer or self.trainer.limit_val_batches:
             self._add_dataset("val", self.eval_shape, self.eval_seed)
+
+    def state_dict(self) -> dict[str, int]:
+        """How a run counts, for its checkpoints."""
+        batches = self.accumulation(self.world_size)
+        return {"episodes_per_step": self.episodes_per_step, "batches_per_step": batches}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Refuse to go on with a run that counts otherwise: it would repeat episodes, or cut a step.
+
+        Raises:
+            UserError: says what to set back.
+        """
+        if self.trainer and self.trainer.state.fn == "fit" and state_dict != self.state_dict():
+            episodes, batches = state_dict["episodes_per_step"], state_dict["batches_per_step"]
+            raise UserError(
+                f"the run made its steps of {episodes} episodes in {batches} batches on each device: set"
+                f" data.episodes_per_step to {episodes}, and data.batch_size times the devices to {episodes // batches}"
+            )
 
     def train_dataloader(self) -> DataLoader[Episode]:
         """The endless stream of training episodes, from where the run stands."""
@@ -197,14 +220,19 @@ class EpisodeDataModule(lightning.LightningDataModule):
                 f" data.episodes_per_step, {self.episodes_per_step}; leave it out"
             )
         self.trainer.accumulate_grad_batches = batches
-        if self.validate_every is not None:
-            # In batches, and not by epoch: an endless stream has none.
-            self.trainer.val_check_interval = self.validate_every * batches
-            self.trainer.check_val_every_n_epoch = None
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if self.trainer.max_steps < 0:
             raise UserError("training episodes never end: give with trainer.max_steps the optimiser steps to train")
+        # In batches, and not by epoch: an endless stream has none.
+        interval = min(self.validate_every, self.trainer.max_steps) * batches
+        if self.trainer.val_check_interval not in (1.0, interval):
+            raise UserError(
+                f"trainer.val_check_interval is {self.trainer.val_check_interval}, in batches; say with"
+                " data.validate_every how many optimiser steps lie between validations"
+            )
+        self.trainer.val_check_interval = interval
+        self.trainer.check_val_every_n_epoch = None
         limit = self.trainer.limit_train_batches
         if isinstance(limit, int) and limit % batches:
             raise UserError(

@@ -27,7 +27,7 @@ def encode_clips(model: M2DF, clips: Iterable[Tensor]) -> Tensor:
     Returns:
         ``(videos, frames, dim)``, on the model's device.
     """
-    return torch.cat([model.encode_frames(batch.to(model.head_device)) for batch in clips])
+    return torch.cat([model.encode_frames(batch.to(model.device)) for batch in clips])
 
 
 def otam_scores(support: Tensor, query: Tensor, prompts: Tensor) -> Tensor:

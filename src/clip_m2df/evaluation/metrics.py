@@ -94,7 +94,10 @@ class Share(Metric):
 
 
 class Mean(Metric):
-    """Mean of a number over episodes. (torchmetrics' own writes its state in place.)"""
+    """Mean of a number over episodes.
+
+    torchmetrics' own writes its state in place.
+    """
 
     full_state_update = False
     total: Tensor

@@ -265,11 +265,12 @@ class CLIPBackbone(nn.Module):
         if (channels, height, width) != (3, size, size):
             raise UserError(
                 f"backbone {self.source!r} takes images of (3, {size}, {size}), not ({channels}, {height}, {width}): "
-                f"set the image size to {size}"
+                f"set the size of the frames to {size}"
             )
         if not images.is_floating_point():
             raise UserError(f"encode_frames takes normalised images, not {images.dtype}: call normalise first")
-        embeddings: Tensor = self.visual(images.reshape(-1, 3, size, size))
+        weights = next(self.visual.parameters())
+        embeddings: Tensor = self.visual(images.reshape(-1, 3, size, size).to(weights.dtype))
         return embeddings.reshape(*leading, self.dim)
 
     # Texts

@@ -63,7 +63,12 @@ def build_head(name: str, options: Mapping[str, Any]) -> M2DFHead:
             near = difflib.get_close_matches(option, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
             raise UserError(f"head_options: {cls.__name__} has no option {option!r}; {hint}")
-    return cast("M2DFHead", cls(**options))  # or what has its interface
+    try:
+        return cast("M2DFHead", cls(**options))  # or what has its interface
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise UserError(f"head_options: {cls.__name__} does not take {dict(options)}: {error}") from error
 
 
 def options_of(cls: type[nn.Module]) -> tuple[str, ...]:

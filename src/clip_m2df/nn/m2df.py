@@ -139,8 +139,13 @@ class M2DFHead(nn.Module):
             raise UserError(f"view_weights has {len(weights)} numbers for {len(views)} views; give one a view")
         if top_k < 1:
             raise UserError(f"top_k {top_k}: at least 1 frame must count")
-        if smoothing <= 0:
-            raise UserError(f"smoothing {smoothing}: the soft minimum needs a positive one")
+        for option, value in {"smoothing": smoothing, "temperature": temperature, "hidden_dim": hidden_dim}.items():
+            if not value > 0:
+                raise UserError(f"{option} is {value}; it must be positive")
+        shares = {"context_dropout": context_dropout, "attention_dropout": attention_dropout, "dropout": dropout}
+        for option, value in shares.items():
+            if not 0 <= value < 1:
+                raise UserError(f"{option} is {value}; it must be from 0 to below 1")
 
         self.dim = dim
         self.view_weights = dict(zip(views, weights, strict=True))
@@ -199,7 +204,7 @@ class M2DFHead(nn.Module):
         )
 
     def prompt_scores(self, query: Tensor, prompts: Tensor) -> Tensor:
-        """PPS's scores of ``query (…, n_queries, frames, dim)`` by ``prompts (…, n_way, dim)``: ``(…, n_queries, n_way)``."""
+        """Scores of ``query (…, n_queries, frames, dim)`` by ``prompts (…, n_way, dim)``: ``(…, n_queries, n_way)``."""
         return prompt_scores(query, prompts, self.top_k)
 
     def fuse(self, frames: Tensor, prompt: Tensor) -> dict[str, FusedSequence]:
@@ -348,10 +353,8 @@ class M2DF(nn.Module):
         if backbone.text is not None:
             backbone.text.requires_grad_(False)
         self._prompt_tables: dict[tuple[str, ...], Tensor] = {}
-        # Other weights, other prompts.
-        self.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
-            lambda module, keys: module._prompt_tables.clear()
-        )
+        self.register_load_state_dict_post_hook(_forget_prompts)  # type: ignore[no-untyped-call]
+        self.train()  # what is frozen is in eval mode from the start: a Trainer keeps the modes that it finds
 
     def train(self, mode: bool = True) -> M2DF:
         """Set training mode; a frozen tower stays in eval mode, and so does the text tower always."""
@@ -383,7 +386,7 @@ class M2DF(nn.Module):
     def encode_prompts(self, class_names: Sequence[str]) -> Tensor:
         """The prompt table ``(n_classes, dim)`` of these classes, float32, computed once and kept."""
         names = tuple(class_names)
-        device = self.head_device
+        device = self.device
         if names not in self._prompt_tables or self._prompt_tables[names].device != device:
             tokens = self.backbone.tokenize(fill_template(self.template, names)).to(device)
             # Outside inference mode: what is made under it could not take part in training later.
@@ -392,9 +395,9 @@ class M2DF(nn.Module):
         return self._prompt_tables[names]
 
     @property
-    def head_device(self) -> torch.device:
-        """Where the head's weights lie."""
-        return next(self.head.parameters()).device
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return self.backbone.mean.device
 
     @classmethod
     def from_published(cls, file: str | os.PathLike[str], *, tokenizer: str | None = None, **options: Any) -> M2DF:
@@ -420,6 +423,11 @@ class M2DF(nn.Module):
             tower = {f"visual.{key}": value for key, value in tower.items()}
         backbone = CLIPBackbone.from_openai(tower, tokenizer=tokenizer)
         return cls(backbone, M2DFHead.from_published(state, **options)).eval()
+
+
+def _forget_prompts(model: M2DF, incompatible_keys: object) -> None:
+    """After loading: other weights, other prompts."""
+    model._prompt_tables.clear()
 
 
 # Published names that hold no weights of their own or none that are used.

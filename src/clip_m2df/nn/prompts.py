@@ -101,6 +101,7 @@ def draw_classes(probabilities: Tensor, draws: Tensor) -> Tensor:
     return drawn.minimum((places * (probabilities > 0)).amax(-1))
 
 
+@full_precision
 def select_prompts(
     probabilities: Tensor, prompts: Tensor, selection: Selection = "argmax", draws: Tensor | None = None
 ) -> SelectedPrompts:

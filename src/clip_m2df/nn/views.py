@@ -130,8 +130,8 @@ class FusionLayer(nn.Module):
         )
         attended = rearrange(F.scaled_dot_product_attention(q, k, v), "n h t d -> n t (h d)")
         fused: Tensor = query + self.to_out(attended)
-        fused = fused + self.feed_forward(fused)
-        return fused
+        refined: Tensor = self.feed_forward(fused)
+        return fused + refined
 
 
 class FusionEncoder(nn.Module):
@@ -159,7 +159,7 @@ class FusionEncoder(nn.Module):
         dropout: float = 0.05,
     ) -> None:
         super().__init__()
-        if dim % heads:
+        if heads < 1 or dim % heads:
             raise UserError(f"dim {dim} is no multiple of {heads} attention heads; give heads that divide it")
         if depth < 1:
             raise UserError(f"depth {depth}: the fusion encoder needs at least 1 layer")
