@@ -216,6 +216,8 @@ def run(args: Sequence[str]) -> CLI:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*tensorboardX.*")
+    # Towers that are frozen are so on purpose.
+    warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
     # The metrics that are logged have been summed over ranks already.
     warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
     try:
