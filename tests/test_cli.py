@@ -5,12 +5,15 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import lightning
 import pytest
 import torch
+import wandb
 import yaml
 
 from clip_m2df import __version__
 from clip_m2df.cli import find_config, main, shipped_configs
+from clip_m2df.data.datamodule import EpisodeDataModule
 from clip_m2df.lightning_cli import CLI, run
 from clip_m2df.module import CLIPM2DF, checkpoint_options
 
@@ -326,3 +329,32 @@ def test_every_shipped_config_is_parsed_whole(name: str) -> None:
             for key, value in values.items() if isinstance(values, dict) else []:
                 if not isinstance(value, dict):
                     assert config[group][key] == value
+
+
+def test_a_checkpoint_of_a_users_script_is_tested_by_the_command_line(
+    manifest: Path, tiny_clip_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = CLIPM2DF(backbone=str(tiny_clip_dir), head_options={"hidden_dim": 32, "heads": 4})
+    data = EpisodeDataModule(
+        str(manifest), n_way=3, frames=2, resize=32, size=32, episodes_per_step=2, num_workers=0, val_episodes=2
+    )
+    trainer = lightning.Trainer(max_steps=1, logger=False, accelerator="cpu", default_root_dir=tmp_path)
+    trainer.fit(model, data)
+    trainer.save_checkpoint(tmp_path / "mine.ckpt")
+    args = [a for a in options(manifest, tiny_clip_dir, tmp_path) if "--config" not in a]
+    assert main(["test", *args, f"--ckpt_path={tmp_path / 'mine.ckpt'}"]) == 0
+    assert "test/accuracy" in capsys.readouterr().out
+
+
+def test_weights_and_biases_logs_offline_without_an_account(
+    manifest: Path, tiny_clip_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    args = options(manifest, tiny_clip_dir, tmp_path / "run", "--trainer.log_every_n_steps=1")
+    assert main(["fit", args[0], "--config=recipes/wandb_offline.yaml", *args[1:]]) == 0
+    wandb.finish()
+    (log,) = tmp_path.glob("runs/wandb/offline-run-*/run-*.wandb")
+    content = log.read_bytes()
+    assert b"val/accuracy" in content
+    assert b"train/loss/match" in content
