@@ -336,7 +336,15 @@ def test_a_checkpoint_of_a_users_script_is_tested_by_the_command_line(
 ) -> None:
     model = CLIPM2DF(backbone=str(tiny_clip_dir), head_options={"hidden_dim": 32, "heads": 4})
     data = EpisodeDataModule(
-        str(manifest), n_way=3, frames=2, resize=32, size=32, episodes_per_step=2, num_workers=0, val_episodes=2
+        str(manifest),
+        n_way=3,
+        n_query=2,
+        frames=2,
+        resize=32,
+        size=32,
+        episodes_per_step=2,
+        num_workers=0,
+        val_episodes=2,
     )
     trainer = lightning.Trainer(max_steps=1, logger=False, accelerator="cpu", default_root_dir=tmp_path)
     trainer.fit(model, data)
