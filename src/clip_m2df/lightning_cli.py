@@ -84,7 +84,7 @@ class RunConfig(SaveConfigCallback):
 
 
 class CLI(LightningCLI):
-    """The trainer's commands for :class:`CLIPM2DF` and :class:`EpisodeDataModule`.
+    """The trainer's commands for :class:`CLIPM2DF`` and :class:``EpisodeDataModule`.
 
     Args:
         args: a command and its options.
@@ -99,7 +99,7 @@ class CLI(LightningCLI):
             seed_everything_default=0,
             trainer_defaults={"default_root_dir": "runs"},
             parser_kwargs={"exit_on_error": False} | {c: {"exit_on_error": False} for c in self.subcommands()},
-            # Otherwise any `optimizer:` group would replace the model's own two learning rates.
+            # Otherwise any ``optimizer:`` group would replace the model's own two learning rates.
             auto_configure_optimizers=False,
             # Otherwise checkpoints made here could be loaded by the command line only.
             load_from_checkpoint_support=False,
@@ -124,7 +124,7 @@ class CLI(LightningCLI):
         self.config = parser.parse_args(args)
 
     def _parse_ckpt_path(self) -> None:
-        """Nothing: LightningCLI would let a checkpoint's options win silently. See `_take_options_from`."""
+        """Nothing: LightningCLI would let a checkpoint's options win silently. See ``_take_options_from``."""
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
         """Make the trainer, with the run's progress bar unless none is wanted."""

@@ -8,13 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from clip_m2df.errors import UserError
+from clip_m2df.errors import UserError, some
 
 SPLITS = ("train", "val", "test")
 """The names that a split may have, in the order in which they are listed."""
 
 _REQUIRED = ("path", "label", "split")
-_LISTED = 5  # how many culprits a message names
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ class Split:
             raise UserError(
                 f"the {self.name} split has {_count(len(short), 'class', 'classes')} with fewer than the {needed} "
                 f"videos that n_shot {n_shot} and n_query {n_query} take: "
-                f"{_some([f'{name!r} has {count}' for name, count in short.items()])}; "
+                f"{some([f'{name!r} has {count}' for name, count in short.items()])}; "
                 f"{remedy}add videos of these classes to the manifest or remove the classes"
             )
 
@@ -163,7 +162,7 @@ class Manifest:
             if missing:
                 raise UserError(
                     f"{len(missing)} of the {len(videos)} videos in the manifest {path} are not there: "
-                    f"{_some([repr(name) for name in missing])}; relative paths start at {root}: "
+                    f"{some([repr(name) for name in missing])}; relative paths start at {root}: "
                     "put the videos there, mend the paths or remove the rows"
                 )
         return manifest
@@ -363,9 +362,3 @@ def _relative(path: str, root: str | None) -> str:
 
 def _count(number: int, one: str, many: str | None = None) -> str:
     return f"{number} {one if number == 1 else many or one + 's'}"
-
-
-def _some(names: Sequence[str]) -> str:
-    """Join the first few of the names, and say how many more there are."""
-    more = len(names) - _LISTED
-    return ", ".join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "")

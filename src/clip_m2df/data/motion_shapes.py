@@ -77,9 +77,9 @@ class MotionClass:
 
     Attributes:
         split: ``train``, ``val`` or ``test``.
-        colour: one of `COLOURS`.
-        shape: one of `SHAPES`.
-        motion: one of `MOTIONS`.
+        colour: one of ``COLOURS``.
+        shape: one of ``SHAPES``.
+        motion: one of ``MOTIONS``.
     """
 
     split: str
@@ -162,7 +162,7 @@ CLASSES: tuple[MotionClass, ...] = tuple(_classes())
 
 
 def shared_appearance_classes(split: str = "test") -> tuple[str, ...]:
-    """Labels of the classes that share colour and shape with another class of `split`, in the order of `CLASSES`."""
+    """Labels of the classes that share colour and shape with another of ``split``, in the order of ``CLASSES``."""
     if split not in SPLITS:
         raise UserError(f"motion_shapes has no split {split!r}; choose from {', '.join(SPLITS)}")
     members = [c for c in CLASSES if c.split == split]
@@ -181,7 +181,7 @@ class Scene:
     """One video before it is painted. Lengths are fractions of the picture's width, angles radians.
 
     Attributes:
-        shape: one of `SHAPES`.
+        shape: one of ``SHAPES``.
         colour: (3,), 0 to 255.
         texture: (SIZE + 2 JITTER, SIZE + 2 JITTER, 3), the background, 0 to 255.
         camera: (frames, 2), the row and column of the texture that the picture starts at.
@@ -316,7 +316,7 @@ def paint(scene: Scene, frames: slice | NDArray[np.int64] = slice(None)) -> NDAr
     """Paint a scene, or some frames of it.
 
     Args:
-        scene: what `draw_scene` drew.
+        scene: what ``draw_scene`` drew.
         frames: which frames, all by default.
 
     Returns:
@@ -369,7 +369,7 @@ def write_video(path: Path, frames: NDArray[np.uint8]) -> None:
 
 
 def _render_one(job: tuple[str, int, int, int]) -> None:
-    """Render video `number` of class `index`; the seed sequence makes it independent of all other videos."""
+    """Render video ``number`` of class ``index``; the seed sequence makes it independent of all other videos."""
     path, seed, index, number = job
     rng = np.random.Generator(np.random.PCG64([seed, index, number]))
     write_video(Path(path), render_clip(CLASSES[index], rng))
@@ -389,8 +389,8 @@ def render(
     run leaves nothing that looks finished, and any number of processes may ask for it at once.
 
     Args:
-        root: the folder to make. By default one in the cache, `$CLIP_M2DF_CACHE` or `~/.cache/clip-m2df`, whose name
-            holds a digest of all that the videos depend on.
+        root: the folder to make. By default one in the cache, ``$CLIP_M2DF_CACHE`` or ``~/.cache/clip-m2df``, whose
+            name holds a digest of all that the videos depend on.
         videos_per_class: how many videos a class has, by split.
         seed: another seed gives other videos of the same classes.
         workers: how many processes render, by default as many as there are cores; 1 uses this process alone. The
@@ -398,10 +398,10 @@ def render(
         progress: whether to show a progress bar.
 
     Returns:
-        The path of `manifest.csv` with columns `path` (relative to its folder), `label` and `split`.
+        The path of ``manifest.csv`` with columns ``path`` (relative to its folder), ``label`` and ``split``.
 
     Raises:
-        UserError: if the counts or the seed make no sense, or `root` holds something else.
+        UserError: if the counts or the seed make no sense, or ``root`` holds something else.
     """
     counts = {split: int(videos_per_class.get(split, 0)) for split in SPLITS}
     if unknown := set(videos_per_class) - set(SPLITS):
@@ -454,13 +454,13 @@ def _finished(folder: Path, key: str) -> bool:
 
 @contextmanager
 def _taking_the_place_of(target: Path, key: str) -> Iterator[Path]:
-    """A new folder beside `target` that becomes `target` at the end, or nothing at all."""
+    """A new folder beside ``target`` that becomes ``target`` at the end, or nothing at all."""
     folder = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
     folder.mkdir(parents=True)
     try:
         yield folder
         if target.exists() and not _finished(target, key):
-            # Empty, or in the cache and left over from something that was not `render`.
+            # Empty, or in the cache and left over from something that was not ``render``.
             os.replace(target, folder / "replaced")
             shutil.rmtree(folder / "replaced")
         try:
@@ -491,5 +491,5 @@ def _render_all(jobs: list[tuple[str, int, int, int]], workers: int, progress: b
     except BrokenProcessPool as error:
         raise UserError(
             "a process that rendered motion_shapes ended early; a script that calls render() needs its code under "
-            "`if __name__ == '__main__':`, or workers=1, which renders without further processes"
+            "``if __name__ == '__main__':``, or workers=1, which renders without further processes"
         ) from error

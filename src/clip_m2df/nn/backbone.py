@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from clip_m2df.errors import UserError
+from clip_m2df.errors import UserError, some
 from clip_m2df.nn.resnet import ModifiedResNet
 
 if TYPE_CHECKING:
@@ -38,23 +38,23 @@ _WEIGHT_FILES = (".safetensors", ".pt", ".pth", ".bin")
 class CLIPBackbone(nn.Module):
     """CLIP's towers with all that goes with them: tokenizer, image size, mean and std.
 
-    Made by `load`, `from_pretrained`, `from_openai` or `from_description`. Images and texts become projected embeddings
-    of one width; neither is L2-normalised.
+    Made by ``load``, ``from_pretrained``, ``from_openai`` or ``from_description``. Images and texts become projected
+    embeddings of one width; neither is L2-normalised.
 
     Args:
-        visual_config: `{"kind": "resnet", "layers", "width", "dim", "image_size"}`, or `{"kind": "vit", ...}` with
-            the values of transformers' `CLIPVisionConfig`.
-        text_config: The values of transformers' `CLIPTextConfig`; None leaves the text tower out.
-        tokenizer: The text of a `tokenizer.json` that pads and truncates; None if there is none yet.
-        mean: What `normalise` subtracts, a number a channel.
+        visual_config: ``{"kind": "resnet", "layers", "width", "dim", "image_size"}``, or ``{"kind": "vit", ...}`` with
+            the values of transformers' ``CLIPVisionConfig``.
+        text_config: The values of transformers' ``CLIPTextConfig``; None leaves the text tower out.
+        tokenizer: The text of a ``tokenizer.json`` that pads and truncates; None if there is none yet.
+        mean: What ``normalise`` subtracts, a number a channel.
         std: What it divides by.
         source: Where the weights came from, for messages and the record.
-        freeze_batch_norm: Keep batch norm in evaluation mode whatever `train()` says. Change the attribute and call
-            `train()` to let it move.
+        freeze_batch_norm: Keep batch norm in evaluation mode whatever ``train()`` says. Change the attribute and call
+            ``train()`` to let it move.
 
     Attributes:
-        visual: Normalised images `(n, 3, image_size, image_size)` to embeddings `(n, dim)`.
-        text: Tokens `(n, length)` to embeddings `(n, dim)`, or None.
+        visual: Normalised images ``(n, 3, image_size, image_size)`` to embeddings ``(n, dim)``.
+        text: Tokens ``(n, length)`` to embeddings ``(n, dim)``, or None.
         dim: Width of the embeddings.
         image_size: Height and width of the images.
     """
@@ -95,13 +95,13 @@ class CLIPBackbone(nn.Module):
 
     @classmethod
     def load(cls, name: str, *, freeze_batch_norm: bool = True) -> Self:
-        """Load the backbone that the option `backbone` names.
+        """Load the backbone that the option ``backbone`` names.
 
         Args:
-            name: `tiny` (the one in this package, for tests and demonstrations), `rn50` (OpenAI's ResNet-50, from the
-                hub), a folder in transformers' format, a file of weights in OpenAI's layout (`.safetensors`, `.pt`,
-                `.bin`), or the hub's name of a ViT in transformers' format, such as `openai/clip-vit-base-patch16`.
-            freeze_batch_norm: Keep batch norm in evaluation mode whatever `train()` says.
+            name: ``tiny`` (the one in this package, for tests and demonstrations), ``rn50`` (OpenAI's ResNet-50, from
+                the hub), a folder in transformers' format, a file of weights in OpenAI's layout (``.safetensors``,
+                ``.pt``, ``.bin``), or the hub's name of a ViT in transformers' format, such as ``openai/clip-vit-base-patch16``.
+            freeze_batch_norm: Keep batch norm in evaluation mode whatever ``train()`` says.
 
         Raises:
             UserError: There is no such thing, it can't be fetched, or it isn't CLIP.
@@ -124,8 +124,8 @@ class CLIPBackbone(nn.Module):
         """Load a ViT CLIP in transformers' format.
 
         Args:
-            name_or_dir: A folder with `config.json`, weights and a tokenizer, or a model's name on the hub. Mean and
-                std are those of its `preprocessor_config.json`; without one, CLIP's.
+            name_or_dir: A folder with ``config.json``, weights and a tokenizer, or a model's name on the hub. Mean and
+                std are those of its ``preprocessor_config.json``; without one, CLIP's.
 
         Raises:
             UserError: The folder doesn't exist, the model can't be fetched, isn't CLIP, or is damaged.
@@ -162,11 +162,11 @@ class CLIPBackbone(nn.Module):
         """Load weights in OpenAI's own layout, with a ViT or a modified ResNet; the shapes tell the architecture.
 
         Args:
-            state_dict_or_file: The weights, of any floating type, or a `.safetensors`, `.pt` or `.bin` file of them.
-                Those of the text tower may be absent; `text` is then None.
+            state_dict_or_file: The weights, of any floating type, or a ``.safetensors``, ``.pt`` or ``.bin`` file of
+                them. Those of the text tower may be absent; ``text`` is then None.
             tokenizer: A folder with the tokenizer; by default the one that the file is in, if it has any, and else
                 CLIP's standard one, which is fetched from the hub when a text has to be read.
-            freeze_batch_norm: Keep batch norm in evaluation mode whatever `train()` says.
+            freeze_batch_norm: Keep batch norm in evaluation mode whatever ``train()`` says.
 
         Raises:
             UserError: The file doesn't exist, can't be read, is a TorchScript archive, or has another layout; or the
@@ -190,7 +190,7 @@ class CLIPBackbone(nn.Module):
         except KeyError as error:
             raise UserError(
                 f"{source} isn't CLIP in OpenAI's layout: {error.args[0]} is missing; "
-                f"it has {_some(state)}. Weights in transformers' format are given by their folder."
+                f"it has {some(sorted(state))}. Weights in transformers' format are given by their folder."
             ) from error
 
         backbone = cls(visual_config, text_config, source=source, freeze_batch_norm=freeze_batch_norm)
@@ -203,11 +203,11 @@ class CLIPBackbone(nn.Module):
 
     @classmethod
     def from_description(cls, description: Mapping[str, Any]) -> Self:
-        """Build what `description` described, from nothing but it; the weights come with a state dict."""
+        """Build what ``description`` described, from nothing but it; the weights come with a state dict."""
         return cls(**description)
 
     def description(self) -> dict[str, Any]:
-        """All but the weights, in plain types that a weights-only `torch.load` reads.
+        """All but the weights, in plain types that a weights-only ``torch.load`` reads.
 
         A standard tokenizer that no text has needed yet is included if it is on this machine; otherwise it is None,
         and a backbone built from the description can't read texts.
@@ -226,7 +226,7 @@ class CLIPBackbone(nn.Module):
         }
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode as any module does, but for batch norm, which `freeze_batch_norm` keeps in evaluation mode."""
+        """Set the mode as any module does, but for batch norm, which ``freeze_batch_norm`` keeps in evaluation mode."""
         super().train(mode)
         if self.freeze_batch_norm:
             for module in self.modules():
@@ -240,7 +240,7 @@ class CLIPBackbone(nn.Module):
         """Bring images to what the visual tower was trained on.
 
         Args:
-            images: `(..., 3, height, width)`, uint8, or floating in [0, 1].
+            images: ``(..., 3, height, width)``, uint8, or floating in [0, 1].
 
         Returns:
             The same shape in float32, with the mean subtracted and divided by the std, channel by channel.
@@ -252,10 +252,10 @@ class CLIPBackbone(nn.Module):
         """Embed images.
 
         Args:
-            images: `(..., 3, image_size, image_size)`, normalised.
+            images: ``(..., 3, image_size, image_size)``, normalised.
 
         Returns:
-            Embeddings `(..., dim)`, not L2-normalised.
+            Embeddings ``(..., dim)``, not L2-normalised.
 
         Raises:
             UserError: The images have another size, or haven't been normalised.
@@ -279,7 +279,7 @@ class CLIPBackbone(nn.Module):
         """Turn texts into tokens.
 
         Returns:
-            `(n, length)`, long, where length is the text tower's; shorter texts are padded with the end of text, and
+            ``(n, length)``, long, where length is the text tower's; shorter texts are padded with the end of text, and
             longer ones are cut so that it stays.
 
         Raises:
@@ -291,7 +291,7 @@ class CLIPBackbone(nn.Module):
         return torch.tensor(tokens, dtype=torch.long).reshape(len(texts), length)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """Embed the tokens `(n, length)` of n texts: `(n, dim)`, not L2-normalised.
+        """Embed the tokens ``(n, length)`` of n texts: ``(n, dim)``, not L2-normalised.
 
         Raises:
             UserError: There is no text tower, or it reads fewer tokens.
@@ -378,14 +378,14 @@ def _text_tower(config: Mapping[str, Any]) -> nn.Module:
 def _load(
     backbone: CLIPBackbone, names: Mapping[str, str], state: Mapping[str, Tensor], source: str, *, strict: bool = True
 ) -> None:
-    """Load `state`, whose keys are the values of `names`, under the backbone's own, its keys."""
+    """Load ``state``, whose keys are the values of ``names``, under the backbone's own, its keys."""
     expected = set(names.values())
     problems = []
     # Files older than this counter have no use for it either.
     if missing := [key for key in expected - state.keys() if not key.endswith("num_batches_tracked")]:
-        problems.append(f"missing: {_some(missing)}")
+        problems.append(f"missing: {some(sorted(missing))}")
     if strict and (unexpected := state.keys() - expected):
-        problems.append(f"unexpected: {_some(unexpected)}")
+        problems.append(f"unexpected: {some(sorted(unexpected))}")
     if problems:
         raise UserError(f"the weights of {source} aren't those of one CLIP; {'; '.join(problems)}")
 
@@ -403,17 +403,12 @@ def _load(
 
 
 def _part(key: str, name: str, weight: Tensor) -> Tensor:
-    """What the backbone keeps under `key` of the weight called `name`."""
+    """What the backbone keeps under ``key`` of the weight called ``name``."""
     if "attn.in_proj_" in name:  # OpenAI's layout stacks the maps to queries, keys and values
         return weight.chunk(3)["qkv".index(key.split("_proj.")[0][-1])]
     if name in ("visual.proj", "text_projection"):  # and multiplies by its projections from the right
         return weight.T
     return weight
-
-
-def _some(keys: Iterable[str]) -> str:
-    keys = sorted(keys)
-    return ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
 
 
 # Transformers' format
@@ -552,7 +547,7 @@ def _count(state: Iterable[str], prefix: str) -> int:
 
 
 def _side(positions: Tensor) -> int:
-    """Height and width of the grid that `(1 + height * width, ...)` positions stand for."""
+    """Height and width of the grid that ``(1 + height * width, ...)`` positions stand for."""
     return math.isqrt(positions.shape[0] - 1)
 
 
@@ -598,7 +593,7 @@ def read_weights(file: Path, inside: str = "") -> dict[str, Tensor]:
     """Read a file of named tensors, without running anything that is in it.
 
     Args:
-        file: `.safetensors`, or what `torch.save` wrote.
+        file: ``.safetensors``, or what ``torch.save`` wrote.
         inside: The key of a training checkpoint under which its weights lie, where it has that key.
 
     Raises:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from clip_m2df.errors import UserError
+from clip_m2df.errors import UserError, some
 from clip_m2df.nn.distillation import (
     CONDITIONS,
     DIRECTIONS,
@@ -306,7 +306,7 @@ class M2DFHead(nn.Module):
             elif name:
                 renamed[name] = value
         if unknown:
-            raise UserError(f"not a published CLIP-M²DF checkpoint: unknown keys {_some(unknown)}")
+            raise UserError(f"not a published CLIP-M²DF checkpoint: unknown keys {some(unknown)}")
         try:
             hidden_dim, dim = renamed["views.local.encoder.layers.0.feed_forward.0.weight"].shape
         except KeyError:
@@ -485,17 +485,12 @@ def check_weights(module: nn.Module, state: Mapping[str, Tensor], what: str) -> 
     """
     expected = module.state_dict()
     if missing := [key for key in expected if key not in state]:
-        raise UserError(f"not {what}: missing {_some(missing)}")
+        raise UserError(f"not {what}: missing {some(missing)}")
     if unknown := [key for key in state if key not in expected]:
-        raise UserError(f"not {what}: unknown {_some(unknown)}")
+        raise UserError(f"not {what}: unknown {some(unknown)}")
     for key, value in state.items():
         if value.shape != expected[key].shape:
             raise UserError(f"not {what}: {key} is {tuple(value.shape)}, expected {tuple(expected[key].shape)}")
-
-
-def _some(names: Sequence[str], most: int = 3) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def _check_choices(option: str, values: Sequence[str], choices: Sequence[str]) -> None:

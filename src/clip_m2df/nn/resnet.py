@@ -36,7 +36,7 @@ class Bottleneck(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map `(n, channels, h, w)` to `(n, 4 * planes, h / stride, w / stride)`."""
+        """Map ``(n, channels, h, w)`` to ``(n, 4 * planes, h / stride, w / stride)``."""
         y = F.relu(self.bn1(self.conv1(x)))
         y = F.relu(self.bn2(self.conv2(y)))
         y = self.bn3(self.conv3(self.pool(y)))
@@ -63,7 +63,7 @@ class AttentionPool(nn.Module):
         self.c_proj = nn.Linear(width, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map `(n, width, grid, grid)` to `(n, dim)`."""
+        """Map ``(n, width, grid, grid)`` to ``(n, dim)``."""
         places = rearrange(x, "n c h w -> n (h w) c")
         tokens = torch.cat([places.mean(dim=1, keepdim=True), places], dim=1) + self.positional_embedding
         q, k, v = (
@@ -104,7 +104,7 @@ class ModifiedResNet(nn.Module):
         self.attnpool = AttentionPool(image_size // 32, width * 32, width * 32 // 64, dim)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map normalised images `(n, 3, image_size, image_size)` to embeddings `(n, dim)`."""
+        """Map normalised images ``(n, 3, image_size, image_size)`` to embeddings ``(n, dim)``."""
         x = F.relu(self.bn1(self.conv1(images)))
         x = F.relu(self.bn2(self.conv2(x)))
         x = F.relu(self.bn3(self.conv3(x)))
