@@ -100,7 +100,8 @@ class CLIPBackbone(nn.Module):
         Args:
             name: ``tiny`` (the one in this package, for tests and demonstrations), ``rn50`` (OpenAI's ResNet-50, from
                 the hub), a folder in transformers' format, a file of weights in OpenAI's layout (``.safetensors``,
-                ``.pt``, ``.bin``), or the hub's name of a ViT in transformers' format, such as ``openai/clip-vit-base-patch16``.
+                ``.pt``, ``.bin``), or the hub's name of a ViT in transformers' format, such as
+                ``openai/clip-vit-base-patch16``.
             freeze_batch_norm: Keep batch norm in evaluation mode whatever ``train()`` says.
 
         Raises:
