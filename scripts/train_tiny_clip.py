@@ -309,7 +309,7 @@ the benchmark's val and test classes use.
 
     $command
 
-made this folder and this page in $minutes minutes on $threads thread(s) of a CPU that did other work too:
+made this folder and this page in $minutes minutes on $threads thread(s) of a CPU:
 $steps steps of $batch frames, out of $frames rendered. The same command with the same versions
 (torch $torch, transformers $transformers) repeats the weights on the same kind of CPU.
 

@@ -1,9 +1,12 @@
+import math
 import os
 import subprocess
 import sys
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import lightning
 import pytest
@@ -12,10 +15,11 @@ import wandb
 import yaml
 
 from clip_m2df import __version__
-from clip_m2df.cli import find_config, main, shipped_configs
+from clip_m2df.cli import main
 from clip_m2df.data.datamodule import EpisodeDataModule
-from clip_m2df.lightning_cli import CLI, run
+from clip_m2df.lightning_cli import CLI, RunProgressBar, run
 from clip_m2df.module import CLIPM2DF, checkpoint_options
+from clip_m2df.shipped import find_config, shipped_configs
 
 
 def options(manifest: Path, tiny_clip_dir: Path, folder: Path, *more: str) -> list[str]:
@@ -144,8 +148,11 @@ def test_fit_goes_on_from_last_and_refuses_to_write_over_a_run(
     elsewhere = tmp_path / "elsewhere.ckpt"
     elsewhere.write_bytes((tmp_path / "run" / "checkpoints" / "last.ckpt").read_bytes())
     assert "holds a run already" in fails([*args, f"--ckpt_path={elsewhere}"], capsys)
-    assert "data.batch_size times the devices to 2" in fails([*args, "--ckpt_path=last", "--data.batch_size=4"], capsys)
-    assert main([*args, "--ckpt_path=last", "--trainer.max_steps=3"]) == 0
+    said = fails([*args, "--ckpt_path=last"], capsys)
+    assert "has made 2 optimiser steps already; to go on, give more than that with trainer.max_steps" in said
+    on = [*args, "--ckpt_path=last", "--trainer.max_steps=3"]
+    assert "data.batch_size times the devices to 2" in fails([*on, "--data.batch_size=4"], capsys)
+    assert main(on) == 0
     uninterrupted = ["fit", *options(manifest, tiny_clip_dir, tmp_path / "whole", "--trainer.max_steps=3"), *no_dropout]
     assert main(uninterrupted) == 0
     for name, value in last("whole").items():
@@ -193,6 +200,10 @@ def test_errors_of_the_data_come_as_one_line(
     assert "n_way is 1" in fails([*args, "--data.n_way=1"], capsys)
     assert "nowhere.csv" in fails([*args, "--data.manifest=nowhere.csv"], capsys)
     assert "too few" in fails([*args, "--data.n_way=5"], capsys)
+    assert "size is 0; it must be at least 1" in fails([*args, "--data.size=0"], capsys)
+    assert "torchcodec is not installed; install it, or take auto" in fails(
+        [*args, "--data.decoder=torchcodec"], capsys
+    )
     assert "data.size is 24, but the tower takes frames of 32 pixels" in fails([*args, "--data.size=24"], capsys)
 
 
@@ -297,7 +308,7 @@ def test_a_wheel_brings_the_configs_and_the_tiny_clip(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
     script = (
-        "import clip_m2df.nn.backbone as b, clip_m2df.cli as c\n"
+        "import clip_m2df.nn.backbone as b, clip_m2df.shipped as c\n"
         f"assert c.__file__.startswith({str(tmp_path)!r})\n"
         "assert c.find_config('demo_5way1shot.yaml').is_file()\n"
         "assert (b.TINY_CLIP / 'model.safetensors').is_file()\n"
@@ -366,3 +377,12 @@ def test_weights_and_biases_logs_offline_without_an_account(
     content = log.read_bytes()
     assert b"val/accuracy" in content
     assert b"train/loss/match" in content
+
+
+def test_the_progress_bar_ends_where_the_run_does() -> None:
+    bar = RunProgressBar()
+    state: Any = SimpleNamespace(max_steps=10, global_step=4, accumulate_grad_batches=3, num_training_batches=math.inf)
+    bar._trainer = state
+    assert bar.total_train_batches == 30
+    state.max_steps, state.num_training_batches = -1, 7
+    assert bar.total_train_batches == 7

@@ -16,13 +16,22 @@ def test_the_demo_goes_from_rendering_to_a_table(
     monkeypatch.setenv("CLIP_M2DF_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(motion_shapes, "VIDEOS_PER_CLASS", {"train": 6, "val": 2, "test": 2})
     output = tmp_path / "demo"
-    small = ["--trainer.max_steps=1", "--data.episodes_per_step=4", "--data.val_episodes=4", "--data.num_workers=0"]
+    # So small a learning rate leaves the weights as they were: before and after training are then the same.
+    small = [
+        "--trainer.max_steps=1",
+        "--model.lr=1e-12",
+        "--data.episodes_per_step=4",
+        "--data.val_episodes=4",
+        "--data.num_workers=0",
+    ]
     from clip_m2df.demo import run_demo
 
     run_demo(output, 20, [*small, "--data.validate_every=1", "--trainer.enable_progress_bar=false"])
     said = capsys.readouterr().out
     for row in ("OTAM on the tower's features", "CLIP-M²DF before training", "CLIP-M²DF after training"):
         assert row in said
+    before, after = (said.split(f"{when} training")[1].splitlines()[0] for when in ("before", "after"))
+    assert before.split() == after.split()
     # The same episodes as the test command's: the table's last row is its accuracy.
     test = [f"--trainer.default_root_dir={output}", "--ckpt_path=best", "--data.test_episodes=20", *small[1:]]
     assert main(["test", "--config=demo_5way1shot.yaml", *test, "--trainer.enable_progress_bar=false"]) == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
 import sys
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from clip_m2df import __version__
 from clip_m2df.errors import UserError
+from clip_m2df.shipped import find_config, shipped_configs
 
 TRAINER_COMMANDS = {
     "fit": "train on the episodes of a manifest, choosing the best checkpoint on its val split",
@@ -56,30 +56,6 @@ def main(args: Sequence[str] | None = None) -> int:
 def entry_point() -> None:
     """What the console script calls."""
     sys.exit(main())
-
-
-def shipped_configs() -> dict[str, Path]:
-    """The configs that come with the package, by name relative to their folder."""
-    package = Path(__file__).parent
-    # Inside a wheel they lie in the package; beside an editable install's sources at the top of the repository.
-    folder = package / "configs" if (package / "configs").is_dir() else package.parents[1] / "configs"
-    return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
-
-
-def find_config(name: str) -> Path:
-    """The config file of this name: in the working directory first, else among the shipped ones.
-
-    Raises:
-        UserError: there is none.
-    """
-    if Path(name).is_file():
-        return Path(name)
-    shipped = shipped_configs()
-    if name in shipped:
-        return shipped[name]
-    near = difflib.get_close_matches(name, shipped, n=1)
-    hint = f"did you mean {near[0]}?" if near else "clip-m2df configs lists the shipped ones"
-    raise UserError(f"config {name}: no such file here, and none of that name comes with the package; {hint}")
 
 
 def _run(args: list[str]) -> int:

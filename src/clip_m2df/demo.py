@@ -14,7 +14,6 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from clip_m2df.cli import find_config
 from clip_m2df.data.episodes import ClipReader, EpisodeShape, plan_episode
 from clip_m2df.data.manifest import Manifest, Split, Video
 from clip_m2df.data.motion_shapes import render, shared_appearance_classes
@@ -22,6 +21,7 @@ from clip_m2df.errors import UserError
 from clip_m2df.evaluation.features import Scorer, encode_clips, otam_scores, play_episodes
 from clip_m2df.lightning_cli import run
 from clip_m2df.module import CLIPM2DF
+from clip_m2df.shipped import find_config
 
 CONFIG = "demo_5way1shot.yaml"
 # Tells a demo's folder, which the next one may replace, from a run that somebody wants to keep.

@@ -57,8 +57,8 @@ class RunProgressBar(RichProgressBar):
 
     @property
     def total_train_batches(self) -> int | float:
-        """Batches that are left of the run."""
-        steps = self.trainer.max_steps - self.trainer.global_step
+        """Batches of the run, those before a resume included."""
+        steps = self.trainer.max_steps
         batches = steps * self.trainer.accumulate_grad_batches if steps > 0 else float("inf")
         return min(self.trainer.num_training_batches, batches)
 

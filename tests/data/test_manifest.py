@@ -271,7 +271,7 @@ def test_a_list_of_videos_is_checked_by_row() -> None:
 
 def test_a_split_that_is_not_there(tmp_path: Path) -> None:
     manifest = Manifest.read(save(tmp_path, rows("a,run,train", "b,jump,val")), check_files=False)
-    with pytest.raises(UserError, match="the manifest has no 'test' split: it has train, val"):
+    with pytest.raises(UserError, match="has no 'test' split: it has train, val; add rows with that split"):
         manifest.split("test")
 
 

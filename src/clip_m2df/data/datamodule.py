@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+from typing import get_args
+
 import lightning
 import torch
 from torch.utils.data import DataLoader
@@ -78,6 +81,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
             "val_episodes": val_episodes,
             "test_episodes": test_episodes,
             "frames": frames,
+            "size": size,
             "batch_size": batch_size,
             "episodes_per_step": episodes_per_step,
             "validate_every": validate_every,
@@ -92,6 +96,10 @@ class EpisodeDataModule(lightning.LightningDataModule):
             raise UserError(f"n_way is {n_way}: there is nothing to tell apart; give at least 2")
         if resize < size:
             raise UserError(f"resize {resize} is smaller than size {size}, the crop; give at least {size}")
+        if decoder not in get_args(Decoder):
+            raise UserError(f"decoder is {decoder!r}; it can be {', '.join(get_args(Decoder))}")
+        if decoder in ("decord", "torchcodec") and importlib.util.find_spec(decoder) is None:
+            raise UserError(f"decoder {decoder} is not installed; install it, or take auto")
         self.manifest_path = manifest
         self.train_shape = EpisodeShape(n_way, n_shot, n_query)
         self.eval_shape = EpisodeShape(n_way, n_shot, n_query_eval)
@@ -160,18 +168,28 @@ class EpisodeDataModule(lightning.LightningDataModule):
             self._add_dataset("val", self.eval_shape, self.eval_seed)
 
     def state_dict(self) -> dict[str, int]:
-        """How a run counts, for its checkpoints."""
-        batches = self.accumulation(self.world_size)
-        return {"episodes_per_step": self.episodes_per_step, "batches_per_step": batches}
+        """How a run counts, and how far it is, for its checkpoints."""
+        return {
+            "episodes_per_step": self.episodes_per_step,
+            "batches_per_step": self.accumulation(self.world_size),
+            "steps": self.trainer.global_step if self.trainer else 0,
+        }
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Refuse to go on with a run that counts otherwise: it would repeat episodes, or cut a step.
+        """Refuse to go on with a run that counts otherwise (it would repeat episodes, or cut a step), or is over.
 
         Raises:
-            UserError: says what to set back.
+            UserError: says what to set.
         """
-        if self.trainer and self.trainer.state.fn == "fit" and state_dict != self.state_dict():
-            episodes, batches = state_dict["episodes_per_step"], state_dict["batches_per_step"]
+        if not self.trainer or self.trainer.state.fn != "fit":
+            return
+        episodes, batches, steps = (state_dict[key] for key in ("episodes_per_step", "batches_per_step", "steps"))
+        if steps >= self.trainer.max_steps:
+            raise UserError(
+                f"the checkpoint has made {steps} optimiser steps already; to go on, give more than that with"
+                f" trainer.max_steps, which is {self.trainer.max_steps}"
+            )
+        if (episodes, batches) != (self.episodes_per_step, self.accumulation(self.world_size)):
             raise UserError(
                 f"the run made its steps of {episodes} episodes in {batches} batches on each device: set"
                 f" data.episodes_per_step to {episodes}, and data.batch_size times the devices to {episodes // batches}"

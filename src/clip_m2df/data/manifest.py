@@ -121,6 +121,7 @@ class Manifest:
             [f"line {n}" for n in lines] if lines is not None else [f"row {n + 1}" for n in range(len(self.videos))]
         )
         _check(self.videos, places, source)
+        self._source = source
         self._splits = {name: _split(name, self.videos) for name in SPLITS if any(v.split == name for v in self.videos)}
 
     @classmethod
@@ -179,7 +180,9 @@ class Manifest:
             UserError: If the manifest has no video in it.
         """
         if name not in self._splits:
-            raise UserError(f"the manifest has no {name!r} split: it has {', '.join(self._splits)}")
+            raise UserError(
+                f"{self._source} has no {name!r} split: it has {', '.join(self._splits)}; add rows with that split"
+            )
         return self._splits[name]
 
     @property

@@ -435,7 +435,8 @@ def render(
 
 def _key(counts: Mapping[str, int], seed: int) -> str:
     table = [(c.split, c.colour, c.shape, c.motion) for c in CLASSES]
-    return hashlib.sha256(json.dumps([RENDERER_VERSION, table, counts, seed]).encode()).hexdigest()[:12]
+    everything = [RENDERER_VERSION, SIZE, FPS, SECONDS, JITTER, dict(COLOURS), table, counts, seed]
+    return hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:12]
 
 
 def _cache_folder() -> Path:

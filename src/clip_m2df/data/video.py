@@ -42,9 +42,9 @@ class VideoError(UserError):
 def read_frames(path: str, choose: Choose, *, decoder: Decoder = "auto") -> Tensor:
     """Read chosen frames of a video.
 
-    Frame k is the k-th that is shown, as the video is meant to be seen: edit lists and rotation are applied. Frames
-    that do not decode are not counted, so a truncated video is a shorter one. A frame of another size than the first
-    is scaled to it.
+    Frame k is the k-th that is shown, as the video is meant to be seen: edit lists and rotation are applied. A
+    video that ends before the last wanted frame is a shorter one than its file says. A frame of another size than the
+    first is scaled to it.
 
     Args:
         path: A video file, or a folder of images, whose numbers order them.
