@@ -84,7 +84,7 @@ class RunConfig(SaveConfigCallback):
 
 
 class CLI(LightningCLI):
-    """The trainer's commands for :class:`CLIPM2DF`` and :class:``EpisodeDataModule`.
+    """The trainer's commands for :class:`CLIPM2DF` and :class:`EpisodeDataModule`.
 
     Args:
         args: a command and its options.

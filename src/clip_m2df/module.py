@@ -190,10 +190,10 @@ class CLIPM2DF(lightning.LightningModule):
             loss = loss + self.class_weight * losses["class"]
         losses["total"] = loss
 
-        probabilities = output.logits.softmax(-1)
+        scores = output.logits
         if stage != "train" and self.text_fusion:
-            probabilities = self._fuse_text(output, support, query, prompts)
-        self._count(stage, output, probabilities.argmax(-1) == labels, labels, losses)
+            scores = self._fuse_text(output, support, query, prompts)
+        self._count(stage, output, scores.argmax(-1) == labels, labels, losses)
         return loss
 
     def _features(self, batch: Episode) -> tuple[Tensor, Tensor]:
@@ -213,10 +213,10 @@ class CLIPM2DF(lightning.LightningModule):
         return F.cross_entropy(logits, targets, reduction="sum") / len(classes)
 
     def _fuse_text(self, output: HeadOutput, support: Tensor, query: Tensor, prompts: Tensor) -> Tensor:
-        """``p_text^β · p_visual^(1−β)``, not normalised (CLIP-FSAR's evaluation)."""
+        """Logarithm of ``p_text^β · p_visual^(1−β)``, not normalised (CLIP-FSAR's evaluation)."""
         text = self.model.head.class_logits(support, query, prompts, prompts)[1].log_softmax(-1)
         visual = output.logits.log_softmax(-1)
-        return (self.text_fusion * text + (1 - self.text_fusion) * visual).exp()
+        return self.text_fusion * text + (1 - self.text_fusion) * visual
 
     # ----------------------------------------------------------------------------------------- metrics
 
