@@ -64,7 +64,7 @@ def fails(args: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
     said = capsys.readouterr().err
     assert "Traceback" not in said
     message = said[said.index("clip-m2df: error: ") :]
-    assert len(message.strip().splitlines()) <= 3
+    assert len(message.strip().splitlines()) <= 2
     return message
 
 

@@ -492,5 +492,5 @@ def _render_all(jobs: list[tuple[str, int, int, int]], workers: int, progress: b
     except BrokenProcessPool as error:
         raise UserError(
             "a process that rendered motion_shapes ended early; a script that calls render() needs its code under "
-            "``if __name__ == '__main__':``, or workers=1, which renders without further processes"
+            "`if __name__ == '__main__':`, or workers=1, which renders without further processes"
         ) from error
