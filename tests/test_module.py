@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from clip_m2df import CLIPM2DF, Episode, M2DFHead, UserError
-from clip_m2df.module import EVALUATION_OPTIONS, checkpoint_options
+from clip_m2df.module import RUN_OPTIONS, checkpoint_options
 from clip_m2df.nn.matching import frame_costs, otam
+from clip_m2df.nn.prompts import ensemble
 
 PLAIN = {"hidden_dim": 32, "heads": 4, "context_dropout": 0.0, "attention_dropout": 0.0, "dropout": 0.0}
 NAMES = ["a cat", "a car", "a tree", "the sea"]
@@ -228,13 +229,31 @@ def test_what_changes_at_evaluation_stays_out_of_the_checkpoint(tiny_clip_dir: P
     _, path = fitted_checkpoint(tiny_clip_dir, tmp_path, selection="sample", text_fusion=0.5)
     saved = checkpoint_options(path)
     # All the others are in it: one forgotten there would come back at its default.
-    assert set(saved) == set(inspect.signature(CLIPM2DF).parameters) - set(EVALUATION_OPTIONS)
+    assert set(saved) == set(inspect.signature(CLIPM2DF).parameters) - set(RUN_OPTIONS)
     loaded = CLIPM2DF.load_from_checkpoint(path)
     assert loaded.model.head.selection == "argmax"
     assert loaded.text_fusion == 0
     assert CLIPM2DF.load_from_checkpoint(path, selection="expectation").model.head.selection == "expectation"
     with pytest.raises(UserError, match="CLIPM2DF has no option 'selektion'"):
         CLIPM2DF.load_from_checkpoint(path, selektion="sample")
+
+
+def test_templates_make_an_ensemble_which_a_checkpoint_keeps(tiny_clip_dir: Path, tmp_path: Path) -> None:
+    templates = ["a photo of {}", "{} in a video"]
+    model, path = fitted_checkpoint(tiny_clip_dir, tmp_path, template=templates)
+    single = [make(tiny_clip_dir, template=template).encode_prompts(NAMES) for template in templates]
+    torch.testing.assert_close(model.encode_prompts(NAMES), ensemble(torch.stack(single)))
+    again = CLIPM2DF.load_from_checkpoint(path)
+    assert again.hparams["template"] == templates
+    assert torch.equal(again.encode_prompts(NAMES), model.encode_prompts(NAMES))
+
+
+def test_gradient_checkpointing_is_of_a_run_and_not_of_its_checkpoint(tiny_clip_dir: Path, tmp_path: Path) -> None:
+    model, path = fitted_checkpoint(tiny_clip_dir, tmp_path, gradient_checkpointing=True)
+    plain, _ = fitted_checkpoint(tiny_clip_dir, tmp_path / "plain")
+    assert "gradient_checkpointing" not in checkpoint_options(path)
+    for (name, ours), theirs in zip(model.state_dict().items(), plain.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, msg=name)
 
 
 def test_checkpoints_of_something_else_are_refused(tiny_clip_dir: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ axis           meaning
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 import numpy as np
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 # What is drawn for an episode, each from a stream of its own, so that none shifts another.
-STREAMS = {"videos": 0, "augmentation": 1, "prompts": 2}
+STREAMS = {"videos": 0, "augmentation": 1, "prompts": 2, "stand-ins": 3}
 # A seed deals different episodes at each stage.
 STAGES = {"train": 0, "val": 1, "test": 2}
 
@@ -41,6 +41,7 @@ class Episode(TypedDict):
         class_indices: int64 ``(episodes, n_way)``, the episode's classes as places in ``class_names``.
         class_names: what the prompts say, one text a class of the split, in the order of its class table.
         draws: float32 ``(episodes, n_queries)``, uniforms in [0, 1) by which PPS samples (:func:`episode_draws`).
+        replaced: int64 ``(episodes)``, how many videos were unusable and had others put in their places; for the log.
     """
 
     support: torch.Tensor
@@ -49,6 +50,7 @@ class Episode(TypedDict):
     class_indices: torch.Tensor
     class_names: list[str]
     draws: torch.Tensor
+    replaced: NotRequired[torch.Tensor]
 
 
 def episode_generator(seed: int, stage: str, episode: int, stream: str) -> np.random.Generator:

@@ -16,14 +16,14 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from clip_m2df.episode import Episode
 from clip_m2df.errors import UserError
-from clip_m2df.evaluation.metrics import EpisodeAccuracy, Mean, Share
+from clip_m2df.evaluation.metrics import EpisodeAccuracy, Mean, Share, Sum
 from clip_m2df.nn import heads
 from clip_m2df.nn.backbone import CLIPBackbone
 from clip_m2df.nn.m2df import M2DF, HeadOutput, M2DFHead, check_weights
 from clip_m2df.nn.prompts import DEFAULT_TEMPLATE, Selection
 
-# Options that a person changes at evaluation. They stay out of the checkpoint, so that what is asked for wins.
-EVALUATION_OPTIONS = ("selection", "text_fusion")
+# Options that a person may change from run to run. They stay out of the checkpoint, so that what is asked for wins.
+RUN_OPTIONS = ("selection", "text_fusion", "gradient_checkpointing")
 
 
 class CLIPM2DF(lightning.LightningModule):
@@ -37,8 +37,10 @@ class CLIPM2DF(lightning.LightningModule):
             layout, ``rn50`` for the public ResNet-50, ``tiny`` for the small CLIP that comes with the package.
         head: what scores the queries: ``m2df``, or the class path of another head.
         head_options: options of the head; for ``m2df`` those of :class:`clip_m2df.nn.m2df.M2DFHead`.
-        template: the prompt, with ``{}`` where the class goes.
+        template: the prompt, with ``{}`` where the class goes, or a list of such: an ensemble, the mean of their
+            normalised embeddings.
         freeze_backbone: train the head alone.
+        gradient_checkpointing: compute the tower's activations anew in the backward pass, to save memory.
         freeze_batch_norm: keep the batch norm of a ResNet tower at its running statistics, in training too.
             Note: the published code does so until its first evaluation only, and changes its model half-way.
         lr: peak learning rate of Adam, for the head.
@@ -65,8 +67,9 @@ class CLIPM2DF(lightning.LightningModule):
         backbone: str | dict[str, Any] = "openai/clip-vit-base-patch16",
         head: str = "m2df",
         head_options: dict[str, Any] | None = None,
-        template: str = DEFAULT_TEMPLATE,
+        template: list[str] | str = DEFAULT_TEMPLATE,
         freeze_backbone: bool = False,
+        gradient_checkpointing: bool = False,
         freeze_batch_norm: bool = True,
         lr: float = 1e-6,
         backbone_lr: float | None = None,
@@ -107,6 +110,8 @@ class CLIPM2DF(lightning.LightningModule):
             CLIPBackbone.from_description(backbone) if isinstance(backbone, Mapping) else CLIPBackbone.load(backbone)
         )
         tower.freeze_batch_norm = freeze_batch_norm
+        if gradient_checkpointing:
+            tower.enable_gradient_checkpointing()
         self.model = M2DF(tower, heads.build_head(head, {"dim": tower.dim, **options}), template, freeze_backbone)
         if not class_weight and isinstance(self.model.head, M2DFHead):
             # Without its loss the scale has no gradient, which DDP would wait for.
@@ -193,7 +198,7 @@ class CLIPM2DF(lightning.LightningModule):
         scores = output.logits
         if stage != "train" and self.text_fusion:
             scores = self._fuse_text(output, support, query, prompts)
-        self._count(stage, output, scores.argmax(-1) == labels, labels, losses)
+        self._count(stage, output, scores.argmax(-1) == labels, labels, losses, batch.get("replaced"))
         return loss
 
     def _features(self, batch: Episode) -> tuple[Tensor, Tensor]:
@@ -221,10 +226,18 @@ class CLIPM2DF(lightning.LightningModule):
     # ----------------------------------------------------------------------------------------- metrics
 
     def _count(
-        self, stage: str, output: HeadOutput, correct: Tensor, labels: Tensor, losses: Mapping[str, Tensor]
+        self,
+        stage: str,
+        output: HeadOutput,
+        correct: Tensor,
+        labels: Tensor,
+        losses: Mapping[str, Tensor],
+        replaced: Tensor | None,
     ) -> None:
         metrics = self._metrics_of(stage)
         metrics["accuracy"].update(correct)
+        if replaced is not None:
+            metrics["replaced_videos"].update(replaced)
         metrics["pps_accuracy"].update(output.prompt_indices == labels)
         if len(output.distances) == 2:
             local, global_ = (d.argmin(-1) for d in output.distances.values())
@@ -346,4 +359,4 @@ def checkpoint_options(path: str | os.PathLike[str]) -> dict[str, Any]:
 def _stage_metrics() -> nn.ModuleDict:
     counts = {name: Share() for name in ("pps_accuracy", "view_agreement", "local_to_global", "global_to_local")}
     losses = {f"loss_{name}": Mean() for name in ("total", "match", "distill", "class")}
-    return nn.ModuleDict({"accuracy": EpisodeAccuracy(), **counts, **losses})
+    return nn.ModuleDict({"accuracy": EpisodeAccuracy(), "replaced_videos": Sum(), **counts, **losses})

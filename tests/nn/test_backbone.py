@@ -149,6 +149,34 @@ def test_gradients_flow_through_the_visual_tower(name: str) -> None:
     assert [name for name, gradient in zip(names, gradients, strict=True) if not gradient.isfinite().all()] == []
 
 
+@pytest.mark.parametrize("name", ["clip_resnet", "clip_vit"])
+def test_gradient_checkpointing_computes_twice_and_changes_no_gradient(name: str) -> None:
+    golden, state = read_golden(name)
+    plain, checkpointed = CLIPBackbone.from_openai(state), CLIPBackbone.from_openai(state)
+    checkpointed.enable_gradient_checkpointing()
+    calls: list[int] = []
+    gradients = []
+    for backbone in (plain.train(), checkpointed.train()):
+        part = {"clip_resnet": "layer1.0.conv1", "clip_vit": "model.vision_model.encoder.layers.0.layer_norm1"}[name]
+        backbone.visual.get_submodule(part).register_forward_hook(lambda *_: calls.append(1))
+        loss = backbone.encode_frames(golden["image"]).square().sum()
+        gradients.append(torch.autograd.grad(loss, list(backbone.visual.parameters())))
+        calls.append(0)
+    assert calls == [1, 0, 1, 1, 0]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    with torch.no_grad():  # evaluation has no backward pass
+        checkpointed.encode_frames(golden["image"])
+    assert calls == [1, 0, 1, 1, 0, 1]
+
+
+def test_gradient_checkpointing_would_count_a_moving_batch_norm_twice() -> None:
+    backbone = CLIPBackbone.from_openai(read_golden("clip_resnet")[1])
+    backbone.freeze_batch_norm = False
+    with pytest.raises(UserError, match="set freeze_batch_norm, or leave gradient_checkpointing out"):
+        backbone.enable_gradient_checkpointing()
+
+
 def test_images_of_another_kind_are_refused(state: State) -> None:
     backbone = CLIPBackbone.from_openai(state)
     with pytest.raises(UserError, match=r"takes images of \(3, 32, 32\), not \(3, 48, 32\)"):

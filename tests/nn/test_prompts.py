@@ -2,7 +2,15 @@ import pytest
 import torch
 
 from clip_m2df.errors import UserError
-from clip_m2df.nn.prompts import draw_classes, fill_template, prompt_probabilities, prompt_scores, select_prompts
+from clip_m2df.nn.prompts import (
+    check_templates,
+    draw_classes,
+    ensemble,
+    fill_template,
+    prompt_probabilities,
+    prompt_scores,
+    select_prompts,
+)
 from tests.nn import references
 
 
@@ -78,5 +86,18 @@ def test_sampling_without_draws_says_what_makes_them() -> None:
 
 def test_templates() -> None:
     assert fill_template("a photo of {}", ["draw sword", "{curly}"]) == ["a photo of draw sword", "a photo of {curly}"]
+    assert check_templates("a photo of {}") == ["a photo of {}"]
+    assert check_templates(("{}", "a {}")) == ["{}", "a {}"]
     with pytest.raises(UserError, match=r"'a photo' has no \{\}"):
-        fill_template("a photo", ["x"])
+        check_templates(["{}", "a photo"])
+    with pytest.raises(UserError, match="template is empty"):
+        check_templates([])
+
+
+def test_an_ensemble_is_the_mean_of_normalised_embeddings_at_their_mean_norm() -> None:
+    embeddings = torch.tensor([[[3.0, 4.0], [0.0, 2.0]], [[0.0, 1.0], [8.0, 0.0]]])
+    # Class 0: (0.6, 0.8) and (0, 1) point to (0.6, 1.8), norms 5 and 1; class 1: (0, 1) and (1, 0), norms 2 and 8.
+    expected = [[3 * 0.6 / 3.6**0.5, 3 * 1.8 / 3.6**0.5], [5 / 2**0.5, 5 / 2**0.5]]
+    torch.testing.assert_close(ensemble(embeddings), torch.tensor(expected))
+    assert torch.equal(ensemble(embeddings[:1]), embeddings[0])
+    torch.testing.assert_close(ensemble(embeddings[[0, 0, 0]]), embeddings[0])

@@ -93,6 +93,29 @@ class Share(Metric):
         return torch.tensor(int(self.hits) / int(self.total) if self.total else math.nan, dtype=torch.float64)
 
 
+class Sum(Metric):
+    """How many there were of something."""
+
+    full_state_update = False
+    total: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("total", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, counts: Tensor) -> None:
+        """Add.
+
+        Args:
+            counts: integers, any shape.
+        """
+        self.total = self.total + counts.sum()
+
+    def compute(self) -> Tensor:
+        """An integer."""
+        return self.total
+
+
 class Mean(Metric):
     """Mean of a number over episodes.
 

@@ -10,15 +10,17 @@ import math
 import re
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 from clip_m2df.errors import UserError, some
-from clip_m2df.nn.resnet import ModifiedResNet
+from clip_m2df.nn.resnet import Bottleneck, ModifiedResNet
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -234,6 +236,26 @@ class CLIPBackbone(nn.Module):
                 if isinstance(module, _BatchNorm):
                     module.eval()
         return self
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Compute the visual tower's activations anew in the backward pass: less memory, more time, the same gradients.
+
+        Raises:
+            UserError: Batch norm moves, which would count each batch twice.
+        """
+        kind: type[nn.Module] = Bottleneck
+        if self.visual_config["kind"] == "vit":
+            from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+
+            kind = CLIPEncoderLayer
+        elif not self.freeze_batch_norm:
+            raise UserError(
+                "gradient checkpointing passes each batch twice through a batch norm that moves: set "
+                "freeze_batch_norm, or leave gradient_checkpointing out"
+            )
+        for block in self.visual.modules():
+            if isinstance(block, kind):
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
     # Images
 

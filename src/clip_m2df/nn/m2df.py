@@ -27,7 +27,9 @@ from clip_m2df.nn.prompts import (
     DEFAULT_TEMPLATE,
     SELECTIONS,
     Selection,
+    check_templates,
     closest_frames,
+    ensemble,
     fill_template,
     prompt_probabilities,
     prompt_scores,
@@ -332,7 +334,7 @@ class M2DF(nn.Module):
     Args:
         backbone: CLIP's two towers. The text tower is frozen: its embeddings are computed once a class table and kept.
         head: :class:`M2DFHead`, or another with its interface.
-        template: the prompt, with ``{}`` where the class goes.
+        template: the prompt, with ``{}`` where the class goes; of several, :func:`clip_m2df.nn.prompts.ensemble`.
         freeze_backbone: train the head alone.
     """
 
@@ -340,14 +342,13 @@ class M2DF(nn.Module):
         self,
         backbone: CLIPBackbone,
         head: M2DFHead,
-        template: str = DEFAULT_TEMPLATE,
+        template: str | Sequence[str] = DEFAULT_TEMPLATE,
         freeze_backbone: bool = False,
     ) -> None:
         super().__init__()
-        fill_template(template, [])  # refuses a template without its {}
         self.backbone = backbone
         self.head = head
-        self.template = template
+        self.templates = check_templates(template)
         self.freeze_backbone = freeze_backbone
         backbone.visual.requires_grad_(not freeze_backbone)
         if backbone.text is not None:
@@ -388,10 +389,11 @@ class M2DF(nn.Module):
         names = tuple(class_names)
         device = self.device
         if names not in self._prompt_tables or self._prompt_tables[names].device != device:
-            tokens = self.backbone.tokenize(fill_template(self.template, names)).to(device)
+            prompts = [self.backbone.tokenize(fill_template(t, names)).to(device) for t in self.templates]
             # Outside inference mode: what is made under it could not take part in training later.
             with torch.autocast(device.type, enabled=False), torch.inference_mode(False):
-                self._prompt_tables[names] = at_least_float32(self.backbone.encode_text(tokens))
+                embeddings = torch.stack([at_least_float32(self.backbone.encode_text(tokens)) for tokens in prompts])
+                self._prompt_tables[names] = ensemble(embeddings)
         return self._prompt_tables[names]
 
     @property

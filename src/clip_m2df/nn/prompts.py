@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from clip_m2df.errors import UserError
@@ -29,21 +30,51 @@ class SelectedPrompts(NamedTuple):
     indices: Tensor
 
 
+def check_templates(templates: str | Sequence[str]) -> list[str]:
+    """One template or several, as a list.
+
+    Raises:
+        UserError: there is none, or one has no ``{}``, so that every class would have the same prompt.
+    """
+    templates = [templates] if isinstance(templates, str) else list(templates)
+    if not templates:
+        raise UserError(f"template is empty; give one like {DEFAULT_TEMPLATE!r}, or a list of them")
+    for template in templates:
+        if "{}" not in template:
+            raise UserError(
+                f"the template {template!r} has no {{}} where the class goes; give one like {DEFAULT_TEMPLATE!r}"
+            )
+    return templates
+
+
 def fill_template(template: str, class_names: Sequence[str]) -> list[str]:
     """The prompts of the classes.
 
     Args:
         template: a text with ``{}`` where the class goes.
         class_names: what to put there.
-
-    Raises:
-        UserError: the template has no ``{}``, so that every class would have the same prompt.
     """
-    if "{}" not in template:
-        raise UserError(
-            f"the template {template!r} has no {{}} where the class goes; give one like {DEFAULT_TEMPLATE!r}"
-        )
     return [template.replace("{}", name) for name in class_names]
+
+
+@full_precision
+def ensemble(embeddings: Tensor) -> Tensor:
+    """The prompt embeddings of classes from those of several templates: the mean of the normalised ones.
+
+    It is scaled to the mean of their norms, since the fusion encoders take prompts as the tower gives them; so that of
+    one template is that template's.
+
+    Args:
+        embeddings: ``(n_templates, n_classes, dim)``.
+
+    Returns:
+        ``(n_classes, dim)``.
+    """
+    if len(embeddings) == 1:
+        return embeddings[0]
+    direction = F.normalize(F.normalize(embeddings, dim=-1).mean(0), dim=-1)
+    norm: Tensor = embeddings.norm(dim=-1, keepdim=True).mean(0)
+    return direction * norm
 
 
 def closest_frames(frames: Tensor, prompts: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
