@@ -4,11 +4,12 @@ import csv
 import hashlib
 import io
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from clip_m2df.errors import UserError, some
+from clip_m2df.files import read_bytes, whole_file
 
 SPLITS = ("train", "val", "test")
 """The names that a split may have, in the order in which they are listed."""
@@ -99,6 +100,7 @@ class Manifest:
 
     Attributes:
         videos: The rows, in order.
+        root: The folder, or None.
 
     Raises:
         UserError: If there are no videos, a split is unknown, a video is listed twice, or a class lies in two splits or
@@ -114,7 +116,7 @@ class Manifest:
         lines: Sequence[int] | None = None,
     ) -> None:
         self.videos = tuple(videos)
-        self._root = None if root is None else os.path.abspath(root)
+        self.root = None if root is None else os.path.abspath(root)
         if not self.videos:
             raise UserError(f"{source} has no videos: add a row for each video")
         places = (
@@ -141,7 +143,7 @@ class Manifest:
         Raises:
             UserError: If the file cannot be read, or a row is at fault; the message names the line.
         """
-        rows, lines = _read_rows(path)
+        rows, lines = _read_rows(path, "manifest", _REQUIRED)
         root = os.path.dirname(os.path.abspath(path))
         texts: dict[str, str] = {}
         for row in rows:
@@ -159,14 +161,50 @@ class Manifest:
         ]
         manifest = cls(videos, root=root, source=f"the manifest {path}", lines=lines)
         if check_files:
-            missing = [row["path"] for row, video in zip(rows, videos, strict=True) if not os.path.exists(video.path)]
-            if missing:
-                raise UserError(
-                    f"{len(missing)} of the {len(videos)} videos in the manifest {path} are not there: "
-                    f"{some([repr(name) for name in missing])}; relative paths start at {root}: "
-                    "put the videos there, mend the paths or remove the rows"
-                )
+            manifest.check_files()
         return manifest
+
+    def check_files(self, is_there: Callable[[str], bool] = os.path.exists) -> None:
+        """Check that all videos are there.
+
+        Args:
+            is_there: Tells it of a path.
+
+        Raises:
+            UserError: If some are not.
+        """
+        missing = [relative_path(video.path, self.root) for video in self.videos if not is_there(video.path)]
+        if missing:
+            raise UserError(
+                f"{len(missing)} of the {len(self.videos)} videos in {self._source} are not there: "
+                f"{some(map(repr, missing))}; relative paths start at {self.root}: "
+                "put the videos there, mend the paths or remove the rows"
+            )
+
+    def with_texts(self, file: str | Path) -> "Manifest":
+        """Return this manifest with other texts for its classes.
+
+        Args:
+            file: CSV in UTF-8 with the columns ``label`` and ``text``. Classes that it doesn't name keep their text.
+
+        Raises:
+            UserError: If it cannot be read, gives a class two texts, or names no class of the manifest.
+        """
+        rows, lines = _read_rows(file, "list of class texts", ("label", "text"))
+        texts: dict[str, str] = {}
+        for row, line in zip(rows, lines, strict=True):
+            if texts.setdefault(row["label"], row["text"]) != row["text"]:
+                raise UserError(
+                    f"line {line} of the list of class texts {file} gives the class {row['label']!r} a second text: "
+                    "keep one"
+                )
+        if not any(video.label in texts for video in self.videos):
+            raise UserError(
+                f"the list of class texts {file} names no class of {self._source}, such as {self.videos[0].label!r}: "
+                "its labels are spelt as in the manifest"
+            )
+        videos = [replace(video, text=texts.get(video.label, video.text)) for video in self.videos]
+        return Manifest(videos, root=self.root, source=self._source)
 
     @property
     def splits(self) -> dict[str, Split]:
@@ -194,7 +232,7 @@ class Manifest:
         state = hashlib.sha256()
         for split in self._splits.values():
             for label, text, videos in zip(split.class_names, split.class_texts, split.videos, strict=True):
-                cells = [split.name, label, text, *(_relative(video.path, self._root) for video in videos)]
+                cells = [split.name, label, text, *(relative_path(video.path, self.root) for video in videos)]
                 # No cell holds a NUL or is empty, so an empty one ends a class.
                 state.update("".join(cell + "\0" for cell in [*cells, ""]).encode())
         return state.hexdigest()
@@ -222,35 +260,30 @@ class Manifest:
         """
         target = os.path.abspath(path)
         extras = list(dict.fromkeys(name for video in self.videos for name in video.extra))
-        draft = f"{target}.{os.getpid()}.part"
         try:
-            with open(draft, "w", encoding="utf-8", newline="") as file:
+            with whole_file(target) as draft, draft.open("w", encoding="utf-8", newline="") as file:
                 table = csv.writer(file, lineterminator="\n")
                 table.writerow([*_REQUIRED, "text", *extras])
                 for video in self.videos:
-                    name = _relative(video.path, os.path.dirname(target))
+                    name = relative_path(video.path, os.path.dirname(target))
                     cells = [video.extra.get(extra, "") for extra in extras]
                     table.writerow([name, video.label, video.split, video.text, *cells])
-            os.replace(draft, target)
         except OSError as error:
             raise UserError(
                 f"cannot write the manifest {path}: {error.strerror}; name a file in a folder that can be written"
             ) from error
-        finally:
-            if os.path.exists(draft):
-                os.remove(draft)
 
 
-def _read_rows(path: str | Path) -> tuple[list[dict[str, str]], list[int]]:
-    """Read the rows of a manifest, each as cells by column, with the line that each starts on."""
-    text = _read_text(path)
+def _read_rows(path: str | Path, what: str, required: Sequence[str]) -> tuple[list[dict[str, str]], list[int]]:
+    """Read the rows of a table, each as cells by column, with the line that each starts on."""
+    text = _read_text(path, what)
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     header: list[str] | None = None
     rows: list[dict[str, str]] = []
     lines: list[int] = []
     while True:
         line = reader.line_num + 1
-        where = f"line {line} of the manifest {path}"
+        where = f"line {line} of the {what} {path}"
         try:
             cells = next(reader)
         except StopIteration:
@@ -262,7 +295,7 @@ def _read_rows(path: str | Path) -> tuple[list[dict[str, str]], list[int]]:
         if any("\n" in cell or "\r" in cell for cell in cells):
             raise UserError(f"{where} has a line break inside a cell: close the quote, or take the line break out")
         if header is None:
-            header = _header(cells, path)
+            header = _header(cells, path, what, required)
             continue
         if len(cells) != len(header):
             raise UserError(
@@ -270,49 +303,40 @@ def _read_rows(path: str | Path) -> tuple[list[dict[str, str]], list[int]]:
                 'put a cell that holds a comma in double quotes ("...")'
             )
         row = {name: cell if name == "path" else cell.strip() for name, cell in zip(header, cells, strict=True)}
-        for name in _REQUIRED:
+        for name in required:
             if not row[name].strip():
                 raise UserError(f"{where} has an empty {name}: fill it in or remove the row")
         rows.append(row)
         lines.append(line)
     if header is None:
-        raise UserError(f"the manifest {path} is empty: it needs a header line with the columns {', '.join(_REQUIRED)}")
+        raise UserError(f"the {what} {path} is empty: it needs a header line with the columns {', '.join(required)}")
     return rows, lines
 
 
-def _read_text(path: str | Path) -> str:
-    if os.path.isdir(path):
-        raise UserError(f"the manifest {path} is a folder: name the CSV file itself")
-    if not os.path.exists(path):
-        raise UserError(f"there is no manifest {path}: check the name; relative names start at {os.getcwd()}")
-    if not os.path.isfile(path):
-        raise UserError(f"the manifest {path} is not a regular file: name a CSV file")
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read the manifest {path}: {error.strerror}; check its permissions") from error
+def _read_text(path: str | Path, what: str) -> str:
+    data = read_bytes(path, what)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"line {line} of the manifest {path} is not UTF-8: save the file with that encoding") from error
+        raise UserError(f"line {line} of the {what} {path} is not UTF-8: save the file with that encoding") from error
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
-        raise UserError(f"line {line} of the manifest {path} has a NUL character: save it as plain CSV in UTF-8")
+        raise UserError(f"line {line} of the {what} {path} has a NUL character: save it as plain CSV in UTF-8")
     return text
 
 
-def _header(cells: Sequence[str], path: str | Path) -> list[str]:
+def _header(cells: Sequence[str], path: str | Path, what: str, required: Sequence[str]) -> list[str]:
     header = [cell.strip() for cell in cells]
-    missing = [name for name in _REQUIRED if name not in header]
+    missing = [name for name in required if name not in header]
     if missing:
         raise UserError(
-            f"the manifest {path} has no column {' and no column '.join(map(repr, missing))}; its first line names "
+            f"the {what} {path} has no column {' and no column '.join(map(repr, missing))}; its first line names "
             f"{', '.join(map(repr, header))}: name the columns there, separated by commas"
         )
     for name in header:
         if header.count(name) > 1:
-            raise UserError(f"the manifest {path} has the column {name!r} more than once: rename or remove one")
+            raise UserError(f"the {what} {path} has the column {name!r} more than once: rename or remove one")
     return header
 
 
@@ -354,8 +378,8 @@ def _split(name: str, videos: Sequence[Video]) -> Split:
     )
 
 
-def _relative(path: str, root: str | None) -> str:
-    """Name a path from the root, with forward slashes, if it lies under it."""
+def relative_path(path: str, root: str | None) -> str:
+    """Name an absolute path from the root, with forward slashes, if it lies under it."""
     # Both are absolute and normal, and pathlib is slow on many thousands.
     folder = None if root is None else os.path.join(root, "")
     if folder is None or not path.startswith(folder):

@@ -1,0 +1,79 @@
+"""Files: read with plain words where that fails, written whole or not at all, and known by what changes with them."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from clip_m2df.errors import UserError
+
+
+def read_bytes(path: str | Path, what: str) -> bytes:
+    """Read a file.
+
+    Args:
+        path: The file.
+        what: What messages call it.
+
+    Raises:
+        UserError: If there is none, it is no regular file, or it may not be read.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        kind = "a folder" if os.path.isdir(path) else "no regular file"
+        raise UserError(f"the {what} {path} is {kind}: name the file itself")
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise UserError(f"there is no {what} {path}: check the name; relative names start at {os.getcwd()}") from error
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise UserError(f"cannot read the {what} {path}: {reason}; check its name and permissions") from error
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """Give a draft to write to, which takes the file's place at the end; after an error nothing of it is left.
+
+    Args:
+        path: The file; its folder is made if need be.
+
+    Yields:
+        The draft's path.
+    """
+    draft = Path(f"{path}.{os.getpid()}.part")
+    draft.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield draft
+        draft.replace(path)
+    finally:
+        with suppress(OSError):
+            draft.unlink()
+
+
+class Fingerprint(NamedTuple):
+    """What changes when a file does, or the files of a folder.
+
+    Attributes:
+        files: 1, or how many files the folder has.
+        size: bytes of all.
+        mtime_ns: when the latest was modified.
+    """
+
+    files: int
+    size: int
+    mtime_ns: int
+
+
+def fingerprint(path: str) -> Fingerprint:
+    """Take the fingerprint of a file or of a folder of files.
+
+    Raises:
+        OSError: there is no such file, or it may not be looked at.
+    """
+    if os.path.isdir(path):
+        with os.scandir(path) as entries:
+            stats = [entry.stat() for entry in entries if entry.name[0] != "." and entry.is_file()]
+    else:
+        stats = [os.stat(path)]
+    return Fingerprint(len(stats), sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0))
