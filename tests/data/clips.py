@@ -1,7 +1,12 @@
 """Renders tiny videos whose pictures tell their own frame number, and reads the numbers back."""
 
+import io
+import random
 import struct
+import wave
+import zipfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -48,7 +53,8 @@ def render(
     container_options: dict[str, str] | None = None,
     times: Sequence[int] | None = None,
     size: tuple[int, int] = (WIDTH, HEIGHT),
-    audio: bool = False,
+    audio: int = 0,
+    tag: str | None = None,
 ) -> Path:
     """Render a video; the file's name says its format.
 
@@ -60,7 +66,8 @@ def render(
         container_options: The muxer's options.
         times: When each frame is shown, in 24ths of a second; every second one by default.
         size: Width and height in pixels.
-        audio: Whether a silent sound track comes first.
+        audio: Length of a silent sound track, which comes first, in frames of 0.128 seconds; none by default.
+        tag: Four letters by which the file names the codec.
 
     Returns:
         The path.
@@ -71,6 +78,8 @@ def render(
         assert isinstance(stream, av.VideoStream)
         stream.width, stream.height = size
         stream.pix_fmt = "yuv420p"
+        if tag is not None:
+            stream.codec_context.codec_tag = tag
         stream.codec_context.time_base = Fraction(1, 24) if times else Fraction(1, 12)
         for number in range(n_frames):
             frame = av.VideoFrame.from_ndarray(picture(number, *size), format="rgb24")
@@ -79,7 +88,7 @@ def render(
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
         if sound is not None:
-            _write_silence(container, sound)
+            _write_silence(container, sound, audio)
     return path
 
 
@@ -90,11 +99,12 @@ def render_sound(path: Path) -> Path:
     return path
 
 
-def _write_silence(container: OutputContainer, stream: av.AudioStream) -> None:
-    frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
-    frame.sample_rate = 8000
-    frame.pts = 0
-    container.mux(stream.encode(frame))
+def _write_silence(container: OutputContainer, stream: av.AudioStream, n_frames: int = 1) -> None:
+    for number in range(n_frames):
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 8000
+        frame.pts = 1024 * number
+        container.mux(stream.encode(frame))
     container.mux(stream.encode(None))
 
 
@@ -135,3 +145,82 @@ def cut_start(path: Path, n_frames: int) -> Path:
     struct.pack_into(">i", data, edit + 12, start + n_frames * timescale // 12)
     path.write_bytes(data)
     return path
+
+
+@dataclass(frozen=True)
+class Damaged:
+    """A file that was made from a video, or that is none.
+
+    Attributes:
+        path: The file.
+        how: What was done: ``whole``, ``renamed``, ``truncated``, ``flipped``, ``foreign`` or ``empty``.
+        n_frames: Frames of the video that it was made from.
+    """
+
+    path: Path
+    how: str
+    n_frames: int = 0
+
+
+def damage(folder: Path, seed: int = 0) -> list[Damaged]:
+    """Make 300 files of H.264, VP9 and MPEG-4 ASP videos, whole and damaged in many ways, and of what is no video."""
+    rng = random.Random(seed)
+    n_frames, size = 16, (48, 32)
+    b_frames = {"bf": "2", "g": "8"}
+    sources = [
+        render(folder / "h264.mp4", n_frames, options=b_frames, size=size),
+        render(
+            folder / "h264_faststart.mp4",
+            n_frames,
+            options=b_frames,
+            container_options={"movflags": "faststart"},
+            size=size,
+        ),
+        render(folder / "vp9.webm", n_frames, "libvpx-vp9", options={"cpu-used": "8", "g": "8"}, size=size),
+        render(folder / "asp.avi", n_frames, "mpeg4", options=b_frames, size=size),
+    ]
+    files = [Damaged(path, "whole", n_frames) for path in sources]
+
+    def save(name: str, content: bytes | bytearray, how: str, n_frames: int = 0) -> None:
+        (folder / name).write_bytes(content)
+        files.append(Damaged(folder / name, how, n_frames))
+
+    for path in sources:
+        whole = path.read_bytes()
+        for suffix in sorted({".mp4", ".webm", ".avi", ".mkv"} - {path.suffix}):
+            save(f"{path.stem}_renamed{suffix}", whole, "renamed", n_frames)
+        for k in range(28):
+            save(f"{path.stem}_truncated{k}{path.suffix}", whole[: rng.randrange(1, len(whole))], "truncated", n_frames)
+        for k in range(28):
+            data = bytearray(whole)
+            for _ in range(rng.choice([1, 2, 8, 64, 512])):
+                data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+            save(f"{path.stem}_flipped{k}{path.suffix}", data, "flipped", n_frames)
+    foreign = _foreign(folder, rng)
+    for k in range(296 - len(files)):
+        kind = list(foreign)[k % len(foreign)]
+        suffix = (".mp4", ".webm", ".avi")[k % 3]
+        save(f"{kind}{k}{suffix}", foreign[kind], "foreign")
+    for suffix in (".mp4", ".webm", ".avi", ".mkv"):
+        save(f"empty{suffix}", b"", "empty")
+    return files
+
+
+def _foreign(folder: Path, rng: random.Random) -> dict[str, bytes]:
+    """Contents that are no video, by kind."""
+    archive, sound = io.BytesIO(), io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as packed:
+        packed.writestr("video.mp4", rng.randbytes(500))
+    with wave.open(sound, "wb") as track:
+        track.setparams((1, 2, 8000, 0, "NONE", ""))
+        track.writeframes(rng.randbytes(8000))
+    return {
+        "text": b"<html><body>404: this video was removed</body></html>\n" * 20,
+        "jpeg": save_image(folder / "picture.jpg", 5).read_bytes(),
+        "png": save_image(folder / "picture.png", 5).read_bytes(),
+        "zip": archive.getvalue(),
+        "wav": sound.getvalue(),
+        "m4a": render_sound(folder / "sound.m4a").read_bytes(),
+        "noise": rng.randbytes(3000),
+        "zeros": bytes(3000),
+    }

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from clip_m2df.data import video
-from clip_m2df.data.video import Decoder, VideoError, read_frames
+from clip_m2df.data.transforms import segment_indices
+from clip_m2df.data.video import Decoder, VideoError, VideoFacts, probe, read_frames
 from clip_m2df.errors import UserError
 from tests.data.clips import (
     HEIGHT,
@@ -23,6 +24,7 @@ from tests.data.clips import (
     ON,
     WIDTH,
     cut_start,
+    damage,
     numbers,
     picture,
     render,
@@ -38,15 +40,23 @@ UNEVEN = [2 * k + (k % 3 == 0) + 10 * (k > 20) for k in range(N_FRAMES)]
 
 CLIPS: dict[str, dict[str, Any]] = {
     "h264_b_frames.mp4": {"options": B_FRAMES},
+    "h264_no_b_frames.mp4": {"options": {"bf": "0", "g": "12"}},
+    "h264_shifted.mp4": {"options": B_FRAMES, "times": [30 + 2 * k for k in range(N_FRAMES)]},
     "h264_open_gop.mp4": {"options": {"x264-params": "open-gop=1:keyint=12:min-keyint=12:bframes=2:scenecut=0"}},
     "h264_fragmented.mp4": {"options": B_FRAMES, "container_options": {"movflags": "frag_keyframe"}},
-    "h264_with_sound.mp4": {"options": B_FRAMES, "audio": True},
+    "h264_with_sound.mp4": {"options": B_FRAMES, "audio": 1},
     "h264_uneven.mp4": {"times": UNEVEN},
+    "hevc.mp4": {"codec": "libx265", "options": {"x265-params": "keyint=12:bframes=3:log-level=none"}},
+    "mpeg4_b_frames.mp4": {"codec": "mpeg4", "options": {"bf": "2", "g": "12"}},
     "h264.avi": {"options": B_FRAMES},
     "h264.mkv": {"options": B_FRAMES},
     "h264.ts": {"options": B_FRAMES},
     "mpeg4_b_frames.avi": {"codec": "mpeg4", "options": {"bf": "2", "g": "12"}},
+    "mpeg4_odd_size.avi": {"codec": "mpeg4", "size": (97, 65)},
+    "xvid.avi": {"codec": "mpeg4", "options": {"bf": "0", "g": "12"}, "tag": "XVID"},
     "vp9_alt_ref.webm": {"codec": "libvpx-vp9", "options": ALT_REF},
+    "vp9_odd_size.webm": {"codec": "libvpx-vp9", "options": ALT_REF, "size": (97, 65)},
+    "vp9_shifted.webm": {"codec": "libvpx-vp9", "options": ALT_REF, "times": [30 + 2 * k for k in range(N_FRAMES)]},
     "vp9_uneven.webm": {"codec": "libvpx-vp9", "options": {"cpu-used": "8"}, "times": UNEVEN},
     "vp8_alt_ref.webm": {"codec": "libvpx", "options": ALT_REF},
     "av1.webm": {"codec": "libsvtav1", "options": {"preset": "11"}},
@@ -73,6 +83,12 @@ class Chooser:
         return self.choose(n_frames)
 
 
+def sparse_and_random(n_frames: int) -> list[list[int]]:
+    """Choices of frames: the last, evaluation's, and eight at random, three times."""
+    rng = random.Random(0)
+    return [[n_frames - 1], segment_indices(n_frames, 8), *(rng.choices(range(n_frames), k=8) for _ in range(3))]
+
+
 def refusal(path: Path, decoder: Decoder = "auto") -> str:
     """The message with which a video is refused."""
     with pytest.raises(VideoError) as caught:
@@ -92,15 +108,15 @@ def test_every_frame_is_the_one_with_its_number(folder: Path, name: str, decoder
     choose = Chooser()
     clip = read_frames(str(folder / name), choose, decoder=decoder)
     assert clip.dtype == torch.uint8
-    assert clip.shape == (N_FRAMES, 3, HEIGHT, WIDTH)
+    width, height = CLIPS[name].get("size", (WIDTH, HEIGHT))
+    assert clip.shape == (N_FRAMES, 3, height, width)
     assert numbers(clip) == list(range(N_FRAMES))
     assert choose.asked == [N_FRAMES]
 
 
 @pytest.mark.parametrize("name", CLIPS)
 def test_sparse_and_random_frames_are_the_right_ones(folder: Path, name: str) -> None:
-    rng = random.Random(0)
-    for wanted in ([39], [2, 7, 12, 17, 22, 27, 32, 37], *([rng.choices(range(N_FRAMES), k=8)] * 3)):
+    for wanted in sparse_and_random(N_FRAMES):
         assert numbers(read_frames(str(folder / name), lambda _, wanted=wanted: wanted)) == wanted  # type: ignore[misc]
 
 
@@ -140,6 +156,9 @@ def test_frames_that_an_edit_list_cuts_away_are_not_counted(tmp_path: Path) -> N
     choose = Chooser()
     assert numbers(read_frames(str(path), choose)) == list(range(17, N_FRAMES))
     assert choose.asked == [N_FRAMES - 17]
+    for wanted in sparse_and_random(N_FRAMES - 17):
+        assert numbers(read_frames(str(path), lambda _, wanted=wanted: wanted)) == [17 + k for k in wanted]  # type: ignore[misc]
+    assert probe(str(path)) == VideoFacts(N_FRAMES - 17, N_FRAMES - 17, 12.0, 0, False)
 
 
 @pytest.mark.parametrize(
@@ -149,6 +168,10 @@ def test_rotation_is_applied(tmp_path: Path, matrix: tuple[int, int, int, int], 
     stored = read_frames(str(render(tmp_path / "stored.mp4", 12)), range)
     path = rotate(render(tmp_path / "turned.mp4", 12), matrix)
     assert read_frames(str(path), range).equal(stored.rot90(quarters, (2, 3)))
+    for wanted in sparse_and_random(12):
+        turned = read_frames(str(path), lambda _, wanted=wanted: wanted)  # type: ignore[misc]
+        assert numbers(turned.rot90(-quarters, (2, 3))) == wanted
+    assert probe(str(path)).rotation == -quarters % 4 * 90
 
 
 def test_a_change_of_size_is_scaled_to_the_first(tmp_path: Path) -> None:
@@ -200,6 +223,57 @@ def test_a_choice_out_of_range_is_a_bug_and_no_fault_of_the_video(folder: Path, 
         with pytest.raises(ValueError, match="returned") as caught:
             read_frames(str(folder / name), lambda _: wanted)
         assert not isinstance(caught.value, UserError)
+
+
+# What a file tells of itself
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_whole_files_promise_the_frames_that_they_have(folder: Path, name: str) -> None:
+    facts = probe(str(folder / name))
+    assert (facts.frames, facts.promised, facts.rotation) == (N_FRAMES, N_FRAMES, 0)
+    assert facts.variable_rate == ("uneven" in name)
+    if not facts.variable_rate:
+        assert facts.fps == 12
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("clip.mp4", {"options": B_FRAMES, "container_options": {"movflags": "faststart"}}),
+        ("clip.mkv", {"options": B_FRAMES}),
+        ("clip.avi", {"codec": "mpeg4", "options": {"bf": "2", "g": "12"}}),
+        ("sound.mkv", {"options": B_FRAMES, "audio": 1}),
+        ("clip.webm", {"codec": "libvpx-vp9", "options": ALT_REF}),
+        ("shifted.webm", {"codec": "libvpx-vp9", "times": [30 + 2 * k for k in range(100)]}),
+    ],
+)
+def test_truncated_files_promise_the_frames_that_they_had(tmp_path: Path, name: str, how: dict[str, Any]) -> None:
+    path = render(tmp_path / name, 100, **how)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 7 // 10])
+    facts = probe(str(path))
+    assert 20 < facts.frames < 95
+    # Elsewhere it is told from the duration and the rate.
+    assert abs(facts.promised - 100) <= (0 if path.suffix in (".mp4", ".avi") else 2)
+
+
+def test_sound_that_goes_on_after_the_pictures_promises_no_frames(tmp_path: Path) -> None:
+    facts = probe(str(render(tmp_path / "clip.mkv", 12, audio=30)))  # 1 s, with sound of 4 s
+    assert facts.frames == 12
+    assert facts.promised <= 13
+
+
+def test_facts_of_any_file_or_a_video_error(tmp_path: Path) -> None:
+    outcomes = {"refused": 0, "read": 0}
+    for file in damage(tmp_path):
+        try:
+            facts = probe(str(file.path))
+        except VideoError:
+            outcomes["refused"] += 1
+        else:
+            outcomes["read"] += 1
+            assert facts.promised >= facts.frames >= 0
+    assert min(outcomes.values()) > 50
 
 
 # Broken files
@@ -375,8 +449,10 @@ def test_any_damage_ends_in_frames_or_in_a_video_error(tmp_path: Path, name: str
 
 
 def test_the_error_survives_the_way_from_a_worker() -> None:
-    error = VideoError("cannot read the video")
-    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+    error = VideoError("cannot read the video a.mp4: it is empty", path="a.mp4", reason="it is empty")
+    copy = pickle.loads(pickle.dumps(error))
+    assert (str(copy), copy.path, copy.reason) == (str(error), "a.mp4", "it is empty")
+    assert VideoError("lost").reason == "lost"
 
 
 # Folders of images

@@ -29,6 +29,25 @@ def segment_indices(n_frames: int, frames: int, offsets: Tensor | None = None) -
     return [min(int((k + u) * n_frames / frames), n_frames - 1) for k, u in zip(range(frames), within, strict=True)]
 
 
+def resize_short_side(clip: Tensor, resize: int) -> Tensor:
+    """Resize a clip by its short side; the aspect is kept.
+
+    Args:
+        clip: uint8 pixels, shape ``(frames, 3, height, width)``.
+        resize: Length of the short side after resizing, in pixels.
+
+    Returns:
+        uint8 pixels; the clip itself where its short side has that length.
+    """
+    height, width = clip.shape[-2:]
+    short = min(height, width)
+    if short == resize:
+        return clip
+    # On uint8, as torchvision's Resize does, and three times faster than on floats.
+    size = resize * height // short, resize * width // short
+    return F.interpolate(clip, size=size, mode="bilinear", antialias=True)
+
+
 def resize_and_crop(
     clip: Tensor, *, resize: int, size: int, position: tuple[float, float] = (0.5, 0.5), flip: bool = False
 ) -> Tensor:
@@ -51,11 +70,8 @@ def resize_and_crop(
         raise UserError(f"the crop's size is {size} and the short side's resize {resize}: set 1 <= size <= resize")
     if not all(0.0 <= share <= 1.0 for share in position):
         raise ValueError(f"the crop's position {position} is not within [0, 1]")
+    clip = resize_short_side(clip, resize)
     height, width = clip.shape[-2:]
-    short = min(height, width)
-    height, width = resize * height // short, resize * width // short
-    # On uint8, as torchvision's Resize does, and three times faster than on floats.
-    clip = F.interpolate(clip, size=(height, width), mode="bilinear", antialias=True)
     top, left = round(position[0] * (height - size)), round(position[1] * (width - size))
     clip = clip[..., top : top + size, left : left + size]
     if flip:

@@ -6,11 +6,13 @@ leaves to decord only what it was found exact on, VP8 and VP9 in WebM, and reads
 """
 
 import io
+import itertools
 import os
 import re
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Literal
 
 import numpy as np
@@ -36,7 +38,36 @@ _IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 
 class VideoError(UserError):
-    """A video that cannot be read; the message names the file and the reason."""
+    """A video that cannot be read; the message names the file and the reason.
+
+    Attributes:
+        path: The file, which may be an image of a folder.
+        reason: The reason alone.
+    """
+
+    def __init__(self, message: str, *, path: str = "", reason: str = "") -> None:
+        super().__init__(message)
+        self.path = path
+        self.reason = reason or message
+
+
+@dataclass(frozen=True)
+class VideoFacts:
+    """What a video file tells without being decoded.
+
+    Attributes:
+        frames: Frames that are stored to be shown; some of a damaged file may not decode.
+        promised: Frames that it should have by its index or its duration: more than ``frames`` if it was cut off.
+        fps: Frames per second on average, where it says.
+        rotation: Degrees by which a frame is turned clockwise to be shown: 0, 90, 180 or 270.
+        variable_rate: Whether the time from one frame to the next varies.
+    """
+
+    frames: int
+    promised: int
+    fps: float | None
+    rotation: int
+    variable_rate: bool
 
 
 def read_frames(path: str, choose: Choose, *, decoder: Decoder = "auto") -> Tensor:
@@ -81,6 +112,72 @@ def read_frames(path: str, choose: Choose, *, decoder: Decoder = "auto") -> Tens
     return _READERS[decoder](path, choose)
 
 
+def probe(path: str) -> VideoFacts:
+    """Read what a video file tells of itself: its packets and its first frame, which has the rotation.
+
+    Raises:
+        VideoError: If the file is no video.
+    """
+    import av
+
+    path = os.path.abspath(path)
+    times: list[float] = []
+    frames, end = 0, 0.0
+    with _open(path, path) as (container, stream):
+        try:
+            # A file's duration is that of its longest stream.
+            for packet in container.demux():
+                # AVI has no times of presentation: FFmpeg guesses them.
+                time = packet.dts if packet.pts is None or container.format.name == "avi" else packet.pts
+                shown = packet.size > 0 and packet.stream.index == stream.index and not packet.is_discard
+                frames += shown
+                if packet.size == 0 or time is None or not packet.time_base:
+                    continue
+                end = max(end, float((time + (packet.duration or 0)) * packet.time_base))
+                if shown:
+                    times.append(float(time * packet.time_base))
+        except av.FFmpegError:
+            pass
+        times.sort()
+        promised = max(frames, _indexed(stream), _expected(container, stream, times, end))
+        fps = float(stream.average_rate) if stream.average_rate else None
+    with _open(path, path) as (container, stream):
+        first = next(_frames(container, stream), None)
+    rotation = 0 if first is None else -_quarters(first) % 4 * 90
+    return VideoFacts(frames, promised, fps, rotation, _varies(times))
+
+
+def _indexed(stream: "VideoStream") -> int:
+    """Count the frames in the index of a file that has one of all frames, as mp4 and AVI have."""
+    return sum(not entry.is_discard for entry in stream.index_entries)
+
+
+def _expected(container: "InputContainer", stream: "VideoStream", times: Sequence[float], end: float) -> int:
+    """Count the frames that there would be if those at the sorted times, until an end, went on for the duration."""
+    import av
+
+    # An mp4's duration includes what an edit list cuts away.
+    if "mp4" in container.format.name or not times or end <= times[0]:
+        return 0
+    if container.format.name == "avi":
+        # FFmpeg shortens the duration of a file that lost its index.
+        duration = float(stream.frames * (stream.time_base or 0))
+    else:
+        duration = (container.duration or 0) / av.time_base
+    # Counted from 0, as Matroska does, also where the first frame comes later.
+    missing = max(duration - end, 0.0)
+    return len(times) + round(missing * len(times) / (end - times[0]))
+
+
+def _varies(times: Sequence[float]) -> bool:
+    """Tell whether the gaps between sorted times differ by more than their rounding, to milliseconds in Matroska."""
+    gaps = sorted(later - earlier for earlier, later in itertools.pairwise(times))
+    if not gaps:
+        return False
+    usual = gaps[len(gaps) // 2]
+    return max(gaps[-1] - usual, usual - gaps[0]) > max(0.1 * usual, 0.002)
+
+
 @contextmanager
 def _naming(path: str) -> Iterator[None]:
     """Turn the operating system's refusals into errors that name the video."""
@@ -89,7 +186,8 @@ def _naming(path: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise _unreadable(path, "there is no such file") from error
     except PermissionError as error:
-        raise VideoError(f"cannot read the video {path}: no permission; allow reading it") from error
+        reason = "no permission; allow reading it"
+        raise VideoError(f"cannot read the video {path}: {reason}", path=path, reason=reason) from error
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise _unreadable(path, str(error)) from error
 
@@ -290,7 +388,8 @@ def _wanted(choose: Choose, n_frames: int) -> list[int]:
 
 
 def _unreadable(path: str, reason: str) -> VideoError:
-    return VideoError(f"cannot read the video {path}: {reason}; remove it from the manifest or replace it")
+    message = f"cannot read the video {path}: {reason}; remove it from the manifest or replace it"
+    return VideoError(message, path=path, reason=reason)
 
 
 def _not_installed(package: str) -> UserError:
