@@ -17,7 +17,7 @@ import yaml
 from clip_m2df import __version__
 from clip_m2df.cli import main
 from clip_m2df.data.datamodule import EpisodeDataModule
-from clip_m2df.lightning_cli import CLI, RunProgressBar, run
+from clip_m2df.lightning_cli import RunProgressBar, run
 from clip_m2df.module import CLIPM2DF, checkpoint_options
 from clip_m2df.shipped import find_config, shipped_configs
 
@@ -315,31 +315,6 @@ def test_a_wheel_brings_the_configs_and_the_tiny_clip(tmp_path: Path) -> None:
     )
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, check=True)
-
-
-class Parsed(CLI):
-    """Parses and goes no further."""
-
-    def instantiate_classes(self) -> None:
-        pass
-
-    def after_instantiate_classes(self) -> None:
-        pass
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        pass
-
-
-@pytest.mark.parametrize("name", sorted(shipped_configs()))
-def test_every_shipped_config_is_parsed_whole(name: str) -> None:
-    # Recipes are layered on a config.
-    names = ["demo_5way1shot.yaml", name] if name.startswith("recipes/") else [name]
-    config = Parsed(["fit", *(f"--config={find_config(n)}" for n in names)]).config["fit"]
-    for n in names:
-        for group, values in yaml.safe_load(find_config(n).read_text()).items():
-            for key, value in values.items() if isinstance(values, dict) else []:
-                if not isinstance(value, dict):
-                    assert config[group][key] == value
 
 
 def test_a_checkpoint_of_a_users_script_is_tested_by_the_command_line(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -12,12 +13,14 @@ from clip_m2df import __version__
 from clip_m2df.errors import UserError
 from clip_m2df.shipped import find_config, shipped_configs
 
+DATA_SETS = ("kinetics100", "ssv2", "ssv2_small", "hmdb51", "ucf101", "folder")
 TRAINER_COMMANDS = {
     "fit": "train on the episodes of a manifest, choosing the best checkpoint on its val split",
     "validate": "measure a checkpoint on val",
     "test": "measure a checkpoint on test: accuracy with its 95 %% interval",
 }
 EXAMPLES = """examples:
+  clip-m2df prepare hmdb51 --root HMDB51 --output manifests/hmdb51.csv
   clip-m2df fit --config demo_5way1shot.yaml
   clip-m2df test --config demo_5way1shot.yaml --ckpt_path best
   clip-m2df fit --help          every option of the model, the data and the trainer
@@ -31,7 +34,8 @@ def main(args: Sequence[str] | None = None) -> int:
         args: what the shell would give; the process's own arguments by default.
 
     Returns:
-        The exit status: 0, or 2 after an error that a person can mend, printed as a plain line.
+        The exit status: 0; 1 where ``prepare`` or ``check`` found something wanting; 2 after an error that a person can
+        mend, printed as a plain line.
     """
     args = list(sys.argv[1:] if args is None else args)
     show_traceback = "--traceback" in args
@@ -59,24 +63,41 @@ def entry_point() -> None:
 
 
 def _run(args: list[str]) -> int:
-    parser = _parser()
-    options, rest = parser.parse_known_args(args[:1])
-    if options.command in TRAINER_COMMANDS:
+    if args and args[0] in TRAINER_COMMANDS:
         from clip_m2df.lightning_cli import run
 
-        run([options.command, *_resolve_configs(args[1:])])
-    elif options.command == "demo":
+        run([args[0], *_resolve_configs(args[1:])])
+        return 0
+    parser = _parser()
+    parsed, rest = parser.parse_known_args(args)
+    if rest and parsed.command != "episodes":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    options = {name: value for name, value in vars(parsed).items() if name not in ("command", "traceback")}
+    if parsed.command == "prepare":
+        from clip_m2df.data.prepare import prepare
+
+        return prepare(**options)
+    if parsed.command == "check":
+        from clip_m2df.data.check import check_videos
+
+        return check_videos(**options)
+    if parsed.command == "cache":
+        from clip_m2df.data.cache import cache_frames
+
+        cache_frames(**options)
+    elif parsed.command == "episodes":
+        from clip_m2df.lightning_cli import write_episodes
+
+        write_episodes(["test", *_resolve_configs(rest)], **options)
+    elif parsed.command == "demo":
         from clip_m2df.demo import run_demo
 
-        demo_options = parser.parse_args(args)
-        run_demo(Path(demo_options.output), demo_options.episodes)
-    elif options.command == "configs":
-        parser.parse_args(args)
+        run_demo(**options)
+    elif parsed.command == "configs":
         for name, path in shipped_configs().items():
             print(f"{name:32} {_headline(path)}")
     else:
         parser.print_help()
-        return 2 if rest or args else 0
     return 0
 
 
@@ -95,10 +116,76 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo", help="render the embedded benchmark, train on it, and print a table of accuracies"
     )
-    demo.add_argument("--output", default="runs/demo", help="folder of the run, replaced if it is there (%(default)s)")
+    demo.add_argument(
+        "--output",
+        type=Path,
+        default=Path("runs/demo"),
+        help="folder of the run, replaced if it is there (%(default)s)",
+    )
     demo.add_argument("--episodes", type=int, default=2000, help="test episodes of each row (%(default)s)")
     commands.add_parser("configs", help="list the configs that come with the package")
+    _add_prepare(commands.add_parser("prepare", help="write the manifest of a data set from its files on disk"))
+    _add_check(commands.add_parser("check", help="open every video of a manifest and say which are broken"))
+    _add_cache(commands.add_parser("cache", help="keep the frames of a manifest's videos, decoded and resized"))
+    episodes = commands.add_parser(
+        "episodes",
+        help="write the test episodes of a config, for --data.episodes_file and other tools",
+        usage="%(prog)s --config NAME --output FILE [options of clip-m2df test]",
+        allow_abbrev=False,
+    )
+    episodes.add_argument("--output", type=Path, required=True, help="a JSON line an episode")
     return parser
+
+
+def _add_prepare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "dataset", choices=DATA_SETS, help="folder: a tree split/class/video, or class/video with --lists"
+    )
+    parser.add_argument(
+        "--root", type=Path, required=True, help="folder with the videos, or folders of frames, at any depth"
+    )
+    parser.add_argument(
+        "--lists",
+        type=Path,
+        help="folder with the split lists, or a list (hmdb51 and ucf101: their splits are built in)",
+    )
+    parser.add_argument(
+        "--annotations",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="files with class names, such as something-something-v2-train.json",
+    )
+    parser.add_argument("--output", type=Path, required=True, help="the manifest, a CSV")
+    parser.add_argument("--report", type=Path, help="a CSV that names every missing and every ambiguous video")
+
+
+def _add_check(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--manifest", type=Path, required=True, help="a CSV with the columns path, label and split")
+    parser.add_argument("--output", type=Path, help="the table, a CSV (beside the manifest, NAME.check.csv)")
+    parser.add_argument("--fix", type=Path, help="write a manifest without the unusable videos")
+    parser.add_argument("--frames", type=int, default=8, help="frames a video at evaluation (%(default)s)")
+    _add_workers(parser)
+
+
+def _add_cache(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--manifest", type=Path, required=True, help="a CSV with the columns path, label and split")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the cache, for --data.cache")
+    parser.add_argument("--short_side", type=int, default=256, help="of the kept frames, in pixels (%(default)s)")
+    parser.add_argument(
+        "--frames",
+        type=int,
+        default=24,
+        help="kept of each video; an odd multiple of T keeps evaluation's own (%(default)s)",
+    )
+    _add_workers(parser)
+
+
+def _add_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that decode (%(default)s)")
+    parser.add_argument(
+        "--timeout", type=float, default=60.0, help="seconds after which a video is given up (%(default)s)"
+    )
 
 
 def _resolve_configs(args: Sequence[str]) -> list[str]:

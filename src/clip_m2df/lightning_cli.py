@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from clip_m2df.data.datamodule import EpisodeDataModule
+from clip_m2df.data.episode_files import write_episodes_file
 from clip_m2df.errors import UserError
 from clip_m2df.module import CLIPM2DF, checkpoint_options
 from clip_m2df.nn.heads import head_class
@@ -46,9 +47,10 @@ class RunCheckpoint(ModelCheckpoint):
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Keep the last step, also where no validation followed it."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return  # which Lightning's own forgets here
         super().on_train_end(trainer, pl_module)
-        dev_run = trainer.fast_dev_run  # type: ignore[attr-defined]
-        if not dev_run and self._last_global_step_saved != trainer.global_step:
+        if self._last_global_step_saved != trainer.global_step:
             trainer.save_checkpoint(os.path.join(str(self.dirpath), "last.ckpt"))
 
 
@@ -211,6 +213,10 @@ def run(args: Sequence[str]) -> CLI:
     Raises:
         UserError: whatever a person can mend in the options.
     """
+    return _run(CLI, args)
+
+
+def _run(cli: type[CLI], args: Sequence[str]) -> CLI:
     _check_configs(args)
     # Advertisements, and a deprecation inside Lightning that nobody here can mend.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
@@ -221,11 +227,44 @@ def run(args: Sequence[str]) -> CLI:
     # The metrics that are logged have been summed over ranks already.
     warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
     try:
-        return CLI(args)
+        return cli(args)
     except ArgumentError as error:
         raise UserError(f"{' '.join(str(error).split())}\n(clip-m2df {args[0]} --help explains the options)") from error
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
+
+
+class EpisodesCLI(CLI):
+    """Makes the data module alone: for the commands that need no model."""
+
+    def before_instantiate_classes(self) -> None:
+        """Nothing: there is no checkpoint."""
+
+    def instantiate_classes(self) -> None:
+        """Make the data module."""
+        self.datamodule = EpisodeDataModule(**self.config[str(self.subcommand)].data.as_dict())
+
+    def after_instantiate_classes(self) -> None:
+        """Nothing: there is no tower whose size the frames could miss."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def write_episodes(args: Sequence[str], output: Path) -> None:
+    """Write the test episodes of a config (see :mod:`clip_m2df.data.episode_files`).
+
+    Args:
+        args: ``test`` and its options; those of the data count.
+        output: the file.
+
+    Raises:
+        UserError: the config or the manifest is at fault, or the file can't be written.
+    """
+    data = _run(EpisodesCLI, args).datamodule
+    split, plans = data.test_plans()
+    write_episodes_file(output, plans, split, data.manifest.root)
+    print(f"{len(plans)} test episodes are in {output}; --data.episodes_file {output} reads them back")
 
 
 def _check_configs(args: Sequence[str]) -> None:

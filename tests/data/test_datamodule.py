@@ -6,7 +6,11 @@ import lightning
 import pytest
 import torch
 
+from clip_m2df.data import cache
 from clip_m2df.data.datamodule import EpisodeDataModule
+from clip_m2df.data.episode_files import write_episodes_file
+from clip_m2df.data.episodes import plan_episode
+from clip_m2df.data.manifest import Manifest
 from clip_m2df.errors import UserError
 
 SMALL: dict[str, Any] = {"n_way": 3, "n_query": 2, "frames": 2, "resize": 16, "size": 16, "num_workers": 0}
@@ -54,6 +58,9 @@ def test_training_and_evaluation_have_seeds_of_their_own(manifest: Path) -> None
         ({"frames": 0}, "frames is 0"),
         ({"validate_every": 0}, "validate_every is 0"),
         ({"seed": -1}, "seed is -1; it must not be negative"),
+        ({"train_n_shot": 0}, "train_n_shot is 0"),
+        ({"stuck_after": 0.0}, r"stuck_after is 0\.0; it must be positive"),
+        ({"max_unusable": 1.5}, r"max_unusable is 1\.5, a share; it must be between 0 and 1"),
         ({"resize": 15}, "resize 15 is smaller than size 16"),
         (
             {"batch_size": 3},
@@ -196,3 +203,126 @@ def test_each_device_needs_an_episode(manifest: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(EpisodeDataModule, "world_size", 4)
     with pytest.raises(UserError, match="val_episodes is 3 on 4 devices; give at least one a device"):
         make(manifest, val_episodes=3).setup("validate")
+
+
+def broken_copy(manifest: Path, folder: Path, *names: str) -> Path:
+    """The tests' videos, some of them empty."""
+    for video in manifest.parent.glob("*.mp4"):
+        (folder / video.name).write_bytes(b"" if video.name in names else video.read_bytes())
+    (folder / "manifest.csv").write_text(manifest.read_text())
+    return folder / "manifest.csv"
+
+
+def test_an_evaluation_does_not_start_with_an_unusable_video(manifest: Path, tmp_path: Path) -> None:
+    broken = broken_copy(manifest, tmp_path, "val0_0.mp4", "val2_1.mp4", "train0_0.mp4")
+    with pytest.raises(UserError) as caught:
+        make(broken, val_episodes=20).setup("validate")
+    said = str(caught.value)
+    assert "2 of the 9 videos of the val episodes are unusable" in said
+    assert "val0_0.mp4" in said
+    assert "val2_1.mp4" in said
+    assert "it is empty" in said
+    assert "clip-m2df check --fix writes a manifest without such videos, and data.max_unusable allows" in said
+    # Test has none, and videos that no episode names are nobody's business.
+    make(broken, test_episodes=20).setup("test")
+    data = make(broken, val_episodes=20, n_way=2)
+    data.trainer = lightning.Trainer(limit_val_batches=1, logger=False, accelerator="cpu")
+    val = Manifest.read(broken).split("val")
+    plan = plan_episode(val, data.eval_shape, seed=0, episode=0)
+    named = {Path(video.path).name for rows in (plan.support, plan.query) for row in rows for video in row}
+    assert not named & {"val0_0.mp4", "val2_1.mp4"}
+    data.setup("validate")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_evaluation_with_a_share_of_unusable_videos(manifest: Path, tmp_path: Path, num_workers: int) -> None:
+    broken = broken_copy(manifest, tmp_path, "val0_0.mp4")
+    data = make(broken, val_episodes=20, max_unusable=0.2, num_workers=num_workers)
+    data.setup("validate")
+    with pytest.warns(UserWarning, match=r"val0_0\.mp4: it is empty; .*; another video of its class takes its place"):
+        replaced = sum(int(batch["replaced"].sum()) for batch in list(data.val_dataloader()))
+    assert replaced > 0
+    fewer = make(broken, val_episodes=20, max_unusable=0.1)
+    fewer.setup("validate")
+    with pytest.raises(UserError, match=r"1 of the 9 videos of the val split are unusable, more than the share 0\.1"):
+        list(fewer.val_dataloader())
+
+
+def test_training_bears_with_one_video_in_twenty(manifest: Path, tmp_path: Path) -> None:
+    broken = broken_copy(manifest, tmp_path, "train0_0.mp4")
+    data = make(broken)  # one of 16 is more than that
+    data.setup("fit")
+    with pytest.raises(UserError, match=r"1 of the 16 videos of the train split .* more than the share 0\.05"):
+        list(itertools.islice(data.train_dataloader(), 40))
+    data = make(broken, max_unusable=0.5)
+    data.setup("fit")
+    with pytest.warns(UserWarning, match="takes its place"):
+        assert len(list(itertools.islice(data.train_dataloader(), 40))) == 40
+
+
+def test_training_episodes_may_have_other_shots(manifest: Path) -> None:
+    data = make(manifest, n_shot=2, train_n_shot=1, val_episodes=2)
+    data.setup("fit")
+    loaders: tuple[Any, ...] = (data.train_dataloader(), data.val_dataloader())
+    assert [next(iter(loader))["support"].shape[1:3] for loader in loaders] == [(3, 1), (3, 2)]
+
+
+def test_test_episodes_from_a_file_are_played_in_its_order(manifest: Path, tmp_path: Path) -> None:
+    drawn = make(manifest, test_episodes=6)
+    split, plans = drawn.test_plans()
+    write_episodes_file(tmp_path / "e.jsonl", plans[::-1], split, str(manifest.parent))
+    data = make(manifest, test_episodes=6, episodes_file=str(tmp_path / "e.jsonl"))
+    assert data.test_plans()[1] == plans[::-1]
+    for one in (drawn, data):
+        one.setup("test")
+    expected, got = list(drawn.test_dataloader()), list(data.test_dataloader())
+    assert all(torch.equal(a["query"], b["query"]) for a, b in zip(expected, got[::-1], strict=True))
+    more = make(manifest, test_episodes=9, episodes_file=str(tmp_path / "e.jsonl"))
+    with pytest.warns(UserWarning, match=r"e\.jsonl has 6 episodes, fewer than test_episodes"):
+        more.setup("test")
+    assert len(list(more.test_dataloader())) == 6
+    with pytest.raises(UserError, match=r"line 1 of the episodes file .*: it has 3 classes, but n_way is 2"):
+        make(manifest, n_way=2, episodes_file=str(tmp_path / "e.jsonl")).setup("test")
+
+
+def test_class_texts_are_overridden_by_a_file(manifest: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts.csv").write_text("label,text\nval class 1,something else\n")
+    data = make(manifest, class_texts=str(tmp_path / "texts.csv"), val_episodes=1)
+    data.setup("validate")
+    batches: list[Any] = list(data.val_dataloader())
+    assert batches[0]["class_names"] == ["val class 0", "something else", "val class 2"]
+
+
+def test_frames_come_from_a_cache_which_may_travel_without_its_videos(
+    manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "isolated_map", lambda f, items, **_: ((item, f(item)) for item in items))
+    copied = broken_copy(manifest, tmp_path)
+    folder = tmp_path / "cache"
+    cache.cache_frames(manifest=copied, output=folder, short_side=24, frames=6, workers=1, timeout=60.0)
+
+    def val(**options: Any) -> torch.Tensor:
+        data = make(copied, val_episodes=3, **options)
+        data.setup("validate")
+        batches: list[Any] = list(data.val_dataloader())
+        return torch.cat([batch["query"] for batch in batches])
+
+    direct, cached = val(), val(cache=str(folder))
+    # Six is an odd multiple of two, so these are the same frames; but for what JPEG and resizing twice make of them.
+    assert (direct.int() - cached.int()).abs().float().mean() < 4
+    for video in tmp_path.glob("*.mp4"):
+        video.unlink()
+    assert torch.equal(val(cache=str(folder)), cached)
+    with pytest.raises(UserError, match=r"videos in the manifest .* are not there"):
+        val()
+    data = make(copied, cache=str(folder))
+    data.setup("fit")
+    assert next(iter(data.train_dataloader()))["query"].shape == (1, 6, 2, 3, 16, 16)
+    with pytest.raises(UserError, match=r"resize is 32, but the cache .* of 24 pixels: give --data.resize 24 or less"):
+        val(cache=str(folder), resize=32)
+    with pytest.raises(UserError, match=r"frames is 8, but the cache .* holds 6 of each video"):
+        val(cache=str(folder), frames=8)
+    # A video that isn't in the cache has to be there.
+    copied.write_text(copied.read_text() + "new.mp4,val class 0,val,\n")
+    with pytest.raises(UserError, match=r"1 of the \d+ videos .*'new.mp4'"):
+        val(cache=str(folder))

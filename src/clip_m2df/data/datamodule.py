@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import os
+import warnings
 from typing import get_args
 
 import lightning
 import torch
-from torch.utils.data import DataLoader
 
 from clip_m2df.data import motion_shapes
-from clip_m2df.data.episodes import ClipReader, EpisodeDataset, EpisodeSampler, EpisodeShape, collate_episodes
-from clip_m2df.data.manifest import Manifest
+from clip_m2df.data.episode_files import read_episodes_file
+from clip_m2df.data.episodes import (
+    ClipReader,
+    EpisodeDataset,
+    EpisodePlan,
+    EpisodeSampler,
+    EpisodeShape,
+    plan_episode,
+)
+from clip_m2df.data.frame_cache import FrameCache
+from clip_m2df.data.loader import MOST_NAMES, UnusableVideos, VideoLoader, episode_loader, find_unusable
+from clip_m2df.data.manifest import Manifest, Split
 from clip_m2df.data.video import Decoder
-from clip_m2df.episode import Episode
-from clip_m2df.errors import UserError
+from clip_m2df.errors import UserError, some
 
 EMBEDDED = "motion_shapes"
+# Share of unusable videos that training bears with by default.
+TRAINING_UNUSABLE = 0.05
 
 
 class EpisodeDataModule(lightning.LightningDataModule):
@@ -29,12 +42,17 @@ class EpisodeDataModule(lightning.LightningDataModule):
         manifest: a CSV with the columns path, label, split and, if wanted, text (what the prompt says); paths relative
             to the CSV's folder, of videos or of folders of numbered images. Or ``motion_shapes``, the embedded
             benchmark, rendered when first used.
+        class_texts: a CSV with the columns label and text: what the prompt says of these classes instead.
+        cache: a folder that ``clip-m2df cache`` wrote: frames come from there where they are those of the videos.
         n_way: classes of an episode.
         n_shot: support videos a class.
+        train_n_shot: the same in training; ``n_shot`` by default.
         n_query: query videos a class in training.
         n_query_eval: query videos a class in validation and test.
         val_episodes: episodes of a validation.
         test_episodes: episodes of a test.
+        episodes_file: a file that ``clip-m2df episodes`` or another tool wrote: a test plays its first
+            ``test_episodes`` episodes.
         seed: of the training episodes.
         eval_seed: of the validation and test episodes.
         frames: frames a video.
@@ -46,6 +64,11 @@ class EpisodeDataModule(lightning.LightningDataModule):
         episodes_per_step: episodes of an optimiser step, whatever the number of devices.
         validate_every: optimiser steps between validations; a shorter run is validated at its end.
         num_workers: processes that decode, for each device.
+        stuck_after: seconds without a batch after which a worker counts as stuck, and the run ends with the name of the
+            video that it was reading.
+        max_unusable: share of a split's videos that may turn out unusable, before the run stops with their names; the
+            others of their class take their places. By default 0.05 in training; at evaluation all videos that its
+            episodes name are checked at start-up, and each must be usable. A share that is given holds for both.
 
     Raises:
         UserError: an option out of its range, or ``episodes_per_step`` that does not divide; in ``setup``, a manifest
@@ -55,12 +78,16 @@ class EpisodeDataModule(lightning.LightningDataModule):
     def __init__(
         self,
         manifest: str,
+        class_texts: str | None = None,
+        cache: str | None = None,
         n_way: int = 5,
         n_shot: int = 1,
+        train_n_shot: int | None = None,
         n_query: int = 5,
         n_query_eval: int = 1,
         val_episodes: int = 1000,
         test_episodes: int = 10000,
+        episodes_file: str | None = None,
         seed: int = 0,
         eval_seed: int = 0,
         frames: int = 8,
@@ -72,10 +99,13 @@ class EpisodeDataModule(lightning.LightningDataModule):
         episodes_per_step: int = 16,
         validate_every: int = 100,
         num_workers: int = 2,
+        stuck_after: float = 300.0,
+        max_unusable: float | None = None,
     ) -> None:
         super().__init__()
         at_least_one = {
             "n_shot": n_shot,
+            "train_n_shot": 1 if train_n_shot is None else train_n_shot,
             "n_query": n_query,
             "n_query_eval": n_query_eval,
             "val_episodes": val_episodes,
@@ -96,15 +126,22 @@ class EpisodeDataModule(lightning.LightningDataModule):
             raise UserError(f"n_way is {n_way}: there is nothing to tell apart; give at least 2")
         if resize < size:
             raise UserError(f"resize {resize} is smaller than size {size}, the crop; give at least {size}")
+        if not stuck_after > 0:
+            raise UserError(f"stuck_after is {stuck_after}; it must be positive")
+        if max_unusable is not None and not 0 <= max_unusable <= 1:
+            raise UserError(f"max_unusable is {max_unusable}, a share; it must be between 0 and 1")
         if decoder not in get_args(Decoder):
             raise UserError(f"decoder is {decoder!r}; it can be {', '.join(get_args(Decoder))}")
         if decoder in ("decord", "torchcodec") and importlib.util.find_spec(decoder) is None:
             raise UserError(f"decoder {decoder} is not installed; install it, or take auto")
         self.manifest_path = manifest
-        self.train_shape = EpisodeShape(n_way, n_shot, n_query)
+        self.class_texts = class_texts
+        self.cache = cache
+        self.train_shape = EpisodeShape(n_way, n_shot if train_n_shot is None else train_n_shot, n_query)
         self.eval_shape = EpisodeShape(n_way, n_shot, n_query_eval)
         self.val_episodes = val_episodes
         self.test_episodes = test_episodes
+        self.episodes_file = episodes_file
         self.seed = seed
         self.eval_seed = eval_seed
         self.reader = ClipReader(frames, resize, size, flip, decoder)
@@ -112,8 +149,11 @@ class EpisodeDataModule(lightning.LightningDataModule):
         self.episodes_per_step = episodes_per_step
         self.validate_every = validate_every
         self.num_workers = num_workers
+        self.stuck_after = stuck_after
+        self.max_unusable = max_unusable
         self.manifest: Manifest | None = None
         self._datasets: dict[str, EpisodeDataset] = {}
+        self._unusable: dict[str, UnusableVideos] = {}
         self.accumulation(world_size=1)
 
     @property
@@ -152,8 +192,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
             stage: ``fit``, ``validate`` or ``test``.
         """
         if self.manifest is None:
-            path = motion_shapes.render() if self.manifest_path == EMBEDDED else self.manifest_path
-            self.manifest = Manifest.read(path)
+            self._read_manifest()
         for option in ("val_episodes", "test_episodes"):
             if getattr(self, option) < self.world_size:
                 raise UserError(
@@ -166,6 +205,19 @@ class EpisodeDataModule(lightning.LightningDataModule):
             self._add_dataset("test", self.eval_shape, self.eval_seed)
         elif stage == "validate" or not self.trainer or self.trainer.limit_val_batches:
             self._add_dataset("val", self.eval_shape, self.eval_seed)
+
+    def test_plans(self) -> tuple[Split, list[EpisodePlan]]:
+        """The test split and the videos of its episodes; from the manifest alone, no video is needed."""
+        if self.manifest is None:
+            self._read_manifest(check_files=False)
+        assert self.manifest is not None
+        split = self.manifest.split("test")
+        plans = self._plans(split)
+        if plans is None:
+            self.eval_shape.check(split)
+            numbers = range(self.test_episodes)
+            plans = [plan_episode(split, self.eval_shape, seed=self.eval_seed, episode=i) for i in numbers]
+        return split, plans
 
     def state_dict(self) -> dict[str, int]:
         """How a run counts, and how far it is, for its checkpoints."""
@@ -195,31 +247,105 @@ class EpisodeDataModule(lightning.LightningDataModule):
                 f" data.episodes_per_step to {episodes}, and data.batch_size times the devices to {episodes // batches}"
             )
 
-    def train_dataloader(self) -> DataLoader[Episode]:
+    def train_dataloader(self) -> VideoLoader:
         """The endless stream of training episodes, from where the run stands."""
-        return self._loader("train", None)
+        return self._loader("train")
 
-    def val_dataloader(self) -> DataLoader[Episode] | list[DataLoader[Episode]]:
+    def val_dataloader(self) -> VideoLoader | list[VideoLoader]:
         """The validation episodes; none if the Trainer wants none."""
-        return self._loader("val", self.val_episodes) if "val" in self._datasets else []
+        return self._loader("val") if "val" in self._datasets else []
 
-    def test_dataloader(self) -> DataLoader[Episode]:
+    def test_dataloader(self) -> VideoLoader:
         """The test episodes."""
-        return self._loader("test", self.test_episodes)
+        return self._loader("test")
+
+    def _read_manifest(self, *, check_files: bool = True) -> None:
+        path = motion_shapes.render() if self.manifest_path == EMBEDDED else self.manifest_path
+        manifest = Manifest.read(path, check_files=check_files and self.cache is None)
+        if self.cache is not None:
+            cache = FrameCache.open(self.cache, manifest.root)
+            if self.reader.resize > cache.short_side:
+                raise UserError(
+                    f"resize is {self.reader.resize}, but the cache {self.cache} holds frames of {cache.short_side}"
+                    f" pixels: give --data.resize {cache.short_side} or less, or make a cache of larger ones"
+                )
+            if self.reader.frames > cache.frames:
+                raise UserError(
+                    f"frames is {self.reader.frames}, but the cache {self.cache} holds {cache.frames} of each video:"
+                    f" give --data.frames {cache.frames} or less, or make a cache of more"
+                )
+            if check_files:
+                manifest.check_files(lambda video: cache.has(video) or os.path.exists(video))
+            self.reader = dataclasses.replace(self.reader, cache=cache)
+        self.manifest = manifest if self.class_texts is None else manifest.with_texts(self.class_texts)
 
     def _add_dataset(self, name: str, shape: EpisodeShape, seed: int) -> None:
-        if name not in self._datasets:
-            assert self.manifest is not None
-            split = self.manifest.split(name)
-            self._datasets[name] = EpisodeDataset(split, shape, self.reader, seed=seed, augment=name == "train")
+        if name in self._datasets:
+            return
+        assert self.manifest is not None
+        split = self.manifest.split(name)
+        train = name == "train"
+        dataset = EpisodeDataset(
+            split,
+            shape,
+            self.reader,
+            seed=seed,
+            augment=train,
+            replace=train or self.max_unusable is not None,
+            plans=self._plans(split) if name == "test" else None,
+        )
+        if not dataset.replace:
+            self._check_videos(dataset)
+        limit = TRAINING_UNUSABLE if self.max_unusable is None else self.max_unusable
+        self._datasets[name] = dataset
+        self._unusable[name] = UnusableVideos(split, limit)
 
-    def _loader(self, name: str, count: int | None) -> DataLoader[Episode]:
-        return DataLoader(
-            self._datasets[name],
-            batch_size=self.batch_size,
-            sampler=EpisodeSampler(count, first=self._first_episode, rank=self.rank, world_size=self.world_size),
+    def _plans(self, split: Split) -> list[EpisodePlan] | None:
+        """The test episodes of a file, if one is given; it has the last word on how many there are."""
+        if self.episodes_file is None:
+            return None
+        assert self.manifest is not None
+        plans = read_episodes_file(self.episodes_file, split, self.manifest.root, self.eval_shape)
+        if len(plans) < self.test_episodes:
+            warnings.warn(f"{self.episodes_file} has {len(plans)} episodes, fewer than test_episodes", stacklevel=2)
+            self.test_episodes = len(plans)
+        return plans[: self.test_episodes]
+
+    def _check_videos(self, dataset: EpisodeDataset) -> None:
+        """Refuse to start an evaluation in which a video turns out unusable."""
+        name = dataset.split.name
+        numbers = list(self._sampler(name))
+        limit = getattr(self.trainer, f"limit_{name}_batches", 1.0)
+        if isinstance(limit, int):
+            numbers = numbers[: limit * self.batch_size]
+        plans = map(dataset.plan, numbers)
+        paths = dict.fromkeys(v.path for plan in plans for row in (*plan.support, *plan.query) for v in row)
+        unusable = find_unusable(
+            list(paths),
+            self.reader,
             num_workers=self.num_workers,
-            collate_fn=collate_episodes,
+            stuck_after=self.stuck_after,
+            progress=self.rank == 0 and bool(self.trainer and self.trainer.progress_bar_callback),
+        )
+        if unusable:
+            raise UserError(
+                f"{len(unusable)} of the {len(paths)} videos of the {name} episodes are unusable:"
+                f" {some(unusable, MOST_NAMES)}; {next(iter(unusable.values()))}; clip-m2df check --fix writes a"
+                " manifest without such videos, and data.max_unusable allows a share of them"
+            )
+
+    def _sampler(self, name: str) -> EpisodeSampler:
+        counts = {"train": None, "val": self.val_episodes, "test": self.test_episodes}
+        return EpisodeSampler(counts[name], first=self._first_episode, rank=self.rank, world_size=self.world_size)
+
+    def _loader(self, name: str) -> VideoLoader:
+        return episode_loader(
+            self._datasets[name],
+            self._unusable[name],
+            batch_size=self.batch_size,
+            sampler=self._sampler(name),
+            num_workers=self.num_workers,
+            stuck_after=self.stuck_after,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=name == "val" and self.num_workers > 0,
         )

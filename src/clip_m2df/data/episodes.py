@@ -8,8 +8,6 @@ number.
 from __future__ import annotations
 
 import itertools
-import multiprocessing
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -18,10 +16,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
+from clip_m2df.data.frame_cache import FrameCache
 from clip_m2df.data.manifest import Split, Video
 from clip_m2df.data.transforms import resize_and_crop, segment_indices
-from clip_m2df.data.video import Decoder, read_frames
+from clip_m2df.data.video import Decoder, VideoError, read_frames
 from clip_m2df.episode import Episode, episode_draws, episode_generator
+from clip_m2df.errors import UserError, some
 
 
 class EpisodePlan(NamedTuple):
@@ -30,7 +30,7 @@ class EpisodePlan(NamedTuple):
     Attributes:
         classes: places in the split's class table, ``n_way`` of them.
         support: a row of ``n_shot`` videos a class.
-        query: a row of ``n_query`` videos a class.
+        query: a row of query videos a class; ``n_query`` of them where they are drawn.
     """
 
     classes: tuple[int, ...]
@@ -87,6 +87,7 @@ class ClipReader:
         size: side of the square crop in pixels.
         flip: mirror half of the training clips. Off where classes have a left and a right.
         decoder: see :func:`clip_m2df.data.video.read_frames`.
+        cache: where the frames of videos are kept, if anywhere.
     """
 
     frames: int = 8
@@ -94,6 +95,7 @@ class ClipReader:
     size: int = 224
     flip: bool = False
     decoder: Decoder = "auto"
+    cache: FrameCache | None = None
 
     def read(self, path: str, uniforms: Tensor | None = None) -> tuple[Tensor, int]:
         """Decode, resize and crop.
@@ -104,7 +106,7 @@ class ClipReader:
                 to flip. Without them the middle frames and the centre crop.
 
         Returns:
-            uint8 ``(frames, 3, size, size)``, and how many frames the video has.
+            uint8 ``(frames, 3, size, size)``, and how many frames there were to choose from.
         """
         length = 0
         offsets = None if uniforms is None else uniforms[: self.frames]
@@ -114,7 +116,9 @@ class ClipReader:
             length = n_frames
             return segment_indices(n_frames, self.frames, offsets)
 
-        clip = read_frames(path, choose, decoder=self.decoder)
+        clip = self.cache.read_frames(path, choose) if self.cache else None
+        if clip is None:
+            clip = read_frames(path, choose, decoder=self.decoder)
         position, flip = (0.5, 0.5), False
         if uniforms is not None:
             y, x, mirrored = uniforms[self.frames :].tolist()
@@ -122,7 +126,19 @@ class ClipReader:
         return resize_and_crop(clip, resize=self.resize, size=self.size, position=position, flip=flip), length
 
 
-class EpisodeDataset(Dataset[Episode]):
+class ReadEpisode(Episode):
+    """An episode with what was remarked on its videos, which is for the main process.
+
+    Attributes:
+        unusable: videos that can't be read, each with the reason; stand-ins took their places.
+        short: videos with fewer frames than wanted, and their number.
+    """
+
+    unusable: dict[str, str]
+    short: dict[str, int]
+
+
+class EpisodeDataset(Dataset[ReadEpisode]):
     """Episodes by number.
 
     Args:
@@ -131,59 +147,115 @@ class EpisodeDataset(Dataset[Episode]):
         reader: how a video is read.
         seed: the run's seed.
         augment: random frames, crops and flips (training), or the middle frames and centre crop.
+        replace: put another video of the class in the place of one that can't be read, or raise its ``VideoError``.
+        plans: the videos of each episode, where they are not to be drawn.
+
+    Attributes:
+        reading: called with the path of each video before it is read, and with an empty one after it.
     """
 
-    def __init__(self, split: Split, shape: EpisodeShape, reader: ClipReader, *, seed: int, augment: bool) -> None:
-        shape.check(split)
+    def __init__(
+        self,
+        split: Split,
+        shape: EpisodeShape,
+        reader: ClipReader,
+        *,
+        seed: int,
+        augment: bool,
+        replace: bool = False,
+        plans: Sequence[EpisodePlan] | None = None,
+    ) -> None:
+        if plans is None:
+            shape.check(split)
         self.split = split
         self.shape = shape
         self.reader = reader
         self.seed = seed
         self.augment = augment
-        # Shared with the workers, so that it is said once.
-        self._said_short = multiprocessing.get_context("spawn").Value("b", False)
+        self.replace = replace
+        self.plans = plans
+        self.reading: Callable[[str], object] = str
 
-    def __getitem__(self, episode: int) -> Episode:
-        """Episode number ``episode``, with one leading axis of size 1 (see :class:`clip_m2df.episode.Episode`)."""
-        plan = plan_episode(self.split, self.shape, seed=self.seed, episode=episode)
-        support = [video for row in plan.support for video in row]
-        query = [video for row in plan.query for video in row]
-        uniforms = None
+    def plan(self, episode: int) -> EpisodePlan:
+        """The videos of episode number ``episode``."""
+        if self.plans is not None:
+            return self.plans[episode]
+        return plan_episode(self.split, self.shape, seed=self.seed, episode=episode)
+
+    def __getitem__(self, episode: int) -> ReadEpisode:
+        """Episode number ``episode``, with one leading axis of size 1 (see :class:`clip_m2df.episode.Episode`).
+
+        Raises:
+            VideoError: a video can't be read, and is not to be replaced.
+            UserError: all videos of a class that could replace one can't be read either.
+        """
+        plan = self.plan(episode)
+        n_support = sum(map(len, plan.support))
+        labels = [label for label, row in enumerate(plan.query) for _ in row]
+        uniforms: Sequence[Tensor | None] = [None] * (n_support + len(labels))
         if self.augment:
             rng = episode_generator(self.seed, self.split.name, episode, "augmentation")
-            uniforms = torch.from_numpy(rng.random((len(support) + len(query), self.reader.frames + 3)))
-        clips = torch.stack(
-            [self._read(video, None if uniforms is None else uniforms[i]) for i, video in enumerate(support + query)]
-        )
-        labels = torch.arange(self.shape.n_way).repeat_interleave(self.shape.n_query)
-        return Episode(
-            support=clips[: len(support)].unflatten(0, (1, self.shape.n_way, self.shape.n_shot)),
-            query=clips[len(support) :].unsqueeze(0),
-            query_labels=labels.unsqueeze(0),
+            uniforms = list(torch.from_numpy(rng.random((len(uniforms), self.reader.frames + 3))))
+        clips, unusable, short = self._read(plan, episode, uniforms)
+        return ReadEpisode(
+            support=clips[:n_support].unflatten(0, (1, len(plan.classes), -1)),
+            query=clips[n_support:].unsqueeze(0),
+            query_labels=torch.tensor([labels]),
             class_indices=torch.tensor([plan.classes]),
             class_names=list(self.split.class_texts),
-            draws=episode_draws(self.seed, self.split.name, episode, len(query)).unsqueeze(0),
+            draws=episode_draws(self.seed, self.split.name, episode, len(labels)).unsqueeze(0),
+            replaced=torch.tensor([len(unusable)]),
+            unusable=unusable,
+            short=short,
         )
 
-    def _read(self, video: Video, uniforms: Tensor | None) -> Tensor:
-        clip, length = self.reader.read(video.path, uniforms)
-        if length < self.reader.frames:
-            with self._said_short.get_lock():
-                said, self._said_short.value = self._said_short.value, True
-            if not said:
-                warnings.warn(
-                    f"{video.path} has {length} frames, fewer than the {self.reader.frames} wanted: they are repeated"
-                    " evenly. The same happens to any other short video, and is not said again.",
-                    stacklevel=1,
+    def _read(
+        self, plan: EpisodePlan, episode: int, uniforms: Sequence[Tensor | None]
+    ) -> tuple[Tensor, dict[str, str], dict[str, int]]:
+        """The clips of the support and of the query, one after another, and what there is to say about them."""
+        roles = (plan.support, plan.query)
+        planned = [(c, video) for rows in roles for c, row in zip(plan.classes, rows, strict=True) for video in row]
+        taken = {video.path for _, video in planned}
+        clips, unusable, short = [], {}, {}
+        for (c, video), draws in zip(planned, uniforms, strict=True):
+            for candidate in itertools.chain([video], self._stand_ins(episode, c, taken)):
+                taken.add(candidate.path)
+                self.reading(candidate.path)
+                try:
+                    clip, length = self.reader.read(candidate.path, draws)
+                except VideoError as error:
+                    if not self.replace:
+                        raise
+                    unusable[candidate.path] = str(error)
+                    continue
+                finally:
+                    self.reading("")
+                clips.append(clip)
+                if length < self.reader.frames:
+                    short[candidate.path] = length
+                break
+            else:
+                raise UserError(
+                    f"the class {video.label!r} of the {self.split.name} split has too few usable videos for an"
+                    f" episode: {some(unusable)} can't be read; replace them or remove the class from the manifest"
                 )
-        return clip
+        return torch.stack(clips), unusable, short
+
+    def _stand_ins(self, episode: int, c: int, taken: set[str]) -> Iterator[Video]:
+        """The other videos of a class, in an order that is the episode's own."""
+        videos = self.split.videos[c]
+        rng = episode_generator(self.seed, self.split.name, episode, "stand-ins")
+        return (videos[v] for v in rng.permutation(len(videos)) if videos[v].path not in taken)
 
 
-def collate_episodes(episodes: Sequence[Episode]) -> Episode:
+def collate_episodes(episodes: Sequence[ReadEpisode]) -> ReadEpisode:
     """Join episodes of one split and shape along their leading axis."""
     joined = episodes[0].copy()
-    for key in set(joined) - {"class_names"}:
-        joined[key] = torch.cat([episode[key] for episode in episodes])  # type: ignore[literal-required]
+    for key in ("support", "query", "query_labels", "class_indices", "draws", "replaced"):
+        joined[key] = torch.cat([episode[key] for episode in episodes])
+    for episode in episodes:
+        joined["unusable"] = joined["unusable"] | episode["unusable"]
+        joined["short"] = joined["short"] | episode["short"]
     return joined
 
 

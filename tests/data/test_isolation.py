@@ -1,0 +1,80 @@
+import itertools
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from clip_m2df.data.isolation import Lost, isolated_map
+
+
+def double(item: int) -> int:
+    return 2 * item
+
+
+def double_or_worse(item: int) -> int:
+    if item == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if item == 5:
+        threading.Event().wait()
+    if item == 7:
+        os._exit(3)
+    return 2 * item
+
+
+def refuse(item: int) -> int:
+    raise ValueError(f"no {item}")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_every_item_comes_with_its_result(workers: int) -> None:
+    results = dict(isolated_map(double, range(20), workers=workers, timeout=60))
+    assert results == {item: 2 * item for item in range(20)}
+
+
+def test_nothing_to_do() -> None:
+    assert list(isolated_map(double, [], workers=2, timeout=60)) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL there")
+def test_what_crashes_or_hangs_costs_that_item_only() -> None:
+    results = dict(isolated_map(double_or_worse, range(12), workers=2, timeout=1))
+    lost = {item: str(result) for item, result in results.items() if isinstance(result, Lost)}
+    assert lost == {
+        3: "the decoder crashed (SIGKILL)",
+        5: "the decoder hangs: not done after 1 s",
+        7: "the decoder crashed (exit status 3)",
+    }
+    assert {item: results[item] for item in results.keys() - lost} == {
+        item: 2 * item for item in range(12) if item not in lost
+    }
+
+
+def test_an_error_is_raised_here() -> None:
+    with pytest.raises(ValueError, match="no 4"):
+        list(isolated_map(refuse, [4], workers=1, timeout=60))
+    assert not multiprocessing.active_children()
+
+
+def test_closing_ends_the_workers() -> None:
+    results = isolated_map(double_or_worse, [0, 5], workers=2, timeout=600)
+    assert next(results) == (0, 0)
+    results.close()
+    assert not multiprocessing.active_children()
+
+
+def test_items_are_taken_as_workers_become_free() -> None:
+    taken = []
+
+    def items() -> Iterator[int]:
+        for item in itertools.count():
+            taken.append(item)
+            yield item
+
+    results = isolated_map(double, items(), workers=1, timeout=60)
+    assert dict(itertools.islice(results, 10)) == {item: 2 * item for item in range(10)}
+    assert len(taken) <= 12
+    results.close()

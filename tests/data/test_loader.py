@@ -1,0 +1,169 @@
+import dataclasses
+import itertools
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from clip_m2df.data.episodes import ClipReader, EpisodeDataset, EpisodeSampler, EpisodeShape, plan_episode
+from clip_m2df.data.loader import UnusableVideos, episode_loader, find_unusable
+from clip_m2df.data.manifest import Manifest, Split
+from clip_m2df.data.video import VideoError
+from clip_m2df.errors import UserError
+
+SHAPE = EpisodeShape(3, 1, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader(ClipReader):
+    """Makes clips of one colour, which tells the video; what is named in it is broken, and so on."""
+
+    broken: Sequence[str] = ()
+    deadly: Sequence[str] = ()
+    endless: Sequence[str] = ()
+    faulty: Sequence[str] = ()
+
+    def read(self, path: str, uniforms: Tensor | None = None) -> tuple[Tensor, int]:
+        name = os.path.basename(path)
+        if name in self.broken:
+            raise VideoError(f"cannot read the video {path}: it is empty")
+        if name in self.deadly:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if name in self.endless:
+            threading.Event().wait()
+        if name in self.faulty:
+            raise RuntimeError("a bug")
+        return torch.full((2, 3, 4, 4), colour(name), dtype=torch.uint8), 1 if name == "c0_v0" else 9
+
+
+def colour(name: str) -> int:
+    return 10 * int(name[1]) + int(name[4])
+
+
+def names(clips: Tensor) -> list[str]:
+    return [f"c{value // 10}_v{value % 10}" for value in clips[..., 0, 0, 0, 0].flatten().tolist()]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lost workers are not waited for as long as torch does."""
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
+
+
+@pytest.fixture
+def split(tmp_path: Path) -> Split:
+    rows = ["path,label,split", *(f"c{c}_v{v},class {c},train" for c, v in itertools.product(range(4), range(5)))]
+    (tmp_path / "m.csv").write_text("\n".join(rows))
+    return Manifest.read(tmp_path / "m.csv", check_files=False).split("train")
+
+
+def load(split: Split, reader: Reader, *, limit: float = 1.0, workers: int = 0, count: int = 40, **options: Any) -> Any:
+    dataset = EpisodeDataset(split, SHAPE, reader, seed=0, augment=True, replace=limit > 0)
+    unusable = UnusableVideos(split, limit)
+    options = {"stuck_after": 60.0, "batch_size": 2} | options
+    loader = episode_loader(dataset, unusable, sampler=EpisodeSampler(count), num_workers=workers, **options)
+    return loader, unusable
+
+
+def planned(split: Split, episode: int) -> tuple[list[str], list[str]]:
+    plan = plan_episode(split, SHAPE, seed=0, episode=episode)
+    support, query = ([os.path.basename(v.path) for row in rows for v in row] for rows in (plan.support, plan.query))
+    return support, query
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_an_unusable_video_is_replaced_by_another_of_its_class_and_said_once(split: Split, workers: int) -> None:
+    broken = ["c1_v2", "c3_v0"]
+    loader, unusable = load(split, Reader(broken=broken), workers=workers)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        batches = list(loader)
+    said = [str(warning.message) for warning in caught]
+    assert sorted(os.path.basename(path) for path in unusable.reasons) == broken
+    for name in broken:
+        assert sum(f"/{name}: it is empty; another video of its class takes its place" in text for text in said) == 1
+    assert sum("c0_v0 has 1 frames, fewer than wanted" in text for text in said) == 1
+    replaced = 0
+    for number in range(40):
+        batch, place = batches[number // 2], number % 2
+        assert {"unusable", "short"}.isdisjoint(batch)
+        support, query = planned(split, number)
+        got = names(batch["support"][place]) + names(batch["query"][place])
+        assert len(set(got)) == len(got)
+        for name, instead in zip(support + query, got, strict=True):
+            assert instead not in broken
+            assert instead == name if name not in broken else instead[:2] == name[:2]
+        assert batch["replaced"][place] == sum(name in broken for name in support + query)
+        replaced += int(batch["replaced"][place])
+    assert replaced > 20
+
+
+def test_stand_ins_are_a_function_of_seed_and_episode(split: Split) -> None:
+    first, second = (list(load(split, Reader(broken=["c1_v2", "c1_v3"]))[0]) for _ in range(2))
+    assert all(torch.equal(a["query"], b["query"]) for a, b in zip(first, second, strict=True))
+    chosen = set()
+    for number in range(40):
+        support, query = planned(split, number)
+        got = names(first[number // 2]["support"][number % 2]) + names(first[number // 2]["query"][number % 2])
+        chosen |= {instead for name, instead in zip(support + query, got, strict=True) if name != instead}
+    assert chosen == {"c1_v0", "c1_v1", "c1_v4"}  # not always the same one
+
+
+def test_too_many_unusable_videos_end_the_run_with_their_names(split: Split) -> None:
+    loader, unusable = load(split, Reader(broken=["c1_v2", "c3_v0", "c3_v1"]), limit=0.1)
+    with pytest.warns(UserWarning, match="takes its place"), pytest.raises(UserError) as caught:
+        list(loader)
+    said = str(caught.value)
+    assert "3 of the 20 videos of the train split are unusable, more than the share 0.1 that data.max_unusable" in said
+    assert all(f"/{name}" in said for name in ("c1_v2", "c3_v0", "c3_v1"))
+    assert len(unusable.reasons) == 3
+
+
+def test_a_class_without_usable_videos_ends_the_run(split: Split) -> None:
+    loader, _ = load(split, Reader(broken=[f"c2_v{v}" for v in range(4)]))
+    with pytest.raises(UserError, match=r"'class 2' of the train split has too few usable videos.*c2_v"):
+        list(loader)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_without_a_share_the_first_unusable_video_ends_the_run(split: Split, workers: int) -> None:
+    loader, _ = load(split, Reader(broken=["c1_v2"]), limit=0.0, workers=workers)
+    with pytest.raises(VideoError, match="c1_v2: it is empty"):
+        list(loader)
+
+
+def test_a_worker_that_is_killed_ends_the_run_with_the_videos_name(split: Split) -> None:
+    loader, _ = load(split, Reader(deadly=["c1_v2"]), workers=2)
+    with pytest.raises(UserError, match=r"a worker was killed; it was reading the video .*/c1_v2: clip-m2df check"):
+        list(loader)
+
+
+def test_a_worker_that_is_stuck_ends_the_run_with_the_videos_name(split: Split) -> None:
+    loader, _ = load(split, Reader(endless=["c1_v2"]), workers=2, stuck_after=0.5)
+    with pytest.raises(
+        UserError, match=r"a worker hangs: nothing came for 0.5 s; it was reading the video .*/c1_v2: clip-m2df check"
+    ):
+        list(loader)
+
+
+def test_other_errors_of_a_worker_stay_what_they_are(split: Split) -> None:
+    loader, _ = load(split, Reader(faulty=["c1_v2"]), workers=1)
+    with pytest.raises(RuntimeError, match="a bug"):
+        list(loader)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unusable_videos_are_found(workers: int) -> None:
+    paths = [f"/videos/c{c}_v{v}" for c, v in itertools.product(range(4), range(5))]
+    found = find_unusable(
+        paths, Reader(broken=["c0_v1", "c3_v4"]), num_workers=workers, stuck_after=60.0, progress=False
+    )
+    assert set(found) == {"/videos/c0_v1", "/videos/c3_v4"}
+    assert all("it is empty" in reason for reason in found.values())
