@@ -13,7 +13,7 @@ import torch
 
 from clip_m2df.cli import main
 from clip_m2df.data import check, video
-from clip_m2df.data.check import COLUMNS, Finding, check_videos, examine, fingerprint, read_findings
+from clip_m2df.data.check import COLUMNS, Finding, check_videos, examine, read_findings
 from clip_m2df.data.isolation import Lost
 from clip_m2df.data.manifest import Manifest
 from clip_m2df.data.transforms import segment_indices
@@ -255,22 +255,6 @@ def test_whatever_a_file_does_to_a_decoder(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(video, "read_frames", fail)
     finding = examine((str(tmp_path / "a.mp4"), 8, "1:2"))
     assert finding.failure == "reading it fails: MemoryError: no room for 65535 x 65535"
-
-
-def test_fingerprints_change_with_the_files(tmp_path: Path) -> None:
-    marks = [fingerprint(str(tmp_path / "a"))]
-    (tmp_path / "a").write_bytes(b"1")
-    marks.append(fingerprint(str(tmp_path / "a")))
-    os.utime(tmp_path / "a", ns=(5, 5))
-    marks.append(fingerprint(str(tmp_path / "a")))
-    assert marks[0] == ""
-    assert marks[2] == "1:5"
-    assert fingerprint(str(tmp_path)) == "1:1:5"
-    (tmp_path / "b").write_bytes(b"23")
-    os.utime(tmp_path / "b", ns=(9, 9))
-    assert fingerprint(str(tmp_path)) == "2:3:9"
-    assert fingerprint("a\0b") == ""
-    assert len({*marks}) == 3
 
 
 # Going on

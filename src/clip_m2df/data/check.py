@@ -21,7 +21,7 @@ from rich.table import Table
 from clip_m2df.data.isolation import Lost, isolated_map
 from clip_m2df.data.manifest import SPLITS, Manifest, Video, relative_path
 from clip_m2df.errors import UserError, some
-from clip_m2df.files import whole_file
+from clip_m2df.files import fingerprint, whole_file
 
 STATUSES = ("ok", "warning", "unusable")
 _NAMED = 20  # of the unusable, in print
@@ -42,7 +42,7 @@ class Finding:
         variable_rate: 1 if the time from one frame to the next varies, else 0.
         digest: SHA-256 of evaluation's frames, in hexadecimal.
         sampled: Evaluation's number of frames.
-        fingerprint: The file's when it was read, as ``fingerprint`` gives it; empty if the finding may not last.
+        fingerprint: The file's when it was read (``Fingerprint``); empty if the finding may not last.
     """
 
     failure: str = ""
@@ -177,20 +177,12 @@ def _work(task: tuple[str, int, str]) -> Finding:
     return examine(task)
 
 
-def fingerprint(path: str) -> str:
-    """Return what changes when a video does: size and time; for a folder, their number, total size and latest time.
-
-    Empty if it is not there.
-    """
+def _mark(path: str) -> str:
+    """What changes when a video does, as a cell of the table; empty if it is not there."""
     try:
-        if os.path.isdir(path):
-            with os.scandir(path) as entries:
-                stats = [entry.stat() for entry in entries]
-            return f"{len(stats)}:{sum(s.st_size for s in stats)}:{max((s.st_mtime_ns for s in stats), default=0)}"
-        stat = os.stat(path)
+        return ":".join(map(str, fingerprint(path)))
     except (OSError, ValueError):  # ValueError: a name that no file can have
         return ""
-    return f"{stat.st_size}:{stat.st_mtime_ns}"
 
 
 def _find(
@@ -199,7 +191,7 @@ def _find(
     """Find what is wrong with each video, by path; what the table and its part know already is taken over."""
     known = {**read_findings(output), **read_findings(part)}
     videos = {video.path: video for video in manifest.videos}
-    marks = {path: fingerprint(path) for path in videos}
+    marks = {path: _mark(path) for path in videos}
     findings: dict[str, Finding] = {}
     for path, mark in marks.items():
         finding = known.get(relative_path(path, manifest.root))
