@@ -322,7 +322,10 @@ def test_frames_come_from_a_cache_which_may_travel_without_its_videos(
         val(cache=str(folder), resize=32)
     with pytest.raises(UserError, match=r"frames is 8, but the cache .* holds 6 of each video"):
         val(cache=str(folder), frames=8)
-    # A video that isn't in the cache has to be there.
+    # A video that isn't in the cache is read itself, and has to be there.
+    (tmp_path / "val0_0.mp4").write_bytes((manifest.parent / "val0_1.mp4").read_bytes())
+    with pytest.warns(UserWarning, match=r"1 of the \d+ videos are not in the cache .*, or have changed since"):
+        assert not torch.equal(val(cache=str(folder)), cached)
     copied.write_text(copied.read_text() + "new.mp4,val class 0,val,\n")
     with pytest.raises(UserError, match=r"1 of the \d+ videos .*'new.mp4'"):
         val(cache=str(folder))

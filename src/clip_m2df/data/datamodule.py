@@ -276,6 +276,12 @@ class EpisodeDataModule(lightning.LightningDataModule):
                 )
             if check_files:
                 manifest.check_files(lambda video: cache.has(video) or os.path.exists(video))
+            if others := sum(not cache.has(video.path) for video in manifest.videos):
+                warnings.warn(
+                    f"{others} of the {len(manifest.videos)} videos are not in the cache {self.cache}, or have changed"
+                    " since: they are read themselves; clip-m2df cache adds them",
+                    stacklevel=2,
+                )
             self.reader = dataclasses.replace(self.reader, cache=cache)
         self.manifest = manifest if self.class_texts is None else manifest.with_texts(self.class_texts)
 
