@@ -53,6 +53,26 @@ class Episode(TypedDict):
     replaced: NotRequired[torch.Tensor]
 
 
+class IndexedEpisode(TypedDict):
+    """A batch of episodes whose videos are places in a table: what evaluation plays from features.
+
+    Attributes:
+        numbers: int64 ``(episodes)``, places in the table of all episodes that are played.
+        support: int64 ``(episodes, n_way, n_shot)``.
+        query: int64 ``(episodes, n_queries)``.
+        query_labels, class_indices, class_names, draws, replaced: see :class:`Episode`.
+    """
+
+    numbers: torch.Tensor
+    support: torch.Tensor
+    query: torch.Tensor
+    query_labels: torch.Tensor
+    class_indices: torch.Tensor
+    class_names: list[str]
+    draws: torch.Tensor
+    replaced: torch.Tensor
+
+
 def episode_generator(seed: int, stage: str, episode: int, stream: str) -> np.random.Generator:
     """The generator of one kind of draw for one episode.
 

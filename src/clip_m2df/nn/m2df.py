@@ -26,6 +26,7 @@ from clip_m2df.nn.matching import at_least_float32, cosine, frame_costs, full_pr
 from clip_m2df.nn.prompts import (
     DEFAULT_TEMPLATE,
     SELECTIONS,
+    SelectedPrompts,
     Selection,
     check_templates,
     closest_frames,
@@ -183,31 +184,34 @@ class M2DFHead(nn.Module):
             UserError: PPS samples and there are no draws.
         """
         # Probability prompt selector: a prompt for each query
-        probabilities = prompt_probabilities(self.prompt_scores(query, prompts), self.temperature)
-        selection = self.train_selection if self.training else self.selection
-        selected = select_prompts(probabilities, prompts, selection, draws)
-        query_prompts = selected.embeddings if self.pps else torch.zeros_like(selected.embeddings)
+        probabilities = self.prompt_probabilities(self.prompt_scores(query, prompts))
+        selected = self.select(probabilities, prompts, draws)
 
         # Two views, each fusing prompt, frames and temporal context; a prototype a class
         support_prompts = prompts.unsqueeze(-2).expand(*support.shape[:-2], -1)
         prototype = self.prototype(self.fuse(support, support_prompts))
-        evidence = self.match(self.fuse(query, query_prompts), prototype)
+        evidence = self.match(self.fuse(query, selected.embeddings), prototype)
 
         # Distance fusion, and the more reliable view teaches the other
-        return HeadOutput(
-            logits=-self.fuse_distances(evidence),
-            distances={view: e.distances for view, e in evidence.items()},
-            text_similarities={view: e.text_similarities for view, e in evidence.items()},
-            visual_confidences={view: visual_confidence(e.distances) for view, e in evidence.items()},
-            text_confidences={view: text_confidence(e.text_similarities) for view, e in evidence.items()},
-            prompt_probabilities=probabilities,
-            prompt_indices=selected.indices,
-            distillation=self.distill(evidence),
-        )
+        return self.conclude(evidence, probabilities, selected.indices)
 
     def prompt_scores(self, query: Tensor, prompts: Tensor) -> Tensor:
         """Scores of ``query (…, n_queries, frames, dim)`` by ``prompts (…, n_way, dim)``: ``(…, n_queries, n_way)``."""
         return prompt_scores(query, prompts, self.top_k)
+
+    def prompt_probabilities(self, scores: Tensor) -> Tensor:
+        """PPS's distribution over an episode's classes, from their scores ``(…, n_queries, n_way)``."""
+        return prompt_probabilities(scores, self.temperature)
+
+    def select(self, probabilities: Tensor, prompts: Tensor, draws: Tensor | None = None) -> SelectedPrompts:
+        """Give each query a prompt embedding ``(…, n_queries, dim)``: zero without PPS.
+
+        Raises:
+            UserError: PPS samples and there are no draws.
+        """
+        selection = self.train_selection if self.training else self.selection
+        selected = select_prompts(probabilities, prompts, selection, draws)
+        return selected if self.pps else selected._replace(embeddings=torch.zeros_like(selected.embeddings))
 
     def fuse(self, frames: Tensor, prompt: Tensor) -> dict[str, FusedSequence]:
         """The text and visual parts of each view, for ``frames (…, frames, dim)`` with ``prompt (…, dim)``."""
@@ -235,6 +239,21 @@ class M2DFHead(nn.Module):
             )
             for view, fused in query.items()
         }
+
+    def conclude(
+        self, evidence: Mapping[str, ViewEvidence], probabilities: Tensor, prompt_indices: Tensor
+    ) -> HeadOutput:
+        """What both views and PPS together say of the queries."""
+        return HeadOutput(
+            logits=-self.fuse_distances(evidence),
+            distances={view: e.distances for view, e in evidence.items()},
+            text_similarities={view: e.text_similarities for view, e in evidence.items()},
+            visual_confidences={view: visual_confidence(e.distances) for view, e in evidence.items()},
+            text_confidences={view: text_confidence(e.text_similarities) for view, e in evidence.items()},
+            prompt_probabilities=probabilities,
+            prompt_indices=prompt_indices,
+            distillation=self.distill(evidence),
+        )
 
     def fuse_distances(self, evidence: Mapping[str, ViewEvidence]) -> Tensor:
         """``d = Σ α_v d_v``, ``(…, n_queries, n_way)``."""

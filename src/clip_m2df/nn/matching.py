@@ -12,6 +12,7 @@ from functools import wraps
 from typing import ParamSpec, TypeVar
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 P = ParamSpec("P")
@@ -72,7 +73,9 @@ def frame_costs(query: Tensor, prototype: Tensor) -> Tensor:
     Returns:
         ``(…, n_queries, n_way, frames, frames)``, rows the query's frames.
     """
-    return 1 - cosine(query.unsqueeze(-3), prototype.unsqueeze(-4))
+    # One product for all frames of an episode, rather than one for each pair of videos.
+    cosines = cosine(query.flatten(-3, -2), prototype.flatten(-3, -2))
+    return 1 - rearrange(cosines, "... (m t) (n s) -> ... m n t s", m=query.shape[-3], n=prototype.shape[-3])
 
 
 @full_precision

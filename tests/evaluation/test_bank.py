@@ -1,0 +1,170 @@
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from clip_m2df.episode import IndexedEpisode
+from clip_m2df.evaluation import bank as module
+from clip_m2df.evaluation.bank import EpisodeBank
+from clip_m2df.nn.m2df import HeadOutput, M2DFHead
+
+VIDEOS_A_CLASS, N_CLASSES, T, DIM = 9, 7, 4, 16
+
+
+def videos(seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Features of the videos, 9 of each class, and the prompt table."""
+    generator = torch.Generator().manual_seed(seed)
+    prompts = torch.randn(N_CLASSES, DIM, generator=generator)
+    # Alike enough for PPS to waver.
+    noise = torch.randn(N_CLASSES, VIDEOS_A_CLASS, T, DIM, generator=generator)
+    features = prompts[:, None, None] + 2.5 * noise
+    return features.flatten(0, 1), prompts
+
+
+def episodes(n: int, n_way: int = 3, n_shot: int = 1, n_query: int = 2, seed: int = 0) -> IndexedEpisode:
+    generator = torch.Generator().manual_seed(seed)
+    classes = torch.stack([torch.randperm(N_CLASSES, generator=generator)[:n_way] for _ in range(n)])
+    drawn = torch.stack([torch.randperm(VIDEOS_A_CLASS, generator=generator) for _ in range(n * n_way)])
+    places = drawn.view(n, n_way, -1) + VIDEOS_A_CLASS * classes.unsqueeze(-1)
+    return IndexedEpisode(
+        numbers=torch.arange(n),
+        support=places[..., :n_shot],
+        query=places[..., n_shot : n_shot + n_query].flatten(1),
+        query_labels=torch.arange(n_way).repeat_interleave(n_query).expand(n, -1),
+        class_indices=classes,
+        class_names=[f"class {c}" for c in range(N_CLASSES)],
+        draws=torch.rand(n, n_way * n_query, generator=generator),
+        replaced=torch.zeros(n, dtype=torch.long),
+    )
+
+
+def make_head(**options: Any) -> M2DFHead:
+    torch.manual_seed(0)
+    return M2DFHead(**({"dim": DIM, "heads": 4, "hidden_dim": 24} | options)).eval()
+
+
+def direct(head: Any, features: Tensor, prompts: Tensor, played: IndexedEpisode, numbers: Tensor) -> Any:
+    """Episodes through the head as a whole."""
+    return head(
+        features[played["support"][numbers]],
+        features[played["query"][numbers]],
+        prompts[played["class_indices"][numbers]],
+        played["draws"][numbers],
+    )
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "as published": {},
+    "local": {"views": ["local"]},
+    "global": {"views": ["global"]},
+    "weights": {"view_weights": [0.3, 0.7]},
+    "visual": {"reliability": ["visual"]},
+    "both conditions": {"reliability": ["text", "visual"], "direction": "mutual"},
+    "no condition": {"reliability": [], "direction": "local_to_global"},
+    "sample": {"selection": "sample"},
+    "expectation": {"selection": "expectation"},
+    "without PPS": {"pps": False},
+    "depth 2": {"depth": 2},
+    "one way": {"single_direction": True},
+    "temperature": {"temperature": 5.0, "selection": "sample", "top_k": 2, "smoothing": 0.1},
+}
+
+
+@pytest.mark.parametrize("n_shot", [1, 5])
+@pytest.mark.parametrize("name", OPTIONS)
+@torch.no_grad()
+def test_each_episode_is_scored_as_by_the_head_itself(name: str, n_shot: int) -> None:
+    head = make_head(**OPTIONS[name])
+    features, prompts = videos()
+    played = episodes(200, n_shot=n_shot)
+    bank = EpisodeBank(head, features, prompts, played)
+    for numbers in played["numbers"].split(64):
+        output, expected = bank.play(numbers), direct(head, features, prompts, played, numbers)
+        assert isinstance(expected, HeadOutput)
+        torch.testing.assert_close(output.logits, expected.logits, atol=1e-4, rtol=0)
+        assert output.logits.argmax(-1).equal(expected.logits.argmax(-1))
+        assert output.prompt_indices.equal(expected.prompt_indices)
+        torch.testing.assert_close(output.prompt_probabilities, expected.prompt_probabilities)
+        for view, distances in expected.distances.items():
+            torch.testing.assert_close(output.distances[view], distances, atol=1e-4, rtol=0)
+            torch.testing.assert_close(output.text_similarities[view], expected.text_similarities[view])
+        torch.testing.assert_close(output.distillation.loss, expected.distillation.loss, atol=1e-4, rtol=1e-4)
+        assert output.distillation.local_to_global.equal(expected.distillation.local_to_global)
+        assert output.distillation.global_to_local.equal(expected.distillation.global_to_local)
+    if name in ("sample", "temperature", "expectation"):  # PPS did have a choice
+        assert bank.probabilities.amax(-1).min() < 0.9
+
+
+class Counted(M2DFHead):
+    """Counts the videos that it fuses."""
+
+    fused = 0
+
+    def fuse(self, frames: Tensor, prompt: Tensor) -> Any:
+        self.fused += len(frames)
+        return super().fuse(frames, prompt)
+
+
+@torch.no_grad()
+def test_each_pair_of_a_video_and_a_prompt_is_fused_once() -> None:
+    head = Counted(dim=DIM, heads=4, hidden_dim=24).eval()
+    features, prompts = videos()
+    played = episodes(300)
+    bank = EpisodeBank(head, features, prompts, played)
+    for numbers in played["numbers"].split(50):
+        bank.play(numbers)
+    chosen = played["class_indices"].gather(1, bank.chosen)
+    pairs = {(int(v), int(c)) for v, c in zip(played["query"].flatten(), chosen.flatten(), strict=True)}
+    for row, classes in zip(played["support"], played["class_indices"], strict=True):
+        pairs |= {(int(v), int(c)) for videos_, c in zip(row, classes, strict=True) for v in videos_}
+    assert len(pairs) > len(features)
+    assert head.fused == len(bank.pairs) == len(pairs)
+
+
+@torch.no_grad()
+def test_bits_do_not_depend_on_who_plays_what() -> None:
+    head = make_head(selection="sample")
+    features, prompts = videos()
+    played = episodes(256)
+    batches = played["numbers"].split(32)
+    alone = EpisodeBank(head, features, prompts, played)
+    whole = [alone.play(numbers).logits for numbers in batches]
+    for ranks in (2, 3):
+        for rank in range(ranks):
+            bank = EpisodeBank(head, features, prompts, played)
+            for number in range(rank, len(batches), ranks):
+                assert bank.play(batches[number]).logits.equal(whole[number])
+
+
+@torch.no_grad()
+def test_where_memory_is_short_each_batch_fuses_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    head = Counted(dim=DIM, heads=4, hidden_dim=24).eval()
+    features, prompts = videos()
+    played = episodes(64)
+    ample, short = (EpisodeBank(head, features, prompts, played, memory=memory) for memory in (1e9, 1e4))
+    for numbers in played["numbers"].split(16):
+        torch.testing.assert_close(short.play(numbers).logits, ample.play(numbers).logits, atol=1e-5, rtol=0)
+    assert not short._fused
+    assert head.fused > 1.5 * len(ample.pairs)
+    expected = ample.play(played["numbers"]).logits
+    monkeypatch.setattr(module, "PAIRS", 5)
+    few = EpisodeBank(head, features, prompts, played)
+    torch.testing.assert_close(few.play(played["numbers"]).logits, expected)
+
+
+class Whole(torch.nn.Module):
+    """A head without stages."""
+
+    def forward(self, support: Tensor, query: Tensor, prompts: Tensor, draws: Tensor) -> Tensor:
+        distances: Tensor = (query.mean(-2).unsqueeze(-2) - support.mean((-3, -2)).unsqueeze(-3)).norm(dim=-1)
+        return -distances
+
+
+def test_a_head_without_stages_is_called_whole() -> None:
+    features, prompts = videos()
+    played = episodes(5)
+    head: Any = Whole()
+    numbers = torch.tensor([3, 1])
+    scores: Any = EpisodeBank(head, features, prompts, played).play(numbers)
+    assert scores.equal(direct(head, features, prompts, played, numbers))
