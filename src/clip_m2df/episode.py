@@ -15,7 +15,8 @@ axis           meaning
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NotRequired, TypedDict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple, NotRequired, Protocol, TypedDict, runtime_checkable
 
 import numpy as np
 
@@ -71,6 +72,53 @@ class IndexedEpisode(TypedDict):
     class_names: list[str]
     draws: torch.Tensor
     replaced: torch.Tensor
+
+
+def select_episodes(episodes: IndexedEpisode, rows: torch.Tensor) -> IndexedEpisode:
+    """Some rows of a batch of episodes, or of a table of them."""
+    chosen = episodes.copy()
+    for key in set(episodes) - {"class_names"}:
+        chosen[key] = episodes[key][rows]  # type: ignore[literal-required]
+    return chosen
+
+
+def named_videos(episodes: IndexedEpisode, numbers: Sequence[int]) -> list[int]:
+    """The places of the videos that some of the episodes name, in order."""
+    import torch
+
+    rows = torch.tensor(numbers, dtype=torch.long)
+    places: list[int] = (
+        torch.cat((episodes["support"][rows].flatten(), episodes["query"][rows].flatten())).unique().tolist()
+    )
+    return places
+
+
+class Clips(NamedTuple):
+    """Videos that were read together.
+
+    Attributes:
+        places: int64 ``(videos)``, those that could be read.
+        frames: uint8 ``(videos, frames, 3, height, width)``; None if there are none.
+        unusable: why the others could not be read, by path.
+    """
+
+    places: torch.Tensor
+    frames: torch.Tensor | None
+    unusable: dict[str, str]
+
+
+@runtime_checkable
+class VideoTable(Protocol):
+    """Episodes whose videos are read once each: the dataset of a loader of :class:`IndexedEpisode`."""
+
+    episodes: IndexedEpisode
+    videos: Sequence[object]
+
+    def clips(self, chunks: Sequence[Sequence[int]]) -> Iterator[Clips]:
+        """The clips of videos given by their places, as they come together."""
+
+    def replace(self, unusable: Mapping[str, str]) -> None:
+        """Put others in the places of videos that can't be read; these may be new in ``videos``."""
 
 
 def episode_generator(seed: int, stage: str, episode: int, stream: str) -> np.random.Generator:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import lightning
 import torch
@@ -14,8 +14,10 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from clip_m2df.episode import Episode
+from clip_m2df.episode import Episode, IndexedEpisode, VideoTable, select_episodes
 from clip_m2df.errors import UserError
+from clip_m2df.evaluation.bank import EpisodeBank
+from clip_m2df.evaluation.features import encode_videos
 from clip_m2df.evaluation.metrics import EpisodeAccuracy, Mean, Share, Sum
 from clip_m2df.nn import heads
 from clip_m2df.nn.backbone import CLIPBackbone
@@ -24,6 +26,10 @@ from clip_m2df.nn.prompts import DEFAULT_TEMPLATE, Selection
 
 # Options that a person may change from run to run. They stay out of the checkpoint, so that what is asked for wins.
 RUN_OPTIONS = ("selection", "text_fusion", "gradient_checkpointing")
+
+
+# Of each batch, in the sanity check before a training: it is to be quick.
+SANITY_EPISODES = 2
 
 
 class CLIPM2DF(lightning.LightningModule):
@@ -149,6 +155,9 @@ class CLIPM2DF(lightning.LightningModule):
                 "class_weight": class_weight,
             }
         )
+        self._bank: EpisodeBank | None = None
+        self._encoded: _Encoded | None = None
+        self.register_load_state_dict_post_hook(_forget_features)  # type: ignore[no-untyped-call]
         # ModuleDict refuses the name "train", a method of its own.
         self.metrics = nn.ModuleDict({f"{stage}_metrics": _stage_metrics() for stage in ("train", "val", "test")})
 
@@ -170,20 +179,27 @@ class CLIPM2DF(lightning.LightningModule):
         """Loss of a batch, a mean over its episodes."""
         return self._step(batch, "train")
 
-    def validation_step(self, batch: Episode, batch_idx: int) -> None:
+    def validation_step(self, batch: Episode | IndexedEpisode, batch_idx: int) -> None:
         """Count a batch of validation episodes."""
+        if self._bank is not None and self.trainer.sanity_checking:
+            indexed = cast(IndexedEpisode, batch)
+            batch = select_episodes(indexed, torch.arange(min(SANITY_EPISODES, len(indexed["numbers"]))))
         self._step(batch, "val")
 
-    def test_step(self, batch: Episode, batch_idx: int) -> None:
+    def test_step(self, batch: Episode | IndexedEpisode, batch_idx: int) -> None:
         """Count a batch of test episodes."""
         self._step(batch, "test")
 
-    def _step(self, batch: Episode, stage: str) -> Tensor:
+    def _step(self, batch: Episode | IndexedEpisode, stage: str) -> Tensor:
         labels = batch["query_labels"]
         table = self.encode_prompts(batch["class_names"])
         prompts = table[batch["class_indices"]]
-        support, query = self._features(batch)
-        output = self._head(support, query, prompts, batch)
+        if self._bank is not None:
+            support, query = (self._bank.features[batch[role]] for role in ("support", "query"))
+            output = self._bank.play(cast(IndexedEpisode, batch)["numbers"])
+        else:
+            support, query = self._features(cast(Episode, batch))
+            output = self._head(support, query, prompts, cast(Episode, batch))
 
         # L = λ_match Σ_q CE + λ_distill L_distill + λ_class Σ CE, sums within an episode, a mean over episodes
         match = F.cross_entropy(output.logits.flatten(0, 1), labels.flatten(), reduction="sum") / len(labels)
@@ -208,7 +224,9 @@ class CLIPM2DF(lightning.LightningModule):
         output: HeadOutput = self.model.head(support, query, prompts, batch.get("draws"))
         return output
 
-    def _class_loss(self, support: Tensor, query: Tensor, prompts: Tensor, table: Tensor, batch: Episode) -> Tensor:
+    def _class_loss(
+        self, support: Tensor, query: Tensor, prompts: Tensor, table: Tensor, batch: Episode | IndexedEpisode
+    ) -> Tensor:
         classes = batch["class_indices"]
         of_support, of_query = self.model.head.class_logits(support, query, prompts, table)
         support_classes = classes.unsqueeze(-1).expand(of_support.shape[:-1])
@@ -222,6 +240,43 @@ class CLIPM2DF(lightning.LightningModule):
         text = self.model.head.class_logits(support, query, prompts, prompts)[1].log_softmax(-1)
         visual = output.logits.log_softmax(-1)
         return self.text_fusion * text + (1 - self.text_fusion) * visual
+
+    # -------------------------------------------------------------------------------------------- bank
+
+    def on_validation_epoch_start(self) -> None:
+        """Encode the videos that the validation names, if its episodes come from a table."""
+        trainer = self.trainer
+        batches = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+        self._bank = self._open_bank(trainer.val_dataloaders, batches)
+
+    def on_test_epoch_start(self) -> None:
+        """Encode the videos that the test names, if its episodes come from a table."""
+        self._bank = self._open_bank(self.trainer.test_dataloaders, self.trainer.num_test_batches)
+
+    @torch.no_grad()
+    def _open_bank(self, loader: Any, batches: Sequence[int | float]) -> EpisodeBank | None:
+        table = getattr(loader, "dataset", None)
+        if not isinstance(table, VideoTable):
+            return None
+        numbers = table.episodes["numbers"][: int(batches[0]) * loader.batch_size * self.trainer.world_size]
+        if self.trainer.sanity_checking:
+            numbers = numbers[numbers % loader.batch_size < SANITY_EPISODES]
+        with self.trainer.precision_plugin.forward_context():
+            # While the tower is frozen, its features stay what they are.
+            if not self.model.freeze_backbone or self._encoded is None or not self._encoded.of(table, numbers):
+                features = encode_videos(
+                    self.model,
+                    table,
+                    numbers.tolist(),
+                    rank=self.trainer.global_rank,
+                    world_size=self.trainer.world_size,
+                )
+                self._encoded = _Encoded(table, numbers, features)
+            features = self._encoded.features
+            chosen = select_episodes(table.episodes, numbers)
+            episodes = self.transfer_batch_to_device(chosen, self.device, 0)
+            prompts = self.encode_prompts(chosen["class_names"])
+            return EpisodeBank(self.model.head, features, prompts, episodes)
 
     # ----------------------------------------------------------------------------------------- metrics
 
@@ -275,10 +330,12 @@ class CLIPM2DF(lightning.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log what the validation counted."""
+        self._bank = None
         self._log_metrics("val")
 
     def on_test_epoch_end(self) -> None:
         """Log what the test counted."""
+        self._bank = None
         self._log_metrics("test")
 
     # --------------------------------------------------------------------------------------- optimiser
@@ -336,6 +393,22 @@ class CLIPM2DF(lightning.LightningModule):
             raise UserError(f"CLIPM2DF has no option {unknown[0]!r}; its options are {', '.join(sorted(known))}")
         loaded: CLIPM2DF = super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
         return loaded
+
+
+class _Encoded(NamedTuple):
+    """Features, and what they are of."""
+
+    table: VideoTable
+    numbers: Tensor
+    features: Tensor
+
+    def of(self, table: VideoTable, numbers: Tensor) -> bool:
+        return self.table is table and self.numbers.equal(numbers)
+
+
+def _forget_features(module: CLIPM2DF, incompatible_keys: object) -> None:
+    """After loading: other weights, other features."""
+    module._encoded = None
 
 
 def checkpoint_options(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from clip_m2df.data.episodes import ClipReader, EpisodeDataset, EpisodeSampler, EpisodeShape, plan_episode
-from clip_m2df.data.loader import UnusableVideos, episode_loader, find_unusable
+from clip_m2df.data.loader import UnusableVideos, episode_loader
 from clip_m2df.data.manifest import Manifest, Split
+from clip_m2df.data.table import EpisodeTable
 from clip_m2df.data.video import VideoError
+from clip_m2df.episode import named_videos
 from clip_m2df.errors import UserError
 
 SHAPE = EpisodeShape(3, 1, 1)
@@ -159,11 +161,59 @@ def test_other_errors_of_a_worker_stay_what_they_are(split: Split) -> None:
         list(loader)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_unusable_videos_are_found(workers: int) -> None:
-    paths = [f"/videos/c{c}_v{v}" for c, v in itertools.product(range(4), range(5))]
-    found = find_unusable(
-        paths, Reader(broken=["c0_v1", "c3_v4"]), num_workers=workers, stuck_after=60.0, progress=False
+def table(split: Split, reader: Reader, *, limit: float = 1.0, workers: int = 0, count: int = 40) -> EpisodeTable:
+    dataset = EpisodeDataset(split, SHAPE, reader, seed=0, augment=False, replace=limit > 0)
+    return EpisodeTable(
+        dataset, count, UnusableVideos(split, limit), num_workers=workers, stuck_after=60.0, progress=False
     )
-    assert set(found) == {"/videos/c0_v1", "/videos/c3_v4"}
-    assert all("it is empty" in reason for reason in found.values())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_table_reads_each_video_of_its_episodes_once(split: Split, workers: int) -> None:
+    episodes = table(split, Reader(), workers=workers, count=3)
+    expected = {name for number in range(3) for names_ in planned(split, number) for name in names_}
+    assert [os.path.basename(video.path) for video in episodes.videos] == sorted(expected)
+    assert named_videos(episodes.episodes, range(3)) == list(range(len(expected)))
+    first = named_videos(episodes.episodes, [0])
+    support, query = planned(split, 0)
+    assert sorted(os.path.basename(episodes.videos[place].path) for place in first) == sorted(support + query)
+    with pytest.warns(UserWarning, match="c0_v0 has 1 frames") if "c0_v0" in expected else warnings.catch_warnings():
+        read = list(episodes.clips([[0, 2], [1], [3, 4]]))
+    assert [clips.places.tolist() for clips in read] == [[0, 2], [1], [3, 4]]
+    for clips in read:
+        assert clips.frames is not None
+        assert clips.frames.shape[1:] == (2, 3, 4, 4)
+        assert names(clips.frames) == [os.path.basename(episodes.videos[p].path) for p in clips.places]
+        assert clips.unusable == {}
+
+
+@pytest.mark.parametrize("broken", [["c1_v2"], ["c1_v2", "c3_v0", "c3_v1", "c0_v4"]])
+def test_a_table_puts_the_same_stand_ins_as_reading_episode_by_episode(split: Split, broken: list[str]) -> None:
+    reader = Reader(broken=broken)
+    episodes = table(split, reader)
+    places = list(range(len(episodes.videos)))
+    (clips,) = episodes.clips([places])
+    assert clips.places.tolist() == [p for p in places if colour_of(episodes, p) not in map(colour, broken)]
+    with pytest.warns(UserWarning, match="takes its place"):
+        episodes.replace(clips.unusable)
+    with pytest.warns(UserWarning, match="takes its place"):
+        batches = list(load(split, reader, batch_size=1)[0])
+    for number, batch in enumerate(batches):
+        row = episodes.batch([number])
+        for role in ("support", "query"):
+            videos = [episodes.videos[place] for place in row[role].flatten().tolist()]  # type: ignore[literal-required]
+            assert [os.path.basename(v.path) for v in videos] == names(batch[role])
+        assert row["replaced"].equal(batch["replaced"])
+        assert row["draws"].equal(batch["draws"])
+        assert row["query_labels"].equal(batch["query_labels"])
+
+
+def colour_of(episodes: EpisodeTable, place: int) -> int:
+    return colour(os.path.basename(episodes.videos[place].path))
+
+
+def test_a_table_that_may_not_replace_videos_says_which_are_unusable(split: Split) -> None:
+    episodes = table(split, Reader(broken=["c1_v2", "c3_v0"]), limit=0.0)
+    (clips,) = episodes.clips([list(range(len(episodes.videos)))])
+    with pytest.raises(UserError, match=r"2 of the 20 videos of the train split .*c1_v2.*c3_v0.*it is empty"):
+        episodes.replace(clips.unusable)

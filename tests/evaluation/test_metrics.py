@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from clip_m2df.evaluation.metrics import EpisodeAccuracy, Mean, Share
+from clip_m2df.evaluation.metrics import EpisodeAccuracy, Mean, Share, Sum
 
 
 def random_episodes(n: int, n_queries: int, seed: int = 0) -> torch.Tensor:
@@ -80,3 +80,35 @@ def test_metrics_go_on_after_inference_mode() -> None:
             metric.reset()
         metric.update(*update)
         metric.compute()
+
+
+def test_a_mean_is_the_same_to_the_bit_in_whatever_order() -> None:
+    values = torch.rand(500, generator=torch.Generator().manual_seed(0)) * 10
+    results = []
+    for order in (range(500), range(499, -1, -1), torch.randperm(500, generator=torch.Generator().manual_seed(1))):
+        mean = Mean()
+        for k in order:
+            mean.update(values[k], 1)
+        results.append(mean.compute())
+    assert results[0] == results[1] == results[2]
+    torch.testing.assert_close(results[0], values.double().mean(), rtol=1e-8, atol=0)
+
+
+def test_a_mean_of_what_is_no_number_is_none() -> None:
+    for bad in (math.nan, math.inf, -math.inf):
+        mean = Mean()
+        mean.update(torch.tensor(1.0), 2)
+        assert mean.compute() == 1
+        mean.update(torch.tensor(bad), 2)
+        mean.update(torch.tensor(1.0), 2)
+        assert mean.compute().isnan()
+        mean.reset()
+        mean.update(torch.tensor(3.0), 1)
+        assert mean.compute() == 3
+
+
+def test_a_sum_counts() -> None:
+    count = Sum()
+    count.update(torch.tensor([1, 2]))
+    count.update(torch.tensor(4))
+    assert count.compute() == 7

@@ -6,10 +6,11 @@ import dataclasses
 import importlib.util
 import os
 import warnings
-from typing import get_args
+from typing import Any, Literal, get_args
 
 import lightning
 import torch
+from torch.utils.data import DataLoader
 
 from clip_m2df.data import motion_shapes
 from clip_m2df.data.episode_files import read_episodes_file
@@ -22,14 +23,20 @@ from clip_m2df.data.episodes import (
     plan_episode,
 )
 from clip_m2df.data.frame_cache import FrameCache
-from clip_m2df.data.loader import MOST_NAMES, UnusableVideos, VideoLoader, episode_loader, find_unusable
+from clip_m2df.data.loader import UnusableVideos, episode_loader
 from clip_m2df.data.manifest import Manifest, Split
+from clip_m2df.data.table import EpisodeTable
 from clip_m2df.data.video import Decoder
-from clip_m2df.errors import UserError, some
+from clip_m2df.episode import named_videos
+from clip_m2df.errors import UserError
 
 EMBEDDED = "motion_shapes"
 # Share of unusable videos that training bears with by default.
 TRAINING_UNUSABLE = 0.05
+# Of an evaluation from a bank: how many episodes are played together, and devices that each get some.
+MOST_PLAYED, MOST_DEVICES = 64, 64
+
+Evaluation = Literal["bank", "direct"]
 
 
 class EpisodeDataModule(lightning.LightningDataModule):
@@ -53,6 +60,8 @@ class EpisodeDataModule(lightning.LightningDataModule):
         test_episodes: episodes of a test.
         episodes_file: a file that ``clip-m2df episodes`` or another tool wrote: a test plays its first
             ``test_episodes`` episodes.
+        evaluation: ``bank`` encodes each video of the episodes once; ``direct`` yields the frames of each episode, and
+            encodes a video as often as it comes. The numbers are the same.
         seed: of the training episodes.
         eval_seed: of the validation and test episodes.
         frames: frames a video.
@@ -88,6 +97,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
         val_episodes: int = 1000,
         test_episodes: int = 10000,
         episodes_file: str | None = None,
+        evaluation: Evaluation = "bank",
         seed: int = 0,
         eval_seed: int = 0,
         frames: int = 8,
@@ -130,6 +140,8 @@ class EpisodeDataModule(lightning.LightningDataModule):
             raise UserError(f"stuck_after is {stuck_after}; it must be positive")
         if max_unusable is not None and not 0 <= max_unusable <= 1:
             raise UserError(f"max_unusable is {max_unusable}, a share; it must be between 0 and 1")
+        if evaluation not in get_args(Evaluation):
+            raise UserError(f"evaluation is {evaluation!r}; it can be {', '.join(get_args(Evaluation))}")
         if decoder not in get_args(Decoder):
             raise UserError(f"decoder is {decoder!r}; it can be {', '.join(get_args(Decoder))}")
         if decoder in ("decord", "torchcodec") and importlib.util.find_spec(decoder) is None:
@@ -142,6 +154,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
         self.val_episodes = val_episodes
         self.test_episodes = test_episodes
         self.episodes_file = episodes_file
+        self.evaluation = evaluation
         self.seed = seed
         self.eval_seed = eval_seed
         self.reader = ClipReader(frames, resize, size, flip, decoder)
@@ -154,6 +167,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
         self.manifest: Manifest | None = None
         self._datasets: dict[str, EpisodeDataset] = {}
         self._unusable: dict[str, UnusableVideos] = {}
+        self._tables: dict[str, EpisodeTable] = {}
         self.accumulation(world_size=1)
 
     @property
@@ -199,12 +213,12 @@ class EpisodeDataModule(lightning.LightningDataModule):
                     f"{option} is {getattr(self, option)} on {self.world_size} devices; give at least one a device"
                 )
         if stage == "fit":
-            self._add_dataset("train", self.train_shape, self.seed)
+            self._add_dataset("train", self.train_shape, self.seed, stage)
             self._count_in_steps()
         if stage == "test":
-            self._add_dataset("test", self.eval_shape, self.eval_seed)
+            self._add_dataset("test", self.eval_shape, self.eval_seed, stage)
         elif stage == "validate" or not self.trainer or self.trainer.limit_val_batches:
-            self._add_dataset("val", self.eval_shape, self.eval_seed)
+            self._add_dataset("val", self.eval_shape, self.eval_seed, stage)
 
     def test_plans(self) -> tuple[Split, list[EpisodePlan]]:
         """The test split and the videos of its episodes; from the manifest alone, no video is needed."""
@@ -247,15 +261,15 @@ class EpisodeDataModule(lightning.LightningDataModule):
                 f" data.episodes_per_step to {episodes}, and data.batch_size times the devices to {episodes // batches}"
             )
 
-    def train_dataloader(self) -> VideoLoader:
+    def train_dataloader(self) -> DataLoader[Any]:
         """The endless stream of training episodes, from where the run stands."""
         return self._loader("train")
 
-    def val_dataloader(self) -> VideoLoader | list[VideoLoader]:
+    def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """The validation episodes; none if the Trainer wants none."""
         return self._loader("val") if "val" in self._datasets else []
 
-    def test_dataloader(self) -> VideoLoader:
+    def test_dataloader(self) -> DataLoader[Any]:
         """The test episodes."""
         return self._loader("test")
 
@@ -285,26 +299,39 @@ class EpisodeDataModule(lightning.LightningDataModule):
             self.reader = dataclasses.replace(self.reader, cache=cache)
         self.manifest = manifest if self.class_texts is None else manifest.with_texts(self.class_texts)
 
-    def _add_dataset(self, name: str, shape: EpisodeShape, seed: int) -> None:
+    def _add_dataset(self, name: str, shape: EpisodeShape, seed: int, stage: str) -> None:
         if name in self._datasets:
             return
         assert self.manifest is not None
         split = self.manifest.split(name)
         train = name == "train"
+        limit = (TRAINING_UNUSABLE if train else 0.0) if self.max_unusable is None else self.max_unusable
         dataset = EpisodeDataset(
             split,
             shape,
             self.reader,
             seed=seed,
             augment=train,
-            replace=train or self.max_unusable is not None,
+            replace=limit > 0,
             plans=self._plans(split) if name == "test" else None,
         )
-        if not dataset.replace:
-            self._check_videos(dataset)
-        limit = TRAINING_UNUSABLE if self.max_unusable is None else self.max_unusable
         self._datasets[name] = dataset
         self._unusable[name] = UnusableVideos(split, limit)
+        if train:
+            return
+        table = EpisodeTable(
+            dataset,
+            self._count(name),
+            self._unusable[name],
+            num_workers=self.num_workers,
+            stuck_after=self.stuck_after,
+            progress=self.rank == 0 and bool(self.trainer and self.trainer.progress_bar_callback),
+        )
+        if self.evaluation == "bank":
+            self._tables[name] = table
+        # A bank reads its videos before it plays: only in fit is that long after the start.
+        if not dataset.replace and (self.evaluation == "direct" or stage == "fit"):
+            self._check_videos(name, table)
 
     def _plans(self, split: Split) -> list[EpisodePlan] | None:
         """The test episodes of a file, if one is given; it has the last word on how many there are."""
@@ -317,34 +344,32 @@ class EpisodeDataModule(lightning.LightningDataModule):
             self.test_episodes = len(plans)
         return plans[: self.test_episodes]
 
-    def _check_videos(self, dataset: EpisodeDataset) -> None:
+    def _check_videos(self, name: str, table: EpisodeTable) -> None:
         """Refuse to start an evaluation in which a video turns out unusable."""
-        name = dataset.split.name
-        numbers = list(self._sampler(name))
         limit = getattr(self.trainer, f"limit_{name}_batches", 1.0)
+        count = len(table)
         if isinstance(limit, int):
-            numbers = numbers[: limit * self.batch_size]
-        plans = map(dataset.plan, numbers)
-        paths = dict.fromkeys(v.path for plan in plans for row in (*plan.support, *plan.query) for v in row)
-        unusable = find_unusable(
-            list(paths),
-            self.reader,
-            num_workers=self.num_workers,
-            stuck_after=self.stuck_after,
-            progress=self.rank == 0 and bool(self.trainer and self.trainer.progress_bar_callback),
-        )
-        if unusable:
-            raise UserError(
-                f"{len(unusable)} of the {len(paths)} videos of the {name} episodes are unusable:"
-                f" {some(unusable, MOST_NAMES)}; {next(iter(unusable.values()))}; clip-m2df check --fix writes a"
-                " manifest without such videos, and data.max_unusable allows a share of them"
-            )
+            batch = self._block(name) if self.evaluation == "bank" else self.batch_size
+            count = min(count, limit * batch * self.world_size)
+        places = named_videos(table.episodes, range(count))
+        read = table.clips([[place] for place in places[self.rank :: self.world_size]])
+        table.unusable.add({path: reason for clips in read for path, reason in clips.unusable.items()})
 
-    def _sampler(self, name: str) -> EpisodeSampler:
-        counts = {"train": None, "val": self.val_episodes, "test": self.test_episodes}
-        return EpisodeSampler(counts[name], first=self._first_episode, rank=self.rank, world_size=self.world_size)
+    def _count(self, name: str) -> int:
+        return self.val_episodes if name == "val" else self.test_episodes
 
-    def _loader(self, name: str) -> VideoLoader:
+    def _block(self, name: str) -> int:
+        """Episodes of an evaluation that are played together: a number that doesn't depend on the devices."""
+        return min(max(self._count(name) // MOST_DEVICES, 1), MOST_PLAYED)
+
+    def _sampler(self, name: str, block: int = 1) -> EpisodeSampler:
+        count = None if name == "train" else self._count(name)
+        return EpisodeSampler(count, block=block, first=self._first_episode, rank=self.rank, world_size=self.world_size)
+
+    def _loader(self, name: str) -> DataLoader[Any]:
+        if name in self._tables:
+            table, block = self._tables[name], self._block(name)
+            return DataLoader(table, block, sampler=self._sampler(name, block), collate_fn=table.batch)
         return episode_loader(
             self._datasets[name],
             self._unusable[name],

@@ -8,7 +8,7 @@ number.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -235,11 +235,45 @@ class EpisodeDataset(Dataset[ReadEpisode]):
                     short[candidate.path] = length
                 break
             else:
-                raise UserError(
-                    f"the class {video.label!r} of the {self.split.name} split has too few usable videos for an"
-                    f" episode: {some(unusable)} can't be read; replace them or remove the class from the manifest"
-                )
+                raise self._too_few(video, unusable)
         return torch.stack(clips), unusable, short
+
+    def replan(self, episode: int, plan: EpisodePlan, unusable: Collection[str]) -> tuple[EpisodePlan, int]:
+        """Put stand-ins in the places of videos that are known to be unusable: those that reading would choose.
+
+        Args:
+            episode: its number.
+            plan: its videos as drawn.
+            unusable: paths.
+
+        Returns:
+            The plan with the stand-ins, and how many unusable videos were passed over.
+
+        Raises:
+            UserError: all videos of a class that could replace one are unusable too.
+        """
+        taken = {video.path for rows in (plan.support, plan.query) for row in rows for video in row}
+        passed_over = {path for path in taken if path in unusable}
+
+        def replace(c: int, video: Video) -> Video:
+            for candidate in itertools.chain([video], self._stand_ins(episode, c, taken)):
+                taken.add(candidate.path)
+                if candidate.path not in unusable:
+                    return candidate
+                passed_over.add(candidate.path)
+            raise self._too_few(video, passed_over)
+
+        support, query = (
+            tuple(tuple(replace(c, video) for video in row) for c, row in zip(plan.classes, rows, strict=True))
+            for rows in (plan.support, plan.query)
+        )
+        return EpisodePlan(plan.classes, support, query), len(passed_over)
+
+    def _too_few(self, video: Video, unusable: Collection[str]) -> UserError:
+        return UserError(
+            f"the class {video.label!r} of the {self.split.name} split has too few usable videos for an episode:"
+            f" {some(unusable)} can't be read; replace them or remove the class from the manifest"
+        )
 
     def _stand_ins(self, episode: int, c: int, taken: set[str]) -> Iterator[Video]:
         """The other videos of a class, in an order that is the episode's own."""
@@ -266,23 +300,35 @@ class EpisodeSampler(DistributedSampler[int]):
 
     Args:
         count: how many episodes in all: the same ones each time, on any number of ranks. None: an endless stream.
+        block: how many consecutive ones go to a rank together.
         first: tells, at the start of each pass, the number at which an endless stream goes on.
         rank: of this process.
         world_size: number of processes.
     """
 
     def __init__(
-        self, count: int | None, *, first: Callable[[], int] = lambda: 0, rank: int = 0, world_size: int = 1
+        self,
+        count: int | None,
+        *,
+        block: int = 1,
+        first: Callable[[], int] = lambda: 0,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         super().__init__(range(count or world_size), num_replicas=world_size, rank=rank, shuffle=False)  # type: ignore[arg-type]
         self.count = count
+        self.block = block
         self.first = first
 
     def __iter__(self) -> Iterator[int]:
         """The numbers of this rank, in order."""
+        start = 0 if self.count is not None else self.first()
+        blocks = itertools.count(start + self.rank * self.block, self.num_replicas * self.block)
+        numbers = (number for block in blocks for number in range(block, block + self.block))
         if self.count is None:
-            return itertools.count(self.first() + self.rank, self.num_replicas)
-        return iter(range(self.rank, self.count, self.num_replicas))
+            return numbers
+        # The numbers of a rank rise, so all beyond the first too large one are too large.
+        return itertools.takewhile(self.count.__gt__, numbers)
 
     def __len__(self) -> int:
         """How many numbers this rank gets.
@@ -292,4 +338,5 @@ class EpisodeSampler(DistributedSampler[int]):
         """
         if self.count is None:
             raise TypeError("an endless stream of episodes has no length")
-        return len(range(self.rank, self.count, self.num_replicas))
+        starts = range(self.rank * self.block, self.count, self.num_replicas * self.block)
+        return sum(min(self.block, self.count - start) for start in starts)

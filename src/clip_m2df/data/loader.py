@@ -6,16 +6,14 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from rich.progress import track
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from clip_m2df.data.episodes import ClipReader, EpisodeDataset, ReadEpisode, collate_episodes
+from clip_m2df.data.episodes import EpisodeDataset, ReadEpisode, collate_episodes
 from clip_m2df.data.manifest import Split
-from clip_m2df.data.video import VideoError
 from clip_m2df.episode import Episode
 from clip_m2df.errors import UserError, some
 
@@ -65,7 +63,7 @@ class VideoLoader(DataLoader[Any]):
 
     def __init__(
         self,
-        dataset: EpisodeDataset | VideoCheck,
+        dataset: Dataset[Any],
         *,
         receive: Callable[[Any], Any],
         stuck_after: float,
@@ -74,7 +72,7 @@ class VideoLoader(DataLoader[Any]):
     ) -> None:
         super().__init__(dataset, num_workers=num_workers, timeout=stuck_after if num_workers else 0, **options)
         self.receive = receive
-        self.reading = dataset.reading = ReadingNow(num_workers)
+        self.reading = dataset.reading = ReadingNow(num_workers)  # type: ignore[attr-defined]
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """The batches, as ``receive`` returns them.
@@ -127,9 +125,15 @@ class UnusableVideos:
         """Take what the workers remarked on the videos out of a batch.
 
         Raises:
-            UserError: more of the split's videos are unusable than may be, with their names.
+            UserError: see ``add``.
         """
         unusable, short = batch.pop("unusable"), batch.pop("short")  # type: ignore[misc]
+        self.say_short(short)
+        self.add(unusable)
+        return batch
+
+    def say_short(self, short: Mapping[str, int]) -> None:
+        """Say once that there are videos with fewer frames than wanted; their numbers of frames by path."""
         if short and not self.said_short:
             self.said_short = True
             path, length = next(iter(short.items()))
@@ -138,16 +142,26 @@ class UnusableVideos:
                 " other short video, and is not said again.",
                 stacklevel=2,
             )
-        for path in unusable.keys() - self.reasons.keys():
-            self.reasons[path] = unusable[path]
-            warnings.warn(f"{unusable[path]}; another video of its class takes its place", stacklevel=2)
+
+    def add(self, unusable: Mapping[str, str]) -> None:
+        """Count videos, and say each that is new.
+
+        Args:
+            unusable: why they are, by path.
+
+        Raises:
+            UserError: more of the split's videos are unusable than may be, with their names.
+        """
+        new = {path: reason for path, reason in unusable.items() if path not in self.reasons}
+        self.reasons |= new
         if len(self.reasons) > self.limit * self.n_videos:
             raise UserError(
                 f"{len(self.reasons)} of the {self.n_videos} videos of the {self.split} split are unusable, more than"
                 f" the share {self.limit:g} that data.max_unusable allows: {some(self.reasons, MOST_NAMES)};"
-                " clip-m2df check --fix writes a manifest without them"
+                f" {next(iter(self.reasons.values()))}; clip-m2df check --fix writes a manifest without such videos"
             )
-        return batch
+        for reason in new.values():
+            warnings.warn(f"{reason}; another video of its class takes its place", stacklevel=2)
 
 
 def episode_loader(dataset: EpisodeDataset, unusable: UnusableVideos, **options: Any) -> VideoLoader:
@@ -159,61 +173,3 @@ def episode_loader(dataset: EpisodeDataset, unusable: UnusableVideos, **options:
         **options: of :class:`VideoLoader`.
     """
     return VideoLoader(dataset, receive=unusable.receive, collate_fn=collate_episodes, **options)
-
-
-class VideoCheck(Dataset[tuple[str, str]]):
-    """Whether videos are usable, by number.
-
-    Args:
-        paths: of the videos.
-        reader: how they are read at evaluation.
-    """
-
-    def __init__(self, paths: Sequence[str], reader: ClipReader) -> None:
-        self.paths = paths
-        self.reader = reader
-        self.reading: Callable[[str], object] = str
-
-    def __getitem__(self, number: int) -> tuple[str, str]:
-        """The path, and why the video is unusable; nothing if it isn't."""
-        path = self.paths[number]
-        self.reading(path)
-        try:
-            self.reader.read(path)
-        except VideoError as error:
-            return path, str(error)
-        finally:
-            self.reading("")
-        return path, ""
-
-    def __len__(self) -> int:
-        """How many."""
-        return len(self.paths)
-
-
-def find_unusable(
-    paths: Sequence[str], reader: ClipReader, *, num_workers: int, stuck_after: float, progress: bool
-) -> dict[str, str]:
-    """Read videos as evaluation does.
-
-    Args:
-        paths: of the videos.
-        reader: how they are read.
-        num_workers: processes that decode.
-        stuck_after: see :class:`VideoLoader`.
-        progress: whether to show a progress bar.
-
-    Returns:
-        The unusable ones, each with the reason.
-    """
-    loader = VideoLoader(
-        VideoCheck(paths, reader),
-        receive=lambda batch: batch[0],
-        stuck_after=stuck_after,
-        num_workers=num_workers,
-        collate_fn=list,
-    )
-    results: Iterable[tuple[str, str]] = track(
-        loader, "Checking the videos", total=len(paths), transient=True, disable=not progress
-    )
-    return {path: reason for path, reason in results if reason}

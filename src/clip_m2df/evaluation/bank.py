@@ -31,7 +31,7 @@ class EpisodeBank:
         head: in eval mode. One without the stages of :class:`M2DFHead` is called whole on the features.
         features: ``(videos, frames, dim)``.
         prompt_table: ``(n_classes, dim)``.
-        episodes: all that will be played, on the device of the features.
+        episodes: all that will be played, their numbers rising, on the device of the features.
         memory: bytes for fused sequences. Where they don't fit, each batch of episodes fuses its own.
     """
 
@@ -52,8 +52,9 @@ class EpisodeBank:
         """Score the queries of episodes.
 
         Args:
-            numbers: int64 ``(episodes)``, their places among all episodes.
+            numbers: int64 ``(episodes)``, of episodes that the bank has.
         """
+        numbers = torch.searchsorted(self.episodes["numbers"], numbers)
         support, query = self.episodes["support"][numbers], self.episodes["query"][numbers]
         classes, draws = self.episodes["class_indices"][numbers], self.episodes["draws"][numbers]
         if not self.staged:

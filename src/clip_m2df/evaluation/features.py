@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from clip_m2df.episode import VideoTable, named_videos
 from clip_m2df.evaluation.metrics import EpisodeAccuracy
 from clip_m2df.nn.m2df import M2DF
 from clip_m2df.nn.matching import frame_costs, otam
@@ -14,6 +16,9 @@ from clip_m2df.nn.matching import frame_costs, otam
 # ``support (…, n_way, n_shot, frames, dim)``, ``query (…, n_queries, frames, dim)`` and ``prompts (…, n_way, dim)`` to
 # logits ``(…, n_queries, n_way)``.
 Scorer = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+# How many are read and encoded together.
+VIDEOS = 16
 
 
 @torch.no_grad()
@@ -28,6 +33,53 @@ def encode_clips(model: M2DF, clips: Iterable[Tensor]) -> Tensor:
         ``(videos, frames, dim)``, on the model's device.
     """
     return torch.cat([model.encode_frames(batch.to(model.device)) for batch in clips])
+
+
+def encode_videos(
+    model: M2DF, table: VideoTable, numbers: Sequence[int], *, rank: int = 0, world_size: int = 1
+) -> Tensor:
+    """Features of the videos that episodes name, each read and encoded once, by one of the ranks.
+
+    What goes through the tower together is the same whatever the number of ranks, and so is every bit. Videos that
+    can't be read are replaced, or end it, as the table has it.
+
+    Args:
+        model: in eval mode.
+        table: of the episodes.
+        numbers: the episodes that count.
+        rank: of this process.
+        world_size: number of processes.
+
+    Returns:
+        ``(videos, frames, dim)`` in the order of the table's videos, on the model's device; zero where no episode
+        names the video.
+    """
+    encoded: dict[int, Tensor] = {}
+    while places := [place for place in named_videos(table.episodes, numbers) if place not in encoded]:
+        mine: dict[int, Tensor] = {}
+        unusable: dict[str, str] = {}
+        for clips in table.clips(
+            [places[k : k + VIDEOS] for k in range(rank * VIDEOS, len(places), world_size * VIDEOS)]
+        ):
+            unusable |= clips.unusable
+            if clips.frames is not None:
+                mine |= dict(
+                    zip(clips.places.tolist(), model.encode_frames(clips.frames.to(model.device)), strict=True)
+                )
+        if world_size > 1:
+            everything: list[Any] = [None] * world_size
+            torch.distributed.all_gather_object(everything, ({place: f.cpu() for place, f in mine.items()}, unusable))
+            for features, reasons in everything:
+                mine |= features
+                unusable |= reasons
+        encoded |= mine
+        if unusable:
+            table.replace(unusable)
+    some = next(iter(encoded.values()))
+    features = torch.zeros((len(table.videos), *some.shape), dtype=some.dtype, device=model.device)
+    for place, feature in encoded.items():
+        features[place] = feature.to(model.device)
+    return features
 
 
 def otam_scores(support: Tensor, query: Tensor, prompts: Tensor) -> Tensor:

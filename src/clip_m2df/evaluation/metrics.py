@@ -117,19 +117,21 @@ class Sum(Metric):
 
 
 class Mean(Metric):
-    """Mean of a number over episodes.
+    """Mean of a number over episodes, of at most 1e10 in sum.
 
-    torchmetrics' own writes its state in place.
+    Note: counted in 2⁻²⁸ths, so that the order in which episodes come, and the number of ranks, changes no bit.
     """
 
     full_state_update = False
+    scale = 2.0**28
     total: Tensor
     episodes: Tensor
+    undefined: Tensor
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
-        self.add_state("episodes", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+        for name in ("total", "episodes", "undefined"):
+            self.add_state(name, torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, mean: Tensor, episodes: int) -> None:
         """Count the mean of some episodes.
@@ -138,9 +140,13 @@ class Mean(Metric):
             mean: a scalar.
             episodes: how many it is of.
         """
-        self.total = self.total + mean.detach() * episodes
+        value = mean.detach().double() * episodes
+        defined = value.abs() < 1e10  # false of what is not a number, too
+        self.total = self.total + (torch.where(defined, value, 0.0) * self.scale).round().long()
+        self.undefined = self.undefined + ~defined
         self.episodes = self.episodes + episodes
 
     def compute(self) -> Tensor:
-        """Not a number without episodes."""
-        return self.total / self.episodes
+        """Float64; not a number without episodes, or where one had none."""
+        mean = self.total.double() / self.scale / self.episodes
+        return torch.where(self.undefined > 0, math.nan, mean)
