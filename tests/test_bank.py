@@ -39,7 +39,7 @@ def make(tiny_clip_dir: Path, **options: Any) -> CLIPM2DF:
 
 
 def trainer(folder: Path, **options: Any) -> lightning.Trainer:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     return lightning.Trainer(**(quiet | {"accelerator": "cpu", "default_root_dir": folder, "devices": 1} | options))
 
 
@@ -100,7 +100,7 @@ def test_sanity_checks_and_limits_encode_what_they_play(many: Path, tiny_clip_di
     watch = Watch(encoded(model))
     # 200 episodes are played in batches of three; the sanity check plays two of each.
     source = data(many, val_episodes=200, episodes_per_step=1)
-    options = {"limit_val_batches": 2, "num_sanity_val_steps": 1, "callbacks": [watch]}
+    options: dict[str, Any] = {"limit_val_batches": 2, "num_sanity_val_steps": 1, "callbacks": [watch]}
     trainer(tmp_path, max_steps=1, **options).fit(model, source)
     source.setup("validate")
     batches: Any = source.val_dataloader()

@@ -185,11 +185,13 @@ class CLI(LightningCLI):
             if option != "selection"
         }
         asked |= {f"head_options.{option}": value for option, value in (asked.pop("head_options", None) or {}).items()}
+        run_config = Path(config.ckpt_path).parent.parent / "config.yaml"
+        hint = f", or take the run's own --config {run_config}" if run_config.exists() else ""
         for option, value in asked.items():
             if option in kept and _plain(value) != _plain(kept[option]):
                 raise UserError(
                     f"model.{option} is {value!r}, but {kept[option]!r} in {config.ckpt_path}: a checkpoint keeps the"
-                    " options that it was trained with; leave it out"
+                    f" options that it was trained with; leave it out{hint}"
                 )
         if "head_options.selection" in asked:
             raise UserError(

@@ -20,10 +20,10 @@ from torch.utils.data import DataLoader, Dataset
 from clip_m2df.cli import main
 from clip_m2df.data import cache as module
 from clip_m2df.data.cache import cache_frames
-from clip_m2df.data.frame_cache import FrameCache, decode_jpegs, encode_jpeg
+from clip_m2df.data.frame_cache import DamagedCacheError, FrameCache, decode_jpegs, encode_jpeg
 from clip_m2df.data.isolation import Lost
 from clip_m2df.data.transforms import resize_and_crop, resize_short_side, segment_indices
-from clip_m2df.data.video import Choose, VideoError, read_frames
+from clip_m2df.data.video import Choose, read_frames
 from clip_m2df.errors import UserError
 from clip_m2df.files import fingerprint
 from tests.data.clips import numbers, render, save_image
@@ -470,7 +470,7 @@ def test_a_shard_that_is_gone(videos: Path, tmp_path: Path) -> None:
     shutil.copytree(videos / "cache", tmp_path / "cache")
     cache = FrameCache.open(tmp_path / "cache", tmp_path)
     (tmp_path / "cache" / "frames-00000.safetensors").unlink()
-    with pytest.raises(UserError, match=r"cannot open the cache's shard .*; delete the shard and run"):
+    with pytest.raises(UserError, match=r"cannot open the cache's shard .*: delete the shard and run"):
         cache.read_frames(str(tmp_path / "long.mp4"), range)
 
 
@@ -485,10 +485,10 @@ def test_damaged_frames_are_named(videos: Path, tmp_path: Path) -> None:
     refused = []
     for path in (tmp_path / name for name in [*N_FRAMES, FOLDER]):
         outcome = attempt(partial(read, cache, path))
-        if isinstance(outcome, VideoError):
+        if isinstance(outcome, UserError):
             refused.append(outcome)
-            assert outcome.path == str(path)
-            assert f"cannot read the video {path}: its frames in the cache's shard {shard} are damaged" in str(outcome)
+            assert isinstance(outcome, DamagedCacheError)
+            assert f"the frames of {path} in the cache's shard {shard} are damaged: delete the shard" in str(outcome)
     assert 1 <= len(refused) < len(N_FRAMES) + 1
 
 
@@ -529,7 +529,7 @@ def test_any_damage_ends_in_an_error_or_in_the_right_frames(tiny: Path, tmp_path
             clip = attempt(partial(opened.read_frames, str(path), range))
             if isinstance(clip, UserError):
                 outcomes["damaged"] += 1
-                assert isinstance(clip, VideoError)
+                assert isinstance(clip, DamagedCacheError)
                 assert str(shard) in str(clip)
             elif clip is None:
                 outcomes["absent"] += 1

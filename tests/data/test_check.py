@@ -175,7 +175,7 @@ def test_the_summary_and_the_manifest_without_the_unusable(
     assert f"  {unusable[20]}: " not in printed
     assert f"and {len(unusable) - 20} more in {folder / 'manifest.check.csv'}" in printed
     assert f"leaves out {len(unusable)} of 300 videos" in printed
-    assert "classes that have no video left: 'empty'" in printed
+    assert "classes that are now short of videos for 5-way 5-shot episodes: 'empty' has 0 of 10" in printed
     kept = [os.path.basename(video.path) for video in Manifest.read(folder / "fixed.csv").videos]
     assert kept == [name for name in table if name not in unusable]
     assert not list(folder.glob("*.part"))
@@ -377,7 +377,7 @@ def test_the_manifest_without_the_unusable_keeps_the_rest(
     assert video == Manifest.read(manifest, check_files=False).videos[0]
     printed = capsys.readouterr().out
     assert f"{fix} leaves out 2 of 3 videos" in printed
-    assert "classes that have no video left: 'hug'" in printed
+    assert "'draw_sword' has 1 of 6, 'hug' has 0 of 6" in printed
 
     (tmp_path / "a.mp4").unlink()
     fix.unlink()

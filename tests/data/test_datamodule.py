@@ -1,4 +1,5 @@
 import itertools
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -246,14 +247,13 @@ def test_an_evaluation_does_not_start_with_an_unusable_video(manifest: Path, tmp
 def test_an_evaluation_with_a_share_of_unusable_videos(manifest: Path, tmp_path: Path, num_workers: int) -> None:
     broken = broken_copy(manifest, tmp_path, "val0_0.mp4")
     data = make(broken, val_episodes=20, max_unusable=0.2, num_workers=num_workers)
-    data.setup("validate")
     with pytest.warns(UserWarning, match=r"val0_0\.mp4: it is empty; .*; another video of its class takes its place"):
-        replaced = sum(int(batch["replaced"].sum()) for batch in list(data.val_dataloader()))
+        data.setup("validate")
+    replaced = sum(int(batch["replaced"].sum()) for batch in list(data.val_dataloader()))
     assert replaced > 0
-    fewer = make(broken, val_episodes=20, max_unusable=0.1)
-    fewer.setup("validate")
-    with pytest.raises(UserError, match=r"1 of the 9 videos of the val split are unusable, more than the share 0\.1"):
-        list(fewer.val_dataloader())
+    for fewer in (0.1, 0.0):
+        with pytest.raises(UserError, match=r"1 of the 9 videos of the val split are unusable, more than the share 0"):
+            make(broken, val_episodes=20, max_unusable=fewer).setup("validate")
 
 
 def test_training_bears_with_one_video_in_twenty(manifest: Path, tmp_path: Path) -> None:
@@ -337,3 +337,65 @@ def test_frames_come_from_a_cache_which_may_travel_without_its_videos(
     copied.write_text(copied.read_text() + "new.mp4,val class 0,val,\n")
     with pytest.raises(UserError, match=r"1 of the \d+ videos .*'new.mp4'"):
         val(cache=str(folder))
+
+
+@pytest.fixture
+def cached(manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the manifest and its videos, with a cache beside it."""
+    monkeypatch.setattr(cache, "isolated_map", lambda f, items, **_: ((item, f(item)) for item in items))
+    copied = broken_copy(manifest, tmp_path)
+    cache.cache_frames(manifest=copied, output=tmp_path / "cache", short_side=24, frames=6, workers=1, timeout=60.0)
+    return copied
+
+
+def test_a_cache_of_other_videos_is_refused(cached: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    other = broken_copy(cached, tmp_path / "elsewhere")
+    for video in (tmp_path / "elsewhere").glob("*.mp4"):
+        video.touch()
+    with pytest.raises(UserError, match=r"has none of the \d+ videos of .*, or all have changed since: name another"):
+        make(other, cache=str(tmp_path / "cache")).setup("fit")
+
+
+def test_a_cache_that_cannot_have_evaluations_frames_says_so(cached: Path, tmp_path: Path) -> None:
+    data = make(cached, cache=str(tmp_path / "cache"), frames=3, val_episodes=1)
+    with pytest.warns(UserWarning, match="keeps 6 frames of a video, no odd multiple of frames, 3"):
+        data.setup("validate")
+
+
+def test_a_damaged_cache_is_no_fault_of_its_videos(cached: Path, tmp_path: Path) -> None:
+    (shard,) = (tmp_path / "cache").iterdir()
+    content = bytearray(shard.read_bytes())
+    half = len(content) // 2  # past the header
+    content[half:] = bytes(len(content) - half)
+    shard.write_bytes(content)
+    data = make(cached, cache=str(tmp_path / "cache"), val_episodes=4)
+    with pytest.warns(UserWarning, match=r"are damaged: delete the shard .*; meanwhile the videos themselves are read"):
+        data.setup("fit")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        batches = list(itertools.islice(data.train_dataloader(), 10))
+    assert all(int(batch["replaced"]) == 0 for batch in batches)
+    for video in tmp_path.glob("*.mp4"):
+        video.unlink()
+    data = make(cached, cache=str(tmp_path / "cache"), val_episodes=4)
+    with pytest.raises(UserError, match="delete the shard and run") as caught:
+        data.setup("fit")
+    assert "unusable" not in str(caught.value)
+
+
+def test_a_second_start_checks_what_the_first_did_not(manifest: Path, tmp_path: Path) -> None:
+    data = make(broken_copy(manifest, tmp_path, "val2_1.mp4"), n_way=2, val_episodes=20)
+    val = Manifest.read(data.manifest_path).split("val")
+    plan = plan_episode(val, data.eval_shape, seed=0, episode=0)
+    assert "val2_1.mp4" not in {Path(v.path).name for rows in (plan.support, plan.query) for row in rows for v in row}
+    data.trainer = lightning.Trainer(fast_dev_run=True, logger=False, accelerator="cpu")
+    data.setup("fit")
+    data.trainer = lightning.Trainer(max_steps=1, logger=False, accelerator="cpu")
+    with pytest.raises(UserError, match=r"1 of the 9 videos of the val split are unusable"):
+        data.setup("fit")
+
+
+def test_a_loader_without_end_cannot_be_overfitted(manifest: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="overfit_batches takes a loader that ends"):
+        fit(make(manifest), tmp_path, overfit_batches=2)

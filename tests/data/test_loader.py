@@ -201,7 +201,7 @@ def test_a_table_puts_the_same_stand_ins_as_reading_episode_by_episode(split: Sp
     for number, batch in enumerate(batches):
         row = episodes.batch([number])
         for role in ("support", "query"):
-            videos = [episodes.videos[place] for place in row[role].flatten().tolist()]  # type: ignore[literal-required]
+            videos = [episodes.videos[place] for place in row[role].flatten().tolist()]
             assert [os.path.basename(v.path) for v in videos] == names(batch[role])
         assert row["replaced"].equal(batch["replaced"])
         assert row["draws"].equal(batch["draws"])

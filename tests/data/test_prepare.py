@@ -457,3 +457,15 @@ def test_a_run_that_is_refused_leaves_what_was_there(tmp_path: Path, capsys: pyt
 def test_torch_is_not_imported() -> None:
     code = "import sys, clip_m2df.data.prepare; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_annotations_without_lists_have_nothing_to_name(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--annotations names the classes of --lists, and there are none"):
+        prepare(
+            dataset="ucf101",
+            root=tmp_path,
+            lists=None,
+            annotations=[tmp_path / "a.json"],
+            output=tmp_path / "m.csv",
+            report=None,
+        )

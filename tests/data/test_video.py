@@ -324,7 +324,7 @@ def test_a_file_that_cannot_be_read_on_ends_there(
                     raise av.error.InvalidDataError(0, "Input/output error")
                 return stream.decode(packet)
 
-            yield SimpleNamespace(demux=demux), SimpleNamespace(decode=decode)
+            yield SimpleNamespace(demux=demux, format=container.format), SimpleNamespace(decode=decode)
 
     monkeypatch.setattr(video, "_open", failing)
     path = render(tmp_path / "clip.avi", codec="mpeg4", options={"bf": "2", "g": "100", "sc_threshold": "1000000000"})

@@ -90,6 +90,8 @@ def test_templates() -> None:
     assert check_templates(("{}", "a {}")) == ["{}", "a {}"]
     with pytest.raises(UserError, match=r"'a photo' has no \{\}"):
         check_templates(["{}", "a photo"])
+    with pytest.raises(UserError, match="looks like a list: put each of its templates in quotes"):
+        check_templates("[a photo of {}, a video of {}]")
     with pytest.raises(UserError, match="template is empty"):
         check_templates([])
 

@@ -3,6 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+N_WAY = 5
+# What 5-way 5-shot episodes take of a class: five shots, and the queries that the shipped configs take, five a class in
+# training and one in evaluation.
+NEEDED = {"train": 5 + 5, "val": 5 + 1, "test": 5 + 1}
+
 
 @dataclass(frozen=True)
 class Benchmark:

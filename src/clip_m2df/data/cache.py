@@ -172,9 +172,13 @@ def _report(videos: Sequence[str], unread: dict[str, str], output: Path, root: s
     if timed:
         from_video, from_cache, ratio = _time(cache, timed)
         print(
-            f"reading {EVALUATION_FRAMES} frames: {1000 * from_video:.1f} ms from a video, {1000 * from_cache:.1f} ms"
-            f" from the cache, {ratio:.1f} times as fast (medians of {len(timed)} videos)"
+            f"reading {_timed_frames(cache)} frames: {1000 * from_video:.1f} ms from a video,"
+            f" {1000 * from_cache:.1f} ms from the cache, {ratio:.1f} times as fast (medians of {len(timed)} videos)"
         )
+
+
+def _timed_frames(cache: FrameCache) -> int:
+    return min(cache.frames, EVALUATION_FRAMES)
 
 
 def _time(cache: FrameCache, paths: Sequence[str]) -> tuple[float, float, float]:
@@ -182,7 +186,7 @@ def _time(cache: FrameCache, paths: Sequence[str]) -> tuple[float, float, float]
 
     def seconds(read: Callable[[str, Choose], Tensor | None], path: str) -> float:
         start = time.perf_counter()
-        clip = read(path, lambda n_frames: segment_indices(n_frames, EVALUATION_FRAMES))
+        clip = read(path, lambda n_frames: segment_indices(n_frames, _timed_frames(cache)))
         if clip is not None:
             resize_short_side(clip, cache.short_side)
         return time.perf_counter() - start

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from clip_m2df.data.benchmarks import NEEDED
 from clip_m2df.data.isolation import Lost, isolated_map
 from clip_m2df.data.manifest import SPLITS, Manifest, Video, relative_path
 from clip_m2df.errors import UserError, some
@@ -323,6 +324,12 @@ def _write_fixed(manifest: Manifest, rows: Sequence[Mapping[str, Any]], fix: Pat
         return
     Manifest(videos).write(fix)
     print(f"{fix} leaves out {len(rows) - len(videos)} of {len(rows)} videos")
-    lost = {video.label for video in manifest.videos} - {video.label for video in videos}
-    if lost:
-        print(f"classes that have no video left: {some(sorted(map(repr, lost)), _NAMED)}")
+    counts = Counter(video.label for video in videos)
+    split_of = {video.label: video.split for video in manifest.videos}
+    short = [
+        f"{label!r} has {counts[label]} of {NEEDED[split]}"
+        for label, split in sorted(split_of.items())
+        if counts[label] < NEEDED[split] and counts[label] < sum(video.label == label for video in manifest.videos)
+    ]
+    if short:
+        print(f"classes that are now short of videos for 5-way 5-shot episodes: {some(short, _NAMED)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 import os
 import warnings
 from typing import Any, Literal, get_args
@@ -24,7 +25,7 @@ from clip_m2df.data.episodes import (
 )
 from clip_m2df.data.frame_cache import FrameCache
 from clip_m2df.data.loader import UnusableVideos, episode_loader
-from clip_m2df.data.manifest import Manifest, Split
+from clip_m2df.data.manifest import Manifest, Split, Video
 from clip_m2df.data.table import EpisodeTable
 from clip_m2df.data.video import Decoder
 from clip_m2df.episode import named_videos
@@ -168,6 +169,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
         self._datasets: dict[str, EpisodeDataset] = {}
         self._unusable: dict[str, UnusableVideos] = {}
         self._tables: dict[str, EpisodeTable] = {}
+        self._checked: set[Video] = set()
         self.accumulation(world_size=1)
 
     @property
@@ -213,12 +215,16 @@ class EpisodeDataModule(lightning.LightningDataModule):
                     f"{option} is {getattr(self, option)} on {self.world_size} devices; give at least one a device"
                 )
         if stage == "fit":
-            self._add_dataset("train", self.train_shape, self.seed, stage)
+            self._add_dataset("train", self.train_shape, self.seed)
             self._count_in_steps()
         if stage == "test":
-            self._add_dataset("test", self.eval_shape, self.eval_seed, stage)
+            self._add_dataset("test", self.eval_shape, self.eval_seed)
         elif stage == "validate" or not self.trainer or self.trainer.limit_val_batches:
-            self._add_dataset("val", self.eval_shape, self.eval_seed, stage)
+            self._add_dataset("val", self.eval_shape, self.eval_seed)
+        # A bank reads its videos before it plays: only in fit is that long after the start.
+        if self.evaluation == "direct" or stage == "fit":
+            for name in ["test"] if stage == "test" else ["val"] if "val" in self._tables else []:
+                self._check_videos(name)
 
     def test_plans(self) -> tuple[Split, list[EpisodePlan]]:
         """The test split and the videos of its episodes; from the manifest alone, no video is needed."""
@@ -290,7 +296,19 @@ class EpisodeDataModule(lightning.LightningDataModule):
                 )
             if check_files:
                 manifest.check_files(lambda video: cache.has(video) or os.path.exists(video))
-            if others := sum(not cache.has(video.path) for video in manifest.videos):
+            others = sum(not cache.has(video.path) for video in manifest.videos)
+            if others == len(manifest.videos):
+                raise UserError(
+                    f"the cache {self.cache} has none of the {others} videos of {path}, or all have changed since: name"
+                    " another, or make it anew; names in it start at the folder of the manifest that it was made of"
+                )
+            if (cache.frames / self.reader.frames) % 2 != 1:
+                warnings.warn(
+                    f"the cache {self.cache} keeps {cache.frames} frames of a video, no odd multiple of frames,"
+                    f" {self.reader.frames}: evaluation takes others than from the videos themselves",
+                    stacklevel=2,
+                )
+            if others:
                 warnings.warn(
                     f"{others} of the {len(manifest.videos)} videos are not in the cache {self.cache}, or have changed"
                     " since: they are read themselves; clip-m2df cache adds them",
@@ -299,7 +317,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
             self.reader = dataclasses.replace(self.reader, cache=cache)
         self.manifest = manifest if self.class_texts is None else manifest.with_texts(self.class_texts)
 
-    def _add_dataset(self, name: str, shape: EpisodeShape, seed: int, stage: str) -> None:
+    def _add_dataset(self, name: str, shape: EpisodeShape, seed: int) -> None:
         if name in self._datasets:
             return
         assert self.manifest is not None
@@ -327,11 +345,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
             stuck_after=self.stuck_after,
             progress=self.rank == 0 and bool(self.trainer and self.trainer.progress_bar_callback),
         )
-        if self.evaluation == "bank":
-            self._tables[name] = table
-        # A bank reads its videos before it plays: only in fit is that long after the start.
-        if not dataset.replace and (self.evaluation == "direct" or stage == "fit"):
-            self._check_videos(name, table)
+        self._tables[name] = table
 
     def _plans(self, split: Split) -> list[EpisodePlan] | None:
         """The test episodes of a file, if one is given; it has the last word on how many there are."""
@@ -344,16 +358,24 @@ class EpisodeDataModule(lightning.LightningDataModule):
             self.test_episodes = len(plans)
         return plans[: self.test_episodes]
 
-    def _check_videos(self, name: str, table: EpisodeTable) -> None:
-        """Refuse to start an evaluation in which a video turns out unusable."""
+    def _check_videos(self, name: str) -> None:
+        """Refuse to start an evaluation in which too many videos turn out unusable; every rank with the same words."""
+        table = self._tables[name]
         limit = getattr(self.trainer, f"limit_{name}_batches", 1.0)
         count = len(table)
         if isinstance(limit, int):
             batch = self._block(name) if self.evaluation == "bank" else self.batch_size
             count = min(count, limit * batch * self.world_size)
-        places = named_videos(table.episodes, range(count))
+        places = [
+            place for place in named_videos(table.episodes, range(count)) if table.videos[place] not in self._checked
+        ]
         read = table.clips([[place] for place in places[self.rank :: self.world_size]])
-        table.unusable.add({path: reason for clips in read for path, reason in clips.unusable.items()})
+        found = [{path: reason for clips in read for path, reason in clips.unusable.items()}]
+        if self.world_size > 1:
+            found *= self.world_size
+            torch.distributed.all_gather_object(found, found[self.rank])
+        table.unusable.add(dict(itertools.chain(*(unusable.items() for unusable in found))))
+        self._checked.update(table.videos[place] for place in places)
 
     def _count(self, name: str) -> int:
         return self.val_episodes if name == "val" else self.test_episodes
@@ -367,7 +389,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
         return EpisodeSampler(count, block=block, first=self._first_episode, rank=self.rank, world_size=self.world_size)
 
     def _loader(self, name: str) -> DataLoader[Any]:
-        if name in self._tables:
+        if name != "train" and self.evaluation == "bank":
             table, block = self._tables[name], self._block(name)
             return DataLoader(table, block, sampler=self._sampler(name, block), collate_fn=table.batch)
         return episode_loader(
@@ -395,6 +417,8 @@ class EpisodeDataModule(lightning.LightningDataModule):
                 f" data.episodes_per_step, {self.episodes_per_step}; leave it out"
             )
         self.trainer.accumulate_grad_batches = batches
+        if self.trainer.overfit_batches:  # type: ignore[attr-defined]
+            raise UserError("trainer.overfit_batches takes a loader that ends: leave it out, and give a small manifest")
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if self.trainer.max_steps < 0:

@@ -8,6 +8,8 @@ number.
 from __future__ import annotations
 
 import itertools
+import os
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
-from clip_m2df.data.frame_cache import FrameCache
+from clip_m2df.data.frame_cache import DamagedCacheError, FrameCache
 from clip_m2df.data.manifest import Split, Video
 from clip_m2df.data.transforms import resize_and_crop, segment_indices
-from clip_m2df.data.video import Decoder, VideoError, read_frames
+from clip_m2df.data.video import Choose, Decoder, VideoError, read_frames
 from clip_m2df.episode import Episode, episode_draws, episode_generator
 from clip_m2df.errors import UserError, some
 
@@ -116,7 +118,7 @@ class ClipReader:
             length = n_frames
             return segment_indices(n_frames, self.frames, offsets)
 
-        clip = self.cache.read_frames(path, choose) if self.cache else None
+        clip = self._cached(path, choose)
         if clip is None:
             clip = read_frames(path, choose, decoder=self.decoder)
         position, flip = (0.5, 0.5), False
@@ -124,6 +126,16 @@ class ClipReader:
             y, x, mirrored = uniforms[self.frames :].tolist()
             position, flip = (y, x), self.flip and mirrored < 0.5
         return resize_and_crop(clip, resize=self.resize, size=self.size, position=position, flip=flip), length
+
+    def _cached(self, path: str, choose: Choose) -> Tensor | None:
+        """Frames from the cache, if it has them; what is damaged there is no fault of the video."""
+        try:
+            return self.cache.read_frames(path, choose) if self.cache else None
+        except DamagedCacheError as error:
+            if not os.path.exists(path):
+                raise
+            warnings.warn(f"{error}; meanwhile the videos themselves are read", stacklevel=2)
+            return None
 
 
 class ReadEpisode(Episode):

@@ -40,12 +40,16 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from clip_m2df.data.video import Choose, VideoError
+from clip_m2df.data.video import Choose
 from clip_m2df.errors import UserError
 from clip_m2df.files import Fingerprint, fingerprint
 
 FORMAT = "clip-m2df frames 1"
 AGAIN = "delete the shard and run `clip-m2df cache` again"
+
+
+class DamagedCacheError(UserError):
+    """Frames of a cache that cannot be had; the video itself may be sound."""
 
 
 class Settings(NamedTuple):
@@ -142,8 +146,7 @@ class FrameCache:
             uint8 RGB pixels, shape ``(frames, 3, height, width)``, or None if the cache doesn't have the video.
 
         Raises:
-            VideoError: the kept frames are damaged.
-            UserError: the shard cannot be opened any more.
+            DamagedCacheError: they cannot be had any more.
         """
         path = os.path.abspath(path)
         if not self.has(path):
@@ -160,8 +163,9 @@ class FrameCache:
             if clip.shape[-2:] != (entry.height, entry.width):
                 raise ValueError("the size is another")
         except (SafetensorError, ValueError) as error:
-            reason = f"its frames in the cache's shard {entry.shard} are damaged"
-            raise VideoError(f"cannot read the video {path}: {reason}; {AGAIN}", path=path, reason=reason) from error
+            raise DamagedCacheError(
+                f"the frames of {path} in the cache's shard {entry.shard} are damaged: {AGAIN}"
+            ) from error
         return clip if wanted == numbers else clip[[numbers.index(number) for number in wanted]]
 
     def _open_shard(self, path: str) -> Any:
@@ -169,7 +173,7 @@ class FrameCache:
             try:
                 self._shards[path] = safe_open(path, framework="numpy")
             except (OSError, SafetensorError) as error:
-                raise UserError(f"cannot open the cache's shard {path} ({error}); {AGAIN}") from error
+                raise DamagedCacheError(f"cannot open the cache's shard {path} ({error}): {AGAIN}") from error
         return self._shards[path]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from clip_m2df.data.benchmarks import BENCHMARKS
+from clip_m2df.data.benchmarks import BENCHMARKS, N_WAY, NEEDED
 from clip_m2df.data.class_texts import readable
 from clip_m2df.data.importers import (
     Outcome,
@@ -25,10 +25,6 @@ from clip_m2df.data.split_lists import SplitLists, read_lists
 from clip_m2df.data.video_tree import Tree, is_storable, scan
 from clip_m2df.errors import UserError, some
 from clip_m2df.files import whole_file
-
-N_WAY = 5
-# Five shots, and the queries that the shipped configs take: five a class in training, one in evaluation.
-NEEDED = {"train": 5 + 5, "val": 5 + 1, "test": 5 + 1}
 
 
 def prepare(
@@ -59,6 +55,8 @@ def prepare(
         raise UserError(f"there is no folder {root}: --root names the folder with the videos")
     if not is_storable(os.path.abspath(root)):
         raise UserError(f"the path of the folder {str(root)!r} is not plain text in UTF-8: rename or move it")
+    if annotations and lists is None:
+        raise UserError("--annotations names the classes of --lists, and there are none: give both, or neither")
     known = _split_lists(dataset, lists, annotations)
     with Console(stderr=True).status(f"looking for videos in {root}"):
         tree = scan(root)

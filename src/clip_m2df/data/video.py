@@ -2,8 +2,9 @@
 
 A frame that is silently another frame is worse than a slow one. decord and torchcodec seek, and on some containers they
 return neighbours of the frames they were asked for; reading from the start, as PyAV does here, never does. So ``auto``
-reads everything with PyAV. On VP8 and VP9 in WebM decord is exact too, but PyAV takes 0.9 to 1.1 times as long, and a
-flipped bit can make decord abort the whole process.
+reads everything with PyAV, and seeks only where its packets make the frame sure (see :mod:`~clip_m2df.data.seeking`).
+On VP8 and VP9 in WebM decord is exact too, but PyAV takes 0.9 to 1.1 times as long, and a flipped bit can make decord
+abort the whole process.
 """
 
 import io
@@ -21,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from clip_m2df.data.seeking import PacketTable, read_packets
 from clip_m2df.errors import UserError
 
 if TYPE_CHECKING:
@@ -103,7 +105,12 @@ def read_frames(path: str, choose: Choose, *, decoder: Decoder = "auto") -> Tens
         is_empty = not file.read(1)
     if is_empty:
         raise _unreadable(path, "it is empty")
-    return _READERS[decoder](path, choose)
+    try:
+        return _READERS[decoder](path, choose)
+    except ValueError:  # this module's own errors, and those of a choice out of range
+        raise
+    except Exception as error:  # whatever a damaged file does to a decoder is the file's fault
+        raise _unreadable(path, f"reading it fails: {type(error).__name__}: {error}") from error
 
 
 def probe(path: str) -> VideoFacts:
@@ -225,12 +232,21 @@ def _read_torchcodec(path: str, choose: Choose) -> Tensor:
 
 
 def _read_pyav(path: str, choose: Choose) -> Tensor:
-    """Decode from the first frame to the last wanted one."""
-    n_frames = _count_packets(path)
+    """Decode the wanted frames by seeking, or else from the first frame to the last wanted one.
+
+    Where damage costs a frame, those after it are one number lower; not if seeking passes over it, which hides the
+    loss.
+    """
+    with _open(path, path) as (container, stream):
+        packets = read_packets(container, stream)
+    n_frames = packets.n_frames
     while n_frames > 0:
         wanted = _wanted(choose, n_frames)
-        pictures, decoded = _decode(path, set(wanted))
-        if len(pictures) == len(set(wanted)):
+        numbers = set(wanted)
+        pictures = _decode_runs(path, packets, numbers) if n_frames == packets.n_frames else {}
+        if len(pictures) < len(numbers):
+            pictures, decoded = _decode(path, numbers)
+        if len(pictures) == len(numbers):
             return _clip(pictures, wanted)
         # It ended before the last wanted frame, so this is fewer than before.
         n_frames = decoded
@@ -293,19 +309,31 @@ def _open(source: str | IO[bytes], path: str) -> Iterator[tuple["InputContainer"
             raise _unreadable(path, f"a frame cannot be converted to RGB ({error.strerror})") from error
 
 
-def _count_packets(path: str) -> int:
-    """Count the frames that a video holds, without decoding: headers lie, and some have no count."""
+def _decode_runs(path: str, packets: PacketTable, numbers: set[int]) -> dict[int, _Picture]:
+    """Decode the numbered frames by seeking; some or all are left out if that is not safe or saves little."""
     import av
 
-    count = 0
+    pictures: dict[int, _Picture] = {}
+    runs = packets.runs(numbers)
+    if not runs:
+        return pictures
     with _open(path, path) as (container, stream):
-        try:
-            for packet in container.demux(stream):
-                # The last packet is empty; those that an edit list cuts away are decoded, but not shown.
-                count += packet.size > 0 and not packet.is_discard
-        except av.FFmpegError:
-            pass
-    return count
+        for run in runs:
+            start = packets.times[run[0]]
+            try:
+                container.seek(start, stream=stream)
+            except av.FFmpegError:
+                break
+            # Those shown before the start refer to what was not decoded.
+            frames = (frame for frame in _frames(container, stream) if frame.pts is None or frame.pts >= start)
+            for number, frame in zip(run, frames, strict=False):
+                if frame.pts != packets.times[number] or frame.is_corrupt:
+                    return pictures
+                if number == 0:
+                    size = _size(frame)
+                if number in numbers:
+                    pictures[number] = _picture(frame, size)
+    return pictures
 
 
 def _decode(path: str, numbers: set[int]) -> tuple[dict[int, _Picture], int]:

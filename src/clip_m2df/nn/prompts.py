@@ -40,6 +40,8 @@ def check_templates(templates: str | Sequence[str]) -> list[str]:
     if not templates:
         raise UserError(f"template is empty; give one like {DEFAULT_TEMPLATE!r}, or a list of them")
     for template in templates:
+        if template.startswith("["):
+            raise UserError(f"the template {template!r} looks like a list: put each of its templates in quotes")
         if "{}" not in template:
             raise UserError(
                 f"the template {template!r} has no {{}} where the class goes; give one like {DEFAULT_TEMPLATE!r}"

@@ -1,0 +1,35 @@
+"""``python -m benchmarks NAME [--json FILE]``."""
+
+import argparse
+import importlib
+import json
+import sys
+from pathlib import Path
+
+from benchmarks.timing import line
+
+NAMES = ("decode", "evaluation", "evaluation_head", "matching", "prepare", "startup", "train_step")
+
+
+def main() -> int:
+    """Run a benchmark: a line a case, and all of them as JSON if wanted."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("name", choices=NAMES)
+    parser.add_argument("--json", type=Path, help="where to write the cases")
+    parser.add_argument("--threads", type=int, help="torch's threads")
+    options = parser.parse_args()
+    if options.threads is not None:
+        import torch
+
+        torch.set_num_threads(options.threads)
+    cases = []
+    for case in importlib.import_module(f"benchmarks.{options.name}").cases():
+        cases.append(case)
+        print(line(case), flush=True)
+    if options.json is not None:
+        options.json.write_text(json.dumps(cases, indent=2) + "\n", encoding="utf-8")
+    return int(any(case.get("within_bar") is False for case in cases))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
