@@ -92,6 +92,15 @@ def test_validate_and_test_print_the_accuracy(
         said = capsys.readouterr().out
         assert f"{prefix}/accuracy" in said
         assert f"{prefix}/interval" in said
+        assert f"{prefix}/local_accuracy" in said
+    assert "hardest classes" in said
+    classes = (fitted / "test_classes.csv").read_text().splitlines()
+    assert classes[0] == "class,queries,correct,accuracy"
+    assert [line.split(",")[0] for line in classes[1:]] == ["test class 0", "test class 1", "test class 2"]
+    assert sum(int(line.split(",")[1]) for line in classes[1:]) == 6 * 3
+    (matrix,) = fitted.glob("test_confusion.csv")
+    counts = [[int(cell) for cell in line.split(",")[1:]] for line in matrix.read_text().splitlines()[1:]]
+    assert [sum(row) for row in counts] == [int(line.split(",")[1]) for line in classes[1:]]
 
 
 def test_a_checkpoint_is_tested_without_its_backbones_files(

@@ -17,10 +17,12 @@ from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from rich.console import Console
 
 from clip_m2df.data.datamodule import EpisodeDataModule
 from clip_m2df.data.episode_files import write_episodes_file
 from clip_m2df.errors import UserError
+from clip_m2df.evaluation.report import hardest_classes, write_report
 from clip_m2df.module import CLIPM2DF, checkpoint_options
 from clip_m2df.nn.heads import head_class
 
@@ -85,6 +87,19 @@ class RunConfig(SaveConfigCallback):
             (folder / "config.yaml").write_text(text, encoding="utf-8")
 
 
+class RunReport(lightning.Callback):
+    """Writes what a test says of the classes into the run's folder, and prints the hardest ones."""
+
+    def on_test_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Write ``test_classes.csv`` and ``test_confusion.csv``."""
+        confusion, data = pl_module.confusion, trainer.datamodule  # type: ignore[attr-defined]
+        if trainer.is_global_zero and isinstance(confusion, torch.Tensor) and confusion.numel():
+            class_names = data.manifest.split("test").class_names
+            files = write_report(Path(trainer.default_root_dir), "test", class_names, confusion.cpu())
+            Console().print(hardest_classes(class_names, confusion.cpu()))
+            print(f"all classes are in {' and '.join(map(str, files))}")
+
+
 class CLI(LightningCLI):
     """The trainer's commands for :class:`CLIPM2DF` and :class:`EpisodeDataModule`.
 
@@ -129,10 +144,11 @@ class CLI(LightningCLI):
         """Nothing: LightningCLI would let a checkpoint's options win silently. See ``_take_options_from``."""
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
-        """Make the trainer, with the run's progress bar unless none is wanted."""
+        """Make the trainer, with the run's report, and its progress bar unless none is wanted."""
         trainer_options = self.config_init[str(self.subcommand)].trainer
+        trainer_options.callbacks = [*(trainer_options.callbacks or []), RunReport()]
         if trainer_options.enable_progress_bar is not False:
-            trainer_options.callbacks = [*(trainer_options.callbacks or []), RunProgressBar()]
+            trainer_options.callbacks.append(RunProgressBar())
         return super().instantiate_trainer(**kwargs)
 
     def before_instantiate_classes(self) -> None:

@@ -18,7 +18,7 @@ from clip_m2df.episode import Episode, IndexedEpisode, VideoTable, select_episod
 from clip_m2df.errors import UserError
 from clip_m2df.evaluation.bank import EpisodeBank
 from clip_m2df.evaluation.features import encode_videos
-from clip_m2df.evaluation.metrics import EpisodeAccuracy, Mean, Share, Sum
+from clip_m2df.evaluation.stage_metrics import StageMetrics
 from clip_m2df.nn import heads
 from clip_m2df.nn.backbone import CLIPBackbone
 from clip_m2df.nn.m2df import M2DF, HeadOutput, M2DFHead, check_weights
@@ -155,11 +155,13 @@ class CLIPM2DF(lightning.LightningModule):
                 "class_weight": class_weight,
             }
         )
+        # Of the last evaluation: int64 (n_classes, n_classes), queries by their own and by the predicted class.
+        self.confusion: Tensor | None = None
         self._bank: EpisodeBank | None = None
         self._encoded: _Encoded | None = None
         self.register_load_state_dict_post_hook(_forget_features)  # type: ignore[no-untyped-call]
         # ModuleDict refuses the name "train", a method of its own.
-        self.metrics = nn.ModuleDict({f"{stage}_metrics": _stage_metrics() for stage in ("train", "val", "test")})
+        self.metrics = nn.ModuleDict({f"{stage}_metrics": StageMetrics() for stage in ("train", "val", "test")})
 
     # ---------------------------------------------------------------------------------------------- use
 
@@ -214,7 +216,7 @@ class CLIPM2DF(lightning.LightningModule):
         scores = output.logits
         if stage != "train" and self.text_fusion:
             scores = self._fuse_text(output, support, query, prompts)
-        self._count(stage, output, scores.argmax(-1) == labels, labels, losses, batch.get("replaced"))
+        self._metrics_of(stage).count(output, scores.argmax(-1), batch, losses)
         return loss
 
     def _features(self, batch: Episode) -> tuple[Tensor, Tensor]:
@@ -280,47 +282,21 @@ class CLIPM2DF(lightning.LightningModule):
 
     # ----------------------------------------------------------------------------------------- metrics
 
-    def _count(
-        self,
-        stage: str,
-        output: HeadOutput,
-        correct: Tensor,
-        labels: Tensor,
-        losses: Mapping[str, Tensor],
-        replaced: Tensor | None,
-    ) -> None:
-        metrics = self._metrics_of(stage)
-        metrics["accuracy"].update(correct)
-        if replaced is not None:
-            metrics["replaced_videos"].update(replaced)
-        metrics["pps_accuracy"].update(output.prompt_indices == labels)
-        if len(output.distances) == 2:
-            local, global_ = (d.argmin(-1) for d in output.distances.values())
-            metrics["view_agreement"].update(local == global_)
-            metrics["local_to_global"].update(output.distillation.local_to_global)
-            metrics["global_to_local"].update(output.distillation.global_to_local)
-        for name, value in losses.items():
-            metrics[f"loss_{name}"].update(value, len(labels))
-
-    def _metrics_of(self, stage: str) -> dict[str, Any]:
-        return dict(cast(nn.ModuleDict, self.metrics[f"{stage}_metrics"]).items())
+    def _metrics_of(self, stage: str) -> StageMetrics:
+        return cast(StageMetrics, self.metrics[f"{stage}_metrics"])
 
     def _log_metrics(self, stage: str) -> None:
         """Log what has been counted since the last time, and start anew."""
-        for name, metric in self._metrics_of(stage).items():
-            if metric.update_called:
-                value = metric.compute()
-                values = value if isinstance(value, dict) else {name: value}
-                for key, number in values.items():
-                    # Already the sum over all ranks.
-                    self.log(
-                        f"{stage}/{key.replace('loss_', 'loss/')}",
-                        number.float(),
-                        prog_bar=key in ("accuracy", "interval", "loss_total"),
-                        rank_zero_only=False,
-                        sync_dist=False,
-                    )
-            metric.reset()
+        numbers, self.confusion = self._metrics_of(stage).take()
+        for name, number in numbers.items():
+            # Already the sum over all ranks.
+            self.log(
+                f"{stage}/{name}",
+                number.float(),
+                prog_bar=name in ("accuracy", "interval", "loss/total"),
+                rank_zero_only=False,
+                sync_dist=False,
+            )
 
     def on_train_batch_end(self, outputs: Any, batch: Episode, batch_idx: int) -> None:
         """Log over whole optimiser steps, as often as the Trainer logs."""
@@ -427,9 +403,3 @@ def checkpoint_options(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(options, dict) or not isinstance(options.get("backbone"), dict) or "head" not in options:
         raise UserError(f"{path} is a checkpoint of another model; give one that clip-m2df fit or CLIPM2DF wrote")
     return dict(options)
-
-
-def _stage_metrics() -> nn.ModuleDict:
-    counts = {name: Share() for name in ("pps_accuracy", "view_agreement", "local_to_global", "global_to_local")}
-    losses = {f"loss_{name}": Mean() for name in ("total", "match", "distill", "class")}
-    return nn.ModuleDict({"accuracy": EpisodeAccuracy(), "replaced_videos": Sum(), **counts, **losses})

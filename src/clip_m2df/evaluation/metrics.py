@@ -93,6 +93,36 @@ class Share(Metric):
         return torch.tensor(int(self.hits) / int(self.total) if self.total else math.nan, dtype=torch.float64)
 
 
+class Confusion(Metric):
+    """Queries by their own class and by the one that was predicted.
+
+    torchmetrics' own wants to know the number of classes beforehand.
+    """
+
+    full_state_update = False
+    counts: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("counts", torch.zeros((0, 0), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, classes: Tensor, predicted: Tensor, n_classes: int) -> None:
+        """Count queries.
+
+        Args:
+            classes: int64, any shape, the class of each.
+            predicted: the same, the class that was predicted.
+            n_classes: how many there are.
+        """
+        cells = (classes * n_classes + predicted).flatten().bincount(minlength=n_classes**2)
+        counts = cells.view(n_classes, n_classes)
+        self.counts = self.counts + counts if self.counts.numel() else counts
+
+    def compute(self) -> Tensor:
+        """int64 ``(n_classes, n_classes)``."""
+        return self.counts
+
+
 class Sum(Metric):
     """How many there were of something."""
 
