@@ -1,4 +1,4 @@
-"""OTAM, both directions, forward and backward, of 25 queries with 5 prototypes: the column scan against the double loop."""
+"""OTAM, both directions, forward and backward, 25 queries by 5 prototypes: the column scan against the double loop."""
 
 from collections.abc import Callable, Iterator
 
