@@ -1,6 +1,9 @@
 """Evaluation from a bank, through the Trainer: the numbers of the direct path, for one pass over the videos."""
 
 import itertools
+import random
+import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,7 @@ import pytest
 import torch
 
 from clip_m2df import CLIPM2DF, EpisodeDataModule, UserError
-from clip_m2df.episode import named_videos
+from clip_m2df.evaluation.feature_store import FeatureStore
 from tests.data import clips
 
 SMALL: dict[str, Any] = {"n_way": 3, "n_query": 2, "frames": 2, "resize": 32, "size": 32, "num_workers": 0}
@@ -104,8 +107,8 @@ def test_sanity_checks_and_limits_encode_what_they_play(many: Path, tiny_clip_di
     trainer(tmp_path, max_steps=1, **options).fit(model, source)
     source.setup("validate")
     batches: Any = source.val_dataloader()
-    episodes = batches.dataset.episodes
-    sanity, validation = named_videos(episodes, [0, 1]), named_videos(episodes, range(6))
+    table = batches.dataset
+    sanity, validation = table.named([0, 1]), table.named(range(6))
     assert len(sanity) < len(validation) < 30
     training = 9
     assert watch.seen == [(2 * len(sanity), 2), (2 * (len(validation) + training), 6)]
@@ -147,3 +150,68 @@ def test_unusable_videos_end_it_or_are_replaced_as_by_the_direct_path(
             results += trainer(tmp_path).test(model, source, verbose=False)
     assert results[0]["test/replaced_videos"] == results[1]["test/replaced_videos"] > 10
     assert results[0]["test/accuracy"] == results[1]["test/accuracy"]
+
+
+def test_features_on_disk_serve_another_shot_and_seed(many: Path, tiny_clip_dir: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "videos"
+    shutil.copytree(many.parent, copied)
+    model, store = make(tiny_clip_dir), tmp_path / "store"
+    calls = encoded(model)
+
+    def test(**options: Any) -> tuple[float, int]:
+        calls.clear()
+        (result,) = trainer(tmp_path).test(model, data(copied / "m.csv", store=str(store), **options), verbose=False)
+        return result["test/loss/total"], sum(calls)
+
+    first, frames = test(test_episodes=100)
+    assert frames == 2 * 30
+    assert test(test_episodes=100) == (first, 0)
+    (path,) = store.iterdir()
+    again, frames = test(test_episodes=100, n_shot=3, eval_seed=5)
+    assert (frames, again != first) == (0, True)
+    (direct,) = trainer(tmp_path).test(
+        model, data(copied / "m.csv", test_episodes=100, n_shot=3, eval_seed=5, evaluation="direct"), verbose=False
+    )
+    assert again == pytest.approx(direct["test/loss/total"], abs=1e-4)
+    # A video that changed is encoded anew, and it alone; other frames and other weights are another file.
+    clips.render(copied / "test2_3.mp4", n_frames=50, size=(48, 32))
+    changed, frames = test(test_episodes=100)
+    assert (frames, changed != first) == (2, True)
+    assert test(test_episodes=100, frames=3)[1] == 3 * 30
+    assert test(test_episodes=100) == (changed, 0)
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with torch.no_grad():
+        next(model.model.backbone.visual.parameters()).add_(0.1)
+    assert test(test_episodes=100)[1] == 2 * 30
+    assert len(list(store.iterdir())) == 3
+    # What is damaged is never used.
+    model.load_state_dict(weights)
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    with pytest.warns(UserWarning, match="can't be used .*: they are made anew"):
+        test(test_episodes=100)
+
+
+def test_any_damage_to_features_on_disk_is_seen(tmp_path: Path) -> None:
+    store = FeatureStore(tmp_path, torch.nn.Linear(2, 2), "frames 2")
+    features = {f"{k}.mp4 1:2:3": torch.full((2, 4), float(k)) for k in range(5)}
+    store.write(features)
+    whole = store.path.read_bytes()
+    rng = random.Random(0)
+    outcomes = {"refused": 0, "read": 0}
+    for _ in range(2000):
+        content = bytearray(whole)
+        if rng.random() < 0.3:
+            del content[rng.randrange(len(content)) :]
+        else:
+            for _ in range(rng.randint(1, 4)):
+                content[rng.randrange(len(content))] = rng.randrange(256)
+        store.path.write_bytes(content)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            read = store.read()
+        outcomes["read" if read else "refused"] += 1
+        # A name may be another one's then, which no file of that name and state will ask for.
+        assert all(value.equal(features[name]) for name, value in read.items() if name in features)
+    assert min(outcomes.values()) > 5  # nearly all of the file is covered by the checksum

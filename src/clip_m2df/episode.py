@@ -82,17 +82,6 @@ def select_episodes(episodes: IndexedEpisode, rows: torch.Tensor) -> IndexedEpis
     return chosen
 
 
-def named_videos(episodes: IndexedEpisode, numbers: Sequence[int]) -> list[int]:
-    """The places of the videos that some of the episodes name, in order."""
-    import torch
-
-    rows = torch.tensor(numbers, dtype=torch.long)
-    places: list[int] = (
-        torch.cat((episodes["support"][rows].flatten(), episodes["query"][rows].flatten())).unique().tolist()
-    )
-    return places
-
-
 class Clips(NamedTuple):
     """Videos that were read together.
 
@@ -109,16 +98,40 @@ class Clips(NamedTuple):
 
 @runtime_checkable
 class VideoTable(Protocol):
-    """Episodes whose videos are read once each: the dataset of a loader of :class:`IndexedEpisode`."""
+    """Videos that are read once each, for however many episodes: the dataset of a loader of :class:`IndexedEpisode`.
 
-    episodes: IndexedEpisode
+    Attributes:
+        videos: what the places of episodes mean.
+        reading: how frames are read, in words.
+        store: a folder for features, or None.
+    """
+
     videos: Sequence[object]
+    reading: str
+    store: str | None
+
+    def named(self, numbers: Sequence[int]) -> list[int]:
+        """The places of the videos that episodes name, in order."""
+
+    def identity(self, place: int) -> str:
+        """What tells a video, and the state that its file is in."""
 
     def clips(self, chunks: Sequence[Sequence[int]]) -> Iterator[Clips]:
         """The clips of videos given by their places, as they come together."""
 
     def replace(self, unusable: Mapping[str, str]) -> None:
         """Put others in the places of videos that can't be read; these may be new in ``videos``."""
+
+
+@runtime_checkable
+class EpisodeTable(VideoTable, Protocol):
+    """A table of all episodes that an evaluation plays.
+
+    Attributes:
+        episodes: all of them.
+    """
+
+    episodes: IndexedEpisode
 
 
 def episode_generator(seed: int, stage: str, episode: int, stream: str) -> np.random.Generator:

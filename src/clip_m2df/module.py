@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from clip_m2df.episode import Episode, IndexedEpisode, VideoTable, select_episodes
+from clip_m2df.episode import Episode, EpisodeTable, IndexedEpisode, select_episodes
 from clip_m2df.errors import UserError
 from clip_m2df.evaluation.bank import EpisodeBank
 from clip_m2df.evaluation.features import encode_videos
@@ -258,7 +258,7 @@ class CLIPM2DF(lightning.LightningModule):
     @torch.no_grad()
     def _open_bank(self, loader: Any, batches: Sequence[int | float]) -> EpisodeBank | None:
         table = getattr(loader, "dataset", None)
-        if not isinstance(table, VideoTable):
+        if not isinstance(table, EpisodeTable):
             return None
         numbers = table.episodes["numbers"][: int(batches[0]) * loader.batch_size * self.trainer.world_size]
         if self.trainer.sanity_checking:
@@ -272,6 +272,7 @@ class CLIPM2DF(lightning.LightningModule):
                     numbers.tolist(),
                     rank=self.trainer.global_rank,
                     world_size=self.trainer.world_size,
+                    precision=str(self.trainer.precision),
                 )
                 self._encoded = _Encoded(table, numbers, features)
             features = self._encoded.features
@@ -374,11 +375,11 @@ class CLIPM2DF(lightning.LightningModule):
 class _Encoded(NamedTuple):
     """Features, and what they are of."""
 
-    table: VideoTable
+    table: EpisodeTable
     numbers: Tensor
     features: Tensor
 
-    def of(self, table: VideoTable, numbers: Tensor) -> bool:
+    def of(self, table: EpisodeTable, numbers: Tensor) -> bool:
         return self.table is table and self.numbers.equal(numbers)
 
 

@@ -15,9 +15,8 @@ from torch import Tensor
 from clip_m2df.data.episodes import ClipReader, EpisodeDataset, EpisodeSampler, EpisodeShape, plan_episode
 from clip_m2df.data.loader import UnusableVideos, episode_loader
 from clip_m2df.data.manifest import Manifest, Split
-from clip_m2df.data.table import EpisodeTable
+from clip_m2df.data.table import EvaluationTable
 from clip_m2df.data.video import VideoError
-from clip_m2df.episode import named_videos
 from clip_m2df.errors import UserError
 
 SHAPE = EpisodeShape(3, 1, 1)
@@ -161,9 +160,9 @@ def test_other_errors_of_a_worker_stay_what_they_are(split: Split) -> None:
         list(loader)
 
 
-def table(split: Split, reader: Reader, *, limit: float = 1.0, workers: int = 0, count: int = 40) -> EpisodeTable:
+def table(split: Split, reader: Reader, *, limit: float = 1.0, workers: int = 0, count: int = 40) -> EvaluationTable:
     dataset = EpisodeDataset(split, SHAPE, reader, seed=0, augment=False, replace=limit > 0)
-    return EpisodeTable(
+    return EvaluationTable(
         dataset, count, UnusableVideos(split, limit), num_workers=workers, stuck_after=60.0, progress=False
     )
 
@@ -173,8 +172,8 @@ def test_a_table_reads_each_video_of_its_episodes_once(split: Split, workers: in
     episodes = table(split, Reader(), workers=workers, count=3)
     expected = {name for number in range(3) for names_ in planned(split, number) for name in names_}
     assert [os.path.basename(video.path) for video in episodes.videos] == sorted(expected)
-    assert named_videos(episodes.episodes, range(3)) == list(range(len(expected)))
-    first = named_videos(episodes.episodes, [0])
+    assert episodes.named(range(3)) == list(range(len(expected)))
+    first = episodes.named([0])
     support, query = planned(split, 0)
     assert sorted(os.path.basename(episodes.videos[place].path) for place in first) == sorted(support + query)
     with pytest.warns(UserWarning, match="c0_v0 has 1 frames") if "c0_v0" in expected else warnings.catch_warnings():
@@ -208,7 +207,7 @@ def test_a_table_puts_the_same_stand_ins_as_reading_episode_by_episode(split: Sp
         assert row["query_labels"].equal(batch["query_labels"])
 
 
-def colour_of(episodes: EpisodeTable, place: int) -> int:
+def colour_of(episodes: EvaluationTable, place: int) -> int:
     return colour(os.path.basename(episodes.videos[place].path))
 
 

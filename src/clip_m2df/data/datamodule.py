@@ -26,9 +26,8 @@ from clip_m2df.data.episodes import (
 from clip_m2df.data.frame_cache import FrameCache
 from clip_m2df.data.loader import UnusableVideos, episode_loader
 from clip_m2df.data.manifest import Manifest, Split, Video
-from clip_m2df.data.table import EpisodeTable
+from clip_m2df.data.table import EvaluationTable
 from clip_m2df.data.video import Decoder
-from clip_m2df.episode import named_videos
 from clip_m2df.errors import UserError
 
 EMBEDDED = "motion_shapes"
@@ -63,6 +62,8 @@ class EpisodeDataModule(lightning.LightningDataModule):
             ``test_episodes`` episodes.
         evaluation: ``bank`` encodes each video of the episodes once; ``direct`` yields the frames of each episode, and
             encodes a video as often as it comes. The numbers are the same.
+        store: a folder in which the features of a bank are kept for the next evaluation: another way, shot or seed of
+            the same weights takes seconds. What has changed is never used.
         seed: of the training episodes.
         eval_seed: of the validation and test episodes.
         frames: frames a video.
@@ -99,6 +100,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
         test_episodes: int = 10000,
         episodes_file: str | None = None,
         evaluation: Evaluation = "bank",
+        store: str | None = None,
         seed: int = 0,
         eval_seed: int = 0,
         frames: int = 8,
@@ -156,6 +158,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
         self.test_episodes = test_episodes
         self.episodes_file = episodes_file
         self.evaluation = evaluation
+        self.store = store
         self.seed = seed
         self.eval_seed = eval_seed
         self.reader = ClipReader(frames, resize, size, flip, decoder)
@@ -168,7 +171,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
         self.manifest: Manifest | None = None
         self._datasets: dict[str, EpisodeDataset] = {}
         self._unusable: dict[str, UnusableVideos] = {}
-        self._tables: dict[str, EpisodeTable] = {}
+        self._tables: dict[str, EvaluationTable] = {}
         self._checked: set[Video] = set()
         self.accumulation(world_size=1)
 
@@ -337,13 +340,15 @@ class EpisodeDataModule(lightning.LightningDataModule):
         self._unusable[name] = UnusableVideos(split, limit)
         if train:
             return
-        table = EpisodeTable(
+        table = EvaluationTable(
             dataset,
             self._count(name),
             self._unusable[name],
             num_workers=self.num_workers,
             stuck_after=self.stuck_after,
             progress=self.rank == 0 and bool(self.trainer and self.trainer.progress_bar_callback),
+            root=self.manifest.root,
+            store=self.store,
         )
         self._tables[name] = table
 
@@ -366,9 +371,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
         if isinstance(limit, int):
             batch = self._block(name) if self.evaluation == "bank" else self.batch_size
             count = min(count, limit * batch * self.world_size)
-        places = [
-            place for place in named_videos(table.episodes, range(count)) if table.videos[place] not in self._checked
-        ]
+        places = [place for place in table.named(range(count)) if table.videos[place] not in self._checked]
         read = table.clips([[place] for place in places[self.rank :: self.world_size]])
         found = [{path: reason for clips in read for path, reason in clips.unusable.items()}]
         if self.world_size > 1:

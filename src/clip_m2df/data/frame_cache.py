@@ -176,6 +176,10 @@ class FrameCache:
                 raise DamagedCacheError(f"cannot open the cache's shard {path} ({error}): {AGAIN}") from error
         return self._shards[path]
 
+    def __repr__(self) -> str:
+        """What decides the frames, for what is kept of them elsewhere."""
+        return f"FrameCache{tuple(self.settings)}"
+
     def __getstate__(self) -> dict[str, Any]:
         """All but the open files."""
         return {**self.__dict__, "_shards": {}}

@@ -13,12 +13,13 @@ from torch.utils.data import Dataset
 
 from clip_m2df.data.episodes import ClipReader, EpisodeDataset, EpisodePlan
 from clip_m2df.data.loader import UnusableVideos, VideoLoader
-from clip_m2df.data.manifest import Video
+from clip_m2df.data.manifest import Video, relative_path
 from clip_m2df.data.video import VideoError
 from clip_m2df.episode import Clips, IndexedEpisode, episode_draws, select_episodes
+from clip_m2df.files import fingerprint
 
 
-class EpisodeTable(Dataset[int]):
+class EvaluationTable(Dataset[int]):
     """The episodes of an evaluation by number, and the videos that they name.
 
     Args:
@@ -28,8 +29,11 @@ class EpisodeTable(Dataset[int]):
         num_workers: processes that decode.
         stuck_after: see :class:`clip_m2df.data.loader.VideoLoader`.
         progress: whether to show a progress bar.
+        root: the manifest's folder.
+        store: a folder for features.
 
     Attributes:
+        reading: how frames are read, in words.
         episodes: all of them; videos are places in ``videos``.
         videos: those that the episodes name, in the manifest's order, then stand-ins as they were needed.
     """
@@ -43,8 +47,13 @@ class EpisodeTable(Dataset[int]):
         num_workers: int,
         stuck_after: float,
         progress: bool,
+        root: str | None = None,
+        store: str | None = None,
     ) -> None:
         self.dataset = dataset
+        self.root = root
+        self.store = store
+        self.reading = repr(dataset.reader)
         self.unusable = unusable
         self.num_workers = num_workers
         self.stuck_after = stuck_after
@@ -66,6 +75,21 @@ class EpisodeTable(Dataset[int]):
     def batch(self, numbers: Sequence[int]) -> IndexedEpisode:
         """Some of the episodes."""
         return select_episodes(self.episodes, torch.tensor(numbers))
+
+    def named(self, numbers: Sequence[int]) -> list[int]:
+        """The places of the videos that episodes name, in order."""
+        rows = select_episodes(self.episodes, torch.tensor(numbers, dtype=torch.long))
+        places: list[int] = torch.cat((rows["support"].flatten(), rows["query"].flatten())).unique().tolist()
+        return places
+
+    def identity(self, place: int) -> str:
+        """The video's path from the root, and what changes with its file; that of its cached frames if it is gone."""
+        path = self.videos[place].path
+        try:
+            state = ":".join(map(str, fingerprint(path)))
+        except OSError:
+            state = "not there"
+        return f"{relative_path(path, self.root)} {state}"
 
     def clips(self, chunks: Sequence[Sequence[int]]) -> Iterator[Clips]:
         """Read videos as evaluation does.

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clip_m2df.episode import VideoTable, named_videos
+from clip_m2df.episode import VideoTable
+from clip_m2df.evaluation.feature_store import FeatureStore
 from clip_m2df.evaluation.metrics import EpisodeAccuracy
 from clip_m2df.nn.m2df import M2DF
 from clip_m2df.nn.matching import frame_costs, otam
@@ -36,50 +37,66 @@ def encode_clips(model: M2DF, clips: Iterable[Tensor]) -> Tensor:
 
 
 def encode_videos(
-    model: M2DF, table: VideoTable, numbers: Sequence[int], *, rank: int = 0, world_size: int = 1
+    model: M2DF, table: VideoTable, numbers: Sequence[int], *, rank: int = 0, world_size: int = 1, precision: str = ""
 ) -> Tensor:
     """Features of the videos that episodes name, each read and encoded once, by one of the ranks.
 
     What goes through the tower together is the same whatever the number of ranks, and so is every bit. Videos that
-    can't be read are replaced, or end it, as the table has it.
+    can't be read are replaced, or end it, as the table has it. If the table has a folder for features, those that are
+    there are taken, and the others are put there.
 
     Args:
         model: in eval mode.
-        table: of the episodes.
+        table: of the videos.
         numbers: the episodes that count.
         rank: of this process.
         world_size: number of processes.
+        precision: the trainer's, which tells features on disk apart.
 
     Returns:
         ``(videos, frames, dim)`` in the order of the table's videos, on the model's device; zero where no episode
         names the video.
     """
+    store = FeatureStore(table.store, model.backbone.visual, f"{table.reading}, {precision}") if table.store else None
+    kept = store.read() if store else {}
     encoded: dict[int, Tensor] = {}
-    while places := [place for place in named_videos(table.episodes, numbers) if place not in encoded]:
-        mine: dict[int, Tensor] = {}
-        unusable: dict[str, str] = {}
-        for clips in table.clips(
-            [places[k : k + VIDEOS] for k in range(rank * VIDEOS, len(places), world_size * VIDEOS)]
-        ):
-            unusable |= clips.unusable
-            if clips.frames is not None:
-                mine |= dict(
-                    zip(clips.places.tolist(), model.encode_frames(clips.frames.to(model.device)), strict=True)
-                )
-        if world_size > 1:
-            everything: list[Any] = [None] * world_size
-            torch.distributed.all_gather_object(everything, ({place: f.cpu() for place, f in mine.items()}, unusable))
-            for features, reasons in everything:
-                mine |= features
-                unusable |= reasons
+    fresh: dict[str, Tensor] = {}
+    while places := [place for place in table.named(numbers) if place not in encoded]:
+        encoded |= {place: kept[name] for place in places if (name := table.identity(place)) in kept}
+        places = [place for place in places if place not in encoded]
+        mine, unusable = _encode(model, table, places, rank, world_size)
         encoded |= mine
+        fresh |= {table.identity(place): feature for place, feature in mine.items()}
         if unusable:
             table.replace(unusable)
+    if store and fresh and rank == 0:
+        store.write(kept | fresh)
     some = next(iter(encoded.values()))
     features = torch.zeros((len(table.videos), *some.shape), dtype=some.dtype, device=model.device)
     for place, feature in encoded.items():
         features[place] = feature.to(model.device)
     return features
+
+
+def _encode(
+    model: M2DF, table: VideoTable, places: Sequence[int], rank: int, world_size: int
+) -> tuple[dict[int, Tensor], dict[str, str]]:
+    """Features by place, and why other videos can't be read, by path; of all ranks, each of which does its share."""
+    mine: dict[int, Tensor] = {}
+    unusable: dict[str, str] = {}
+    chunks = [places[k : k + VIDEOS] for k in range(rank * VIDEOS, len(places), world_size * VIDEOS)]
+    for clips in table.clips(chunks):
+        unusable |= clips.unusable
+        if clips.frames is not None:
+            features = model.encode_frames(clips.frames.to(model.device))
+            mine |= dict(zip(clips.places.tolist(), features, strict=True))
+    if world_size > 1:
+        everything: list[Any] = [None] * world_size
+        torch.distributed.all_gather_object(everything, ({place: f.cpu() for place, f in mine.items()}, unusable))
+        for features_of_rank, reasons in everything:
+            mine |= features_of_rank
+            unusable |= reasons
+    return mine, unusable
 
 
 def otam_scores(support: Tensor, query: Tensor, prompts: Tensor) -> Tensor:
