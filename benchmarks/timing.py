@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 Case = dict[str, Any]
-"""``case``, a name, and usually ``ours``, ``plain`` (seconds) and ``ratio``, plain to ours."""
+"""``case``, a name; ``ours`` and ``plain``, seconds; ``ratio``, plain to ours; ``within_bar`` where there is a bar."""
 
 
 def seconds(function: Callable[[], object]) -> float:
@@ -27,7 +27,7 @@ def compare(
         plain: the plain version.
         repeat: how often.
         calls: how often ``ours`` is called each time.
-        **more: what else to report.
+        **more: what else to report, see :func:`report`.
 
     Returns:
         The case, with medians.
@@ -35,21 +35,32 @@ def compare(
     ours(), plain()  # once to warm up
     times = [(statistics.median(seconds(ours) for _ in range(calls)), seconds(plain)) for _ in range(repeat)]
     of_ours, of_plain = (statistics.median(column) for column in zip(*times, strict=True))
-    return {
-        "case": name,
-        "ours": of_ours,
-        "plain": of_plain,
-        "ratio": statistics.median(slow / fast for fast, slow in times),
-        **more,
-    }
+    return report(name, of_ours, of_plain, **({"ratio": statistics.median(slow / fast for fast, slow in times)} | more))
+
+
+def report(name: str, ours: float, plain: float, *, bar: float | None = None, **more: Any) -> Case:
+    """A case of what was timed.
+
+    Args:
+        name: of the case.
+        ours: seconds.
+        plain: seconds.
+        bar: the ratio that is wanted.
+        **more: what else to report; what is wanted beside the ratio as ``within_bar``.
+    """
+    case = {"case": name, "ours": ours, "plain": plain, "ratio": plain / ours, **more}
+    if bar is not None:
+        case["bar"] = bar
+        case["within_bar"] = case["ratio"] >= bar and more.get("within_bar", True)
+    return case
 
 
 def line(case: Case) -> str:
     """A case as it is printed."""
-    cells = [f"{case['case']:40}"]
+    cells = [f"{case['case']:32}"]
     for name, value in case.items():
         if name in ("ours", "plain"):
-            cells.append(f"{name} {1000 * value:10.2f} ms")
+            cells.append(f"{name} {1000 * value:9.2f} ms")
         elif isinstance(value, float):
             cells.append(f"{name} {value:.3g}")
         elif name != "case":
