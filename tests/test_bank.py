@@ -215,3 +215,64 @@ def test_any_damage_to_features_on_disk_is_seen(tmp_path: Path) -> None:
         # A name may be another one's then, which no file of that name and state will ask for.
         assert all(value.equal(features[name]) for name, value in read.items() if name in features)
     assert min(outcomes.values()) > 5  # nearly all of the file is covered by the checksum
+
+
+def test_a_head_trains_from_views_of_the_videos(many: Path, tiny_clip_dir: Path, tmp_path: Path) -> None:
+    model = make(tiny_clip_dir, freeze_backbone=True, lr=1e-3)
+    calls = encoded(model)
+    options = {"episodes_per_step": 2, "batch_size": 2, "val_episodes": 20, "validate_every": 3}
+    source = data(many, train_views=3, flip=True, **options)
+    before = {name: weight.clone() for name, weight in model.model.head.state_dict().items()}
+    trainer(tmp_path, max_steps=6, num_sanity_val_steps=0).fit(model, source)
+    val: Any = source.val_dataloader()
+    assert sum(calls) == 2 * (30 * 3 + len(val.dataset.videos))  # three views of each of 30 videos, and val's once
+    assert any(not weight.equal(before[name]) for name, weight in model.model.head.state_dict().items())
+
+    # Each view is what its place says: a video with the frames, the crop and the flip of its own draws.
+    train: Any = source.train_dataloader()
+    table = train.dataset
+    reader = source.reader
+    for place in (0, 1, 2, 50):
+        (read,) = table.clips([[place]])
+        assert read.frames[0].equal(reader.read(table.videos[place].path, table.uniforms(place))[0])
+    assert len({tuple(table.uniforms(place).tolist()) for place in range(90)}) == 90
+    # Episodes name the videos that they would have had as frames, in one of their views each.
+    frames = data(many, **options)
+    frames.setup("fit")
+    dataset: Any = frames.train_dataloader().dataset
+    views = set()
+    for number in range(50):
+        episode, plan = table[number], dataset.plan(number)
+        for role, rows in (("support", plan.support), ("query", plan.query)):
+            places = episode[role].flatten().tolist()
+            assert [table.videos[p].path for p in places] == [video.path for row in rows for video in row]
+            views |= {place % 3 for place in places}
+        direct = dataset[number]
+        assert all(episode[key].equal(direct[key]) for key in ("draws", "query_labels", "class_indices"))
+    assert views == {0, 1, 2}
+
+
+def test_views_are_of_frozen_towers_and_of_a_trial_run_few(many: Path, tiny_clip_dir: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"train_views": 2, "episodes_per_step": 1, "val_episodes": 4}
+    with pytest.raises(UserError, match=r"data.train_views trains from features.*set model.freeze_backbone"):
+        trainer(tmp_path, max_steps=1).fit(make(tiny_clip_dir), data(many, **options))
+    model = make(tiny_clip_dir, freeze_backbone=True)
+    calls = encoded(model)
+    trainer(tmp_path, fast_dev_run=True, limit_val_batches=0).fit(model, data(many, **options))
+    assert sum(calls) <= 2 * 2 * 9 + 2 * 6  # two views of nine videos, and a validation episode
+
+
+def test_unusable_videos_have_no_views(many: Path, tiny_clip_dir: Path, tmp_path: Path) -> None:
+    for video in many.parent.glob("*.mp4"):
+        (tmp_path / video.name).write_bytes(b"" if video.name == "train2_2.mp4" else video.read_bytes())
+    (tmp_path / "m.csv").write_text(many.read_text())
+    model = make(tiny_clip_dir, freeze_backbone=True)
+    source = data(tmp_path / "m.csv", train_views=2, episodes_per_step=4, max_unusable=0.1, val_episodes=4)
+    with pytest.warns(UserWarning, match=r"train2_2\.mp4: it is empty; .*takes its place"):
+        trainer(tmp_path, max_steps=10).fit(model, source)
+    table: Any = source.train_dataloader()
+    table = table.dataset
+    episodes = [table[number] for number in range(40)]
+    named = {table.videos[p].path for episode in episodes for p in episode["query"].flatten().tolist()}
+    assert str(tmp_path / "train2_2.mp4") not in named
+    assert sum(int(episode["replaced"]) for episode in episodes) > 0

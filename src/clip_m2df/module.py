@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from clip_m2df.episode import Episode, EpisodeTable, IndexedEpisode, select_episodes
+from clip_m2df.episode import Episode, EpisodeTable, IndexedEpisode, VideoTable, select_episodes
 from clip_m2df.errors import UserError
 from clip_m2df.evaluation.bank import EpisodeBank
 from clip_m2df.evaluation.features import encode_videos
@@ -157,6 +157,8 @@ class CLIPM2DF(lightning.LightningModule):
         )
         # Of the last evaluation: int64 (n_classes, n_classes), queries by their own and by the predicted class.
         self.confusion: Tensor | None = None
+        # Features of the views of the training videos, where it trains from them.
+        self._views: Tensor | None = None
         self._bank: EpisodeBank | None = None
         self._encoded: _Encoded | None = None
         self.register_load_state_dict_post_hook(_forget_features)  # type: ignore[no-untyped-call]
@@ -177,7 +179,7 @@ class CLIPM2DF(lightning.LightningModule):
 
     # ------------------------------------------------------------------------------------------- steps
 
-    def training_step(self, batch: Episode, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Episode | IndexedEpisode, batch_idx: int) -> Tensor:
         """Loss of a batch, a mean over its episodes."""
         return self._step(batch, "train")
 
@@ -196,12 +198,15 @@ class CLIPM2DF(lightning.LightningModule):
         labels = batch["query_labels"]
         table = self.encode_prompts(batch["class_names"])
         prompts = table[batch["class_indices"]]
-        if self._bank is not None:
-            support, query = (self._bank.features[batch[role]] for role in ("support", "query"))
+        if stage == "train" and self._views is not None:
+            support, query = self._views[batch["support"]], self._views[batch["query"]]
+            output = self._head(support, query, prompts, batch)
+        elif stage != "train" and self._bank is not None:
+            support, query = self._bank.features[batch["support"]], self._bank.features[batch["query"]]
             output = self._bank.play(cast(IndexedEpisode, batch)["numbers"])
         else:
             support, query = self._features(cast(Episode, batch))
-            output = self._head(support, query, prompts, cast(Episode, batch))
+            output = self._head(support, query, prompts, batch)
 
         # L = λ_match Σ_q CE + λ_distill L_distill + λ_class Σ CE, sums within an episode, a mean over episodes
         match = F.cross_entropy(output.logits.flatten(0, 1), labels.flatten(), reduction="sum") / len(labels)
@@ -222,7 +227,7 @@ class CLIPM2DF(lightning.LightningModule):
     def _features(self, batch: Episode) -> tuple[Tensor, Tensor]:
         return self.model.encode_frames(batch["support"]), self.model.encode_frames(batch["query"])
 
-    def _head(self, support: Tensor, query: Tensor, prompts: Tensor, batch: Episode) -> HeadOutput:
+    def _head(self, support: Tensor, query: Tensor, prompts: Tensor, batch: Episode | IndexedEpisode) -> HeadOutput:
         output: HeadOutput = self.model.head(support, query, prompts, batch.get("draws"))
         return output
 
@@ -245,6 +250,43 @@ class CLIPM2DF(lightning.LightningModule):
 
     # -------------------------------------------------------------------------------------------- bank
 
+    @torch.no_grad()
+    def on_train_start(self) -> None:
+        """Encode the views of the training videos, if its episodes come from a table.
+
+        Raises:
+            UserError: the tower is not frozen.
+        """
+        loader: Any = self.trainer.train_dataloader
+        table = getattr(loader, "dataset", None)
+        if not isinstance(table, VideoTable):
+            return
+        if not self.model.freeze_backbone:
+            raise UserError(
+                "data.train_views trains from features, which a tower that learns would leave behind: set"
+                " model.freeze_backbone, or data.train_views to 0"
+            )
+        # A trial run is to be quick; all videos otherwise.
+        trial = self.trainer.fast_dev_run  # type: ignore[attr-defined]
+        batches = int(self.trainer.num_training_batches) * self.trainer.world_size if trial else 0
+        self._views = self._encode(table, range(batches * loader.batch_size))
+
+    def on_train_end(self) -> None:
+        """Let the features go."""
+        self._views = None
+
+    def _encode(self, table: VideoTable, numbers: Sequence[int]) -> Tensor:
+        trainer = self.trainer
+        with trainer.precision_plugin.forward_context():
+            return encode_videos(
+                self.model,
+                table,
+                numbers,
+                rank=trainer.global_rank,
+                world_size=trainer.world_size,
+                precision=str(trainer.precision),
+            )
+
     def on_validation_epoch_start(self) -> None:
         """Encode the videos that the validation names, if its episodes come from a table."""
         trainer = self.trainer
@@ -263,18 +305,10 @@ class CLIPM2DF(lightning.LightningModule):
         numbers = table.episodes["numbers"][: int(batches[0]) * loader.batch_size * self.trainer.world_size]
         if self.trainer.sanity_checking:
             numbers = numbers[numbers % loader.batch_size < SANITY_EPISODES]
+        # While the tower is frozen, its features stay what they are.
+        if not self.model.freeze_backbone or self._encoded is None or not self._encoded.of(table, numbers):
+            self._encoded = _Encoded(table, numbers, self._encode(table, numbers.tolist()))
         with self.trainer.precision_plugin.forward_context():
-            # While the tower is frozen, its features stay what they are.
-            if not self.model.freeze_backbone or self._encoded is None or not self._encoded.of(table, numbers):
-                features = encode_videos(
-                    self.model,
-                    table,
-                    numbers.tolist(),
-                    rank=self.trainer.global_rank,
-                    world_size=self.trainer.world_size,
-                    precision=str(self.trainer.precision),
-                )
-                self._encoded = _Encoded(table, numbers, features)
             features = self._encoded.features
             chosen = select_episodes(table.episodes, numbers)
             episodes = self.transfer_batch_to_device(chosen, self.device, 0)

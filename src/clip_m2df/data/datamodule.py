@@ -26,7 +26,7 @@ from clip_m2df.data.episodes import (
 from clip_m2df.data.frame_cache import FrameCache
 from clip_m2df.data.loader import UnusableVideos, episode_loader
 from clip_m2df.data.manifest import Manifest, Split, Video
-from clip_m2df.data.table import EvaluationTable
+from clip_m2df.data.table import EvaluationTable, TrainingTable
 from clip_m2df.data.video import Decoder
 from clip_m2df.errors import UserError
 
@@ -64,6 +64,8 @@ class EpisodeDataModule(lightning.LightningDataModule):
             encodes a video as often as it comes. The numbers are the same.
         store: a folder in which the features of a bank are kept for the next evaluation: another way, shot or seed of
             the same weights takes seconds. What has changed is never used.
+        train_views: how many augmented views of each training video are encoded before the training, which then takes
+            features and no frames: for a frozen tower, on a laptop. 0: frames are read and encoded for each episode.
         seed: of the training episodes.
         eval_seed: of the validation and test episodes.
         frames: frames a video.
@@ -101,6 +103,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
         episodes_file: str | None = None,
         evaluation: Evaluation = "bank",
         store: str | None = None,
+        train_views: int = 0,
         seed: int = 0,
         eval_seed: int = 0,
         frames: int = 8,
@@ -132,7 +135,8 @@ class EpisodeDataModule(lightning.LightningDataModule):
         for option, value in at_least_one.items():
             if value < 1:
                 raise UserError(f"{option} is {value}; it must be at least 1")
-        for option, value in {"seed": seed, "eval_seed": eval_seed, "num_workers": num_workers}.items():
+        not_negative = {"seed": seed, "eval_seed": eval_seed, "num_workers": num_workers, "train_views": train_views}
+        for option, value in not_negative.items():
             if value < 0:
                 raise UserError(f"{option} is {value}; it must not be negative")
         if n_way < 2:
@@ -159,6 +163,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
         self.episodes_file = episodes_file
         self.evaluation = evaluation
         self.store = store
+        self.train_views = train_views
         self.seed = seed
         self.eval_seed = eval_seed
         self.reader = ClipReader(frames, resize, size, flip, decoder)
@@ -172,6 +177,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
         self._datasets: dict[str, EpisodeDataset] = {}
         self._unusable: dict[str, UnusableVideos] = {}
         self._tables: dict[str, EvaluationTable] = {}
+        self._train_table: TrainingTable | None = None
         self._checked: set[Video] = set()
         self.accumulation(world_size=1)
 
@@ -338,19 +344,17 @@ class EpisodeDataModule(lightning.LightningDataModule):
         )
         self._datasets[name] = dataset
         self._unusable[name] = UnusableVideos(split, limit)
-        if train:
-            return
-        table = EvaluationTable(
-            dataset,
-            self._count(name),
-            self._unusable[name],
-            num_workers=self.num_workers,
-            stuck_after=self.stuck_after,
-            progress=self.rank == 0 and bool(self.trainer and self.trainer.progress_bar_callback),
-            root=self.manifest.root,
-            store=self.store,
-        )
-        self._tables[name] = table
+        options: dict[str, Any] = {
+            "num_workers": self.num_workers,
+            "stuck_after": self.stuck_after,
+            "progress": self.rank == 0 and bool(self.trainer and self.trainer.progress_bar_callback),
+            "root": self.manifest.root,
+            "store": self.store,
+        }
+        if not train:
+            self._tables[name] = EvaluationTable(dataset, self._count(name), self._unusable[name], **options)
+        elif self.train_views:
+            self._train_table = TrainingTable(dataset, self.train_views, self._unusable[name], **options)
 
     def _plans(self, split: Split) -> list[EpisodePlan] | None:
         """The test episodes of a file, if one is given; it has the last word on how many there are."""
@@ -392,6 +396,9 @@ class EpisodeDataModule(lightning.LightningDataModule):
         return EpisodeSampler(count, block=block, first=self._first_episode, rank=self.rank, world_size=self.world_size)
 
     def _loader(self, name: str) -> DataLoader[Any]:
+        if name == "train" and self._train_table is not None:
+            views = self._train_table
+            return DataLoader(views, self.batch_size, sampler=self._sampler(name), collate_fn=views.collate)
         if name != "train" and self.evaluation == "bank":
             table, block = self._tables[name], self._block(name)
             return DataLoader(table, block, sampler=self._sampler(name, block), collate_fn=table.batch)
