@@ -25,6 +25,7 @@ from clip_m2df.errors import UserError
 from clip_m2df.evaluation.report import hardest_classes, write_report
 from clip_m2df.module import CLIPM2DF, checkpoint_options
 from clip_m2df.nn.heads import head_class
+from clip_m2df.profile import StepProfile
 
 CHECKPOINTS = "checkpoints"
 
@@ -133,8 +134,14 @@ class CLI(LightningCLI):
         }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the options of :class:`RunCheckpoint`."""
+        """Add the options of :class:`RunCheckpoint`, and ``profile``."""
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.add_argument(
+            "--profile",
+            type=bool,
+            default=False,
+            help="print at the end where the time of the training went, and the achieved share of the device's peak",
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, without LightningCLI's warning about arguments that don't come from ``sys.argv``."""
@@ -147,6 +154,8 @@ class CLI(LightningCLI):
         """Make the trainer, with the run's report, and its progress bar unless none is wanted."""
         trainer_options = self.config_init[str(self.subcommand)].trainer
         trainer_options.callbacks = [*(trainer_options.callbacks or []), RunReport()]
+        if self.config_init[str(self.subcommand)].profile:
+            trainer_options.callbacks.append(StepProfile())
         if trainer_options.enable_progress_bar is not False:
             trainer_options.callbacks.append(RunProgressBar())
         return super().instantiate_trainer(**kwargs)

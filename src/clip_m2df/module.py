@@ -25,7 +25,7 @@ from clip_m2df.nn.m2df import M2DF, HeadOutput, M2DFHead, check_weights
 from clip_m2df.nn.prompts import DEFAULT_TEMPLATE, Selection
 
 # Options that a person may change from run to run. They stay out of the checkpoint, so that what is asked for wins.
-RUN_OPTIONS = ("selection", "text_fusion", "gradient_checkpointing")
+RUN_OPTIONS = ("selection", "text_fusion", "gradient_checkpointing", "compile")
 
 
 # Of each batch, in the sanity check before a training: it is to be quick.
@@ -47,6 +47,7 @@ class CLIPM2DF(lightning.LightningModule):
             normalised embeddings.
         freeze_backbone: train the head alone.
         gradient_checkpointing: compute the tower's activations anew in the backward pass, to save memory.
+        compile: compile tower and head with ``torch.compile``: the first steps take long, the others less.
         freeze_batch_norm: keep the batch norm of a ResNet tower at its running statistics, in training too.
             Note: the published code does so until its first evaluation only, and changes its model half-way.
         lr: peak learning rate of Adam, for the head.
@@ -76,6 +77,7 @@ class CLIPM2DF(lightning.LightningModule):
         template: list[str] | str = DEFAULT_TEMPLATE,
         freeze_backbone: bool = False,
         gradient_checkpointing: bool = False,
+        compile: bool = False,
         freeze_batch_norm: bool = True,
         lr: float = 1e-6,
         backbone_lr: float | None = None,
@@ -119,6 +121,9 @@ class CLIPM2DF(lightning.LightningModule):
         if gradient_checkpointing:
             tower.enable_gradient_checkpointing()
         self.model = M2DF(tower, heads.build_head(head, {"dim": tower.dim, **options}), template, freeze_backbone)
+        if compile:  # in place, so that the weights keep their names
+            tower.visual.compile()
+            self.model.head.compile()
         if not class_weight and isinstance(self.model.head, M2DFHead):
             # Without its loss the scale has no gradient, which DDP would wait for.
             self.model.head.scale.requires_grad_(False)
@@ -360,7 +365,7 @@ class CLIPM2DF(lightning.LightningModule):
             groups.append({"params": tower, "lr": self.backbone_lr, "name": "backbone"})
         if not groups:
             raise UserError("nothing to train: the tower is frozen and the head has no parameters; use test")
-        optimizer = torch.optim.Adam(groups, weight_decay=self.weight_decay)
+        optimizer = torch.optim.Adam(groups, weight_decay=self.weight_decay, fused=self.device.type == "cuda" or None)
         scheduler = LambdaLR(optimizer, self._lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
