@@ -177,6 +177,18 @@ def test_gradient_checkpointing_would_count_a_moving_batch_norm_twice() -> None:
         backbone.enable_gradient_checkpointing()
 
 
+def test_a_resnet_works_in_channels_last() -> None:
+    golden, state = read_golden("clip_resnet")
+    backbone = CLIPBackbone.from_openai(state)
+    seen = []
+    backbone.visual.layer4.register_forward_hook(  # type: ignore[union-attr]
+        lambda _, __, out: seen.append(out.is_contiguous(memory_format=torch.channels_last))
+    )
+    features = backbone.encode_frames(golden["image"])
+    assert seen == [True]
+    torch.testing.assert_close(features, golden["image_features"], rtol=1e-4, atol=1e-4)
+
+
 def test_images_of_another_kind_are_refused(state: State) -> None:
     backbone = CLIPBackbone.from_openai(state)
     with pytest.raises(UserError, match=r"takes images of \(3, 32, 32\), not \(3, 48, 32\)"):
