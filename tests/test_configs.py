@@ -61,7 +61,7 @@ def test_there_is_a_config_for_each_data_set_and_shot() -> None:
         "demo_5way1shot.yaml",
         *(f"{name}_5way{shot}shot.yaml" for name, shot in itertools.product(DATA_SETS, (1, 5))),
     }
-    assert set(RECIPES) == {f"recipes/{name}.yaml" for name in ("published", "gpu24gb", "wandb_offline")}
+    assert set(RECIPES) == {f"recipes/{name}.yaml" for name in ("published", "gpu24gb", "laptop", "wandb_offline")}
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "test"])
