@@ -1,4 +1,4 @@
-"""OTAM, both directions, forward and backward, of 25 queries with 5 prototypes: the column scan against the double loop."""
+"""OTAM of 25 queries with 5 prototypes, both directions, forward and backward: whole tensors against a double loop."""
 
 from collections.abc import Callable, Iterator, Sequence
 
