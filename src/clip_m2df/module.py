@@ -25,7 +25,7 @@ from clip_m2df.nn.m2df import M2DF, HeadOutput, M2DFHead, check_weights
 from clip_m2df.nn.prompts import DEFAULT_TEMPLATE, Selection
 
 # Options that a person may change from run to run. They stay out of the checkpoint, so that what is asked for wins.
-RUN_OPTIONS = ("selection", "text_fusion", "gradient_checkpointing", "compile")
+RUN_OPTIONS = ("selection", "text_fusion", "gradient_checkpointing", "bank_memory", "compile")
 
 
 # Of each batch, in the sanity check before a training: it is to be quick.
@@ -47,6 +47,7 @@ class CLIPM2DF(lightning.LightningModule):
             normalised embeddings.
         freeze_backbone: train the head alone.
         gradient_checkpointing: compute the tower's activations anew in the backward pass, to save memory.
+        bank_memory: GiB that an evaluation may take for fused sequences; with less than all take, some are fused again.
         compile: compile tower and head with ``torch.compile``: the first steps take long, the others less.
         freeze_batch_norm: keep the batch norm of a ResNet tower at its running statistics, in training too.
             Note: the published code does so until its first evaluation only, and changes its model half-way.
@@ -77,6 +78,7 @@ class CLIPM2DF(lightning.LightningModule):
         template: list[str] | str = DEFAULT_TEMPLATE,
         freeze_backbone: bool = False,
         gradient_checkpointing: bool = False,
+        bank_memory: float = 4.0,
         compile: bool = False,
         freeze_batch_norm: bool = True,
         lr: float = 1e-6,
@@ -98,6 +100,8 @@ class CLIPM2DF(lightning.LightningModule):
                 raise UserError(f"{option} is {value}; it must be positive")
         if not weight_decay >= 0:
             raise UserError(f"weight_decay is {weight_decay}; it must not be negative")
+        if not bank_memory >= 0:
+            raise UserError(f"bank_memory is {bank_memory}; it must not be negative")
         if not 0 <= text_fusion <= 1:
             raise UserError(f"text_fusion is {text_fusion}; it must be between 0 and 1")
         if warmup_steps < 0 or not 0 < warmup_start <= 1:
@@ -139,6 +143,7 @@ class CLIPM2DF(lightning.LightningModule):
         self.distill_weight = distill_weight
         self.class_weight = class_weight
         self.text_fusion = text_fusion
+        self.bank_memory = bank_memory
         self.save_hyperparameters(
             {
                 # The tower's name; its description, of megabytes, goes into checkpoints only, not into logs.
@@ -318,7 +323,7 @@ class CLIPM2DF(lightning.LightningModule):
             chosen = select_episodes(table.episodes, numbers)
             episodes = self.transfer_batch_to_device(chosen, self.device, 0)
             prompts = self.encode_prompts(chosen["class_names"])
-            return EpisodeBank(self.model.head, features, prompts, episodes)
+            return EpisodeBank(self.model.head, features, prompts, episodes, memory=self.bank_memory * 2**30)
 
     # ----------------------------------------------------------------------------------------- metrics
 
