@@ -107,15 +107,17 @@ def _align(costs: Tensor, smoothing: float) -> Tensor:
     With ``b = −a/λ`` the soft minimum is a log-sum-exp. Within a middle column no cell depends on the one above it in
     the same column, so a column is one ``logaddexp``; the two columns where it does are log-space cumulative sums.
     """
-    scores = costs / -smoothing
+    # Columns first, then rows, then pairs, so that each step works on what lies together.
+    scores = (costs.reshape(-1, *costs.shape[-2:]).permute(2, 1, 0) / -smoothing).contiguous()
     # First real column: B_i = w_i (2 + B_{i−1}), its left neighbours being the zeros of the padding; divided by the
     # running product of w this is a cumulative sum.
-    running = scores[..., 0].cumsum(-1)
-    entries = torch.cat((torch.zeros_like(running[..., :1]), math.log(2) - running[..., :-1]), -1)
-    column = running + entries.logcumsumexp(-1)
-    for j in range(1, scores.shape[-1]):
+    first, *others = scores.unbind(0)
+    running = first.cumsum(0)
+    entries = torch.cat((torch.zeros_like(running[:1]), math.log(2) - running[:-1]))
+    column = running + entries.logcumsumexp(0)
+    for score in others:
         # Row 0 has one predecessor. It is built apart: logaddexp(−inf, −inf) has no gradient.
-        reached = torch.cat((column[..., :1], torch.logaddexp(column[..., :-1], column[..., 1:])), -1)
-        column = scores[..., j] + reached
+        column = score + torch.cat((column[:1], torch.logaddexp(column[:-1], column[1:])))
     # Last padded column, cost 0: C_i = C_{i−1} + A_{i−1} + A_i, of which the last row is wanted.
-    return -smoothing * torch.cat((column, column[..., :-1]), -1).logsumexp(-1)
+    distances: Tensor = -smoothing * torch.cat((column, column[:-1])).logsumexp(0)
+    return distances.view(costs.shape[:-2])
