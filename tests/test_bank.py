@@ -13,6 +13,7 @@ import torch
 
 from clip_m2df import CLIPM2DF, EpisodeDataModule, UserError
 from clip_m2df.evaluation.feature_store import FeatureStore
+from clip_m2df.nn.m2df import HeadOutput, M2DFHead
 from tests.data import clips
 
 SMALL: dict[str, Any] = {"n_way": 3, "n_query": 2, "frames": 2, "resize": 32, "size": 32, "num_workers": 0}
@@ -76,14 +77,19 @@ def test_the_numbers_are_those_of_the_direct_path(
     assert 0.2 < results["bank"]["test/accuracy"] < 1
 
 
-@pytest.mark.parametrize("devices", [2, 3])
-def test_any_number_of_ranks_gives_the_same_bits(many: Path, tiny_clip_dir: Path, tmp_path: Path, devices: int) -> None:
-    options = {"test_episodes": 131, "n_query_eval": 2}
+# With few episodes the ranks' own name other videos, and as many batches don't come to each.
+@pytest.mark.parametrize(("devices", "n_episodes"), [(2, 131), (3, 131), (2, 3), (3, 4)])
+def test_any_number_of_ranks_gives_the_same_bits(
+    many: Path, tiny_clip_dir: Path, tmp_path: Path, devices: int, n_episodes: int
+) -> None:
+    options: dict[str, Any] = {"test_episodes": n_episodes, "n_query_eval": 2, "store": str(tmp_path / "store")}
     (alone,) = trainer(tmp_path).test(make(tiny_clip_dir, class_weight=1.0), data(many, **options), verbose=False)
     together = trainer(tmp_path, devices=devices, strategy="ddp_fork", use_distributed_sampler=False)
     model = make(tiny_clip_dir, class_weight=1.0)
-    (shared,) = together.test(model, data(many, **options), verbose=False)
-    assert shared == alone
+    for folder in ("store", "another"):  # features that are there, and that are not
+        options["store"] = str(tmp_path / folder)
+        (shared,) = together.test(model, data(many, **options), verbose=False)
+        assert shared == alone
 
 
 class Watch(lightning.Callback):
@@ -132,6 +138,50 @@ def test_other_weights_are_encoded_anew(many: Path, tiny_clip_dir: Path, tmp_pat
     model.load_state_dict(weights)
     (second,) = run.test(model, source, verbose=False)
     assert first["test/loss/total"] != second["test/loss/total"]
+    # The tower's alone, and another precision.
+    tower = model.model.backbone.visual
+    tower.load_state_dict({name: w + 0.01 * torch.randn_like(w) for name, w in tower.state_dict().items()})
+    (third,) = run.test(model, source, verbose=False)
+    assert third["test/loss/total"] != second["test/loss/total"]
+    half = trainer(tmp_path, precision="bf16-mixed")
+    (kept,), (fresh,) = (half.test(model, one, verbose=False) for one in (source, data(many, test_episodes=20)))
+    assert kept == fresh
+
+
+class Contrary(M2DFHead):
+    """A head of a user's own, which changes what the stages make."""
+
+    def forward(self, *inputs: Any) -> HeadOutput:
+        output = super().forward(*inputs)
+        return output._replace(logits=-output.logits)
+
+
+def test_a_head_with_a_forward_of_its_own_is_asked_for_it(many: Path, tiny_clip_dir: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = CLIPM2DF(backbone=str(tiny_clip_dir), head=f"{__name__}.Contrary", head_options=HEAD)
+    results = [
+        trainer(tmp_path).test(model, data(many, test_episodes=60, evaluation=evaluation), verbose=False)[0]
+        for evaluation in ("direct", "bank")
+    ]
+    assert results[0]["test/accuracy"] == results[1]["test/accuracy"]
+    assert results[0]["test/loss/match"] == pytest.approx(results[1]["test/loss/match"], abs=1e-4)
+
+
+def test_features_on_disk_are_of_one_preprocessing_and_of_no_tower_that_learns(
+    many: Path, tiny_clip_dir: Path, tmp_path: Path
+) -> None:
+    model, options = make(tiny_clip_dir), {"test_episodes": 20, "store": str(tmp_path / "store")}
+    (first,) = trainer(tmp_path).test(model, data(many, **options), verbose=False)
+    model.model.backbone.mean += 0.3
+    (second,) = trainer(tmp_path).test(model, data(many, **options), verbose=False)
+    assert first["test/loss/total"] != second["test/loss/total"]
+    assert len(list((tmp_path / "store").iterdir())) == 2
+    options = {"val_episodes": 4, "validate_every": 1, "episodes_per_step": 1, "store": str(tmp_path / "fit")}
+    trainer(tmp_path, max_steps=2).fit(model, data(many, **options))
+    assert not (tmp_path / "fit").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"store .*file is no folder"):
+        data(many, store=str(tmp_path / "file"))
 
 
 def test_unusable_videos_end_it_or_are_replaced_as_by_the_direct_path(

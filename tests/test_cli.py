@@ -94,6 +94,7 @@ def test_validate_and_test_print_the_accuracy(
         assert f"{prefix}/interval" in said
         assert f"{prefix}/local_accuracy" in said
     assert "hardest classes" in said
+    assert (fitted / "val_classes.csv").read_text().count("val class") == 3
     classes = (fitted / "test_classes.csv").read_text().splitlines()
     assert classes[0] == "class,queries,correct,accuracy"
     assert [line.split(",")[0] for line in classes[1:]] == ["test class 0", "test class 1", "test class 2"]

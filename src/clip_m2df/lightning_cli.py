@@ -89,14 +89,22 @@ class RunConfig(SaveConfigCallback):
 
 
 class RunReport(lightning.Callback):
-    """Writes what a test says of the classes into the run's folder, and prints the hardest ones."""
+    """Writes what an evaluation says of the classes into the run's folder, and prints the hardest ones."""
 
     def on_test_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Write ``test_classes.csv`` and ``test_confusion.csv``."""
+        self._write("test", trainer, pl_module)
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Write ``val_classes.csv`` and ``val_confusion.csv`` where that is all there is to do."""
+        if trainer.state.fn == "validate":
+            self._write("val", trainer, pl_module)
+
+    def _write(self, split: str, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         confusion, data = pl_module.confusion, trainer.datamodule  # type: ignore[attr-defined]
         if trainer.is_global_zero and isinstance(confusion, torch.Tensor) and confusion.numel():
-            class_names = data.manifest.split("test").class_names
-            files = write_report(Path(trainer.default_root_dir), "test", class_names, confusion.cpu())
+            class_names = data.manifest.split(split).class_names
+            files = write_report(Path(trainer.default_root_dir), split, class_names, confusion.cpu())
             Console().print(hardest_classes(class_names, confusion.cpu()))
             print(f"all classes are in {' and '.join(map(str, files))}")
 

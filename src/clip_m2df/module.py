@@ -48,7 +48,7 @@ class CLIPM2DF(lightning.LightningModule):
         freeze_backbone: train the head alone.
         gradient_checkpointing: compute the tower's activations anew in the backward pass, to save memory.
         bank_memory: GiB that an evaluation may take for fused sequences; with less than all take, some are fused again.
-        compile: compile tower and head with ``torch.compile``: the first steps take long, the others less.
+        compile: compile tower and head with ``torch.compile`` for training: the first steps take long, the others less.
         freeze_batch_norm: keep the batch norm of a ResNet tower at its running statistics, in training too.
             Note: the published code does so until its first evaluation only, and changes its model half-way.
         lr: peak learning rate of Adam, for the head.
@@ -171,7 +171,6 @@ class CLIPM2DF(lightning.LightningModule):
         self._views: Tensor | None = None
         self._bank: EpisodeBank | None = None
         self._encoded: _Encoded | None = None
-        self.register_load_state_dict_post_hook(_forget_features)  # type: ignore[no-untyped-call]
         # ModuleDict refuses the name "train", a method of its own.
         self.metrics = nn.ModuleDict({f"{stage}_metrics": StageMetrics() for stage in ("train", "val", "test")})
 
@@ -269,6 +268,7 @@ class CLIPM2DF(lightning.LightningModule):
         """
         loader: Any = self.trainer.train_dataloader
         table = getattr(loader, "dataset", None)
+        self._views = None  # of a training that was broken off
         if not isinstance(table, VideoTable):
             return
         if not self.model.freeze_backbone:
@@ -285,8 +285,15 @@ class CLIPM2DF(lightning.LightningModule):
         """Let the features go."""
         self._views = None
 
+    def _tower_state(self) -> object:
+        """What features belong to: the tower's weights, where they are, and the precision."""
+        weights = self.model.backbone.visual.state_dict(keep_vars=True).values()
+        return str(self.trainer.precision), self.device, [(w.data_ptr(), w._version) for w in weights]
+
     def _encode(self, table: VideoTable, numbers: Sequence[int]) -> Tensor:
         trainer = self.trainer
+        # Those of a tower that learns are of use to nobody later.
+        keep = self.model.freeze_backbone or trainer.state.fn != "fit"
         with trainer.precision_plugin.forward_context():
             return encode_videos(
                 self.model,
@@ -295,6 +302,7 @@ class CLIPM2DF(lightning.LightningModule):
                 rank=trainer.global_rank,
                 world_size=trainer.world_size,
                 precision=str(trainer.precision),
+                keep=keep,
             )
 
     def on_validation_epoch_start(self) -> None:
@@ -312,12 +320,16 @@ class CLIPM2DF(lightning.LightningModule):
         table = getattr(loader, "dataset", None)
         if not isinstance(table, EpisodeTable):
             return None
-        numbers = table.episodes["numbers"][: int(batches[0]) * loader.batch_size * self.trainer.world_size]
+        most = torch.tensor(int(batches[0]), device=self.device)
+        if self.trainer.world_size > 1:  # ranks may have a batch more or less, and have to encode the same videos
+            torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+        numbers = table.episodes["numbers"][: int(most) * loader.batch_size * self.trainer.world_size]
         if self.trainer.sanity_checking:
             numbers = numbers[numbers % loader.batch_size < SANITY_EPISODES]
         # While the tower is frozen, its features stay what they are.
-        if not self.model.freeze_backbone or self._encoded is None or not self._encoded.of(table, numbers):
-            self._encoded = _Encoded(table, numbers, self._encode(table, numbers.tolist()))
+        state = self._tower_state()
+        if not self.model.freeze_backbone or self._encoded is None or not self._encoded.of(table, numbers, state):
+            self._encoded = _Encoded(table, numbers, state, self._encode(table, numbers.tolist()))
         with self.trainer.precision_plugin.forward_context():
             features = self._encoded.features
             chosen = select_episodes(table.episodes, numbers)
@@ -421,15 +433,11 @@ class _Encoded(NamedTuple):
 
     table: EpisodeTable
     numbers: Tensor
+    state: object
     features: Tensor
 
-    def of(self, table: EpisodeTable, numbers: Tensor) -> bool:
-        return self.table is table and self.numbers.equal(numbers)
-
-
-def _forget_features(module: CLIPM2DF, incompatible_keys: object) -> None:
-    """After loading: other weights, other features."""
-    module._encoded = None
+    def of(self, table: EpisodeTable, numbers: Tensor, state: object) -> bool:
+        return self.table is table and self.numbers.equal(numbers) and self.state == state
 
 
 def checkpoint_options(path: str | os.PathLike[str]) -> dict[str, Any]:

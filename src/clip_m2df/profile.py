@@ -34,12 +34,21 @@ class StepProfile(lightning.Callback):
         self._paused = 0.0
         self._seen = 0
         self._counter: Any = None
+        self._module_end: Any = None
         self._hooks: list[Any] = []
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """Watch the tower and the head."""
         for part, module in (("encoding", pl_module.model.backbone.visual), ("head", pl_module.model.head)):
             self._watch(part, module, pl_module)
+        # The module counts and logs after the callbacks: that is no waiting for data.
+        self._module_end = pl_module.on_train_batch_end
+
+        def then_wait(*args: Any) -> None:
+            self._module_end(*args)
+            self._since = _now(pl_module)
+
+        pl_module.on_train_batch_end = then_wait
         self._since = _now(pl_module)
 
     def on_train_batch_start(self, trainer: lightning.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -93,8 +102,10 @@ class StepProfile(lightning.Callback):
         """Print what was measured."""
         for hook in self._hooks:
             hook.remove()
-        if trainer.is_global_zero and self._seen > WARM_UP:
-            Console().print(self.table(pl_module))
+        pl_module.on_train_batch_end = self._module_end
+        if trainer.is_global_zero:
+            enough = self._seen > WARM_UP
+            Console().print(self.table(pl_module) if enough else f"no profile: it takes more than {WARM_UP} batches")
 
     def table(self, pl_module: Any) -> Table:
         """Seconds of each part over all measured batches, and the share of the device's peak."""
@@ -105,7 +116,8 @@ class StepProfile(lightning.Callback):
             table.add_row(part, f"{seconds:.2f}", f"{seconds / total:.1%}")
         table.add_row("all", f"{total:.2f}", "")
         if self.operations:
-            dtype = torch.get_autocast_dtype(pl_module.device.type) if _is_mixed(pl_module) else torch.float32
+            weights = next(pl_module.model.parameters()).dtype
+            dtype = torch.get_autocast_dtype(pl_module.device.type) if _is_mixed(pl_module) else weights
             achieved = self.operations * self.batches / total
             peak = measure_peak(pl_module.device, dtype)
             table.add_row(f"{achieved / 1e12:.3g} TFLOP/s of {peak / 1e12:.3g}", "", f"{achieved / peak:.1%}")

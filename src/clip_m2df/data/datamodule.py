@@ -147,6 +147,8 @@ class EpisodeDataModule(lightning.LightningDataModule):
             raise UserError(f"stuck_after is {stuck_after}; it must be positive")
         if max_unusable is not None and not 0 <= max_unusable <= 1:
             raise UserError(f"max_unusable is {max_unusable}, a share; it must be between 0 and 1")
+        if store is not None and os.path.exists(store) and not os.path.isdir(store):
+            raise UserError(f"store {store} is no folder; name one, which is made if need be")
         if evaluation not in get_args(Evaluation):
             raise UserError(f"evaluation is {evaluation!r}; it can be {', '.join(get_args(Evaluation))}")
         if decoder not in get_args(Decoder):

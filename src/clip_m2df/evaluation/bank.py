@@ -21,14 +21,12 @@ from clip_m2df.nn.views import FusedSequence
 # How many go through at once.
 VIDEOS, PAIRS, EPISODES = 256, 64, 256
 
-STAGES = ("prompt_scores", "prompt_probabilities", "select", "fuse", "prototype", "match", "conclude")
-
 
 class EpisodeBank:
     """All that is needed to play episodes, with what they share computed once.
 
     Args:
-        head: in eval mode. One without the stages of :class:`M2DFHead` is called whole on the features.
+        head: in eval mode. One whose ``forward`` is not that of :class:`M2DFHead` is called whole on the features.
         features: ``(videos, frames, dim)``.
         prompt_table: ``(n_classes, dim)``.
         episodes: all that will be played, their numbers rising, on the device of the features.
@@ -42,7 +40,8 @@ class EpisodeBank:
         self.features = features
         self.prompt_table = prompt_table
         self.episodes = episodes
-        self.staged = all(hasattr(head, stage) for stage in STAGES)
+        # Whoever changes forward means something else than its stages.
+        self.staged = getattr(type(head), "forward", None) is M2DFHead.forward
         self._fused: dict[str, FusedSequence] = {}
         if self.staged:
             self._choose_prompts()

@@ -67,8 +67,11 @@ class FeatureStore:
             "videos": json.dumps(list(features)),
             "sha256": hashlib.sha256(_bytes(rows)).hexdigest(),
         }
-        with whole_file(self.path) as draft:
-            save_file({"features": rows}, draft, metadata)
+        try:
+            with whole_file(self.path) as draft:
+                save_file({"features": rows}, draft, metadata)
+        except (OSError, SafetensorError) as error:  # the evaluation itself is worth more
+            warnings.warn(f"the features can't be kept in {self.path}: {error}", stacklevel=2)
 
 
 def _bytes(tensor: Tensor) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -37,7 +38,14 @@ def encode_clips(model: M2DF, clips: Iterable[Tensor]) -> Tensor:
 
 
 def encode_videos(
-    model: M2DF, table: VideoTable, numbers: Sequence[int], *, rank: int = 0, world_size: int = 1, precision: str = ""
+    model: M2DF,
+    table: VideoTable,
+    numbers: Sequence[int],
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    precision: str = "",
+    keep: bool = True,
 ) -> Tensor:
     """Features of the videos that episodes name, each read and encoded once, by one of the ranks.
 
@@ -52,13 +60,18 @@ def encode_videos(
         rank: of this process.
         world_size: number of processes.
         precision: the trainer's, which tells features on disk apart.
+        keep: whether to use the table's folder for features.
 
     Returns:
         ``(videos, frames, dim)`` in the order of the table's videos, on the model's device; zero where no episode
         names the video.
     """
-    store = FeatureStore(table.store, model.backbone.visual, f"{table.reading}, {precision}") if table.store else None
-    kept = store.read() if store else {}
+    store = _open_store(model, table, precision) if table.store and keep else None
+    kept = store.read() if store and rank == 0 else {}
+    if store and world_size > 1:  # one word for all: each has to miss the same
+        box = [kept]
+        torch.distributed.broadcast_object_list(box, src=0)
+        (kept,) = box
     encoded: dict[int, Tensor] = {}
     fresh: dict[str, Tensor] = {}
     while places := [place for place in table.named(numbers) if place not in encoded]:
@@ -76,6 +89,13 @@ def encode_videos(
     for place, feature in encoded.items():
         features[place] = feature.to(model.device)
     return features
+
+
+def _open_store(model: M2DF, table: VideoTable, precision: str) -> FeatureStore:
+    tower = model.backbone
+    preprocessing = [tower.visual_config, tower.mean.flatten().tolist(), tower.std.flatten().tolist()]
+    how = json.dumps([table.reading, precision, preprocessing], sort_keys=True, default=str)
+    return FeatureStore(str(table.store), tower.visual, how)
 
 
 def _encode(
