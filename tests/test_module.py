@@ -258,6 +258,27 @@ def test_gradient_checkpointing_is_of_a_run_and_not_of_its_checkpoint(tiny_clip_
         torch.testing.assert_close(ours, theirs, msg=name)
 
 
+def test_a_clip_that_episodes_share_is_encoded_once_with_the_gradients_of_both(tiny_clip_dir: Path) -> None:
+    batch = make_episodes(2)
+    batch["query"][1, 3] = batch["support"][0, 2, 0]
+    same = torch.arange(18).view(2, 9)
+    same[1, 3 + 3] = 2
+    losses, gradients, frames = [], [], []
+    for shared in (False, True):
+        model = make(tiny_clip_dir, head_options={"train_selection": "argmax"})
+        model.model.backbone.visual.register_forward_hook(lambda _, inputs, __: frames.append(len(inputs[0])))
+        # Trainer and metrics aside: the loss of the batch.
+        loss = model.training_step(Episode(**{**batch, "same": same}) if shared else batch, 0)
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append([p.grad for p in model.model.backbone.visual.parameters()])
+    assert sum(frames[:-1]) == 18 * 4
+    assert frames[-1] == 17 * 4
+    torch.testing.assert_close(losses[0], losses[1])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 def test_checkpoints_of_something_else_are_refused(tiny_clip_dir: Path, tmp_path: Path) -> None:
     _, path = fitted_checkpoint(tiny_clip_dir, tmp_path)
     with pytest.raises(UserError, match=r"checkpoint .*none.ckpt: no such file"):

@@ -43,6 +43,8 @@ class Episode(TypedDict):
         class_names: what the prompts say, one text a class of the split, in the order of its class table.
         draws: float32 ``(episodes, n_queries)``, uniforms in [0, 1) by which PPS samples (:func:`episode_draws`).
         replaced: int64 ``(episodes)``, how many videos were unusable and had others put in their places; for the log.
+        same: int64 ``(episodes, n_way · n_shot + n_queries)``, for each clip of the batch, the support before the query
+            in each episode, the place of the first that has the same frames: those need encoding once.
     """
 
     support: torch.Tensor
@@ -52,6 +54,7 @@ class Episode(TypedDict):
     class_names: list[str]
     draws: torch.Tensor
     replaced: NotRequired[torch.Tensor]
+    same: NotRequired[torch.Tensor]
 
 
 class IndexedEpisode(TypedDict):
@@ -134,7 +137,7 @@ class EpisodeTable(VideoTable, Protocol):
     episodes: IndexedEpisode
 
 
-def episode_generator(seed: int, stage: str, episode: int, stream: str) -> np.random.Generator:
+def episode_generator(seed: int, stage: str, episode: int, stream: str, part: int = 0) -> np.random.Generator:
     """The generator of one kind of draw for one episode.
 
     A pure function of its arguments, so that an episode is the same whatever the number of workers and ranks.
@@ -144,8 +147,9 @@ def episode_generator(seed: int, stage: str, episode: int, stream: str) -> np.ra
         stage: ``train``, ``val`` or ``test``.
         episode: the episode's number, from 0.
         stream: what is drawn, a key of ``STREAMS``.
+        part: which of several such draws.
     """
-    return np.random.default_rng([seed, STAGES[stage], episode, STREAMS[stream]])
+    return np.random.default_rng([seed, STAGES[stage], episode, STREAMS[stream], *([part] if part else [])])
 
 
 def episode_draws(seed: int, stage: str, episode: int, n_queries: int) -> torch.Tensor:

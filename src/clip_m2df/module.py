@@ -234,7 +234,15 @@ class CLIPM2DF(lightning.LightningModule):
         return loss
 
     def _features(self, batch: Episode) -> tuple[Tensor, Tensor]:
-        return self.model.encode_frames(batch["support"]), self.model.encode_frames(batch["query"])
+        if "same" not in batch:
+            return self.model.encode_frames(batch["support"]), self.model.encode_frames(batch["query"])
+        # A video that several episodes of the batch have in common goes through the tower once.
+        support, query = batch["support"], batch["query"]
+        clips = torch.cat((support.flatten(1, 2), query), 1).flatten(0, 1)
+        chosen, places = batch["same"].flatten().unique(return_inverse=True)
+        features = self.model.encode_frames(clips[chosen])[places].unflatten(0, batch["same"].shape)
+        n_support = support.shape[1] * support.shape[2]
+        return features[:, :n_support].unflatten(1, support.shape[1:3]), features[:, n_support:]
 
     def _head(self, support: Tensor, query: Tensor, prompts: Tensor, batch: Episode | IndexedEpisode) -> HeadOutput:
         output: HeadOutput = self.model.head(support, query, prompts, batch.get("draws"))

@@ -149,3 +149,37 @@ def test_a_short_video_is_repeated_evenly(tmp_path: Path) -> None:
 def test_a_split_that_cannot_supply_episodes_is_refused(train: Split) -> None:
     with pytest.raises(UserError, match="too few"):
         EpisodeDataset(train, EpisodeShape(5, 1, 1), READER, seed=0, augment=True)
+
+
+class Counting(ClipReader):
+    """Notes what it reads."""
+
+    def read(self, path: str, uniforms: torch.Tensor | None = None) -> tuple[torch.Tensor, int]:
+        READ.append(path)
+        return super().read(path, uniforms)
+
+
+READ: list[str] = []
+
+
+def test_in_a_step_a_video_looks_the_same_and_is_read_once(train: Split) -> None:
+    reader = Counting(frames=4, resize=24, size=16)
+    episodes = EpisodeDataset(train, EpisodeShape(3, 1, 2), reader, seed=0, augment=True, step=4)
+    READ.clear()
+    steps = [collate_episodes(episodes.__getitems__(range(start, start + 4))) for start in (0, 4)]
+    looks: list[dict[str, torch.Tensor]] = []
+    for number, batch in enumerate(steps):
+        clips = torch.cat((batch["support"].flatten(1, 2), batch["query"]), 1).flatten(0, 1)
+        same = batch["same"].flatten()
+        assert clips.equal(clips[same])
+        assert same.le(torch.arange(36)).all()
+        paths = [path for _, path in batch["clips"]]
+        assert len(same.unique()) == len(set(paths)) < 36
+        looks.append({path: clips[k] for k, path in enumerate(paths)})
+        # One by one they are what they are together.
+        alone = collate_episodes([episodes[4 * number + k] for k in range(4)])
+        assert alone["support"].equal(batch["support"])
+        assert alone["query"].equal(batch["query"])
+    assert len(READ) == sum(len(look) for look in looks) + 2 * 36
+    again = looks[0].keys() & looks[1].keys()
+    assert sum(not looks[0][path].equal(looks[1][path]) for path in again) > len(again) / 2

@@ -343,6 +343,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
             augment=train,
             replace=limit > 0,
             plans=self._plans(split) if name == "test" else None,
+            step=self.episodes_per_step,
         )
         self._datasets[name] = dataset
         self._unusable[name] = UnusableVideos(split, limit)

@@ -2,7 +2,8 @@
 
 Episodes are *addressable*: episode i is a pure function of (seed, stage, i), whatever the number of workers, ranks and
 restarts. Numbers are dealt to ranks by :class:`EpisodeSampler`; everything random in an episode is drawn from its own
-number.
+number, but for what its videos look like in training: that is drawn from the number of its optimiser step, in which a
+video needs reading and encoding once, however many episodes have it.
 """
 
 from __future__ import annotations
@@ -144,10 +145,12 @@ class ReadEpisode(Episode):
     Attributes:
         unusable: videos that can't be read, each with the reason; stand-ins took their places.
         short: videos with fewer frames than wanted, and their number.
+        clips: what tells each clip, of the support and then of the query: the same for the same frames.
     """
 
     unusable: dict[str, str]
     short: dict[str, int]
+    clips: list[tuple[int, str]]
 
 
 class EpisodeDataset(Dataset[ReadEpisode]):
@@ -161,6 +164,7 @@ class EpisodeDataset(Dataset[ReadEpisode]):
         augment: random frames, crops and flips (training), or the middle frames and centre crop.
         replace: put another video of the class in the place of one that can't be read, or raise its ``VideoError``.
         plans: the videos of each episode, where they are not to be drawn.
+        step: episodes of an optimiser step, in which a video always looks the same.
 
     Attributes:
         reading: called with the path of each video before it is read, and with an empty one after it.
@@ -176,6 +180,7 @@ class EpisodeDataset(Dataset[ReadEpisode]):
         augment: bool,
         replace: bool = False,
         plans: Sequence[EpisodePlan] | None = None,
+        step: int = 1,
     ) -> None:
         if plans is None:
             shape.check(split)
@@ -186,6 +191,8 @@ class EpisodeDataset(Dataset[ReadEpisode]):
         self.augment = augment
         self.replace = replace
         self.plans = plans
+        self.step = step
+        self._place = {video.path: place for place, video in enumerate(itertools.chain(*split.videos))}
         self.reading: Callable[[str], object] = str
 
     def plan(self, episode: int) -> EpisodePlan:
@@ -201,14 +208,18 @@ class EpisodeDataset(Dataset[ReadEpisode]):
             VideoError: a video can't be read, and is not to be replaced.
             UserError: all videos of a class that could replace one can't be read either.
         """
+        return self.__getitems__([episode])[0]
+
+    def __getitems__(self, episodes: Sequence[int]) -> list[ReadEpisode]:
+        """Several episodes; a clip that they share is read once."""
+        seen: dict[tuple[int, str], tuple[Tensor, int] | VideoError] = {}
+        return [self._episode(episode, seen) for episode in episodes]
+
+    def _episode(self, episode: int, seen: dict[tuple[int, str], tuple[Tensor, int] | VideoError]) -> ReadEpisode:
         plan = self.plan(episode)
         n_support = sum(map(len, plan.support))
         labels = [label for label, row in enumerate(plan.query) for _ in row]
-        uniforms: Sequence[Tensor | None] = [None] * (n_support + len(labels))
-        if self.augment:
-            rng = episode_generator(self.seed, self.split.name, episode, "augmentation")
-            uniforms = list(torch.from_numpy(rng.random((len(uniforms), self.reader.frames + 3))))
-        clips, unusable, short = self._read(plan, episode, uniforms)
+        clips, keys, unusable, short = self._read(plan, episode, seen)
         return ReadEpisode(
             support=clips[:n_support].unflatten(0, (1, len(plan.classes), -1)),
             query=clips[n_support:].unsqueeze(0),
@@ -219,36 +230,52 @@ class EpisodeDataset(Dataset[ReadEpisode]):
             replaced=torch.tensor([len(unusable)]),
             unusable=unusable,
             short=short,
+            clips=keys,
         )
 
     def _read(
-        self, plan: EpisodePlan, episode: int, uniforms: Sequence[Tensor | None]
-    ) -> tuple[Tensor, dict[str, str], dict[str, int]]:
+        self, plan: EpisodePlan, episode: int, seen: dict[tuple[int, str], tuple[Tensor, int] | VideoError]
+    ) -> tuple[Tensor, list[tuple[int, str]], dict[str, str], dict[str, int]]:
         """The clips of the support and of the query, one after another, and what there is to say about them."""
         roles = (plan.support, plan.query)
         planned = [(c, video) for rows in roles for c, row in zip(plan.classes, rows, strict=True) for video in row]
         taken = {video.path for _, video in planned}
-        clips, unusable, short = [], {}, {}
-        for (c, video), draws in zip(planned, uniforms, strict=True):
+        clips, keys, unusable, short = [], [], {}, {}
+        for c, video in planned:
             for candidate in itertools.chain([video], self._stand_ins(episode, c, taken)):
                 taken.add(candidate.path)
-                self.reading(candidate.path)
-                try:
-                    clip, length = self.reader.read(candidate.path, draws)
-                except VideoError as error:
+                key = (episode // self.step if self.augment else 0, candidate.path)
+                if key not in seen:
+                    seen[key] = self._clip(*key)
+                found = seen[key]
+                if isinstance(found, VideoError):
                     if not self.replace:
-                        raise
-                    unusable[candidate.path] = str(error)
+                        raise found
+                    unusable[candidate.path] = str(found)
                     continue
-                finally:
-                    self.reading("")
+                clip, length = found
                 clips.append(clip)
+                keys.append(key)
                 if length < self.reader.frames:
                     short[candidate.path] = length
                 break
             else:
                 raise self._too_few(video, unusable)
-        return torch.stack(clips), unusable, short
+        return torch.stack(clips), keys, unusable, short
+
+    def _clip(self, step: int, path: str) -> tuple[Tensor, int] | VideoError:
+        """A video as it looks in an optimiser step, and its number of frames; or why it can't be read."""
+        uniforms = None
+        if self.augment:
+            rng = episode_generator(self.seed, self.split.name, step, "augmentation", self._place[path])
+            uniforms = torch.from_numpy(rng.random(self.reader.frames + 3))
+        self.reading(path)
+        try:
+            return self.reader.read(path, uniforms)
+        except VideoError as error:
+            return error
+        finally:
+            self.reading("")
 
     def replan(self, episode: int, plan: EpisodePlan, unusable: Collection[str]) -> tuple[EpisodePlan, int]:
         """Put stand-ins in the places of videos that are known to be unusable: those that reading would choose.
@@ -299,6 +326,10 @@ def collate_episodes(episodes: Sequence[ReadEpisode]) -> ReadEpisode:
     joined = episodes[0].copy()
     for key in ("support", "query", "query_labels", "class_indices", "draws", "replaced"):
         joined[key] = torch.cat([episode[key] for episode in episodes])
+    keys = [key for episode in episodes for key in episode["clips"]]
+    first = {key: place for place, key in reversed(list(enumerate(keys)))}
+    joined["same"] = torch.tensor([first[key] for key in keys]).view(len(episodes), -1)
+    joined["clips"] = keys
     for episode in episodes:
         joined["unusable"] = joined["unusable"] | episode["unusable"]
         joined["short"] = joined["short"] | episode["short"]

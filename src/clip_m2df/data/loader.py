@@ -128,6 +128,7 @@ class UnusableVideos:
             UserError: see ``add``.
         """
         unusable, short = batch.pop("unusable"), batch.pop("short")  # type: ignore[misc]
+        del batch["clips"]  # type: ignore[misc]
         self.say_short(short)
         self.add(unusable)
         return batch
