@@ -194,7 +194,7 @@ def time_data(setting: Setting) -> Case:
         manifest = many_videos(folder, setting.n_shot + setting.n_query)
         with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
             # An odd multiple of the frames, as evaluation wants it.
-            options = {"short_side": 256, "frames": 3 * setting.frames, "workers": workers}
+            options: dict[str, Any] = {"short_side": 256, "frames": 3 * setting.frames, "workers": workers}
             cache_frames(manifest=manifest, output=folder / "cache", timeout=60, **options)
         waits = {}
         for cache in (str(folder / "cache"), None):

@@ -1,6 +1,7 @@
 """The shipped configs: parsed by the real command line, whole, and alike where they should be."""
 
 import itertools
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -146,10 +147,11 @@ def test_head_comments_say_how_what_and_what_is_known(name: str) -> None:
     text = find_config(name).read_text(encoding="utf-8")
     head = text[: text.index("seed_everything")]
     data_set = name.partition("_5way")[0]
+    prepared = re.search(rf"clip-m2df prepare {data_set} --root (\w+)", head)
+    assert prepared
     for words in (
-        f"clip-m2df prepare {data_set} --root",
-        f"clip-m2df fit --config {name}\n",
-        f"clip-m2df test --config {name} --ckpt_path best\n",
+        f"clip-m2df fit --config {name} --data.root {prepared[1]}\n",
+        f"clip-m2df test --config {name} --data.root {prepared[1]} --ckpt_path best\n",
         "classes in train / val / test",
         "TS-FSAR",
         "CLIP-M²DF: not measured here yet",

@@ -277,12 +277,12 @@ def test_from_files_on_disk_to_a_test_accuracy(
     # prepare, with the lists of each form
     written: list[list[tuple[str, str]]] = []
     for lists in tree.lists.values():
-        output, report = tmp_path / f"manifest{len(written)}.csv", tmp_path / "missing.csv"
+        output, report = tmp_path / "manifests" / f"{len(written)}.csv", tmp_path / "missing.csv"
         args = ["prepare", name, f"--root={tree.root}", f"--lists={lists}", f"--output={output}", f"--report={report}"]
         if tree.annotations:
             args += ["--annotations", *map(str, tree.annotations)]
         assert main(args) == (1 if tree.missing else 0), capsys.readouterr()
-        manifest = Manifest.read(output)
+        manifest = Manifest.read(output, tree.root)
         counts = {split: len(manifest.split(split).class_names) for split in VIDEOS}
         assert counts == {"train": 5, "val": 5, "test": 5}
         assert len(manifest.videos) == 5 * (10 + 6 + 6) - len(tree.missing)
@@ -291,21 +291,23 @@ def test_from_files_on_disk_to_a_test_accuracy(
         assert all(same_name(row["entry"], tree.missing) for row in missing)
         written.append(sorted((video.path, video.split) for video in manifest.videos))
     assert all(videos == written[0] for videos in written)
-    manifest = Manifest.read(tmp_path / "manifest0.csv")
+    manifest = Manifest.read(tmp_path / "manifests" / "0.csv", tree.root)
     assert {v.label for v in manifest.videos} == {label for labels in tree.classes.values() for label in labels}
     texts = {video.label: video.text for video in manifest.videos}
     assert tree.texts.items() <= texts.items()
 
     # check, and a manifest without what is broken
-    fixed = tmp_path / "fixed.csv"
-    args = ["check", f"--manifest={tmp_path / 'manifest0.csv'}", f"--fix={fixed}", "--workers=1", "--frames=2"]
-    assert main(args) == (1 if tree.broken else 0)
-    table = rows(tmp_path / "manifest0.check.csv")
+    fixed = tmp_path / "manifests" / "fixed.csv"
+    args = ["check", f"--manifest={tmp_path / 'manifests' / '0.csv'}", f"--fix={fixed}", "--workers=1", "--frames=2"]
+    assert main(args) == 2
+    assert f"--data.root {tree.root} (clip-m2df check and cache: --root)" in capsys.readouterr().err
+    assert main([*args, f"--root={tree.root}"]) == (1 if tree.broken else 0)
+    table = rows(tmp_path / "manifests" / "0.check.csv")
     assert len(table) == len(manifest.videos)
     unusable = [row["path"] for row in table if row["status"] == "unusable"]
     assert len(unusable) == len(tree.broken)
     assert all(same_name(path, tree.broken) for path in unusable)
-    assert len(Manifest.read(fixed).videos) == len(manifest.videos) - len(tree.broken)
+    assert len(Manifest.read(fixed, tree.root).videos) == len(manifest.videos) - len(tree.broken)
 
     # fit and test
     run = [
@@ -315,6 +317,7 @@ def test_from_files_on_disk_to_a_test_accuracy(
         "--model.head_options.hidden_dim=32",
         "--model.head_options.heads=4",
         f"--data.manifest={fixed}",
+        f"--data.root={tree.root}",
         "--data.frames=2",
         "--data.resize=32",
         "--data.size=32",
@@ -331,7 +334,7 @@ def test_from_files_on_disk_to_a_test_accuracy(
     if name == "ucf101":
         folder = tmp_path / "cache"
         sizes = ["--short_side=32", "--frames=6", "--workers=1"]
-        assert main(["cache", f"--manifest={fixed}", f"--output={folder}", *sizes]) == 0
+        assert main(["cache", f"--manifest={fixed}", f"--root={tree.root}", f"--output={folder}", *sizes]) == 0
         run.append(f"--data.cache={folder}")
     assert main(["fit", *run, "--trainer.fast_dev_run=true"]) == 0
     assert not list((tmp_path / "run").rglob("*.ckpt"))

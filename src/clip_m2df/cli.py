@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from clip_m2df import __version__
-from clip_m2df.errors import UserError
+from clip_m2df.errors import Stopped, UserError
 from clip_m2df.shipped import find_config, shipped_configs
 
 DATA_SETS = ("kinetics100", "ssv2", "ssv2_small", "hmdb51", "ucf101", "folder")
@@ -35,7 +35,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0; 1 where ``prepare`` or ``check`` found something wanting; 2 after an error that a person can
-        mend, printed as a plain line.
+        mend, printed as a plain line; 128 and its number after a signal.
     """
     args = list(sys.argv[1:] if args is None else args)
     show_traceback = "--traceback" in args
@@ -52,6 +52,10 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         print(f"clip-m2df: error: {error}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        if not stopped.rank:
+            print(f"clip-m2df: {stopped}", file=sys.stderr)
+        return stopped.status
     except KeyboardInterrupt:
         print("clip-m2df: interrupted", file=sys.stderr)
         return 130
@@ -161,7 +165,7 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_check(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--manifest", type=Path, required=True, help="a CSV with the columns path, label and split")
+    _add_manifest(parser)
     parser.add_argument("--output", type=Path, help="the table, a CSV (beside the manifest, NAME.check.csv)")
     parser.add_argument("--fix", type=Path, help="write a manifest without the unusable videos")
     parser.add_argument("--frames", type=int, default=8, help="frames a video at evaluation (%(default)s)")
@@ -169,7 +173,7 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_cache(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--manifest", type=Path, required=True, help="a CSV with the columns path, label and split")
+    _add_manifest(parser)
     parser.add_argument("--output", type=Path, required=True, help="folder of the cache, for --data.cache")
     parser.add_argument("--short_side", type=int, default=256, help="of the kept frames, in pixels (%(default)s)")
     parser.add_argument(
@@ -179,6 +183,11 @@ def _add_cache(parser: argparse.ArgumentParser) -> None:
         help="kept of each video; an odd multiple of T keeps evaluation's own (%(default)s)",
     )
     _add_workers(parser)
+
+
+def _add_manifest(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--manifest", type=Path, required=True, help="a CSV with the columns path, label and split")
+    parser.add_argument("--root", type=Path, help="a folder outside the manifest's own in which its videos may lie too")
 
 
 def _add_workers(parser: argparse.ArgumentParser) -> None:

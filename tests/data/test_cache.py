@@ -344,7 +344,7 @@ def test_a_cache_travels_without_its_videos(videos: Path, tmp_path: Path, capsys
 
 
 def test_videos_elsewhere_have_absolute_paths(tiny: Path, tmp_path: Path, no_processes: None) -> None:
-    cache = make(write_manifest(tmp_path, [str(tiny / "0.mp4")]))
+    cache = make(write_manifest(tmp_path, [str(tiny / "0.mp4")]), root=tiny)
     assert numbers(read(cache, tiny / "0.mp4")) == list(range(10))
 
 
@@ -495,6 +495,7 @@ def test_damaged_frames_are_named(videos: Path, tmp_path: Path) -> None:
 def test_any_damage_ends_in_an_error_or_in_the_right_frames(tiny: Path, tmp_path: Path, no_processes: None) -> None:
     cache_frames(
         manifest=write_manifest(tmp_path, [str(tiny / "0.mp4"), str(tiny / "1.mp4")]),
+        root=tiny,
         output=tmp_path / "cache",
         short_side=24,
         frames=3,

@@ -373,7 +373,7 @@ def test_the_manifest_without_the_unusable_keeps_the_rest(
     )
     fix = tmp_path / "fixed" / "manifest.csv"
     assert run(manifest, fix=fix, output=tmp_path / "t.csv") == 1
-    (video,) = Manifest.read(fix).videos
+    (video,) = Manifest.read(fix, tmp_path).videos
     assert video == Manifest.read(manifest, check_files=False).videos[0]
     printed = capsys.readouterr().out
     assert f"{fix} leaves out 2 of 3 videos" in printed

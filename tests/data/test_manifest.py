@@ -52,7 +52,7 @@ def manifest_of(counts: dict[str, int], split: str = "train") -> Manifest:
 
 
 def test_a_manifest_is_read(tmp_path: Path) -> None:
-    manifest = Manifest.read(save(tmp_path, VALID), check_files=False)
+    manifest = Manifest.read(save(tmp_path, VALID), "/data", check_files=False)
     assert list(manifest.splits) == ["train", "val", "test"]
     train = manifest.split("train")
     assert train.name == "train"
@@ -81,8 +81,8 @@ def test_a_manifest_is_read(tmp_path: Path) -> None:
     ids=["BOM", "CRLF", "blank lines", "no last line end", "spaces"],
 )
 def test_what_programs_make_of_a_csv_changes_nothing(tmp_path: Path, text: str) -> None:
-    plain = Manifest.read(save(tmp_path, VALID), check_files=False)
-    assert Manifest.read(save(tmp_path, text), check_files=False).videos == plain.videos
+    plain = Manifest.read(save(tmp_path, VALID), "/data", check_files=False)
+    assert Manifest.read(save(tmp_path, text), "/data", check_files=False).videos == plain.videos
 
 
 def test_columns_in_any_order_and_a_relative_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,9 +100,61 @@ def test_files_and_folders_of_images_are_found(tmp_path: Path) -> None:
 
 
 def test_videos_can_be_sent_to_workers_and_compared(tmp_path: Path) -> None:
-    manifest = Manifest.read(save(tmp_path, VALID), check_files=False)
+    manifest = Manifest.read(save(tmp_path, VALID), "/data", check_files=False)
     assert pickle.loads(pickle.dumps(manifest)).videos == copy.deepcopy(manifest).videos == manifest.videos
     assert len(set(manifest.videos)) == 7
+
+
+# Where videos may lie
+
+
+@pytest.mark.parametrize("outside", ["/data/b/x.mp4", "../b/x.mp4", "a/../../b/x.mp4", "{folder}-else/x.mp4", ".."])
+def test_videos_outside_its_folder_are_refused(tmp_path: Path, outside: str) -> None:
+    outside = outside.format(folder=tmp_path)
+    path = os.path.normpath(tmp_path / outside)
+    message = refusal(
+        tmp_path, rows("a.mp4,run,train", f"{outside},run,train", "sub/../b.mp4,run,val".replace("run", "hug"))
+    )
+    assert (
+        f"1 of the 3 videos in the manifest {tmp_path / 'manifest.csv'} lie outside {tmp_path}, the first is {path}: "
+        in message
+    )
+    assert f"allow it with --data.root {os.path.dirname(path)} (clip-m2df check and cache: --root)" in message
+
+
+def test_the_remedy_names_the_folder_of_all_that_lie_outside(tmp_path: Path) -> None:
+    path = save(tmp_path, rows("/my data/x/1.mp4,run,train", "/my data/y/z/2.mp4,run,train", "3.mp4,run,train"))
+    with pytest.raises(
+        UserError, match=r"2 of the 3 videos .* the first is /my data/x/1\.mp4: .*--data\.root '/my data' "
+    ):
+        Manifest.read(path, check_files=False)
+    with pytest.raises(
+        UserError, match=r"1 of the 3 .* lie outside .* and /my data/x, the first is /my data/y/z/2\.mp4"
+    ):
+        Manifest.read(path, "/my data/x", check_files=False)
+    videos = Manifest.read(path, "/my data", check_files=False).videos
+    assert [video.path for video in videos] == ["/my data/x/1.mp4", "/my data/y/z/2.mp4", str(tmp_path / "3.mp4")]
+
+
+def test_the_other_folder_may_be_relative_or_the_whole_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lists").mkdir()
+    path = save(tmp_path / "lists", rows("../videos/1.mp4,run,train", ".,run,train"))
+    monkeypatch.chdir(tmp_path)
+    for root in ("videos", "videos/", ".", "/", tmp_path / "lists" / ".." / "videos"):
+        first, second = Manifest.read(path, root, check_files=False).videos
+        assert first.path == str(tmp_path / "videos" / "1.mp4")
+        assert second.path == str(tmp_path / "lists")  # a folder of images, with its list among them
+    with pytest.raises(UserError, match="lie outside"):
+        Manifest.read(path, "videos/1.mp", check_files=False)
+
+
+def test_a_link_that_was_made_in_its_folder_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a.mp4").touch()
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "videos").symlink_to(tmp_path / "elsewhere")
+    (video,) = Manifest.read(save(tmp_path / "here", rows("videos/a.mp4,run,train"))).videos
+    assert video.path == str(tmp_path / "here" / "videos" / "a.mp4")
 
 
 # Refusing
@@ -240,7 +292,7 @@ def test_any_damage_ends_in_a_manifest_or_in_a_user_error(tmp_path: Path) -> Non
             data[start : start + rng.choice([0, 0, 1, 1, 5, 60])] = rng.choice([b"", rng.randbytes(1), *scraps])
         path = save(tmp_path, bytes(data))
         try:
-            manifest = Manifest.read(path, check_files=False)
+            manifest = Manifest.read(path, "/", check_files=False)
         except UserError:
             outcomes["refused"] += 1
             continue
@@ -255,7 +307,7 @@ def test_any_damage_ends_in_a_manifest_or_in_a_user_error(tmp_path: Path) -> Non
             assert video.label.replace('"', "") in line.replace('"', "")
         assert sum(len(videos) for split in manifest.splits.values() for videos in split.videos) == len(lines) - 1
         manifest.write(path)
-        assert Manifest.read(path, check_files=False).digest == manifest.digest
+        assert Manifest.read(path, "/", check_files=False).digest == manifest.digest
     assert min(outcomes.values()) > 300
 
 
@@ -277,7 +329,7 @@ def test_a_split_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_summary(tmp_path: Path) -> None:
-    assert Manifest.read(save(tmp_path, VALID), check_files=False).summary().splitlines() == [
+    assert Manifest.read(save(tmp_path, VALID), "/data", check_files=False).summary().splitlines() == [
         "split  classes   videos",
         "train        2        3",
         "val          1        2",
@@ -290,7 +342,7 @@ def test_summary(tmp_path: Path) -> None:
 
 def test_the_digest_tells_what_decides_the_episodes(tmp_path: Path) -> None:
     def digest(text: str) -> str:
-        return Manifest.read(save(tmp_path, text), check_files=False).digest
+        return Manifest.read(save(tmp_path, text), "/data", check_files=False).digest
 
     assert len(digest(VALID)) == 64
     lines = VALID.splitlines()
@@ -315,7 +367,7 @@ def test_the_digest_is_kept_when_the_data_set_moves(tmp_path: Path) -> None:
     digests = set()
     for name in ("here", "there"):
         (tmp_path / name).mkdir()
-        digests.add(Manifest.read(save(tmp_path / name, VALID), check_files=False).digest)
+        digests.add(Manifest.read(save(tmp_path / name, VALID), "/data", check_files=False).digest)
     assert len(digests) == 1
 
 
@@ -323,11 +375,11 @@ def test_the_digest_is_kept_when_the_data_set_moves(tmp_path: Path) -> None:
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
-    manifest = Manifest.read(save(tmp_path, VALID), check_files=False)
+    manifest = Manifest.read(save(tmp_path, VALID), "/data", check_files=False)
     for folder in (tmp_path, tmp_path / "elsewhere"):
         folder.mkdir(exist_ok=True)
         manifest.write(folder / "copy.csv")
-        assert Manifest.read(folder / "copy.csv", check_files=False).videos == manifest.videos
+        assert Manifest.read(folder / "copy.csv", "/", check_files=False).videos == manifest.videos
     written = (tmp_path / "copy.csv").read_text(encoding="utf-8").splitlines()
     assert written[0] == "path,label,split,text,source"
     assert written[1] == "a/1.mp4,draw sword,train,drawing a sword,web"

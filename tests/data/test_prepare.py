@@ -62,9 +62,13 @@ class Run:
         self.status = main(["prepare", dataset, *map(str, [*fixed, *options])])
 
     @property
+    def manifest(self) -> Manifest:
+        return Manifest.read(self.output, self.root)
+
+    @property
     def rows(self) -> list[tuple[str, str, str]]:
         """The split, label and path from the root of each video in the manifest, which is there for certain."""
-        return [(v.split, v.label, os.path.relpath(v.path, self.root)) for v in Manifest.read(self.output).videos]
+        return [(v.split, v.label, os.path.relpath(v.path, self.root)) for v in self.manifest.videos]
 
     @property
     def paths(self) -> list[str]:
@@ -90,13 +94,29 @@ def test_every_listed_video_is_found(tmp_path: Path, capsys: pytest.CaptureFixtu
     order = {"train": 0, "val": 1, "test": 2}
     assert run.rows == sorted(run.rows, key=lambda row: (order[row[0]], row[1], row[2]))
     assert {(split, label) for split, label, _ in run.rows} == {(s, c) for s, labels in CLASSES.items() for c in labels}
-    texts = {video.label: video.text for video in Manifest.read(run.output).videos}
+    texts = {video.label: video.text for video in run.manifest.videos}
     assert texts["hurling (sport)"] == "hurling sport"
     out = capsys.readouterr().out
     cells = [line.strip("│ ").split() for line in out.splitlines()]
     assert ["train", "│", "5", "│", "50", "│", "50", "│", "0", "│", "0", "│", "0"] in cells
     assert ["val", "│", "5", "│", "30", "│", "30", "│", "0", "│", "0", "│", "0"] in cells
-    assert f"clip-m2df check --manifest {run.output}" in out
+    # What to do next; the videos lie outside the manifest's folder.
+    assert f"  clip-m2df check --manifest {run.output} --root {run.root}\n" in out
+    fit = f"clip-m2df fit --config kinetics100_5way1shot.yaml --data.manifest {run.output} --data.root {run.root}\n"
+    assert fit in out
+    assert (
+        main(
+            [
+                "prepare",
+                "kinetics100",
+                f"--root={run.root}",
+                f"--lists={tmp_path / 'lists'}",
+                f"--output={tmp_path / 'm.csv'}",
+            ]
+        )
+        == 0
+    )
+    assert f"  clip-m2df check --manifest {tmp_path / 'm.csv'}\n" in capsys.readouterr().out
     assert "the published split has 64 / 12 / 24 classes and 6400 / 1200 / 2400 videos" in out
 
 
@@ -254,7 +274,7 @@ def test_ssv2_takes_its_classes_from_the_annotations(tmp_path: Path) -> None:
     run = Run(tmp_path, "ssv2", "--annotations", *files, lists=lists)
     assert run.status == 0
     assert run.rows[0] == ("train", "Doing [something] train0, [fast]", "20bn/0.webm")
-    assert Manifest.read(run.output).videos[0].text == "doing something train0, fast"
+    assert run.manifest.videos[0].text == "doing something train0, fast"
     assert len(run.rows) == len(videos)
 
 

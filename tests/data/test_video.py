@@ -2,6 +2,7 @@ import itertools
 import os
 import pickle
 import random
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -348,11 +349,42 @@ def test_a_video_that_is_not_a_video(tmp_path: Path, name: str, content: bytes, 
     path = tmp_path / name
     path.write_bytes(content)
     message = refusal(path, decoder)
-    if decoder == "decord":
-        assert "decord cannot" in message
-    else:
-        assert ("it is a text file" if name.endswith(".txt") else "not a video that FFmpeg knows") in message
+    assert ("text, sound or a playlist" if name.endswith(".txt") else "not a video that FFmpeg knows") in message
     assert "remove it from the manifest or replace it" in message
+
+
+@pytest.mark.parametrize("decoder", ["auto", "decord"])
+@pytest.mark.parametrize("suffix", [".m3u8", ".mp4", ".jpg", ""])
+@pytest.mark.parametrize(
+    "playlist",
+    [
+        "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{}\n#EXT-X-ENDLIST\n",
+        "ffconcat version 1.0\nfile {}\n",
+        "<?xml version='1.0'?><MPD xmlns='urn:mpeg:dash:schema:mpd:2011'><BaseURL>{}</BaseURL></MPD>",
+    ],
+)
+def test_a_playlist_leads_to_no_other_file(tmp_path: Path, playlist: str, suffix: str, decoder: Decoder) -> None:
+    elsewhere = render(tmp_path / "elsewhere.ts", 4)
+    (tmp_path / "data").mkdir()
+    for target in (str(elsewhere), "../elsewhere.ts", "near.ts"):
+        (tmp_path / "data" / "near.ts").write_bytes(elsewhere.read_bytes())
+        path = tmp_path / "data" / f"video{suffix}"
+        path.write_text(playlist.format(target))
+        assert re.search("text, sound or a playlist|not a video that FFmpeg knows", refusal(path, decoder))
+        path.unlink()
+        # Nor does an image of a folder of images.
+        (tmp_path / "images").mkdir(exist_ok=True)
+        (tmp_path / "images" / "1.jpg").write_text(playlist.format(target))
+        refusal(tmp_path / "images", decoder)
+
+
+def test_a_link_that_a_person_made_is_followed(tmp_path: Path) -> None:
+    for k in range(3):
+        save_image(tmp_path / f"{k}.png", k)
+    (tmp_path / "frames").mkdir()
+    for k in (2, 0):
+        (tmp_path / "frames" / f"{k}.png").symlink_to(tmp_path / f"{k}.png")
+    assert numbers(read_frames(str(tmp_path / "frames"), range)) == [0, 2]
 
 
 def test_a_video_that_is_empty(tmp_path: Path) -> None:

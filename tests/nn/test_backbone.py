@@ -536,6 +536,47 @@ def test_folders_that_are_no_clip_are_refused(copied: Path, tmp_path: Path) -> N
     refused(r"isn't a model in transformers' format: there is no config\.json")
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("config.json", "[" * 100_000, r"config\.json is damaged"),
+        ("preprocessor_config.json", '{"image_mean": 3}', "the preprocessing in .* can't be used"),
+        ("preprocessor_config.json", '{"image_mean": [1, 2]}', "the towers of .* can't be built"),
+        ("preprocessor_config.json", '{"image_std": ["a", "b", "c"]}', "the towers of .* can't be built"),
+        ("processor_config.json", '{"image_processor": []}', "the preprocessing in .* can't be used"),
+        ("tokenizer.json", "{}", "the tokenizer in .* can't be read"),
+    ],
+)
+def test_damaged_descriptions_are_named(copied: Path, name: str, text: str, message: str) -> None:
+    (copied / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        CLIPBackbone.load(str(copied))
+
+
+def test_towers_that_cannot_be(tiny_clip_dir: Path) -> None:
+    description = CLIPBackbone.load(str(tiny_clip_dir)).description()
+    for tower, field, value in (
+        ("visual_config", "hidden_size", "wide"),
+        ("visual_config", "num_attention_heads", 7),
+        ("visual_config", "kind", "resnet"),
+        ("text_config", "hidden_act", "os.system"),
+        ("text_config", "vocab_size", -1),
+    ):
+        with pytest.raises(UserError, match=r"the towers of .* can't be built"):
+            CLIPBackbone.from_description(description | {tower: description[tower] | {field: value}})
+    with pytest.raises(UserError, match=r"the towers of .* can't be built"):
+        CLIPBackbone.from_description(description | {"tokenizer": "{}"})
+
+
+def test_weights_in_torchs_older_format(copied: Path) -> None:
+    weights = load_file(copied / "model.safetensors")
+    expected = CLIPBackbone.load(str(copied)).state_dict()
+    (copied / "model.safetensors").unlink()
+    torch.save(weights, copied / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    state = CLIPBackbone.load(str(copied)).state_dict()
+    assert all(torch.equal(state[key], expected[key]) for key in expected)
+
+
 def test_pickled_weights_and_shards_in_a_folder(copied: Path) -> None:
     weights = load_file(copied / "model.safetensors")
     expected = CLIPBackbone.from_pretrained(str(copied)).state_dict()

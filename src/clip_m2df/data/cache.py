@@ -34,13 +34,23 @@ EVALUATION_FRAMES, TIMED_VIDEOS = 8, 16
 MOST_NAMES = 20
 
 
-def cache_frames(*, manifest: Path, output: Path, short_side: int, frames: int, workers: int, timeout: float) -> None:
+def cache_frames(
+    *,
+    manifest: Path,
+    root: Path | None = None,
+    output: Path,
+    short_side: int,
+    frames: int,
+    workers: int,
+    timeout: float,
+) -> None:
     """Keep frames of a manifest's videos, and print what became of it.
 
     Videos whose frames are there and current are left alone, so that a run that was ended goes on where it was.
 
     Args:
         manifest: The CSV.
+        root: A folder outside the manifest's own in which its videos may lie too.
         output: The cache's folder.
         short_side: Of the kept frames, in pixels; smaller videos keep their size.
         frames: How many to keep of each video, at most.
@@ -59,10 +69,10 @@ def cache_frames(*, manifest: Path, output: Path, short_side: int, frames: int, 
         raise UserError(f"timeout is {timeout:g}; it must be more than 0 seconds")
     if output.exists() and not output.is_dir():
         raise UserError(f"the output {output} is no folder: name the cache's folder, which is made if need be")
-    videos = [video.path for video in Manifest.read(manifest, check_files=False).videos]
-    root = os.path.dirname(os.path.abspath(manifest))
+    videos = [video.path for video in Manifest.read(manifest, root, check_files=False).videos]
+    folder = os.path.dirname(os.path.abspath(manifest))
     settings = Settings(short_side, frames, QUALITY)
-    found, entries = read_headers(output, root)
+    found, entries = read_headers(output, folder)
     if found is not None and found != settings:
         raise UserError(
             f"the cache {output} has {_describe(found)}, not {_describe(settings)}: give another --output, or delete it"
@@ -71,11 +81,11 @@ def cache_frames(*, manifest: Path, output: Path, short_side: int, frames: int, 
     for draft in output.glob("frames-*.part"):
         draft.unlink()
     cache = FrameCache(settings, entries)
-    unread = _add([path for path in videos if not cache.has(path)], output, root, settings, workers, timeout)
+    unread = _add([path for path in videos if not cache.has(path)], output, folder, settings, workers, timeout)
     if not list_shards(output):
         path, reason = next(iter(unread.items()))
         raise UserError(f"not one video of the manifest {manifest} could be read, for example {path}: {reason}")
-    _report(videos, unread, output, root)
+    _report(videos, unread, output, folder)
 
 
 def _describe(settings: Settings) -> str:

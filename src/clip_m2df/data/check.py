@@ -80,7 +80,14 @@ COLUMNS = ("path", "label", "split", "status", "reason", *_FACTS)
 
 
 def check_videos(
-    *, manifest: Path, output: Path | None, fix: Path | None, frames: int, workers: int, timeout: float
+    *,
+    manifest: Path,
+    root: Path | None = None,
+    output: Path | None,
+    fix: Path | None,
+    frames: int,
+    workers: int,
+    timeout: float,
 ) -> int:
     """Check every video of a manifest, write a table of the findings and print a summary.
 
@@ -89,6 +96,7 @@ def check_videos(
 
     Args:
         manifest: A CSV; videos that are not there count as unusable.
+        root: A folder outside the manifest's own in which its videos may lie too.
         output: The table, a CSV; ``<manifest>.check.csv`` by default.
         fix: Where to write a manifest without the unusable videos.
         frames: Frames of each video at evaluation.
@@ -106,7 +114,7 @@ def check_videos(
             raise UserError(f"{option} is {value}: set it to {least} or more")
     if not timeout > 0:
         raise UserError(f"timeout is {timeout:g} seconds: set it to more than 0")
-    listed = Manifest.read(manifest, check_files=False)
+    listed = Manifest.read(manifest, root, check_files=False)
     output = manifest.with_suffix(".check.csv") if output is None else output
     if os.path.abspath(output) in [os.path.abspath(other) for other in (manifest, fix) if other is not None]:
         raise UserError(f"the table would take the place of the manifest {output}: give it another name with --output")

@@ -49,6 +49,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
         manifest: a CSV with the columns path, label, split and, if wanted, text (what the prompt says); paths relative
             to the CSV's folder, of videos or of folders of numbered images. Or ``motion_shapes``, the embedded
             benchmark, rendered when first used.
+        root: a folder outside the manifest's own in which its videos may lie too; those elsewhere are refused.
         class_texts: a CSV with the columns label and text: what the prompt says of these classes instead.
         cache: a folder that ``clip-m2df cache`` wrote: frames come from there where they are those of the videos.
         n_way: classes of an episode.
@@ -91,6 +92,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
     def __init__(
         self,
         manifest: str,
+        root: str | None = None,
         class_texts: str | None = None,
         cache: str | None = None,
         n_way: int = 5,
@@ -156,6 +158,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
         if decoder in ("decord", "torchcodec") and importlib.util.find_spec(decoder) is None:
             raise UserError(f"decoder {decoder} is not installed; install it, or take auto")
         self.manifest_path = manifest
+        self.root = root
         self.class_texts = class_texts
         self.cache = cache
         self.train_shape = EpisodeShape(n_way, n_shot if train_n_shot is None else train_n_shot, n_query)
@@ -292,7 +295,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
 
     def _read_manifest(self, *, check_files: bool = True) -> None:
         path = motion_shapes.render() if self.manifest_path == EMBEDDED else self.manifest_path
-        manifest = Manifest.read(path, check_files=check_files and self.cache is None)
+        manifest = Manifest.read(path, self.root, check_files=check_files and self.cache is None)
         if self.cache is not None:
             cache = FrameCache.open(self.cache, manifest.root)
             if self.reader.resize > cache.short_side:
@@ -380,12 +383,25 @@ class EpisodeDataModule(lightning.LightningDataModule):
             count = min(count, limit * batch * self.world_size)
         places = [place for place in table.named(range(count)) if table.videos[place] not in self._checked]
         read = table.clips([[place] for place in places[self.rank :: self.world_size]])
-        found = [{path: reason for clips in read for path, reason in clips.unusable.items()}]
-        if self.world_size > 1:
-            found *= self.world_size
-            torch.distributed.all_gather_object(found, found[self.rank])
-        table.unusable.add(dict(itertools.chain(*(unusable.items() for unusable in found))))
+        table.unusable.add(self._of_all_ranks({p: reason for clips in read for p, reason in clips.unusable.items()}))
         self._checked.update(table.videos[place] for place in places)
+
+    def share_unusable(self) -> None:
+        """Count the training videos that any rank found unusable; to be called on all ranks.
+
+        Raises:
+            UserError: they are too many; on every rank.
+        """
+        if self.world_size > 1 and "train" in self._unusable:
+            unusable = self._unusable["train"]
+            unusable.add(self._of_all_ranks(unusable.reasons), say=False)
+
+    def _of_all_ranks(self, unusable: dict[str, str]) -> dict[str, str]:
+        """Unusable videos with their reasons, those of this rank and of the others."""
+        found = [unusable] * self.world_size
+        if self.world_size > 1:
+            torch.distributed.all_gather_object(found, unusable)
+        return dict(itertools.chain(*(of_rank.items() for of_rank in found)))
 
     def _count(self, name: str) -> int:
         return self.val_episodes if name == "val" else self.test_episodes

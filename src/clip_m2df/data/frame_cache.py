@@ -224,7 +224,7 @@ def _read_header(shard: Path, root: str | Path | None) -> tuple[Settings, list[E
         raise UserError(
             f"cannot read the cache's shard {shard}: {error.strerror or error}; allow reading it"
         ) from error
-    except (SafetensorError, LookupError, TypeError, ValueError, ArithmeticError) as error:
+    except (SafetensorError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
         raise UserError(f"the cache's shard {shard} is damaged, or of another version: {AGAIN}") from error
     return settings, entries
 

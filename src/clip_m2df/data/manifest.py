@@ -2,14 +2,15 @@
 
 import csv
 import hashlib
-import io
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import shlex
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from clip_m2df.data.rows import counted, read_rows
 from clip_m2df.errors import UserError, some
-from clip_m2df.files import read_bytes, whole_file
+from clip_m2df.files import whole_file
 
 SPLITS = ("train", "val", "test")
 """The names that a split may have, in the order in which they are listed."""
@@ -72,7 +73,7 @@ class Split:
         if n_classes < n_way:
             remedy = f"set n_way to {n_classes} or less" if n_classes >= 2 else "n_way cannot be less than 2"
             raise UserError(
-                f"the {self.name} split has {_count(n_classes, 'class', 'classes')}, too few for n_way {n_way}: "
+                f"the {self.name} split has {counted(n_classes, 'class', 'classes')}, too few for n_way {n_way}: "
                 f"{remedy}, or add classes to the manifest"
             )
         needed = n_shot + n_query
@@ -82,7 +83,7 @@ class Split:
             fewest = min(short.values())
             remedy = f"lower n_shot or n_query to a sum of {fewest}, or " if fewest >= 2 else ""
             raise UserError(
-                f"the {self.name} split has {_count(len(short), 'class', 'classes')} with fewer than the {needed} "
+                f"the {self.name} split has {counted(len(short), 'class', 'classes')} with fewer than the {needed} "
                 f"videos that n_shot {n_shot} and n_query {n_query} take: "
                 f"{some([f'{name!r} has {count}' for name, count in short.items()])}; "
                 f"{remedy}add videos of these classes to the manifest or remove the classes"
@@ -127,31 +128,36 @@ class Manifest:
         self._splits = {name: _split(name, self.videos) for name in SPLITS if any(v.split == name for v in self.videos)}
 
     @classmethod
-    def read(cls, path: str | Path, *, check_files: bool = True) -> "Manifest":
+    def read(cls, path: str | Path, root: str | Path | None = None, *, check_files: bool = True) -> "Manifest":
         """Read a manifest and check it.
 
         The file is CSV in UTF-8 with the columns ``path``, ``label`` and ``split`` and optionally ``text``: what a
         prompt says of the class, its label where empty. Other columns are kept. Relative paths start at its folder.
 
+        A manifest can come from anybody, so it can't name any file of this machine: its videos have to lie in its
+        folder, or in one that a person names. Symbolic links there may lead elsewhere; whoever made them wanted it.
+
         Args:
             path: The CSV file.
+            root: A folder outside the manifest's own in which its videos may lie too.
             check_files: Whether to refuse a manifest whose videos are not all there.
 
         Returns:
             The manifest.
 
         Raises:
-            UserError: If the file cannot be read, or a row is at fault; the message names the line.
+            UserError: If the file cannot be read, a row is at fault (the message names the line), or videos lie in
+                neither folder.
         """
-        rows, lines = _read_rows(path, "manifest", _REQUIRED)
-        root = os.path.dirname(os.path.abspath(path))
+        rows, lines = read_rows(path, "manifest", _REQUIRED)
+        folder = os.path.dirname(os.path.abspath(path))
         texts: dict[str, str] = {}
         for row in rows:
             if row.get("text"):
                 texts.setdefault(row["label"], row["text"])
         videos = [
             Video(
-                path=os.path.abspath(os.path.join(root, row["path"])),
+                path=os.path.abspath(os.path.join(folder, row["path"])),
                 label=row["label"],
                 split=row["split"],
                 text=row.get("text") or texts.get(row["label"], row["label"]),
@@ -159,10 +165,22 @@ class Manifest:
             )
             for row in rows
         ]
-        manifest = cls(videos, root=root, source=f"the manifest {path}", lines=lines)
+        manifest = cls(videos, root=folder, source=f"the manifest {path}", lines=lines)
+        manifest._check_folders([folder] if root is None else [folder, os.path.abspath(root)])
         if check_files:
             manifest.check_files()
         return manifest
+
+    def _check_folders(self, folders: Collection[str]) -> None:
+        """Refuse videos that lie under none of the folders."""
+        outside = [v.path for v in self.videos if not any(lies_under(v.path, folder) for folder in folders)]
+        if outside:
+            common = os.path.commonpath([os.path.dirname(path) for path in outside])
+            raise UserError(
+                f"{len(outside)} of the {len(self.videos)} videos in {self._source} lie outside "
+                f"{' and '.join(folders)}, the first is {outside[0]}: if you trust the manifest with what is there, "
+                f"allow it with --data.root {shlex.quote(common)} (clip-m2df check and cache: --root)"
+            )
 
     def check_files(self, is_there: Callable[[str], bool] = os.path.exists) -> None:
         """Check that all videos are there.
@@ -190,7 +208,7 @@ class Manifest:
         Raises:
             UserError: If it cannot be read, gives a class two texts, or names no class of the manifest.
         """
-        rows, lines = _read_rows(file, "list of class texts", ("label", "text"))
+        rows, lines = read_rows(file, "list of class texts", ("label", "text"))
         texts: dict[str, str] = {}
         for row, line in zip(rows, lines, strict=True):
             if texts.setdefault(row["label"], row["text"]) != row["text"]:
@@ -274,72 +292,6 @@ class Manifest:
             ) from error
 
 
-def _read_rows(path: str | Path, what: str, required: Sequence[str]) -> tuple[list[dict[str, str]], list[int]]:
-    """Read the rows of a table, each as cells by column, with the line that each starts on."""
-    text = _read_text(path, what)
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    header: list[str] | None = None
-    rows: list[dict[str, str]] = []
-    lines: list[int] = []
-    while True:
-        line = reader.line_num + 1
-        where = f"line {line} of the {what} {path}"
-        try:
-            cells = next(reader)
-        except StopIteration:
-            break
-        except csv.Error as error:
-            raise UserError(f"{where} is not valid CSV ({error}): check its quotes and commas") from error
-        if not cells:
-            continue
-        if any("\n" in cell or "\r" in cell for cell in cells):
-            raise UserError(f"{where} has a line break inside a cell: close the quote, or take the line break out")
-        if header is None:
-            header = _header(cells, path, what, required)
-            continue
-        if len(cells) != len(header):
-            raise UserError(
-                f"{where} has {_count(len(cells), 'cell')}, but the header has {len(header)}: "
-                'put a cell that holds a comma in double quotes ("...")'
-            )
-        row = {name: cell if name == "path" else cell.strip() for name, cell in zip(header, cells, strict=True)}
-        for name in required:
-            if not row[name].strip():
-                raise UserError(f"{where} has an empty {name}: fill it in or remove the row")
-        rows.append(row)
-        lines.append(line)
-    if header is None:
-        raise UserError(f"the {what} {path} is empty: it needs a header line with the columns {', '.join(required)}")
-    return rows, lines
-
-
-def _read_text(path: str | Path, what: str) -> str:
-    data = read_bytes(path, what)
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"line {line} of the {what} {path} is not UTF-8: save the file with that encoding") from error
-    if "\0" in text:
-        line = text.count("\n", 0, text.index("\0")) + 1
-        raise UserError(f"line {line} of the {what} {path} has a NUL character: save it as plain CSV in UTF-8")
-    return text
-
-
-def _header(cells: Sequence[str], path: str | Path, what: str, required: Sequence[str]) -> list[str]:
-    header = [cell.strip() for cell in cells]
-    missing = [name for name in required if name not in header]
-    if missing:
-        raise UserError(
-            f"the {what} {path} has no column {' and no column '.join(map(repr, missing))}; its first line names "
-            f"{', '.join(map(repr, header))}: name the columns there, separated by commas"
-        )
-    for name in header:
-        if header.count(name) > 1:
-            raise UserError(f"the {what} {path} has the column {name!r} more than once: rename or remove one")
-    return header
-
-
 def _check(videos: Sequence[Video], places: Sequence[str], source: str) -> None:
     """Refuse an unknown split, a video listed twice and a class with two splits or two texts."""
     first_of_path: dict[str, str] = {}
@@ -380,12 +332,12 @@ def _split(name: str, videos: Sequence[Video]) -> Split:
 
 def relative_path(path: str, root: str | None) -> str:
     """Name an absolute path from the root, with forward slashes, if it lies under it."""
-    # Both are absolute and normal, and pathlib is slow on many thousands.
-    folder = None if root is None else os.path.join(root, "")
-    if folder is None or not path.startswith(folder):
+    if root is None or not lies_under(path, root):
         return path
-    return path.removeprefix(folder).replace(os.sep, "/")
+    return path.removeprefix(os.path.join(root, "")).replace(os.sep, "/")
 
 
-def _count(number: int, one: str, many: str | None = None) -> str:
-    return f"{number} {one if number == 1 else many or one + 's'}"
+def lies_under(path: str, folder: str) -> bool:
+    """Tell from their names whether an absolute, normal path is a folder or lies in it, at any depth."""
+    # pathlib is slow on many thousands.
+    return path == folder or path.startswith(os.path.join(folder, ""))

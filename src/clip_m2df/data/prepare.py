@@ -20,7 +20,7 @@ from clip_m2df.data.importers import (
     match_split_folders,
     nearest_class,
 )
-from clip_m2df.data.manifest import SPLITS, Manifest, Video
+from clip_m2df.data.manifest import SPLITS, Manifest, Video, lies_under
 from clip_m2df.data.split_lists import SplitLists, read_lists
 from clip_m2df.data.video_tree import Tree, is_storable, scan
 from clip_m2df.errors import UserError, some
@@ -74,7 +74,7 @@ def prepare(
         )
     )
     manifest.write(output)
-    return _print_outcome(dataset, outcome, tree, output, report)
+    return _print_outcome(dataset, outcome, tree, root, output, report)
 
 
 def _split_lists(dataset: str, lists: Path | None, annotations: Sequence[Path]) -> SplitLists | None:
@@ -140,7 +140,7 @@ def _check_found(outcome: Outcome, tree: Tree, root: Path) -> None:
     )
 
 
-def _print_outcome(dataset: str, outcome: Outcome, tree: Tree, output: Path, report: Path | None) -> int:
+def _print_outcome(dataset: str, outcome: Outcome, tree: Tree, root: Path, output: Path, report: Path | None) -> int:
     """Print what was found; the exit status."""
     console = Console(markup=False, emoji=False, highlight=False)
 
@@ -168,8 +168,10 @@ def _print_outcome(dataset: str, outcome: Outcome, tree: Tree, output: Path, rep
     say(f"the manifest is {output}, with {len(outcome.found)} videos; next, see that they open, and train:")
     manifest = shlex.quote(str(output))
     config = f"{dataset}_5way1shot.yaml" if dataset in BENCHMARKS else "CONFIG"
-    say(f"  clip-m2df check --manifest {manifest}")
-    say(f"  clip-m2df fit --config {config} --data.manifest {manifest}")
+    beside = lies_under(os.path.abspath(root), os.path.dirname(os.path.abspath(output)))
+    where = "" if beside else f"root {shlex.quote(str(root))}"
+    say(f"  clip-m2df check --manifest {manifest}{where and f' --{where}'}")
+    say(f"  clip-m2df fit --config {config} --data.manifest {manifest}{where and f' --data.{where}'}")
     return 1 if short or wanting else 0
 
 

@@ -38,6 +38,13 @@ _Picture = NDArray[np.uint8]  # (height, width, 3)
 
 _IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
+# FFmpeg's names of what holds all of its pictures itself. A playlist, whatever it is called, names other files, and so
+# would lead out of the data set.
+_CONTAINERS = (
+    "mov,matroska,webm,avi,asf,flv,ogg,mpeg,mpegts,mpegvideo,m4v,h264,hevc,av1,ivf,dv,mxf,gxf,nut,rm,wtv,gif,mjpeg,"
+    "yuv4mpegpipe,jpeg_pipe,png_pipe,bmp_pipe,webp_pipe,gif_pipe,tiff_pipe,ppm_pipe"
+)
+
 
 class VideoError(UserError):
     """A video that cannot be read; the message names the file and the reason.
@@ -105,6 +112,9 @@ def read_frames(path: str, choose: Choose, *, decoder: Decoder = "auto") -> Tens
         is_empty = not file.read(1)
     if is_empty:
         raise _unreadable(path, "it is empty")
+    if _READERS[decoder] is not _read_pyav:
+        with _open(path, path):  # the others would follow a playlist
+            pass
     try:
         return _READERS[decoder](path, choose)
     except ValueError:  # this module's own errors, and those of a choice out of range
@@ -286,15 +296,15 @@ def _natural(name: str) -> tuple[list[int], str]:
 def _open(source: str | IO[bytes], path: str) -> Iterator[tuple["InputContainer", "VideoStream"]]:
     import av
 
+    options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"}
     try:
-        # Old files carry titles in any encoding; playlists must not reach beyond the disk.
-        container = av.open(source, "r", metadata_errors="replace", options={"protocol_whitelist": "file"})
+        # Old files carry titles in any encoding.
+        container = av.open(source, "r", metadata_errors="replace", options=options)
+    except av.ArgumentError as error:
+        raise _unreadable(path, "it is of no kind that is read here: text, sound or a playlist, perhaps") from error
     except av.FFmpegError as error:
         raise _unreadable(path, f"it is not a video that FFmpeg knows ({error.strerror})") from error
     with container:
-        if container.format.name == "tty":
-            # FFmpeg would play a text file on a terminal and film that.
-            raise _unreadable(path, "it is a text file")
         # A cover picture is a video stream too.
         streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
         if not streams:

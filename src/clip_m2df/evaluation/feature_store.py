@@ -49,29 +49,28 @@ class FeatureStore:
                 metadata = file.metadata()
                 if (metadata["format"], metadata["key"]) != (FORMAT, self.key):
                     raise ValueError("another format or tower")
-                videos = json.loads(metadata["videos"])
                 features = file.get_tensor("features")
-                if hashlib.sha256(_bytes(features)).hexdigest() != metadata["sha256"] or len(videos) != len(features):
+                if _checksum(metadata["videos"], features) != metadata["sha256"]:
                     raise ValueError("another checksum")
-                return dict(zip(map(str, videos), features, strict=True))
-        except (OSError, SafetensorError, ValueError, LookupError, TypeError) as error:
+                return dict(zip(json.loads(metadata["videos"]), features, strict=True))
+        except (OSError, SafetensorError, ValueError, LookupError, TypeError, RuntimeError) as error:
             warnings.warn(f"the features in {self.path} can't be used ({error}): they are made anew", stacklevel=2)
             return {}
 
     def write(self, features: Mapping[str, Tensor]) -> None:
         """Put features there, by what tells their video, in the place of all that were."""
         rows = torch.stack([feature.cpu() for feature in features.values()])
-        metadata = {
-            "format": FORMAT,
-            "key": self.key,
-            "videos": json.dumps(list(features)),
-            "sha256": hashlib.sha256(_bytes(rows)).hexdigest(),
-        }
+        videos = json.dumps(list(features))
+        metadata = {"format": FORMAT, "key": self.key, "videos": videos, "sha256": _checksum(videos, rows)}
         try:
             with whole_file(self.path) as draft:
                 save_file({"features": rows}, draft, metadata)
         except (OSError, SafetensorError) as error:  # the evaluation itself is worth more
             warnings.warn(f"the features can't be kept in {self.path}: {error}", stacklevel=2)
+
+
+def _checksum(videos: str, features: Tensor) -> str:
+    return hashlib.sha256(videos.encode() + _bytes(features)).hexdigest()
 
 
 def _bytes(tensor: Tensor) -> bytes:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from clip_m2df.archive import check_archive
 from clip_m2df.errors import UserError, some
 from clip_m2df.nn.resnet import Bottleneck, ModifiedResNet
 
@@ -141,12 +142,14 @@ class CLIPBackbone(nn.Module):
         config, state = _read_transformers_folder(folder, name_or_dir)
         mean, std = _read_preprocessing(folder)
 
-        backbone = cls(
-            {"kind": "vit", **config["vision_config"]},
-            config["text_config"],
-            mean=mean,
-            std=std,
-            source=name_or_dir,
+        backbone = cls._build(
+            {
+                "visual_config": {"kind": "vit", **config["vision_config"]},
+                "text_config": config["text_config"],
+                "mean": mean,
+                "std": std,
+                "source": name_or_dir,
+            }
         )
         names = {key: _transformers_name(key) for key in backbone.state_dict()}
         # What else such a file may hold, its logit scale and older versions' position numbers, isn't needed.
@@ -206,8 +209,26 @@ class CLIPBackbone(nn.Module):
 
     @classmethod
     def from_description(cls, description: Mapping[str, Any]) -> Self:
-        """Build what ``description`` described, from nothing but it; the weights come with a state dict."""
-        return cls(**description)
+        """Build what ``description`` described, from nothing but it; the weights come with a state dict.
+
+        Raises:
+            UserError: It is not what ``description`` makes; or its values make no towers.
+        """
+        source = description.get("source")
+        for name, fields in (("visual_config", _VISUAL_FIELDS), ("text_config", _TEXT_FIELDS)):
+            # transformers' configurations take many more, down to the address of code to fetch and run.
+            if unknown := [field for field in description.get(name) or () if field not in fields]:
+                raise UserError(f"the {name} of {source!r} has {some(map(repr, unknown))}, which no backbone saves")
+        return cls._build(description)
+
+    @classmethod
+    def _build(cls, description: Mapping[str, Any]) -> Self:
+        try:
+            return cls(**description)
+        except UserError:
+            raise
+        except Exception as error:  # that values make no tower, torch and transformers say in many ways
+            raise UserError(f"the towers of {description.get('source')!r} can't be built: {error}") from error
 
     def description(self) -> dict[str, Any]:
         """All but the weights, in plain types that a weights-only ``torch.load`` reads.
@@ -481,6 +502,7 @@ _TOWER_FIELDS = (
     "attention_dropout",
 )
 _VISION_FIELDS = (*_TOWER_FIELDS, "image_size", "patch_size", "num_channels")
+_VISUAL_FIELDS = ("kind", "layers", "width", "dim", "image_size", *_VISION_FIELDS)
 _TEXT_FIELDS = (*_TOWER_FIELDS, "vocab_size", "max_position_embeddings", "eos_token_id")
 
 
@@ -491,7 +513,10 @@ def _read_preprocessing(folder: Path) -> tuple[list[float], list[float]]:
         if (folder / name).is_file():
             values = _read_json(folder / name, "")
             values = values.get("image_processor", values)
-    return list(values.get("image_mean", CLIP_MEAN)), list(values.get("image_std", CLIP_STD))
+    try:
+        return list(values.get("image_mean", CLIP_MEAN)), list(values.get("image_std", CLIP_STD))
+    except (AttributeError, TypeError) as error:
+        raise UserError(f"the preprocessing in {folder} can't be used: {error}; mend or remove that file") from error
 
 
 def _has_tokenizer(folder: Path) -> bool:
@@ -510,9 +535,9 @@ def _read_tokenizer(folder: Path) -> "Tokenizer":
         raise UserError(f"{folder} has no tokenizer: neither tokenizer.json, nor vocab.json and merges.txt")
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        return Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     except Exception as error:  # whatever a damaged file leads to
         raise UserError(f"the tokenizer in {folder} can't be read: {error}") from error
-    return Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
 
 
 def _tokenizer_from_json(text: str) -> "Tokenizer":
@@ -646,6 +671,7 @@ def read_weights(file: Path, inside: str = "") -> dict[str, Tensor]:
             f"{file.with_suffix('.safetensors').name!r})"
         )
     try:
+        check_archive(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle raises nearly anything
         raise UserError(f"{file} is damaged, or holds more than tensors ({error}): fetch it again") from error
@@ -657,10 +683,11 @@ def read_weights(file: Path, inside: str = "") -> dict[str, Tensor]:
 
 
 def _is_torchscript(file: Path) -> bool:
-    if not zipfile.is_zipfile(file):
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except Exception:  # no zip file, or a damaged one, which reading it tells
         return False
-    with zipfile.ZipFile(file) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def _read_json(file: Path, otherwise: str) -> dict[str, Any]:
@@ -668,7 +695,7 @@ def _read_json(file: Path, otherwise: str) -> dict[str, Any]:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{otherwise}: there is no {file.name} in it") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is damaged: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{file} is damaged: a table of names and values is expected")
