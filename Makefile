@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test check format clean
+.PHONY: demo test test-all check format clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -15,6 +15,10 @@ demo: .venv/installed
 # One thread a worker: threads of two processes would wait for each other's cores.
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --cov --cov-report term --cov-fail-under 90
+
+# What takes longer: trainings to their end, thousands of damaged files.
+test-all: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 -m slow
 
 check: .venv/installed
 	$(BIN)/ruff check .

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.timing import line
 
-NAMES = ("decode", "evaluation", "evaluation_head", "matching", "prepare", "startup", "train_step")
+NAMES = ("dashboard", "decode", "evaluation", "evaluation_head", "matching", "prepare", "soak", "startup", "train_step")
 
 
 def main() -> int:
@@ -17,13 +17,15 @@ def main() -> int:
     parser.add_argument("name", choices=NAMES)
     parser.add_argument("--json", type=Path, help="where to write the cases")
     parser.add_argument("--threads", type=int, help="torch's threads")
+    parser.add_argument("--kills", type=int, help="of soak: how often each run is killed")
     options = parser.parse_args()
     if options.threads is not None:
         import torch
 
         torch.set_num_threads(options.threads)
+    more = {} if options.kills is None else {"kills": options.kills}
     cases = []
-    for case in importlib.import_module(f"benchmarks.{options.name}").cases():
+    for case in importlib.import_module(f"benchmarks.{options.name}").cases(**more):
         cases.append(case)
         print(line(case), flush=True)
     if options.json is not None:

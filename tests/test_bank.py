@@ -78,7 +78,7 @@ def test_the_numbers_are_those_of_the_direct_path(
 
 
 # With few episodes the ranks' own name other videos, and as many batches don't come to each.
-@pytest.mark.parametrize(("devices", "n_episodes"), [(2, 131), (3, 131), (2, 3), (3, 4)])
+@pytest.mark.parametrize(("devices", "n_episodes"), [(2, 1000), (3, 1000), (2, 131), (3, 131), (2, 3), (3, 4)])
 def test_any_number_of_ranks_gives_the_same_bits(
     many: Path, tiny_clip_dir: Path, tmp_path: Path, devices: int, n_episodes: int
 ) -> None:
@@ -262,9 +262,8 @@ def test_any_damage_to_features_on_disk_is_seen(tmp_path: Path) -> None:
             warnings.simplefilter("ignore")
             read = store.read()
         outcomes["read" if read else "refused"] += 1
-        # A name may be another one's then, which no file of that name and state will ask for.
-        assert all(value.equal(features[name]) for name, value in read.items() if name in features)
-    assert min(outcomes.values()) > 5  # nearly all of the file is covered by the checksum
+        assert all(value.equal(features[name]) for name, value in read.items())
+    assert outcomes["refused"] > 1900  # all that matters is covered by the checksum
 
 
 def test_a_head_trains_from_views_of_the_videos(many: Path, tiny_clip_dir: Path, tmp_path: Path) -> None:

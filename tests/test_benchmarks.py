@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import double_loop, evaluation_head, matching
+from benchmarks import dashboard, double_loop, evaluation_head, matching
 from benchmarks.__main__ import NAMES, main
 from benchmarks.evaluation_head import draw_episodes
 from benchmarks.timing import compare, line, report
 from benchmarks.train_step import ON_CPU, RandomCLIP, random_batch
+from clip_m2df.dashboard import Dashboard
 from tests.nn import references
+from tests.test_cli import options
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -40,6 +42,14 @@ def test_the_bank_is_equal() -> None:
     assert case["off"] < evaluation_head.MOST_OFF
     # Each of the 5 x 30 queries and supports is fused once at most.
     assert 0 < case["fused"] <= 300
+
+
+def test_the_dashboards_share_is_measured(manifest: Path, tiny_clip_dir: Path, tmp_path: Path) -> None:
+    hooks = vars(Dashboard).copy()
+    in_hooks, whole, calls = dashboard.measure(options(manifest, tiny_clip_dir, tmp_path)[1:])
+    assert 0 < in_hooks < whole
+    assert calls > 5
+    assert vars(Dashboard) == hooks
 
 
 def test_drawn_episodes_have_videos_of_their_classes() -> None:

@@ -69,7 +69,7 @@ def fails(args: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_fit_keeps_best_last_config_and_metrics_in_a_stable_folder(fitted: Path) -> None:
-    assert {path.name for path in (fitted / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert {path.name for path in (fitted / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt", "previous.ckpt"}
     assert "n_way: 3" in (fitted / "config.yaml").read_text()
     (metrics,) = fitted.rglob("metrics.csv")
     header = metrics.read_text().splitlines()[0]
@@ -142,16 +142,13 @@ def test_a_model_option_that_contradicts_the_checkpoint_is_refused(
 def test_fit_goes_on_from_last_and_refuses_to_write_over_a_run(
     manifest: Path, tiny_clip_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plain = {"context_dropout": 0.0, "attention_dropout": 0.0, "dropout": 0.0, "hidden_dim": 32, "heads": 4}
-    no_dropout = [f"--model.head_options={plain}"]
-
     def last(name: str) -> dict[str, torch.Tensor]:
         checkpoint = torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)
         assert checkpoint["global_step"] == 3
         weights: dict[str, torch.Tensor] = checkpoint["state_dict"]
         return weights
 
-    args = ["fit", *options(manifest, tiny_clip_dir, tmp_path / "run"), *no_dropout]
+    args = ["fit", *options(manifest, tiny_clip_dir, tmp_path / "run")]
     assert main(args) == 0
     assert "holds a run already: go on with it by --ckpt_path last" in fails(args, capsys)
     # A checkpoint from elsewhere is no licence either.
@@ -163,7 +160,7 @@ def test_fit_goes_on_from_last_and_refuses_to_write_over_a_run(
     on = [*args, "--ckpt_path=last", "--trainer.max_steps=3"]
     assert "data.batch_size times the devices to 2" in fails([*on, "--data.batch_size=4"], capsys)
     assert main(on) == 0
-    uninterrupted = ["fit", *options(manifest, tiny_clip_dir, tmp_path / "whole", "--trainer.max_steps=3"), *no_dropout]
+    uninterrupted = ["fit", *options(manifest, tiny_clip_dir, tmp_path / "whole", "--trainer.max_steps=3")]
     assert main(uninterrupted) == 0
     for name, value in last("whole").items():
         assert torch.equal(value, last("run")[name]), name
@@ -178,7 +175,8 @@ def test_bad_checkpoints(
     manifest: Path, tiny_clip_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = ["test", *options(manifest, tiny_clip_dir, tmp_path)]
-    assert "last.ckpt: no such file" in fails([*args, "--ckpt_path=last"], capsys)
+    assert "last.ckpt: the run has saved nothing yet; start without" in fails([*args, "--ckpt_path=last"], capsys)
+    assert "best.ckpt: no such file" in fails([*args, "--ckpt_path=best"], capsys)
     assert "nowhere.ckpt: no such file" in fails([*args, "--ckpt_path=nowhere.ckpt"], capsys)
     assert "test measures a checkpoint: give --ckpt_path best" in fails(args, capsys)
     other = tmp_path / "other.ckpt"

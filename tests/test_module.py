@@ -279,6 +279,22 @@ def test_a_clip_that_episodes_share_is_encoded_once_with_the_gradients_of_both(t
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_compiled_parts_give_the_same_loss_and_gradients(tiny_clip_dir: Path) -> None:
+    batch = make_episodes(2)
+    losses, gradients = [], []
+    for compiled in (False, True):
+        model = make(tiny_clip_dir, head_options={"train_selection": "argmax"}, class_weight=1.0, compile=compiled)
+        loss = model.training_step(batch, 0)
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(losses[0], losses[1])
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
 def test_checkpoints_of_something_else_are_refused(tiny_clip_dir: Path, tmp_path: Path) -> None:
     _, path = fitted_checkpoint(tiny_clip_dir, tmp_path)
     with pytest.raises(UserError, match=r"checkpoint .*none.ckpt: no such file"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,11 +15,16 @@ import lightning
 import torch
 import yaml
 from jsonargparse import ArgumentError, Namespace
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger
 from rich.console import Console
 
+from clip_m2df.checkpoints import BEST, FOLDER, LAST, PREVIOUS, RunCheckpoint, RunCheckpointIO, find_last
+from clip_m2df.dashboard import Dashboard
 from clip_m2df.data.datamodule import EpisodeDataModule
 from clip_m2df.data.episode_files import write_episodes_file
 from clip_m2df.errors import UserError
@@ -26,35 +32,7 @@ from clip_m2df.evaluation.report import hardest_classes, write_report
 from clip_m2df.module import CLIPM2DF, checkpoint_options
 from clip_m2df.nn.heads import head_class
 from clip_m2df.profile import StepProfile
-
-CHECKPOINTS = "checkpoints"
-
-
-class RunCheckpoint(ModelCheckpoint):
-    """Keeps the best checkpoint on val and the last one, under stable names in ``<run folder>/checkpoints``.
-
-    Args:
-        monitor: the metric that tells which is best.
-        mode: whether the best is the largest (``max``) or the smallest (``min``).
-    """
-
-    def __init__(self, monitor: str = "val/accuracy", mode: str = "max") -> None:
-        super().__init__(
-            filename="best", monitor=monitor, mode=mode, save_top_k=1, save_last=True, enable_version_counter=False
-        )
-
-    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Find the folder: that of the run, not that of a logger, which is another each time."""
-        self.dirpath = os.path.join(trainer.default_root_dir, CHECKPOINTS)
-        super().setup(trainer, pl_module, stage)
-
-    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Keep the last step, also where no validation followed it."""
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return  # which Lightning's own forgets here
-        super().on_train_end(trainer, pl_module)
-        if self._last_global_step_saved != trainer.global_step:
-            trainer.save_checkpoint(os.path.join(str(self.dirpath), "last.ckpt"))
+from clip_m2df.wandb_run import go_on_with_run
 
 
 class RunProgressBar(RichProgressBar):
@@ -89,7 +67,15 @@ class RunConfig(SaveConfigCallback):
 
 
 class RunReport(lightning.Callback):
-    """Writes what an evaluation says of the classes into the run's folder, and prints the hardest ones."""
+    """Writes what an evaluation says of the classes into the run's folder, and prints the hardest ones.
+
+    In training it lets all ranks know of the videos that one of them found unusable, as often as the Trainer logs.
+    """
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *args: Any) -> None:
+        """Let ranks know of each other's unusable videos."""
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            trainer.datamodule.share_unusable()  # type: ignore[attr-defined]
 
     def on_test_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Write ``test_classes.csv`` and ``test_confusion.csv``."""
@@ -142,8 +128,9 @@ class CLI(LightningCLI):
         }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the options of :class:`RunCheckpoint`, and ``profile``."""
+        """Add the options of :class:`RunCheckpoint` and :class:`Dashboard`, and ``profile``."""
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(Dashboard, "dashboard")
         parser.add_argument(
             "--profile",
             type=bool,
@@ -162,10 +149,21 @@ class CLI(LightningCLI):
         """Make the trainer, with the run's report, and its progress bar unless none is wanted."""
         trainer_options = self.config_init[str(self.subcommand)].trainer
         trainer_options.callbacks = [*(trainer_options.callbacks or []), RunReport()]
+        plugins = trainer_options.plugins or []
+        plugins = [RunCheckpointIO(), *(plugins if isinstance(plugins, list) else [plugins])]
+        if SLURMEnvironment.detect() and not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
+            # Lightning would save wherever a signal comes, into a file that later runs take without being asked.
+            plugins.append(SLURMEnvironment(auto_requeue=False))
+        trainer_options.plugins = plugins
         if self.config_init[str(self.subcommand)].profile:
             trainer_options.callbacks.append(StepProfile())
         if trainer_options.enable_progress_bar is not False:
             trainer_options.callbacks.append(RunProgressBar())
+        if trainer_options.logger in (None, True):  # Lightning's own choice depends on what happens to be installed
+            trainer_options.logger = CSVLogger(trainer_options.default_root_dir or ".")
+        if self.subcommand == "fit":  # for the loggers, in plain types
+            text = self._parser("fit").dump(self.config.fit, skip_unset=False)
+            self.config_init.fit.dashboard.config = yaml.safe_load(text)
         return super().instantiate_trainer(**kwargs)
 
     def before_instantiate_classes(self) -> None:
@@ -175,16 +173,22 @@ class CLI(LightningCLI):
             UserError: there is no such checkpoint, an option contradicts it, or a run would overwrite another.
         """
         config = self.config[str(self.subcommand)]
-        folder = Path(config.trainer.default_root_dir or ".") / CHECKPOINTS
-        if config.ckpt_path in ("last", "best"):
-            config.ckpt_path = str(folder / f"{config.ckpt_path}.ckpt")
+        run_folder = Path(config.trainer.default_root_dir or ".")
+        folder = run_folder / FOLDER
+        if config.ckpt_path == "last":
+            config.ckpt_path = str(find_last(run_folder))
+        elif config.ckpt_path == "best":
+            config.ckpt_path = str(folder / BEST)
         if self.subcommand == "fit":
             goes_on = config.ckpt_path is not None and Path(config.ckpt_path).resolve().parent == folder.resolve()
-            if (folder / "last.ckpt").exists() and not goes_on and not config.trainer.fast_dev_run:
+            held = any((folder / name).exists() for name in (LAST, PREVIOUS))
+            if held and not goes_on and not config.trainer.fast_dev_run:
                 raise UserError(
-                    f"the run folder {folder.parent} holds a run already: go on with it by --ckpt_path last, or give"
+                    f"the run folder {run_folder} holds a run already: go on with it by --ckpt_path last, or give"
                     " another --trainer.default_root_dir"
                 )
+            if goes_on:
+                go_on_with_run(config.trainer.logger, run_folder)
         elif config.ckpt_path is None:
             raise UserError(f"{self.subcommand} measures a checkpoint: give --ckpt_path best, last, or a .ckpt file")
         if config.ckpt_path is not None:
@@ -257,6 +261,7 @@ def _run(cli: type[CLI], args: Sequence[str]) -> CLI:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*tensorboardX.*")
+    warnings.filterwarnings("ignore", message=".*exists and is not empty.*")  # that of a run that goes on
     # Towers that are frozen are so on purpose.
     warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
     # The metrics that are logged have been summed over ranks already.
@@ -267,6 +272,10 @@ def _run(cli: type[CLI], args: Sequence[str]) -> CLI:
         raise UserError(f"{' '.join(str(error).split())}\n(clip-m2df {args[0]} --help explains the options)") from error
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
+    except RuntimeError as error:
+        if re.search("gloo|nccl", str(error), re.IGNORECASE):
+            raise UserError("another process of this run has ended; what it said says why") from error
+        raise
 
 
 class EpisodesCLI(CLI):

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import lightning
+import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from clip_m2df.checkpoints import read_checkpoint
 from clip_m2df.episode import Episode, EpisodeTable, IndexedEpisode, VideoTable, select_episodes
 from clip_m2df.errors import UserError
 from clip_m2df.evaluation.bank import EpisodeBank
@@ -30,6 +33,24 @@ RUN_OPTIONS = ("selection", "text_fusion", "gradient_checkpointing", "bank_memor
 
 # Of each batch, in the sanity check before a training: it is to be quick.
 SANITY_EPISODES = 2
+
+
+class Played(NamedTuple):
+    """A batch of episodes as the head saw it, and what came of it.
+
+    Attributes:
+        support: features ``(episodes, n_way, n_shot, frames, dim)``.
+        query: features ``(episodes, n_queries, frames, dim)``.
+        prompts: ``(episodes, n_way, dim)``.
+        output: what the head said.
+        scores: ``(episodes, n_queries, n_way)``, by which the classes are predicted.
+    """
+
+    support: Tensor
+    query: Tensor
+    prompts: Tensor
+    output: HeadOutput
+    scores: Tensor
 
 
 class CLIPM2DF(lightning.LightningModule):
@@ -190,20 +211,32 @@ class CLIPM2DF(lightning.LightningModule):
 
     def training_step(self, batch: Episode | IndexedEpisode, batch_idx: int) -> Tensor:
         """Loss of a batch, a mean over its episodes."""
-        return self._step(batch, "train")
+        with self._own_draws(batch_idx):
+            return self._step(batch, "train")[0]
 
-    def validation_step(self, batch: Episode | IndexedEpisode, batch_idx: int) -> None:
-        """Count a batch of validation episodes."""
+    def validation_step(self, batch: Episode | IndexedEpisode, batch_idx: int) -> Played:  # type: ignore[override]
+        """Count a batch of validation episodes; what was played is for callbacks."""
         if self._bank is not None and self.trainer.sanity_checking:
             indexed = cast(IndexedEpisode, batch)
             batch = select_episodes(indexed, torch.arange(min(SANITY_EPISODES, len(indexed["numbers"]))))
-        self._step(batch, "val")
+        return self._step(batch, "val")[1]
 
     def test_step(self, batch: Episode | IndexedEpisode, batch_idx: int) -> None:
         """Count a batch of test episodes."""
         self._step(batch, "test")
 
-    def _step(self, batch: Episode | IndexedEpisode, stage: str) -> Tensor:
+    @contextmanager
+    def _own_draws(self, batch_idx: int) -> Iterator[None]:
+        """Draw dropout from (seed, optimiser step, batch, rank): a resumed run draws what it would have drawn."""
+        trainer = self._trainer
+        place = batch_idx % trainer.accumulate_grad_batches if trainer else batch_idx
+        # The seed of seed_everything, or of whoever set torch's.
+        source = np.random.SeedSequence([torch.initial_seed(), self.global_step, place, self.global_rank])
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(int(source.generate_state(1)[0]))
+            yield
+
+    def _step(self, batch: Episode | IndexedEpisode, stage: str) -> tuple[Tensor, Played]:
         labels = batch["query_labels"]
         table = self.encode_prompts(batch["class_names"])
         prompts = table[batch["class_indices"]]
@@ -231,7 +264,7 @@ class CLIPM2DF(lightning.LightningModule):
         if stage != "train" and self.text_fusion:
             scores = self._fuse_text(output, support, query, prompts)
         self._metrics_of(stage).count(output, scores.argmax(-1), batch, losses)
-        return loss
+        return loss, Played(support, query, prompts, output, scores)
 
     def _features(self, batch: Episode) -> tuple[Tensor, Tensor]:
         if "same" not in batch:
@@ -454,13 +487,8 @@ def checkpoint_options(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         UserError: there is no such file, or it is no checkpoint of :class:`CLIPM2DF`.
     """
-    if not os.path.isfile(path):
-        raise UserError(f"checkpoint {path}: no such file; give the path of a .ckpt file that fit wrote")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch.load raises whatever the bytes happen to provoke
-        raise UserError(f"{path} is damaged or no checkpoint; give a .ckpt file that fit wrote") from error
-    options = checkpoint.get(CLIPM2DF.CHECKPOINT_HYPER_PARAMS_KEY) if isinstance(checkpoint, dict) else None
+    checkpoint = read_checkpoint(path, mmap=True)
+    options = checkpoint.get(CLIPM2DF.CHECKPOINT_HYPER_PARAMS_KEY)
     if not isinstance(options, dict) or not isinstance(options.get("backbone"), dict) or "head" not in options:
         raise UserError(f"{path} is a checkpoint of another model; give one that clip-m2df fit or CLIPM2DF wrote")
     return dict(options)

@@ -1,11 +1,12 @@
 import itertools
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from clip_m2df.nn.matching import cosine, frame_costs, otam
+from clip_m2df.nn.matching import cosine, frame_costs, otam, otam_alignment
 from tests.nn import references
 
 
@@ -87,3 +88,63 @@ def test_frame_costs_pair_every_query_with_every_prototype() -> None:
     for b, q, c, i, j in itertools.product(range(2), (0, 2), (1, 4), (0, 3), (2, 5)):
         expected = 1 - references.cosine(query[b, q, i].tolist(), prototype[b, c, j].tolist())
         assert costs[b, q, c, i, j].item() == pytest.approx(expected, abs=1e-6)
+
+
+def paths_through(rows: int, columns: int) -> Iterator[list[tuple[int, int]]]:
+    """The cells of every alignment that OTAM weighs, padding left out: by the loop's own rules, one path at a time."""
+
+    def backwards(i: int, j: int) -> Iterator[list[tuple[int, int]]]:
+        if j == 0:
+            yield []
+            return
+        before = [(i, j - 1)] if i == 0 else [(i - 1, j - 1), (i, j - 1)]
+        if i > 0 and j in (1, columns + 1):
+            before.append((i - 1, j))
+        for place in before:
+            for path in backwards(*place):
+                yield [*path, (i, j - 1)]
+
+    for path in backwards(rows - 1, columns + 1):
+        yield [cell for cell in path if cell[1] < columns]
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (1, 3), (3, 1), (2, 2), (3, 4), (4, 3), (4, 4)])
+def test_the_alignment_is_the_share_of_each_pair_over_all_paths(rows: int, columns: int) -> None:
+    costs = random_costs(rows, columns, seed=rows).double()
+    paths = list(paths_through(rows, columns))
+    totals = [sum(float(costs[cell]) for cell in path) for path in paths]
+    weights = torch.tensor(totals, dtype=torch.float64) / -0.5
+    # The distance itself is that of all paths together.
+    assert otam(costs, single_direction=True).item() == pytest.approx(-0.5 * weights.logsumexp(0).item(), abs=1e-9)
+    expected = torch.zeros_like(costs)
+    for share, path in zip(weights.softmax(0), paths, strict=True):
+        for cell in path:
+            expected[cell] += share
+    aligned = otam_alignment(costs, single_direction=True)
+    torch.testing.assert_close(aligned, expected, rtol=1e-9, atol=1e-9)
+    both = otam_alignment(costs)
+    torch.testing.assert_close(both, aligned + otam_alignment(costs.T, single_direction=True).T)
+    assert (aligned.sum(0) >= 1 - 1e-9).all()
+
+
+@pytest.mark.parametrize("single_direction", [True, False])
+def test_the_alignment_equals_finite_differences(single_direction: bool) -> None:
+    costs, step = random_costs(2, 5, 6).double(), 1e-6
+    aligned = otam_alignment(costs, smoothing=0.3, single_direction=single_direction)
+    for place in itertools.product(range(2), range(5), range(6)):
+        ends = []
+        for sign in (1, -1):
+            moved = costs.clone()
+            moved[place] += sign * step
+            ends.append(otam(moved, smoothing=0.3, single_direction=single_direction)[place[0]].item())
+        assert aligned[place].item() == pytest.approx((ends[0] - ends[1]) / (2 * step), abs=1e-6)
+
+
+def test_the_alignment_needs_no_gradients_and_leaves_none() -> None:
+    costs = random_costs(3, 4, 4).requires_grad_()
+    expected = otam_alignment(costs)
+    assert costs.grad is None
+    assert not expected.requires_grad
+    with torch.inference_mode():
+        assert torch.equal(otam_alignment(costs * 1), expected)
+    assert otam_alignment(costs.detach().bfloat16()).dtype == torch.float32

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -70,7 +72,13 @@ class VideoLoader(DataLoader[Any]):
         num_workers: int,
         **options: Any,
     ) -> None:
-        super().__init__(dataset, num_workers=num_workers, timeout=stuck_after if num_workers else 0, **options)
+        super().__init__(
+            dataset,
+            num_workers=num_workers,
+            timeout=stuck_after if num_workers else 0,
+            worker_init_fn=_obey_parent_alone,
+            **options,
+        )
         self.receive = receive
         self.reading = dataset.reading = ReadingNow(num_workers)  # type: ignore[attr-defined]
 
@@ -104,6 +112,25 @@ class VideoLoader(DataLoader[Any]):
             return ""
         video = f"it was reading the video {paths[0]}" if paths else "it was reading no video"
         return f"a worker {what}; {video}: clip-m2df check finds the videos that a decoder fails on; {remedy}"
+
+
+def _obey_parent_alone(worker: int) -> None:
+    """In a worker: what signals say is for the main process, which needs its workers until it has saved.
+
+    Batch systems and Ctrl-C signal every process of a job.
+    """
+    if not hasattr(signal, "sigwaitinfo"):
+        return
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 class UnusableVideos:
@@ -144,11 +171,12 @@ class UnusableVideos:
                 stacklevel=2,
             )
 
-    def add(self, unusable: Mapping[str, str]) -> None:
+    def add(self, unusable: Mapping[str, str], *, say: bool = True) -> None:
         """Count videos, and say each that is new.
 
         Args:
             unusable: why they are, by path.
+            say: whether to; another rank may have said it.
 
         Raises:
             UserError: more of the split's videos are unusable than may be, with their names.
@@ -161,7 +189,7 @@ class UnusableVideos:
                 f" the share {self.limit:g} that data.max_unusable allows: {some(self.reasons, MOST_NAMES)};"
                 f" {next(iter(self.reasons.values()))}; clip-m2df check --fix writes a manifest without such videos"
             )
-        for reason in new.values():
+        for reason in new.values() if say else ():
             warnings.warn(f"{reason}; another video of its class takes its place", stacklevel=2)
 
 

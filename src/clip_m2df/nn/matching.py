@@ -121,3 +121,25 @@ def _align(costs: Tensor, smoothing: float) -> Tensor:
     # Last padded column, cost 0: C_i = C_{i−1} + A_{i−1} + A_i, of which the last row is wanted.
     distances: Tensor = -smoothing * torch.cat((column, column[:-1])).logsumexp(0)
     return distances.view(costs.shape[:-2])
+
+
+@full_precision
+def otam_alignment(costs: Tensor, *, smoothing: float = 0.5, single_direction: bool = False) -> Tensor:
+    """Which frames OTAM aligns, softly: the gradient of its distance by the costs.
+
+    OTAM's soft minimum weighs all alignments, the cheaper the more, with weights that sum to 1; an entry is the weight
+    of those that the pair of frames is in. Each column sums to at least 1, and with both directions each row too.
+
+    Args:
+        costs: see :func:`otam`; whether or not gradients are recorded.
+        smoothing: see :func:`otam`.
+        single_direction: the same.
+
+    Returns:
+        ``(…, rows, columns)``, not negative, without a gradient of its own.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = costs.detach().clone().requires_grad_()
+        distances = otam(leaf, smoothing=smoothing, single_direction=single_direction)
+        (alignment,) = torch.autograd.grad(distances.sum(), leaf)
+    return alignment

@@ -1,0 +1,168 @@
+"""What a validation shows beside its numbers: its hardest episodes, how a query was aligned, what prompts saw in it.
+
+All of it on the CPU and in plain types, so that ranks can hand it to one another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from clip_m2df.nn.m2df import HeadOutput, M2DFHead
+from clip_m2df.nn.matching import at_least_float32, cosine, frame_costs, otam_alignment
+from clip_m2df.nn.prompts import closest_frames
+
+
+class QueryEvidence(NamedTuple):
+    """Why a query was taken for what it was.
+
+    Attributes:
+        alignments: of each view, ``(2, frames, frames)``: how OTAM aligns the query's frames, the rows, with those of
+            its own class and of the rival.
+        distances: of each view, OTAM's to both.
+        frame_scores: ``(n_way, frames)``, cosines of PPS between each class's prompt and each frame.
+        counted: bool ``(n_way, frames)``, those that a prompt's score is the mean of.
+        probabilities: ``(n_way)``, PPS's.
+        chosen: the class whose prompt the query got; None without PPS.
+    """
+
+    alignments: dict[str, Tensor]
+    distances: dict[str, tuple[float, float]]
+    frame_scores: Tensor
+    counted: Tensor
+    probabilities: Tensor
+    chosen: int | None
+
+
+class HardEpisode(NamedTuple):
+    """An episode on which the loss is high.
+
+    Attributes:
+        number: of the episode.
+        class_names: its classes.
+        labels: of each query, its class as a place in ``class_names``.
+        predicted: of each query, the class that it was taken for.
+        rivals: of each query, the likeliest class but its own.
+        losses: cross-entropy of each query.
+        support: uint8 frames ``(n_way, frames, 3, height, width)``, the first shot of each class; None where they can't
+            be had.
+        query: the same of the queries, ``(n_queries, frames, 3, height, width)``.
+        evidence: on the query of the highest loss, if the head goes through the method's stages.
+    """
+
+    number: int
+    class_names: list[str]
+    labels: list[int]
+    predicted: list[int]
+    rivals: list[int]
+    losses: list[float]
+    support: Tensor | None = None
+    query: Tensor | None = None
+    evidence: QueryEvidence | None = None
+
+    @property
+    def loss(self) -> float:
+        """The episode's, a mean over its queries."""
+        return sum(self.losses) / len(self.losses)
+
+    @property
+    def hardest(self) -> int:
+        """The query of the highest loss."""
+        return self.losses.index(max(self.losses))
+
+
+class Reliabilities(NamedTuple):
+    """How sure the views were of the queries of a validation.
+
+    Attributes:
+        confidences: by what is compared (``visual``, ``text``) and by view, ``(n)``.
+        teaches: the share of queries on which a view teaches the other, by the direction's name.
+    """
+
+    confidences: dict[str, dict[str, Tensor]]
+    teaches: dict[str, float]
+
+    @classmethod
+    def of(cls, outputs: Mapping[str, Tensor]) -> Reliabilities:
+        """From what :func:`reliability_columns` gave, joined."""
+        confidences: dict[str, dict[str, Tensor]] = {}
+        teaches: dict[str, float] = {}
+        for name, column in outputs.items():
+            kind, _, view = name.partition(" ")
+            known = column[column.isfinite()]
+            if kind == "teaches":
+                teaches[view] = float(column.mean())
+            elif len(known):
+                confidences.setdefault(kind, {})[view] = known
+        return cls(confidences, teaches)
+
+
+class ValidationEvidence(NamedTuple):
+    """All that is shown of a validation.
+
+    Attributes:
+        class_names: of the split, as its prompts say them.
+        confusion: int64 ``(n_classes, n_classes)``, queries by their own and by the predicted class.
+        hardest: the episodes of the highest loss, the hardest first.
+        reliabilities: of the views.
+    """
+
+    class_names: list[str]
+    confusion: Tensor
+    hardest: list[HardEpisode]
+    reliabilities: Reliabilities
+
+
+def reliability_columns(output: HeadOutput) -> dict[str, Tensor]:
+    """The confidences of each view, and whom it teaches, a float32 column ``(n)`` each, as far as the head has them."""
+    columns = {f"visual {view}": value for view, value in output.visual_confidences.items()}
+    columns |= {f"text {view}": value for view, value in output.text_confidences.items()}
+    if len(output.distances) == 2:
+        columns["teaches local_to_global"] = output.distillation.local_to_global
+        columns["teaches global_to_local"] = output.distillation.global_to_local
+    return {name: column.flatten().float().cpu() for name, column in columns.items()}
+
+
+@torch.no_grad()
+def query_evidence(
+    head: M2DFHead, support: Tensor, query: Tensor, prompts: Tensor, draws: Tensor | None, *, label: int, rival: int
+) -> QueryEvidence:
+    """Run the stages of a head once more on one query, and keep what they don't return.
+
+    Args:
+        head: in eval mode.
+        support: features ``(n_way, n_shot, frames, dim)``.
+        query: features ``(frames, dim)``.
+        prompts: ``(n_way, dim)``.
+        draws: ``(1)``, where PPS samples.
+        label: the query's class.
+        rival: another class.
+    """
+    of_query, pair = query.unsqueeze(0), torch.tensor([label, rival], device=support.device)
+    probabilities = head.prompt_probabilities(head.prompt_scores(of_query, prompts))
+    selected = head.select(probabilities, prompts, draws)
+    support_prompts = prompts[pair].unsqueeze(-2).expand(*support[pair].shape[:-2], -1)
+    prototype = head.prototype(head.fuse(support[pair], support_prompts))
+    fused = head.fuse(of_query, selected.embeddings)
+    alignments = {
+        view: otam_alignment(
+            frame_costs(parts.visual, prototype[view].visual),
+            smoothing=head.smoothing,
+            single_direction=head.single_direction,
+        )[0].cpu()
+        for view, parts in fused.items()
+    }
+    evidence = head.match(fused, prototype)
+    scores = cosine(prompts, query)
+    places = closest_frames(query, prompts, head.top_k)[1]
+    return QueryEvidence(
+        alignments=alignments,
+        distances={view: (float(e.distances[0, 0]), float(e.distances[0, 1])) for view, e in evidence.items()},
+        frame_scores=at_least_float32(scores).cpu(),
+        counted=torch.zeros_like(scores, dtype=torch.bool).scatter(-1, places, True).cpu(),
+        probabilities=at_least_float32(probabilities[0]).cpu(),
+        chosen=int(selected.indices[0]) if head.pps else None,
+    )

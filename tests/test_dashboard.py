@@ -1,0 +1,376 @@
+"""The dashboard: everything that a training shows, read back from where it was logged."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning
+import numpy as np
+import pytest
+import torch
+import wandb
+import yaml
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from PIL import Image
+
+from clip_m2df import Manifest, UserError, __version__
+from clip_m2df.cli import main
+from clip_m2df.dashboard import Dashboard
+from clip_m2df.shipped import find_config, shipped_configs
+from tests.test_cli import options
+from tests.test_configs import Parsed
+from tests.test_module import UsersData, make, trainer
+from tests.wandb_file import OfflineRun
+
+PICTURES = {"confusion_matrix", "class_accuracy", "alignment", "prompt_scores", "reliability"}
+EPISODES = {f"hardest_episode_{rank}" for rank in range(1, 5)}
+WANDB = "--config=recipes/wandb_offline.yaml"
+
+
+@pytest.fixture(autouse=True)
+def _offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """In a folder of its own, without an account."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "wandb_files"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    yield
+    wandb.teardown()
+
+
+def fit(manifest: Path, tiny_clip_dir: Path, *more: str) -> int:
+    base, *rest = options(manifest, tiny_clip_dir, Path("run"), "--trainer.log_every_n_steps=1")
+    configs = [option for option in more if option.startswith("--config")]
+    return main(["fit", base, *configs, *rest, *(option for option in more if option not in configs)])
+
+
+def offline_runs() -> list[OfflineRun]:
+    """All runs of this folder, written to their ends, as where a process ends."""
+    wandb.teardown()
+    return [OfflineRun(folder) for folder in sorted(Path("runs/wandb").glob("offline-run-*"))]
+
+
+def check_picture(path: Path, kind: str = "PNG") -> None:
+    with Image.open(path) as picture:
+        assert picture.format == kind
+        assert np.asarray(picture).std() > 1  # decoded, and no blank page
+
+
+def test_everything_is_in_an_offline_run(manifest: Path, tiny_clip_dir: Path) -> None:
+    assert fit(manifest, tiny_clip_dir, WANDB, "--dashboard.upload_best=true") == 0
+    (found,) = offline_runs()
+    assert found.finished
+
+    # What was run
+    saved = yaml.safe_load(Path("run/config.yaml").read_text())
+    for group in ("model", "data", "trainer", "checkpoint", "dashboard"):
+        assert found.config[group] == saved[group], group
+    assert found.config["seed_everything"] == 0
+    assert found.config["version"] == __version__
+    assert found.config["manifest_digest"] == Manifest.read(manifest).digest
+    assert found.config["git_revision"] is None  # no checkout here
+
+    # Numbers, by the names of the progress bar
+    for name in ("train/accuracy", "train/interval", "train/loss/total", "train/loss/match", "train/loss/distill"):
+        assert len(found.logged(name)) == 2, name
+    for name in ("accuracy", "interval", "loss/total", "pps_accuracy", "local_to_global", "global_to_local"):
+        assert len(found.logged(f"val/{name}")) == 2, name
+
+    # Pictures of both validations
+    for name in PICTURES | EPISODES:
+        files = found.files(f"val/{name}")
+        assert len(files) == 2, name
+        check_picture(files[-1], "JPEG" if name in EPISODES else "PNG")
+    for kind in ("visual", "text"):
+        for view in ("local", "global"):
+            assert sum(found.logged(f"val/{kind}_confidence/{view}")[-1]["values"]) == 4 * 3
+    steps = [row["trainer/global_step"] for row in found.history if "val/alignment" in row]
+    assert steps == [1, 2]
+
+    # Tables
+    columns, rows = found.table("val/class_accuracies")
+    assert columns == ["class", "accuracy", "queries"]
+    assert [name for name, *_ in rows] == ["val class 0", "val class 1", "val class 2"]
+    total = sum(share * queries for _, share, queries in rows) / sum(queries for *_, queries in rows)
+    assert total == pytest.approx(found.logged("val/accuracy")[-1])
+    columns, rows = found.table("val/hardest_episodes")
+    assert columns[:5] == ["rank", "episode", "cross-entropy", "class", "predicted"]
+    assert [row[0] for row in rows] == [1] * 3 + [2] * 3 + [3] * 3 + [4] * 3
+    assert {row[1] for row in rows} == {0, 1, 2, 3}
+    losses = [sum(row[2] for row in rows[i : i + 3]) / 3 for i in range(0, 12, 3)]
+    assert losses == sorted(losses, reverse=True)
+    # The four are all episodes, so their mean is the loss: a sum over the 3 queries.
+    assert 3 * sum(losses) / 4 == pytest.approx(found.logged("val/loss/match")[-1], rel=1e-4)
+    for row in rows:
+        assert {*row[3:5]} <= {"val class 0", "val class 1", "val class 2"}
+        for path in row[5:]:
+            with Image.open(path) as strip:
+                assert strip.size == (2 * 48, 48)
+
+    best = found.artifact_files("best-")
+    assert best["best.ckpt"].read_bytes() == Path("run/checkpoints/best.ckpt").read_bytes()
+
+
+def test_a_training_that_goes_on_is_the_same_run(manifest: Path, tiny_clip_dir: Path) -> None:
+    assert fit(manifest, tiny_clip_dir, WANDB, "--trainer.max_steps=1") == 0
+    assert fit(manifest, tiny_clip_dir, WANDB, "--trainer.max_steps=2", "--ckpt_path=last") == 0
+    first, second = offline_runs()
+    assert first.id == second.id == Path("run/wandb_id").read_text().strip()
+    assert [run_.logged("trainer/global_step")[-1] for run_ in (first, second)] == [1, 2]
+    named = "--trainer.logger.init_args.id=mine"
+    assert fit(manifest, tiny_clip_dir, WANDB, named, "--trainer.max_steps=3", "--ckpt_path=last") == 0
+    assert offline_runs()[-1].id == "mine"
+    # Another run folder, another run.
+    assert fit(manifest, tiny_clip_dir, WANDB, "--trainer.default_root_dir=other") == 0
+    assert len({run_.id for run_ in offline_runs()}) == 3
+
+
+class Terminates(lightning.Callback):
+    """Sends SIGTERM to its own process, before the fourth step."""
+
+    def on_train_batch_start(self, trainer: lightning.Trainer, *args: Any) -> None:
+        if trainer.global_step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Fails(lightning.Callback):
+    """Ends the training with an exception, before the fourth step."""
+
+    def on_train_batch_start(self, trainer: lightning.Trainer, *args: Any) -> None:
+        if trainer.global_step == 3:
+            raise UserError("it fails")
+
+
+@pytest.mark.parametrize(("ends", "status", "steps"), [(Terminates, 143, 4), (Fails, 2, 3)])
+def test_a_run_that_is_broken_off_keeps_its_log(
+    manifest: Path, tiny_clip_dir: Path, ends: type, status: int, steps: int
+) -> None:
+    # A batch of all four episodes is a step.
+    more = ["--trainer.max_steps=9", "--data.validate_every=2", "--data.batch_size=4"]
+    assert fit(manifest, tiny_clip_dir, WANDB, *more, f"--trainer.callbacks+={__name__}.{ends.__name__}") == status
+    assert wandb.run is None
+    (found,) = offline_runs()
+    assert found.finished
+    assert len(found.logged("train/loss/total")) == steps
+    assert len(found.files("val/alignment")) == 1
+
+
+@pytest.mark.parametrize("evaluation", ["bank", "direct"])
+def test_without_wandb_pictures_are_files(manifest: Path, tiny_clip_dir: Path, evaluation: str) -> None:
+    more = [f"--data.evaluation={evaluation}", "--data.val_episodes=7"]
+    assert fit(manifest, tiny_clip_dir, *more) == 0
+    assert {folder.name for folder in Path("run/figures").iterdir()} == {"step-000001", "step-000002"}
+    files = list(Path("run/figures/step-000002").iterdir())
+    assert {file.stem for file in files} == PICTURES | EPISODES
+    for file in files:
+        check_picture(file)
+    assert not Path("run/wandb_id").exists()
+    (hparams,) = Path("run").rglob("hparams.yaml")
+    record = yaml.safe_load(hparams.read_text())
+    assert record["data"]["n_way"] == 3
+    assert record["version"] == __version__
+
+
+def test_both_evaluations_and_two_devices_show_the_same(manifest: Path, tiny_clip_dir: Path) -> None:
+    found = []
+    two = ["--trainer.devices=2", "--trainer.strategy=ddp_fork"]
+    no_dropout = [f"--model.head_options.{name}dropout=0.0" for name in ("", "context_", "attention_")]
+    for i, (evaluation, devices) in enumerate([("bank", []), ("direct", []), ("bank", two), ("direct", two)]):
+        more = [f"--data.evaluation={evaluation}", "--data.val_episodes=7", "--trainer.max_steps=1", *no_dropout]
+        more += [*devices, "--model.lr=1e-9", f"--trainer.default_root_dir={i}"]
+        assert fit(manifest, tiny_clip_dir, *more) == 0
+        found.append({file.stem: np.asarray(Image.open(file)).astype(int) for file in Path(f"{i}").rglob("*.png")})
+    expected = found[0]
+    assert expected.keys() == PICTURES | EPISODES
+    for others in found[1:]:
+        assert others.keys() == expected.keys()
+        for name, picture in expected.items():
+            assert others[name].shape == picture.shape, name
+            # The bits of features differ with the batches that they are computed in, and so may a last digit.
+            assert (np.abs(others[name] - picture) > 8).mean() < 0.01, name
+
+
+def test_tensorboard_gets_the_same_pictures(manifest: Path, tiny_clip_dir: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = ["--trainer.logger=TensorBoardLogger", "--trainer.logger.save_dir=board"]
+    assert fit(manifest, tiny_clip_dir, *logger, "--trainer.max_steps=1") == 0
+    assert fit(manifest, tiny_clip_dir, "--trainer.max_steps=1", "--trainer.default_root_dir=plain") == 0
+    (events,) = Path("board").rglob("events.out.tfevents.*")
+    board = EventAccumulator(str(events.parent), size_guidance={"images": 0})
+    board.Reload()
+    assert set(board.Tags()["images"]) == {f"val/{name}" for name in PICTURES | EPISODES}
+    assert "val/accuracy" in board.Tags()["scalars"]
+    for tag in board.Tags()["images"]:
+        (event,) = board.Images(tag)
+        Path("shown.png").write_bytes(event.encoded_image_string)
+        (file,) = Path("plain/figures/step-000001").glob(f"{tag.removeprefix('val/')}.png")
+        assert np.array_equal(np.asarray(Image.open("shown.png")), np.asarray(Image.open(file)))
+    assert not Path("run/figures").exists()
+
+
+def test_it_can_be_turned_off_and_needs_no_logger(manifest: Path, tiny_clip_dir: Path) -> None:
+    assert fit(manifest, tiny_clip_dir, "--dashboard.figures=false") == 0
+    assert not Path("run/figures").exists()
+    more = ["--trainer.logger=false", "--trainer.default_root_dir=bare", "--dashboard.episodes=1"]
+    assert fit(manifest, tiny_clip_dir, *more) == 0
+    assert {file.stem for file in Path("bare/figures/step-000002").iterdir()} == PICTURES | {"hardest_episode_1"}
+    assert fit(manifest, tiny_clip_dir, "--trainer.fast_dev_run=true", "--trainer.default_root_dir=trial") == 0
+    assert not Path("trial/figures").exists()
+
+
+def test_what_cannot_be_is_refused(manifest: Path, tiny_clip_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit(manifest, tiny_clip_dir, "--dashboard.upload_best=true") == 2
+    assert "dashboard.upload_best gives the best checkpoint to W&B, but" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"dashboard\.episodes is 0; give at least 1"):
+        Dashboard(episodes=0)
+
+
+def test_a_training_goes_on_without_pictures_where_they_cannot_be_written(manifest: Path, tiny_clip_dir: Path) -> None:
+    Path("run").mkdir()
+    Path("run/figures").touch()
+    with pytest.warns(UserWarning, match="the pictures of a validation can't be written to run/figures/step-000002"):
+        assert fit(manifest, tiny_clip_dir) == 0
+    assert Path("run/checkpoints/last.ckpt").exists()
+
+
+class OtherHead(torch.nn.Module):
+    """Scores by the mean of the frames; has one weight, and neither views nor stages."""
+
+    def __init__(self, *, dim: int) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(
+        self, support: torch.Tensor, query: torch.Tensor, prompts: torch.Tensor, draws: torch.Tensor | None = None
+    ) -> Any:
+        from clip_m2df.nn.distillation import Distillation
+        from clip_m2df.nn.m2df import HeadOutput
+
+        logits = self.scale * -torch.cdist(query.mean(-2), support.mean((-3, -2)))
+        nobody = torch.zeros(logits.shape[:-1], dtype=torch.bool)
+        nothing = Distillation(logits.new_zeros(logits.shape[:-2]), nobody, nobody)
+        return HeadOutput(logits, {}, {}, {}, {}, logits.softmax(-1), logits.argmax(-1), nothing)
+
+
+def test_a_head_of_another_kind_shows_what_it_has(manifest: Path, tiny_clip_dir: Path) -> None:
+    config = yaml.safe_load(find_config("demo_5way1shot.yaml").read_text())
+    config["model"] |= {"head": f"{__name__}.OtherHead", "head_options": {}}
+    Path("other.yaml").write_text(yaml.safe_dump(config))
+    args = [a for a in options(manifest, tiny_clip_dir, Path("run")) if "head_options" not in a]
+    assert main(["fit", "--config=other.yaml", *args[1:]]) == 0
+    shown = {file.stem for file in Path("run/figures/step-000002").iterdir()}
+    assert shown == {"confusion_matrix", "class_accuracy"} | EPISODES
+
+
+@pytest.mark.parametrize("more", [["--model.head_options.views=[global]"], ["--model.text_fusion=0.5"]])
+def test_ablations_and_half_precision_are_shown(manifest: Path, tiny_clip_dir: Path, more: list[str]) -> None:
+    assert fit(manifest, tiny_clip_dir, *more, "--trainer.precision=bf16-mixed") == 0
+    shown = {file.stem for file in Path("run/figures/step-000002").iterdir()}
+    assert shown == PICTURES | EPISODES
+
+
+def test_a_users_own_data_need_no_manifest(tiny_clip_dir: Path, tmp_path: Path) -> None:
+    model, watch = make(tiny_clip_dir), Dashboard(episodes=2)
+    logger = CSVLogger(tmp_path / "logs")
+    fitting = trainer(tmp_path, max_steps=2, val_check_interval=2, logger=logger, callbacks=[watch])
+    fitting.fit(model, UsersData())
+    shown = {file.stem for file in (tmp_path / "figures" / "step-000002").iterdir()}
+    assert shown == PICTURES | {"hardest_episode_1", "hardest_episode_2"}
+    record = yaml.safe_load(Path(logger.log_dir, "hparams.yaml").read_text())
+    assert record["manifest_digest"] is None
+    assert record["version"] == __version__
+
+
+def test_a_test_after_the_training_goes_on_with_its_run(tiny_clip_dir: Path, tmp_path: Path) -> None:
+    logger = WandbLogger(project="p", offline=True, save_dir="runs")
+    testing = trainer(tmp_path, max_steps=1, val_check_interval=1, logger=logger, callbacks=[Dashboard(figures=False)])
+    model = make(tiny_clip_dir)
+    testing.fit(model, UsersData())
+    testing.test(model, UsersData(), verbose=False)
+    first, second = offline_runs()
+    assert first.id == second.id
+    assert second.logged("test/accuracy")
+
+
+def test_the_revision_of_a_checkout_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from clip_m2df.dashboard import _git_revision
+
+    assert _git_revision() is None
+    monkeypatch.chdir(Path(__file__).parent)
+    revision = _git_revision()
+    assert revision is None or len(revision) == 40  # the tests of a wheel lie in no checkout
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert _git_revision() is None
+
+
+def test_the_hardest_are_found_whatever_the_batches_and_ranks(tiny_clip_dir: Path) -> None:
+    """Of two ranks, played one after the other, the callback keeps what a single process keeps."""
+    from tests.test_module import make_episodes, one
+
+    model = make(tiny_clip_dir).eval()
+    episodes = [one(make_episodes(2, seed), i) for seed in range(3) for i in range(2)]
+    with torch.no_grad():
+        outputs = []
+        for episode in episodes:
+            model._metrics_of("val")
+            outputs.append(model.validation_step(episode, 0))
+
+    def kept(world_size: int) -> list[tuple[float, int]]:
+        orders = []
+        for rank in range(world_size):
+            watch = Dashboard(episodes=2)
+            state: Any = SimpleNamespace(
+                state=SimpleNamespace(fn="fit"),
+                sanity_checking=False,
+                fast_dev_run=False,
+                world_size=world_size,
+                global_rank=rank,
+            )
+            for episode, output in list(zip(episodes, outputs, strict=True))[rank::world_size]:
+                watch.on_validation_batch_end(state, model, output, episode, 0)
+            orders += [candidate.order() for candidate in watch._hardest]
+        return sorted(orders)[:2]
+
+    assert kept(1) == kept(2) == kept(3)
+    assert len({number for _, number in kept(1)}) == 2
+
+
+# ------------------------------------------------------------------------------------------------- sweeps
+
+SWEEPS = sorted((find_config("demo_5way1shot.yaml").parent / "sweeps").glob("*.yaml"))
+
+
+def test_there_are_two_sweeps_which_are_no_configs() -> None:
+    assert [path.name for path in SWEEPS] == ["ablations.yaml", "learning_rates.yaml"]
+    assert not any("sweeps" in name for name in shipped_configs())
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_every_value_of_a_sweep_is_an_option_of_the_command(path: Path) -> None:
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
+
+    from clip_m2df.nn.heads import build_head
+
+    sweep = yaml.safe_load(path.read_text())
+    shell = sweep["command"][3].replace("$WANDB_RUN_ID", "abc").replace('"$@"', "").replace('"', "").split()
+    assert shell[:2] == ["exec", "clip-m2df"]
+    assert sweep["command"][-1] == "${args}"
+    fixed = [word for word in shell[3:] if not word.startswith("--config") and not word.endswith(".yaml")]
+    configs = [f"--config={find_config(word)}" for word in shell if word.endswith(".yaml")]
+    assert sweep["metric"]["name"] == "val/accuracy"
+    for parameter, choice in sweep["parameters"].items():
+        for value in choice["values"]:
+            # As W&B's agent writes them.
+            flags = create_sweep_command_args({"args": {parameter: {"value": value}}})["args"]
+            config = Parsed([shell[2], *configs, *fixed, *flags]).config.fit
+            found = config
+            for key in parameter.split("."):
+                found = found[key]
+            assert found == value, parameter
+            build_head("m2df", {"dim": 64, **config.model.head_options})
+            assert config.trainer.logger.init_args.offline is False
+            assert config.trainer.default_root_dir.endswith("/abc")
