@@ -54,7 +54,10 @@ def config(samples: Path, scratch: Path, rng: Rng) -> str:
             tree = alter(rng, tree)
         text = yaml.safe_dump(tree, allow_unicode=rng.random() < 0.5).encode(errors="surrogatepass")
     (scratch / "c.yaml").write_bytes(text)
-    lightning_cli._run(_made(), ["fit", f"--config={scratch / 'c.yaml'}", "--model.backbone=tiny"])
+    try:
+        lightning_cli._run(_made(), ["fit", f"--config={scratch / 'c.yaml'}", "--model.backbone=tiny"])
+    except OSError as error:  # a file name that is too long, which the command prints as it stands
+        raise UserError(str(error)) from error
     return "read"
 
 

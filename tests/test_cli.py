@@ -175,7 +175,9 @@ def test_bad_checkpoints(
     manifest: Path, tiny_clip_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = ["test", *options(manifest, tiny_clip_dir, tmp_path)]
-    assert "last.ckpt: the run has saved nothing yet; start without" in fails([*args, "--ckpt_path=last"], capsys)
+    assert "last.ckpt: fit has saved nothing there yet, and starts without" in fails(
+        [*args, "--ckpt_path=last"], capsys
+    )
     assert "best.ckpt: no such file" in fails([*args, "--ckpt_path=best"], capsys)
     assert "nowhere.ckpt: no such file" in fails([*args, "--ckpt_path=nowhere.ckpt"], capsys)
     assert "test measures a checkpoint: give --ckpt_path best" in fails(args, capsys)

@@ -37,8 +37,8 @@ def test_a_run_says_where_its_time_went(
     total = profile._until - profile._total_since
     assert 0 < sum(profile.seconds.values()) <= total < took
     assert all(profile.seconds[part] > 0 for part in PARTS)
-    # Of 2 episodes of 9 videos of 2 frames: 17 tokens through 2 layers of the frozen tower take 2e6 a frame.
-    assert 36 * 2e6 < profile.operations < 3 * 36 * 2e6
+    # 17 tokens through 2 layers of the frozen tower take 2e6 a frame; two episodes of 9 videos of 2 frames share some.
+    assert 18 * 2e6 < profile.operations < 3 * 36 * 2e6
 
 
 def test_without_the_option_nothing_is_measured(

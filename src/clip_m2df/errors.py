@@ -12,24 +12,25 @@ class UserError(ValueError):
     """
 
 
-class Stopped(Exception):  # noqa: N818 - nothing went wrong
-    """A run was asked to end, and did.
+class Stopped(BaseException):
+    """A run was asked to end, and did; no error, so that what handles errors on the way leaves it alone.
 
     Args:
         signum: the signal that asked.
-        step: the optimiser step that was saved last.
-        rank: of this process.
+        step: the optimiser step that was saved, if any.
+        silent: leave it to another process to say so, and to tell by its status.
 
     Attributes:
-        status: what the process should end with: 128 and the signal's number, 0 on other ranks than the first.
+        status: what the process should end with: 128 and the signal's number, or 0.
     """
 
-    def __init__(self, signum: signal.Signals, step: int, rank: int) -> None:
-        super().__init__(
-            f"stopped by {signum.name}; optimiser step {step} is saved, and --ckpt_path last goes on from it"
+    def __init__(self, signum: int, step: int | None = None, *, silent: bool = False) -> None:
+        saved = (
+            "nothing has been saved" if step is None else f"optimiser step {step} is saved, --ckpt_path last goes on"
         )
-        self.rank = rank
-        self.status = 0 if rank else 128 + signum
+        super().__init__(f"stopped by {signal.Signals(signum).name}; {saved}")
+        self.silent = silent
+        self.status = 0 if silent else 128 + signum
 
 
 def some(names: Iterable[str], most: int = 5) -> str:

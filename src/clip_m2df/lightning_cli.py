@@ -6,6 +6,7 @@ import inspect
 import logging
 import os
 import re
+import signal
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,22 +18,31 @@ import yaml
 from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 
 from clip_m2df.checkpoints import BEST, FOLDER, LAST, PREVIOUS, RunCheckpoint, RunCheckpointIO, find_last
 from clip_m2df.dashboard import Dashboard
 from clip_m2df.data.datamodule import EpisodeDataModule
 from clip_m2df.data.episode_files import write_episodes_file
-from clip_m2df.errors import UserError
+from clip_m2df.errors import Stopped, UserError
 from clip_m2df.evaluation.report import hardest_classes, write_report
 from clip_m2df.module import CLIPM2DF, checkpoint_options
 from clip_m2df.nn.heads import head_class
 from clip_m2df.profile import StepProfile
 from clip_m2df.wandb_run import go_on_with_run
+
+# What gloo and NCCL say when a process at the other end is gone.
+LOST = "closed by peer|reset by peer|remote process exited|communicator was aborted|broken pipe"
+
+# Of a config; a few lines of aliases of aliases stand for as many as one likes, all of which the parser would visit.
+MOST_VALUES = 10_000
 
 
 class RunProgressBar(RichProgressBar):
@@ -72,9 +82,13 @@ class RunReport(lightning.Callback):
     In training it lets all ranks know of the videos that one of them found unusable, as often as the Trainer logs.
     """
 
-    def on_train_batch_end(self, trainer: lightning.Trainer, *args: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Let ranks know of each other's unusable videos."""
-        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if stepped and every and trainer.global_step % every == 0:
             trainer.datamodule.share_unusable()  # type: ignore[attr-defined]
 
     def on_test_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -140,7 +154,12 @@ class CLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, without LightningCLI's warning about arguments that don't come from ``sys.argv``."""
-        self.config = parser.parse_args(args)
+        try:
+            self.config = parser.parse_args(args)
+        except ArgumentError:
+            raise
+        except Exception as error:  # values that the parser itself trips over
+            raise UserError(f"the options can't be read: {' '.join(str(error).split())}") from error
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: LightningCLI would let a checkpoint's options win silently. See ``_take_options_from``."""
@@ -150,8 +169,11 @@ class CLI(LightningCLI):
         trainer_options = self.config_init[str(self.subcommand)].trainer
         trainer_options.callbacks = [*(trainer_options.callbacks or []), RunReport()]
         plugins = trainer_options.plugins or []
-        plugins = [RunCheckpointIO(), *(plugins if isinstance(plugins, list) else [plugins])]
-        if SLURMEnvironment.detect() and not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
+        plugins = [*plugins] if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins.append(RunCheckpointIO())
+        by_slurm = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
+        if by_slurm and not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
             # Lightning would save wherever a signal comes, into a file that later runs take without being asked.
             plugins.append(SLURMEnvironment(auto_requeue=False))
         trainer_options.plugins = plugins
@@ -165,6 +187,25 @@ class CLI(LightningCLI):
             text = self._parser("fit").dump(self.config.fit, skip_unset=False)
             self.config_init.fit.dashboard.config = yaml.safe_load(text)
         return super().instantiate_trainer(**kwargs)
+
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise UserError(f"seed_everything: {error}") from error
+
+    def instantiate_classes(self) -> None:
+        """Make model, data and trainer.
+
+        Raises:
+            UserError: an option has a value that they don't take.
+        """
+        try:
+            super().instantiate_classes()
+        except (UserError, MisconfigurationException):
+            raise
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+            raise UserError(f"an option has a value that it can't have: {' '.join(str(error).split())}") from error
 
     def before_instantiate_classes(self) -> None:
         """Find the checkpoint and take the model's options from it.
@@ -211,7 +252,7 @@ class CLI(LightningCLI):
             )
 
     def _take_options_from(self, config: Namespace) -> None:
-        saved = checkpoint_options(config.ckpt_path)
+        saved = checkpoint_options(config.ckpt_path, head=config.model.head)
         given = self.parser.parse_args(self.args, defaults=False)[str(self.subcommand)].get("model")
         kept = saved | {"backbone": saved["backbone"]["source"]}
         asked = given.as_dict() if given else {}
@@ -273,9 +314,11 @@ def _run(cli: type[CLI], args: Sequence[str]) -> CLI:
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
     except RuntimeError as error:
-        if re.search("gloo|nccl", str(error), re.IGNORECASE):
-            raise UserError("another process of this run has ended; what it said says why") from error
+        if re.search(LOST, str(error), re.IGNORECASE):
+            raise UserError(f"another process of this run has ended; what it said says why ({error})") from error
         raise
+    except SIGTERMException as error:  # Lightning's own, where nothing is trained
+        raise Stopped(signal.SIGTERM) from error
 
 
 class EpisodesCLI(CLI):
@@ -319,10 +362,24 @@ def _check_configs(args: Sequence[str]) -> None:
             path = Path(inline if equals else value)
             try:
                 content = yaml.safe_load(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError, yaml.YAMLError) as error:
+                if _count(content, {}) > MOST_VALUES:
+                    raise ValueError(f"with its aliases written out, it has more than {MOST_VALUES} values")
+            except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
                 raise UserError(f"config {path} can't be read: {' '.join(str(error).split())}") from error
             if not isinstance(content, dict | None):
                 raise UserError(f"config {path} is not a table of options; start from one that clip-m2df configs lists")
+            sections = {name: (content or {}).get(name, {}) for name in ("model", "data", "trainer", "checkpoint")}
+            for name, section in sections.items():
+                if not isinstance(section, dict):
+                    raise UserError(f"config {path}: {name} is {section!r} and no table of options")
+
+
+def _count(node: Any, known: dict[int, int]) -> int:
+    """Count the values of a tree, what stands in several places in each of them."""
+    if id(node) not in known:
+        children = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+        known[id(node)] = 1 + sum(_count(child, known) for child in children)
+    return known[id(node)]
 
 
 def _plain(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
@@ -188,6 +189,7 @@ class CLIPM2DF(lightning.LightningModule):
         )
         # Of the last evaluation: int64 (n_classes, n_classes), queries by their own and by the predicted class.
         self.confusion: Tensor | None = None
+        self._draws_seed: int | None = None
         # Features of the views of the training videos, where it trains from them.
         self._views: Tensor | None = None
         self._bank: EpisodeBank | None = None
@@ -230,8 +232,9 @@ class CLIPM2DF(lightning.LightningModule):
         """Draw dropout from (seed, optimiser step, batch, rank): a resumed run draws what it would have drawn."""
         trainer = self._trainer
         place = batch_idx % trainer.accumulate_grad_batches if trainer else batch_idx
-        # The seed of seed_everything, or of whoever set torch's.
-        source = np.random.SeedSequence([torch.initial_seed(), self.global_step, place, self.global_rank])
+        # That of seed_everything or of whoever set torch's; of a resumed run, that of its start.
+        self._draws_seed = torch.initial_seed() if self._draws_seed is None else self._draws_seed
+        source = np.random.SeedSequence([self._draws_seed, self.global_step, place, self.global_rank])
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(int(source.generate_state(1)[0]))
             yield
@@ -399,7 +402,8 @@ class CLIPM2DF(lightning.LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Episode, batch_idx: int) -> None:
         """Log over whole optimiser steps, as often as the Trainer logs."""
         stepped = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
-        if stepped and self.trainer.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if stepped and every and self.trainer.global_step % every == 0:
             self._log_metrics("train")
 
     def on_validation_epoch_end(self) -> None:
@@ -440,6 +444,7 @@ class CLIPM2DF(lightning.LightningModule):
         hparams = dict(checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}))
         hparams["backbone"] = self.model.backbone.description()
         checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = hparams
+        checkpoint["draws_seed"] = self._draws_seed
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse weights that are not this model's.
@@ -448,6 +453,8 @@ class CLIPM2DF(lightning.LightningModule):
             UserError: names the first weights that are missing, unknown or of another shape.
         """
         check_weights(self, checkpoint["state_dict"], "a checkpoint of this model")
+        if self._trainer is not None:  # a run that goes on
+            self._draws_seed = checkpoint.get("draws_seed")
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> CLIPM2DF:
@@ -459,13 +466,19 @@ class CLIPM2DF(lightning.LightningModule):
             **kwargs: the same; options of the model among them win over the checkpoint's.
 
         Raises:
-            UserError: there is no such file, or it is no checkpoint of this model.
+            UserError: there is no such file, it is damaged or no checkpoint of this model, or it takes a head that is
+                other people's code and was not asked for by ``head=``.
         """
-        checkpoint_options(checkpoint_path)
+        checkpoint_options(checkpoint_path, head=kwargs.get("head"))
         known = {*inspect.signature(cls).parameters, "map_location", "hparams_file", "strict", "weights_only"}
         if unknown := [option for option in kwargs if option not in known]:
             raise UserError(f"CLIPM2DF has no option {unknown[0]!r}; its options are {', '.join(sorted(known))}")
-        loaded: CLIPM2DF = super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        try:
+            loaded: CLIPM2DF = super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        except UserError:
+            raise
+        except Exception as error:  # whatever values of other types lead to
+            raise UserError(f"no model can be made of {checkpoint_path}: {error}") from error
         return loaded
 
 
@@ -481,14 +494,29 @@ class _Encoded(NamedTuple):
         return self.table is table and self.numbers.equal(numbers) and self.state == state
 
 
-def checkpoint_options(path: str | os.PathLike[str]) -> dict[str, Any]:
+def checkpoint_options(path: str | os.PathLike[str], *, head: str | None = None) -> dict[str, Any]:
     """The model options in a checkpoint, read without its weights and without executing anything in it.
 
+    Args:
+        path: the file.
+        head: the head that a person asked for: no other code is imported because a file names it.
+
     Raises:
-        UserError: there is no such file, or it is no checkpoint of :class:`CLIPM2DF`.
+        UserError: there is no such file, it is no checkpoint of :class:`CLIPM2DF`, or it names other people's code.
     """
     checkpoint = read_checkpoint(path, mmap=True)
     options = checkpoint.get(CLIPM2DF.CHECKPOINT_HYPER_PARAMS_KEY)
     if not isinstance(options, dict) or not isinstance(options.get("backbone"), dict) or "head" not in options:
         raise UserError(f"{path} is a checkpoint of another model; give one that clip-m2df fit or CLIPM2DF wrote")
+    if unknown := [option for option in options if option not in inspect.signature(CLIPM2DF).parameters]:
+        raise UserError(f"{path} has the option {unknown[0]!r}, which CLIPM2DF has not; give one of this version")
+    name = options["head"]
+    if not isinstance(name, str):
+        raise UserError(f"{path} takes the head {name!r}, which is no name; give one that clip-m2df fit wrote")
+    # What is imported already has been trusted.
+    if name not in heads.HEADS and name != head and name.rpartition(".")[0] not in sys.modules:
+        raise UserError(
+            f"{path} takes the head {name!r}, code that is not this package's: if you trust it, name it yourself, by"
+            f" --model.head {name} or head={name!r}"
+        )
     return dict(options)

@@ -566,6 +566,8 @@ def test_towers_that_cannot_be(tiny_clip_dir: Path) -> None:
             CLIPBackbone.from_description(description | {tower: description[tower] | {field: value}})
     with pytest.raises(UserError, match=r"the towers of .* can't be built"):
         CLIPBackbone.from_description(description | {"tokenizer": "{}"})
+    with pytest.raises(UserError, match=r"the towers of .* can't be built"):
+        CLIPBackbone.from_description(description | {"visual_config": 3})
 
 
 def test_weights_in_torchs_older_format(copied: Path) -> None:

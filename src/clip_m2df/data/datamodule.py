@@ -256,6 +256,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
     def state_dict(self) -> dict[str, int]:
         """How a run counts, and how far it is, for its checkpoints."""
         return {
+            "seed": self.seed,
             "episodes_per_step": self.episodes_per_step,
             "batches_per_step": self.accumulation(self.world_size),
             "steps": self.trainer.global_step if self.trainer else 0,
@@ -270,11 +271,13 @@ class EpisodeDataModule(lightning.LightningDataModule):
         if not self.trainer or self.trainer.state.fn != "fit":
             return
         episodes, batches, steps = (state_dict[key] for key in ("episodes_per_step", "batches_per_step", "steps"))
-        if steps >= self.trainer.max_steps:
+        if steps > self.trainer.max_steps > 0:
             raise UserError(
                 f"the checkpoint has made {steps} optimiser steps already; to go on, give more than that with"
                 f" trainer.max_steps, which is {self.trainer.max_steps}"
             )
+        if state_dict.get("seed", self.seed) != self.seed:
+            raise UserError(f"the run's episodes are those of seed {state_dict['seed']}: set data.seed to that")
         if (episodes, batches) != (self.episodes_per_step, self.accumulation(self.world_size)):
             raise UserError(
                 f"the run made its steps of {episodes} episodes in {batches} batches on each device: set"

@@ -96,6 +96,10 @@ class VideoLoader(DataLoader[Any]):
                 return
             except RuntimeError as error:
                 if what := self._lost(str(error)):
+                    batches._shutdown_workers()  # type: ignore[attr-defined]  # whose end is no further error then
+                    for worker in batches._workers:  # type: ignore[attr-defined]
+                        worker.join(1)
+                        worker.kill()
                     raise UserError(what) from error
                 raise
             yield self.receive(batch)

@@ -217,7 +217,8 @@ class CLIPBackbone(nn.Module):
         source = description.get("source")
         for name, fields in (("visual_config", _VISUAL_FIELDS), ("text_config", _TEXT_FIELDS)):
             # transformers' configurations take many more, down to the address of code to fetch and run.
-            if unknown := [field for field in description.get(name) or () if field not in fields]:
+            config = description.get(name)
+            if isinstance(config, Mapping) and (unknown := [field for field in config if field not in fields]):
                 raise UserError(f"the {name} of {source!r} has {some(map(repr, unknown))}, which no backbone saves")
         return cls._build(description)
 
