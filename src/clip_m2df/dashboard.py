@@ -19,7 +19,6 @@ from torch import Tensor
 
 from clip_m2df import __version__, wandb_run
 from clip_m2df.data.table import EvaluationTable
-from clip_m2df.data.video import VideoError
 from clip_m2df.errors import UserError
 from clip_m2df.evaluation.evidence import (
     HardEpisode,
@@ -76,7 +75,8 @@ class Dashboard(lightning.Callback):
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Refuse to upload to nowhere."""
-        if stage == "fit" and self.upload_best and not _is_trial(trainer) and not _wandb_loggers(trainer):
+        on_wandb = any(isinstance(logger, WandbLogger) for logger in trainer.loggers)  # on any rank
+        if stage == "fit" and self.upload_best and not _is_trial(trainer) and not on_wandb:
             raise UserError(
                 "dashboard.upload_best gives the best checkpoint to W&B, but the trainer has no WandbLogger: layer"
                 " --config recipes/wandb_offline.yaml, or leave it out"
@@ -107,7 +107,7 @@ class Dashboard(lightning.Callback):
             warnings.warn("there is no best checkpoint to upload: no validation was made", stacklevel=2)
             return
         for logger in _wandb_loggers(trainer):
-            wandb_run.upload(logger, best, trainer.global_step)
+            wandb_run.upload(logger, best)
 
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
@@ -144,7 +144,7 @@ class Dashboard(lightning.Callback):
         labels = batch["query_labels"]
         logits = outputs.output.logits.float()
         losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
-        losses = losses.nan_to_num(torch.inf)  # of a training that came apart
+        losses = losses.nan_to_num(torch.inf, posinf=torch.inf)  # of a training that came apart
         for name, column in reliability_columns(outputs.output).items():
             self._columns.setdefault(name, []).append(column)
         hardest, rows = losses.mean(1).topk(min(self.episodes, len(labels)))
@@ -175,7 +175,11 @@ class Dashboard(lightning.Callback):
                 hardest=[episode for _, episode in sorted(itertools.chain(*(s for s, _ in found)), key=lambda s: s[0])],
                 reliabilities=Reliabilities.of({n: torch.cat([c[n] for _, c in found if n in c]) for n in columns}),
             )
-            self._give(trainer, evidence)
+            try:
+                self._give(trainer, evidence)
+            except Exception as error:  # a full disk, say: the training itself is worth more
+                said = f"the pictures of a validation can't be given: {type(error).__name__}: {error}"
+                warnings.warn(said, stacklevel=2)
         self._forget()
 
     def _forget(self) -> None:
@@ -217,7 +221,7 @@ class Dashboard(lightning.Callback):
                 candidate.features[0],
                 candidate.features[1][q],
                 candidate.prompts,
-                candidate.draws[q : q + 1],
+                None if candidate.draws is None else candidate.draws[q : q + 1],
                 label=episode.labels[q],
                 rival=episode.rivals[q],
             )
@@ -233,7 +237,7 @@ class Dashboard(lightning.Callback):
             for path in paths:
                 if path not in self._frames:  # hard episodes have videos in common, and so have validations
                     self._frames[path] = _thumbnails(table.dataset.reader.read(path)[0])
-        except VideoError:
+        except (UserError, OSError):  # a damaged cache too
             return None
         return torch.stack([self._frames[path] for path in paths])
 
@@ -252,12 +256,9 @@ class Dashboard(lightning.Callback):
             shown = True
         if not shown:
             folder = Path(trainer.default_root_dir) / "figures" / f"step-{trainer.global_step:06d}"
-            try:
-                for name, picture in pictures.items():
-                    with whole_file(folder / f"{name}.png") as draft:
-                        picture.save(draft, "PNG", compress_level=1)  # three times as fast
-            except OSError as error:  # the training itself is worth more
-                warnings.warn(f"the pictures of a validation can't be written to {folder}: {error}", stacklevel=2)
+            for name, picture in pictures.items():
+                with whole_file(folder / f"{name}.png") as draft:
+                    picture.save(draft, "PNG", compress_level=1)  # three times as fast
 
 
 class _Candidate(NamedTuple):
@@ -273,7 +274,7 @@ class _Candidate(NamedTuple):
     query: Tensor
     features: tuple[Tensor, Tensor]
     prompts: Tensor
-    draws: Tensor
+    draws: Tensor | None
 
     def order(self) -> tuple[float, int]:
         """Its place among others: the hardest first."""
@@ -297,7 +298,7 @@ class _Candidate(NamedTuple):
             query=query.cpu(),
             features=(played.support[row].clone(), played.query[row].clone()),
             prompts=played.prompts[row].clone(),
-            draws=batch["draws"][row].clone(),
+            draws=batch["draws"][row].clone() if "draws" in batch else None,
         )
 
 

@@ -118,6 +118,7 @@ class CLI(LightningCLI):
 
     def __init__(self, args: Sequence[str]) -> None:
         self.args = list(args)
+        self.goes_on = False
         super().__init__(
             CLIPM2DF,
             EpisodeDataModule,
@@ -167,9 +168,8 @@ class CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
         """Make the trainer, with the run's report, and its progress bar unless none is wanted."""
         trainer_options = self.config_init[str(self.subcommand)].trainer
-        trainer_options.callbacks = [*(trainer_options.callbacks or []), RunReport()]
-        plugins = trainer_options.plugins or []
-        plugins = [*plugins] if isinstance(plugins, list) else [plugins]
+        trainer_options.callbacks = [*_listed(trainer_options.callbacks), RunReport()]
+        plugins = _listed(trainer_options.plugins)
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(RunCheckpointIO())
         by_slurm = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
@@ -183,6 +183,8 @@ class CLI(LightningCLI):
             trainer_options.callbacks.append(RunProgressBar())
         if trainer_options.logger in (None, True):  # Lightning's own choice depends on what happens to be installed
             trainer_options.logger = CSVLogger(trainer_options.default_root_dir or ".")
+        if self.goes_on:
+            go_on_with_run(trainer_options.logger, Path(trainer_options.default_root_dir or "."))
         if self.subcommand == "fit":  # for the loggers, in plain types
             text = self._parser("fit").dump(self.config.fit, skip_unset=False)
             self.config_init.fit.dashboard.config = yaml.safe_load(text)
@@ -228,8 +230,7 @@ class CLI(LightningCLI):
                     f"the run folder {run_folder} holds a run already: go on with it by --ckpt_path last, or give"
                     " another --trainer.default_root_dir"
                 )
-            if goes_on:
-                go_on_with_run(config.trainer.logger, run_folder)
+            self.goes_on = goes_on
         elif config.ckpt_path is None:
             raise UserError(f"{self.subcommand} measures a checkpoint: give --ckpt_path best, last, or a .ckpt file")
         if config.ckpt_path is not None:
@@ -380,6 +381,11 @@ def _count(node: Any, known: dict[int, int]) -> int:
         children = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
         known[id(node)] = 1 + sum(_count(child, known) for child in children)
     return known[id(node)]
+
+
+def _listed(option: Any) -> list[Any]:
+    """What may be given once, several times or not at all."""
+    return [*option] if isinstance(option, list) else [] if option is None else [option]
 
 
 def _plain(value: Any) -> Any:

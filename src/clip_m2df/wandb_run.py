@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.loggers import WandbLogger
 
+from clip_m2df.checkpoints import read_checkpoint
 from clip_m2df.evaluation.evidence import HardEpisode, ValidationEvidence
 from clip_m2df.evaluation.figures import strip
 from clip_m2df.files import whole_file
@@ -27,19 +28,18 @@ def note_run(logger: WandbLogger, folder: Path) -> None:
         draft.write_text(f"{logger.experiment.id}\n", encoding="utf-8")
 
 
-def go_on_with_run(logger: Any, folder: Path) -> None:
+def go_on_with_run(loggers: Any, folder: Path) -> None:
     """Let a training that goes on log to the W&B run of its first start, unless the configuration names one.
 
     Args:
-        logger: the trainer's option, one or a list, as it was parsed; changed in place.
+        loggers: the trainer's option, one or a list. The loggers are changed, not the configuration, which others may
+            start from.
         folder: of the run.
     """
     file = folder / ID_FILE
-    for option in logger if isinstance(logger, Sequence) else [logger]:
-        if str(getattr(option, "class_path", "")).endswith("WandbLogger") and file.is_file():
-            options = option.init_args
-            if not options.get("id") and not options.get("version"):
-                options.id = file.read_text(encoding="utf-8", errors="replace").strip()
+    for logger in loggers if isinstance(loggers, list) else [loggers]:
+        if isinstance(logger, WandbLogger) and not logger._wandb_init.get("id") and file.is_file():
+            logger._wandb_init["id"] = logger._id = file.read_text(encoding="utf-8", errors="replace").strip() or None
 
 
 def close_runs(loggers: Iterable[WandbLogger], exit_code: int) -> None:
@@ -51,10 +51,11 @@ def close_runs(loggers: Iterable[WandbLogger], exit_code: int) -> None:
             logger._wandb_init["id"], logger._experiment = run.id, None
 
 
-def upload(logger: WandbLogger, checkpoint: str, step: int) -> None:
+def upload(logger: WandbLogger, checkpoint: str) -> None:
     """Give a run its best checkpoint, as an artifact ``best-<run>``."""
     import wandb
 
+    step = read_checkpoint(checkpoint, mmap=True)["global_step"]
     artifact = wandb.Artifact(f"best-{logger.experiment.id}", "model", metadata={"step": step})
     artifact.add_file(checkpoint, name="best.ckpt")
     logger.experiment.log_artifact(artifact, aliases=["best"])

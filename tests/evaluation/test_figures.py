@@ -86,7 +86,7 @@ def test_a_sampling_head_shows_the_prompt_that_was_drawn() -> None:
 def test_the_confusion_matrix_is_dark_where_queries_went() -> None:
     confusion = torch.tensor([[9, 1, 0], [0, 0, 0], [0, 5, 5]])
     picture = figures.confusion_matrix(confusion, NAMES)
-    cell, left, top = 30, picture.width - 12 - 90, picture.height - 12 - 90
+    cell, left, top = 30, 12 + figures._column(NAMES) + 6, picture.height - 12 - 90
 
     def corner(row: int, column: int) -> int:
         return sum(picture.getpixel((left + column * cell + 2, top + row * cell + 2)))  # type: ignore[arg-type]
@@ -183,3 +183,35 @@ def test_names_come_in_letters_that_the_font_has() -> None:
     many = [f"class {i}" for i in range(120)]
     picture = figures.confusion_matrix(torch.eye(120, dtype=torch.long), many)
     assert picture.width < 1200
+
+
+def test_names_take_little_room_and_are_told_apart() -> None:
+    long = "a sentence about everything that can be seen in a video"
+    names = ["a cat", long, "\u6253\u7bee\u7403", "\u8e22\u8db3\u7403", "caf\u00e9"]
+    hard = episode()._replace(class_names=names[1:4])
+    found = ValidationEvidence(names, torch.eye(5, dtype=torch.long), [hard], Reliabilities({}, {}))
+    short = figures._with_short_names(found)
+    cut = f"{long[:45]}..."
+    assert short.class_names == ["a cat", cut, "class 2", "class 3", "cafe"]
+    assert short.hardest[0].class_names == [cut, "class 2", "class 3"]
+
+
+def test_classes_without_queries_come_last_and_titles_are_whole() -> None:
+    confusion = torch.tensor([[5, 2, 0], [0, 0, 0], [0, 0, 7]])
+    written: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        text = figures._Sheet.text
+
+        def noted(sheet: Any, place: Any, line: str, **options: Any) -> float:
+            written.append(line)
+            end = text(sheet, place, line, **options)
+            assert options.get("anchor", "la") != "la" or end <= sheet.image.width
+            return end
+
+        patch.setattr(figures._Sheet, "text", noted)
+        figures.class_accuracies(confusion, NAMES)
+        assert [line for line in written if line in NAMES] == ["a cat", "a tree", "a car"]
+        figures.confusion_matrix(confusion, NAMES)
+        one_view = episode(views=["global"])
+        assert one_view.evidence is not None
+        figures.alignments(one_view, one_view.evidence)

@@ -26,7 +26,7 @@ class QueryEvidence(NamedTuple):
         frame_scores: ``(n_way, frames)``, cosines of PPS between each class's prompt and each frame.
         counted: bool ``(n_way, frames)``, those that a prompt's score is the mean of.
         probabilities: ``(n_way)``, PPS's.
-        chosen: the class whose prompt the query got; None without PPS.
+        chosen: the class whose prompt the query got; -1 where it got an expectation over all; None without PPS.
     """
 
     alignments: dict[str, Tensor]
@@ -164,5 +164,5 @@ def query_evidence(
         frame_scores=at_least_float32(scores).cpu(),
         counted=torch.zeros_like(scores, dtype=torch.bool).scatter(-1, places, True).cpu(),
         probabilities=at_least_float32(probabilities[0]).cpu(),
-        chosen=int(selected.indices[0]) if head.pps else None,
+        chosen=None if not head.pps else -1 if head.selection == "expectation" else int(selected.indices[0]),
     )

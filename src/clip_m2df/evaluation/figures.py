@@ -24,12 +24,15 @@ VIEW_COLOURS = {"local": (35, 105, 185), "global": (240, 135, 20)}
 SHADES = np.array([(255, 255, 255), (198, 219, 239), (107, 174, 214), (33, 113, 181), (8, 48, 107)], dtype=float)
 MARGIN = 12
 TEXT = 13
+# Of a class name.
+MOST_LETTERS = 48
 # More classes than this, and counts would be too small to read.
 MOST_COUNTED = 40
 
 
 def validation_pictures(found: ValidationEvidence) -> dict[str, Image.Image]:
     """All pictures of a validation by name, as far as there is something to show."""
+    found = _with_short_names(found)
     pictures: dict[str, Image.Image] = {}
     if found.confusion.numel():
         pictures["confusion_matrix"] = confusion_matrix(found.confusion, found.class_names)
@@ -57,8 +60,8 @@ def confusion_matrix(confusion: Tensor, class_names: Sequence[str]) -> Image.Ima
     size = min(TEXT, cell)
     names = _column(class_names, size)
     left, top = MARGIN + names + 6, 3 * MARGIN + TEXT + names + 6
-    sheet = _Sheet(left + n * cell + MARGIN, top + n * cell + MARGIN)
-    sheet.text((MARGIN, MARGIN), "queries by their class (rows) and by what they were taken for (columns)")
+    title = "queries by their class (rows) and by what they were taken for (columns)"
+    sheet = _Sheet(left + n * cell + MARGIN, top + n * cell + MARGIN, title)
     shares = confusion.double() / confusion.sum(1, keepdim=True).clamp(min=1)
     counts = [[str(count or "") for count in row] for row in confusion.tolist()] if n <= MOST_COUNTED else None
     sheet.heat_map((left, top), shares, cell, counts)
@@ -79,9 +82,9 @@ def class_accuracies(confusion: Tensor, class_names: Sequence[str]) -> Image.Ima
     shares = [r / q if q else 0.0 for r, q in zip(right, queries, strict=True)]
     row, width, left = TEXT + 6, 320, 2 * MARGIN + _column(class_names)
     top = 2 * MARGIN + TEXT
-    sheet = _Sheet(left + width + 130, top + len(class_names) * row + MARGIN)
-    sheet.text((MARGIN, MARGIN), "accuracy of each class")
-    for place, c in enumerate(sorted(range(len(class_names)), key=lambda c: shares[c])):
+    sheet = _Sheet(left + width + 130, top + len(class_names) * row + MARGIN, "accuracy of each class")
+    order = sorted(range(len(class_names)), key=lambda c: (not queries[c], shares[c]))
+    for place, c in enumerate(order):
         y = top + place * row
         sheet.text((left - MARGIN, y + row / 2), class_names[c], anchor="rm")
         sheet.bar((left, y + 2), width, row - 4, shares[c], VIEW_COLOURS["local"])
@@ -103,9 +106,8 @@ def hard_episode(episode: HardEpisode, *, rank: int = 1, most_queries: int = 10)
     frames = 0 if episode.query is None else len(shown_frames(episode.query[0]))
     width = max(frames * side, _column(episode.class_names) + 90)
     row, top = label + (side if frames else 0) + 8, 3 * MARGIN + 2 * TEXT
-    sheet = _Sheet(2 * MARGIN + 3 * width + 2 * gap, top + len(order) * row + 4)
     title = f"hardest episode no. {rank}: episode {episode.number}, cross-entropy {episode.loss:.2f}"
-    sheet.text((MARGIN, MARGIN), title)
+    sheet = _Sheet(2 * MARGIN + 3 * width + 2 * gap, top + len(order) * row + 4, title)
     columns = [MARGIN + place * (width + gap) for place in range(3)]
     for x, head in zip(columns, ("query", "its own class (first shot)", "what it was taken for"), strict=True):
         sheet.text((x, 2 * MARGIN + TEXT), head, colour=GREY)
@@ -140,15 +142,15 @@ def alignments(episode: HardEpisode, evidence: QueryEvidence) -> Image.Image:
     left, head = 22 + side, 2 * (TEXT + 6)
     width = left + max(columns * cell, _column(episode.class_names) - 22) + 2 * MARGIN
     height = head + rows * cell + side + 22 + MARGIN
-    sheet = _Sheet(MARGIN + len(views) * width, 2 * MARGIN + TEXT + 2 * height)
-    sheet.text((MARGIN, MARGIN), "soft alignment: rows are the query's frames, columns those of the class (first shot)")
+    title = "soft alignment: rows are the query's frames, columns those of the class (first shot)"
+    sheet = _Sheet(MARGIN + len(views) * width, 2 * MARGIN + TEXT + 2 * height, title)
     darkest = max(float(a.max()) for a in evidence.alignments.values())
     rival_role = "taken for" if episode.predicted[q] == rival else "runner-up"
     for place, (role, c) in enumerate(((f"its class{' ' * 2}", own), (rival_role, rival))):
         for column, view in enumerate(views):
             x, y = MARGIN + column * width, 2 * MARGIN + TEXT + place * height
             distance = f"{view} view, distance {evidence.distances[view][place]:.2f}"
-            sheet.text((x, y), distance, colour=VIEW_COLOURS[view])
+            sheet.text((x, y), distance, colour=VIEW_COLOURS.get(view, GREY))
             sheet.text((x, y + TEXT + 5), f"{role.strip()}: {episode.class_names[c]}")
             x, y = x + left, y + head
             values = evidence.alignments[view][place]
@@ -174,8 +176,8 @@ def prompt_scores(episode: HardEpisode, evidence: QueryEvidence) -> Image.Image:
     left = 2 * MARGIN + max(_column(episode.class_names), 60)
     side = cell if episode.query is not None else 0
     top = 2 * MARGIN + TEXT + side + 20
-    sheet = _Sheet(left + frames * cell + 210, top + n_way * cell + MARGIN)
-    sheet.text((MARGIN, MARGIN), "prompt selection: cosine of each frame with each class's prompt")
+    title = "prompt selection: cosine of each frame with each class's prompt"
+    sheet = _Sheet(left + frames * cell + 210, top + n_way * cell + MARGIN, title)
     if episode.query is not None:
         sheet.paste((left, top - side - 18), strip(episode.query[episode.hardest], cell, most=None))
     sheet.numbers((left, top - 16), frames, (cell, 0), anchor="mt")
@@ -205,7 +207,7 @@ def reliabilities(found: Reliabilities, *, bins: int = 24) -> Image.Image:
     sheet = _Sheet(2 * MARGIN + max(len(panels) * (width + gap) - gap, 620), bottom + len(found.teaches) * 24 + MARGIN)
     x: float = MARGIN
     for view in panels[0][1] if panels else ():
-        sheet.draw.rectangle((x, MARGIN + 2, x + 10, MARGIN + 12), fill=VIEW_COLOURS[view])
+        sheet.draw.rectangle((x, MARGIN + 2, x + 10, MARGIN + 12), fill=VIEW_COLOURS.get(view, GREY))
         x = sheet.text((x + 16, MARGIN), f"{view} view") + 2 * MARGIN
     for place, (kind, by_view) in enumerate(panels):
         x = MARGIN + place * (width + gap)
@@ -219,7 +221,7 @@ def reliabilities(found: Reliabilities, *, bins: int = 24) -> Image.Image:
                 at, tall = x + (b * len(VIEW_COLOURS) + shift) * bar, round(count / most * height)
                 if tall:
                     sheet.draw.rectangle(
-                        (at, top + height - tall, at + bar - 1, top + height - 1), fill=VIEW_COLOURS[view]
+                        (at, top + height - tall, at + bar - 1, top + height - 1), fill=VIEW_COLOURS.get(view, GREY)
                     )
         sheet.draw.line((x, top + height, x + width, top + height), fill=BLACK)
         sheet.text((x, top + height + 5), f"{low:.3f}")
@@ -227,7 +229,7 @@ def reliabilities(found: Reliabilities, *, bins: int = 24) -> Image.Image:
     for place, (name, share) in enumerate(found.teaches.items()):
         y, view = bottom + place * 24, name.partition("_")[0]
         sheet.text((MARGIN, y + 9), f"{name.replace('_to_', ' teaches ')} on {share:.1%} of the queries", anchor="lm")
-        sheet.bar((MARGIN + 300, y), 300, 18, share, VIEW_COLOURS[view])
+        sheet.bar((MARGIN + 300, y), 300, 18, share, VIEW_COLOURS.get(view, GREY))
     return sheet.image
 
 
@@ -259,9 +261,11 @@ def shown_frames(clip: Tensor, most: int | None = 8) -> Tensor:
 class _Sheet:
     """A white page, and how things get onto it. Places are pixels from the upper left corner."""
 
-    def __init__(self, width: float, height: float) -> None:
+    def __init__(self, width: float, height: float, title: str = "") -> None:
+        width = max(width, 2 * MARGIN + _column([title]))
         self.image = Image.new("RGB", (round(width), round(height)), "white")
         self.draw = ImageDraw.Draw(self.image)
+        self.text((MARGIN, MARGIN), title)
 
     def text(
         self,
@@ -321,6 +325,17 @@ class _Sheet:
     def paste(self, place: tuple[float, float], picture: Image.Image) -> None:
         """Put another picture there."""
         self.image.paste(picture, (round(place[0]), round(place[1])))
+
+
+def _with_short_names(found: ValidationEvidence) -> ValidationEvidence:
+    """With class names that take little room: sentences cut off, numbers where the font has no letters for them."""
+    shown = {}
+    for c, name in enumerate(found.class_names):
+        letters = _ascii(name)
+        text = f"class {c}" if 2 * letters.count("?") > len(letters) else letters
+        shown[name] = text if len(text) <= MOST_LETTERS else f"{text[: MOST_LETTERS - 3]}..."
+    hardest = [episode._replace(class_names=[shown[name] for name in episode.class_names]) for episode in found.hardest]
+    return found._replace(class_names=[shown[name] for name in found.class_names], hardest=hardest)
 
 
 @cache
