@@ -39,6 +39,7 @@ def _offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "wandb_files"))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    wandb.teardown()  # of another test, whose folder W&B's process is still in
     yield
     wandb.teardown()
 
