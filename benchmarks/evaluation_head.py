@@ -15,7 +15,8 @@ from benchmarks.double_loop import DoubleLoopHead
 from benchmarks.timing import Case, report, seconds
 from clip_m2df.episode import IndexedEpisode
 from clip_m2df.evaluation.bank import EpisodeBank
-from clip_m2df.nn.m2df import HeadOutput, M2DFHead
+from clip_m2df.nn.head import HeadOutput
+from clip_m2df.nn.m2df import M2DFHead
 
 N_WAY, N_CLASSES, N_VIDEOS, FRAMES = 5, 24, 20, 8
 NOISE = 20.0

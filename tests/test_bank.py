@@ -13,7 +13,8 @@ import torch
 
 from clip_m2df import CLIPM2DF, EpisodeDataModule, UserError
 from clip_m2df.evaluation.feature_store import FeatureStore
-from clip_m2df.nn.m2df import HeadOutput, M2DFHead
+from clip_m2df.nn.head import HeadOutput
+from clip_m2df.nn.m2df import M2DFHead
 from tests.data import clips
 
 SMALL: dict[str, Any] = {"n_way": 3, "n_query": 2, "frames": 2, "resize": 32, "size": 32, "num_workers": 0}
@@ -165,6 +166,27 @@ def test_a_head_with_a_forward_of_its_own_is_asked_for_it(many: Path, tiny_clip_
     ]
     assert results[0]["test/accuracy"] == results[1]["test/accuracy"]
     assert results[0]["test/loss/match"] == pytest.approx(results[1]["test/loss/match"], abs=1e-4)
+
+
+@pytest.mark.parametrize("n_shot", [1, 5])
+@pytest.mark.parametrize("name", ["nearest_prototype", "otam", "zero_shot", "bi_mhm", "clip_fsar"])
+def test_baselines_have_the_numbers_of_the_direct_path(
+    many: Path, tiny_clip_dir: Path, tmp_path: Path, name: str, n_shot: int
+) -> None:
+    torch.manual_seed(0)
+    options = HEAD if name == "clip_fsar" else None
+    model = CLIPM2DF(backbone=str(tiny_clip_dir), head=name, head_options=options, class_weight=1.0, text_fusion=0.4)
+    results, confusions = [], []
+    for evaluation in ("direct", "bank"):
+        source = data(many, test_episodes=20, evaluation=evaluation, n_shot=n_shot)
+        results += trainer(tmp_path).test(model, source, verbose=False)
+        assert model.confusion is not None
+        confusions.append(model.confusion)
+    assert results[1] == pytest.approx(results[0], abs=1e-4)
+    assert confusions[1].equal(confusions[0])
+    views = {"local_accuracy", "global_accuracy", "view_agreement", "local_to_global", "global_to_local"}
+    assert not {f"test/{name}" for name in views} & results[0].keys()
+    assert "test/pps_accuracy" in results[0]
 
 
 def test_features_on_disk_are_of_one_preprocessing_and_of_no_tower_that_learns(

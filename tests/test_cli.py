@@ -188,6 +188,27 @@ def test_bad_checkpoints(
     assert "other.ckpt is damaged or no checkpoint" in fails([*args, f"--ckpt_path={other}"], capsys)
 
 
+def test_a_head_with_nothing_to_train_is_measured_without_a_checkpoint(
+    manifest: Path, tiny_clip_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The demo config's options of the head are those of m2df.
+    own = ("--model.head_options={}", "--model.head=otam", "--model.head_options.smoothing=0.2")
+    args = [*options(manifest, tiny_clip_dir, tmp_path, *own), "--model.freeze_backbone=true"]
+    for command, said in (("test", "test/accuracy"), ("validate", "val/accuracy")):
+        assert main([command, *args]) == 0
+        assert said in capsys.readouterr().out
+    assert (tmp_path / "test_classes.csv").exists()
+    said = fails(["fit", *args], capsys)
+    assert "nothing to train" in said
+    assert "clip-m2df test without --ckpt_path" in said
+    clip_fsar = [*options(manifest, tiny_clip_dir, tmp_path), "--model.head=clip_fsar"]
+    assert "test measures a checkpoint: give --ckpt_path best" in fails(["test", *clip_fsar], capsys)
+    # Behind a tower that learns it is trained like any other.
+    fitting = [*args, "--model.freeze_backbone=false"]
+    assert main(["fit", *fitting]) == 0
+    assert main(["test", *fitting, "--ckpt_path=best"]) == 0
+
+
 def test_misspelt_keys_are_named(
     manifest: Path, tiny_clip_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

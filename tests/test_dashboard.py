@@ -259,7 +259,7 @@ class OtherHead(torch.nn.Module):
         self, support: torch.Tensor, query: torch.Tensor, prompts: torch.Tensor, draws: torch.Tensor | None = None
     ) -> Any:
         from clip_m2df.nn.distillation import Distillation
-        from clip_m2df.nn.m2df import HeadOutput
+        from clip_m2df.nn.head import HeadOutput
 
         logits = self.scale * -torch.cdist(query.mean(-2), support.mean((-3, -2)))
         nobody = torch.zeros(logits.shape[:-1], dtype=torch.bool)
@@ -273,6 +273,15 @@ def test_a_head_of_another_kind_shows_what_it_has(manifest: Path, tiny_clip_dir:
     Path("other.yaml").write_text(yaml.safe_dump(config))
     args = [a for a in options(manifest, tiny_clip_dir, Path("run")) if "head_options" not in a]
     assert main(["fit", "--config=other.yaml", *args[1:]]) == 0
+    shown = {file.stem for file in Path("run/figures/step-000002").iterdir()}
+    assert shown == {"confusion_matrix", "class_accuracy"} | EPISODES
+
+
+@pytest.mark.parametrize("name", ["clip_fsar", "bi_mhm"])
+def test_baselines_show_what_they_have(manifest: Path, tiny_clip_dir: Path, name: str) -> None:
+    # One without sizes, and without anything to train but the tower.
+    own = ["--model.head_options={}", "--model.freeze_backbone=false"] if name == "bi_mhm" else []
+    assert fit(manifest, tiny_clip_dir, *own, f"--model.head={name}") == 0
     shown = {file.stem for file in Path("run/figures/step-000002").iterdir()}
     assert shown == {"confusion_matrix", "class_accuracy"} | EPISODES
 

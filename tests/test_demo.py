@@ -6,7 +6,8 @@ import torch
 from clip_m2df import CLIPM2DF
 from clip_m2df.cli import main
 from clip_m2df.data import motion_shapes
-from clip_m2df.evaluation.features import otam_scores, play_episodes
+from clip_m2df.evaluation.features import play_episodes
+from clip_m2df.nn.baselines import OTAMHead
 from tests.nn import references
 
 
@@ -67,7 +68,8 @@ def test_episodes_are_played_by_the_places_of_their_videos() -> None:
             distances = [references.otam(c) + references.otam([list(r) for r in zip(*c, strict=True)]) for c in costs]
             correct.append(distances.index(min(distances)) == place)
     table = torch.randn(3, 8, generator=generator)
-    result = play_episodes(otam_scores, features, table, support, query, classes, batch_size=2)
+    head = OTAMHead(dim=8)
+    result = play_episodes(lambda *inputs: head(*inputs).logits, features, table, support, query, classes, batch_size=2)
     assert result["accuracy"] == pytest.approx(sum(correct) / 6)
     seen = []
 

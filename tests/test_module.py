@@ -218,6 +218,7 @@ def test_a_checkpoint_is_enough(tiny_clip_dir: Path, tmp_path: Path) -> None:
     loaded = CLIPM2DF.load_from_checkpoint(path).eval()
     new_names = ["something it has never heard of", "a cat"]
     assert torch.equal(loaded.encode_prompts(new_names), model.encode_prompts(new_names))
+    assert isinstance(model.model.head, M2DFHead)
     model.model.head.selection = "argmax"
     with torch.no_grad():
         assert torch.equal(loaded(make_episodes(2)).logits, model(make_episodes(2)).logits)

@@ -18,9 +18,10 @@ from clip_m2df.data.episodes import ClipReader, EpisodeShape, plan_episode
 from clip_m2df.data.manifest import Manifest, Split, Video
 from clip_m2df.data.motion_shapes import render, shared_appearance_classes
 from clip_m2df.errors import UserError
-from clip_m2df.evaluation.features import Scorer, encode_clips, otam_scores, play_episodes
+from clip_m2df.evaluation.features import Scorer, encode_clips, play_episodes
 from clip_m2df.lightning_cli import run
 from clip_m2df.module import CLIPM2DF
+from clip_m2df.nn.baselines import OTAMHead
 from clip_m2df.shipped import find_config
 
 CONFIG = "demo_5way1shot.yaml"
@@ -99,8 +100,9 @@ def compare(
     places = {video.path: place for place, video in enumerate(videos)}
     clips = torch.cat(list(_read_clips(videos, reader)))
     features = {model: encode_clips(model.model, clips.split(64)) for model in (before, after)}
+    otam = OTAMHead(dim=before.model.backbone.dim)
     rows: list[tuple[str, CLIPM2DF, Scorer]] = [
-        ("OTAM on the tower's features", before, otam_scores),
+        ("OTAM on the tower's features", before, lambda *inputs: otam(*inputs).logits),
         ("CLIP-M²DF before training", before, lambda *inputs: before.model.head(*inputs).logits),
         ("CLIP-M²DF after training", after, lambda *inputs: after.model.head(*inputs).logits),
     ]

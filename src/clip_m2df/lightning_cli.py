@@ -231,8 +231,11 @@ class CLI(LightningCLI):
                     " another --trainer.default_root_dir"
                 )
             self.goes_on = goes_on
-        elif config.ckpt_path is None:
-            raise UserError(f"{self.subcommand} measures a checkpoint: give --ckpt_path best, last, or a .ckpt file")
+        elif config.ckpt_path is None and getattr(head_class(config.model.head), "trained", True):
+            raise UserError(
+                f"{self.subcommand} measures a checkpoint: give --ckpt_path best, last, or a .ckpt file; a head does"
+                " without only if its class says trained = False"
+            )
         if config.ckpt_path is not None:
             self._take_options_from(config)
             self.parser.add_instantiator(self._build_model, CLIPM2DF, subclasses=False)

@@ -25,7 +25,8 @@ from clip_m2df.evaluation.features import encode_videos
 from clip_m2df.evaluation.stage_metrics import StageMetrics
 from clip_m2df.nn import heads
 from clip_m2df.nn.backbone import CLIPBackbone
-from clip_m2df.nn.m2df import M2DF, HeadOutput, M2DFHead, check_weights
+from clip_m2df.nn.head import Head, HeadOutput
+from clip_m2df.nn.m2df import M2DF, check_weights
 from clip_m2df.nn.prompts import DEFAULT_TEMPLATE, Selection
 
 # Options that a person may change from run to run. They stay out of the checkpoint, so that what is asked for wins.
@@ -63,8 +64,9 @@ class CLIPM2DF(lightning.LightningModule):
     Args:
         backbone: CLIP's weights: a name on the hub or a folder in transformers' format (ViT), a file in OpenAI's
             layout, ``rn50`` for the public ResNet-50, ``tiny`` for the small CLIP that comes with the package.
-        head: what scores the queries: ``m2df``, or the class path of another head.
-        head_options: options of the head; for ``m2df`` those of :class:`clip_m2df.nn.m2df.M2DFHead`.
+        head: what scores the queries: ``m2df``; for comparison ``clip_fsar``, ``otam``, ``bi_mhm``,
+            ``nearest_prototype`` or ``zero_shot``; or the class path of another head.
+        head_options: options of the head's class; for ``m2df`` those of :class:`clip_m2df.nn.m2df.M2DFHead`.
         template: the prompt, with ``{}`` where the class goes, or a list of such: an ensemble, the mean of their
             normalised embeddings.
         freeze_backbone: train the head alone.
@@ -150,7 +152,7 @@ class CLIPM2DF(lightning.LightningModule):
         if compile:  # in place, so that the weights keep their names
             tower.visual.compile()
             self.model.head.compile()
-        if not class_weight and isinstance(self.model.head, M2DFHead):
+        if not class_weight and isinstance(self.model.head, Head):
             # Without its loss the scale has no gradient, which DDP would wait for.
             self.model.head.scale.requires_grad_(False)
 
@@ -223,9 +225,9 @@ class CLIPM2DF(lightning.LightningModule):
             batch = select_episodes(indexed, torch.arange(min(SANITY_EPISODES, len(indexed["numbers"]))))
         return self._step(batch, "val")[1]
 
-    def test_step(self, batch: Episode | IndexedEpisode, batch_idx: int) -> None:
-        """Count a batch of test episodes."""
-        self._step(batch, "test")
+    def test_step(self, batch: Episode | IndexedEpisode, batch_idx: int) -> Played:  # type: ignore[override]
+        """Count a batch of test episodes; what was played is for callbacks."""
+        return self._step(batch, "test")[1]
 
     @contextmanager
     def _own_draws(self, batch_idx: int) -> Iterator[None]:
@@ -426,7 +428,10 @@ class CLIPM2DF(lightning.LightningModule):
         if tower:
             groups.append({"params": tower, "lr": self.backbone_lr, "name": "backbone"})
         if not groups:
-            raise UserError("nothing to train: the tower is frozen and the head has no parameters; use test")
+            raise UserError(
+                "nothing to train: the tower is frozen and the head has no parameters; measure it as it is, by"
+                " clip-m2df test without --ckpt_path"
+            )
         optimizer = torch.optim.Adam(groups, weight_decay=self.weight_decay, fused=self.device.type == "cuda" or None)
         scheduler = LambdaLR(optimizer, self._lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

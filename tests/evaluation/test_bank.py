@@ -7,7 +7,9 @@ from torch import Tensor
 from clip_m2df.episode import IndexedEpisode
 from clip_m2df.evaluation import bank as module
 from clip_m2df.evaluation.bank import EpisodeBank
-from clip_m2df.nn.m2df import HeadOutput, M2DFHead
+from clip_m2df.nn.head import Head, HeadOutput
+from clip_m2df.nn.heads import build_head
+from clip_m2df.nn.m2df import M2DFHead
 
 VIDEOS_A_CLASS, N_CLASSES, T, DIM = 9, 7, 4, 16
 
@@ -39,9 +41,13 @@ def episodes(n: int, n_way: int = 3, n_shot: int = 1, n_query: int = 2, seed: in
     )
 
 
-def make_head(**options: Any) -> M2DFHead:
+SIZES: dict[str, Any] = {"heads": 4, "hidden_dim": 24}
+
+
+def make_head(head: str = "m2df", **options: Any) -> Head:
     torch.manual_seed(0)
-    return M2DFHead(**({"dim": DIM, "heads": 4, "hidden_dim": 24} | options)).eval()
+    sizes = SIZES if head in ("m2df", "clip_fsar") else {}
+    return build_head(head, {"dim": DIM} | sizes | options).eval()
 
 
 def direct(head: Any, features: Tensor, prompts: Tensor, played: IndexedEpisode, numbers: Tensor) -> Any:
@@ -68,6 +74,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "depth 2": {"depth": 2},
     "one way": {"single_direction": True},
     "temperature": {"temperature": 5.0, "selection": "sample", "top_k": 2, "smoothing": 0.1},
+    "nearest prototype": {"head": "nearest_prototype"},
+    "OTAM": {"head": "otam"},
+    "zero-shot": {"head": "zero_shot"},
+    "Bi-MHM": {"head": "bi_mhm"},
+    "CLIP-FSAR": {"head": "clip_fsar", "depth": 2},
 }
 
 
@@ -108,7 +119,7 @@ class Counted(M2DFHead):
 
 @torch.no_grad()
 def test_each_pair_of_a_video_and_a_prompt_is_fused_once() -> None:
-    head = Counted(dim=DIM, heads=4, hidden_dim=24).eval()
+    head = Counted(dim=DIM, **SIZES).eval()
     features, prompts = videos()
     played = episodes(300)
     bank = EpisodeBank(head, features, prompts, played)
@@ -139,7 +150,7 @@ def test_bits_do_not_depend_on_who_plays_what() -> None:
 
 @torch.no_grad()
 def test_where_memory_is_short_each_batch_fuses_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    head = Counted(dim=DIM, heads=4, hidden_dim=24).eval()
+    head = Counted(dim=DIM, **SIZES).eval()
     features, prompts = videos()
     played = episodes(64)
     ample, short = (EpisodeBank(head, features, prompts, played, memory=memory) for memory in (1e9, 1e4))

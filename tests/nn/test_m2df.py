@@ -321,7 +321,7 @@ def test_heads_by_name_and_class_path() -> None:
     other = build_head(f"{__name__}.OtherHead", {"dim": 16, "width": 5})
     assert other.width == 5
     for name, message in (
-        ("m2dff", "head: 'm2dff' is neither one of m2df nor a class path"),
+        ("m2dff", "head: 'm2dff' is neither one of m2df, .*, clip_fsar nor a class path"),
         ("no.such.Head", "'no.such.Head' can't be imported"),
         ("os.path.join", "'os.path.join' is not a class derived from torch.nn.Module"),
     ):

@@ -10,12 +10,14 @@ What is computed together never depends on the number of ranks, so neither does 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from clip_m2df.episode import IndexedEpisode
-from clip_m2df.nn.m2df import HeadOutput, M2DFHead
+from clip_m2df.nn.head import Head, HeadOutput
+from clip_m2df.nn.m2df import M2DFHead
 from clip_m2df.nn.views import FusedSequence
 
 # How many go through at once.
@@ -34,9 +36,9 @@ class EpisodeBank:
     """
 
     def __init__(
-        self, head: M2DFHead, features: Tensor, prompt_table: Tensor, episodes: IndexedEpisode, *, memory: float = 4e9
+        self, head: Head, features: Tensor, prompt_table: Tensor, episodes: IndexedEpisode, *, memory: float = 4e9
     ) -> None:
-        self.head = head
+        self.head = cast(M2DFHead, head)  # whose stages are called where it has them
         self.features = features
         self.prompt_table = prompt_table
         self.episodes = episodes

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from clip_m2df.nn.m2df import HeadOutput, M2DFHead
+from clip_m2df.nn.head import HeadOutput
+from clip_m2df.nn.m2df import M2DFHead
 from clip_m2df.nn.matching import at_least_float32, cosine, frame_costs, otam_alignment
 from clip_m2df.nn.prompts import closest_frames
 

@@ -13,7 +13,6 @@ from clip_m2df.episode import VideoTable
 from clip_m2df.evaluation.feature_store import FeatureStore
 from clip_m2df.evaluation.metrics import EpisodeAccuracy
 from clip_m2df.nn.m2df import M2DF
-from clip_m2df.nn.matching import frame_costs, otam
 
 # ``support (…, n_way, n_shot, frames, dim)``, ``query (…, n_queries, frames, dim)`` and ``prompts (…, n_way, dim)`` to
 # logits ``(…, n_queries, n_way)``.
@@ -117,11 +116,6 @@ def _encode(
             mine |= features_of_rank
             unusable |= reasons
     return mine, unusable
-
-
-def otam_scores(support: Tensor, query: Tensor, prompts: Tensor) -> Tensor:
-    """Parameter-free OTAM: minus the distance to the mean of the support videos' raw features (see ``Scorer``)."""
-    return -otam(frame_costs(query, support.mean(-3)))
 
 
 @torch.no_grad()

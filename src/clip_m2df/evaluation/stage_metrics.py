@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from clip_m2df.episode import Episode, IndexedEpisode
 from clip_m2df.evaluation.metrics import Confusion, EpisodeAccuracy, Mean, Share, Sum
-from clip_m2df.nn.m2df import HeadOutput
+from clip_m2df.nn.head import HeadOutput
 
 SHARES = ("pps_accuracy", "local_accuracy", "global_accuracy", "view_agreement", "local_to_global", "global_to_local")
 LOSSES = ("total", "match", "distill", "class")

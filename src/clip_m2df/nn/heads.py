@@ -1,7 +1,8 @@
 """Heads by name: what classifies the queries of an episode, on frame features and prompt embeddings.
 
-A head has the interface of :class:`clip_m2df.nn.m2df.M2DFHead`: keyword options with ``dim`` among them,
-``head(support, query, prompts, draws)`` that returns a :class:`clip_m2df.nn.m2df.HeadOutput`, and ``class_logits``.
+A head is a :class:`clip_m2df.nn.head.Head` or has its interface: keyword options with ``dim`` among them,
+``head(support, query, prompts, draws)`` that returns a :class:`clip_m2df.nn.head.HeadOutput`, and ``class_logits``.
+Its class says ``trained = False`` if it has nothing to train.
 """
 
 from __future__ import annotations
@@ -17,9 +18,16 @@ from torch import nn
 from clip_m2df.errors import UserError
 
 if TYPE_CHECKING:
-    from clip_m2df.nn.m2df import M2DFHead
+    from clip_m2df.nn.head import Head
 
-HEADS = {"m2df": "clip_m2df.nn.m2df.M2DFHead"}
+HEADS = {
+    "m2df": "clip_m2df.nn.m2df.M2DFHead",
+    "nearest_prototype": "clip_m2df.nn.baselines.NearestPrototypeHead",
+    "otam": "clip_m2df.nn.baselines.OTAMHead",
+    "zero_shot": "clip_m2df.nn.baselines.ZeroShotHead",
+    "bi_mhm": "clip_m2df.nn.baselines.BiMHMHead",
+    "clip_fsar": "clip_m2df.nn.clip_fsar.CLIPFSARHead",
+}
 
 
 def head_class(name: str) -> type[nn.Module]:
@@ -46,7 +54,7 @@ def head_class(name: str) -> type[nn.Module]:
     return found
 
 
-def build_head(name: str, options: Mapping[str, Any]) -> M2DFHead:
+def build_head(name: str, options: Mapping[str, Any]) -> Head:
     """Make a head.
 
     Args:
@@ -64,7 +72,7 @@ def build_head(name: str, options: Mapping[str, Any]) -> M2DFHead:
             hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
             raise UserError(f"head_options: {cls.__name__} has no option {option!r}; {hint}")
     try:
-        return cast("M2DFHead", cls(**options))  # or what has its interface
+        return cast("Head", cls(**options))  # or what has its interface
     except UserError:
         raise
     except (TypeError, ValueError) as error:

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,18 +22,16 @@ from clip_m2df.nn.distillation import (
     text_confidence,
     visual_confidence,
 )
-from clip_m2df.nn.matching import at_least_float32, cosine, frame_costs, full_precision, otam
+from clip_m2df.nn.head import Head, HeadOutput, check_positive, check_shares
+from clip_m2df.nn.matching import at_least_float32, cosine, frame_costs, otam
 from clip_m2df.nn.prompts import (
     DEFAULT_TEMPLATE,
     SELECTIONS,
     SelectedPrompts,
     Selection,
     check_templates,
-    closest_frames,
     ensemble,
     fill_template,
-    prompt_probabilities,
-    prompt_scores,
     select_prompts,
 )
 from clip_m2df.nn.views import FusedSequence, FusionEncoder, GlobalTemporalContext, LocalTemporalContext, View
@@ -45,36 +43,7 @@ CONTEXTS: dict[str, type[nn.Module]] = {"local": LocalTemporalContext, "global":
 VIEWS = tuple(CONTEXTS)
 
 
-class HeadOutput(NamedTuple):
-    """What a head says of the queries. Mappings are keyed by view (``local``, ``global``), those in use only.
-
-    Attributes:
-        logits: ``(…, n_queries, n_way)``, minus the fused distance.
-        distances: OTAM distances of each view ``(…, n_queries, n_way)``.
-        text_similarities: cosines of the text parts in each view ``(…, n_queries, n_way)``; no part of the logits.
-        visual_confidences: ``max softmax(−d)`` of each view ``(…, n_queries)``.
-        text_confidences: ``max softmax(t)`` of each view ``(…, n_queries)``.
-        prompt_probabilities: PPS's distribution π ``(…, n_queries, n_way)``.
-        prompt_indices: int64 ``(…, n_queries)``, whose prompt each query got (``expectation``: the likeliest).
-        distillation: the term's value ``(…)`` and the queries ``(…, n_queries)`` distilled each way.
-    """
-
-    logits: Tensor
-    distances: dict[str, Tensor]
-    text_similarities: dict[str, Tensor]
-    visual_confidences: dict[str, Tensor]
-    text_confidences: dict[str, Tensor]
-    prompt_probabilities: Tensor
-    prompt_indices: Tensor
-    distillation: Distillation
-
-    @property
-    def distillation_loss(self) -> Tensor:
-        """The distillation term ``(…)``, one an episode."""
-        return self.distillation.loss
-
-
-class M2DFHead(nn.Module):
+class M2DFHead(Head):
     """CLIP-M²DF on frame features and prompt embeddings (Guo et al., arXiv 2401.08345, section 3).
 
     Any leading axes: B episodes run at once. The stages are methods, to be called one by one where only some are
@@ -129,7 +98,7 @@ class M2DFHead(nn.Module):
         attention_dropout: float = 0.2,
         dropout: float = 0.05,
     ) -> None:
-        super().__init__()
+        super().__init__(dim=dim, top_k=top_k, temperature=temperature)
         _check_choices("views", views, VIEWS)
         if not views:
             raise UserError("views is empty; give local, global or both")
@@ -140,17 +109,9 @@ class M2DFHead(nn.Module):
         weights = [1.0] * len(views) if view_weights is None else list(view_weights)
         if len(weights) != len(views):
             raise UserError(f"view_weights has {len(weights)} numbers for {len(views)} views; give one a view")
-        if top_k < 1:
-            raise UserError(f"top_k {top_k}: at least 1 frame must count")
-        for option, value in {"smoothing": smoothing, "temperature": temperature, "hidden_dim": hidden_dim}.items():
-            if not value > 0:
-                raise UserError(f"{option} is {value}; it must be positive")
-        shares = {"context_dropout": context_dropout, "attention_dropout": attention_dropout, "dropout": dropout}
-        for option, value in shares.items():
-            if not 0 <= value < 1:
-                raise UserError(f"{option} is {value}; it must be from 0 to below 1")
+        check_positive(smoothing=smoothing, hidden_dim=hidden_dim)
+        check_shares(context_dropout=context_dropout, attention_dropout=attention_dropout, dropout=dropout)
 
-        self.dim = dim
         self.view_weights = dict(zip(views, weights, strict=True))
         self.pps = pps
         self.selection: Selection = selection
@@ -159,8 +120,6 @@ class M2DFHead(nn.Module):
         self.direction: Direction = direction
         self.single_direction = single_direction
         self.detach_teacher = detach_teacher
-        self.top_k = top_k
-        self.temperature = temperature
         self.smoothing = smoothing
 
         self.views = nn.ModuleDict()
@@ -168,8 +127,6 @@ class M2DFHead(nn.Module):
             context = GlobalTemporalContext(dim, context_dropout) if view == "global" else LocalTemporalContext(dim)
             encoder = FusionEncoder(dim, depth, heads, hidden_dim, attention_dropout, dropout)
             self.views[view] = View(context, encoder)
-        # Scale of the class logits, learnt where their loss is used.
-        self.scale = nn.Parameter(torch.ones(1))
 
     def forward(self, support: Tensor, query: Tensor, prompts: Tensor, draws: Tensor | None = None) -> HeadOutput:
         """Score the queries of an episode.
@@ -194,14 +151,6 @@ class M2DFHead(nn.Module):
 
         # Distance fusion, and the more reliable view teaches the other
         return self.conclude(evidence, probabilities, selected.indices)
-
-    def prompt_scores(self, query: Tensor, prompts: Tensor) -> Tensor:
-        """Scores of ``query (…, n_queries, frames, dim)`` by ``prompts (…, n_way, dim)``: ``(…, n_queries, n_way)``."""
-        return prompt_scores(query, prompts, self.top_k)
-
-    def prompt_probabilities(self, scores: Tensor) -> Tensor:
-        """PPS's distribution over an episode's classes, from their scores ``(…, n_queries, n_way)``."""
-        return prompt_probabilities(scores, self.temperature)
 
     def select(self, probabilities: Tensor, prompts: Tensor, draws: Tensor | None = None) -> SelectedPrompts:
         """Give each query a prompt embedding ``(…, n_queries, dim)``: zero without PPS.
@@ -274,38 +223,6 @@ class M2DFHead(nn.Module):
             detach_teacher=self.detach_teacher,
         )
 
-    def class_logits(
-        self, support: Tensor, query: Tensor, prompts: Tensor, prompt_table: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """How each video's raw features compare with the prompts of all classes of the split (METHOD, section 7).
-
-        A video stands by the mean of its ``top_k`` frames closest to a prompt: a support video's own, for a query that
-        of the highest score.
-
-        Args:
-            support: ``(…, n_way, n_shot, frames, dim)``.
-            query: ``(…, n_queries, frames, dim)``.
-            prompts: ``(…, n_way, dim)``.
-            prompt_table: ``(…, n_classes, dim)``.
-
-        Returns:
-            ``(…, n_way, n_shot, n_classes)`` and ``(…, n_queries, n_classes)``.
-        """
-        likeliest = self.prompt_scores(query, prompts).argmax(-1, keepdim=True)
-        query_prompts = torch.take_along_dim(prompts, likeliest, dim=-2)
-        support_prompts = prompts.unsqueeze(-2).expand(*support.shape[:-2], -1)
-        table = prompt_table.unsqueeze(-3)
-        return (
-            self._class_logits(support, support_prompts, table),
-            self._class_logits(query, query_prompts, prompt_table),
-        )
-
-    def _class_logits(self, videos: Tensor, prompts: Tensor, prompt_table: Tensor) -> Tensor:
-        """``videos (…, n, frames, dim)`` with a prompt each ``(…, n, dim)``: ``(…, n, n_classes)``."""
-        places = closest_frames(videos, prompts.unsqueeze(-2), self.top_k)[1].squeeze(-2)
-        best = torch.take_along_dim(videos, places.unsqueeze(-1), dim=-2)
-        return _scaled_cosine(best, prompt_table, self.scale)
-
     @classmethod
     def from_published(cls, state_dict: Mapping[str, Tensor], **options: Any) -> M2DFHead:
         """A head with the weights of a published checkpoint, in eval mode.
@@ -342,17 +259,12 @@ class M2DFHead(nn.Module):
         return head.eval()
 
 
-@full_precision
-def _scaled_cosine(frames: Tensor, prompt_table: Tensor, scale: Tensor) -> Tensor:
-    return scale * cosine(frames.mean(-2), prompt_table)
-
-
 class M2DF(nn.Module):
     """CLIP-M²DF from frames to scores: CLIP's towers, the prompts, and a head.
 
     Args:
         backbone: CLIP's two towers. The text tower is frozen: its embeddings are computed once a class table and kept.
-        head: :class:`M2DFHead`, or another with its interface.
+        head: :class:`M2DFHead`, or another.
         template: the prompt, with ``{}`` where the class goes; of several, :func:`clip_m2df.nn.prompts.ensemble`.
         freeze_backbone: train the head alone.
     """
@@ -360,7 +272,7 @@ class M2DF(nn.Module):
     def __init__(
         self,
         backbone: CLIPBackbone,
-        head: M2DFHead,
+        head: Head,
         template: str | Sequence[str] = DEFAULT_TEMPLATE,
         freeze_backbone: bool = False,
     ) -> None:

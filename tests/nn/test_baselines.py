@@ -1,0 +1,363 @@
+"""Baselines: cases worked out by hand, slow loops, and what every head has to hold to."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from clip_m2df import CLIPM2DF, UserError
+from clip_m2df.evaluation.stage_metrics import StageMetrics
+from clip_m2df.nn.baselines import BiMHMHead, NearestPrototypeHead, OTAMHead, ZeroShotHead
+from clip_m2df.nn.clip_fsar import CLIPFSARHead
+from clip_m2df.nn.head import Head
+from clip_m2df.nn.heads import HEADS, build_head, head_class
+from tests.nn import references
+from tests.test_module import NAMES, UsersEpisodes, make_episodes
+
+BASELINES = ["nearest_prototype", "otam", "zero_shot", "bi_mhm", "clip_fsar"]
+SIZES = {"heads": 2, "hidden_dim": 12}
+# Cosine and cost of two vectors of norm 1 that are the same; of two at a right angle they are 0 and 1.
+SAME = 1 / 1.01
+NEAR = 1 - SAME
+
+
+def make_head(name: str, dim: int = 8, **options: Any) -> Head:
+    torch.manual_seed(0)
+    return build_head(name, {"dim": dim} | (SIZES if name == "clip_fsar" else {}) | options).eval()
+
+
+def episode(
+    *leading: int, n_shot: int = 2, frames: int = 5, dim: int = 8, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """3-way, 4 queries: support, query and prompts."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((*leading, 3, n_shot, frames, dim), (*leading, 4, frames, dim), (*leading, 3, dim))
+    support, query, prompts = (torch.randn(shape, generator=generator) for shape in shapes)
+    return support, query, prompts
+
+
+def otam_2x2(a: float, b: float, c: float, d: float, smoothing: float) -> float:
+    """OTAM one way of the costs [[a, b], [c, d]], written out."""
+
+    def least(*values: float) -> float:
+        return -smoothing * math.log(sum(math.exp(-value / smoothing) for value in values))
+
+    first = c + least(0, 0, a)  # the second row aligned with the first column, entered from either side
+    second = d + least(a, first)
+    return least(a + b, a + b, second)
+
+
+# ---------------------------------------------------------------------------------------------- by hand
+
+
+def test_nearest_prototype_by_hand() -> None:
+    # Means of two shots of two frames: class 0 (2, 0), class 1 (0, 2). Of the queries' frames: (2, 0) and (3, 4).
+    support = torch.tensor([[[[1.0, 0], [1, 0]], [[3, 0], [3, 0]]], [[[0, 1], [0, 1]], [[0, 1], [0, 5]]]])
+    query = torch.tensor([[[4.0, 0], [0, 0]], [[3, 0], [3, 8]]])
+    prompts = torch.zeros(2, 2)
+    expected = torch.tensor([[4 / 4.01, 0], [6 / 10.01, 8 / 10.01]])
+    torch.testing.assert_close(NearestPrototypeHead(dim=2)(support, query, prompts).logits, 10 * expected)
+    scaled = NearestPrototypeHead(dim=2, logit_scale=3.0)(support, query, prompts)
+    torch.testing.assert_close(scaled.logits, 3 * expected)
+
+
+@pytest.mark.parametrize("smoothing", [0.5, 0.1])
+def test_otam_by_hand(smoothing: float) -> None:
+    # The mean of class 0's shots is the frames (1, 0), (0, 1); class 1 has them the other way round.
+    support = torch.tensor([[[[2.0, 0], [0, 2]], [[0, 0], [0, 0]]], [[[0, 1], [1, 0]], [[0, 1], [1, 0]]]])
+    query = torch.tensor([[[1.0, 0], [0, 1]]])
+    prompts = torch.zeros(2, 2)
+    in_order = otam_2x2(NEAR, 1, 1, NEAR, smoothing)
+    reversed_ = otam_2x2(1, NEAR, NEAR, 1, smoothing)
+    assert in_order < reversed_
+    # Both matrices are their own transposes, so the two directions are the same.
+    both = OTAMHead(dim=2, smoothing=smoothing)(support, query, prompts).logits
+    torch.testing.assert_close(both, torch.tensor([[-2 * in_order, -2 * reversed_]]))
+    one = OTAMHead(dim=2, smoothing=smoothing, single_direction=True)(support, query, prompts).logits
+    torch.testing.assert_close(one, torch.tensor([[-in_order, -reversed_]]))
+
+
+def test_zero_shot_by_hand() -> None:
+    query = torch.tensor([[[1.0, 0], [0, 1]], [[0, 1], [0, 1]]])
+    prompts = torch.tensor([[1.0, 0], [0, 2]])
+    # Cosines with the second prompt are 2 / (1 · 2 + 0.01).
+    expected = 100 * torch.tensor([[SAME / 2, 2 / 2.01 / 2], [0, 2 / 2.01]])
+    nothing = torch.full((2, 1, 2, 2), math.nan)  # the support is not looked at
+    torch.testing.assert_close(ZeroShotHead(dim=2)(nothing, query, prompts).logits, expected)
+
+
+def test_bi_mhm_by_hand() -> None:
+    # Class 0: the mean of two shots is (1, 0), (0, 1). Class 1: (0, 1) twice.
+    support = torch.tensor([[[[2.0, 0], [0, 2]], [[0, 0], [0, 0]]], [[[0, 1], [0, 1]], [[0, 1], [0, 1]]]])
+    query = torch.tensor([[[1.0, 0], [1, 0]], [[0, 1], [1, 0]]])
+    # Query 0 with class 0: both its frames are near one; of the prototype's, one is near and the other at cost 1.
+    # With class 1 all costs are 1. Query 1 has class 0's frames, in another order, which doesn't count; with class 1
+    # one of its frames is near, and both of the prototype's.
+    half = (NEAR + 1) / 2
+    expected = -torch.tensor([[NEAR + half, 2], [2 * NEAR, half + NEAR]])
+    torch.testing.assert_close(BiMHMHead(dim=2)(support, query, torch.zeros(2, 2)).logits, expected)
+
+
+def test_clip_fsar_without_its_transformer_is_otam() -> None:
+    head: Any = make_head("clip_fsar", depth=2)
+    support, query, prompts = episode()
+    otam = OTAMHead(dim=8)(support, query, prompts).logits
+    assert not torch.allclose(head(support, query, prompts).logits, otam, atol=1e-2)
+    for layer in head.transformer.layers:
+        for part in (layer.to_out[0], layer.feed_forward[3]):
+            nn.init.zeros_(part.weight)
+            nn.init.zeros_(part.bias)
+    torch.testing.assert_close(head(support, query, prompts).logits, otam)
+    one_way = OTAMHead(dim=8, single_direction=True, smoothing=0.2)(support, query, prompts).logits
+    head.single_direction, head.smoothing = True, 0.2
+    torch.testing.assert_close(head(support, query, prompts).logits, one_way)
+
+
+def averaging_head() -> CLIPFSARHead:
+    """Its attention adds to each token the mean of all, as the norm makes them; the feed-forward part adds nothing."""
+    head = CLIPFSARHead(dim=2, heads=1, hidden_dim=4).eval()
+    (layer,) = head.transformer.layers
+    state = layer.state_dict()
+    state["to_q.weight"].zero_()
+    for name in ("to_v.weight", "to_out.0.weight"):
+        state[name].copy_(torch.eye(2))
+    for name in ("to_out.0.bias", "feed_forward.3.weight", "feed_forward.3.bias"):
+        state[name].zero_()
+    layer.load_state_dict(state)
+    return head
+
+
+def test_clip_fsar_by_hand() -> None:
+    # The norm makes (1, 0) to (1, −1) and (0, 1) to (−1, 1), but for its epsilon. A query of both stays as it is, its
+    # mean being 0. Beside the prompt (1, 0) the mean of three tokens is (1, −1)/3; beside (0, 1) it is (−1, 1)/3.
+    frames: list[list[float]] = [[1.0, 0.0], [0.0, 1.0]]
+    support = torch.tensor([[frames], [frames]])
+    query = torch.tensor([frames])
+    prompts = torch.tensor(frames)
+    prototypes = [[[4 / 3, -1 / 3], [1 / 3, 2 / 3]], [[2 / 3, 1 / 3], [-1 / 3, 4 / 3]]]
+    expected = []
+    for prototype in prototypes:
+        costs = [[1 - references.cosine(x, y) for y in prototype] for x in frames]
+        (a, b), (c, d) = costs
+        expected.append(-otam_2x2(a, b, c, d, 0.5) - otam_2x2(a, c, b, d, 0.5))
+    logits = averaging_head()(support, query, prompts).logits
+    torch.testing.assert_close(logits, torch.tensor([expected]), atol=1e-4, rtol=0)
+    # Two shots with the means (1, 0) and (2, 1)/3, to the norm the same (1, −1): beside the prompt all three tokens are,
+    # and so is their mean. The frames become (2, −1) and (5/3, −2/3).
+    shots = torch.tensor([[frames, [[1.0, 0], [4 / 3, -1 / 3]]]])
+    costs = [[1 - references.cosine(x, y) for y in [[2, -1], [5 / 3, -2 / 3]]] for x in frames]
+    (a, b), (c, d) = costs
+    of_two = -otam_2x2(a, b, c, d, 0.5) - otam_2x2(a, c, b, d, 0.5)
+    logits = averaging_head()(shots, query, prompts[:1]).logits
+    torch.testing.assert_close(logits, torch.tensor([[of_two]]), atol=1e-4, rtol=0)
+
+
+def test_prompts_reach_their_own_classes_support_alone() -> None:
+    head = make_head("clip_fsar")
+    support, query, prompts = episode()
+    logits = head(support, query, prompts).logits
+    others = prompts.clone()
+    others[1] = 3 - others[1]
+    changed = head(support, query, others).logits
+    assert changed[:, [0, 2]].equal(logits[:, [0, 2]])
+    assert (changed[:, 1] - logits[:, 1]).abs().min() > 1e-3
+
+
+@pytest.mark.parametrize("n_shot", [1, 5])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_clip_fsar_equals_the_loop(n_shot: int, depth: int) -> None:
+    head: Any = make_head("clip_fsar", depth=depth)
+    support, query, prompts = episode(n_shot=n_shot, frames=3)
+
+    def attended(tokens: list[list[float]]) -> list[list[float]]:
+        for layer in head.transformer.layers:
+            tokens = references.fusion_layer(layer, tokens, tokens)
+        return tokens
+
+    expected = torch.zeros(4, 3)
+    for c in range(3):
+        prototype = attended([prompts[c].tolist(), *support[c].mean(0).tolist()])[1:]
+        for q in range(4):
+            costs = [[1 - references.cosine(x, y) for y in prototype] for x in attended(query[q].tolist())]
+            expected[q, c] = -references.otam_of(torch.tensor(costs))
+    torch.testing.assert_close(head(support, query, prompts).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_clip_fsar_compares_the_mean_of_all_frames_with_prompts() -> None:
+    head = make_head("clip_fsar", top_k=1)
+    nn.init.constant_(head.scale, 3.0)
+    support, query, prompts = episode()
+    table = torch.cat((prompts, -2 * prompts[:1]))
+
+    def logits(video: Tensor) -> list[float]:
+        return [3 * references.cosine(video.mean(0).tolist(), prompt.tolist()) for prompt in table]
+
+    of_support, of_query = head.class_logits(support, query, prompts, table)
+    torch.testing.assert_close(of_support, torch.tensor([[logits(shot) for shot in shots] for shots in support]))
+    torch.testing.assert_close(of_query, torch.tensor([logits(video) for video in query]))
+
+
+# ----------------------------------------------------------------------------------- of all of them
+
+
+@pytest.mark.parametrize("name", BASELINES)
+@torch.no_grad()
+def test_classes_shots_and_episodes_may_come_in_any_order(name: str) -> None:
+    head = make_head(name)
+    support, query, prompts = episode(2, 3, n_shot=5)
+    logits = head(support, query, prompts).logits
+    order, shots = torch.tensor([2, 0, 1]), torch.tensor([3, 1, 4, 0, 2])
+    moved = head(support[:, :, order][..., shots, :, :], query, prompts[:, :, order]).logits
+    torch.testing.assert_close(moved, logits[..., order])
+    for i in range(2):
+        for j in range(3):
+            alone = head(support[i, j], query[i, j], prompts[i, j])
+            torch.testing.assert_close(alone.logits, logits[i, j])
+    assert (logits.argmax(-1) != 0).any()
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_what_there_is_beside_the_scores(name: str) -> None:
+    head = make_head(name, top_k=2, temperature=20.0).train()
+    support, query, prompts = episode(2)
+    output = head(support, query, prompts)  # nothing is drawn in training either
+    for i in range(2):
+        expected = torch.tensor(references.prompt_probabilities(query[i], prompts[i], 2, 20.0))
+        torch.testing.assert_close(output.prompt_probabilities[i], expected)
+        assert output.prompt_indices[i].equal(expected.argmax(-1))
+    views = (output.distances, output.text_similarities, output.visual_confidences, output.text_confidences)
+    assert views == ({}, {}, {}, {})
+    assert output.distillation_loss.tolist() == [0, 0]
+    for taught in output.distillation[1:]:
+        assert taught.tolist() == [[False] * 4] * 2
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_gradients_reach_all_that_counts(name: str) -> None:
+    head = make_head(name).train()
+    support, query, prompts = (part.requires_grad_() for part in episode())
+    F.cross_entropy(head(support, query, prompts).logits, torch.tensor([0, 1, 2, 0])).backward()
+    counting = {"support": name != "zero_shot", "query": True, "prompts": name in ("zero_shot", "clip_fsar")}
+    for part, counts in zip((support, query, prompts), counting.values(), strict=True):
+        assert (part.grad is not None) is counts
+        assert part.grad is None or (part.grad.isfinite().all() and part.grad.abs().sum() > 0)
+    without = [parameter for parameter, p in head.named_parameters() if p.grad is None]
+    assert without == ["scale"]
+    of_support, of_query = head.class_logits(support, query, prompts, prompts)
+    (of_support.diagonal(dim1=0, dim2=2).sum() + of_query.sum()).backward()
+    assert head.scale.grad is not None
+    assert head.scale.grad.abs().item() > 0
+
+
+@pytest.mark.parametrize("name", BASELINES)
+@torch.no_grad()
+def test_bfloat16_features_are_scored_in_float32(name: str) -> None:
+    head = make_head(name)
+    support, query, prompts = episode(20)
+    support, query = support.bfloat16(), query.bfloat16()  # as a tower gives them under autocast
+    expected = head(support.float(), query.float(), prompts).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = head(support, query, prompts).logits
+    assert logits.dtype == torch.float32
+    if name == "clip_fsar":  # whose transformer is not
+        torch.testing.assert_close(logits, expected, atol=0.1, rtol=0.02)
+    else:
+        torch.testing.assert_close(logits, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_heads_by_name() -> None:
+    assert list(HEADS) == ["m2df", *BASELINES]
+    for name in HEADS:
+        assert isinstance(make_head(name), Head)
+        assert head_class(name).trained is (name in ("m2df", "clip_fsar"))  # type: ignore[attr-defined]
+        has_weights = [parameter for parameter, _ in make_head(name).named_parameters()] != ["scale"]
+        assert has_weights is head_class(name).trained  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match=r"OTAMHead has no option 'smothing'; did you mean 'smoothing'"):
+        make_head("otam", smothing=1.0)
+    with pytest.raises(UserError, match="Head does not take"):
+        build_head("clip_m2df.nn.head.Head", {"dim": 8})
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("nearest_prototype", {"logit_scale": 0.0}, "logit_scale is 0.0; it must be positive"),
+        ("otam", {"smoothing": -1.0}, "smoothing is -1.0; it must be positive"),
+        ("zero_shot", {"temperature": 0.0}, "temperature is 0.0; it must be positive"),
+        ("bi_mhm", {"top_k": 0}, "top_k 0: at least 1 frame must count"),
+        ("clip_fsar", {"hidden_dim": 0}, "hidden_dim is 0; it must be positive"),
+        ("clip_fsar", {"dropout": 1.0}, "dropout is 1.0; it must be from 0 to below 1"),
+        ("clip_fsar", {"heads": 3}, "dim 8 is no multiple of 3 attention heads"),
+    ],
+)
+def test_options_out_of_range_are_refused_by_name(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make_head(name, **options)
+
+
+# ------------------------------------------------------------------------ through the LightningModule
+
+
+def make(tiny_clip_dir: Path, head: str = "clip_fsar", **options: Any) -> CLIPM2DF:
+    torch.manual_seed(0)
+    quiet = {"heads": 4, "hidden_dim": 32, "attention_dropout": 0.0, "dropout": 0.0} if head == "clip_fsar" else {}
+    return CLIPM2DF(backbone=str(tiny_clip_dir), head=head, head_options=quiet, **options)
+
+
+@pytest.mark.parametrize("class_weight", [0.0, 1.5])
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_tower_trains_behind_each_of_them(tiny_clip_dir: Path, name: str, class_weight: float) -> None:
+    model = make(tiny_clip_dir, name, class_weight=class_weight, match_weight=0.7)
+    batch = make_episodes(2)
+    loss = model.training_step(batch, 0)
+    loss.backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+    table = model.encode_prompts(NAMES)
+    expected = 0.0
+    for i in range(2):
+        support, query = (model.model.encode_frames(clips[i]) for clips in (batch["support"], batch["query"]))
+        classes, labels = batch["class_indices"][i], batch["query_labels"][i]
+        logits = model.model.head(support, query, table[classes]).logits
+        expected += 0.7 * F.cross_entropy(logits, labels, reduction="sum").item()
+        of_support, of_query = model.model.head.class_logits(support, query, table[classes], table)
+        expected += class_weight * F.cross_entropy(of_support[:, 0], classes, reduction="sum").item()
+        expected += class_weight * F.cross_entropy(of_query, classes[labels], reduction="sum").item()
+    assert loss.item() == pytest.approx(expected / 2, rel=1e-5)
+
+
+def test_clip_fsar_fuses_with_the_texts_probabilities(tiny_clip_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = make(tiny_clip_dir, text_fusion=0.9).eval(), make_episodes(3)
+    nn.init.constant_(model.model.head.scale, 20.0)
+    seen: list[tuple[Any, Tensor]] = []
+    monkeypatch.setattr(StageMetrics, "count", lambda self, output, predicted, *rest: seen.append((output, predicted)))
+    with torch.no_grad():
+        model.validation_step(batch, 0)
+        ((output, fused),) = seen
+        table = model.encode_prompts(NAMES)
+        for i in range(3):
+            videos, prompts = model.model.encode_frames(batch["query"][i]).mean(1), table[batch["class_indices"][i]]
+            rows = [[20 * references.cosine(v.tolist(), p.tolist()) for p in prompts] for v in videos]
+            text = torch.tensor([references.softmax(row) for row in rows])
+            probabilities = text**0.9 * output.logits[i].softmax(-1) ** 0.1
+            assert fused[i].equal(probabilities.argmax(-1))
+    assert not fused.equal(output.logits.argmax(-1))
+
+
+def test_a_checkpoint_of_clip_fsar_is_enough(tiny_clip_dir: Path, tmp_path: Path) -> None:
+    model = make(tiny_clip_dir, lr=1e-3, class_weight=1.0)
+    untrained = {name: weight.clone() for name, weight in model.model.head.state_dict().items()}
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = lightning.Trainer(default_root_dir=tmp_path, accelerator="cpu", max_steps=2, limit_val_batches=0, **quiet)
+    trainer.fit(model, DataLoader(UsersEpisodes(2), batch_size=None))
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    loaded = CLIPM2DF.load_from_checkpoint(tmp_path / "model.ckpt").eval()
+    assert isinstance(loaded.model.head, CLIPFSARHead)
+    assert all(not weight.equal(untrained[name]) for name, weight in loaded.model.head.state_dict().items())
+    with torch.no_grad():
+        assert loaded(make_episodes(2)).logits.equal(model.eval()(make_episodes(2)).logits)
