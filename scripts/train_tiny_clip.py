@@ -34,7 +34,7 @@ from clip_m2df.data.motion_shapes import (
     OF_TWO_SHAPES,
     SHAPES,
     MotionClass,
-    clip_appearances,
+    appearances_of,
     draw_scene,
     noun_phrase,
     paint,
@@ -356,7 +356,7 @@ def main() -> None:
     torch.use_deterministic_algorithms(True)
     torch.set_num_threads(arguments.threads)
 
-    seen, unseen = clip_appearances(), unseen_appearances()
+    seen, unseen = appearances_of("train"), unseen_appearances()
     if set(seen) & set(unseen):
         raise SystemExit(f"these appearances are the val and test classes' own: {set(seen) & set(unseen)}")
     started = time.perf_counter()

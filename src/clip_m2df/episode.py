@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 # What is drawn for an episode, each from a stream of its own, so that none shifts another.
-STREAMS = {"videos": 0, "augmentation": 1, "prompts": 2, "stand-ins": 3, "views": 4}
+STREAMS = {"videos": 0, "augmentation": 1, "prompts": 2, "stand-ins": 3, "views": 4, "outliers": 5}
 # A seed deals different episodes at each stage.
 STAGES = {"train": 0, "val": 1, "test": 2}
 

@@ -7,6 +7,7 @@ import importlib.util
 import itertools
 import os
 import warnings
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import lightning
@@ -28,9 +29,12 @@ from clip_m2df.data.loader import UnusableVideos, episode_loader
 from clip_m2df.data.manifest import Manifest, Split, Video
 from clip_m2df.data.table import EvaluationTable, TrainingTable
 from clip_m2df.data.video import Decoder
+from clip_m2df.episode import episode_generator
 from clip_m2df.errors import UserError
 
-EMBEDDED = "motion_shapes"
+# The embedded benchmark's families by the names under which they stand for a manifest.
+EMBEDDED = {"motion_shapes": "demo", "motion_shapes_scene": "scene", "motion_shapes_order": "order"}
+KNOBS = tuple(field.name for field in dataclasses.fields(motion_shapes.Knobs))
 # Share of unusable videos that training bears with by default.
 TRAINING_UNUSABLE = 0.05
 # Of an evaluation from a bank: how many episodes are played together, and devices that each get some.
@@ -47,8 +51,10 @@ class EpisodeDataModule(lightning.LightningDataModule):
 
     Args:
         manifest: a CSV with the columns path, label, split and, if wanted, text (what the prompt says); paths relative
-            to the CSV's folder, of videos or of folders of numbered images. Or ``motion_shapes``, the embedded
-            benchmark, rendered when first used.
+            to the CSV's folder, of videos or of folders of numbered images. Or ``motion_shapes``,
+            ``motion_shapes_scene`` or ``motion_shapes_order``, the embedded benchmark, rendered when first used.
+        knobs: how much harder than usual the test episodes of the embedded benchmark are: shares by the names
+            ``overlap``, ``outliers`` and ``noise`` (see :class:`clip_m2df.data.motion_shapes.Knobs`).
         root: a folder outside the manifest's own in which its videos may lie too; those elsewhere are refused.
         class_texts: a CSV with the columns label and text: what the prompt says of these classes instead.
         cache: a folder that ``clip-m2df cache`` wrote: frames come from there where they are those of the videos.
@@ -92,6 +98,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
     def __init__(
         self,
         manifest: str,
+        knobs: dict[str, float] | None = None,
         root: str | None = None,
         class_texts: str | None = None,
         cache: str | None = None,
@@ -157,7 +164,14 @@ class EpisodeDataModule(lightning.LightningDataModule):
             raise UserError(f"decoder is {decoder!r}; it can be {', '.join(get_args(Decoder))}")
         if decoder in ("decord", "torchcodec") and importlib.util.find_spec(decoder) is None:
             raise UserError(f"decoder {decoder} is not installed; install it, or take auto")
+        if unknown := [name for name in knobs or {} if name not in KNOBS]:
+            raise UserError(f"knobs: there is no {unknown[0]!r}; there are {', '.join(KNOBS)}")
+        if knobs and manifest not in EMBEDDED:
+            raise UserError(f"knobs are those of the embedded benchmark ({', '.join(EMBEDDED)}), not of {manifest}")
+        if knobs and episodes_file is not None:
+            raise UserError("knobs and episodes_file both say what a test plays; leave out one of them")
         self.manifest_path = manifest
+        self.knobs = motion_shapes.Knobs(**knobs or {})
         self.root = root
         self.class_texts = class_texts
         self.cache = cache
@@ -212,8 +226,8 @@ class EpisodeDataModule(lightning.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Render the embedded benchmark if it is asked for and not there yet."""
-        if self.manifest_path == EMBEDDED:
-            motion_shapes.render()
+        if self.manifest_path in EMBEDDED:
+            self._render()
 
     def setup(self, stage: str) -> None:
         """Read and check the manifest; for ``fit`` also count the Trainer's run in whole optimiser steps.
@@ -221,6 +235,8 @@ class EpisodeDataModule(lightning.LightningDataModule):
         Args:
             stage: ``fit``, ``validate`` or ``test``.
         """
+        if stage != "test" and self.knobs != motion_shapes.NO_KNOBS:
+            raise UserError("data.knobs makes test episodes harder; leave it out for anything but a test")
         if self.manifest is None:
             self._read_manifest()
         for option in ("val_episodes", "test_episodes"):
@@ -296,8 +312,11 @@ class EpisodeDataModule(lightning.LightningDataModule):
         """The test episodes."""
         return self._loader("test")
 
+    def _render(self) -> Path:
+        return motion_shapes.render(family=EMBEDDED[self.manifest_path], knobs=self.knobs)
+
     def _read_manifest(self, *, check_files: bool = True) -> None:
-        path = motion_shapes.render() if self.manifest_path == EMBEDDED else self.manifest_path
+        path = self._render() if self.manifest_path in EMBEDDED else self.manifest_path
         manifest = Manifest.read(path, self.root, check_files=check_files and self.cache is None)
         if self.cache is not None:
             cache = FrameCache.open(self.cache, manifest.root)
@@ -366,7 +385,9 @@ class EpisodeDataModule(lightning.LightningDataModule):
             self._train_table = TrainingTable(dataset, self.train_views, self._unusable[name], **options)
 
     def _plans(self, split: Split) -> list[EpisodePlan] | None:
-        """The test episodes of a file, if one is given; it has the last word on how many there are."""
+        """The test episodes of a file, if one is given, which has the last word on how many there are; or outliers."""
+        if self.knobs.outliers:
+            return self._plans_with_outliers(split)
         if self.episodes_file is None:
             return None
         assert self.manifest is not None
@@ -375,6 +396,16 @@ class EpisodeDataModule(lightning.LightningDataModule):
             warnings.warn(f"{self.episodes_file} has {len(plans)} episodes, fewer than test_episodes", stacklevel=2)
             self.test_episodes = len(plans)
         return plans[: self.test_episodes]
+
+    def _plans_with_outliers(self, split: Split) -> list[EpisodePlan]:
+        """The usual test episodes, with outlying versions of some support videos."""
+        self.eval_shape.check(split)
+        plans = []
+        for number in range(self.test_episodes):
+            plan = plan_episode(split, self.eval_shape, seed=self.eval_seed, episode=number)
+            rng = episode_generator(self.eval_seed, split.name, number, "outliers")
+            plans.append(motion_shapes.with_outliers(plan, self.knobs.outliers, rng))
+        return plans
 
     def _check_videos(self, name: str) -> None:
         """Refuse to start an evaluation in which too many videos turn out unusable; every rank with the same words."""

@@ -119,8 +119,10 @@ class EvaluationTable(_VideoTable, Dataset[int]):
         super().__init__(dataset, unusable, **options)
         self._drawn = self._plans = [dataset.plan(number) for number in range(count)]
         self._replaced = [0] * count
-        named = {video.path for plan in self._plans for video in _videos(plan)}
-        self.videos = [video for row in dataset.split.videos for video in row if video.path in named]
+        named = {video.path: video for plan in self._plans for video in _videos(plan)}
+        own = [video for row in dataset.split.videos for video in row if video.path in named]
+        # An episode may name others than the split's.
+        self.videos = list({video.path: video for video in [*own, *named.values()]}.values())
         self._index()
 
     def __getitem__(self, number: int) -> int:

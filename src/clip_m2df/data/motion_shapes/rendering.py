@@ -1,10 +1,4 @@
-"""The embedded benchmark: short videos of coloured shapes that move, rendered here.
-
-A class is a colour, a shape and a motion, and its label is a sentence: "a red star moving to the left". Many classes
-share their appearance (colour and shape) with others of their split and differ in the motion alone, so that one frame
-does not tell them apart. No appearance of the val or test classes occurs in a train class, nor in what the tiny CLIP
-of ``clip_m2df/assets/tiny_clip`` was trained on.
-"""
+"""Videos of ``motion_shapes`` as files, kept in a cache."""
 
 from __future__ import annotations
 
@@ -15,342 +9,31 @@ import multiprocessing
 import os
 import shutil
 import uuid
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
+from clip_m2df.data.motion_shapes.classes import COLOURS, FAMILIES, SPLITS
+from clip_m2df.data.motion_shapes.knobs import NO_KNOBS, Knobs, outlier_path
+from clip_m2df.data.motion_shapes.painting import OUTLIERS, render_clip
+from clip_m2df.data.motion_shapes.scenes import FPS, JITTER, SECONDS, SIZE
 from clip_m2df.errors import UserError
 
-Floats: TypeAlias = NDArray[np.floating[Any]]
-
+NAME = "motion_shapes"
 RENDERER_VERSION = 1  # raise it whenever a pixel changes: it is part of the cache's key
-SIZE = 64  # pixels, height and width
-FPS = 12
-SECONDS = (2.0, 4.0)  # the shortest and the longest video
-JITTER = 3  # pixels that the camera strays from the middle
-
-COLOURS: Mapping[str, tuple[int, int, int]] = MappingProxyType(
-    {
-        "red": (225, 40, 45),
-        "green": (50, 170, 60),
-        "blue": (45, 80, 220),
-        "yellow": (240, 215, 50),
-        "white": (245, 245, 245),
-        "purple": (145, 60, 180),
-        "orange": (245, 135, 35),
-        "cyan": (60, 205, 220),
-    }
-)
-SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "crescent")
-OF_TWO_SHAPES = ("approaching each other", "moving apart")
-MOTIONS = (
-    "moving to the left",
-    "moving to the right",
-    "moving up",
-    "moving down",
-    "growing",
-    "shrinking",
-    "appearing",
-    "vanishing",
-    "bouncing",
-    "turning clockwise",
-    "turning anticlockwise",
-    *OF_TWO_SHAPES,
-)
-SPLITS = ("train", "val", "test")
-VIDEOS_PER_CLASS: Mapping[str, int] = MappingProxyType({"train": 20, "val": 12, "test": 16})
-
-
-@dataclass(frozen=True)
-class MotionClass:
-    """One class of the benchmark.
-
-    Attributes:
-        split: ``train``, ``val`` or ``test``.
-        colour: one of ``COLOURS``.
-        shape: one of ``SHAPES``.
-        motion: one of ``MOTIONS``.
-    """
-
-    split: str
-    colour: str
-    shape: str
-    motion: str
-
-    def __post_init__(self) -> None:
-        for name, known in (("colour", tuple(COLOURS)), ("shape", SHAPES), ("motion", MOTIONS)):
-            if getattr(self, name) not in known:
-                raise UserError(
-                    f"motion_shapes knows no {name} {getattr(self, name)!r}; choose from {', '.join(known)}"
-                )
-
-    @property
-    def appearance(self) -> tuple[str, str]:
-        """Colour and shape: all that a single frame shows."""
-        return self.colour, self.shape
-
-    @property
-    def label(self) -> str:
-        """The class as a sentence, such as "a red star moving to the left"."""
-        return f"{noun_phrase(self.colour, self.shape, two=self.motion in OF_TWO_SHAPES)} {self.motion}"
-
-    @property
-    def slug(self) -> str:
-        """The label as the name of a folder."""
-        return self.label.replace(" ", "_")
-
-
-def noun_phrase(colour: str, shape: str, *, size: str = "", two: bool = False) -> str:
-    """Name what is in the picture: "a red star", "an orange ring", "two small red crosses"."""
-    words = f"{size} {colour} {shape}".strip()
-    if two:
-        return f"two {words}{'es' if shape == 'cross' else 's'}"
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
-
-
-def _classes() -> Iterator[MotionClass]:
-    left, right, up, down = "moving to the left", "moving to the right", "moving up", "moving down"
-    eight = (left, right, up, down, "growing", "shrinking", "appearing", "vanishing")
-    table: dict[str, dict[tuple[str, str], tuple[str, ...]]] = {
-        "train": {
-            ("red", "circle"): (left, right, up, down, "growing", "shrinking"),
-            ("yellow", "ring"): (up, down, "growing", "shrinking", "appearing", "vanishing"),
-            ("blue", "square"): (left, right, "appearing", "vanishing"),
-            ("white", "star"): OF_TWO_SHAPES,
-            ("green", "crescent"): ("turning clockwise", "turning anticlockwise"),
-            ("cyan", "cross"): ("bouncing",),
-            ("orange", "square"): ("bouncing",),
-            ("purple", "triangle"): (left,),
-            ("green", "circle"): ("approaching each other",),
-        },
-        "val": {
-            ("orange", "star"): (left, right, "appearing", "vanishing"),
-            ("cyan", "circle"): (up, down),
-            ("red", "ring"): ("growing",),
-            ("white", "cross"): ("bouncing",),
-            ("yellow", "square"): ("vanishing",),
-            ("blue", "triangle"): ("turning anticlockwise",),
-        },
-        "test": {
-            ("red", "star"): eight,
-            ("green", "square"): eight,
-            ("blue", "ring"): OF_TWO_SHAPES,
-            ("orange", "circle"): (right,),
-            ("yellow", "cross"): ("bouncing",),
-            ("purple", "crescent"): ("turning clockwise",),
-            ("cyan", "triangle"): ("shrinking",),
-            ("white", "circle"): (down,),
-        },
-    }
-    for split, appearances in table.items():
-        for (colour, shape), motions in appearances.items():
-            for motion in motions:
-                yield MotionClass(split, colour, shape, motion)
-
-
-CLASSES: tuple[MotionClass, ...] = tuple(_classes())
-
-
-def shared_appearance_classes(split: str = "test") -> tuple[str, ...]:
-    """Labels of the classes that share colour and shape with another of ``split``, in the order of ``CLASSES``."""
-    if split not in SPLITS:
-        raise UserError(f"motion_shapes has no split {split!r}; choose from {', '.join(SPLITS)}")
-    members = [c for c in CLASSES if c.split == split]
-    count = Counter(c.appearance for c in members)
-    return tuple(c.label for c in members if count[c.appearance] > 1)
-
-
-def clip_appearances() -> tuple[tuple[str, str], ...]:
-    """Colours and shapes that the tiny CLIP may be trained on: those of no val and no test class."""
-    held_out = {c.appearance for c in CLASSES if c.split != "train"}
-    return tuple((colour, shape) for colour in COLOURS for shape in SHAPES if (colour, shape) not in held_out)
-
-
-@dataclass(frozen=True)
-class Scene:
-    """One video before it is painted. Lengths are fractions of the picture's width, angles radians.
-
-    Attributes:
-        shape: one of ``SHAPES``.
-        colour: (3,), 0 to 255.
-        texture: (SIZE + 2 JITTER, SIZE + 2 JITTER, 3), the background, 0 to 255.
-        camera: (frames, 2), the row and column of the texture that the picture starts at.
-        x: (shapes, frames), centres, from the left.
-        y: (shapes, frames), centres, from the top.
-        radius: (frames,).
-        angle: (frames,), clockwise.
-        opacity: (frames,), 0 to 1.
-    """
-
-    shape: str
-    colour: Floats
-    texture: Floats
-    camera: NDArray[np.int64]
-    x: Floats
-    y: Floats
-    radius: Floats
-    angle: Floats
-    opacity: Floats
-
-
-def draw_scene(motion_class: MotionClass, rng: np.random.Generator) -> Scene:
-    """Draw all that varies among the videos of a class: background, camera, place, size, speed, phase, tint.
-
-    Args:
-        motion_class: what to show; its split does not matter.
-        rng: the only source of chance.
-
-    Returns:
-        The scene, of 2 to 4 s.
-    """
-    first, last = (round(seconds * FPS) for seconds in SECONDS)
-    frames = int(rng.integers(first, last + 1))
-    time = np.linspace(0, 1, frames)
-    start, end, ease = rng.uniform(0, 0.2), rng.uniform(0.8, 1), rng.uniform(0.75, 1.33)
-    u = np.clip((time - start) / (end - start), 0, 1) ** ease  # how much of the motion is done
-    still = np.ones(frames)
-
-    x, y = rng.uniform(0.28, 0.72, 2)[:, None, None] * np.ones((1, frames))
-    radius = rng.uniform(0.13, 0.25) * still
-    angle = rng.uniform(-0.35, 0.35) * still
-    opacity = still
-    travel = rng.uniform(0.2, 0.4)
-    middle = 0.5 + rng.uniform(-1, 1) * (0.36 - travel / 2)
-    growth = rng.uniform(1.7, 2.5)
-    moment, fade = rng.uniform(0.35, 0.65), rng.uniform(0.1, 0.3)
-    turns, phase = rng.uniform(0.5, 1.0), rng.uniform()
-    match motion_class.motion:
-        case "moving to the left":
-            x = middle - travel * (u - 0.5)[None]
-        case "moving to the right":
-            x = middle + travel * (u - 0.5)[None]
-        case "moving up":
-            y = middle - travel * (u - 0.5)[None]
-        case "moving down":
-            y = middle + travel * (u - 0.5)[None]
-        case "growing":
-            radius = radius * growth ** (u - 0.5)
-        case "shrinking":
-            radius = radius * growth ** (0.5 - u)
-        case "appearing":
-            opacity = np.clip((time - moment) / fade + 0.5, 0, 1)
-        case "vanishing":
-            opacity = np.clip((moment - time) / fade + 0.5, 0, 1)
-        case "bouncing":
-            y = 0.75 - travel * np.abs(np.sin(np.pi * (4 * turns * time + phase)))[None]
-        case "turning clockwise":
-            angle = 2 * np.pi * (phase + turns * u)
-        case "turning anticlockwise":
-            angle = 2 * np.pi * (phase - turns * u)
-        case "approaching each other" | "moving apart" as motion:
-            radius = 0.7 * radius
-            apart = u if motion == "moving apart" else 1 - u
-            reach = (0.15 + (0.05 + travel / 4) * apart) * np.array([[-1.0], [1.0]])
-            heading = 0.8 * (phase - 0.5)
-            x, y = 0.5 + reach * np.cos(heading), 0.5 + reach * np.sin(heading)
-
-    tint = np.array(COLOURS[motion_class.colour]) * rng.uniform(0.7, 1.0) + rng.normal(0, 14, 3)
-    strays = np.cumsum(rng.normal(0, 0.7, (frames, 2)), axis=0)
-    camera = JITTER + np.clip(np.rint(strays - strays.mean(axis=0)), -JITTER, JITTER)
-    single = np.float32  # precise enough for pixels, and twice as fast
-    return Scene(
-        shape=motion_class.shape,
-        colour=np.clip(tint, 0, 255).astype(single),
-        texture=_texture(rng).astype(single),
-        camera=camera.astype(np.int64),
-        x=x.astype(single),
-        y=y.astype(single),
-        radius=radius.astype(single),
-        angle=angle.astype(single),
-        opacity=opacity.astype(single),
-    )
-
-
-def _texture(rng: np.random.Generator, waves: int = 6) -> Floats:
-    """A background of its own for each video: coloured plane waves and grain on a plain colour, (side, side, 3)."""
-    side = SIZE + 2 * JITTER
-    frequency = rng.uniform(0.5, 10, (waves, 1, 1)) * 2 * np.pi / side
-    heading, phase = rng.uniform(0, 2 * np.pi, (2, waves, 1, 1))
-    row, column = np.mgrid[:side, :side]
-    wave = np.cos(frequency * (column * np.cos(heading) + row * np.sin(heading)) + phase)
-    grey = rng.uniform(50, 170) + rng.normal(0, 15, 3)
-    texture = grey + np.einsum("wrc,wk->rck", wave, rng.normal(0, 16, (waves, 3)))
-    return np.asarray(np.clip(texture + rng.normal(0, 8, (side, side, 1)), 0, 255))
-
-
-def _signed_distance(shape: str, x: Floats, y: Floats) -> Floats:
-    """Distance from the outline of a shape of about radius 1 at the origin, negative inside; y points down."""
-    match shape:
-        case "circle":
-            return np.hypot(x, y) - 0.9
-        case "ring":
-            return np.abs(np.hypot(x, y) - 0.75) - 0.22
-        case "square":
-            return np.maximum(np.abs(x), np.abs(y)) - 0.8
-        case "triangle":
-            return np.maximum(y, 0.866 * np.abs(x) - 0.5 * y) - 0.55
-        case "cross":
-            long, short = np.maximum(np.abs(x), np.abs(y)) - 0.95, np.minimum(np.abs(x), np.abs(y)) - 0.3
-            return np.asarray(np.maximum(long, short))
-        case "crescent":
-            return np.asarray(np.maximum(np.hypot(x, y) - 0.95, 0.7 - np.hypot(x - 0.45, y)))
-        case _:  # star: fold the plane into half a ray of the five, then the edge from the tip to the notch
-            fold = np.pi / 5
-            r, theta = np.hypot(x, y), np.abs((np.arctan2(x, -y) + fold) % (2 * fold) - fold)
-            edge_x, edge_y = 1.05 - 0.45 * np.cos(fold), -0.45 * np.sin(fold)
-            away = (r * np.cos(theta) - 1.05) * -edge_y + r * np.sin(theta) * edge_x
-            return np.asarray(away / np.hypot(edge_x, edge_y))
-
-
-def paint(scene: Scene, frames: slice | NDArray[np.int64] = slice(None)) -> NDArray[np.uint8]:
-    """Paint a scene, or some frames of it.
-
-    Args:
-        scene: what ``draw_scene`` drew.
-        frames: which frames, all by default.
-
-    Returns:
-        (frames, SIZE, SIZE, 3), RGB.
-    """
-    camera, radius, opacity = scene.camera[frames], scene.radius[frames], scene.opacity[frames]
-    windows = sliding_window_view(scene.texture, (SIZE, SIZE), axis=(0, 1))
-    picture = windows[camera[:, 0], camera[:, 1]]  # (frames, 3, SIZE, SIZE)
-
-    grid = np.arange(SIZE, dtype=np.float32) + 0.5
-    pixels = radius[:, None, None] * SIZE
-    cos, sin = (f(scene.angle[frames])[:, None, None] / pixels for f in (np.cos, np.sin))
-    cover: Floats = np.zeros((len(radius), SIZE, SIZE), np.float32)
-    for x, y in zip(scene.x[:, frames], scene.y[:, frames], strict=True):
-        dx = grid[None, None, :] - (x * SIZE - camera[:, 1] + JITTER)[:, None, None]
-        dy = grid[None, :, None] - (y * SIZE - camera[:, 0] + JITTER)[:, None, None]
-        distance = _signed_distance(scene.shape, (cos * dx + sin * dy), (cos * dy - sin * dx))
-        cover = np.maximum(cover, np.clip(0.5 - distance * pixels, 0, 1))
-    cover = (cover * opacity[:, None, None])[:, None]
-    picture = picture + cover * (scene.colour[:, None, None] - picture)
-    return np.ascontiguousarray((picture + 0.5).astype(np.uint8).transpose(0, 2, 3, 1))
-
-
-def render_clip(motion_class: MotionClass, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Render one video of a class.
-
-    Args:
-        motion_class: what to show.
-        rng: the only source of chance.
-
-    Returns:
-        (frames, height, width, 3), RGB, 12 frames a second for 2 to 4 s.
-    """
-    return paint(draw_scene(motion_class, rng))
+_THIRTY: Mapping[str, int] = MappingProxyType(dict.fromkeys(SPLITS, 30))
+VIDEOS_PER_CLASS: dict[str, Mapping[str, int]] = {
+    "demo": MappingProxyType({"train": 20, "val": 12, "test": 16}),
+    "scene": _THIRTY,
+    "order": _THIRTY,
+}
 
 
 def write_video(path: Path, frames: NDArray[np.uint8]) -> None:
@@ -368,22 +51,47 @@ def write_video(path: Path, frames: NDArray[np.uint8]) -> None:
         container.mux(stream.encode(None))
 
 
-def _render_one(job: tuple[str, int, int, int]) -> None:
-    """Render video ``number`` of class ``index``; the seed sequence makes it independent of all other videos."""
-    path, seed, index, number = job
-    rng = np.random.Generator(np.random.PCG64([seed, index, number]))
-    write_video(Path(path), render_clip(CLASSES[index], rng))
+class _Job(NamedTuple):
+    """A video to render."""
+
+    path: str
+    family: str
+    index: int
+    number: int
+    seed: int
+    overlap: float
+    noise: float
+    outlier: bool
+
+
+def _render_one(job: _Job) -> None:
+    """Render a video; the seed sequence makes it independent of all others, but for those of other knobs."""
+    members = FAMILIES[job.family]
+    place = [job.seed, job.index, job.number]
+    if job.family != "demo":
+        place.append(list(FAMILIES).index(job.family))
+    rng = np.random.Generator(np.random.PCG64(place))
+    shown, outlier = members[job.index], ""
+    if job.outlier:
+        outlier = OUTLIERS[job.number % len(OUTLIERS)]
+        if outlier == "off_class":
+            others = [c for c in members if c.split == shown.split and c != shown]
+            shown = others[rng.integers(len(others))]
+    frames = render_clip(shown, rng, overlap=job.overlap, noise=job.noise, outlier=outlier)
+    write_video(Path(job.path), frames)
 
 
 def render(
     root: Path | None = None,
     *,
-    videos_per_class: Mapping[str, int] = VIDEOS_PER_CLASS,
+    family: str = "demo",
+    knobs: Knobs = NO_KNOBS,
+    videos_per_class: Mapping[str, int] | None = None,
     seed: int = 0,
     workers: int | None = None,
     progress: bool = True,
 ) -> Path:
-    """Render the benchmark, unless it is there already.
+    """Render a family of the benchmark, unless it is there already.
 
     The folder comes into being whole: everything is rendered beside it and moved in one step, so that a broken-off
     run leaves nothing that looks finished, and any number of processes may ask for it at once.
@@ -391,7 +99,10 @@ def render(
     Args:
         root: the folder to make. By default one in the cache, ``$CLIP_M2DF_CACHE`` or ``~/.cache/clip-m2df``, whose
             name holds a digest of all that the videos depend on.
-        videos_per_class: how many videos a class has, by split.
+        family: ``demo``, ``scene`` or ``order``.
+        knobs: how much harder than usual the videos of the test split are; with any, only that split is rendered.
+            Where there are outliers, each video gets an outlying version, for the support of episodes.
+        videos_per_class: how many videos a class has, by split; by default 20, 12 and 16 in ``demo`` and 30 elsewhere.
         seed: another seed gives other videos of the same classes.
         workers: how many processes render, by default as many as there are cores; 1 uses this process alone. The
             videos do not depend on it.
@@ -401,15 +112,21 @@ def render(
         The path of ``manifest.csv`` with columns ``path`` (relative to its folder), ``label`` and ``split``.
 
     Raises:
-        UserError: if the counts or the seed make no sense, or ``root`` holds something else.
+        UserError: there is no such family, the counts or the seed make no sense, or ``root`` holds something else.
     """
+    if family not in FAMILIES:
+        raise UserError(f"motion_shapes has no family {family!r}; choose from {', '.join(FAMILIES)}")
+    if videos_per_class is None:
+        videos_per_class = VIDEOS_PER_CLASS[family]
     counts = {split: int(videos_per_class.get(split, 0)) for split in SPLITS}
     if unknown := set(videos_per_class) - set(SPLITS):
         raise UserError(f"videos_per_class names {sorted(unknown)}; the splits are {', '.join(SPLITS)}")
     if min(counts.values()) < 0 or not any(counts.values()) or seed < 0:
         raise UserError(f"videos_per_class ({counts}) and seed ({seed}) can't be negative, and some split needs videos")
-    key = _key(counts, seed)
-    target = _cache_folder() / f"motion_shapes-{key}" if root is None else Path(root)
+    if knobs != NO_KNOBS:
+        counts = {split: counts[split] if split == "test" else 0 for split in SPLITS}
+    key = _key(family, knobs, counts, seed)
+    target = _cache_folder() / f"{NAME}_{family}-{key}" if root is None else Path(root)
     if _finished(target, key):
         return target / "manifest.csv"
     if root is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -417,13 +134,17 @@ def render(
 
     rows = [
         (f"{c.split}/{c.slug}/{number:02d}.mp4", c.label, c.split, index, number)
-        for index, c in enumerate(CLASSES)
+        for index, c in enumerate(FAMILIES[family])
         for number in range(counts[c.split])
     ]
     with _taking_the_place_of(target, key) as folder:
-        for parent in {(folder / row[0]).parent for row in rows}:
+        jobs = [
+            _Job(str(folder / path), family, index, number, seed, knobs.overlap, knobs.noise, outlier)
+            for row, _, _, index, number in rows
+            for path, outlier in [(row, False), (outlier_path(row), True)][: 1 + (knobs.outliers > 0)]
+        ]
+        for parent in {Path(job.path).parent for job in jobs}:
             parent.mkdir(parents=True)
-        jobs = [(str(folder / path), seed, index, number) for path, _, _, index, number in rows]
         _render_all(jobs, workers or os.cpu_count() or 1, progress)
         (folder / "render.json").write_text(json.dumps({"key": key, "seed": seed, "videos_per_class": counts}) + "\n")
         with (folder / "manifest.csv").open("w", encoding="utf-8", newline="") as file:
@@ -433,9 +154,10 @@ def render(
     return target / "manifest.csv"
 
 
-def _key(counts: Mapping[str, int], seed: int) -> str:
-    table = [(c.split, c.colour, c.shape, c.motion) for c in CLASSES]
-    everything = [RENDERER_VERSION, SIZE, FPS, SECONDS, JITTER, dict(COLOURS), table, counts, seed]
+def _key(family: str, knobs: Knobs, counts: Mapping[str, int], seed: int) -> str:
+    table = [(c.split, c.colour, c.shape, c.motion) for c in FAMILIES[family]]
+    harder = [knobs.overlap, knobs.noise, knobs.outliers > 0]
+    everything = [RENDERER_VERSION, SIZE, FPS, SECONDS, JITTER, dict(COLOURS), family, table, harder, counts, seed]
     return hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:12]
 
 
@@ -473,7 +195,7 @@ def _taking_the_place_of(target: Path, key: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _render_all(jobs: list[tuple[str, int, int, int]], workers: int, progress: bool) -> None:
+def _render_all(jobs: list[_Job], workers: int, progress: bool) -> None:
     from rich.progress import track
 
     def shown(done: Iterator[None]) -> None:
