@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test test-all check format clean
+.PHONY: demo study test test-all check format clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -11,6 +11,10 @@ BIN := .venv/bin
 
 demo: .venv/installed
 	$(BIN)/clip-m2df demo
+
+# Everything behind docs/results.md that has not been run yet, and the page; with QUICK=1 a small one, in minutes.
+study: .venv/installed
+	$(BIN)/python -m study run $(if $(QUICK),--quick)
 
 # One thread a worker: threads of two processes would wait for each other's cores.
 test: check

@@ -1,0 +1,59 @@
+"""The study behind docs/results.md.
+
+Usage: python -m study run [--quick] [--workers N]
+       python -m study render [--quick]
+
+``run`` runs what is not done yet, and renders the page; ``render`` renders it from the results that there are. With
+``--quick``, in minutes: a small study of the same shape, kept apart under runs/study_quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from clip_m2df.errors import UserError
+from study.page import render
+from study.results import read_results
+from study.schedule import current, run_study
+from study.settings import Settings
+
+ROOT = Path(__file__).parents[1]
+FINDINGS = ROOT / "study/findings.md"
+
+
+def main(arguments: list[str]) -> int:
+    """Run a command line; 2 where a person has to mend something."""
+    parser = argparse.ArgumentParser(
+        prog="python -m study", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("command", choices=("run", "render"))
+    parser.add_argument("--quick", action="store_true", help="the small study, without what was found")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
+    options = parser.parse_args(arguments)
+    quick = ROOT / "runs/study_quick"
+    results, docs = (quick / "results.jsonl", quick) if options.quick else (ROOT / "study/results.jsonl", ROOT / "docs")
+    try:
+        settings = Settings.read(ROOT / f"configs/study/{'quick' if options.quick else 'full'}.yaml")
+        if options.command == "run":
+            # Spawned: torch's threads don't survive a fork.
+            pool = ProcessPoolExecutor(options.workers, mp_context=multiprocessing.get_context("spawn"))
+            try:
+                run_study(settings, results, ROOT / "runs/study", pool)
+            finally:
+                pool.shutdown(cancel_futures=True)
+        findings = "" if options.quick else FINDINGS.read_text(encoding="utf-8")
+        render(current(settings, read_results(results)), findings, docs)
+    except UserError as error:
+        print(f"study: {error}", file=sys.stderr)
+        return 2
+    print(f"the page is {docs / 'results.md'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,339 @@
+"""The study's page. No number on it is typed by hand; the same results give the same bytes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from clip_m2df.errors import UserError
+from clip_m2df.evaluation.metrics import Z_95
+from clip_m2df.files import whole_file
+from study.figures import draw
+from study.results import (
+    CLEAN,
+    PARTS,
+    REFERENCE,
+    SHARES,
+    Cell,
+    Estimate,
+    NotMeasuredError,
+    Record,
+    accuracy,
+    chosen_rate,
+    difference,
+    knobs,
+    measured,
+    rates,
+    share,
+    shots,
+)
+
+NOTHING = "\N{EN DASH}"
+SHARE_NAMES = {
+    "pps_accuracy": "PPS",
+    "local_accuracy": "local view",
+    "global_accuracy": "global view",
+    "view_agreement": "views agree",
+}
+FIELDS = ("accuracy", "difference", *SHARES)
+SYNTAX = "{accuracy: row | family | shots} or {accuracy: row | family | shots | test}"
+
+
+def render(results: Sequence[Record], findings_template: str, output_folder: Path) -> None:
+    """Write ``results.md`` and ``figures/results_*.png``.
+
+    Args:
+        results: of the study, whole or not: what has not been measured is shown as a dash.
+        findings_template: the front of the page, in Markdown; see :func:`filled` for its fields.
+        output_folder: where the page goes.
+
+    Raises:
+        UserError: a field that there is not, or of something that has not been measured; runs that don't go together.
+    """
+    findings = filled(findings_template, results)
+    pictures = draw(results, output_folder / "figures")
+    parts = [part for part in PARTS if any(record.part == part for record in results)]
+    sections = [
+        "# Results",
+        f"{REFERENCE}, its ablations and baselines on the embedded benchmark. `make study` writes this page from the "
+        "lines of `study/results.jsonl`, its numbers and figures included.",
+        "## What was found",
+        findings.strip(),
+        *_how(results, parts),
+    ]
+    for part in parts:
+        sections += _main_tables(results, part)
+        if part == "main":
+            sections += _knob_tables(results, pictures)
+            sections += _view_tables(results, pictures)
+    if "results_curves.png" in pictures:
+        sections += ["## Learning", _image("results_curves.png", "Accuracy on val against training episodes")]
+        sections += ["Means over the seeds, and their range."]
+    sections += [*_rate_tables(results, parts), *_commands(results, parts)]
+    with whole_file(output_folder / "results.md") as draft:
+        draft.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+
+
+def filled(template: str, results: Sequence[Record]) -> str:
+    """A text with numbers in the place of its fields; whatever is in braces is one.
+
+    ``{accuracy: row | family | shots}`` and ``{difference: …}``, against the full method, are in per cent, with the
+    95 % interval; ``pps_accuracy``, ``view_agreement``, ``local_accuracy`` and ``global_accuracy`` are without. With a
+    fourth part, ``{accuracy: row | family | shots | noise=0.2}``, they are of that test. ``tower_accuracy`` and so on
+    are of the part in which the tower is trained.
+
+    Args:
+        template: the text.
+        results: of the study.
+
+    Raises:
+        UserError: a field that there is not, or of something that has not been measured.
+    """
+    text = re.sub(r"\{([^{}]*)\}", lambda match: _value(match[1], results), template)
+    stray = re.search(r"[{}]", text)
+    if stray:
+        raise UserError(
+            f"the findings have a brace without its other: …{text[stray.start() :][:40]!r}; close the field"
+        )
+    return text
+
+
+def _value(content: str, results: Sequence[Record]) -> str:
+    """Of a field."""
+    name, _, rest = content.partition(": ")
+    words = [word.strip() for word in rest.split("|")]
+    kind = name.removeprefix("tower_")
+    if kind not in FIELDS:
+        known = ", ".join(FIELDS)
+        raise UserError(f"the findings have an unknown field {{{content}}}: write {known}, or tower_ before these")
+    if len(words) not in (3, 4) or not words[2].isdecimal():
+        raise UserError(f"the findings' field {{{content}}} can't be read: write it like {SYNTAX}")
+    cell = Cell("main" if kind == name else "tower", words[1], int(words[2]), words[0])
+    test = words[3] if len(words) == 4 else CLEAN
+    try:
+        if kind == "accuracy":
+            return _accuracy(results, cell, test)
+        if kind == "difference":
+            return _difference(difference(results, cell, test=test))
+        return _share(results, cell, test, kind)
+    except UserError as error:
+        raise UserError(f"the findings ask for {{{content}}}: {error}") from error
+
+
+def _how(results: Sequence[Record], parts: Sequence[str]) -> list[str]:
+    """What was run."""
+    rows = []
+    for part in parts:
+        own = [record for record in results if record.part == part]
+        tests = {(len(t.correct), t.n_queries) for record in own for t in record.tests.values()}
+        # Lines of another row's weights are of the same run.
+        runs = [record for record in own if record.weights_of is None]
+        trained = {record.curve[-1].episodes for record in own if record.curve}
+        rows.append(
+            [
+                PARTS[part],
+                ", ".join(f"{episodes:,} of {n_queries} queries" for episodes, n_queries in sorted(tests)) or NOTHING,
+                ", ".join(f"{episodes:,}" for episodes in sorted(trained)) or NOTHING,
+                ", ".join(str(seed) for seed in sorted({r.seed for r in own if r.purpose == "measure"})) or NOTHING,
+                ", ".join(f"{lr:g}" for lr in _grid(own)) or NOTHING,
+                str(len(runs)),
+                f"{sum(record.seconds for record in runs) / 3600:.1f}",
+            ]
+        )
+    return [
+        "## How it was done",
+        "`make study` runs what has not been run, and writes this page. A learning rate is chosen on val for each "
+        "method and family, with one seed and the smallest number of shots; then each seed is tested as it is at the "
+        "end of its training, on the same episodes for all methods. Training episodes have one shot, whatever the "
+        "test's, where the method doesn't say otherwise.",
+        _table(["", "test episodes", "training episodes", "seeds", "rates tried", "runs", "hours"], rows),
+        f"Accuracies are in per cent, with 95 % intervals over the episodes ({Z_95} \N{GREEK SMALL LETTER SIGMA} / √n "
+        f"of each episode's mean over the seeds). Δ is the difference from {REFERENCE}, episode by episode and seed by "
+        "seed; a method without training has one run, which is compared with each seed's. Δ is in bold where it is "
+        "larger than its interval and all seeds agree in its sign. The range is that of the seeds' own means.",
+    ]
+
+
+def _main_tables(results: Sequence[Record], part: str) -> list[str]:
+    """Accuracies on the clean test: a table a family."""
+    own = [record for record in results if record.part == part]
+    columns = sorted({record.n_shot for record in own})
+    header = ["method"]
+    for n_shot in columns:
+        header += [shots(n_shot), f"Δ, {shots(n_shot)}", f"range, {shots(n_shot)}"]
+    sections = [f"## Accuracy, {PARTS[part]}"]
+    for family in dict.fromkeys(record.family for record in own):
+        rows = []
+        for row in dict.fromkeys(record.row for record in own):
+            cells = [Cell(part, family, n_shot, row) for n_shot in columns]
+            rows.append([row, *(text for cell in cells for text in _main_cells(results, cell))])
+        sections += [f"### `{family}`", _table(header, rows)]
+    others = {record.row: record.weights_of for record in own if record.weights_of is not None}
+    if others:
+        said = ", ".join(f"{row} with those of {weights}" for row, weights in others.items())
+        sections.append(f"Tested with another row's weights: {said}.")
+    return sections
+
+
+def _main_cells(results: Sequence[Record], cell: Cell) -> list[str]:
+    """Accuracy, difference and range."""
+    return [_shown(text, results, cell, CLEAN) for text in (_accuracy, _marked, _range)]
+
+
+def _knob_tables(results: Sequence[Record], pictures: Sequence[str]) -> list[str]:
+    """Accuracies and differences at each level: a table a knob, family and number of shots."""
+    own = [record for record in results if record.part == "main"]
+    sections = ["## Harder tests"] if knobs(own) else []
+    for knob, tests in knobs(own).items():
+        sections.append(f"### {knob.capitalize()}")
+        if f"results_{knob}.png" in pictures:
+            sections.append(_image(f"results_{knob}.png", f"Accuracy against {knob}"))
+        for family, n_shot in dict.fromkeys((record.family, record.n_shot) for record in own):
+            here = [record for record in own if (record.family, record.n_shot) == (family, n_shot)]
+            rows = []
+            for row in dict.fromkeys(record.row for record in here if record.tests.keys() & set(tests)):
+                cell = Cell("main", family, n_shot, row)
+                rows.append([row, *(_knob_cell(results, cell, test) for test in (CLEAN, *tests))])
+            if rows:
+                sections += [f"`{family}`, {shots(n_shot)}; Δ below the accuracy:"]
+                sections.append(_table(["method", CLEAN, *(test.partition("=")[2] for test in tests)], rows))
+    return sections
+
+
+def _knob_cell(results: Sequence[Record], cell: Cell, test: str) -> str:
+    """Accuracy, and the difference below."""
+    shown = [_shown(text, results, cell, test) for text in (_accuracy, _marked)]
+    return "<br>".join(text for text in shown if text) if shown[0] != NOTHING else NOTHING
+
+
+def _view_tables(results: Sequence[Record], pictures: Sequence[str]) -> list[str]:
+    """What the views and PPS do by themselves."""
+    clean, harder = [], []
+    own = [record for record in results if record.part == "main" and record.purpose == "measure"]
+    for cell in dict.fromkeys(record.cell for record in own):
+        for test in dict.fromkeys(test for record in measured(own, cell).values() for test in record.tests):
+            shares = [_shown(_share, results, cell, test, name) for name in SHARE_NAMES]
+            line = [*shares, _shown(_accuracy, results, cell, test)]
+            if set(shares) != {NOTHING}:
+                if test == CLEAN:
+                    clean.append([f"`{cell.family}`", str(cell.n_shot), cell.row, *line])
+                if cell.row == REFERENCE:
+                    harder.append([f"`{cell.family}`", str(cell.n_shot), test, *line])
+    if not clean:
+        return []
+    header = [*SHARE_NAMES.values(), "accuracy"]
+    sections = ["## Views and prompts"]
+    if "results_views.png" in pictures:
+        sections.append(_image("results_views.png", "Agreement of the views and accuracy of PPS on harder tests"))
+    sections += ["Shares of the queries, in per cent:", _table(["family", "shots", "method", *header], clean)]
+    if harder:
+        sections += [f"{REFERENCE} on each test:", _table(["family", "shots", "test", *header], harder)]
+    return sections
+
+
+def _rate_tables(results: Sequence[Record], parts: Sequence[str]) -> list[str]:
+    """Accuracy on val of each learning rate: a table a part, family and number of shots."""
+    sections = []
+    for part, family, n_shot in dict.fromkeys(
+        (r.part, r.family, r.n_shot) for p in parts for r in results if r.part == p
+    ):
+        own = [r for r in results if (r.part, r.family, r.n_shot, r.purpose) == (part, family, n_shot, "choose")]
+        rows = []
+        for row in dict.fromkeys(record.row for record in own):
+            cell = Cell(part, family, n_shot, row)
+            tried, best = rates(results, cell), chosen_rate(results, cell)
+            shown = [_percent(tried[lr]) if lr in tried else NOTHING for lr in _grid(own)]
+            rows.append([row, *(f"**{t}**" if lr == best else t for lr, t in zip(_grid(own), shown, strict=True))])
+        if rows:
+            sections.append(f"`{family}`, {shots(n_shot)}, {PARTS[part]}:")
+            sections.append(_table(["method", *(f"{lr:g}" for lr in _grid(own))], rows))
+    title = [
+        "## Learning rates",
+        "Accuracy on val in per cent; the chosen rate's is in bold, of equal ones the smaller's.",
+    ]
+    return [*title, *sections] if sections else []
+
+
+def _commands(results: Sequence[Record], parts: Sequence[str]) -> list[str]:
+    """A command a row, and the versions it was run with."""
+    own = [record for part in parts for record in results if record.part == part and record.purpose == "measure"]
+    first: dict[tuple[str, str], Cell] = {}
+    for record in own:
+        first.setdefault((record.part, record.row), record.cell)
+    lines = []
+    for cell in first.values():
+        seed, record = next(iter(measured(results, cell).items()))
+        trained = f", with the weights of {record.weights_of}" if record.weights_of is not None else ""
+        lines.append(f"# {cell.row}, {PARTS[cell.part]}{trained}: {cell.family}, {shots(cell.n_shot)}, seed {seed}")
+        lines.append(record.command)
+    versions: dict[str, set[str]] = {}
+    for record in results:
+        for package, version in record.versions.items():
+            versions.setdefault(package, set()).add(version)
+    said = ", ".join(f"{package} {' and '.join(sorted(found))}" for package, found in sorted(versions.items()))
+    sections = ["## Commands and versions"] if lines or said else []
+    if lines:
+        sections += [
+            "<details>\n<summary>One of each method's commands; the others differ in family, shots and seed</summary>",
+            "```sh\n" + "\n".join(lines) + "\n```",
+            "</details>",
+        ]
+    return [*sections, f"Run with {said}."] if said else sections
+
+
+def _grid(records: Sequence[Record]) -> list[float]:
+    """The learning rates that were tried."""
+    return sorted({record.lr for record in records if record.purpose == "choose" and record.lr is not None})
+
+
+def _shown(text: Callable[..., str], *what: object) -> str:
+    """A cell of a table: a text of it, or a dash where something was not measured."""
+    try:
+        return text(*what)
+    except NotMeasuredError:
+        return NOTHING
+
+
+def _accuracy(results: Sequence[Record], cell: Cell, test: str) -> str:
+    found = accuracy(results, cell, test)
+    return f"{_percent(found.mean)} ± {_percent(found.interval)}"
+
+
+def _difference(found: Estimate) -> str:
+    return f"{100 * found.mean:+z.1f} ± {_percent(found.interval)}".replace("-", "\N{MINUS SIGN}")
+
+
+def _marked(results: Sequence[Record], cell: Cell, test: str) -> str:
+    """The difference from the full method, in bold where it is established; nothing for that method itself."""
+    if cell.row == REFERENCE:
+        return ""
+    found = difference(results, cell, test=test)
+    return f"**{_difference(found)}**" if found.established else _difference(found)
+
+
+def _range(results: Sequence[Record], cell: Cell, test: str) -> str:
+    found = accuracy(results, cell, test)
+    return f"{_percent(found.lowest)} to {_percent(found.highest)}" if found.seeds > 1 else "one run"
+
+
+def _share(results: Sequence[Record], cell: Cell, test: str, name: str) -> str:
+    return _percent(share(results, cell, name, test))
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def _image(name: str, said: str) -> str:
+    return f"![{said}](figures/{name})"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """In Markdown; the columns are as wide as they need to be."""
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in (header, *rows)]
+    widths = [max(3, *(len(cell) for cell in column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        f"| {' | '.join(f'{cell:{width}}' for cell, width in zip(line, widths, strict=True))} |" for line in lines
+    )

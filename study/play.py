@@ -1,0 +1,205 @@
+"""One run of the study: a training and its tests, through the package's own Trainer, module, data and metrics."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import platform
+import time
+import warnings
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+import yaml
+
+from clip_m2df import CLIPM2DF, EpisodeDataModule
+from clip_m2df.data.motion_shapes import Knobs, render
+from clip_m2df.files import whole_file
+from clip_m2df.module import Played
+from clip_m2df.shipped import find_config
+from study.results import SHARES, Outcome, Point, Record
+from study.settings import Run, Settings, config_name
+
+PACKAGES = ("clip-m2df", "torch", "lightning", "transformers", "numpy", "av")
+# The Trainer's options that say where a run leaves its files: here it leaves none.
+OF_FILES = ("default_root_dir", "log_every_n_steps")
+
+
+class Curve(lightning.Callback):
+    """Keeps the accuracies of all validations."""
+
+    def __init__(self) -> None:
+        self.points: list[Point] = []
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Keep this one's."""
+        episodes = trainer.global_step * trainer.datamodule.episodes_per_step  # type: ignore[attr-defined]
+        self.points.append(Point(episodes, round(float(trainer.callback_metrics["val/accuracy"]), 5)))
+
+
+class Counts(lightning.Callback):
+    """Keeps how many queries of each test episode were classified rightly."""
+
+    def __init__(self) -> None:
+        self.correct: list[int] = []
+
+    def on_test_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Count a batch."""
+        played: Played = outputs
+        self.correct += (played.scores.argmax(-1) == batch["query_labels"]).sum(-1).tolist()
+
+
+def play(run: Run, settings: Settings, store: Path) -> list[Record]:
+    """Train and test.
+
+    Args:
+        run: which.
+        settings: the study's.
+        store: a folder for what other runs may need: features of videos, and weights by what they depend on.
+
+    Returns:
+        Its records: one of each row that is tested from its weights, for each number of shots.
+    """
+    _be_quiet()
+    started = time.perf_counter()
+    part = settings.parts[run.part]
+    config = configuration(run, settings, store)
+    lightning.seed_everything(config["seed_everything"], verbose=False)
+    model = CLIPM2DF(**config["model"])
+    curve = _train(model, config, store / f"{run.training(settings)}.pt") if part.trains(run.row) else []
+    common = {name: getattr(run, name) for name in ("part", "purpose", "family", "seed", "lr")}
+    common |= {"versions": versions(), "settings": run.digest(settings)}
+    common["val_accuracy"] = curve[-1].accuracy if curve else None
+    records, rows = [], run.rows(settings)
+    for n_shot, row in run.tested(settings):
+        options, tests = rows[row], run.tests(settings, row)
+        told = configuration(run, settings, store, {**options, "data.n_shot": n_shot})
+        if options:
+            as_told = CLIPM2DF(**told["model"])
+            as_told.load_state_dict(model.state_dict())
+        outcomes = {name: _test(as_told if options else model, told, name, knobs) for name, knobs in tests.items()}
+        records.append(
+            Record(
+                **common,
+                row=row,
+                n_shot=n_shot,
+                command=run.command(settings, n_shot),
+                seconds=round(time.perf_counter() - started, 1),
+                curve=() if options else tuple(curve),
+                tests=outcomes,
+                weights_of=run.row if options else None,
+            )
+        )
+        started = time.perf_counter()
+    return records
+
+
+def _train(model: CLIPM2DF, config: Mapping[str, Any], kept: Path) -> list[Point]:
+    """Train, unless another run has kept the weights that this would give."""
+    if kept.is_file():
+        state = torch.load(kept, weights_only=True)
+        model.load_state_dict(state["weights"])
+        return [Point(*point) for point in state["curve"]]
+    curve = Curve()
+    _trainer(config["trainer"], curve).fit(model, datamodule=EpisodeDataModule(**config["data"]))
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(kept) as draft:
+        points = [(point.episodes, point.accuracy) for point in curve.points]
+        torch.save({"weights": model.state_dict(), "curve": points}, draft)
+    return curve.points
+
+
+def configuration(
+    run: Run, settings: Settings, store: Path, options: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The config of a run's command as a tree, with features kept in ``store``; ``options`` come on top."""
+    name = config_name(run.family, settings.parts[run.part].n_shots[0])
+    config: dict[str, Any] = yaml.safe_load(find_config(name).read_text(encoding="utf-8"))
+    everything = run.options(settings) | dict(options or {})
+    if everything.get("model.freeze_backbone", config["model"]["freeze_backbone"]):
+        # A folder each for what one process encodes: several would overwrite each other's features.
+        everything["data.store"] = str(store / "features" / f"{config['data']['manifest']}_seed{run.seed}")
+    for option, value in everything.items():
+        node = config
+        *path, last = option.split(".")
+        for key in path:
+            node = node.setdefault(key, {})
+        node[last] = value
+    # Nothing is decoded while a head trains on features; workers would only cost their start.
+    config["data"]["num_workers"] = 0
+    return config
+
+
+def _trainer(options: Mapping[str, Any], *callbacks: lightning.Callback) -> lightning.Trainer:
+    kept = {name: value for name, value in options.items() if name not in OF_FILES}
+    return lightning.Trainer(
+        **kept | {"accelerator": "cpu", "devices": 1},
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+
+
+def _test(model: CLIPM2DF, config: Mapping[str, Any], name: str, knobs: Mapping[str, float]) -> Outcome:
+    counts = Counts()
+    trainer = _trainer(config["trainer"], counts)
+    options = config["data"] | {"knobs": dict(knobs)}
+    if "store" in options:
+        options["store"] = str(Path(options["store"]).with_name(f"{options['manifest']}_{name}"))
+    data = EpisodeDataModule(**options)
+    (metrics,) = trainer.test(model, datamodule=data, verbose=False)
+    shares = {name: round(metrics[f"test/{name}"], 5) for name in SHARES if f"test/{name}" in metrics}
+    n_queries = data.eval_shape.n_way * data.eval_shape.n_query
+    return Outcome("".join(map(str, counts.correct)), n_queries, **shares)
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Of the packages on which a number may depend."""
+    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+
+
+def render_videos(settings: Settings) -> None:
+    """Render all videos that the study needs."""
+    for part in settings.parts.values():
+        for family, row in itertools.product(part.families, part.rows):
+            render(family=family)
+            for knobs in part.tests(row).values():
+                render(family=family, knobs=Knobs(**knobs))
+
+
+def encode_videos(run: Run, settings: Settings, store: Path, test: str) -> None:
+    """Encode the videos of a training with the frozen tower, or those of a test, for all runs that need them."""
+    _be_quiet()
+    config = configuration(run, settings, store)
+    model = CLIPM2DF(**config["model"])
+    if test:
+        for n_shot in settings.parts[run.part].n_shots:
+            config["data"]["n_shot"] = n_shot
+            _test(model, config, test, settings.parts[run.part].tests(run.row)[test])
+    else:
+        data = EpisodeDataModule(**config["data"])
+        _trainer(config["trainer"] | {"max_steps": 1}).fit(model, datamodule=data)
+
+
+def _be_quiet() -> None:
+    torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for message in (".*does not have many workers.*", ".*LeafSpec.*", ".*in eval mode at the start.*", ".*sync_dist.*"):
+        warnings.filterwarnings("ignore", message=message)

@@ -1,0 +1,201 @@
+"""What is run: the settings of a study, and the options that a run of it takes."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from clip_m2df.errors import UserError
+from clip_m2df.nn.heads import head_class
+from clip_m2df.shipped import find_config
+from study.results import CLEAN
+
+Options = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a table: a head and how it is trained, or another row's weights tested otherwise.
+
+    Attributes:
+        options: of ``clip-m2df fit``, where they differ from the config's; ``--model.lr`` as ``model.lr``.
+        weights_of: the row whose weights are tested, with the options.
+    """
+
+    options: Options = field(default_factory=dict)
+    weights_of: str = ""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows that share their learning rates and options.
+
+    Attributes:
+        families: of the embedded benchmark.
+        n_shots: support videos a class in the tests. Trained and validated is with the config of the first number.
+        learning_rates: the grid from which each row's is chosen on val, for each family.
+        options: of ``clip-m2df fit``, for all rows.
+        rows: by name.
+        knobs: by knob, the levels at which ``knob_rows`` are tested too.
+        knob_rows: see ``knobs``.
+    """
+
+    families: tuple[str, ...]
+    n_shots: tuple[int, ...]
+    learning_rates: tuple[float, ...]
+    options: Options
+    rows: Mapping[str, Row]
+    knobs: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    knob_rows: tuple[str, ...] = ()
+
+    def trains(self, row: str) -> bool:
+        """Whether there is anything to train: the head, or the tower below it."""
+        options = {**self.options, **self.rows[row].options}
+        head = head_class(options.get("model.head", "m2df"))
+        return getattr(head, "trained", True) or not options.get("model.freeze_backbone", True)
+
+    def tests(self, row: str) -> dict[str, dict[str, float]]:
+        """The knobs of each test of a row, by the test's name."""
+        tests: dict[str, dict[str, float]] = {CLEAN: {}}
+        if row in self.knob_rows:
+            tests |= {f"{knob}={level}": {knob: level} for knob, levels in self.knobs.items() for level in levels}
+        return tests
+
+    def tested_from(self, row: str) -> dict[str, Options]:
+        """The rows that are tested from the weights of another, with their options."""
+        return {name: other.options for name, other in self.rows.items() if other.weights_of == row}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A study.
+
+    Attributes:
+        seeds: of weights and training episodes, one run each.
+        choosing_seed: the seed of the runs by which learning rates are chosen.
+        parts: ``main`` (frozen tower) and ``tower`` (trained too).
+    """
+
+    seeds: tuple[int, ...]
+    choosing_seed: int
+    parts: Mapping[str, Part]
+
+    def count(self) -> int:
+        """How many runs there are."""
+        rows = [(part, name) for part in self.parts.values() for name, row in part.rows.items() if not row.weights_of]
+        runs = (len(part.learning_rates) + len(self.seeds) if part.trains(row) else 1 for part, row in rows)
+        return sum(count * len(part.families) for count, (part, _) in zip(runs, rows, strict=True))
+
+    @classmethod
+    def read(cls, path: Path) -> Settings:
+        """Read a YAML file such as ``configs/study/full.yaml``.
+
+        Raises:
+            UserError: it can't be read, or holds something else.
+        """
+        try:
+            text = yaml.safe_load(path.read_text(encoding="utf-8"))
+            parts = {name: _part(part) for name, part in text["parts"].items()}
+            return cls(tuple(text["seeds"]), text["choosing_seed"], parts)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+            raise UserError(f"study settings {path}: {error!r}; start from configs/study/full.yaml") from error
+
+
+def _part(part: dict[str, Any]) -> Part:
+    rows = {}
+    for name, options in part["rows"].items():
+        options = dict(options or {})
+        rows[name] = Row(weights_of=options.pop("weights_of", ""), options=options)
+    strangers = {row.weights_of for row in rows.values()} | set(part.get("knob_rows", ()))
+    if unknown := strangers - {"", *rows}:
+        raise ValueError(f"no row is called {sorted(unknown)}")
+    return Part(
+        tuple(part["families"]),
+        tuple(part["n_shots"]),
+        tuple(float(rate) for rate in part["learning_rates"]),
+        part.get("options", {}),
+        rows,
+        {knob: tuple(levels) for knob, levels in part.get("knobs", {}).items()},
+        tuple(part.get("knob_rows", ())),
+    )
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training with its tests, or the tests of a head that has nothing to train.
+
+    Attributes:
+        part: of the study.
+        purpose: ``choose`` (a learning rate, on val) or ``measure`` (on test).
+        family: of the benchmark.
+        row: its name.
+        seed: of weights and training episodes.
+        lr: learning rate; None where nothing is trained.
+    """
+
+    part: str
+    purpose: str
+    family: str
+    row: str
+    seed: int
+    lr: float | None
+
+    def options(self, settings: Settings) -> dict[str, Any]:
+        """All options of ``clip-m2df fit`` where they differ from the config's."""
+        part = settings.parts[self.part]
+        rate = {} if self.lr is None else {"model.lr": self.lr}
+        seeds = {"seed_everything": self.seed, "data.seed": self.seed}
+        return {**part.options, **part.rows[self.row].options, **rate, **seeds}
+
+    def command(self, settings: Settings, n_shot: int) -> str:
+        """What repeats the training, or where nothing is trained the test."""
+        verb = "fit" if settings.parts[self.part].trains(self.row) else "test"
+        options = (f"--{name} {_shown(value)}" for name, value in self.options(settings).items())
+        return " ".join(("clip-m2df", verb, "--config", config_name(self.family, n_shot), *options))
+
+    def training(self, settings: Settings) -> str:
+        """A digest of all that the weights depend on, but the versions."""
+        name = config_name(self.family, settings.parts[self.part].n_shots[0])
+        return _digest([yaml.safe_load(find_config(name).read_text(encoding="utf-8")), self.options(settings)])
+
+    def rows(self, settings: Settings) -> dict[str, Options]:
+        """The rows that get a record, with the options of their tests: its own, and those tested from its weights."""
+        tested_from = settings.parts[self.part].tested_from(self.row) if self.purpose == "measure" else {}
+        return {self.row: {}, **tested_from}
+
+    def tested(self, settings: Settings) -> list[tuple[int, str]]:
+        """Number of shots and row of each record."""
+        n_shots = settings.parts[self.part].n_shots
+        kept = n_shots if self.purpose == "measure" else n_shots[:1]
+        return list(itertools.product(kept, self.rows(settings)))
+
+    def tests(self, settings: Settings, row: str) -> dict[str, dict[str, float]]:
+        """The knobs of each test of a row, by the test's name; a rate is chosen without any."""
+        return settings.parts[self.part].tests(row) if self.purpose == "measure" else {}
+
+    def digest(self, settings: Settings) -> str:
+        """Of all that the records depend on, but the versions: those with another one are of other settings."""
+        rows = self.rows(settings)
+        tests = [[row, rows[row], self.tests(settings, row)] for row in rows]
+        return _digest([self.training(settings), self.tested(settings), tests])
+
+
+def config_name(family: str, n_shot: int) -> str:
+    """The shipped config of a family and a number of shots."""
+    return f"{family}_5way{n_shot}shot.yaml"
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value) if isinstance(value, bool | list | dict) else str(value)
+    return f"'{text}'" if any(letter in text for letter in ' []{}"') else text

@@ -1,0 +1,293 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clip_m2df.errors import UserError
+from study import page
+from study.page import filled, render
+from study.results import REFERENCE, Cell, Outcome, Point, Record, accuracy, difference
+from tests.study.test_results import choice, measurement
+
+N = 60
+TESTS = ("clean", "noise=0.05", "noise=0.1", "outliers=0.4")
+
+
+def digits(rng: np.random.Generator, share: float) -> str:
+    return "".join(map(str, rng.binomial(5, share, N)))
+
+
+def outcomes(rng: np.random.Generator, share: float, tests: tuple[str, ...], **shares: float) -> dict[str, Outcome]:
+    return {test: Outcome(digits(rng, share), 5, **shares) for test in tests}
+
+
+def study() -> list[Record]:
+    """Two families, one and five shots, two seeds; a tower part of one cell."""
+    rng = np.random.default_rng(0)
+    records = []
+    for family in ("scene", "order"):
+        for n_shot in (1, 5):
+            where: dict[str, Any] = {"family": family, "n_shot": n_shot}
+            for row, share in ((REFERENCE, 0.7), ("without PPS", 0.4)):
+                records += [choice(row, lr, v, **where) for lr, v in ((0.01, 0.5), (0.001, 0.625))]
+                for seed in (0, 1):
+                    curve = tuple(Point(e, share - 0.1 + 0.01 * seed + e / 10000) for e in (160, 320, 480))
+                    of_views = {"pps_accuracy": 0.5 + seed / 4, "view_agreement": 0.75, "local_accuracy": 0.25}
+                    tests = outcomes(rng, share, TESTS, **of_views if row == REFERENCE else {})
+                    records.append(measurement(row, seed, tests=tests, curve=curve, seconds=1800, **where))
+            tests = outcomes(rng, 0.3, TESTS[:2])
+            command = f"clip-m2df test --model.head otam --data.n_shot {n_shot}"
+            records.append(measurement("OTAM", lr=None, tests=tests, seconds=0, command=command, **where))
+    for row in (REFERENCE, "OTAM"):
+        records.append(measurement(row, part="tower", tests=outcomes(rng, 0.5, ("clean",)), seconds=1800))
+    return records
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("docs")
+    render(study(), "PPS: {difference: without PPS | scene | 1}.\n", folder)
+    return folder
+
+
+def tables(text: str, after: str) -> list[dict[str, dict[str, str]]]:
+    """The tables from a line on to the next heading, each as its rows by their first cell, by the column's name."""
+    lines = text.splitlines()
+    found: list[dict[str, dict[str, str]]] = []
+    header: list[str] = []
+    for line in lines[lines.index(after) + 1 :]:
+        if line.startswith("#"):
+            break
+        cells = [cell.strip() for cell in line.strip("|").split(" | ")] if line.startswith("|") else []
+        if not cells:
+            header = []
+        elif not header:
+            header = cells
+            found.append({})
+        elif set(cells[0]) != {"-"}:
+            found[-1][cells[0]] = dict(zip(header, cells, strict=True))
+    return found
+
+
+def number(text: str) -> float:
+    return float(text.strip("*").replace("−", "-"))
+
+
+@pytest.mark.parametrize("n_shot", [1, 5])
+@pytest.mark.parametrize("family", ["scene", "order"])
+def test_the_main_table_has_each_cells_numbers(rendered: Path, family: str, n_shot: int) -> None:
+    (table,) = tables((rendered / "results.md").read_text(encoding="utf-8").split("## Harder")[0], f"### `{family}`")
+    name = "1 shot" if n_shot == 1 else "5 shots"
+    assert list(table) == [REFERENCE, "without PPS", "OTAM"]
+    for row, line in table.items():
+        cell = Cell("main", family, n_shot, row)
+        expected, apart = accuracy(study(), cell), difference(study(), cell)
+        mean, interval = line[name].split(" ± ")
+        assert float(mean) == pytest.approx(100 * expected.mean, abs=0.051)
+        assert float(interval) == pytest.approx(100 * expected.interval, abs=0.051)
+        if row == REFERENCE:
+            assert line[f"Δ, {name}"] == ""
+        else:
+            mean, interval = line[f"Δ, {name}"].split(" ± ")
+            assert number(mean) == pytest.approx(100 * apart.mean, abs=0.051)
+            assert number(interval) == pytest.approx(100 * apart.interval, abs=0.051)
+            assert line[f"Δ, {name}"].startswith("**−") is apart.established
+        if row == "OTAM":
+            assert line[f"range, {name}"] == "one run"
+        else:
+            seeds = [float(text) for text in line[f"range, {name}"].split(" to ")]
+            assert seeds == pytest.approx([100 * expected.lowest, 100 * expected.highest], abs=0.051)
+
+
+def test_a_cell_to_the_letter(tmp_path: Path) -> None:
+    # Of 5 queries 1, 1, 0, 2 more: a mean of 1 and a deviation of √½ fifths, 1.96 √½ / √4 of these.
+    records = [measurement(REFERENCE, 0, "2222"), measurement("more", 0, "3324"), measurement("same", 0, "2222")]
+    records.append(measurement("less", 0, "1213"))
+    render(records, "", tmp_path)
+    (table,) = tables((tmp_path / "results.md").read_text(encoding="utf-8"), "### `scene`")
+    assert table[REFERENCE]["1 shot"] == "40.0 ± 0.0"
+    assert table["more"]["1 shot"] == "60.0 ± 13.9"
+    assert table["more"]["Δ, 1 shot"] == "**+20.0 ± 13.9**"
+    assert table["same"]["Δ, 1 shot"] == "+0.0 ± 0.0"
+    assert table["less"]["Δ, 1 shot"] == "−5.0 ± 16.3"
+
+
+def test_knob_tables_have_clean_and_each_level_with_differences_below(rendered: Path) -> None:
+    text = (rendered / "results.md").read_text(encoding="utf-8")
+    noise = tables(text, "### Noise")
+    assert len(noise) == 4  # two families, 1 and 5 shots
+    table = noise[1]
+    assert [list(table), list(table["OTAM"])] == [
+        [REFERENCE, "without PPS", "OTAM"],
+        ["method", "clean", "0.05", "0.1"],
+    ]
+    cell = Cell("main", "scene", 5, "without PPS")
+    above, below = table["without PPS"]["0.1"].split("<br>")
+    assert above.split()[0] == f"{100 * accuracy(study(), cell, 'noise=0.1').mean:.1f}"
+    expected = 100 * difference(study(), cell, test="noise=0.1").mean
+    assert number(below.split()[0]) == pytest.approx(expected, abs=0.051)
+    assert "<br>" not in table[REFERENCE]["0.1"]
+    # OTAM was not tested there, and not at all with outliers.
+    assert table["OTAM"]["0.1"] == "–"
+    assert all("OTAM" not in table for table in tables(text, "### Outliers"))
+
+
+def test_views_rates_and_the_tower_have_their_tables(rendered: Path) -> None:
+    text = (rendered / "results.md").read_text(encoding="utf-8")
+    clean, harder = tables(text, "## Views and prompts")
+    assert clean["`scene`"] == {
+        "family": "`scene`",
+        "shots": "5",  # the last of this family
+        "method": REFERENCE,
+        "PPS": "62.5",
+        "local view": "25.0",
+        "global view": "–",
+        "views agree": "75.0",
+        "accuracy": clean["`scene`"]["accuracy"],
+    }
+    assert harder["`order`"]["test"] == "outliers=0.4"
+    rate = tables(text, "## Learning rates")[0]
+    assert rate[REFERENCE] == {"method": REFERENCE, "0.001": "**62.5**", "0.01": "50.0"}
+    assert "OTAM" not in rate
+    (tower,) = tables(text.split("## Accuracy, tower")[1], "### `scene`")
+    cell = Cell("tower", "scene", 1, "OTAM")
+    assert tower["OTAM"]["1 shot"].split()[0] == f"{100 * accuracy(study(), cell).mean:.1f}"
+
+
+def test_how_it_was_done_is_told_from_the_records(rendered: Path) -> None:
+    text = (rendered / "results.md").read_text(encoding="utf-8")
+    (parts,) = tables(text, "## How it was done")
+    assert parts["frozen tower"] == {
+        "": "frozen tower",
+        "test episodes": "60 of 5 queries",
+        "training episodes": "16, 480",
+        "seeds": "0, 1",
+        "rates tried": "0.001, 0.01",
+        "runs": "36",
+        # 16 measurements of half an hour, and choices of 1.5 s.
+        "hours": "8.0",
+    }
+    assert parts["tower trained too"]["hours"] == "1.0"
+    assert "`make study`" in text
+    assert "# OTAM, frozen tower: scene, 1 shot, seed 0\nclip-m2df test --model.head otam --data.n_shot 1\n" in text
+    assert "Run with torch 2.6." in text
+
+
+def test_another_rows_weights_are_told_and_their_run_counts_once(tmp_path: Path) -> None:
+    records = [measurement(REFERENCE, seconds=3600)]
+    records.append(measurement("sampled", seconds=3600, weights_of=REFERENCE))
+    render(records, "", tmp_path)
+    text = (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert "Tested with another row's weights: sampled with those of CLIP-M²DF." in text
+    (parts,) = tables(text, "## How it was done")
+    assert (parts["frozen tower"]["runs"], parts["frozen tower"]["hours"]) == ("1", "1.0")
+
+
+def test_the_same_results_give_the_same_bytes(rendered: Path, tmp_path: Path) -> None:
+    render(study(), "PPS: {difference: without PPS | scene | 1}.\n", tmp_path)
+    files = sorted(path.relative_to(rendered) for path in rendered.rglob("*") if path.is_file())
+    assert [str(path) for path in files] == [
+        *(f"figures/results_{name}.png" for name in ("curves", "noise", "outliers", "views")),
+        "results.md",
+    ]
+    for path in files:
+        assert (tmp_path / path).read_bytes() == (rendered / path).read_bytes()
+
+
+def test_figures_are_shown_and_small_and_tell_nothing_of_their_making(rendered: Path) -> None:
+    text = (rendered / "results.md").read_text(encoding="utf-8")
+    for path in (rendered / "figures").iterdir():
+        assert text.count(f"](figures/{path.name})") == 1
+        assert path.stat().st_size < 60_000
+        with Image.open(path) as picture:
+            assert picture.info == {}
+            assert len(picture.convert("RGB").getcolors(10_000) or []) > 10
+
+
+def test_other_results_are_drawn_otherwise(rendered: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    records = [
+        measurement(
+            REFERENCE, tests=outcomes(rng, 0.2, TESTS, view_agreement=0.1), curve=(Point(160, 0.1), Point(320, 0.9))
+        )
+    ]
+    render(records, "", tmp_path)
+    for path in (rendered / "figures").iterdir():
+        assert (tmp_path / "figures" / path.name).read_bytes() != path.read_bytes()
+
+
+def test_findings_are_filled_in() -> None:
+    records = [
+        measurement(REFERENCE, seed, "2222", tests={"noise=0.2": Outcome("1111", 5, 0.5, 0.75)}) for seed in (0, 1)
+    ]
+    records += [measurement("more", 0, "3324", lr=None)]
+    records += [measurement(row, 0, text, part="tower") for row, text in ((REFERENCE, "5555"), ("more", "4444"))]
+    template = (
+        "{accuracy: more | scene | 1}; {accuracy: CLIP-M²DF | scene | 1 | noise=0.2}; {difference: more|scene|1}; "
+        "{pps_accuracy: CLIP-M²DF | scene | 1 | noise=0.2} {view_agreement: CLIP-M²DF | scene | 1 | noise=0.2}; "
+        "{tower_accuracy: more | scene | 1}; {tower_difference: more | scene | 1}"
+    )
+    expected = "60.0 ± 13.9; 20.0 ± 0.0; +20.0 ± 13.9; 50.0 75.0; 80.0 ± 0.0; −20.0 ± 0.0"
+    assert filled(template, records) == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{precision: CLIP-M²DF | scene | 1}", "unknown field {precision: CLIP-M²DF"),
+        ("{accuracy}", "{accuracy} can't be read: write it like"),
+        ("{accuracy: CLIP-M²DF | scene}", "can't be read: write it like"),
+        ("{accuracy: CLIP-M²DF | scene | one}", "can't be read: write it like"),
+        ("{accuracy: CLIP-MDF | scene | 1}", "{accuracy: CLIP-MDF | scene | 1}: nothing was measured of 'CLIP-MDF'"),
+        ("{accuracy: OTAM | scenes | 1}", "nothing was measured of 'OTAM' on scenes"),
+        ("{accuracy: OTAM | scene | 2}", "nothing was measured of 'OTAM' on scene, 2 shots"),
+        ("{difference: OTAM | scene | 1 | noise=0.3}", "no test 'noise=0.3'"),
+        ("{pps_accuracy: OTAM | scene | 1}", "no pps_accuracy"),
+        ("{tower_accuracy: without PPS | scene | 1}", "tower trained too"),
+        ("{accuracy: OTAM | scene | 1", "a brace without its other: …'{accuracy: OTAM"),
+    ],
+)
+def test_a_field_that_has_no_value_is_refused_and_nothing_written(template: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        render(study(), template, tmp_path)
+    assert message in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_study_that_was_interrupted_is_shown_as_far_as_it_went(tmp_path: Path) -> None:
+    # The last cell of all, and one seed of the method in another, are missing; so is the tower's method.
+    def there(record: Record) -> bool:
+        late = record.cell == Cell("main", "order", 5, "without PPS") or record.cell == Cell(
+            "tower", "scene", 1, REFERENCE
+        )
+        return not late and (record.cell, record.seed) != (Cell("main", "scene", 5, REFERENCE), 1)
+
+    render([record for record in study() if there(record)], "So far.", tmp_path)
+    text = (tmp_path / "results.md").read_text(encoding="utf-8")
+    (scene,), (order,) = (tables(text, f"### `{family}`") for family in ("scene", "order"))
+    assert [order["without PPS"][name] for name in ("5 shots", "Δ, 5 shots", "range, 5 shots")] == ["–"] * 3
+    assert scene[REFERENCE]["5 shots"] == scene["without PPS"]["Δ, 5 shots"] == "–"
+    assert "–" not in scene["without PPS"]["5 shots"]
+    assert "–" not in scene["without PPS"]["Δ, 1 shot"]
+    (tower,) = tables(text.split("## Accuracy, tower")[1], "### `scene`")
+    assert tower["OTAM"]["Δ, 1 shot"] == "–"
+    with pytest.raises(UserError, match="was not measured with seed 1"):
+        filled("{accuracy: CLIP-M²DF | scene | 5}", [record for record in study() if there(record)])
+
+
+@pytest.mark.parametrize("records", [[], [choice(REFERENCE, 0.1, 0.5)], [measurement("OTAM", lr=None)]])
+def test_hardly_any_results_render_too(records: list[Record], tmp_path: Path) -> None:
+    render(records, "Nothing yet.", tmp_path)
+    assert "Nothing yet." in (tmp_path / "results.md").read_text(encoding="utf-8")
+
+
+def test_runs_that_do_not_go_together_are_no_dash(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="on 3 episodes"):
+        render([measurement(REFERENCE, 0, "1234"), measurement("other", 0, "123")], "", tmp_path)
+    assert not (tmp_path / "results.md").exists()
+
+
+def test_a_table_keeps_bars_within_their_cells() -> None:
+    assert page._table(["a", "b"], [["x|y", "1"]]) == "| a    | b   |\n| ---- | --- |\n| x\\|y | 1   |"

@@ -1,0 +1,161 @@
+"""Real runs of a small study, from rendering to the page."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from clip_m2df.data.motion_shapes import rendering
+from study import __main__ as command
+from study import play as playing
+from study.play import configuration, play
+from study.results import Record, read_results
+from study.schedule import run_study
+from study.settings import Part, Row, Run, Settings
+from tests.study.test_schedule import Inline
+
+SHORT = {
+    "trainer.max_steps": 2,
+    "data.validate_every": 1,
+    "data.val_episodes": 10,
+    "data.test_episodes": 20,
+    "data.train_views": 1,
+    "data.batch_size": 2,
+    "data.episodes_per_step": 2,
+}
+MAIN = Part(
+    ("scene",),
+    (1, 5),
+    (1e-3,),
+    SHORT,
+    {
+        "CLIP-M²DF": Row(),
+        "sampled": Row({"model.selection": "sample"}, weights_of="CLIP-M²DF"),
+        "OTAM": Row({"model.head": "otam", "model.head_options": {}}),
+    },
+    {"outliers": (1.0,)},
+    ("CLIP-M²DF", "OTAM"),
+)
+TOWER = Part(
+    ("scene",),
+    (1,),
+    (1e-3,),
+    SHORT | {"model.freeze_backbone": False, "data.train_views": 0},
+    {"CLIP-M²DF": Row(), "OTAM": Row({"model.head": "otam", "model.head_options": {}})},
+)
+SETTINGS = Settings((0, 1), 0, {"main": MAIN, "tower": TOWER})
+RUN = Run("main", "measure", "scene", "CLIP-M²DF", 1, 1e-3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_videos(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CLIP_M2DF_CACHE", str(tmp_path_factory.mktemp("videos")))
+        patch.setitem(rendering.VIDEOS_PER_CLASS, "scene", {"train": 4, "val": 2, "test": 6})
+        yield
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory, few_videos: None) -> tuple[Path, list[Record]]:
+    """A folder with the results of the whole study and what its runs share, and the records."""
+    folder = tmp_path_factory.mktemp("study")
+    threads = torch.get_num_threads()
+    try:
+        run_study(SETTINGS, folder / "results.jsonl", folder, Inline())
+    finally:
+        torch.set_num_threads(threads)
+    return folder, read_results(folder / "results.jsonl")
+
+
+def accuracy(record: Record, test: str = "clean") -> float:
+    outcome = record.tests[test]
+    return sum(map(int, outcome.correct)) / len(outcome.correct) / outcome.n_queries
+
+
+def test_every_row_is_measured_on_the_same_number_of_episodes(study: tuple[Path, list[Record]]) -> None:
+    _, records = study
+    assert len(records) == len({(r.part, r.purpose, r.row, r.n_shot, r.seed) for r in records}) == 17
+    for record in records:
+        assert [point.episodes for point in record.curve] == ([2, 4] if record.lr and not record.weights_of else [])
+        for test, outcome in record.tests.items():
+            assert (len(outcome.correct), outcome.n_queries) == (20, 5), test
+        if record.purpose == "measure":
+            with_knobs = record.part == "main" and record.row != "sampled"
+            assert set(record.tests) == ({"clean", "outliers=1.0"} if with_knobs else {"clean"})
+        if record.row in ("CLIP-M²DF", "sampled") and record.tests:
+            assert record.tests["clean"].view_agreement is not None
+    # Support videos that are all outliers leave little to go by, to what looks at nothing else.
+    otam = next(r for r in records if r.row == "OTAM" and r.n_shot == 5 and r.part == "main")
+    assert accuracy(otam, "outliers=1.0") < accuracy(otam) - 0.1
+    # A trained tower is another one for each seed, the frozen one's OTAM has nothing to differ in.
+    assert len([r for r in records if r.row == "OTAM" and r.part == "tower" and r.purpose == "measure"]) == 2
+
+
+def test_the_digits_are_the_accuracy_that_the_test_command_reports(
+    study: tuple[Path, list[Record]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, records = study
+    reported: list[float] = []
+    inner = playing._trainer
+
+    def spying(*args: Any) -> Any:
+        trainer = inner(*args)
+        test = trainer.test
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            metrics = test(*args, **kwargs)
+            reported.append(metrics[0]["test/accuracy"])
+            return metrics
+
+        monkeypatch.setattr(trainer, "test", watched)
+        return trainer
+
+    monkeypatch.setattr(playing, "_trainer", spying)
+    again = play(RUN, SETTINGS, folder)
+    counted = [accuracy(record, test) for record in again for test in record.tests]
+    assert counted == pytest.approx(reported, abs=1e-6)
+    assert len(set(counted)) > 1
+    # From the weights that the first time left behind; what comes of them is the same.
+    before = {(r.row, r.n_shot): r for r in records if (r.part, r.purpose, r.seed) == ("main", "measure", 1)}
+    for record in again:
+        kept = before[record.row, record.n_shot]
+        assert dataclasses.replace(record, seconds=0) == dataclasses.replace(kept, seconds=0)
+
+
+def test_a_run_repeats_without_what_others_left(study: tuple[Path, list[Record]], tmp_path: Path) -> None:
+    _, records = study
+    fresh = play(RUN, SETTINGS, tmp_path)
+    kept = [r for r in records if (r.part, r.purpose, r.seed) == ("main", "measure", 1)]
+    assert [r.tests for r in fresh] == [r.tests for r in kept if r.row != "OTAM"]
+    assert [r.curve for r in fresh] == [r.curve for r in kept if r.row != "OTAM"]
+
+
+def test_features_are_kept_for_a_frozen_tower_alone(tmp_path: Path) -> None:
+    assert configuration(RUN, SETTINGS, tmp_path)["data"]["store"].startswith(str(tmp_path))
+    tower = dataclasses.replace(RUN, part="tower")
+    assert "store" not in configuration(tower, SETTINGS, tmp_path)["data"]
+
+
+def test_the_command_runs_the_small_study_and_renders_its_page(
+    study: tuple[Path, list[Record]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder, _ = study
+    monkeypatch.setattr(command, "ROOT", tmp_path)
+    monkeypatch.setattr(Settings, "read", lambda path: SETTINGS)
+    assert command.main(["render", "--quick"]) == 2
+    assert "results.jsonl" in capsys.readouterr().err
+    quick = tmp_path / "runs/study_quick"
+    quick.mkdir(parents=True)
+    # All is done: the command has nothing left to run.
+    (quick / "results.jsonl").write_bytes((folder / "results.jsonl").read_bytes())
+    assert command.main(["run", "--quick", "--workers", "1"]) == 0
+    page = (quick / "results.md").read_text(encoding="utf-8")
+    assert "| OTAM" in page
+    line = json.loads((quick / "results.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    assert line["command"] in page

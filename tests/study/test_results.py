@@ -1,0 +1,275 @@
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from clip_m2df.errors import UserError
+from study.results import (
+    REFERENCE,
+    Cell,
+    NotMeasuredError,
+    Outcome,
+    Point,
+    Record,
+    accuracy,
+    append,
+    chosen_rate,
+    difference,
+    knobs,
+    rates,
+    read_results,
+    share,
+)
+
+HERE = Cell("main", "scene", 1, "other")
+
+
+def measurement(row: str, seed: int = 0, correct: str = "0123", lr: float | None = 0.001, **more: Any) -> Record:
+    tests = {"clean": Outcome(correct, 5)} | more.pop("tests", {})
+    fields: dict[str, Any] = (
+        {"part": "main", "purpose": "measure", "family": "scene", "n_shot": 1, "row": row, "seed": seed, "lr": lr}
+        | {"command": "clip-m2df fit", "versions": {"torch": "2.6"}, "seconds": 1.5, "settings": "ab", "tests": tests}
+        | more
+    )
+    return Record(**fields)
+
+
+def choice(row: str, lr: float, val_accuracy: float, **more: Any) -> Record:
+    measured = measurement(row, lr=lr, val_accuracy=val_accuracy, **{"curve": (Point(16, 0.5),), **more})
+    return dataclasses.replace(measured, purpose="choose", tests={})
+
+
+# Of 5 queries. Seed 0: 1, 1, 0, 2 more than the reference; seed 1: 1, 0, 1, 0 more.
+REFERENCES = [measurement(REFERENCE, 0, "1232"), measurement(REFERENCE, 1, "2321")]
+OTHERS = [measurement("other", 0, "2334"), measurement("other", 1, "3331")]
+
+
+def test_a_paired_difference_worked_out_by_hand() -> None:
+    found = difference([*REFERENCES, *OTHERS], HERE)
+    # Each episode's mean over the seeds, in fifths: 1, 1/2, 1/2, 1. Their mean is 3/4, their deviation 1/4.
+    assert found.mean == pytest.approx(0.75 / 5, abs=1e-15)
+    assert found.interval == pytest.approx(1.96 * 0.25 / 5 / 2, abs=1e-15)
+    assert (found.lowest, found.highest) == pytest.approx((0.5 / 5, 1 / 5), abs=1e-15)
+    assert (found.seeds, found.episodes) == (2, 4)
+
+
+def test_an_accuracy_worked_out_by_hand() -> None:
+    found = accuracy([*REFERENCES, *OTHERS], HERE._replace(row=REFERENCE))
+    # In fifths: 3/2, 5/2, 5/2, 3/2.
+    assert found.mean == pytest.approx(2 / 5, abs=1e-15)
+    assert found.interval == pytest.approx(1.96 * 0.5 / 5 / 2, abs=1e-15)
+    assert found.lowest == found.highest == pytest.approx(2 / 5, abs=1e-15)
+
+
+def test_many_episodes_are_those_of_a_loop() -> None:
+    rng = np.random.default_rng(0)
+    counts = rng.integers(0, 6, (2, 3, 101))
+    rows = [
+        measurement(row, s, "".join(map(str, counts[r, s])))
+        for r, row in enumerate((REFERENCE, "other"))
+        for s in range(3)
+    ]
+    found = difference(rows, HERE)
+    each = [sum((int(counts[1, s, i]) - int(counts[0, s, i])) / 5 for s in range(3)) / 3 for i in range(101)]
+    mean = sum(each) / 101
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in each) / 101)
+    assert found.mean == pytest.approx(mean, abs=1e-14)
+    assert found.interval == pytest.approx(1.96 * deviation / math.sqrt(101), abs=1e-14)
+
+
+def test_the_pairing_of_episodes_matters() -> None:
+    together = difference([measurement(REFERENCE, 0, "0123"), measurement("other", 0, "1234")], HERE)
+    apart = difference([measurement(REFERENCE, 0, "0123"), measurement("other", 0, "4321")], HERE)
+    assert together.mean == pytest.approx(apart.mean, abs=1e-15)
+    assert together.interval == pytest.approx(0, abs=1e-15)
+    # 4, 2, 0, -2 fifths more: their deviation is √5.
+    assert apart.interval == pytest.approx(1.96 * math.sqrt(5) / 5 / 2, abs=1e-15)
+
+
+def test_the_pairing_of_seeds_matters_not_to_the_mean_but_to_their_range() -> None:
+    swapped = [dataclasses.replace(record, seed=1 - record.seed) for record in OTHERS]
+    found = difference([*REFERENCES, *swapped], HERE)
+    # 3331 and 1232: 2, 1, 0, -1; 2334 and 2321: 0, 0, 1, 3.
+    assert (found.lowest, found.highest) == pytest.approx((0.5 / 5, 1 / 5), abs=1e-15)
+    assert found.mean == pytest.approx(0.75 / 5, abs=1e-15)
+
+
+def test_one_run_without_training_is_compared_with_each_seed() -> None:
+    found = difference([*REFERENCES, measurement("other", 0, "2222", lr=None)], HERE)
+    # 1, 0, -1, 0 and 0, -1, 0, 1: on average 1/2, -1/2, -1/2, 1/2.
+    assert (found.mean, found.lowest, found.highest) == (0, 0, 0)
+    assert found.interval == pytest.approx(1.96 * 0.5 / 5 / 2, abs=1e-15)
+    assert found.seeds == 2
+    assert accuracy([*REFERENCES, measurement("other", 0, "2222", lr=None)], HERE).seeds == 1
+
+
+@pytest.mark.parametrize(
+    ("seeds", "established"),
+    [
+        (["3333", "3233"], True),  # more than the reference's 2222, throughout
+        (["1111", "1211"], True),  # less
+        (["5555", "1222"], False),  # the seeds don't agree
+        (["3332", "2222"], False),  # one seed sees no difference at all
+        (["4220", "2223"], False),  # smaller than its interval
+    ],
+)
+def test_a_difference_is_established_when_it_is_large_and_all_seeds_agree(seeds: list[str], established: bool) -> None:
+    records = [measurement(REFERENCE, seed, "2222") for seed in (0, 1)]
+    records += [measurement("other", seed, correct) for seed, correct in enumerate(seeds)]
+    found = difference(records, HERE)
+    assert found.established is established
+
+
+def test_no_difference_is_not_established() -> None:
+    found = difference(REFERENCES, HERE._replace(row=REFERENCE))
+    assert (found.mean, found.interval, found.established) == (0, 0, False)
+
+
+def test_what_is_missing_is_named() -> None:
+    with pytest.raises(NotMeasuredError, match="'other' on scene, 1 shot, frozen tower was not measured with seed 1"):
+        accuracy([*REFERENCES, OTHERS[0]], HERE)
+    with pytest.raises(NotMeasuredError, match="nothing was measured of 'other' on order, 5 shots, tower trained too"):
+        accuracy([*REFERENCES, *OTHERS], Cell("tower", "order", 5, "other"))
+    with pytest.raises(NotMeasuredError, match="nothing was measured of 'CLIP-M²DF' on scene"):
+        difference(OTHERS, HERE)
+    with pytest.raises(NotMeasuredError, match=r"'other'.* has no test 'noise=0.2' with seed 0"):
+        accuracy([*REFERENCES, *OTHERS], HERE, "noise=0.2")
+    with pytest.raises(NotMeasuredError, match=r"'other'.* has no pps_accuracy"):
+        share([*REFERENCES, *OTHERS], HERE, "pps_accuracy")
+
+
+def test_other_episodes_are_refused_by_the_name_of_the_cell() -> None:
+    with pytest.raises(UserError, match=r"'other' on scene.* on 3 episodes of 5 queries, 'CLIP-M²DF' on 4 of 5"):
+        difference([REFERENCES[0], measurement("other", 0, "123")], HERE)
+    with pytest.raises(UserError, match="on 4 episodes of 6 queries, 'CLIP-M²DF' on 4 of 5"):
+        difference([REFERENCES[0], measurement("other", tests={"clean": Outcome("1234", 6)})], HERE)
+    with pytest.raises(UserError, match=r"seeds of 'other' on scene, 1 shot, frozen tower had other episodes"):
+        accuracy([OTHERS[0], measurement("other", 1, "123")], HERE)
+
+
+def test_a_share_is_the_mean_over_the_seeds_of_the_test() -> None:
+    outcomes = [Outcome("12", 5, pps_accuracy=value) for value in (0.5, 0.75)]
+    records = [measurement("other", s, tests={"noise=0.2": outcome}) for s, outcome in enumerate(outcomes)]
+    assert share(records, HERE, "pps_accuracy", "noise=0.2") == 0.625
+
+
+def test_the_later_of_two_lines_of_a_run_counts() -> None:
+    found = accuracy([measurement("other", 0, "0000"), measurement("other", 0, "5555")], HERE)
+    assert (found.mean, found.seeds) == (1, 1)
+
+
+def test_the_best_rate_on_val_is_chosen_and_of_equal_ones_the_smallest() -> None:
+    records = [choice("other", 0.01, 0.7), choice("other", 0.001, 0.7), choice("other", 0.1, 0.6)]
+    # Those of other cells don't count, and neither do measurements.
+    records += [
+        choice("other", 1.0, 0.9, family="order"),
+        choice("other", 2.0, 0.9, n_shot=5),
+        choice("rival", 3.0, 0.9),
+    ]
+    records += [choice("other", 4.0, 0.9, part="tower"), measurement("other", lr=5.0, val_accuracy=0.9)]
+    assert chosen_rate(records, HERE) == 0.001
+    assert rates(records, HERE) == {0.001: 0.7, 0.01: 0.7, 0.1: 0.6}
+    assert chosen_rate(reversed(records), HERE) == 0.001
+    with pytest.raises(NotMeasuredError, match="no learning rate was tried for 'none' on scene"):
+        chosen_rate(records, HERE._replace(row="none"))
+
+
+def test_a_rate_tried_with_several_seeds_counts_by_their_mean() -> None:
+    records = [choice("other", 0.1, v, seed=s) for s, v in enumerate((0.9, 0.5))] + [choice("other", 0.01, 0.75)]
+    assert rates(records, HERE) == {0.01: 0.75, 0.1: 0.7}
+
+
+def test_knobs_are_ordered_by_their_level() -> None:
+    outcome = Outcome("1", 5)
+    tests = dict.fromkeys(("noise=0.1", "overlap=0.5", "noise=0.05", "noise=1"), outcome)
+    assert knobs([measurement("other", tests=tests)]) == {
+        "noise": ["noise=0.05", "noise=0.1", "noise=1"],
+        "overlap": ["overlap=0.5"],
+    }
+
+
+def test_lines_are_read_as_they_were_written(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "results.jsonl"
+    full = Outcome("012345", 5, 0.5, 0.25, 0.125, 1.0)
+    records = [
+        choice("CLIP-M²DF", 0.001, 0.6),
+        measurement("CLIP-M²DF", tests={"noise=0.2": full}, curve=(Point(160, 0.5), Point(320, 0.625))),
+        measurement("argmax", weights_of="CLIP-M²DF", curve=()),
+        measurement("OTAM", lr=None, curve=()),
+    ]
+    for record in records:
+        append(path, record)
+    assert read_results(path) == records
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert lines[1]["tests"] == {
+        "clean": {"correct": "0123", "n_queries": 5},
+        "noise=0.2": {"correct": "012345", "n_queries": 5}
+        | {"pps_accuracy": 0.5, "view_agreement": 0.25, "local_accuracy": 0.125, "global_accuracy": 1.0},
+    }
+    assert lines[1]["curve"] == [{"episodes": 160, "accuracy": 0.5}, {"episodes": 320, "accuracy": 0.625}]
+    assert [line.get("weights_of") for line in lines] == [None, None, "CLIP-M²DF", None]
+    assert "weights_of" not in lines[0]
+
+
+@pytest.mark.parametrize("left", [10, -1, 0], ids=["some", "all but the end of the line", "nothing"])
+def test_a_last_line_without_its_end_is_ignored_and_gone_with_the_next(tmp_path: Path, left: int) -> None:
+    path = tmp_path / "results.jsonl"
+    append(path, OTHERS[0])
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole[:left])
+    assert read_results(path) == [OTHERS[0]]
+    append(path, OTHERS[1])
+    assert read_results(path) == OTHERS
+    # The very first line may be the interrupted one.
+    path.write_bytes(whole[:10])
+    assert read_results(path) == []
+    append(path, OTHERS[1])
+    assert read_results(path) == [OTHERS[1]]
+
+
+def edited(**changes: Any) -> str:
+    entry = dataclasses.asdict(measurement("other")) | changes
+    return json.dumps({key: value for key, value in entry.items() if value != "gone"})
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (edited()[:40], "Unterminated|Expecting|delimiter"),
+        ("[]", "list"),
+        ("", "Expecting value"),
+        (edited(row="gone"), "row"),
+        (edited(more=1), "more"),
+        (edited(part="side"), "part 'side' is none of main, tower"),
+        (edited(purpose="play"), "purpose 'play'"),
+        (edited(n_shot="1"), "n_shot"),
+        (edited(seed=True), "seed"),
+        (edited(val_accuracy=1.5), "val_accuracy"),
+        (edited(lr=float("nan")), "lr"),
+        (edited(tests={}), "needs the test 'clean'"),
+        (edited(purpose="choose", val_accuracy=None), "needs lr and val_accuracy"),
+        (edited(tests={"clean": {"correct": "126", "n_queries": 5}}), "more queries are correct"),
+        (edited(tests={"clean": {"correct": "1 2", "n_queries": 5}}), "digit"),
+        (edited(tests={"clean": {"correct": "", "n_queries": 5}}), "digit"),
+        (edited(tests={"clean": {"correct": "12", "n_queries": 10}}), "n_queries"),
+        (edited(tests={"clean": {"correct": "12", "n_queries": 5, "pps_accuracy": 70}}), "pps_accuracy"),
+        (edited(tests={"clean": {"correct": "12", "n_queries": 5}, "loud": {"correct": "12", "n_queries": 5}}), "loud"),
+        (edited(curve=[{"episodes": 1}]), "accuracy"),
+    ],
+)
+def test_another_broken_line_is_named(tmp_path: Path, line: str, reason: str) -> None:
+    path = tmp_path / "results.jsonl"
+    append(path, OTHERS[0])
+    path.write_bytes(path.read_bytes() + line.encode() + b"\n")
+    append(path, OTHERS[1])
+    with pytest.raises(UserError, match=rf"results\.jsonl, line 2 is broken.*({reason})"):
+        read_results(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no file of results"):
+        read_results(tmp_path / "results.jsonl")
