@@ -17,13 +17,14 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from clip_m2df.errors import UserError
+from clip_m2df.files import read_bytes
 from study.page import render
 from study.results import read_results
 from study.schedule import current, run_study
 from study.settings import Settings
 
 ROOT = Path(__file__).parents[1]
-FINDINGS = ROOT / "study/findings.md"
+FINDINGS = Path(__file__).with_name("findings.md")
 
 
 def main(arguments: list[str]) -> int:
@@ -39,6 +40,7 @@ def main(arguments: list[str]) -> int:
     results, docs = (quick / "results.jsonl", quick) if options.quick else (ROOT / "study/results.jsonl", ROOT / "docs")
     try:
         settings = Settings.read(ROOT / f"configs/study/{'quick' if options.quick else 'full'}.yaml")
+        findings = "" if options.quick else read_bytes(FINDINGS, "text of the findings").decode()
         if options.command == "run":
             # Spawned: torch's threads don't survive a fork.
             pool = ProcessPoolExecutor(options.workers, mp_context=multiprocessing.get_context("spawn"))
@@ -46,7 +48,6 @@ def main(arguments: list[str]) -> int:
                 run_study(settings, results, ROOT / "runs/study", pool)
             finally:
                 pool.shutdown(cancel_futures=True)
-        findings = "" if options.quick else FINDINGS.read_text(encoding="utf-8")
         render(current(settings, read_results(results)), findings, docs)
     except UserError as error:
         print(f"study: {error}", file=sys.stderr)

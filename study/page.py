@@ -127,8 +127,8 @@ def _how(results: Sequence[Record], parts: Sequence[str]) -> list[str]:
     for part in parts:
         own = [record for record in results if record.part == part]
         tests = {(len(t.correct), t.n_queries) for record in own for t in record.tests.values()}
-        # Lines of another row's weights are of the same run.
-        runs = [record for record in own if record.weights_of is None]
+        # A run has a line for each row that is tested from its weights, and each number of shots.
+        runs = {(r.purpose, r.family, r.weights_of or r.row, r.seed, r.lr) for r in own}
         trained = {record.curve[-1].episodes for record in own if record.curve}
         rows.append(
             [
@@ -138,7 +138,7 @@ def _how(results: Sequence[Record], parts: Sequence[str]) -> list[str]:
                 ", ".join(str(seed) for seed in sorted({r.seed for r in own if r.purpose == "measure"})) or NOTHING,
                 ", ".join(f"{lr:g}" for lr in _grid(own)) or NOTHING,
                 str(len(runs)),
-                f"{sum(record.seconds for record in runs) / 3600:.1f}",
+                f"{sum(record.seconds for record in own) / 3600:.1f}",
             ]
         )
     return [
@@ -149,9 +149,10 @@ def _how(results: Sequence[Record], parts: Sequence[str]) -> list[str]:
         "test's, where the method doesn't say otherwise.",
         _table(["", "test episodes", "training episodes", "seeds", "rates tried", "runs", "hours"], rows),
         f"Accuracies are in per cent, with 95 % intervals over the episodes ({Z_95} \N{GREEK SMALL LETTER SIGMA} / √n "
-        f"of each episode's mean over the seeds). Δ is the difference from {REFERENCE}, episode by episode and seed by "
-        "seed; a method without training has one run, which is compared with each seed's. Δ is in bold where it is "
-        "larger than its interval and all seeds agree in its sign. The range is that of the seeds' own means.",
+        f"of each episode's mean over the seeds), of these classes and videos. Δ is the difference from {REFERENCE}, "
+        "episode by episode and seed by seed; a method without training has one run, which is compared with each "
+        "seed's. Its interval is over the seeds too (Student's t, the squares added), and it is in bold where it is "
+        "larger than that. The range is that of the seeds' own means.",
     ]
 
 
@@ -215,7 +216,8 @@ def _view_tables(results: Sequence[Record], pictures: Sequence[str]) -> list[str
         for test in dict.fromkeys(test for record in measured(own, cell).values() for test in record.tests):
             shares = [_shown(_share, results, cell, test, name) for name in SHARE_NAMES]
             line = [*shares, _shown(_accuracy, results, cell, test)]
-            if set(shares) != {NOTHING}:
+            # Whoever has no views makes no use of PPS, which is then a number of the tower alone.
+            if shares[-1] != NOTHING:
                 if test == CLEAN:
                     clean.append([f"`{cell.family}`", str(cell.n_shot), cell.row, *line])
                 if cell.row == REFERENCE:
@@ -266,7 +268,7 @@ def _commands(results: Sequence[Record], parts: Sequence[str]) -> list[str]:
         seed, record = next(iter(measured(results, cell).items()))
         trained = f", with the weights of {record.weights_of}" if record.weights_of is not None else ""
         lines.append(f"# {cell.row}, {PARTS[cell.part]}{trained}: {cell.family}, {shots(cell.n_shot)}, seed {seed}")
-        lines.append(record.command)
+        lines += [command for command in (record.command, record.test_command) if command]
     versions: dict[str, set[str]] = {}
     for record in results:
         for package, version in record.versions.items():
@@ -275,7 +277,8 @@ def _commands(results: Sequence[Record], parts: Sequence[str]) -> list[str]:
     sections = ["## Commands and versions"] if lines or said else []
     if lines:
         sections += [
-            "<details>\n<summary>One of each method's commands; the others differ in family, shots and seed</summary>",
+            "<details>\n<summary>One run of each method; the others differ in family, shots, learning rate and seed, "
+            "and harder tests in --data.knobs.overlap, outliers or noise</summary>",
             "```sh\n" + "\n".join(lines) + "\n```",
             "</details>",
         ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import logging
 import platform
@@ -17,6 +18,7 @@ import lightning
 import torch
 import yaml
 
+import clip_m2df
 from clip_m2df import CLIPM2DF, EpisodeDataModule
 from clip_m2df.data.motion_shapes import Knobs, render
 from clip_m2df.files import whole_file
@@ -76,15 +78,18 @@ def play(run: Run, settings: Settings, store: Path) -> list[Record]:
     _be_quiet()
     started = time.perf_counter()
     part = settings.parts[run.part]
+    # Before the files are read again: what changes meanwhile must not be taken for what was run.
+    common = {name: getattr(run, name) for name in ("part", "purpose", "family", "seed", "lr")}
+    common |= {"versions": versions(), "settings": run.digest(settings)}
+    kept = store / f"{run.training(settings)}-{versions()['source']}.pt"
     config = configuration(run, settings, store)
     lightning.seed_everything(config["seed_everything"], verbose=False)
     model = CLIPM2DF(**config["model"])
-    curve = _train(model, config, store / f"{run.training(settings)}.pt") if part.trains(run.row) else []
-    common = {name: getattr(run, name) for name in ("part", "purpose", "family", "seed", "lr")}
-    common |= {"versions": versions(), "settings": run.digest(settings)}
-    common["val_accuracy"] = curve[-1].accuracy if curve else None
+    curve = _train(model, config, kept) if part.trains(run.row) else []
     records, rows = [], run.rows(settings)
     for n_shot, row in run.tested(settings):
+        # It was validated with the first number of shots.
+        own = tuple(curve) if row == run.row and n_shot == part.n_shots[0] else ()
         options, tests = rows[row], run.tests(settings, row)
         told = configuration(run, settings, store, {**options, "data.n_shot": n_shot})
         if options:
@@ -97,8 +102,10 @@ def play(run: Run, settings: Settings, store: Path) -> list[Record]:
                 row=row,
                 n_shot=n_shot,
                 command=run.command(settings, n_shot),
+                test_command=run.test_command(settings, n_shot, row),
                 seconds=round(time.perf_counter() - started, 1),
-                curve=() if options else tuple(curve),
+                curve=own,
+                val_accuracy=own[-1].accuracy if own else None,
                 tests=outcomes,
                 weights_of=run.row if options else None,
             )
@@ -171,8 +178,13 @@ def _test(model: CLIPM2DF, config: Mapping[str, Any], name: str, knobs: Mapping[
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Of the packages on which a number may depend."""
-    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+    """Of the packages on which a number may depend, and a digest of this one's source."""
+    package = Path(clip_m2df.__file__).parent
+    source = hashlib.sha256()
+    for file in sorted(package.rglob("*.py")):
+        source.update(file.read_bytes())
+    known = {name: version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), **known, "source": source.hexdigest()[:12]}
 
 
 def render_videos(settings: Settings) -> None:

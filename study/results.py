@@ -1,6 +1,7 @@
 """The study's results: lines of JSON, and what is estimated from them.
 
-A line is a run; the file is only ever appended to. Where two lines are of the same run, the later one counts.
+A line is what a run says of one row and number of shots; the file is only ever appended to. Where two lines are of the
+same, the later one counts.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ PURPOSES = ("choose", "measure")
 CLEAN = "clean"
 # What all differences are against.
 REFERENCE = "CLIP-M²DF"
+# Two-sided 95 % of Student's distribution, by the number of seeds; few more are ever run.
+T_95 = {1: 0.0, 2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 SHARES = ("pps_accuracy", "view_agreement", "local_accuracy", "global_accuracy")
 
 
@@ -90,7 +93,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Record:
-    """A run.
+    """What a run says of one row and number of shots.
 
     Attributes:
         part: of the study, see ``PARTS``.
@@ -100,14 +103,15 @@ class Record:
         row: which method.
         seed: of the training.
         lr: the learning rate; None where nothing was trained.
-        command: that repeats it.
+        command: that repeats it: the training, or where nothing is trained the clean test.
         versions: of the packages.
         seconds: that it took.
         settings: a digest of what it depends on.
         curve: its validations, in order.
-        val_accuracy: at the end; None where nothing was trained.
+        val_accuracy: at the end; None where nothing was trained, or with another number of shots.
         tests: by name: ``clean``, or a knob and its level, such as ``noise=0.2``.
         weights_of: the row whose training it was tested from; None: its own.
+        test_command: that repeats the clean test after ``command``, if that is a training.
     """
 
     part: str
@@ -125,6 +129,7 @@ class Record:
     val_accuracy: float | None = None
     tests: Mapping[str, Outcome] = field(default_factory=dict)
     weights_of: str | None = None
+    test_command: str = ""
 
     def __post_init__(self) -> None:
         _require(self.part in PARTS, f"part {self.part!r} is none of {', '.join(PARTS)}")
@@ -162,7 +167,8 @@ class Estimate(NamedTuple):
 
     Attributes:
         mean: over both.
-        interval: half the width of the 95 % interval over episodes, ``1.96 σ / √n`` of the means over the seeds.
+        interval: half the width of the 95 % interval: over episodes, ``1.96 σ / √n`` of the means over the seeds; of a
+            difference over the seeds too, ``t s / √seeds`` of their own means, the squares added.
         lowest: of the seeds' own means.
         highest: of the seeds' own means.
         seeds: how many.
@@ -178,8 +184,8 @@ class Estimate(NamedTuple):
 
     @property
     def established(self) -> bool:
-        """Of a difference: it is larger than its interval, and all seeds agree in its sign."""
-        return abs(self.mean) > self.interval and (self.lowest > 0 or self.highest < 0)
+        """Of a difference: it is larger than its interval."""
+        return abs(self.mean) > self.interval
 
 
 def read_results(path: Path) -> list[Record]:
@@ -205,7 +211,7 @@ def append(path: Path, record: Record) -> None:
         path: of the file, which is made if need be.
         record: the line.
     """
-    entry = {key: value for key, value in asdict(record).items() if key != "weights_of" or value is not None}
+    entry = {key: value for key, value in asdict(record).items() if key not in ("weights_of", "test_command") or value}
     for test in entry["tests"].values():
         for name in SHARES:
             if test[name] is None:
@@ -282,7 +288,11 @@ def difference(records: Sequence[Record], cell: Cell, reference: str = REFERENCE
             f"{cell} was tested ({test}) on {ours.shape[1]} episodes of {n_queries} queries, {reference!r} on "
             f"{theirs.shape[1]} of {of_theirs}: remove the lines of one of them, and run the study again"
         )
-    return _estimate(ours - theirs, n_queries)
+    found = _estimate(ours - theirs, n_queries)
+    of_seeds = (ours - theirs).mean(1) / n_queries
+    spread = float(of_seeds.std(ddof=1)) if found.seeds > 1 else 0.0
+    of_chance = T_95[min(found.seeds, max(T_95))] * spread / math.sqrt(found.seeds)
+    return found._replace(interval=math.hypot(found.interval, of_chance))
 
 
 def share(records: Sequence[Record], cell: Cell, name: str, test: str = CLEAN) -> float:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, as_completed, wait
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
+from clip_m2df.errors import UserError
 from study.play import encode_videos, play, render_videos
 from study.results import Cell, Record, append, chosen_rate, read_results
 from study.settings import Run, Settings
@@ -23,8 +26,24 @@ def run_study(settings: Settings, results: Path, store: Path, pool: Executor) ->
         pool: where to run it.
     """
     records = read_results(results) if results.exists() else []
-    if not to_do(settings, records):
-        return
+    if to_do(settings, records):
+        with _alone(results):
+            _run(settings, records, results, store, pool)
+
+
+@contextmanager
+def _alone(results: Path) -> Iterator[None]:
+    """Two studies that write one file would do all twice, and lose lines."""
+    results.parent.mkdir(parents=True, exist_ok=True)
+    with results.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another study is writing {results}: wait for its end, or end it") from error
+        yield
+
+
+def _run(settings: Settings, records: list[Record], results: Path, store: Path, pool: Executor) -> None:
     render_videos(settings)
     with Progress(*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn()) as progress:
         videos = _videos(settings)

@@ -15,7 +15,7 @@ import yaml
 from clip_m2df.errors import UserError
 from clip_m2df.nn.heads import head_class
 from clip_m2df.shipped import find_config
-from study.results import CLEAN
+from study.results import CLEAN, PARTS
 
 Options = Mapping[str, Any]
 
@@ -103,6 +103,8 @@ class Settings:
         try:
             text = yaml.safe_load(path.read_text(encoding="utf-8"))
             parts = {name: _part(part) for name, part in text["parts"].items()}
+            if "main" not in parts or parts.keys() - PARTS:
+                raise ValueError(f"parts are {', '.join(PARTS)}, and main there must be")
             return cls(tuple(text["seeds"]), text["choosing_seed"], parts)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
             raise UserError(f"study settings {path}: {error!r}; start from configs/study/full.yaml") from error
@@ -114,8 +116,11 @@ def _part(part: dict[str, Any]) -> Part:
         options = dict(options or {})
         rows[name] = Row(weights_of=options.pop("weights_of", ""), options=options)
     strangers = {row.weights_of for row in rows.values()} | set(part.get("knob_rows", ()))
-    if unknown := strangers - {"", *rows}:
-        raise ValueError(f"no row is called {sorted(unknown)}")
+    own = {name for name, row in rows.items() if not row.weights_of}
+    if unknown := strangers - {"", *own}:
+        raise ValueError(f"no row with weights of its own is called {sorted(unknown)}")
+    if len(set(part["learning_rates"])) < len(part["learning_rates"]):
+        raise ValueError("a learning rate is there twice")
     return Part(
         tuple(part["families"]),
         tuple(part["n_shots"]),
@@ -155,10 +160,18 @@ class Run:
         return {**part.options, **part.rows[self.row].options, **rate, **seeds}
 
     def command(self, settings: Settings, n_shot: int) -> str:
-        """What repeats the training, or where nothing is trained the test."""
+        """What repeats the training, or where nothing is trained the clean test."""
         verb = "fit" if settings.parts[self.part].trains(self.row) else "test"
-        options = (f"--{name} {_shown(value)}" for name, value in self.options(settings).items())
-        return " ".join(("clip-m2df", verb, "--config", config_name(self.family, n_shot), *options))
+        return _command(verb, config_name(self.family, n_shot), self.options(settings))
+
+    def test_command(self, settings: Settings, n_shot: int, row: str) -> str:
+        """What repeats a row's clean test after the training; empty where nothing is trained or tested."""
+        if self.purpose == "choose" or not settings.parts[self.part].trains(self.row):
+            return ""
+        # The checkpoint knows the model's options.
+        own = {name: value for name, value in self.options(settings).items() if not name.startswith("model.")}
+        options = {"ckpt_path": "last", **own, **self.rows(settings)[row]}
+        return _command("test", config_name(self.family, n_shot), options)
 
     def training(self, settings: Settings) -> str:
         """A digest of all that the weights depend on, but the versions."""
@@ -190,6 +203,11 @@ class Run:
 def config_name(family: str, n_shot: int) -> str:
     """The shipped config of a family and a number of shots."""
     return f"{family}_5way{n_shot}shot.yaml"
+
+
+def _command(verb: str, config: str, options: Options) -> str:
+    told = (f"--{name} {_shown(value)}" for name, value in options.items())
+    return " ".join(("clip-m2df", verb, "--config", config, *told))
 
 
 def _digest(content: Any) -> str:

@@ -9,11 +9,13 @@ import pytest
 import yaml
 
 from clip_m2df.data.datamodule import EpisodeDataModule
+from clip_m2df.errors import UserError
 from clip_m2df.lightning_cli import CLI
 from clip_m2df.nn.heads import build_head
 from clip_m2df.shipped import find_config, shipped_configs
 
 DATA_SETS = ("kinetics100", "ssv2", "ssv2_small", "hmdb51", "ucf101")
+FAMILIES = ("scene", "order")  # of the embedded benchmark
 BASES = sorted(name for name in shipped_configs() if not name.startswith("recipes/"))
 RECIPES = sorted(name for name in shipped_configs() if name.startswith("recipes/"))
 
@@ -60,13 +62,17 @@ def found(config: Any, path: str) -> Any:
 def test_there_is_a_config_for_each_data_set_and_shot() -> None:
     assert set(BASES) == {
         "demo_5way1shot.yaml",
-        *(f"{name}_5way{shot}shot.yaml" for name, shot in itertools.product(DATA_SETS, (1, 5))),
+        *(f"{name}_5way{shot}shot.yaml" for name, shot in itertools.product((*DATA_SETS, *FAMILIES), (1, 5))),
     }
     assert set(RECIPES) == {f"recipes/{name}.yaml" for name in ("published", "gpu24gb", "laptop", "wandb_offline")}
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "test"])
-@pytest.mark.parametrize(("base", "recipe"), list(itertools.product(BASES, [None, *RECIPES])))
+@pytest.mark.parametrize(
+    ("base", "recipe"),
+    # Recipes are for data sets, and for the demo as an example.
+    [(b, r) for b, r in itertools.product(BASES, [None, *RECIPES]) if r is None or not b.startswith(FAMILIES)],
+)
 def test_no_key_is_ignored(base: str, recipe: str | None, command: str) -> None:
     names = [base] if recipe is None else [base, recipe]
     config = parse(*names, command=command)
@@ -103,6 +109,23 @@ def test_the_files_of_one_data_set_differ_in_what_they_should(name: str) -> None
     for shot, config in ((1, one), (5, five)):
         assert config["trainer.default_root_dir"] == f"runs/{name}_5way{shot}shot"
         assert config["data.manifest"] == f"manifests/{name}.csv"
+
+
+def test_the_families_differ_in_what_they_should() -> None:
+    configs = {pair: keys(f"{pair[0]}_5way{pair[1]}shot.yaml") for pair in itertools.product(FAMILIES, (1, 5))}
+    paths = set().union(*configs.values())
+    differing = {path for path in paths if len({str(config.get(path)) for config in configs.values()}) > 1}
+    assert differing == {"data.manifest", "data.n_shot", "data.train_n_shot", "trainer.default_root_dir"}
+    for (name, shot), config in configs.items():
+        assert config["data.manifest"] == f"motion_shapes_{name}"
+        assert (config["data.n_shot"], config.get("data.train_n_shot", 1)) == (shot, 1)
+        assert config["trainer.default_root_dir"] == f"runs/{name}_5way{shot}shot"
+
+
+def test_settings_of_the_study_are_no_configs_of_a_run() -> None:
+    assert not [name for name in shipped_configs() if name.startswith(("study/", "sweeps/"))]
+    with pytest.raises(UserError, match="none of that name comes with the package"):
+        find_config("study/full.yaml")
 
 
 def test_the_data_sets_differ_in_their_recipe_alone() -> None:
@@ -142,7 +165,7 @@ def test_the_tuned_recipe_is_in_them(name: str, shot: int) -> None:
     assert {key: config[f"data.{key}"] for key in expected} == expected
 
 
-@pytest.mark.parametrize("name", [name for name in BASES if name != "demo_5way1shot.yaml"])
+@pytest.mark.parametrize("name", [name for name in BASES if name.startswith(DATA_SETS)])
 def test_head_comments_say_how_what_and_what_is_known(name: str) -> None:
     text = find_config(name).read_text(encoding="utf-8")
     head = text[: text.index("seed_everything")]

@@ -5,7 +5,7 @@ import torch
 
 from clip_m2df import CLIPM2DF
 from clip_m2df.cli import main
-from clip_m2df.data import motion_shapes
+from clip_m2df.data.motion_shapes import rendering
 from clip_m2df.evaluation.features import play_episodes
 from clip_m2df.nn.baselines import OTAMHead
 from tests.nn import references
@@ -15,7 +15,7 @@ def test_the_demo_goes_from_rendering_to_a_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("CLIP_M2DF_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(motion_shapes, "VIDEOS_PER_CLASS", {"train": 6, "val": 2, "test": 2})
+    monkeypatch.setitem(rendering.VIDEOS_PER_CLASS, "demo", {"train": 6, "val": 2, "test": 2})
     output = tmp_path / "demo"
     # So small a learning rate leaves the weights as they were: before and after training are then the same.
     small = [

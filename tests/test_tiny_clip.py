@@ -13,7 +13,7 @@ import torch
 from transformers import CLIPModel, CLIPTokenizer
 
 import clip_m2df
-from clip_m2df.data.motion_shapes import CLASSES
+from clip_m2df.data.motion_shapes import CLASSES, appearances_of
 
 FOLDER = Path(clip_m2df.__file__).parent / "assets" / "tiny_clip"
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "train_tiny_clip.py"
@@ -87,9 +87,9 @@ def test_padding_does_not_change_an_embedding(model: Any, tokenizer: Any) -> Non
 def test_script_never_shows_a_held_out_appearance(script: ModuleType) -> None:
     held_out = {c.appearance for c in CLASSES if c.split != "train"}
     assert set(script.unseen_appearances()) == held_out
-    assert held_out.isdisjoint(script.clip_appearances())
+    assert held_out.isdisjoint(appearances_of("train"))
     rng = np.random.Generator(np.random.PCG64(0))
-    frames = script.render_frames(script.clip_appearances(), 20, 2, rng)
+    frames = script.render_frames(appearances_of("train"), 20, 2, rng)
     assert held_out.isdisjoint(frames.appearances)
     said = {script.caption(form, frames, i, 0.5, 0.5, 0.2) for form in script.FORMS for i in range(40)}
     assert not [text for text in said for colour, shape in held_out if f"{colour} {shape}" in text]

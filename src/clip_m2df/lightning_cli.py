@@ -31,6 +31,7 @@ from clip_m2df.checkpoints import BEST, FOLDER, LAST, PREVIOUS, RunCheckpoint, R
 from clip_m2df.dashboard import Dashboard
 from clip_m2df.data.datamodule import EpisodeDataModule
 from clip_m2df.data.episode_files import write_episodes_file
+from clip_m2df.data.motion_shapes import NO_KNOBS
 from clip_m2df.errors import Stopped, UserError
 from clip_m2df.evaluation.report import hardest_classes, write_report
 from clip_m2df.module import CLIPM2DF, checkpoint_options
@@ -231,10 +232,12 @@ class CLI(LightningCLI):
                     " another --trainer.default_root_dir"
                 )
             self.goes_on = goes_on
-        elif config.ckpt_path is None and getattr(head_class(config.model.head), "trained", True):
+        elif config.ckpt_path is None and (
+            getattr(head_class(config.model.head), "trained", True) or not config.model.freeze_backbone
+        ):
             raise UserError(
-                f"{self.subcommand} measures a checkpoint: give --ckpt_path best, last, or a .ckpt file; a head does"
-                " without only if its class says trained = False"
+                f"{self.subcommand} measures a checkpoint: give --ckpt_path best, last, or a .ckpt file; only a head"
+                " with nothing to train does without, and --model.freeze_backbone true"
             )
         if config.ckpt_path is not None:
             self._take_options_from(config)
@@ -350,9 +353,14 @@ def write_episodes(args: Sequence[str], output: Path) -> None:
         output: the file.
 
     Raises:
-        UserError: the config or the manifest is at fault, or the file can't be written.
+        UserError: the config or the manifest is at fault, has knobs, or the file can't be written.
     """
     data = _run(EpisodesCLI, args).datamodule
+    if data.knobs != NO_KNOBS:
+        raise UserError(
+            "an episodes file names the usual videos, and can't hold what data.knobs changes; leave data.knobs out: a"
+            " test with the same knobs and data.eval_seed plays the same episodes without a file"
+        )
     split, plans = data.test_plans()
     write_episodes_file(output, plans, split, data.manifest.root)
     print(f"{len(plans)} test episodes are in {output}; --data.episodes_file {output} reads them back")

@@ -14,8 +14,8 @@ def shipped_configs() -> dict[str, Path]:
     # Inside a wheel they lie in the package; beside an editable install's sources at the top of the repository.
     folder = package / "configs" if (package / "configs").is_dir() else package.parents[1] / "configs"
     configs = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
-    # W&B reads sweeps; they are no configs of a run.
-    return {name: path for name, path in configs.items() if not name.startswith("sweeps/")}
+    # W&B reads sweeps, and the study its settings; they are no configs of a run.
+    return {name: path for name, path in configs.items() if not name.startswith(("sweeps/", "study/"))}
 
 
 def find_config(name: str) -> Path:

@@ -9,20 +9,21 @@ import av
 import numpy as np
 import pytest
 
-from clip_m2df.data import motion_shapes
 from clip_m2df.data.motion_shapes import (
     CLASSES,
     COLOURS,
     FPS,
+    JITTER,
     MOTIONS,
     OF_TWO_SHAPES,
     SHAPES,
     MotionClass,
-    clip_appearances,
+    appearances_of,
     draw_scene,
     paint,
     render,
     render_clip,
+    rendering,
     shared_appearance_classes,
 )
 from clip_m2df.errors import UserError
@@ -53,7 +54,7 @@ def test_class_table() -> None:
 
 
 def test_tiny_clip_sees_every_colour_and_shape_but_no_held_out_appearance() -> None:
-    seen = clip_appearances()
+    seen = appearances_of("train")
     assert {c.appearance for c in CLASSES if c.split != "train"}.isdisjoint(seen)
     assert {colour for colour, _ in seen} == set(COLOURS)
     assert {shape for _, shape in seen} == set(SHAPES)
@@ -139,7 +140,7 @@ def test_clockwise_is_clockwise_on_the_screen() -> None:
     scene = draw_scene(MotionClass("test", "white", "triangle", "growing"), generator(0))
     frames = len(scene.angle)
     still: dict[str, Any] = {"x": np.full((1, frames), 0.5, np.float32), "y": np.full((1, frames), 0.5, np.float32)}
-    still |= {"radius": np.full(frames, 0.3, np.float32), "camera": np.full((frames, 2), motion_shapes.JITTER)}
+    still |= {"radius": np.full(frames, 0.3, np.float32), "camera": np.full((frames, 2), JITTER)}
     quarter = type(scene)(**{**vars(scene), **still, "angle": np.full(frames, np.pi / 2, np.float32)})
     hidden = type(scene)(**{**vars(quarter), "opacity": np.zeros(frames, np.float32)})
     mask = np.abs(paint(quarter).astype(float) - paint(hidden)).sum(-1)[0] > 20
@@ -203,7 +204,7 @@ def test_cache_is_used_and_its_key_tells_settings_apart(tmp_path: Path, monkeypa
 
 def test_a_half_written_folder_is_never_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CLIP_M2DF_CACHE", str(tmp_path))
-    write = motion_shapes.write_video
+    write = rendering.write_video
     calls = 0
 
     def breaks_off(path: Path, frames: Any) -> None:
@@ -214,7 +215,7 @@ def test_a_half_written_folder_is_never_used(tmp_path: Path, monkeypatch: pytest
         write(path, frames)
 
     with monkeypatch.context() as patch:
-        patch.setattr(motion_shapes, "write_video", breaks_off)
+        patch.setattr(rendering, "write_video", breaks_off)
         with pytest.raises(KeyboardInterrupt):
             render(videos_per_class=ONE_EACH, workers=1, progress=False)
     assert list(tmp_path.iterdir()) == []
@@ -230,16 +231,16 @@ def test_a_half_written_folder_is_never_used(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_slower_process_keeps_what_the_faster_one_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = motion_shapes.write_video
+    write = rendering.write_video
     target = tmp_path / "videos"
 
     def overtaken(path: Path, frames: Any) -> None:
         write(path, frames)
         if not target.exists():
-            monkeypatch.setattr(motion_shapes, "write_video", write)
+            monkeypatch.setattr(rendering, "write_video", write)
             render(target, videos_per_class=ONE_EACH, workers=1, progress=False)
 
-    monkeypatch.setattr(motion_shapes, "write_video", overtaken)
+    monkeypatch.setattr(rendering, "write_video", overtaken)
     manifest = render(target, videos_per_class=ONE_EACH, workers=1, progress=False)
     assert manifest.is_file()
     assert len(videos(target)) == 10

@@ -63,8 +63,6 @@ def test_nearest_prototype_by_hand() -> None:
     prompts = torch.zeros(2, 2)
     expected = torch.tensor([[4 / 4.01, 0], [6 / 10.01, 8 / 10.01]])
     torch.testing.assert_close(NearestPrototypeHead(dim=2)(support, query, prompts).logits, 10 * expected)
-    scaled = NearestPrototypeHead(dim=2, logit_scale=3.0)(support, query, prompts)
-    torch.testing.assert_close(scaled.logits, 3 * expected)
 
 
 @pytest.mark.parametrize("smoothing", [0.5, 0.1])
@@ -148,10 +146,10 @@ def test_clip_fsar_by_hand() -> None:
         expected.append(-otam_2x2(a, b, c, d, 0.5) - otam_2x2(a, c, b, d, 0.5))
     logits = averaging_head()(support, query, prompts).logits
     torch.testing.assert_close(logits, torch.tensor([expected]), atol=1e-4, rtol=0)
-    # Two shots with the means (1, 0) and (2, 1)/3, to the norm the same (1, −1): beside the prompt all three tokens are,
-    # and so is their mean. The frames become (2, −1) and (5/3, −2/3).
+    # Two shots with the means (1, 0) and (2/3, 1/3), which the norm makes (1, −1) both, as it does the prompt: that is
+    # the mean, too. The frames become (2, −1) and (5/3, −2/3).
     shots = torch.tensor([[frames, [[1.0, 0], [4 / 3, -1 / 3]]]])
-    costs = [[1 - references.cosine(x, y) for y in [[2, -1], [5 / 3, -2 / 3]]] for x in frames]
+    costs = [[1 - references.cosine(x, y) for y in [[2.0, -1.0], [5 / 3, -2 / 3]]] for x in frames]
     (a, b), (c, d) = costs
     of_two = -otam_2x2(a, b, c, d, 0.5) - otam_2x2(a, c, b, d, 0.5)
     logits = averaging_head()(shots, query, prompts[:1]).logits
@@ -287,7 +285,6 @@ def test_heads_by_name() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("nearest_prototype", {"logit_scale": 0.0}, "logit_scale is 0.0; it must be positive"),
         ("otam", {"smoothing": -1.0}, "smoothing is -1.0; it must be positive"),
         ("zero_shot", {"temperature": 0.0}, "temperature is 0.0; it must be positive"),
         ("bi_mhm", {"top_k": 0}, "top_k 0: at least 1 frame must count"),

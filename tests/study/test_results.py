@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,9 @@ def test_a_paired_difference_worked_out_by_hand() -> None:
     found = difference([*REFERENCES, *OTHERS], HERE)
     # Each episode's mean over the seeds, in fifths: 1, 1/2, 1/2, 1. Their mean is 3/4, their deviation 1/4.
     assert found.mean == pytest.approx(0.75 / 5, abs=1e-15)
-    assert found.interval == pytest.approx(1.96 * 0.25 / 5 / 2, abs=1e-15)
+    # The seeds' means are 1 and 1/2: their deviation, of one degree of freedom, is √2/4.
+    of_episodes, of_seeds = 1.96 * 0.25 / 5 / 2, 12.706 * 0.25 / 5
+    assert found.interval == pytest.approx(math.sqrt(of_episodes**2 + of_seeds**2), abs=1e-15)
     assert (found.lowest, found.highest) == pytest.approx((0.5 / 5, 1 / 5), abs=1e-15)
     assert (found.seeds, found.episodes) == (2, 4)
 
@@ -78,7 +81,9 @@ def test_many_episodes_are_those_of_a_loop() -> None:
     mean = sum(each) / 101
     deviation = math.sqrt(sum((value - mean) ** 2 for value in each) / 101)
     assert found.mean == pytest.approx(mean, abs=1e-14)
-    assert found.interval == pytest.approx(1.96 * deviation / math.sqrt(101), abs=1e-14)
+    of_seeds = statistics.stdev(float((counts[1, s] - counts[0, s]).mean()) / 5 for s in range(3))
+    of_both = math.hypot(1.96 * deviation / math.sqrt(101), 4.303 * of_seeds / math.sqrt(3))
+    assert found.interval == pytest.approx(of_both, abs=1e-14)
 
 
 def test_the_pairing_of_episodes_matters() -> None:
@@ -110,15 +115,15 @@ def test_one_run_without_training_is_compared_with_each_seed() -> None:
 @pytest.mark.parametrize(
     ("seeds", "established"),
     [
-        (["3333", "3233"], True),  # more than the reference's 2222, throughout
-        (["1111", "1211"], True),  # less
-        (["5555", "1222"], False),  # the seeds don't agree
-        (["3332", "2222"], False),  # one seed sees no difference at all
-        (["4220", "2223"], False),  # smaller than its interval
+        (["3333", "3233", "3333"], True),  # more than the reference's 2222, throughout
+        (["1111", "1211", "1111"], True),  # less
+        (["5555", "1222", "2222"], False),  # the seeds don't agree
+        (["5555", "3333", "3333"], False),  # nor on how much it is
+        (["4220", "2223", "2222"], False),  # smaller than its interval
     ],
 )
-def test_a_difference_is_established_when_it_is_large_and_all_seeds_agree(seeds: list[str], established: bool) -> None:
-    records = [measurement(REFERENCE, seed, "2222") for seed in (0, 1)]
+def test_a_difference_is_established_when_it_is_large_and_the_seeds_agree(seeds: list[str], established: bool) -> None:
+    records = [measurement(REFERENCE, seed, "2222") for seed in (0, 1, 2)]
     records += [measurement("other", seed, correct) for seed, correct in enumerate(seeds)]
     found = difference(records, HERE)
     assert found.established is established

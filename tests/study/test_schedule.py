@@ -170,8 +170,9 @@ def test_the_commands_of_a_study_are_those_that_are_run(name: str) -> None:
     ("change", "said"),
     [
         ({"parts": None}, "start from configs/study/full.yaml"),
+        ({"parts": {"main": {"learning_rates": [1e-3, 1e-3]}}}, "a learning rate is there twice"),
         ({"seeds": 3}, "start from configs/study/full.yaml"),
-        ({"parts": {"main": {"rows": {"a": {"weights_of": "b"}}}}}, "no row is called"),
+        ({"parts": {"main": {"rows": {"a": {"weights_of": "b"}}}}}, "no row with weights of its own is called"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:

@@ -263,11 +263,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
         assert self.manifest is not None
         split = self.manifest.split("test")
         plans = self._plans(split)
-        if plans is None:
-            self.eval_shape.check(split)
-            numbers = range(self.test_episodes)
-            plans = [plan_episode(split, self.eval_shape, seed=self.eval_seed, episode=i) for i in numbers]
-        return split, plans
+        return split, self._drawn_plans(split) if plans is None else plans
 
     def state_dict(self) -> dict[str, int]:
         """How a run counts, and how far it is, for its checkpoints."""
@@ -387,7 +383,11 @@ class EpisodeDataModule(lightning.LightningDataModule):
     def _plans(self, split: Split) -> list[EpisodePlan] | None:
         """The test episodes of a file, if one is given, which has the last word on how many there are; or outliers."""
         if self.knobs.outliers:
-            return self._plans_with_outliers(split)
+            generators = (
+                episode_generator(self.eval_seed, split.name, i, "outliers") for i in range(self.test_episodes)
+            )
+            drawn = zip(self._drawn_plans(split), generators, strict=True)
+            return [motion_shapes.with_outliers(plan, self.knobs.outliers, rng) for plan, rng in drawn]
         if self.episodes_file is None:
             return None
         assert self.manifest is not None
@@ -397,15 +397,11 @@ class EpisodeDataModule(lightning.LightningDataModule):
             self.test_episodes = len(plans)
         return plans[: self.test_episodes]
 
-    def _plans_with_outliers(self, split: Split) -> list[EpisodePlan]:
-        """The usual test episodes, with outlying versions of some support videos."""
+    def _drawn_plans(self, split: Split) -> list[EpisodePlan]:
+        """The usual test episodes."""
         self.eval_shape.check(split)
-        plans = []
-        for number in range(self.test_episodes):
-            plan = plan_episode(split, self.eval_shape, seed=self.eval_seed, episode=number)
-            rng = episode_generator(self.eval_seed, split.name, number, "outliers")
-            plans.append(motion_shapes.with_outliers(plan, self.knobs.outliers, rng))
-        return plans
+        numbers = range(self.test_episodes)
+        return [plan_episode(split, self.eval_shape, seed=self.eval_seed, episode=number) for number in numbers]
 
     def _check_videos(self, name: str) -> None:
         """Refuse to start an evaluation in which too many videos turn out unusable; every rank with the same words."""

@@ -56,21 +56,11 @@ class NearestPrototypeHead(Baseline):
     A query is the mean of its frames, a class that of all frames of all its shots.
     Note: the paper measures squared Euclidean distances; CLIP's features are made to be compared by cosine.
 
-    Args:
-        dim: see :class:`clip_m2df.nn.head.Head`.
-        logit_scale: what cosines are multiplied with. It leaves the predictions alone; without it a softmax over
-            cosines, which differ by little, would hardly teach a tower.
-        top_k: see :class:`clip_m2df.nn.head.Head`.
-        temperature: the same.
-
-    Raises:
-        UserError: an option out of its range.
     """
 
-    def __init__(self, *, dim: int, logit_scale: float = 10.0, top_k: int = 4, temperature: float = 200.0) -> None:
-        super().__init__(dim=dim, top_k=top_k, temperature=temperature)
-        check_positive(logit_scale=logit_scale)
-        self.logit_scale = logit_scale
+    # It leaves the predictions alone; without it a softmax over cosines, which differ by little, would hardly teach a
+    # tower.
+    logit_scale = 10.0
 
     @full_precision
     def score(self, support: Tensor, query: Tensor, prompts: Tensor) -> Tensor:

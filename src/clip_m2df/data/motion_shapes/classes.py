@@ -43,11 +43,7 @@ MOTIONS = (
 CIRCLING, CIRCLING_BACK = "circling clockwise", "circling anticlockwise"
 _PAIRS = ((LEFT, RIGHT), (UP, DOWN), (GROWING, SHRINKING), (CIRCLING, CIRCLING_BACK))
 BACKWARDS: Mapping[str, str] = MappingProxyType(
-    {
-        event: other
-        for a, b in (*_PAIRS, (APPEARING, VANISHING), OF_TWO_SHAPES)
-        for event, other in ((a, b), (b, a))
-    }
+    {event: other for a, b in (*_PAIRS, (APPEARING, VANISHING), OF_TWO_SHAPES) for event, other in ((a, b), (b, a))}
 )
 THEN = " then "
 SPLITS = ("train", "val", "test")
@@ -71,9 +67,8 @@ class MotionClass:
 
     def __post_init__(self) -> None:
         of_any = not self.colour and not self.shape
-        known = [("motion", event, tuple(BACKWARDS)) for event in self.events] if of_any else [
-            ("colour", self.colour, tuple(COLOURS)), ("shape", self.shape, SHAPES), ("motion", self.motion, MOTIONS)
-        ]
+        own = (("colour", self.colour, tuple(COLOURS)), ("shape", self.shape, SHAPES), ("motion", self.motion, MOTIONS))
+        known = tuple(("motion", event, tuple(BACKWARDS)) for event in self.events) if of_any else own
         for name, value, choices in known:
             if value not in choices:
                 raise UserError(f"motion_shapes knows no {name} {value!r}; choose from {', '.join(choices)}")
@@ -161,7 +156,7 @@ CLASSES: tuple[MotionClass, ...] = tuple(_classes(_DEMO))
 
 
 def shared_appearance_classes(split: str = "test") -> tuple[str, ...]:
-    """Labels of the demo's classes that share colour and shape with another of ``split``, in the order of ``CLASSES``."""
+    """Labels of the demo's classes that share colour and shape with another of ``split``, as ``CLASSES`` has them."""
     if split not in SPLITS:
         raise UserError(f"motion_shapes has no split {split!r}; choose from {', '.join(SPLITS)}")
     members = [c for c in CLASSES if c.split == split]

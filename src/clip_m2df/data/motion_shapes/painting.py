@@ -11,6 +11,7 @@ from clip_m2df.data.motion_shapes.scenes import JITTER, SIZE, Floats, Scene, dra
 
 OCCLUDED = 0.8  # side of the square that hides an occluded video, as a share of the picture's
 
+
 def _signed_distance(shape: str, x: Floats, y: Floats) -> Floats:
     """Distance from the outline of a shape of about radius 1 at the origin, negative inside; y points down."""
     match shape:

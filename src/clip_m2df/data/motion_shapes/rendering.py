@@ -56,7 +56,7 @@ class _Job(NamedTuple):
 
     path: str
     family: str
-    index: int
+    class_number: int
     number: int
     seed: int
     overlap: float
@@ -67,11 +67,11 @@ class _Job(NamedTuple):
 def _render_one(job: _Job) -> None:
     """Render a video; the seed sequence makes it independent of all others, but for those of other knobs."""
     members = FAMILIES[job.family]
-    place = [job.seed, job.index, job.number]
+    place = [job.seed, job.class_number, job.number]
     if job.family != "demo":
         place.append(list(FAMILIES).index(job.family))
     rng = np.random.Generator(np.random.PCG64(place))
-    shown, outlier = members[job.index], ""
+    shown, outlier = members[job.class_number], ""
     if job.outlier:
         outlier = OUTLIERS[job.number % len(OUTLIERS)]
         if outlier == "off_class":
@@ -121,10 +121,10 @@ def render(
     counts = {split: int(videos_per_class.get(split, 0)) for split in SPLITS}
     if unknown := set(videos_per_class) - set(SPLITS):
         raise UserError(f"videos_per_class names {sorted(unknown)}; the splits are {', '.join(SPLITS)}")
-    if min(counts.values()) < 0 or not any(counts.values()) or seed < 0:
-        raise UserError(f"videos_per_class ({counts}) and seed ({seed}) can't be negative, and some split needs videos")
     if knobs != NO_KNOBS:
         counts = {split: counts[split] if split == "test" else 0 for split in SPLITS}
+    if min(counts.values()) < 0 or not any(counts.values()) or seed < 0:
+        raise UserError(f"videos_per_class ({counts}) and seed ({seed}) can't be negative, and some split needs videos")
     key = _key(family, knobs, counts, seed)
     target = _cache_folder() / f"{NAME}_{family}-{key}" if root is None else Path(root)
     if _finished(target, key):
@@ -156,7 +156,7 @@ def render(
 
 def _key(family: str, knobs: Knobs, counts: Mapping[str, int], seed: int) -> str:
     table = [(c.split, c.colour, c.shape, c.motion) for c in FAMILIES[family]]
-    harder = [knobs.overlap, knobs.noise, knobs.outliers > 0]
+    harder = [float(knobs.overlap), float(knobs.noise), knobs.outliers > 0]  # 0 and 0.0 are one setting
     everything = [RENDERER_VERSION, SIZE, FPS, SECONDS, JITTER, dict(COLOURS), family, table, harder, counts, seed]
     return hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:12]
 

@@ -116,11 +116,15 @@ def draw_scene(motion_class: MotionClass, rng: np.random.Generator, overlap: flo
     camera = JITTER + np.clip(np.rint(strays - strays.mean(axis=0)), -JITTER, JITTER)
     single = np.float32  # precise enough for pixels, and twice as fast
     scene = Scene(
-        appears[1],
-        np.clip(tint + (1 - own) * (COMMON_COLOUR - tint), 0, 255).astype(single),
-        _texture(rng).astype(single),
-        camera.astype(np.int64),
-        *(part.astype(single) for part in motion),
+        shape=appears[1],
+        colour=np.clip(tint + (1 - own) * (COMMON_COLOUR - tint), 0, 255).astype(single),
+        texture=_texture(rng).astype(single),
+        camera=camera.astype(np.int64),
+        x=motion.x.astype(single),
+        y=motion.y.astype(single),
+        radius=motion.radius.astype(single),
+        angle=motion.angle.astype(single),
+        opacity=motion.opacity.astype(single),
         roundness=1 - own,
     )
     return scene.backwards() if backwards else scene
@@ -214,5 +218,3 @@ def _texture(rng: np.random.Generator, waves: int = 6) -> Floats:
     grey = rng.uniform(50, 170) + rng.normal(0, 15, 3)
     texture = grey + np.einsum("wrc,wk->rck", wave, rng.normal(0, 16, (waves, 3)))
     return np.asarray(np.clip(texture + rng.normal(0, 8, (side, side, 1)), 0, 255))
-
-
