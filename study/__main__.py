@@ -4,7 +4,8 @@ Usage: python -m study run [--quick] [--workers N]
        python -m study render [--quick]
 
 ``run`` runs what is not done yet, and renders the page; ``render`` renders it from the results that there are. With
-``--quick``, in minutes: a small study of the same shape, kept apart under runs/study_quick.
+``--quick``, in minutes: a small study of the same shape, kept apart under runs/study_quick. A line of results is of its
+settings, not of the code: after a change of the method, remove those that it concerns.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -28,7 +30,7 @@ FINDINGS = Path(__file__).with_name("findings.md")
 
 
 def main(arguments: list[str]) -> int:
-    """Run a command line; 2 where a person has to mend something."""
+    """Run a command line; 2 where a person has to mend something, 130 where somebody stopped it."""
     parser = argparse.ArgumentParser(
         prog="python -m study", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -46,15 +48,23 @@ def main(arguments: list[str]) -> int:
             pool = ProcessPoolExecutor(options.workers, mp_context=multiprocessing.get_context("spawn"))
             try:
                 run_study(settings, results, ROOT / "runs/study", pool)
+            except BaseException:
+                for worker in multiprocessing.active_children():
+                    worker.terminate()
+                raise
             finally:
                 pool.shutdown(cancel_futures=True)
         render(current(settings, read_results(results)), findings, docs)
     except UserError as error:
         print(f"study: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("study: stopped; the same command goes on with the runs that are not done", file=sys.stderr)
+        return 130
     print(f"the page is {docs / 'results.md'}")
     return 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main(sys.argv[1:]))

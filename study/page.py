@@ -144,9 +144,9 @@ def _how(results: Sequence[Record], parts: Sequence[str]) -> list[str]:
     return [
         "## How it was done",
         "`make study` runs what has not been run, and writes this page. A learning rate is chosen on val for each "
-        "method and family, with one seed and the smallest number of shots; then each seed is tested as it is at the "
-        "end of its training, on the same episodes for all methods. Training episodes have one shot, whatever the "
-        "test's, where the method doesn't say otherwise.",
+        "method and family, with one seed and one shot, by the mean over the second half of its validations; then each "
+        "seed is tested as it is at the end of its training, on the same episodes for all methods. Training episodes "
+        "have one shot, whatever the test's, where the method doesn't say otherwise.",
         _table(["", "test episodes", "training episodes", "seeds", "rates tried", "runs", "hours"], rows),
         f"Accuracies are in per cent, with 95 % intervals over the episodes ({Z_95} \N{GREEK SMALL LETTER SIGMA} / √n "
         f"of each episode's mean over the seeds), of these classes and videos. Δ is the difference from {REFERENCE}, "
@@ -252,7 +252,8 @@ def _rate_tables(results: Sequence[Record], parts: Sequence[str]) -> list[str]:
             sections.append(_table(["method", *(f"{lr:g}" for lr in _grid(own))], rows))
     title = [
         "## Learning rates",
-        "Accuracy on val in per cent; the chosen rate's is in bold, of equal ones the smaller's.",
+        "Accuracy on val in per cent, over the second half of the validations; the chosen rate's is in bold, of equal "
+        "ones the smaller's.",
     ]
     return [*title, *sections] if sections else []
 

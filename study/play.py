@@ -105,7 +105,6 @@ def play(run: Run, settings: Settings, store: Path) -> list[Record]:
                 test_command=run.test_command(settings, n_shot, row),
                 seconds=round(time.perf_counter() - started, 1),
                 curve=own,
-                val_accuracy=own[-1].accuracy if own else None,
                 tests=outcomes,
                 weights_of=run.row if options else None,
             )

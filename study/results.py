@@ -107,8 +107,7 @@ class Record:
         versions: of the packages.
         seconds: that it took.
         settings: a digest of what it depends on.
-        curve: its validations, in order.
-        val_accuracy: at the end; None where nothing was trained, or with another number of shots.
+        curve: its validations, in order; empty where nothing was trained, or with another number of shots.
         tests: by name: ``clean``, or a knob and its level, such as ``noise=0.2``.
         weights_of: the row whose training it was tested from; None: its own.
         test_command: that repeats the clean test after ``command``, if that is a training.
@@ -126,7 +125,6 @@ class Record:
     seconds: float
     settings: str
     curve: Sequence[Point] = ()
-    val_accuracy: float | None = None
     tests: Mapping[str, Outcome] = field(default_factory=dict)
     weights_of: str | None = None
     test_command: str = ""
@@ -142,10 +140,9 @@ class Record:
             _require(type(value) is int and value >= least, f"{name} is no whole number from {least}")
         _require(_is_number(self.seconds), "seconds are no number")
         _require(self.lr is None or _is_number(self.lr), "lr is no number")
-        _require(self.val_accuracy is None or _is_number(self.val_accuracy, most=1), "val_accuracy is no share")
         _require(all(_is_number(p.episodes) and _is_number(p.accuracy, most=1) for p in self.curve), "a curve is odd")
         if self.purpose == "choose":
-            _require(self.lr is not None and self.val_accuracy is not None, "a choice needs lr and val_accuracy")
+            _require(self.lr is not None and bool(self.curve), "a choice needs lr and a curve")
         else:
             _require(CLEAN in self.tests, f"a measurement needs the test {CLEAN!r}")
         for test in self.tests:
@@ -228,13 +225,17 @@ def append(path: Path, record: Record) -> None:
 
 
 def rates(records: Iterable[Record], cell: Cell) -> dict[float, float]:
-    """The accuracy on val by learning rate, from the smallest, a mean where a rate was tried with several seeds."""
+    """The accuracy on val by learning rate, from the smallest, a mean where a rate was tried with several seeds.
+
+    Of a training it is the mean over the second half of its validations: one alone differs from the next by more than
+    rates do.
+    """
     tried: dict[float, dict[int, float]] = {}
     for record in records:
         if record.purpose == "choose" and record.cell == cell:
             assert record.lr is not None
-            assert record.val_accuracy is not None
-            tried.setdefault(record.lr, {})[record.seed] = record.val_accuracy
+            late = [point.accuracy for point in record.curve[len(record.curve) // 2 :]]
+            tried.setdefault(record.lr, {})[record.seed] = sum(late) / len(late)
     return {lr: sum(by_seed.values()) / len(by_seed) for lr, by_seed in sorted(tried.items())}
 
 

@@ -8,7 +8,9 @@ from PIL import Image
 from clip_m2df.errors import UserError
 from study import page
 from study.page import filled, render
-from study.results import REFERENCE, Cell, Outcome, Point, Record, accuracy, difference
+from study.results import REFERENCE, Cell, Outcome, Point, Record, accuracy, difference, read_results
+from study.schedule import current, to_do
+from study.settings import Settings
 from tests.study.test_results import choice, measurement
 
 N = 60
@@ -162,7 +164,7 @@ def test_how_it_was_done_is_told_from_the_records(rendered: Path) -> None:
     assert parts["frozen tower"] == {
         "": "frozen tower",
         "test episodes": "60 of 5 queries",
-        "training episodes": "16, 480",
+        "training episodes": "48, 480",
         "seeds": "0, 1",
         "rates tried": "0.001, 0.01",
         "runs": "18",
@@ -291,3 +293,26 @@ def test_runs_that_do_not_go_together_are_no_dash(tmp_path: Path) -> None:
 
 def test_a_table_keeps_bars_within_their_cells() -> None:
     assert page._table(["a", "b"], [["x|y", "1"]]) == "| a    | b   |\n| ---- | --- |\n| x\\|y | 1   |"
+
+
+def test_the_page_in_the_docs_is_what_the_results_say(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    settings = Settings.read(root / "configs/study/full.yaml")
+    records = current(settings, read_results(root / "study/results.jsonl"))
+    render(records, (root / "study/findings.md").read_text(encoding="utf-8"), tmp_path)
+    docs = root / "docs"
+    assert (tmp_path / "results.md").read_text(encoding="utf-8") == (docs / "results.md").read_text(encoding="utf-8")
+    drawn = {file.name for file in (tmp_path / "figures").iterdir()}
+    assert drawn == {file.name for file in (docs / "figures").glob("results_*.png")}
+
+
+def test_the_study_is_whole_and_of_its_settings() -> None:
+    root = Path(__file__).parents[2]
+    settings = Settings.read(root / "configs/study/full.yaml")
+    records = read_results(root / "study/results.jsonl")
+    assert to_do(settings, records) == []
+    assert len(settings.seeds) >= 3
+    for record in current(settings, records):
+        assert record.command.startswith("clip-m2df ")
+        assert record.versions
+        assert all(len(outcome.correct) >= 2000 for outcome in record.tests.values())

@@ -40,7 +40,9 @@ def measurement(row: str, seed: int = 0, correct: str = "0123", lr: float | None
 
 
 def choice(row: str, lr: float, val_accuracy: float, **more: Any) -> Record:
-    measured = measurement(row, lr=lr, val_accuracy=val_accuracy, **{"curve": (Point(16, 0.5),), **more})
+    # The first half of the validations does not count.
+    curve = (Point(16, 1 - val_accuracy), Point(32, val_accuracy - 0.05), Point(48, val_accuracy + 0.05))
+    measured = measurement(row, lr=lr, **{"curve": curve, **more})
     return dataclasses.replace(measured, purpose="choose", tests={})
 
 
@@ -175,7 +177,7 @@ def test_the_best_rate_on_val_is_chosen_and_of_equal_ones_the_smallest() -> None
         choice("other", 2.0, 0.9, n_shot=5),
         choice("rival", 3.0, 0.9),
     ]
-    records += [choice("other", 4.0, 0.9, part="tower"), measurement("other", lr=5.0, val_accuracy=0.9)]
+    records += [choice("other", 4.0, 0.9, part="tower"), measurement("other", lr=5.0, curve=(Point(16, 0.9),))]
     assert chosen_rate(records, HERE) == 0.001
     assert rates(records, HERE) == {0.001: 0.7, 0.01: 0.7, 0.1: 0.6}
     assert chosen_rate(reversed(records), HERE) == 0.001
@@ -253,10 +255,9 @@ def edited(**changes: Any) -> str:
         (edited(purpose="play"), "purpose 'play'"),
         (edited(n_shot="1"), "n_shot"),
         (edited(seed=True), "seed"),
-        (edited(val_accuracy=1.5), "val_accuracy"),
         (edited(lr=float("nan")), "lr"),
         (edited(tests={}), "needs the test 'clean'"),
-        (edited(purpose="choose", val_accuracy=None), "needs lr and val_accuracy"),
+        (edited(purpose="choose", curve=[]), "needs lr and a curve"),
         (edited(tests={"clean": {"correct": "126", "n_queries": 5}}), "more queries are correct"),
         (edited(tests={"clean": {"correct": "1 2", "n_queries": 5}}), "digit"),
         (edited(tests={"clean": {"correct": "", "n_queries": 5}}), "digit"),

@@ -15,7 +15,7 @@ from clip_m2df.nn.heads import build_head
 from clip_m2df.shipped import find_config
 from study import schedule
 from study.play import configuration
-from study.results import Outcome, Record, read_results
+from study.results import Outcome, Point, Record, read_results
 from study.schedule import current, run_study, to_do
 from study.settings import Part, Row, Run, Settings
 from tests.test_configs import Parsed
@@ -55,7 +55,7 @@ def records_of(run: Run, settings: Settings, store: Path) -> list[Record]:
             versions={},
             seconds=1.0,
             settings=run.digest(settings),
-            val_accuracy=None if run.lr is None else min(run.lr * 10, 1.0),
+            curve=() if run.lr is None else (Point(8, min(run.lr * 10, 1.0)),),
             tests={name: Outcome("01", 5) for name in run.tests(settings, row)},
             weights_of=None if row == run.row else run.row,
         )
