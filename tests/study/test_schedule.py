@@ -162,6 +162,17 @@ def test_the_commands_of_a_study_are_those_that_are_run(name: str) -> None:
                     got = told[section][option]
                     assert got == value or dict(got) == value, (row, option)
             assert told["seed_everything"] == meant["seed_everything"] == 1
+            # The test after it takes the model from the checkpoint, and says itself what the row does otherwise.
+            after = run.test_command(settings, part.n_shots[0], row)
+            assert bool(after) == (command == "fit")
+            if after:
+                program, verb, *args = shlex.split(after)
+                place = args.index("--config") + 1
+                args[place] = str(find_config(args[place]))
+                tested = Parsed([verb, *args]).config["test"]
+                assert (program, verb, tested["ckpt_path"]) == ("clip-m2df", "test", "last")
+                for option in ("selection", "text_fusion"):
+                    assert tested["model"][option] == meant["model"].get(option, told["model"][option]), row
             # An option that the head does not have is refused.
             build_head(meant["model"].get("head", "m2df"), {"dim": 64, **meant["model"]["head_options"]})
 
