@@ -1,4 +1,4 @@
-"""The only file that opens a video.
+"""The only way to the pixels of a video; no other file opens one, but for the decoders of a person's own choice.
 
 A frame that is silently another frame is worse than a slow one. decord and torchcodec seek, and on some containers they
 return neighbours of the frames they were asked for; reading from the start, as PyAV does here, never does. So ``auto``
@@ -8,13 +8,12 @@ abort the whole process.
 """
 
 import io
-import itertools
 import os
 import re
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from fractions import Fraction
 from typing import IO, TYPE_CHECKING, Literal
 
 import numpy as np
@@ -22,13 +21,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from clip_m2df.data.decoders import read_decord, read_torchcodec
+from clip_m2df.data.facts import VideoFacts, read_facts
+from clip_m2df.data.sampling import counted, evenly_timed, exact_rate, timed
 from clip_m2df.data.seeking import PacketTable, read_packets
+from clip_m2df.data.video_errors import VideoError, blaming, naming, unreadable
 from clip_m2df.errors import UserError
 
 if TYPE_CHECKING:
     from av.container import InputContainer
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
+
+__all__ = ["Choose", "Decoder", "VideoError", "VideoFacts", "probe", "read_frames", "sample_frames"]
 
 Decoder = Literal["auto", "decord", "pyav", "torchcodec"]
 Choose = Callable[[int], Sequence[int]]
@@ -44,39 +49,6 @@ _CONTAINERS = (
     "mov,matroska,webm,avi,asf,flv,ogg,mpeg,mpegts,mpegvideo,m4v,h264,hevc,av1,ivf,dv,mxf,gxf,nut,rm,wtv,gif,mjpeg,"
     "yuv4mpegpipe,jpeg_pipe,png_pipe,bmp_pipe,webp_pipe,gif_pipe,tiff_pipe,ppm_pipe"
 )
-
-
-class VideoError(UserError):
-    """A video that cannot be read; the message names the file and the reason.
-
-    Attributes:
-        path: The file, which may be an image of a folder.
-        reason: The reason alone.
-    """
-
-    def __init__(self, message: str, *, path: str = "", reason: str = "") -> None:
-        super().__init__(message)
-        self.path = path
-        self.reason = reason or message
-
-
-@dataclass(frozen=True)
-class VideoFacts:
-    """What a video file tells without being decoded.
-
-    Attributes:
-        frames: Frames that are stored to be shown; some of a damaged file may not decode.
-        promised: Frames that it should have by its index or its duration: more than ``frames`` if it was cut off.
-        fps: Frames per second on average, where it says.
-        rotation: Degrees by which a frame is turned clockwise to be shown: 0, 90, 180 or 270.
-        variable_rate: Whether the time from one frame to the next varies.
-    """
-
-    frames: int
-    promised: int
-    fps: float | None
-    rotation: int
-    variable_rate: bool
 
 
 def read_frames(path: str, choose: Choose, *, decoder: Decoder = "auto") -> Tensor:
@@ -101,26 +73,43 @@ def read_frames(path: str, choose: Choose, *, decoder: Decoder = "auto") -> Tens
     """
     if decoder not in _READERS:
         raise UserError(f"there is no decoder {decoder!r}: choose from {', '.join(_READERS)}")
-    path = os.path.abspath(path)
-    with _naming(path):
-        mode = os.stat(path).st_mode
-    if stat.S_ISDIR(mode):
+    path, is_folder = _find(path)
+    if is_folder:
         return _read_images(path, choose)
-    if not stat.S_ISREG(mode):  # opening a FIFO would wait for ever
-        raise _unreadable(path, "it is neither a regular file nor a folder of images")
-    with _naming(path), open(path, "rb") as file:
-        is_empty = not file.read(1)
-    if is_empty:
-        raise _unreadable(path, "it is empty")
     if _READERS[decoder] is not _read_pyav:
         with _open(path, path):  # the others would follow a playlist
             pass
-    try:
-        return _READERS[decoder](path, choose)
-    except ValueError:  # this module's own errors, and those of a choice out of range
-        raise
-    except Exception as error:  # whatever a damaged file does to a decoder is the file's fault
-        raise _unreadable(path, f"reading it fails: {type(error).__name__}: {error}") from error
+    with blaming(path):
+        return _READERS[decoder](path, lambda n_frames: _wanted(choose, n_frames))
+
+
+def sample_frames(path: str, rate: float, *, fps: float | None = None) -> Iterator[Tensor]:
+    """Read the frames of a video at regular times, in one pass that never holds more than a few of them.
+
+    Times are counted from the first frame's. What is shown at one is the last frame that has begun, and the video ends
+    when its last frame does. Frames without a time, as all in AVI are, follow at the average rate.
+
+    Args:
+        path: A video file, or a folder of images, whose numbers order them.
+        rate: Frames a second to read: those shown at the times (k + 0.5) / rate seconds, k = 0, 1, …
+        fps: How many frames of the video a second has. A folder of images needs it; it overrides a file's own times.
+
+    Returns:
+        uint8 RGB pixels, shape ``(3, height, width)``, as :func:`read_frames` gives them, for each such time within
+        the video: none at all for one that is not longer than 0.5 / rate.
+
+    Raises:
+        VideoError: If the file is no video, or not one frame of it decodes; in part only when frames are asked for.
+        UserError: If rate or fps is not above 0, or fps is needed.
+    """
+    exact = exact_rate("rate", rate)
+    own = None if fps is None else exact_rate("fps", fps)
+    path, is_folder = _find(path)
+    if not is_folder:
+        return _sample_pyav(path, exact, own)
+    if own is None:
+        raise UserError(f"{path} is a folder of images, which have no times: give fps, how many of them a second has")
+    return _sample_images(_list_images(path), exact, own)
 
 
 def probe(path: str) -> VideoFacts:
@@ -129,119 +118,31 @@ def probe(path: str) -> VideoFacts:
     Raises:
         VideoError: If the file is no video.
     """
-    import av
-
     path = os.path.abspath(path)
-    times: list[float] = []
-    frames, end = 0, 0.0
-    with _open(path, path) as (container, stream):
-        try:
-            # A file's duration is that of its longest stream.
-            for packet in container.demux():
-                # AVI has no times of presentation: FFmpeg guesses them.
-                time = packet.dts if packet.pts is None or container.format.name == "avi" else packet.pts
-                shown = packet.size > 0 and packet.stream.index == stream.index and not packet.is_discard
-                frames += shown
-                if packet.size == 0 or time is None or not packet.time_base:
-                    continue
-                end = max(end, float((time + (packet.duration or 0)) * packet.time_base))
-                if shown:
-                    times.append(float(time * packet.time_base))
-        except av.FFmpegError:
-            pass
-        times.sort()
-        promised = max(frames, _indexed(stream), _expected(container, stream, times, end))
-        fps = float(stream.average_rate) if stream.average_rate else None
     with _open(path, path) as (container, stream):
         first = next(_frames(container, stream), None)
     rotation = 0 if first is None else -_quarters(first) % 4 * 90
-    return VideoFacts(frames, promised, fps, rotation, _varies(times))
+    with _open(path, path) as (container, stream):
+        return read_facts(container, stream, rotation)
 
 
-def _indexed(stream: "VideoStream") -> int:
-    """Count the frames in the index of a file that has one of all frames, as mp4 and AVI have."""
-    return sum(not entry.is_discard for entry in stream.index_entries)
+def _find(path: str) -> tuple[str, bool]:
+    """Return the absolute path of what may be a video, and whether it is a folder."""
+    path = os.path.abspath(path)
+    with naming(path):
+        mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        return path, True
+    if not stat.S_ISREG(mode):  # opening a FIFO would wait for ever
+        raise unreadable(path, "it is neither a regular file nor a folder of images")
+    with naming(path), open(path, "rb") as file:
+        is_empty = not file.read(1)
+    if is_empty:
+        raise unreadable(path, "it is empty")
+    return path, False
 
 
-def _expected(container: "InputContainer", stream: "VideoStream", times: Sequence[float], end: float) -> int:
-    """Count the frames that there would be if those at the sorted times, until an end, went on for the duration."""
-    import av
-
-    # An mp4's duration includes what an edit list cuts away.
-    if "mp4" in container.format.name or not times or end <= times[0]:
-        return 0
-    if container.format.name == "avi":
-        # FFmpeg shortens the duration of a file that lost its index.
-        duration = float(stream.frames * (stream.time_base or 0))
-    else:
-        duration = (container.duration or 0) / av.time_base
-    # Counted from 0, as Matroska does, also where the first frame comes later.
-    missing = max(duration - end, 0.0)
-    return len(times) + round(missing * len(times) / (end - times[0]))
-
-
-def _varies(times: Sequence[float]) -> bool:
-    """Tell whether the gaps between sorted times differ by more than their rounding, to milliseconds in Matroska."""
-    gaps = sorted(later - earlier for earlier, later in itertools.pairwise(times))
-    if not gaps:
-        return False
-    usual = gaps[len(gaps) // 2]
-    return max(gaps[-1] - usual, usual - gaps[0]) > max(0.1 * usual, 0.002)
-
-
-@contextmanager
-def _naming(path: str) -> Iterator[None]:
-    """Turn the operating system's refusals into errors that name the video."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise _unreadable(path, "there is no such file") from error
-    except PermissionError as error:
-        reason = "no permission; allow reading it"
-        raise VideoError(f"cannot read the video {path}: {reason}", path=path, reason=reason) from error
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        raise _unreadable(path, str(error)) from error
-
-
-def _read_decord(path: str, choose: Choose) -> Tensor:
-    try:
-        import decord
-    except (ImportError, OSError) as error:
-        raise _not_installed("decord") from error
-    broken = (RuntimeError, AssertionError, IndexError, decord.DECORDError, decord.DECORDLimitReachedError)
-    try:
-        # More threads fail on some VP9 files. The reader lives as short as can be: it hangs after a fork.
-        reader = decord.VideoReader(path, num_threads=1)
-    except broken as error:
-        raise _unreadable(path, "decord cannot open it") from error
-    wanted = _wanted(choose, len(reader))
-    numbers = sorted(set(wanted))
-    try:
-        pictures = reader.get_batch(numbers).asnumpy()
-    except broken as error:
-        raise _unreadable(path, "decord cannot decode the wanted frames") from error
-    return _clip(dict(zip(numbers, pictures, strict=True)), wanted)
-
-
-def _read_torchcodec(path: str, choose: Choose) -> Tensor:
-    try:
-        from torchcodec.decoders import VideoDecoder
-    except (ImportError, OSError, RuntimeError) as error:  # the last two where FFmpeg's libraries are not found
-        raise _not_installed("torchcodec") from error
-    try:
-        video = VideoDecoder(path, seek_mode="exact", num_ffmpeg_threads=1)
-    except (RuntimeError, ValueError) as error:
-        raise _unreadable(path, "torchcodec cannot open it") from error
-    wanted = _wanted(choose, len(video))
-    numbers = sorted(set(wanted))
-    try:
-        frames: Tensor = video.get_frames_at(indices=numbers).data
-    except (RuntimeError, ValueError, IndexError) as error:
-        raise _unreadable(path, "torchcodec cannot decode the wanted frames") from error
-    return frames[[numbers.index(number) for number in wanted]]
-
-
-def _read_pyav(path: str, choose: Choose) -> Tensor:
+def _read_pyav(path: str, choose: Callable[[int], list[int]]) -> Tensor:
     """Decode the wanted frames by seeking, or else from the first frame to the last wanted one.
 
     Where damage costs a frame, those after it are one number lower; not if seeking passes over it, which hides the
@@ -251,7 +152,7 @@ def _read_pyav(path: str, choose: Choose) -> Tensor:
         packets = read_packets(container, stream)
     n_frames = packets.n_frames
     while n_frames > 0:
-        wanted = _wanted(choose, n_frames)
+        wanted = choose(n_frames)
         numbers = set(wanted)
         pictures = _decode_runs(path, packets, numbers) if n_frames == packets.n_frames else {}
         if len(pictures) < len(numbers):
@@ -260,31 +161,67 @@ def _read_pyav(path: str, choose: Choose) -> Tensor:
             return _clip(pictures, wanted)
         # It ended before the last wanted frame, so this is fewer than before.
         n_frames = decoded
-    raise _unreadable(path, "not one frame of it decodes")
+    raise unreadable(path, "not one frame of it decodes")
 
 
 def _read_images(folder: str, choose: Choose) -> Tensor:
-    with _naming(folder), os.scandir(folder) as entries:
-        # A leading dot marks what macOS and editors leave beside the images.
-        names = [e.name for e in entries if e.name.lower().endswith(_IMAGES) and e.name[0] != "." and e.is_file()]
-    if not names:
-        raise _unreadable(folder, f"the folder has no images ({', '.join(_IMAGES)})")
-    names.sort(key=_natural)
-    wanted = _wanted(choose, len(names))
+    images = _list_images(folder)
+    wanted = _wanted(choose, len(images))
     pictures: dict[int, _Picture] = {}
     size: tuple[int, int] | None = None
     for number in sorted(set(wanted)):
-        path = os.path.join(folder, names[number])
-        with _naming(path), open(path, "rb") as file:
-            # From memory: FFmpeg would take a name such as "img_%d.jpg" for a pattern.
-            data = io.BytesIO(file.read())
-        with _open(data, path) as (container, stream):
-            frame = next(_frames(container, stream), None)
-            if frame is None:
-                raise _unreadable(path, "the image does not decode")
-            size = size or _size(frame)
-            pictures[number] = _picture(frame, size)
+        pictures[number], size = _read_image(images[number], size)
     return _clip(pictures, wanted)
+
+
+def _sample_pyav(path: str, rate: Fraction, fps: Fraction | None) -> Iterator[Tensor]:
+    size: tuple[int, int] | None = None
+    with blaming(path), _open(path, path) as (container, stream):
+        frames = _frames(container, stream)
+        stamped = timed(frames, container, stream, path) if fps is None else evenly_timed(frames, fps)
+        for frame, count in counted(stamped, rate):
+            size = size or _size(frame)
+            if count:
+                yield from _repeat(_picture(frame, size), count)
+    if size is None:
+        raise unreadable(path, "not one frame of it decodes")
+
+
+def _sample_images(images: Sequence[str], rate: Fraction, fps: Fraction) -> Iterator[Tensor]:
+    size: tuple[int, int] | None = None
+    for image, count in counted(evenly_timed(images, fps), rate):
+        if count:
+            picture, size = _read_image(image, size)
+            yield from _repeat(picture, count)
+
+
+def _repeat(picture: _Picture, count: int) -> Iterator[Tensor]:
+    """Yield a picture again and again, not as one clip: a slide may be shown for an hour."""
+    for _ in range(count):
+        yield _clip({0: picture}, [0])[0]
+
+
+def _list_images(folder: str) -> list[str]:
+    """List the paths of a folder's images in the order of their numbers."""
+    with naming(folder), os.scandir(folder) as entries:
+        # A leading dot marks what macOS and editors leave beside the images.
+        names = [e.name for e in entries if e.name.lower().endswith(_IMAGES) and e.name[0] != "." and e.is_file()]
+    if not names:
+        raise unreadable(folder, f"the folder has no images ({', '.join(_IMAGES)})")
+    return [os.path.join(folder, name) for name in sorted(names, key=_natural)]
+
+
+def _read_image(path: str, size: tuple[int, int] | None) -> tuple[_Picture, tuple[int, int]]:
+    """Read an image, scaled to a width and height if given; return it with its size."""
+    with naming(path), open(path, "rb") as file:
+        # From memory: FFmpeg would take a name such as "img_%d.jpg" for a pattern.
+        data = io.BytesIO(file.read())
+    with _open(data, path) as (container, stream):
+        frame = next(_frames(container, stream), None)
+        if frame is None:
+            raise unreadable(path, "the image does not decode")
+        size = size or _size(frame)
+        return _picture(frame, size), size
 
 
 def _natural(name: str) -> tuple[list[int], str]:
@@ -301,22 +238,22 @@ def _open(source: str | IO[bytes], path: str) -> Iterator[tuple["InputContainer"
         # Old files carry titles in any encoding.
         container = av.open(source, "r", metadata_errors="replace", options=options)
     except av.ArgumentError as error:
-        raise _unreadable(path, "it is of no kind that is read here: text, sound or a playlist, perhaps") from error
+        raise unreadable(path, "it is of no kind that is read here: text, sound or a playlist, perhaps") from error
     except av.FFmpegError as error:
-        raise _unreadable(path, f"it is not a video that FFmpeg knows ({error.strerror})") from error
+        raise unreadable(path, f"it is not a video that FFmpeg knows ({error.strerror})") from error
     with container:
         # A cover picture is a video stream too.
         streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
         if not streams:
-            raise _unreadable(path, "it has no video stream")
+            raise unreadable(path, "it has no video stream")
         stream = streams[0]
         if stream.codec_context is None:
-            raise _unreadable(path, "there is no decoder for its codec")
+            raise unreadable(path, "there is no decoder for its codec")
         stream.thread_count = 1  # the workers are the parallelism
         try:
             yield container, stream
         except av.FFmpegError as error:
-            raise _unreadable(path, f"a frame cannot be converted to RGB ({error.strerror})") from error
+            raise unreadable(path, f"a frame cannot be converted to RGB ({error.strerror})") from error
 
 
 def _decode_runs(path: str, packets: PacketTable, numbers: set[int]) -> dict[int, _Picture]:
@@ -419,20 +356,9 @@ def _wanted(choose: Choose, n_frames: int) -> list[int]:
     return wanted
 
 
-def _unreadable(path: str, reason: str) -> VideoError:
-    message = f"cannot read the video {path}: {reason}; remove it from the manifest or replace it"
-    return VideoError(message, path=path, reason=reason)
-
-
-def _not_installed(package: str) -> UserError:
-    return UserError(
-        f"decoder {package!r} needs the package {package}, which cannot be imported: install it, or use 'auto'"
-    )
-
-
-_READERS: dict[str, Callable[[str, Choose], Tensor]] = {
+_READERS: dict[str, Callable[[str, Callable[[int], list[int]]], Tensor]] = {
     "auto": _read_pyav,
-    "decord": _read_decord,
+    "decord": read_decord,
     "pyav": _read_pyav,
-    "torchcodec": _read_torchcodec,
+    "torchcodec": read_torchcodec,
 }

@@ -32,9 +32,17 @@ class VideoFile:
 
 @dataclass
 class Tree:
-    """What a pass over the tree finds: the videos, and names that had to be passed over."""
+    """What a pass over the tree finds: the videos, and names that had to be passed over.
+
+    Attributes:
+        files: the videos.
+        is_video: whether the root is a video itself: it holds images, and neither videos nor folders.
+        unusable: paths of names that a manifest can't hold.
+        unreadable: folders that can't be read.
+    """
 
     files: list[VideoFile] = field(default_factory=list)
+    is_video: bool = False
     unusable: list[str] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
 
@@ -67,8 +75,11 @@ def scan(root: Path) -> Tree:
         except OSError:
             tree.unreadable.append(path)
             continue
-        if folder and has_images and not (folders or links or videos):
-            tree.files.append(VideoFile(folder[:-1], folder[-1], stem_of(folder[-1])))
+        if has_images and not (folders or links or videos):
+            if folder:
+                tree.files.append(VideoFile(folder[:-1], folder[-1], stem_of(folder[-1])))
+            else:
+                tree.is_video = True
         for names in (folders, links, videos):
             tree.unusable += [os.path.join(path, name) for name in names if not is_storable(name)]
             names[:] = sorted(name for name in names if is_storable(name))

@@ -23,6 +23,7 @@ from clip_m2df.data.motion_shapes.classes import (
     shared_appearance_classes,
 )
 from clip_m2df.data.motion_shapes.knobs import NO_KNOBS, Knobs, with_outliers
+from clip_m2df.data.motion_shapes.long_videos import Action, draw_actions, render_long
 from clip_m2df.data.motion_shapes.painting import paint, render_clip
 from clip_m2df.data.motion_shapes.rendering import render
 from clip_m2df.data.motion_shapes.scenes import FPS, JITTER, SIZE, draw_scene
@@ -38,14 +39,17 @@ __all__ = [
     "OF_TWO_SHAPES",
     "SHAPES",
     "SIZE",
+    "Action",
     "Knobs",
     "MotionClass",
     "appearances_of",
+    "draw_actions",
     "draw_scene",
     "noun_phrase",
     "paint",
     "render",
     "render_clip",
+    "render_long",
     "shared_appearance_classes",
     "with_outliers",
 ]

@@ -85,7 +85,9 @@ class _Motion(NamedTuple):
     opacity: Floats
 
 
-def draw_scene(motion_class: MotionClass, rng: np.random.Generator, overlap: float = 0.0) -> Scene:
+def draw_scene(
+    motion_class: MotionClass, rng: np.random.Generator, overlap: float = 0.0, *, frames: int | None = None
+) -> Scene:
     """Draw all that varies among the videos of a class: background, camera, place, size, speed, phase, tint.
 
     Args:
@@ -93,12 +95,14 @@ def draw_scene(motion_class: MotionClass, rng: np.random.Generator, overlap: flo
         rng: the only source of chance. Twins get the same scene from the same one, in either direction of time.
         overlap: how much of what makes a class its own is taken away: the share of the way to a grey circle where the
             class has an appearance, and where it has events, to a video in which nothing happens.
+        frames: how long it is; by default that is drawn too, from 2 to 4 s.
 
     Returns:
-        The scene, of 2 to 4 s.
+        The scene.
     """
-    first, last = (round(seconds * FPS) for seconds in SECONDS)
-    frames = int(rng.integers(first, last + 1))
+    if frames is None:
+        first, last = (round(seconds * FPS) for seconds in SECONDS)
+        frames = int(rng.integers(first, last + 1))
     time = np.linspace(0, 1, frames)
     appears, own = motion_class.appearance, 1 - overlap
     backwards = False
