@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
@@ -23,6 +22,7 @@ from clip_m2df.errors import UserError
 from clip_m2df.evaluation.bank import EpisodeBank
 from clip_m2df.evaluation.features import encode_videos
 from clip_m2df.evaluation.stage_metrics import StageMetrics
+from clip_m2df.hub import HubModel, check_options
 from clip_m2df.nn import heads
 from clip_m2df.nn.backbone import CLIPBackbone
 from clip_m2df.nn.head import Head, HeadOutput
@@ -55,11 +55,12 @@ class Played(NamedTuple):
     scores: Tensor
 
 
-class CLIPM2DF(lightning.LightningModule):
+class CLIPM2DF(lightning.LightningModule, HubModel):
     """CLIP-M²DF for a Lightning Trainer (Guo et al., arXiv 2401.08345).
 
     Takes batches of :class:`clip_m2df.episode.Episode`, from :class:`clip_m2df.EpisodeDataModule` or any other data
-    module. Its checkpoints are enough: towers' configuration, tokenizer and preprocessing are in them.
+    module. Its checkpoints are enough: towers' configuration, tokenizer and preprocessing are in them. So are the
+    folders of ``save_pretrained``, which ``push_to_hub`` puts on the hub and ``from_pretrained`` loads.
 
     Args:
         backbone: CLIP's weights: a name on the hub or a folder in transformers' format (ViT), a file in OpenAI's
@@ -189,6 +190,8 @@ class CLIPM2DF(lightning.LightningModule):
                 "class_weight": class_weight,
             }
         )
+        # How the videos of its training were read, ``{"frames": T, "resize": short side}``, where that is known.
+        self.reading: dict[str, int] | None = None
         # Of the last evaluation: int64 (n_classes, n_classes), queries by their own and by the predicted class.
         self.confusion: Tensor | None = None
         self._draws_seed: int | None = None
@@ -266,8 +269,8 @@ class CLIPM2DF(lightning.LightningModule):
         losses["total"] = loss
 
         scores = output.logits
-        if stage != "train" and self.text_fusion:
-            scores = self._fuse_text(output, support, query, prompts)
+        if stage != "train":
+            scores = self.fuse_text(output.logits, support, query, prompts)
         self._metrics_of(stage).count(output, scores.argmax(-1), batch, losses)
         return loss, Played(support, query, prompts, output, scores)
 
@@ -297,11 +300,23 @@ class CLIPM2DF(lightning.LightningModule):
         targets = torch.cat((support_classes.flatten(), query_classes.flatten()))
         return F.cross_entropy(logits, targets, reduction="sum") / len(classes)
 
-    def _fuse_text(self, output: HeadOutput, support: Tensor, query: Tensor, prompts: Tensor) -> Tensor:
-        """Logarithm of ``p_text^β · p_visual^(1−β)``, not normalised (CLIP-FSAR's evaluation)."""
+    def fuse_text(self, logits: Tensor, support: Tensor, query: Tensor, prompts: Tensor) -> Tensor:
+        """The scores by which classes are predicted, the text's share in them as ``text_fusion`` has it.
+
+        Args:
+            logits: the head's ``(…, n_queries, n_way)``.
+            support: features ``(…, n_way, n_shot, frames, dim)``.
+            query: features ``(…, n_queries, frames, dim)``.
+            prompts: ``(…, n_way, dim)``.
+
+        Returns:
+            The logits without a share of the text; else the logarithm of ``p_text^β · p_visual^(1−β)``, not normalised
+            (CLIP-FSAR's evaluation).
+        """
+        if not self.text_fusion:
+            return logits
         text = self.model.head.class_logits(support, query, prompts, prompts)[1].log_softmax(-1)
-        visual = output.logits.log_softmax(-1)
-        return self.text_fusion * text + (1 - self.text_fusion) * visual
+        return self.text_fusion * text + (1 - self.text_fusion) * logits.log_softmax(-1)
 
     # -------------------------------------------------------------------------------------------- bank
 
@@ -326,6 +341,12 @@ class CLIPM2DF(lightning.LightningModule):
         trial = self.trainer.fast_dev_run  # type: ignore[attr-defined]
         batches = int(self.trainer.num_training_batches) * self.trainer.world_size if trial else 0
         self._views = self._encode(table, range(batches * loader.batch_size))
+
+    def on_fit_start(self) -> None:
+        """Remember how videos are read: whoever uses the model later has to read theirs in the same way."""
+        reader = getattr(getattr(self.trainer, "datamodule", None), "reader", None)
+        if reader is not None:
+            self.reading = {"frames": int(reader.frames), "resize": int(reader.resize)}
 
     def on_train_end(self) -> None:
         """Let the features go."""
@@ -450,6 +471,7 @@ class CLIPM2DF(lightning.LightningModule):
         hparams["backbone"] = self.model.backbone.description()
         checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = hparams
         checkpoint["draws_seed"] = self._draws_seed
+        checkpoint["reading"] = self.reading
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse weights that are not this model's.
@@ -458,6 +480,7 @@ class CLIPM2DF(lightning.LightningModule):
             UserError: names the first weights that are missing, unknown or of another shape.
         """
         check_weights(self, checkpoint["state_dict"], "a checkpoint of this model")
+        self.reading = checkpoint.get("reading")
         if self._trainer is not None:  # a run that goes on
             self._draws_seed = checkpoint.get("draws_seed")
 
@@ -513,15 +536,4 @@ def checkpoint_options(path: str | os.PathLike[str], *, head: str | None = None)
     options = checkpoint.get(CLIPM2DF.CHECKPOINT_HYPER_PARAMS_KEY)
     if not isinstance(options, dict) or not isinstance(options.get("backbone"), dict) or "head" not in options:
         raise UserError(f"{path} is a checkpoint of another model; give one that clip-m2df fit or CLIPM2DF wrote")
-    if unknown := [option for option in options if option not in inspect.signature(CLIPM2DF).parameters]:
-        raise UserError(f"{path} has the option {unknown[0]!r}, which CLIPM2DF has not; give one of this version")
-    name = options["head"]
-    if not isinstance(name, str):
-        raise UserError(f"{path} takes the head {name!r}, which is no name; give one that clip-m2df fit wrote")
-    # What is imported already has been trusted.
-    if name not in heads.HEADS and name != head and name.rpartition(".")[0] not in sys.modules:
-        raise UserError(
-            f"{path} takes the head {name!r}, code that is not this package's: if you trust it, name it yourself, by"
-            f" --model.head {name} or head={name!r}"
-        )
-    return dict(options)
+    return check_options(path, options, CLIPM2DF, head=head)
