@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from clip_m2df.classifier.classifier import FewShotClassifier, NotFittedError
     from clip_m2df.data.datamodule import EpisodeDataModule
     from clip_m2df.data.manifest import Manifest
     from clip_m2df.episode import Episode
@@ -22,7 +23,9 @@ _HOMES = {
     "CLIPBackbone": "nn.backbone",
     "Episode": "episode",
     "EpisodeDataModule": "data.datamodule",
+    "FewShotClassifier": "classifier.classifier",
     "Manifest": "data.manifest",
+    "NotFittedError": "classifier.classifier",
     "UserError": "errors",
 }
 
@@ -32,8 +35,10 @@ __all__ = [
     "CLIPBackbone",
     "Episode",
     "EpisodeDataModule",
+    "FewShotClassifier",
     "M2DFHead",
     "Manifest",
+    "NotFittedError",
     "UserError",
     "__version__",
 ]

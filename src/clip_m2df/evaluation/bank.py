@@ -17,7 +17,7 @@ from torch import Tensor
 
 from clip_m2df.episode import IndexedEpisode
 from clip_m2df.nn.head import Head, HeadOutput
-from clip_m2df.nn.m2df import M2DFHead
+from clip_m2df.nn.m2df import M2DFHead, has_stages
 from clip_m2df.nn.views import FusedSequence
 
 # How many go through at once.
@@ -42,8 +42,7 @@ class EpisodeBank:
         self.features = features
         self.prompt_table = prompt_table
         self.episodes = episodes
-        # Whoever changes forward means something else than its stages.
-        self.staged = getattr(type(head), "forward", None) is M2DFHead.forward
+        self.staged = has_stages(head)
         self._fused: dict[str, FusedSequence] = {}
         if self.staged:
             self._choose_prompts()

@@ -259,6 +259,11 @@ class M2DFHead(Head):
         return head.eval()
 
 
+def has_stages(head: nn.Module) -> bool:
+    """Whether a head goes through the stages of :class:`M2DFHead`; who changes ``forward`` means something else."""
+    return getattr(type(head), "forward", None) is M2DFHead.forward
+
+
 class M2DF(nn.Module):
     """CLIP-M²DF from frames to scores: CLIP's towers, the prompts, and a head.
 

@@ -1,0 +1,1 @@
+"""Labels clips from a handful of examples of each class; nothing is trained."""

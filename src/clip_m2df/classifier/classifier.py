@@ -1,0 +1,430 @@
+"""FewShotClassifier: name the action in a clip from a handful of examples of each."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from clip_m2df.classifier import saving
+from clip_m2df.classifier.clips import Clip, Clips, Unreadable, list_clips, list_examples, name_of
+from clip_m2df.classifier.encoding import CLIPS, ClipEncoder
+from clip_m2df.classifier.rejection import calibrate
+from clip_m2df.classifier.segments import Segment, Windows, find_segments
+from clip_m2df.classifier.support import NONE_OF_THESE, Scorer, SupportClass, check_disjoint
+from clip_m2df.errors import UserError, some
+from clip_m2df.evaluation.explanation import Explanation, compared_classes, explain
+from clip_m2df.module import CLIPM2DF
+
+
+class NotFittedError(UserError, AttributeError):
+    """A classifier that knows no classes yet."""
+
+
+class Prediction(NamedTuple):
+    """What is said of a clip.
+
+    Attributes:
+        video: its path, or "" for frames in memory.
+        label: its class, ``none of these``, or None where it can't be read.
+        probability: of that class; NaN where there is none.
+        probabilities: of every class; empty where the clip can't be read.
+        error: why it can't be read, or "".
+    """
+
+    video: str
+    label: str | None
+    probability: float
+    probabilities: dict[str, float]
+    error: str = ""
+
+
+class FewShotClassifier:
+    """Names the action in a clip from a handful of examples of each; nothing is trained.
+
+    A clip's features, and those of the examples, go through the model's head as in an episode of all classes at once.
+    The classes may have any number of examples each.
+
+    Args:
+        model: a trained one, or one with a head that has nothing to train; it is put in eval mode.
+        frames: frames of a clip; by default as many as in the model's training, or 8 where that is not known.
+        resize: short side of the frames in pixels before the crop; by default as in the model's training, or the crop's
+            own size where that is not known.
+        workers: processes that read files; 0 reads in this one. With workers a script needs its code under
+            ``if __name__ == "__main__":``, and a file on which a decoder crashes or hangs costs that file only.
+        timeout: seconds after which a file is given up, with workers.
+
+    Attributes:
+        classes_: names of the classes, in the order in which they came.
+
+    Raises:
+        UserError: an option out of its range, or a model whose predictions would not repeat.
+    """
+
+    def __init__(
+        self,
+        model: CLIPM2DF,
+        *,
+        frames: int | None = None,
+        resize: int | None = None,
+        workers: int = 0,
+        timeout: float = 60.0,
+    ) -> None:
+        if getattr(model.model.head, "selection", "argmax") == "sample":
+            raise UserError("selection 'sample' draws prompts, so that predictions would not repeat; take 'argmax'")
+        self.model = model.eval()
+        self.encoder = ClipEncoder(model, frames=frames, resize=resize, workers=workers, timeout=timeout)
+        self._classes: dict[str, SupportClass] = {}
+        self._scorer: Scorer | None = None
+        self._threshold: tuple[float | None] | None = None  # once it has been asked for
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path_or_hub_name: str | os.PathLike[str],
+        *,
+        device: str | None = None,
+        frames: int | None = None,
+        resize: int | None = None,
+        workers: int = 0,
+        timeout: float = 60.0,
+        **options: Any,
+    ) -> Self:
+        """A classifier with a trained model.
+
+        Args:
+            path_or_hub_name: a ``.ckpt`` file, a folder that ``save_pretrained`` wrote, or the hub's name of a model.
+            device: where it runs; by default on CUDA where there is any.
+            frames: see :class:`FewShotClassifier`.
+            resize: the same.
+            workers: the same.
+            timeout: the same.
+            **options: of :class:`clip_m2df.CLIPM2DF`, such as ``selection`` and ``text_fusion``.
+
+        Raises:
+            UserError: there is no such model, or it can't be read.
+        """
+        if os.path.isfile(path_or_hub_name):
+            model = CLIPM2DF.load_from_checkpoint(path_or_hub_name, map_location="cpu", **options)
+        elif str(path_or_hub_name).endswith(".ckpt"):
+            raise UserError(f"there is no checkpoint {path_or_hub_name}: check the name, or train one by clip-m2df fit")
+        else:
+            model = CLIPM2DF.from_pretrained(path_or_hub_name, **options)
+        return cls(_placed(model, device), frames=frames, resize=resize, workers=workers, timeout=timeout)
+
+    # --------------------------------------------------------------------------------------------- classes
+
+    @property
+    def classes_(self) -> NDArray[np.str_]:
+        """Names of the classes, in the order of the columns of :meth:`predict_proba`."""
+        self._check_fitted()
+        return np.array(list(self._classes))
+
+    @property
+    def threshold_(self) -> float | None:
+        """The distance beyond which a clip is none of the classes, from the examples alone.
+
+        None with one class of one example, from which nothing can be told.
+        """
+        self._check_fitted()
+        if self._threshold is None:
+            self._threshold = (calibrate(self.model, list(self._classes.values())),)
+        return self._threshold[0]
+
+    def fit(
+        self, support: Mapping[str, Clips] | str | os.PathLike[str], texts: Mapping[str, str] | None = None
+    ) -> Self:
+        """Take these classes, in the place of all that were there.
+
+        Args:
+            support: the examples of each class, by its name; or a folder with a folder of examples for each class.
+            texts: what the prompt says of a class, where that is not its name in plain words.
+
+        Raises:
+            UserError: a class without an example that can be read, an example of two classes, or no class at all.
+                Other examples that can't be read are named in a warning, and left out.
+        """
+        examples = list_examples(support)
+        if unknown := set(texts or ()) - set(examples):
+            raise UserError(f"texts names {some(sorted(unknown))}, which is no class of the support")
+        classes = {}
+        for label, clips in examples.items():
+            classes[label] = SupportClass.from_clips(self.encoder, label, clips, (texts or {}).get(label))
+        check_disjoint(classes.values())
+        self._take(classes)
+        return self
+
+    def add(self, label: str, clips: Clips, text: str | None = None) -> Self:
+        """Add a class, or examples to one that is there.
+
+        Args:
+            label: the class.
+            clips: its examples, or more of them.
+            text: what the prompt says, where that is not its name in plain words.
+
+        Raises:
+            UserError: as :meth:`fit`; nothing has changed then.
+        """
+        new = SupportClass.from_clips(self.encoder, label, list_clips(clips)[0], text)
+        if old := self._classes.get(label):
+            new = old.with_more(self.model, new, text)
+        classes = self._classes | {label: new}
+        check_disjoint(classes.values())
+        self._take(classes)
+        return self
+
+    def remove(self, label: str) -> Self:
+        """Forget a class.
+
+        Raises:
+            UserError: there is none of that name, or it is the only one.
+        """
+        self._check_fitted()
+        if label not in self._classes:
+            raise UserError(f"there is no class {label!r}; there are {some(self._classes)}")
+        if len(self._classes) == 1:
+            raise UserError(f"{label!r} is the only class: add another before it is removed")
+        self._take({name: c for name, c in self._classes.items() if name != label})
+        return self
+
+    def _take(self, classes: dict[str, SupportClass]) -> None:
+        self._scorer = Scorer(self.model, list(classes.values()))
+        self._classes = classes
+        self._threshold = None
+
+    def _check_fitted(self) -> Scorer:
+        if self._scorer is None:
+            raise NotFittedError("this classifier knows no classes yet: call fit with a few examples of each")
+        return self._scorer
+
+    # ------------------------------------------------------------------------------------------ prediction
+
+    def predict(self, clips: Clips, *, reject: bool = False) -> Any:
+        """The class of each clip.
+
+        Args:
+            clips: a clip, that is the path of a video or of a folder of numbered images, or uint8 frames
+                ``(frames, height, width, 3)``; or several, as a list, as an array or as a folder.
+            reject: say ``none of these`` of clips that are farther from every class than :attr:`threshold_`.
+
+        Returns:
+            A name for one clip; an array of names ``(n)`` for several, those of a folder in the order of their paths.
+            Of several, one that can't be read is None and named in a warning.
+
+        Raises:
+            UserError: the only clip can't be read, or there is no threshold.
+        """
+        predictions, alone = self._predict(clips, reject)
+        return predictions[0].label if alone else np.array([p.label for p in predictions], dtype=object)
+
+    def predict_proba(self, clips: Clips) -> NDArray[np.float64]:
+        """Probabilities of the classes ``(n, n_way)``, also of one clip; not a number where one can't be read.
+
+        They say how the classes compare, and sum to 1 also for a clip of none of them.
+
+        Args:
+            clips: see :meth:`predict`.
+
+        Raises:
+            UserError: see :meth:`predict`.
+        """
+        nothing = [float("nan")] * len(self.classes_)
+        rows = [list(p.probabilities.values()) or nothing for p in self._predict(clips, reject=False)[0]]
+        return np.array(rows, dtype=np.float64).reshape(len(rows), len(nothing))
+
+    def _predict(self, clips: Clips, reject: bool) -> tuple[list[Prediction], bool]:
+        listed, alone = list_clips(clips)
+        found = dict(self.classify(listed, reject=reject))
+        predictions = [found[place] for place in range(len(listed))]
+        broken = [f"{p.video or f'array {place}'} ({p.error})" for place, p in enumerate(predictions) if p.error]
+        if broken and alone:
+            raise UserError(f"the clip can't be read: {broken[0]}")
+        if broken:
+            warnings.warn(f"{len(broken)} of {len(listed)} clips can't be read: {some(broken)}", stacklevel=3)
+        return predictions, alone
+
+    def classify(self, clips: Sequence[Clip], *, reject: bool = False) -> Iterator[tuple[int, Prediction]]:
+        """Say what there is to say of many clips, as they are ready.
+
+        Args:
+            clips: what to label, one by one.
+            reject: see :meth:`predict`.
+
+        Yields:
+            The place of each clip in ``clips``, and what is said of it; one that can't be read has an ``error``.
+
+        Raises:
+            UserError: there is no threshold.
+        """
+        scorer, threshold = self._check_fitted(), self._rejecting(reject)
+        pending: list[tuple[int, Tensor]] = []
+        for place, found in self.encoder.encode(clips):
+            if isinstance(found, Unreadable):
+                yield place, Prediction(name_of(clips[place]), None, float("nan"), {}, str(found))
+            else:
+                pending.append((place, found.features))
+            if len(pending) == CLIPS:
+                yield from self._label(scorer, clips, pending, threshold)
+                pending = []
+        yield from self._label(scorer, clips, pending, threshold)
+
+    @torch.no_grad()
+    def _label(
+        self, scorer: Scorer, clips: Sequence[Clip], encoded: Sequence[tuple[int, Tensor]], threshold: float | None
+    ) -> list[tuple[int, Prediction]]:
+        if not encoded:
+            return []
+        log_probabilities, distances = scorer.label(torch.stack([features for _, features in encoded]))
+        said = []
+        rows = zip(encoded, log_probabilities.exp().tolist(), distances.amin(-1).tolist(), strict=True)
+        for (place, _), row, distance in rows:
+            probabilities = dict(zip(self._classes, row, strict=True))
+            label = max(probabilities, key=probabilities.__getitem__)
+            probability = probabilities[label]
+            if threshold is not None and distance > threshold:
+                label, probability = NONE_OF_THESE, float("nan")
+            said.append((place, Prediction(name_of(clips[place]), label, probability, probabilities)))
+        return said
+
+    def _rejecting(self, reject: bool) -> float | None:
+        if reject and self.threshold_ is None:
+            raise UserError(
+                "one example of one class doesn't tell what is none of these: give it more examples, or another class"
+            )
+        return self.threshold_ if reject else None
+
+    # -------------------------------------------------------------------------------------------- segments
+
+    def segments(
+        self,
+        video: Clip,
+        *,
+        window: float = 2.0,
+        stride: float | None = None,
+        smoothing: float | None = None,
+        reject: bool = False,
+        fps: float | None = None,
+    ) -> list[Segment]:
+        """Find what happens when in a long video.
+
+        Windows slide over it, each scored as a clip; a moment has the mean log-probabilities of the windows that it is
+        in, smoothed, and the class of the highest. Each frame is decoded and encoded once, however many windows share
+        it.
+
+        Args:
+            video: a path, or uint8 frames ``(frames, height, width, 3)``.
+            window: length of a window in seconds; about as long as the examples are.
+            stride: seconds from one window to the next, to the nearest multiple of ``window`` over the frames of a
+                clip; a quarter of the window by default.
+            smoothing: seconds over which scores are averaged; half the window by default.
+            reject: leave out moments that are none of the classes, by :attr:`threshold_`.
+            fps: frames a second, of frames in memory or of a folder of images, which have no times of their own.
+
+        Returns:
+            Segments in their order, neighbours of different labels; a video shorter than a window has one.
+
+        Raises:
+            UserError: the video can't be read, or an option is out of its range.
+        """
+        scorer, threshold = self._check_fitted(), self._rejecting(reject)
+        windows = Windows.of(self.encoder.reader.frames, window, stride, smoothing)
+        return find_segments(self.encoder, scorer, list(self._classes), video, windows, fps=fps, threshold=threshold)
+
+    # ----------------------------------------------------------------------------------------- explanation
+
+    @torch.no_grad()
+    def explain(self, clip: Clip, *, reject: bool = False) -> Explanation:
+        """Why a clip is taken for what it is, as data; its ``figure()`` draws it.
+
+        Args:
+            clip: a path, or uint8 frames ``(frames, height, width, 3)``.
+            reject: see :meth:`predict`.
+
+        Raises:
+            UserError: the clip can't be read, or there is no threshold.
+        """
+        scorer, threshold = self._check_fitted(), self._rejecting(reject)
+        clip_encoded = self.encoder.encode_one(clip)
+        query = clip_encoded.features
+        ((_, prediction),) = self._label(scorer, [clip], [(0, query)], threshold)
+        output = scorer.score(query.unsqueeze(0))
+        compared = [list(self._classes.values())[place] for place in compared_classes(output.logits[0])]
+        return explain(
+            self.model.model.head,
+            output,
+            scorer.prototype,
+            query,
+            scorer.prompts,
+            class_names=list(self._classes),
+            label=prediction.label or "",
+            probabilities=torch.tensor(list(prediction.probabilities.values())),
+            frames=clip_encoded.thumbnail,
+            examples={c.label: c.thumbnails[self._closest_example(c, query)] for c in compared},
+            threshold=threshold,
+            video=prediction.video,
+        )
+
+    def _closest_example(self, own: SupportClass, query: Tensor) -> int:
+        """The place of the example that is closest to a clip, each taken for a class of its own."""
+        each = Scorer(self.model, [own.only([i]) for i in range(len(own.features))])
+        return int(each.score(query.unsqueeze(0)).logits[0].argmax())
+
+    # --------------------------------------------------------------------------------------------- on disk
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Save model and classes in a folder, as safetensors and JSON, for :meth:`load`.
+
+        Args:
+            folder: a new or an empty one, or that of a classifier, whose place this one takes.
+
+        Raises:
+            UserError: it holds something else, or can't be written.
+        """
+        self._check_fitted()
+        folder = Path(folder)
+        saving.check_folder(folder)
+        try:
+            self.model.save_pretrained(folder)
+            reader = self.encoder.reader
+            saving.write_support(folder, list(self._classes.values()), frames=reader.frames, resize=reader.resize)
+        except OSError as error:
+            raise UserError(f"the classifier can't be saved in {folder}: {error.strerror or error}") from error
+
+    @classmethod
+    def load(
+        cls, folder: str | os.PathLike[str], *, device: str | None = None, workers: int = 0, timeout: float = 60.0
+    ) -> Self:
+        """Load what :meth:`save` wrote; nothing in it is executed.
+
+        Args:
+            folder: where it is.
+            device: see :meth:`from_checkpoint`.
+            workers: see :class:`FewShotClassifier`.
+            timeout: the same.
+
+        Raises:
+            UserError: there is no classifier there, or it is damaged.
+        """
+        saved, frames, resize = saving.read_support(Path(folder))
+        model = _placed(CLIPM2DF.from_pretrained(folder), device)
+        classifier = cls(model, frames=frames, resize=resize, workers=workers, timeout=timeout)
+        shape = (frames, model.model.backbone.dim)
+        if any(tuple(c.features.shape[1:]) != shape for c in saved):
+            raise UserError(f"the classifier in {folder} is damaged (its features are not of its model): fit it again")
+        classifier._take({c.label: SupportClass.of(model, *c) for c in saved})
+        return classifier
+
+
+def _placed(model: CLIPM2DF, device: str | None) -> CLIPM2DF:
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {device!r} can't be used: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,73 @@
+"""When a clip shows none of the classes: a threshold on the distance to the closest, from the examples alone.
+
+A clip of a class of its own is told from one of a known class by its distance better than by its probability, which
+says how the classes compare (docs/own_videos.md has the figures).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from clip_m2df.classifier.support import Scorer, SupportClass
+from clip_m2df.module import CLIPM2DF
+
+
+@torch.no_grad()
+def calibrate(model: CLIPM2DF, classes: Sequence[SupportClass]) -> float | None:
+    """The distance beyond which a clip is none of these.
+
+    Each example of a class with several is compared with the others of its class (what belongs), and each example with
+    the other classes as if its own were not there (what does not).
+
+    - With both, the threshold is the one that sorts them best, the mean share of right decisions on either side.
+    - With one example a class, half of what does not belong lies within it: their median.
+    - With one class alone, all of what belongs does: their largest.
+
+    Args:
+        model: in eval mode.
+        classes: at least one.
+
+    Returns:
+        None where there is nothing to compare: one class with one example.
+    """
+    belongs = _own_distances(model, classes)
+    strange = _strange_distances(model, classes)
+    if belongs is None:
+        return None if strange is None else float(strange.quantile(0.5))
+    if strange is None:
+        return float(belongs.max())
+    return _best_cut(belongs, strange)
+
+
+def _own_distances(model: CLIPM2DF, classes: Sequence[SupportClass]) -> Tensor | None:
+    """Of each example to its own class without it ``(n)``."""
+    found = []
+    for place, own in enumerate(classes):
+        if len(own.features) > 1:
+            for i in range(len(own.features)):
+                rest = own.only([j for j in range(len(own.features)) if j != i])
+                scorer = Scorer(model, [*classes[:place], rest, *classes[place + 1 :]])
+                found.append(-scorer.score(own.features[i : i + 1]).logits[0, place])
+    return torch.stack(found) if found else None
+
+
+def _strange_distances(model: CLIPM2DF, classes: Sequence[SupportClass]) -> Tensor | None:
+    """Of each example to the closest class that is not its own ``(n)``."""
+    if len(classes) == 1:
+        return None
+    found = []
+    for place, own in enumerate(classes):
+        others = Scorer(model, [*classes[:place], *classes[place + 1 :]])
+        found.append(others.label(own.features)[1].amin(-1))
+    return torch.cat(found)
+
+
+def _best_cut(belongs: Tensor, strange: Tensor) -> float:
+    """The threshold of the highest balanced accuracy; the mean of several as good."""
+    values = torch.cat((belongs, strange)).sort().values
+    cuts = (values[1:] + values[:-1]) / 2
+    right = (belongs <= cuts.unsqueeze(-1)).double().mean(-1) + (strange > cuts.unsqueeze(-1)).double().mean(-1)
+    return float(cuts[right >= right.max() - 1e-9].mean())

@@ -1,0 +1,194 @@
+"""What happens when in a long video: windows that slide over it, and the segments that they agree on."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clip_m2df.classifier.clips import Clip, as_frames
+from clip_m2df.classifier.encoding import ClipEncoder
+from clip_m2df.classifier.support import Scorer
+from clip_m2df.data.episodes import ClipReader
+from clip_m2df.data.sampling import counted, evenly_timed, exact_rate
+from clip_m2df.data.transforms import resize_and_crop
+from clip_m2df.data.video import sample_frames
+from clip_m2df.errors import UserError
+
+# Frames that are resized and encoded together.
+CHUNK = 16
+
+
+class Segment(NamedTuple):
+    """A stretch of a video with one label.
+
+    Attributes:
+        start: seconds from the video's beginning.
+        end: the same.
+        label: the class.
+        probability: its mean over the segment.
+        probabilities: the same of every class.
+    """
+
+    start: float
+    end: float
+    label: str
+    probability: float
+    probabilities: dict[str, float]
+
+
+class Windows(NamedTuple):
+    """How windows slide over a video: frames are shown at regular times, and windows share them.
+
+    Attributes:
+        frames: of a window, as many as of a clip.
+        rate: frames a second.
+        step: frames from one window to the next.
+        smoothing: frames over which scores are averaged.
+    """
+
+    frames: int
+    rate: float
+    step: int
+    smoothing: int
+
+    @classmethod
+    def of(cls, frames: int, window: float, stride: float | None, smoothing: float | None) -> Windows:
+        """From seconds.
+
+        Args:
+            frames: of a window.
+            window: its length.
+            stride: from one window to the next, to the nearest multiple of the time between two frames; a quarter of
+                the window by default.
+            smoothing: over which scores are averaged; half the window by default.
+
+        Raises:
+            UserError: a length that makes no sense, or windows with gaps between them.
+        """
+        if not window > 0:
+            raise UserError(f"window is {window} seconds; it must be above 0")
+        stride = window / 4 if stride is None else stride
+        smoothing = window / 2 if smoothing is None else smoothing
+        if not 0 < stride <= window:
+            raise UserError(f"stride is {stride} seconds; it must be above 0, and at most the window of {window}")
+        if not smoothing >= 0:
+            raise UserError(f"smoothing is {smoothing} seconds; it must not be negative")
+        rate = frames / window
+        return cls(frames, rate, max(1, round(stride * rate)), max(1, round(smoothing * rate)))
+
+    def starts(self, n_frames: int) -> list[int]:
+        """The first frame of each window over a video of at least ``frames`` frames; the last ends with the video."""
+        last = n_frames - self.frames
+        return sorted({*range(0, last + 1, self.step), last})
+
+
+@torch.no_grad()
+def find_segments(
+    encoder: ClipEncoder,
+    scorer: Scorer,
+    names: Sequence[str],
+    video: Clip,
+    windows: Windows,
+    *,
+    fps: float | None,
+    threshold: float | None,
+) -> list[Segment]:
+    """Find what happens when in a video; see :meth:`clip_m2df.FewShotClassifier.segments`.
+
+    Args:
+        encoder: of the frames.
+        scorer: of the windows.
+        names: of its classes.
+        video: a path, or frames.
+        windows: how they slide.
+        fps: frames a second, where there are no times.
+        threshold: the distance beyond which a moment is none of the classes.
+    """
+    chunks = _read_chunks(video, windows, encoder.reader, fps)
+    encoded = [encoder.frames(chunk) for chunk in chunks]
+    n_frames = sum(map(len, encoded))
+    if n_frames < windows.frames:  # it is a clip, whose own frames repeat
+        features = encoder.encode_one(video).features
+        windows = windows._replace(rate=windows.rate * windows.frames / max(n_frames, 1))
+    else:
+        features = torch.cat(encoded)
+    starts = windows.starts(len(features))
+    places = torch.tensor(starts, device=features.device).unsqueeze(-1) + torch.arange(
+        windows.frames, device=features.device
+    )
+    log_probabilities, distances = scorer.label(features[places])
+    values = torch.cat((log_probabilities, distances.amin(-1, keepdim=True)), -1).cpu()
+    smoothed = smooth(values, starts, windows, len(features))
+    scores, distance = smoothed[:, :-1], smoothed[:, -1]
+    choices = scores.argmax(-1)
+    if threshold is not None:
+        choices[distance > threshold] = -1
+    return join(choices.tolist(), scores.softmax(-1), names, windows.rate)
+
+
+def _read_chunks(video: Clip, windows: Windows, reader: ClipReader, fps: float | None) -> Iterator[Tensor]:
+    """The frames of a video at regular times, a few at once: uint8 ``(n, 3, size, size)``.
+
+    Raises:
+        UserError: the video can't be read, or frames without times come without ``fps``.
+    """
+    shown = _shown(video, windows.rate, fps)
+    while held := list(itertools.islice(shown, CHUNK)):
+        yield resize_and_crop(torch.stack(held), resize=reader.resize, size=reader.size)
+
+
+def _shown(video: Clip, rate: float, fps: float | None) -> Iterator[Tensor]:
+    if isinstance(video, str | os.PathLike):
+        return sample_frames(os.fspath(video), rate, fps=fps)
+    frames = as_frames(video)
+    if fps is None:
+        raise UserError("frames in memory have no times: give fps, how many of them make a second")
+    shown = counted(evenly_timed(frames, exact_rate("fps", fps)), exact_rate("rate", rate))
+    return (frame for frame, count in shown for _ in range(count))
+
+
+def smooth(values: Tensor, starts: Sequence[int], windows: Windows, n_frames: int) -> Tensor:
+    """From values of windows ``(windows, n)`` to values of frames ``(frames, n)``.
+
+    A frame has the mean of the windows that it is in, then of its neighbours within ``smoothing``; at both ends of the
+    video of as many as there are.
+    """
+    total = values.new_zeros((n_frames, values.shape[1]))
+    count = values.new_zeros((n_frames, 1))
+    for start, value in zip(starts, values, strict=True):
+        total[start : start + windows.frames] += value
+        count[start : start + windows.frames] += 1
+    means = total / count
+    width = 2 * (windows.smoothing // 2) + 1
+    padded = F.pad(torch.cat((means, torch.ones_like(count)), -1).T, (width // 2, width // 2))
+    summed = F.avg_pool1d(padded, width, stride=1)
+    return (summed[:-1] / summed[-1:]).T
+
+
+def join(choices: Sequence[int], probabilities: Tensor, names: Sequence[str], rate: float) -> list[Segment]:
+    """Segments from what was chosen for each frame; where that is no class, there is no segment.
+
+    Args:
+        choices: of each frame a place in ``names``, or -1.
+        probabilities: ``(frames, n_way)``.
+        names: of the classes.
+        rate: frames a second.
+    """
+    found = []
+    start = 0
+    for end in range(1, len(choices) + 1):
+        if end < len(choices) and choices[end] == choices[start]:
+            continue
+        if (chosen := choices[start]) >= 0:
+            means = probabilities[start:end].mean(0).tolist()
+            found.append(
+                Segment(start / rate, end / rate, names[chosen], means[chosen], dict(zip(names, means, strict=True)))
+            )
+        start = end
+    return found
