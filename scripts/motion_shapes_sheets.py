@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from clip_m2df.data.episodes import ClipReader
 from clip_m2df.data.motion_shapes import FAMILIES, NO_KNOBS, Knobs, render
 from clip_m2df.data.motion_shapes.painting import OUTLIERS
-from clip_m2df.evaluation.figures import BLACK, GREY, MARGIN, TEXT
+from clip_m2df.evaluation.sheet import BLACK, GREY, MARGIN, TEXT
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "docs/figures"

@@ -31,7 +31,7 @@ from clip_m2df.evaluation.evidence import (
 from clip_m2df.evaluation.figures import validation_pictures
 from clip_m2df.files import whole_file
 from clip_m2df.module import Played
-from clip_m2df.nn.m2df import M2DFHead
+from clip_m2df.nn.m2df import has_stages
 
 T = TypeVar("T")
 
@@ -211,19 +211,19 @@ class Dashboard(lightning.Callback):
             query=query,
         )
         head = pl_module.model.head
-        # Whoever changes forward means something else than the method's stages.
-        if not with_evidence or getattr(type(head), "forward", None) is not M2DFHead.forward:
+        if not with_evidence or not has_stages(head):
             return episode
         q = episode.hardest
+        support_features, prompts = candidate.features[0], candidate.prompts
+        pair = torch.tensor([episode.labels[q], episode.rivals[q]], device=prompts.device)
+        support_prompts = prompts[pair].unsqueeze(-2).expand(*support_features[pair].shape[:-2], -1)
         with trainer.precision_plugin.val_step_context():
             evidence: QueryEvidence = query_evidence(
                 head,
-                candidate.features[0],
+                head.prototype(head.fuse(support_features[pair], support_prompts)),
                 candidate.features[1][q],
-                candidate.prompts,
+                prompts,
                 None if candidate.draws is None else candidate.draws[q : q + 1],
-                label=episode.labels[q],
-                rival=episode.rivals[q],
             )
         return episode._replace(evidence=evidence)
 

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 from clip_m2df.checkpoints import read_checkpoint
 from clip_m2df.evaluation.evidence import HardEpisode, ValidationEvidence
-from clip_m2df.evaluation.figures import strip
+from clip_m2df.evaluation.sheet import strip
 from clip_m2df.files import whole_file
 
 if TYPE_CHECKING:

@@ -11,19 +11,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from clip_m2df.nn.head import HeadOutput
+from clip_m2df.nn.head import Head, HeadOutput
 from clip_m2df.nn.m2df import M2DFHead
 from clip_m2df.nn.matching import at_least_float32, cosine, frame_costs, otam_alignment
 from clip_m2df.nn.prompts import closest_frames
+from clip_m2df.nn.views import FusedSequence
 
 
 class QueryEvidence(NamedTuple):
     """Why a query was taken for what it was.
 
     Attributes:
-        alignments: of each view, ``(2, frames, frames)``: how OTAM aligns the query's frames, the rows, with those of
-            its own class and of the rival.
-        distances: of each view, OTAM's to both.
+        alignments: of each view, ``(n, frames, frames)``: how OTAM aligns the query's frames, the rows, with those of
+            some classes: for a hard query its own and the rival.
+        distances: of each view, OTAM's to the same classes.
         frame_scores: ``(n_way, frames)``, cosines of PPS between each class's prompt and each frame.
         counted: bool ``(n_way, frames)``, those that a prompt's score is the mean of.
         probabilities: ``(n_way)``, PPS's.
@@ -31,7 +32,7 @@ class QueryEvidence(NamedTuple):
     """
 
     alignments: dict[str, Tensor]
-    distances: dict[str, tuple[float, float]]
+    distances: dict[str, tuple[float, ...]]
     frame_scores: Tensor
     counted: Tensor
     probabilities: Tensor
@@ -129,24 +130,24 @@ def reliability_columns(output: HeadOutput) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def query_evidence(
-    head: M2DFHead, support: Tensor, query: Tensor, prompts: Tensor, draws: Tensor | None, *, label: int, rival: int
+    head: M2DFHead,
+    prototype: Mapping[str, FusedSequence],
+    query: Tensor,
+    prompts: Tensor,
+    draws: Tensor | None = None,
 ) -> QueryEvidence:
     """Run the stages of a head once more on one query, and keep what they don't return.
 
     Args:
         head: in eval mode.
-        support: features ``(n_way, n_shot, frames, dim)``.
+        prototype: the fused prototypes ``(n, …)`` in each view, of the classes to align the query with.
         query: features ``(frames, dim)``.
-        prompts: ``(n_way, dim)``.
+        prompts: ``(n_way, dim)``, of all classes that PPS chooses among.
         draws: ``(1)``, where PPS samples.
-        label: the query's class.
-        rival: another class.
     """
-    of_query, pair = query.unsqueeze(0), torch.tensor([label, rival], device=support.device)
+    of_query = query.unsqueeze(0)
     probabilities = head.prompt_probabilities(head.prompt_scores(of_query, prompts))
     selected = head.select(probabilities, prompts, draws)
-    support_prompts = prompts[pair].unsqueeze(-2).expand(*support[pair].shape[:-2], -1)
-    prototype = head.prototype(head.fuse(support[pair], support_prompts))
     fused = head.fuse(of_query, selected.embeddings)
     alignments = {
         view: otam_alignment(
@@ -156,14 +157,30 @@ def query_evidence(
         )[0].cpu()
         for view, parts in fused.items()
     }
-    evidence = head.match(fused, prototype)
-    scores = cosine(prompts, query)
-    places = closest_frames(query, prompts, head.top_k)[1]
+    scores, counted = frame_evidence(head, query, prompts)
     return QueryEvidence(
         alignments=alignments,
-        distances={view: (float(e.distances[0, 0]), float(e.distances[0, 1])) for view, e in evidence.items()},
-        frame_scores=at_least_float32(scores).cpu(),
-        counted=torch.zeros_like(scores, dtype=torch.bool).scatter(-1, places, True).cpu(),
+        distances={view: tuple(e.distances[0].tolist()) for view, e in head.match(fused, prototype).items()},
+        frame_scores=scores,
+        counted=counted,
         probabilities=at_least_float32(probabilities[0]).cpu(),
         chosen=None if not head.pps else -1 if head.selection == "expectation" else int(selected.indices[0]),
     )
+
+
+@torch.no_grad()
+def frame_evidence(head: Head, query: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor]:
+    """How much each frame of a query looks like each prompt, and which frames count.
+
+    Args:
+        head: any, it says how many count.
+        query: features ``(frames, dim)``.
+        prompts: ``(n_way, dim)``.
+
+    Returns:
+        Cosines and a bool, both ``(n_way, frames)``.
+    """
+    scores = cosine(prompts, query)
+    places = closest_frames(query, prompts, head.top_k)[1]
+    counted = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, places, True)
+    return at_least_float32(scores).cpu(), counted.cpu()

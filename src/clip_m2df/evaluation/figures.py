@@ -1,31 +1,29 @@
-"""Pictures of a validation. Pure functions: numbers in, an image out.
-
-Note: drawn with Pillow, for which a label costs a tenth of what it costs a plotting library; pictures are to take next
-to nothing of a run. Its font has the letters of ASCII, to which other names are brought.
-"""
+"""Pictures of a validation. Pure functions: numbers in, an image out."""
 
 from __future__ import annotations
 
-import unicodedata
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 
 from clip_m2df.evaluation.evidence import HardEpisode, QueryEvidence, Reliabilities, ValidationEvidence
+from clip_m2df.evaluation.sheet import (
+    BLACK,
+    GREY,
+    MARGIN,
+    RIGHT,
+    TEXT,
+    VIEW_COLOURS,
+    WRONG,
+    Sheet,
+    column_width,
+    short_names,
+    shown_frames,
+    strip,
+)
 
-BLACK, GREY, LIGHT = (25, 25, 25), (125, 125, 125), (228, 228, 228)
-RIGHT, WRONG = (30, 135, 60), (200, 35, 40)
-VIEW_COLOURS = {"local": (35, 105, 185), "global": (240, 135, 20)}
-# From none to all: white, then ever darker blue.
-SHADES = np.array([(255, 255, 255), (198, 219, 239), (107, 174, 214), (33, 113, 181), (8, 48, 107)], dtype=float)
-MARGIN = 12
-TEXT = 13
-# Of a class name.
-MOST_LETTERS = 48
 # More classes than this, and counts would be too small to read.
 MOST_COUNTED = 40
 
@@ -58,10 +56,10 @@ def confusion_matrix(confusion: Tensor, class_names: Sequence[str]) -> Image.Ima
     n = len(class_names)
     cell = max(7, min(30, 900 // n))
     size = min(TEXT, cell)
-    names = _column(class_names, size)
+    names = column_width(class_names, size)
     left, top = MARGIN + names + 6, 3 * MARGIN + TEXT + names + 6
     title = "queries by their class (rows) and by what they were taken for (columns)"
-    sheet = _Sheet(left + n * cell + MARGIN, top + n * cell + MARGIN, title)
+    sheet = Sheet(left + n * cell + MARGIN, top + n * cell + MARGIN, title)
     shares = confusion.double() / confusion.sum(1, keepdim=True).clamp(min=1)
     counts = [[str(count or "") for count in row] for row in confusion.tolist()] if n <= MOST_COUNTED else None
     sheet.heat_map((left, top), shares, cell, counts)
@@ -80,9 +78,9 @@ def class_accuracies(confusion: Tensor, class_names: Sequence[str]) -> Image.Ima
     """
     queries, right = confusion.sum(1).tolist(), confusion.diagonal().tolist()
     shares = [r / q if q else 0.0 for r, q in zip(right, queries, strict=True)]
-    row, width, left = TEXT + 6, 320, 2 * MARGIN + _column(class_names)
+    row, width, left = TEXT + 6, 320, 2 * MARGIN + column_width(class_names)
     top = 2 * MARGIN + TEXT
-    sheet = _Sheet(left + width + 130, top + len(class_names) * row + MARGIN, "accuracy of each class")
+    sheet = Sheet(left + width + 130, top + len(class_names) * row + MARGIN, "accuracy of each class")
     order = sorted(range(len(class_names)), key=lambda c: (not queries[c], shares[c]))
     for place, c in enumerate(order):
         y = top + place * row
@@ -104,10 +102,10 @@ def hard_episode(episode: HardEpisode, *, rank: int = 1, most_queries: int = 10)
     order = sorted(range(len(episode.labels)), key=lambda q: -episode.losses[q])[:most_queries]
     side, gap, label = 40, 16, TEXT + 7
     frames = 0 if episode.query is None else len(shown_frames(episode.query[0]))
-    width = max(frames * side, _column(episode.class_names) + 90)
+    width = max(frames * side, column_width(episode.class_names) + 90)
     row, top = label + (side if frames else 0) + 8, 3 * MARGIN + 2 * TEXT
     title = f"hardest episode no. {rank}: episode {episode.number}, cross-entropy {episode.loss:.2f}"
-    sheet = _Sheet(2 * MARGIN + 3 * width + 2 * gap, top + len(order) * row + 4, title)
+    sheet = Sheet(2 * MARGIN + 3 * width + 2 * gap, top + len(order) * row + 4, title)
     columns = [MARGIN + place * (width + gap) for place in range(3)]
     for x, head in zip(columns, ("query", "its own class (first shot)", "what it was taken for"), strict=True):
         sheet.text((x, 2 * MARGIN + TEXT), head, colour=GREY)
@@ -134,33 +132,63 @@ def alignments(episode: HardEpisode, evidence: QueryEvidence) -> Image.Image:
     """
     q = episode.hardest
     own, rival = episode.labels[q], episode.rivals[q]
-    views = list(evidence.alignments)
-    rows, columns = evidence.alignments[views[0]].shape[1:]
-    cell = max(11, min(32, 400 // max(rows, columns)))
-    # Of a panel: numbers and frames of the query on its left, of the class below.
-    side = cell if episode.query is not None else 0
-    left, head = 22 + side, 2 * (TEXT + 6)
-    width = left + max(columns * cell, _column(episode.class_names) - 22) + 2 * MARGIN
-    height = head + rows * cell + side + 22 + MARGIN
-    title = "soft alignment: rows are the query's frames, columns those of the class (first shot)"
-    sheet = _Sheet(MARGIN + len(views) * width, 2 * MARGIN + TEXT + 2 * height, title)
-    darkest = max(float(a.max()) for a in evidence.alignments.values())
     rival_role = "taken for" if episode.predicted[q] == rival else "runner-up"
-    for place, (role, c) in enumerate(((f"its class{' ' * 2}", own), (rival_role, rival))):
-        for column, view in enumerate(views):
+    return alignment_maps(
+        evidence.alignments,
+        evidence.distances,
+        [f"its class: {episode.class_names[own]}", f"{rival_role}: {episode.class_names[rival]}"],
+        title="soft alignment: rows are the query's frames, columns those of the class (first shot)",
+        room=column_width(episode.class_names),
+        clip=None if episode.query is None else episode.query[q],
+        examples=[None if episode.support is None else episode.support[c] for c in (own, rival)],
+    )
+
+
+def alignment_maps(
+    alignments: Mapping[str, Tensor],
+    distances: Mapping[str, Sequence[float]],
+    captions: Sequence[str],
+    *,
+    title: str,
+    room: int,
+    clip: Tensor | None,
+    examples: Sequence[Tensor | None],
+) -> Image.Image:
+    """How OTAM aligns a clip with some classes, a row each, in each view, a column each.
+
+    Args:
+        alignments: by view, ``(n, frames, frames)``, the clip's frames first.
+        distances: by view, OTAM's to the same classes.
+        captions: what to say of each class.
+        title: of all.
+        room: pixels to leave for a caption.
+        clip: its frames, uint8 ``(frames, 3, height, width)``.
+        examples: frames of a video of each class, where they are known.
+    """
+    rows, columns = next(iter(alignments.values())).shape[1:]
+    cell = max(11, min(32, 400 // max(rows, columns)))
+    # Of a panel: numbers and frames of the clip on its left, of the class below.
+    side = cell if clip is not None else 0
+    left, head = 22 + side, 2 * (TEXT + 6)
+    width = left + max(columns * cell, room - 22) + 2 * MARGIN
+    height = head + rows * cell + side + 22 + MARGIN
+    sheet = Sheet(MARGIN + len(alignments) * width, 2 * MARGIN + TEXT + len(captions) * height, title)
+    darkest = max(float(a.max()) for a in alignments.values())
+    for place, (caption, example) in enumerate(zip(captions, examples, strict=True)):
+        for column, (view, of_classes) in enumerate(alignments.items()):
             x, y = MARGIN + column * width, 2 * MARGIN + TEXT + place * height
-            distance = f"{view} view, distance {evidence.distances[view][place]:.2f}"
+            distance = f"{view} view, distance {distances[view][place]:.2f}"
             sheet.text((x, y), distance, colour=VIEW_COLOURS.get(view, GREY))
-            sheet.text((x, y + TEXT + 5), f"{role.strip()}: {episode.class_names[c]}")
+            sheet.text((x, y + TEXT + 5), caption)
             x, y = x + left, y + head
-            values = evidence.alignments[view][place]
-            numbers = [[f"{v:.1f}" if v >= 0.05 else "" for v in line] for line in values.tolist()]
-            sheet.heat_map((x, y), values / darkest, cell, numbers if cell >= 24 else None)
+            numbers = [[f"{v:.1f}" if v >= 0.05 else "" for v in line] for line in of_classes[place].tolist()]
+            sheet.heat_map((x, y), of_classes[place] / darkest, cell, numbers if cell >= 24 else None)
             sheet.numbers((x - side - 6, y), rows, (0, cell), anchor="rm")
             sheet.numbers((x, y + rows * cell + side + 4), columns, (cell, 0), anchor="mt")
-            if episode.query is not None and episode.support is not None:
-                sheet.paste((x - side, y), strip(episode.query[q], cell, most=None, upright=True))
-                sheet.paste((x, y + rows * cell), strip(episode.support[c], cell, most=None))
+            if clip is not None:
+                sheet.paste((x - side, y), strip(clip, cell, most=None, upright=True))
+                if example is not None:
+                    sheet.paste((x, y + rows * cell), strip(example, cell, most=None))
     return sheet.image
 
 
@@ -171,28 +199,62 @@ def prompt_scores(episode: HardEpisode, evidence: QueryEvidence) -> Image.Image:
         episode: whose hardest query it is.
         evidence: on that query.
     """
-    n_way, frames = evidence.frame_scores.shape
+    return prompt_map(
+        evidence.frame_scores,
+        evidence.counted,
+        evidence.probabilities.tolist(),
+        episode.class_names,
+        title="prompt selection: cosine of each frame with each class's prompt",
+        clip=None if episode.query is None else episode.query[episode.hardest],
+        chosen=evidence.chosen,
+        own=episode.labels[episode.hardest],
+    )
+
+
+def prompt_map(
+    frame_scores: Tensor,
+    counted: Tensor,
+    probabilities: Sequence[float],
+    class_names: Sequence[str],
+    *,
+    title: str,
+    clip: Tensor | None,
+    chosen: int | None,
+    own: int | None = None,
+) -> Image.Image:
+    """How much each frame of a clip looks like the prompts of some classes; the frames that count are framed.
+
+    Args:
+        frame_scores: ``(n, frames)``, cosines.
+        counted: bool ``(n, frames)``.
+        probabilities: PPS's, of each class.
+        class_names: the same classes.
+        title: of all.
+        clip: its frames, uint8 ``(frames, 3, height, width)``.
+        chosen: the class whose prompt the clip got, if it got one's.
+        own: the class that it is of, where that is known.
+    """
+    n_way, frames = frame_scores.shape
     cell = max(14, min(42, 500 // frames))
-    left = 2 * MARGIN + max(_column(episode.class_names), 60)
-    side = cell if episode.query is not None else 0
+    left = 2 * MARGIN + max(column_width(class_names), 60)
+    side = cell if clip is not None else 0
     top = 2 * MARGIN + TEXT + side + 20
-    title = "prompt selection: cosine of each frame with each class's prompt"
-    sheet = _Sheet(left + frames * cell + 210, top + n_way * cell + MARGIN, title)
-    if episode.query is not None:
-        sheet.paste((left, top - side - 18), strip(episode.query[episode.hardest], cell, most=None))
+    sheet = Sheet(left + frames * cell + 210, top + n_way * cell + MARGIN, title)
+    if clip is not None:
+        sheet.paste((left, top - side - 18), strip(clip, cell, most=None))
     sheet.numbers((left, top - 16), frames, (cell, 0), anchor="mt")
-    low, high = evidence.frame_scores.min(), evidence.frame_scores.max()
-    numbers = [[f"{v:z.2f}" for v in row] for row in evidence.frame_scores.tolist()] if cell >= 30 else None
-    sheet.heat_map((left, top), (evidence.frame_scores - low) / (high - low).clamp(min=1e-6), cell, numbers)
+    low, high = frame_scores.min(), frame_scores.max()
+    numbers = [[f"{v:z.2f}" for v in row] for row in frame_scores.tolist()] if cell >= 30 else None
+    sheet.heat_map((left, top), (frame_scores - low) / (high - low).clamp(min=1e-6), cell, numbers)
     for c in range(n_way):
         y = top + c * cell
-        for t in evidence.counted[c].nonzero().flatten().tolist():
+        for t in counted[c].nonzero().flatten().tolist():
             sheet.draw.rectangle(
                 (left + t * cell + 1, y + 1, left + (t + 1) * cell - 2, y + cell - 2), outline=WRONG, width=2
             )
-        colour = RIGHT if c == episode.labels[episode.hardest] else BLACK
-        sheet.text((left - MARGIN, y + cell / 2), episode.class_names[c], colour=colour, anchor="rm")
-        said = f"probability {float(evidence.probabilities[c]):.2f}{', chosen' if c == evidence.chosen else ''}"
+        colour = RIGHT if c == own else BLACK
+        sheet.text((left - MARGIN, y + cell / 2), class_names[c], colour=colour, anchor="rm")
+        said = f"probability {probabilities[c]:.2f}{', chosen' if c == chosen else ''}"
         sheet.text((left + frames * cell + 8, y + cell / 2), said, colour=colour, anchor="lm")
     return sheet.image
 
@@ -204,7 +266,7 @@ def reliabilities(found: Reliabilities, *, bins: int = 24) -> Image.Image:
     panels = list(found.confidences.items())
     top = 3 * MARGIN + 2 * TEXT
     bottom = top + height + 2 * MARGIN + TEXT
-    sheet = _Sheet(2 * MARGIN + max(len(panels) * (width + gap) - gap, 620), bottom + len(found.teaches) * 24 + MARGIN)
+    sheet = Sheet(2 * MARGIN + max(len(panels) * (width + gap) - gap, 620), bottom + len(found.teaches) * 24 + MARGIN)
     x: float = MARGIN
     for view in panels[0][1] if panels else ():
         sheet.draw.rectangle((x, MARGIN + 2, x + 10, MARGIN + 12), fill=VIEW_COLOURS.get(view, GREY))
@@ -233,123 +295,8 @@ def reliabilities(found: Reliabilities, *, bins: int = 24) -> Image.Image:
     return sheet.image
 
 
-def strip(clip: Tensor, side: int, *, most: int | None = 8, upright: bool = False) -> Image.Image:
-    """The frames of a clip beside one another.
-
-    Args:
-        clip: uint8 ``(frames, 3, height, width)``.
-        side: of each frame, in pixels.
-        most: evenly chosen ones of more; None: all.
-        upright: put them below one another.
-    """
-    frames = shown_frames(clip, most)
-    step = (0, side) if upright else (side, 0)
-    joined = Image.new("RGB", (side, side * len(frames)) if upright else (side * len(frames), side))
-    for i, frame in enumerate(frames):
-        picture = Image.fromarray(frame.permute(1, 2, 0).cpu().numpy())
-        joined.paste(picture.resize((side, side), Image.Resampling.BILINEAR), (i * step[0], i * step[1]))
-    return joined
-
-
-def shown_frames(clip: Tensor, most: int | None = 8) -> Tensor:
-    """At most so many frames of a clip ``(frames, …)``, evenly chosen, the first and the last among them."""
-    if most is None or len(clip) <= most:
-        return clip
-    return clip[torch.linspace(0, len(clip) - 1, most).round().long()]
-
-
-class _Sheet:
-    """A white page, and how things get onto it. Places are pixels from the upper left corner."""
-
-    def __init__(self, width: float, height: float, title: str = "") -> None:
-        width = max(width, 2 * MARGIN + _column([title]))
-        self.image = Image.new("RGB", (round(width), round(height)), "white")
-        self.draw = ImageDraw.Draw(self.image)
-        self.text((MARGIN, MARGIN), title)
-
-    def text(
-        self,
-        place: tuple[float, float],
-        text: str,
-        *,
-        size: int = TEXT,
-        colour: tuple[int, int, int] = BLACK,
-        anchor: str = "la",
-    ) -> float:
-        """Write a line; where it ends."""
-        text = _ascii(text)
-        self.draw.text(place, text, fill=colour, font=_font(size), anchor=anchor)
-        return place[0] + _font(size).getlength(text)
-
-    def upright(self, place: tuple[float, float], text: str, *, size: int) -> None:
-        """Write a line that rises from ``place``."""
-        text = _ascii(text)
-        line = Image.new("L", (round(_font(size).getlength(text)) + 2, size + 4))
-        ImageDraw.Draw(line).text((0, line.height / 2), text, fill=255, font=_font(size), anchor="lm")
-        line = line.transpose(Image.Transpose.ROTATE_90)
-        self.image.paste(BLACK, (round(place[0] - line.width / 2), round(place[1] - line.height)), line)
-
-    def numbers(self, place: tuple[float, float], count: int, step: tuple[int, int], *, anchor: str) -> None:
-        """Number the frames along a row or a column of cells, from 1."""
-        for i in range(count):
-            x, y = place[0] + (i + 0.5) * step[0], place[1] + (i + 0.5) * step[1]
-            self.text((x, y), str(i + 1), size=11, colour=GREY, anchor=anchor)
-
-    def heat_map(
-        self, place: tuple[int, int], values: Tensor, cell: int, texts: Sequence[Sequence[str]] | None = None
-    ) -> None:
-        """Colour a cell a value, from 0, white, to 1; write in them if wanted."""
-        levels = np.linspace(0, 1, len(SHADES))
-        array = values.double().nan_to_num(0).clamp(0, 1).numpy()
-        colours = np.stack([np.interp(array, levels, SHADES[:, channel]) for channel in range(3)], -1)
-        picture = Image.fromarray(colours.round().astype(np.uint8))
-        self.paste(place, picture.resize((array.shape[1] * cell, array.shape[0] * cell), Image.Resampling.NEAREST))
-        for i, row in enumerate(texts or ()):
-            for j, text in enumerate(row):
-                where = (place[0] + (j + 0.5) * cell, place[1] + (i + 0.5) * cell)
-                if text:
-                    colour = (255, 255, 255) if array[i, j] > 0.55 else BLACK
-                    self.text(where, text, size=min(11, cell // 2), colour=colour, anchor="mm")
-        right, bottom = place[0] + array.shape[1] * cell, place[1] + array.shape[0] * cell
-        self.draw.rectangle((place[0] - 1, place[1] - 1, right, bottom), outline=GREY)
-
-    def bar(
-        self, place: tuple[float, float], width: int, height: int, share: float, colour: tuple[int, int, int]
-    ) -> None:
-        """A share of a whole, from the left."""
-        x, y = place
-        self.draw.rectangle((x, y, x + width, y + height), fill=LIGHT)
-        if share > 0:
-            self.draw.rectangle((x, y, x + share * width, y + height), fill=colour)
-
-    def paste(self, place: tuple[float, float], picture: Image.Image) -> None:
-        """Put another picture there."""
-        self.image.paste(picture, (round(place[0]), round(place[1])))
-
-
 def _with_short_names(found: ValidationEvidence) -> ValidationEvidence:
-    """With class names that take little room: sentences cut off, numbers where the font has no letters for them."""
-    shown = {}
-    for c, name in enumerate(found.class_names):
-        letters = _ascii(name)
-        text = f"class {c}" if 2 * letters.count("?") > len(letters) else letters
-        shown[name] = text if len(text) <= MOST_LETTERS else f"{text[: MOST_LETTERS - 3]}..."
+    """With class names that take little room."""
+    shown = short_names(found.class_names)
     hardest = [episode._replace(class_names=[shown[name] for name in episode.class_names]) for episode in found.hardest]
     return found._replace(class_names=[shown[name] for name in found.class_names], hardest=hardest)
-
-
-@cache
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(max(size, 6))
-
-
-def _ascii(text: str) -> str:
-    """The same in letters that the font has: "é" as "e", what has no such letter as "?"."""
-    decomposed = unicodedata.normalize("NFKD", text)
-    bare = "".join(letter for letter in decomposed if not unicodedata.combining(letter))
-    return bare.encode("ascii", "replace").decode()
-
-
-def _column(names: Sequence[str], size: int = TEXT) -> int:
-    """Pixels that the longest name takes."""
-    return round(max(_font(size).getlength(_ascii(name)) for name in names))

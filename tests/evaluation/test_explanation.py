@@ -1,0 +1,369 @@
+"""Why a clip got its label: the numbers are the head's, and the figure holds them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from clip_m2df.evaluation import explanation, sheet
+from clip_m2df.evaluation.explanation import Explanation, compared_classes, explain
+from clip_m2df.nn.baselines import OTAMHead
+from clip_m2df.nn.distillation import Distillation
+from clip_m2df.nn.head import Head, HeadOutput
+from clip_m2df.nn.m2df import M2DFHead
+from clip_m2df.nn.matching import cosine, frame_costs, otam_alignment
+from clip_m2df.nn.views import FusedSequence
+
+NAMES = ["a cat", "a car", "a tree"]
+
+
+def head(**options: object) -> M2DFHead:
+    torch.manual_seed(0)
+    return M2DFHead(dim=16, hidden_dim=32, heads=4, **options).eval()  # type: ignore[arg-type]
+
+
+def clip(frames: int, seed: int) -> Tensor:
+    return torch.randint(0, 256, (frames, 3, 12, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def features(frames: int, shots: Sequence[int], seed: int = 3) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Of the examples of each class, of a clip, and of the prompts."""
+    generator = torch.Generator().manual_seed(seed)
+    support = [torch.randn((n, frames, 16), generator=generator) for n in shots]
+    return support, torch.randn((frames, 16), generator=generator), torch.randn((len(shots), 16), generator=generator)
+
+
+@torch.no_grad()
+def prototypes(model: M2DFHead, support: Sequence[Tensor], prompts: Tensor) -> dict[str, FusedSequence]:
+    """Of classes with a number of examples each: the mean of each class's own fused sequences."""
+    fused = [
+        model.fuse(videos, prompt.expand(len(videos), -1)) for videos, prompt in zip(support, prompts, strict=True)
+    ]
+    return {
+        view: FusedSequence(
+            torch.stack([of_class[view].text.mean(0) for of_class in fused]),
+            torch.stack([of_class[view].visual.mean(0) for of_class in fused]),
+        )
+        for view in model.views
+    }
+
+
+@torch.no_grad()
+def output_of(
+    model: M2DFHead,
+    prototype: dict[str, FusedSequence],
+    query: Tensor,
+    prompts: Tensor,
+    draws: Tensor | None = None,
+) -> HeadOutput:
+    """The head's stages one by one."""
+    probabilities = model.prompt_probabilities(model.prompt_scores(query.unsqueeze(0), prompts))
+    selected = model.select(probabilities, prompts, draws)
+    evidence = model.match(model.fuse(query.unsqueeze(0), selected.embeddings), prototype)
+    return model.conclude(evidence, probabilities, selected.indices)
+
+
+def explained(
+    *,
+    shots: Sequence[int] = (1, 2, 3),
+    frames: int = 5,
+    class_names: Sequence[str] = NAMES,
+    draws: Tensor | None = None,
+    head_options: dict[str, Any] | None = None,
+    **options: Any,
+) -> tuple[Explanation, HeadOutput, M2DFHead]:
+    model = head(**(head_options or {}))
+    support, query, prompts = features(frames, shots)
+    prototype = prototypes(model, support, prompts)
+    output = output_of(model, prototype, query, prompts, draws)
+    probabilities = output.logits[0].softmax(-1)
+    given = {
+        "label": class_names[int(probabilities.argmax())],
+        "probabilities": probabilities,
+        "frames": clip(frames, 0),
+        "examples": {name: clip(frames, c + 1) for c, name in enumerate(class_names)},
+        "video": "videos/x.mp4",
+    }
+    found = explain(model, output, prototype, query, prompts, draws, class_names=class_names, **(given | options))
+    return found, output, model
+
+
+def texts(found: Explanation, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The lines of the figure, none of which is cut off at the right."""
+    written: list[str] = []
+    text = sheet.Sheet.text
+
+    def noted(page: Any, place: Any, line: str, **options: Any) -> float:
+        written.append(line)
+        end = text(page, place, line, **options)
+        assert options.get("anchor", "la") not in ("la", "lm") or end <= page.image.width, line
+        return end
+
+    monkeypatch.setattr(sheet.Sheet, "text", noted)
+    found.figure()
+    return written
+
+
+def count(picture: Image.Image, colour: tuple[int, int, int]) -> int:
+    """How many pixels have a colour."""
+    return sum(n for n, found in picture.getcolors(maxcolors=1 << 24) or () if found == colour)
+
+
+@pytest.mark.parametrize("head_options", [{}, {"single_direction": True}, {"view_weights": [1.0, 3.0]}, {"top_k": 2}])
+def test_the_numbers_are_those_of_the_stages(head_options: dict[str, Any]) -> None:
+    found, output, model = explained(head_options=head_options, threshold=4.0)
+    support, query, prompts = features(5, (1, 2, 3))
+    prototype = prototypes(model, support, prompts)
+    probabilities = output.logits[0].softmax(-1).tolist()
+    order = output.logits[0].argsort(descending=True).tolist()
+    assert list(found.probabilities) == NAMES
+    assert list(found.probabilities.values()) == pytest.approx(probabilities)
+    assert found.distance == pytest.approx(-output.logits.max().item())
+    assert found.compared == [NAMES[order[0]], NAMES[order[1]]]
+    assert found.label == NAMES[order[0]]
+    assert found.prompt == NAMES[int(output.prompt_indices[0])]
+    assert list(found.prompt_probabilities.values()) == pytest.approx(output.prompt_probabilities[0].tolist())
+    assert torch.allclose(found.frame_scores, cosine(prompts, query))
+    assert found.counted.sum(-1).tolist() == [model.top_k] * 3
+    mean = (found.frame_scores * found.counted).sum(-1) / model.top_k
+    assert torch.allclose(mean, model.prompt_scores(query.unsqueeze(0), prompts)[0], atol=1e-6)
+
+    selected = model.select(output.prompt_probabilities, prompts)
+    fused = model.fuse(query.unsqueeze(0), selected.embeddings)
+    assert list(found.views) == list(found.alignments) == ["local", "global"]
+    for view, vote in found.views.items():
+        assert vote.label == NAMES[int(output.distances[view][0].argmin())]
+        assert list(vote.distances.values()) == pytest.approx(output.distances[view][0].tolist())
+        assert list(vote.text_similarities.values()) == pytest.approx(output.text_similarities[view][0].tolist())
+        assert vote.visual_confidence == pytest.approx((-output.distances[view][0]).softmax(-1).max().item())
+        assert vote.text_confidence == pytest.approx(output.text_similarities[view][0].softmax(-1).max().item())
+        for place, c in enumerate(order[:2]):  # one class at a time
+            expected = otam_alignment(
+                frame_costs(fused[view].visual, prototype[view].visual[c : c + 1]),
+                smoothing=model.smoothing,
+                single_direction=model.single_direction,
+            )
+            assert torch.allclose(found.alignments[view][place], expected[0, 0], atol=1e-5)
+
+
+def test_shots_may_differ_and_count_alike() -> None:
+    """Where all classes have as many examples, it is what the whole head says."""
+    model = head()
+    support, query, prompts = features(5, (2, 2, 2))
+    whole = model(torch.stack(support), query.unsqueeze(0), prompts)
+    found, output, _ = explained(shots=(2, 2, 2))
+    assert torch.allclose(output.logits, whole.logits, atol=1e-4)
+    assert found.distance == pytest.approx(-whole.logits.max().item(), abs=1e-4)
+
+
+def test_the_examples_are_those_of_the_compared_classes() -> None:
+    found, _, _ = explained()
+    assert list(found.examples) == found.compared
+    for name in found.compared:
+        assert torch.equal(found.examples[name], clip(5, NAMES.index(name) + 1))
+    some = {found.compared[1]: clip(5, 9)}
+    assert list(explained(examples=some)[0].examples) == found.compared[1:]
+    bare = explained(examples={})[0]
+    assert bare.examples == {}
+    assert bare.figure().height == found.figure().height
+
+
+def teaching(found: Explanation, output: HeadOutput) -> tuple[bool, bool, str | None]:
+    teach: Distillation = output.distillation
+    return bool(teach.local_to_global[0]), bool(teach.global_to_local[0]), found.teacher
+
+
+def test_who_teaches_is_what_distillation_says() -> None:
+    seen = set()
+    for reliability in (["text"], ["visual"], ["text", "visual"], []):
+        for direction in ("local_to_global", "global_to_local", "mutual"):
+            options = {"reliability": reliability, "direction": direction}
+            for frames in (3, 5, 7):
+                found, output, _ = explained(head_options=options, frames=frames)
+                seen.add(teaching(found, output))
+    expected = {(True, False, "local"), (False, True, "global"), (False, False, None), (True, True, None)}
+    assert seen == expected
+
+
+def test_no_one_prompt_is_chosen_without_pps_or_with_an_expectation() -> None:
+    for options in ({"pps": False}, {"selection": "expectation"}):
+        found, output, _ = explained(head_options=options)
+        assert found.prompt is None
+        assert list(found.prompt_probabilities.values()) == pytest.approx(output.prompt_probabilities[0].tolist())
+        assert list(found.views) == ["local", "global"]
+
+
+def test_a_drawn_prompt_is_the_one_of_the_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"selection": "sample", "temperature": 1.0}
+    names = [f"class {c}" for c in range(14)]
+    shown = set()
+    for draw in (0.02, 0.5, 0.98):
+        found, output, _ = explained(
+            head_options=options, shots=[1] * 14, class_names=names, draws=torch.tensor([draw])
+        )
+        assert found.prompt == names[int(output.prompt_indices[0])]
+        shown.add(found.prompt)
+        with monkeypatch.context() as patch:
+            assert sum(", chosen" in line for line in texts(found, patch)) == 1
+    assert len(shown) > 1
+
+
+def test_a_head_without_views_says_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Changed(M2DFHead):
+        def forward(self, *args: Any, **kwargs: Any) -> HeadOutput:
+            return super().forward(*args, **kwargs)
+
+    support, query, prompts = features(5, (2, 2, 2))
+    heads: list[Head] = [OTAMHead(dim=16), Changed(dim=16, hidden_dim=32, heads=4).eval()]
+    for model in heads:
+        with torch.no_grad():
+            output = model(torch.stack(support), query.unsqueeze(0), prompts)
+        prototype = prototypes(model, support, prompts) if isinstance(model, M2DFHead) else None
+        found = explain(
+            model,
+            output,
+            prototype,
+            query,
+            prompts,
+            class_names=NAMES,
+            label=NAMES[int(output.logits.argmax())],
+            probabilities=output.logits[0].softmax(-1),
+            frames=clip(5, 0),
+            examples={},
+        )
+        assert found.views == found.alignments == {}
+        assert found.prompt is None
+        assert found.teacher is None
+        assert found.distance == pytest.approx(-output.logits.max().item())
+        assert torch.allclose(found.frame_scores, cosine(prompts, query))
+        with monkeypatch.context() as patch:
+            lines = texts(found, patch)
+        assert lines[1].startswith(f"a clip: {found.label} (")
+        assert not any("alignment" in line or "view" in line for line in lines)
+
+
+def test_a_single_view_and_a_single_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, output, _ = explained(head_options={"views": ["global"]})
+    assert list(found.views) == list(found.alignments) == ["global"]
+    assert found.teacher is None
+    assert found.views["global"].distances[found.compared[0]] == pytest.approx(-output.logits.max().item())
+    with monkeypatch.context() as patch:
+        assert not any("teach" in line for line in texts(found, patch))
+
+    alone, _, _ = explained(shots=[2], class_names=["only"])
+    assert alone.compared == ["only"]
+    assert alone.probabilities == {"only": pytest.approx(1)}
+    assert [a.shape for a in alone.alignments.values()] == [(1, 5, 5)] * 2
+    with monkeypatch.context() as patch:
+        lines = texts(alone, patch)
+    assert "x.mp4: only (100 %)" in lines
+    assert not any("runner-up" in line for line in lines)
+
+
+def test_compared_are_the_closest_and_the_next() -> None:
+    assert compared_classes(torch.tensor([-3.0, -1.0, -2.0])) == [1, 2]
+    assert compared_classes(torch.tensor([-3.0])) == [0]
+
+
+def test_the_title_tells_the_answer_and_a_rejection(monkeypatch: pytest.MonkeyPatch) -> None:
+    probabilities = torch.tensor([0.125, 0.05, 0.825])  # as given, whatever the logits say
+    found, output, _ = explained(label="a tree", probabilities=probabilities)
+    nearest, distance = found.compared[0], -output.logits.max().item()
+    assert found.probabilities == pytest.approx(dict(zip(NAMES, probabilities.tolist(), strict=True)))
+    with monkeypatch.context() as patch:
+        lines = texts(found, patch)
+    assert "x.mp4: a tree (82 %)" in lines
+    assert f"distance {distance:.2f} from the closest class, {nearest}" in lines
+    assert {"82.5 %", "12.5 %", "5.0 %"} < set(lines)
+
+    for threshold, said in ((distance - 1, "beyond"), (distance + 1, "within")):
+        label = "none of these" if said == "beyond" else nearest
+        found, _, _ = explained(label=label, threshold=threshold)
+        assert found.rejected == (said == "beyond")
+        with monkeypatch.context() as patch:
+            lines = texts(found, patch)
+        expected = f"distance {distance:.2f} from the closest class, {nearest}, {said} the threshold {threshold:.2f}"
+        assert expected in lines
+        assert ("x.mp4: none of these" in lines) == found.rejected
+    with monkeypatch.context() as patch:
+        assert "x.mp4: none of these" in texts(found._replace(label=""), patch)
+
+
+def test_bars_are_as_long_as_the_probabilities() -> None:
+    names = {name: name for name in NAMES}
+    whole = explanation.BAR * 16
+    for share in (0.25, 0.5, 0.75):
+        found, _, _ = explained(label="a car", probabilities=torch.tensor([1 - share, share, 0.0]))
+        answer = explanation._probability_bars(found, names)
+        rejected = explanation._probability_bars(found._replace(label="none of these"), names)
+        assert count(answer, explanation.ANSWER) / whole == pytest.approx(share, abs=0.01)
+        assert count(answer, sheet.GREY) / whole == pytest.approx(1 - share, abs=0.01)
+        assert count(rejected, sheet.GREY) / whole == pytest.approx(1, abs=0.02)
+
+
+def test_the_likeliest_classes_alone_have_bars(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"number {c}" for c in range(13)]
+    probabilities = torch.arange(1, 14).float() / 91
+    found, _, _ = explained(shots=[1] * 13, class_names=names, label=names[-1], probabilities=probabilities)
+    with monkeypatch.context() as patch:
+        lines = texts(found, patch)
+    assert "and 3 more, 6.6 % together" in lines  # 1, 2 and 3 of 91
+    bars = lines[lines.index("probability of each class") + 1 :]
+    assert [line for line in bars if line in names][:10] == names[:2:-1]
+
+
+def test_counted_frames_are_framed_in_the_heat_map() -> None:
+    found, _, _ = explained()
+    none = found._replace(counted=torch.zeros_like(found.counted))
+    framed = count(found.figure(), sheet.WRONG)
+    assert framed > 12 * 100
+    assert count(none.figure(), sheet.WRONG) == 0
+    # A row a class, the likeliest by PPS first.
+    found = found._replace(prompt_probabilities=dict(zip(NAMES, (0.2, 0.5, 0.3), strict=True)))
+    order = ["a car", "a tree", "a cat"]
+    for place, name in enumerate(order):
+        only = torch.zeros_like(found.counted)
+        only[NAMES.index(name), 0] = True
+        picture = explanation._prompt_scores(found._replace(counted=only), {name: name for name in NAMES})
+        framed = (np.asarray(picture) == sheet.WRONG).all(-1).nonzero()[0]
+        assert (framed.mean() - picture.height) // 42 == place - len(NAMES)  # cells of 42 down to a margin
+
+
+def test_the_figure_has_the_frames_of_the_clip_and_the_examples() -> None:
+    found, _, _ = explained()
+    reds = torch.tensor([255, 0, 0], dtype=torch.uint8).view(1, 3, 1, 1).expand(5, 3, 12, 12)
+    blues = torch.tensor([0, 0, 255], dtype=torch.uint8).view(1, 3, 1, 1).expand(5, 3, 12, 12)
+    picture = found._replace(frames=reds, examples={found.compared[1]: blues}).figure()
+    # The strip of the title, that of the heat map, beside each of the four alignments; below those of the runner-up.
+    assert count(picture, (255, 0, 0)) == 5 * (explanation.SIDE**2 + 42**2 + 4 * 32**2)
+    assert count(picture, (0, 0, 255)) == 5 * 2 * 32**2
+
+
+def test_names_are_cut_and_brought_to_ascii(monkeypatch: pytest.MonkeyPatch) -> None:
+    long = "a sentence about everything that can be seen in a video"
+    names = [long, "\u6253\u7bee\u7403", "caf\u00e9"]
+    found, _, _ = explained(class_names=names, label="\u6253\u7bee\u7403", video=f"{'v' * 60}.mp4")
+    with monkeypatch.context() as patch:
+        lines = texts(found, patch)
+    assert any(line.startswith(f"{'v' * 45}...: class 1 (") for line in lines)
+    assert {f"{long[:45]}...", "class 1", "cafe"} <= set(lines)
+    assert long not in lines
+
+
+@pytest.mark.parametrize("frames", [1, 8, 30])
+@pytest.mark.parametrize("n_way", [1, 2, 11])
+@pytest.mark.parametrize("head_options", [{}, {"views": ["local"]}, {"pps": False}])
+@pytest.mark.filterwarnings("ignore:30 frames a video")
+def test_figures_of_any_setting_fit(
+    frames: int, n_way: int, head_options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"class with a name {c}" for c in range(n_way)]
+    found, _, _ = explained(shots=[1] * n_way, frames=frames, class_names=names, head_options=head_options)
+    assert len(texts(found, monkeypatch)) > 10
+    picture = found.figure()
+    assert 300 < picture.width < 2200
+    assert 300 < picture.height < 1400
