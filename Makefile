@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo study test test-all check format clean
+.PHONY: demo study test test-all check check-wheel format clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -29,9 +29,17 @@ check: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The package as its users get it: a wheel in an environment of its own, in which nothing else was installed.
+check-wheel:
+	rm -rf build
+	$(PYTHON) -m venv build/venv
+	build/venv/bin/python -m pip wheel --quiet --no-deps --wheel-dir build .
+	build/venv/bin/python -m pip install --quiet build/*.whl --constraint constraints.txt
+	build/venv/bin/python scripts/check_wheel.py
+
 format: .venv/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .coverage*
+	rm -rf .venv build .mypy_cache .pytest_cache .ruff_cache .coverage*

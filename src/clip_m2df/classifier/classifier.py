@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clip_m2df.classifier import saving
-from clip_m2df.classifier.clips import Clip, Clips, Unreadable, list_clips, list_examples, name_of
-from clip_m2df.classifier.encoding import CLIPS, ClipEncoder
+from clip_m2df.classifier.clips import Clip, Clips, list_clips, list_examples, name_of
+from clip_m2df.classifier.encoding import ClipEncoder
+from clip_m2df.classifier.prediction import Prediction, label_clips, label_features
 from clip_m2df.classifier.rejection import calibrate
 from clip_m2df.classifier.segments import Segment, Windows, find_segments
-from clip_m2df.classifier.support import NONE_OF_THESE, Scorer, SupportClass, check_disjoint
+from clip_m2df.classifier.support import Scorer, SupportClass, check_disjoint
 from clip_m2df.errors import UserError, some
 from clip_m2df.evaluation.explanation import Explanation, compared_classes, explain
 from clip_m2df.module import CLIPM2DF
@@ -26,24 +27,6 @@ from clip_m2df.module import CLIPM2DF
 
 class NotFittedError(UserError, AttributeError):
     """A classifier that knows no classes yet."""
-
-
-class Prediction(NamedTuple):
-    """What is said of a clip.
-
-    Attributes:
-        video: its path, or "" for frames in memory.
-        label: its class, ``none of these``, or None where it can't be read.
-        probability: of that class; NaN where there is none.
-        probabilities: of every class; empty where the clip can't be read.
-        error: why it can't be read, or "".
-    """
-
-    video: str
-    label: str | None
-    probability: float
-    probabilities: dict[str, float]
-    error: str = ""
 
 
 class FewShotClassifier:
@@ -263,35 +246,9 @@ class FewShotClassifier:
         Raises:
             UserError: there is no threshold.
         """
-        scorer, threshold = self._check_fitted(), self._rejecting(reject)
-        pending: list[tuple[int, Tensor]] = []
-        for place, found in self.encoder.encode(clips):
-            if isinstance(found, Unreadable):
-                yield place, Prediction(name_of(clips[place]), None, float("nan"), {}, str(found))
-            else:
-                pending.append((place, found.features))
-            if len(pending) == CLIPS:
-                yield from self._label(scorer, clips, pending, threshold)
-                pending = []
-        yield from self._label(scorer, clips, pending, threshold)
-
-    @torch.no_grad()
-    def _label(
-        self, scorer: Scorer, clips: Sequence[Clip], encoded: Sequence[tuple[int, Tensor]], threshold: float | None
-    ) -> list[tuple[int, Prediction]]:
-        if not encoded:
-            return []
-        log_probabilities, distances = scorer.label(torch.stack([features for _, features in encoded]))
-        said = []
-        rows = zip(encoded, log_probabilities.exp().tolist(), distances.amin(-1).tolist(), strict=True)
-        for (place, _), row, distance in rows:
-            probabilities = dict(zip(self._classes, row, strict=True))
-            label = max(probabilities, key=probabilities.__getitem__)
-            probability = probabilities[label]
-            if threshold is not None and distance > threshold:
-                label, probability = NONE_OF_THESE, float("nan")
-            said.append((place, Prediction(name_of(clips[place]), label, probability, probabilities)))
-        return said
+        return label_clips(
+            self.encoder, self._check_fitted(), list(self._classes), clips, threshold=self._rejecting(reject)
+        )
 
     def _rejecting(self, reject: bool) -> float | None:
         if reject and self.threshold_ is None:
@@ -353,7 +310,7 @@ class FewShotClassifier:
         scorer, threshold = self._check_fitted(), self._rejecting(reject)
         clip_encoded = self.encoder.encode_one(clip)
         query = clip_encoded.features
-        ((_, prediction),) = self._label(scorer, [clip], [(0, query)], threshold)
+        prediction = label_features(scorer, list(self._classes), [name_of(clip)], query.unsqueeze(0), threshold)[0]
         output = scorer.score(query.unsqueeze(0))
         compared = [list(self._classes.values())[place] for place in compared_classes(output.logits[0])]
         return explain(

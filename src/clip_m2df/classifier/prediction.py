@@ -1,0 +1,83 @@
+"""What is said of clips."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from clip_m2df.classifier.clips import Clip, Unreadable, name_of
+from clip_m2df.classifier.encoding import CLIPS, ClipEncoder, Encoded
+from clip_m2df.classifier.support import NONE_OF_THESE, Scorer
+
+
+class Prediction(NamedTuple):
+    """What is said of a clip.
+
+    Attributes:
+        video: its path, or "" for frames in memory.
+        label: its class, ``none of these``, or None where it can't be read.
+        probability: of that class; NaN where there is none.
+        probabilities: of every class; empty where the clip can't be read.
+        error: why it can't be read, or "".
+    """
+
+    video: str
+    label: str | None
+    probability: float
+    probabilities: dict[str, float]
+    error: str = ""
+
+
+def label_clips(
+    encoder: ClipEncoder, scorer: Scorer, names: Sequence[str], clips: Sequence[Clip], *, threshold: float | None
+) -> Iterator[tuple[int, Prediction]]:
+    """Label many clips.
+
+    Args:
+        encoder: of the clips.
+        scorer: against the classes.
+        names: of the classes.
+        clips: what to label.
+        threshold: the distance beyond which a clip is none of the classes; None rejects nothing.
+
+    Yields:
+        The place of each clip and what is said of it, as they are ready.
+    """
+    held: list[tuple[int, Encoded]] = []
+
+    def labelled() -> Iterator[tuple[int, Prediction]]:
+        if held:
+            features = torch.stack([encoded.features for _, encoded in held])
+            paths = [name_of(clips[place]) for place, _ in held]
+            said = label_features(scorer, names, paths, features, threshold)
+            yield from zip([place for place, _ in held], said, strict=True)
+            held.clear()
+
+    for place, found in encoder.encode(clips):
+        if isinstance(found, Unreadable):
+            yield place, Prediction(name_of(clips[place]), None, float("nan"), {}, str(found))
+            continue
+        held.append((place, found))
+        if len(held) == CLIPS:
+            yield from labelled()
+    yield from labelled()
+
+
+@torch.no_grad()
+def label_features(
+    scorer: Scorer, names: Sequence[str], paths: Sequence[str], features: Tensor, threshold: float | None
+) -> list[Prediction]:
+    """Label clips by their features ``(n, frames, dim)``; see :func:`label_clips`."""
+    log_probabilities, distances = scorer.label(features)
+    said = []
+    for path, row, distance in zip(paths, log_probabilities.exp().tolist(), distances.amin(-1).tolist(), strict=True):
+        probabilities = dict(zip(names, row, strict=True))
+        label = max(probabilities, key=probabilities.__getitem__)
+        if threshold is not None and distance > threshold:
+            said.append(Prediction(path, NONE_OF_THESE, float("nan"), probabilities))
+        else:
+            said.append(Prediction(path, label, probabilities[label], probabilities))
+    return said
