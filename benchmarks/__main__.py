@@ -8,7 +8,18 @@ from pathlib import Path
 
 from benchmarks.timing import line
 
-NAMES = ("dashboard", "decode", "evaluation", "evaluation_head", "matching", "prepare", "soak", "startup", "train_step")
+NAMES = (
+    "dashboard",
+    "decode",
+    "evaluation",
+    "evaluation_head",
+    "matching",
+    "own_videos",
+    "prepare",
+    "soak",
+    "startup",
+    "train_step",
+)
 
 
 def main() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ class Prediction(NamedTuple):
         label: its class, ``none of these``, or None where it can't be read.
         probability: of that class; NaN where there is none.
         probabilities: of every class; empty where the clip can't be read.
+        distance: to the closest class; NaN where the clip can't be read.
         error: why it can't be read, or "".
     """
 
@@ -28,6 +30,7 @@ class Prediction(NamedTuple):
     label: str | None
     probability: float
     probabilities: dict[str, float]
+    distance: float
     error: str = ""
 
 
@@ -58,7 +61,7 @@ def label_clips(
 
     for place, found in encoder.encode(clips):
         if isinstance(found, Unreadable):
-            yield place, Prediction(name_of(clips[place]), None, float("nan"), {}, str(found))
+            yield place, Prediction(name_of(clips[place]), None, math.nan, {}, math.nan, str(found))
             continue
         held.append((place, found))
         if len(held) == CLIPS:
@@ -77,7 +80,7 @@ def label_features(
         probabilities = dict(zip(names, row, strict=True))
         label = max(probabilities, key=probabilities.__getitem__)
         if threshold is not None and distance > threshold:
-            said.append(Prediction(path, NONE_OF_THESE, float("nan"), probabilities))
+            said.append(Prediction(path, NONE_OF_THESE, math.nan, probabilities, distance))
         else:
-            said.append(Prediction(path, label, probabilities[label], probabilities))
+            said.append(Prediction(path, label, probabilities[label], probabilities, distance))
     return said
