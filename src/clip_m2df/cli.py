@@ -13,6 +13,7 @@ from clip_m2df import __version__
 from clip_m2df.errors import Stopped, UserError
 from clip_m2df.shipped import find_config, shipped_configs
 
+UNTRAINED_HEADS = ("otam", "nearest_prototype", "bi_mhm", "zero_shot")
 DATA_SETS = ("kinetics100", "ssv2", "ssv2_small", "hmdb51", "ucf101", "folder")
 TRAINER_COMMANDS = {
     "fit": "train on the episodes of a manifest, choosing the best checkpoint on its val split",
@@ -23,6 +24,7 @@ EXAMPLES = """examples:
   clip-m2df prepare hmdb51 --root HMDB51 --output manifests/hmdb51.csv
   clip-m2df fit --config demo_5way1shot.yaml
   clip-m2df test --config demo_5way1shot.yaml --ckpt_path best
+  clip-m2df predict --ckpt_path best.ckpt --support examples --videos clips --output labels.csv
   clip-m2df fit --help          every option of the model, the data and the trainer
 """
 
@@ -34,8 +36,8 @@ def main(args: Sequence[str] | None = None) -> int:
         args: what the shell would give; the process's own arguments by default.
 
     Returns:
-        The exit status: 0; 1 where ``prepare`` or ``check`` found something wanting; 2 after an error that a person can
-        mend, printed as a plain line; 128 and its number after a signal.
+        The exit status: 0; 1 where ``prepare``, ``check`` or ``predict`` found something wanting; 2 after an error that
+        a person can mend, printed as a plain line; 128 and its number after a signal.
     """
     args = list(sys.argv[1:] if args is None else args)
     show_traceback = "--traceback" in args
@@ -85,6 +87,10 @@ def _run(args: list[str]) -> int:
         from clip_m2df.data.check import check_videos
 
         return check_videos(**options)
+    if parsed.command == "predict":
+        from clip_m2df.classifier.predict import predict_videos
+
+        return predict_videos(**options)
     if parsed.command == "cache":
         from clip_m2df.data.cache import cache_frames
 
@@ -131,6 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_prepare(commands.add_parser("prepare", help="write the manifest of a data set from its files on disk"))
     _add_check(commands.add_parser("check", help="open every video of a manifest and say which are broken"))
     _add_cache(commands.add_parser("cache", help="keep the frames of a manifest's videos, decoded and resized"))
+    _add_predict(commands.add_parser("predict", help="label videos from a few examples of each class"))
     episodes = commands.add_parser(
         "episodes",
         help="write the test episodes of a config, for --data.episodes_file and other tools",
@@ -185,13 +192,51 @@ def _add_cache(parser: argparse.ArgumentParser) -> None:
     _add_workers(parser)
 
 
+def _add_predict(parser: argparse.ArgumentParser) -> None:
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument(
+        "--ckpt_path",
+        help="a trained model: a .ckpt file, a folder that save_pretrained wrote, or a name on the hub;"
+        " or a folder that FewShotClassifier.save wrote, which has its classes",
+    )
+    model.add_argument(
+        "--backbone", help="CLIP's own weights instead, nothing trained: a name on the hub, a folder, rn50 or tiny"
+    )
+    parser.add_argument(
+        "--head", choices=UNTRAINED_HEADS, help="how a clip is compared with the examples, with --backbone (otam)"
+    )
+    parser.add_argument("--support", type=Path, help="a folder with a folder of examples for each class")
+    parser.add_argument(
+        "--videos",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="files, folders with videos at any depth, folders of numbered images",
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, help="the table, .csv or .jsonl; a run that was broken off goes on"
+    )
+    parser.add_argument("--reject", action="store_true", help='say "none of these" of what is too far from every class')
+    parser.add_argument(
+        "--segments", action="store_true", help="what happens when in long videos, which are read in this process"
+    )
+    for option, text in (
+        ("window", "length of a window in seconds, about that of the examples (2)"),
+        ("stride", "seconds from one window to the next (a quarter of the window)"),
+        ("smoothing", "seconds over which scores are averaged (half the window)"),
+        ("fps", "frames a second: folders of images need it, a file's own times give way to it"),
+    ):
+        parser.add_argument(f"--{option}", type=float, help=f"with --segments: {text}")
+    _add_workers(parser, "processes that decode; 0: this one, which a broken file may take with it (%(default)s)")
+
+
 def _add_manifest(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--manifest", type=Path, required=True, help="a CSV with the columns path, label and split")
     parser.add_argument("--root", type=Path, help="a folder outside the manifest's own in which its videos may lie too")
 
 
-def _add_workers(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that decode (%(default)s)")
+def _add_workers(parser: argparse.ArgumentParser, text: str = "processes that decode (%(default)s)") -> None:
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help=text)
     parser.add_argument(
         "--timeout", type=float, default=60.0, help="seconds after which a video is given up (%(default)s)"
     )

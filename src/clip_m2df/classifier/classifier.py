@@ -19,7 +19,7 @@ from clip_m2df.classifier.encoding import ClipEncoder
 from clip_m2df.classifier.prediction import Prediction, label_clips, label_features
 from clip_m2df.classifier.rejection import calibrate
 from clip_m2df.classifier.segments import Segment, Windows, find_segments
-from clip_m2df.classifier.support import Scorer, SupportClass, check_disjoint
+from clip_m2df.classifier.support import Scorer, SupportClass, check_disjoint, make_classes
 from clip_m2df.errors import UserError, some
 from clip_m2df.evaluation.explanation import Explanation, compared_classes, explain
 from clip_m2df.module import CLIPM2DF
@@ -137,9 +137,7 @@ class FewShotClassifier:
         examples = list_examples(support)
         if unknown := set(texts or ()) - set(examples):
             raise UserError(f"texts names {some(sorted(unknown))}, which is no class of the support")
-        classes = {}
-        for label, clips in examples.items():
-            classes[label] = SupportClass.from_clips(self.encoder, label, clips, (texts or {}).get(label))
+        classes = make_classes(self.encoder, examples, texts or {})
         check_disjoint(classes.values())
         self._take(classes)
         return self
@@ -155,7 +153,7 @@ class FewShotClassifier:
         Raises:
             UserError: as :meth:`fit`; nothing has changed then.
         """
-        new = SupportClass.from_clips(self.encoder, label, list_clips(clips)[0], text)
+        new = make_classes(self.encoder, {label: list_clips(clips)[0]}, {} if text is None else {label: text})[label]
         if old := self._classes.get(label):
             new = old.with_more(self.model, new, text)
         classes = self._classes | {label: new}

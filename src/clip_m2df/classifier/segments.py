@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -71,14 +72,14 @@ class Windows(NamedTuple):
         Raises:
             UserError: a length that makes no sense, or windows with gaps between them.
         """
-        if not window > 0:
-            raise UserError(f"window is {window} seconds; it must be above 0")
+        if not 0 < window < math.inf:
+            raise UserError(f"window is {window} seconds; it must be a number above 0")
         stride = window / 4 if stride is None else stride
         smoothing = window / 2 if smoothing is None else smoothing
         if not 0 < stride <= window:
             raise UserError(f"stride is {stride} seconds; it must be above 0, and at most the window of {window}")
-        if not smoothing >= 0:
-            raise UserError(f"smoothing is {smoothing} seconds; it must not be negative")
+        if not 0 <= smoothing < math.inf:
+            raise UserError(f"smoothing is {smoothing} seconds; it must be a number that is not negative")
         rate = frames / window
         return cls(frames, rate, max(1, round(stride * rate)), max(1, round(smoothing * rate)))
 
@@ -165,7 +166,7 @@ def smooth(values: Tensor, starts: Sequence[int], windows: Windows, n_frames: in
         total[start : start + windows.frames] += value
         count[start : start + windows.frames] += 1
     means = total / count
-    width = 2 * (windows.smoothing // 2) + 1
+    width = 2 * (min(windows.smoothing, 2 * n_frames) // 2) + 1
     padded = F.pad(torch.cat((means, torch.ones_like(count)), -1).T, (width // 2, width // 2))
     summed = F.avg_pool1d(padded, width, stride=1)
     return (summed[:-1] / summed[-1:]).T

@@ -66,31 +66,33 @@ class SupportClass:
         return cls(label, text, tuple(examples), features, thumbnails, prompt, fused)
 
     @classmethod
-    def from_clips(cls, encoder: ClipEncoder, label: str, clips: Sequence[Clip], text: str | None) -> SupportClass:
+    def from_encoded(
+        cls,
+        model: CLIPM2DF,
+        label: str,
+        clips: Sequence[Clip],
+        encoded: Sequence[Encoded | Unreadable],
+        text: str | None,
+    ) -> SupportClass:
         """A class by its examples. Those that can't be read are named in a warning, and left out.
 
         Args:
-            encoder: of the clips.
+            model: in eval mode.
             label: the name of the class.
             clips: its examples.
+            encoded: the same as the model sees them.
             text: what the prompt says, where that is not the name in plain words.
 
         Raises:
-            UserError: a name that is none, or no example that can be read.
+            UserError: no example can be read.
         """
-        if not isinstance(label, str) or not label.strip():
-            raise UserError(f"a class can't be called {label!r}: give it a name")
-        if label == NONE_OF_THESE:
-            raise UserError(f"a class can't be called {label!r}, which is said of clips of no class: rename it")
-        if not clips:
-            raise UserError(f"the class {label!r} has no examples: give one or more")
-        found = dict(encoder.encode(clips))
+        named = list(zip(clips, encoded, strict=True))
         broken = [
-            f"{name_of(clip) or f'array {place}'} ({found[place]})"
-            for place, clip in enumerate(clips)
-            if isinstance(found[place], Unreadable)
+            f"{name_of(clip) or f'array {place}'} ({found})"
+            for place, (clip, found) in enumerate(named)
+            if isinstance(found, Unreadable)
         ]
-        kept = [(name_of(clip), e) for place, clip in enumerate(clips) if isinstance(e := found[place], Encoded)]
+        kept = [(name_of(clip), found) for clip, found in named if isinstance(found, Encoded)]
         if not kept:
             raise UserError(f"no example of the class {label!r} can be read: {some(broken)}; give one that can")
         if broken:
@@ -100,7 +102,7 @@ class SupportClass:
         features = torch.stack([example.features for _, example in kept])
         thumbnails = torch.stack([example.thumbnail for _, example in kept])
         text = readable(label) if text is None else text
-        return cls.of(encoder.model, label, text, [name for name, _ in kept], features, thumbnails)
+        return cls.of(model, label, text, [name for name, _ in kept], features, thumbnails)
 
     def with_more(self, model: CLIPM2DF, more: SupportClass, text: str | None) -> SupportClass:
         """The same class with the examples of another too, and what its prompt says if that is to change."""
@@ -126,6 +128,35 @@ class SupportClass:
             thumbnails=self.thumbnails[kept],
             fused=fused,
         )
+
+
+def make_classes(
+    encoder: ClipEncoder, examples: Mapping[str, Sequence[Clip]], texts: Mapping[str, str]
+) -> dict[str, SupportClass]:
+    """Classes by their names, all of their examples read together.
+
+    Args:
+        encoder: of the clips.
+        examples: the clips of each class.
+        texts: what prompts say, where that is not the name in plain words.
+
+    Raises:
+        UserError: a name that is none, or a class without an example that can be read.
+    """
+    for label, clips in examples.items():
+        if not isinstance(label, str) or not label.strip():
+            raise UserError(f"a class can't be called {label!r}: give it a name")
+        if label == NONE_OF_THESE:
+            raise UserError(f"a class can't be called {label!r}, which is said of clips of no class: rename it")
+        if not clips:
+            raise UserError(f"the class {label!r} has no examples: give one or more")
+    found = dict(encoder.encode([clip for clips in examples.values() for clip in clips]))
+    classes, first = {}, 0
+    for label, clips in examples.items():
+        encoded = [found[place] for place in range(first, first + len(clips))]
+        classes[label] = SupportClass.from_encoded(encoder.model, label, clips, encoded, texts.get(label))
+        first += len(clips)
+    return classes
 
 
 def check_disjoint(classes: Iterable[SupportClass]) -> None:

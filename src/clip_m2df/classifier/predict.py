@@ -1,0 +1,399 @@
+"""Labels many videos and writes a table of what is in them; a run that was broken off goes on where it was."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import math
+import os
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from rich.text import Text
+
+from clip_m2df import CLIPM2DF, FewShotClassifier, __version__
+from clip_m2df.classifier.clips import list_examples, name_of, videos_in
+from clip_m2df.classifier.saving import TABLE
+from clip_m2df.classifier.segments import Windows
+from clip_m2df.data.sampling import exact_rate
+from clip_m2df.data.video import VideoError
+from clip_m2df.errors import UserError, some
+from clip_m2df.files import fingerprint, whole_file
+
+FORMATS = (".csv", ".jsonl")
+# First in the file of a run that is under way.
+PART = "clip-m2df predictions 1"
+_NAMED = 5  # of the broken videos, in print
+
+# A row of the table by its columns, but for the path: text, numbers as they are printed, or None.
+Row: TypeAlias = "dict[str, Any]"
+
+
+class Question(NamedTuple):
+    """What is asked of the videos.
+
+    Attributes:
+        reject: whether they may show none of the classes.
+        sliding: options of ``FewShotClassifier.segments``, where segments are wanted.
+    """
+
+    reject: bool
+    sliding: dict[str, float] | None
+
+    def columns(self, classes: Sequence[str]) -> tuple[str, ...]:
+        """Of the table."""
+        times = () if self.sliding is None else ("start", "end")
+        return ("path", *times, "label", "probability", *(f"p_{_plain(name)}" for name in classes), "error")
+
+    def check(self, classifier: FewShotClassifier) -> None:
+        """Refuse what would fail on each video.
+
+        Raises:
+            UserError: an option out of its range, or nothing to reject by.
+        """
+        if self.sliding is not None:
+            lengths = {name: self.sliding.get(name) for name in ("stride", "smoothing")}
+            Windows.of(classifier.encoder.reader.frames, self.sliding["window"], **lengths)
+            if "fps" in self.sliding:
+                exact_rate("fps", self.sliding["fps"])
+        if self.reject and classifier.threshold_ is None:
+            raise UserError("--reject can't tell by one example of one class: give it more examples, or another class")
+
+
+def predict_videos(
+    *,
+    ckpt_path: str | None,
+    backbone: str | None,
+    head: str | None,
+    support: Path | None,
+    videos: Sequence[str],
+    output: Path,
+    reject: bool,
+    segments: bool,
+    window: float | None,
+    stride: float | None,
+    smoothing: float | None,
+    fps: float | None,
+    workers: int,
+    timeout: float,
+) -> int:
+    """Label videos, write a table and print a summary.
+
+    Rows are added to ``<output>.part`` as they come, and the next run of the same goes on from there.
+
+    Args:
+        ckpt_path: a checkpoint, a folder of ``save_pretrained``, a name on the hub, or a saved classifier.
+        backbone: CLIP's weights in its place, for a head that has nothing to train.
+        head: that head; ``otam`` by default.
+        support: a folder with a folder of examples for each class; not with a saved classifier.
+        videos: files, folders of videos, folders of numbered images.
+        output: the table, ``.csv`` or ``.jsonl``.
+        reject: say ``none of these`` of what is too far from every class.
+        segments: what happens when, instead of one label a video.
+        window: see :meth:`FewShotClassifier.segments`; only with segments, as the next three.
+        stride: the same.
+        smoothing: the same.
+        fps: the same.
+        workers: processes that read files; 0 reads in this one.
+        timeout: seconds after which a video is given up, with workers.
+
+    Returns:
+        The exit status: 0, or 1 if a video can't be read.
+
+    Raises:
+        UserError: options that don't go together or are out of range, no model or support, no file to write.
+    """
+    given = {"window": window, "stride": stride, "smoothing": smoothing, "fps": fps}
+    sliding = {name: value for name, value in given.items() if value is not None}
+    _check_options(output, segments, sliding, ckpt_path, head)
+    question = Question(reject, {"window": 2.0, **sliding} if segments else None)
+    with _plain_warnings():
+        listed = _list_videos(videos)
+    part = _open_part(output)
+    classifier, known_by = _make_classifier(ckpt_path, backbone, head, support, workers=workers, timeout=timeout)
+    question.check(classifier)
+    found = _find(classifier, question, listed, output, part, digest=_digest(classifier, known_by, question))
+    columns = question.columns(classifier.classes_.tolist())
+    with _writing(output):
+        _write_table(output, columns, [{"path": _plain(listed[key]), **row} for key in listed for row in found[key]])
+        part.unlink()
+    return _print_summary({path: found[key] for key, path in listed.items()}, segments, output)
+
+
+def _check_options(
+    output: Path, segments: bool, sliding: Mapping[str, float], ckpt_path: str | None, head: str | None
+) -> None:
+    if output.suffix not in FORMATS:
+        raise UserError(f"--output is {output}: give it a name that ends in {' or '.join(FORMATS)}")
+    if sliding and not segments:
+        raise UserError(f"--{next(iter(sliding))} is of --segments: give that too, or leave it out")
+    for name, value in sliding.items():
+        if not math.isfinite(value):
+            raise UserError(f"--{name} is {value}: give a number that is not infinite")
+    if head is not None and ckpt_path is not None:
+        raise UserError("--head goes with --backbone: a trained model has a head of its own; leave it out")
+
+
+def _list_videos(arguments: Sequence[str]) -> dict[str, str]:
+    """The videos by their absolute paths, each as it was named first.
+
+    Raises:
+        UserError: a folder that has none.
+    """
+    listed: dict[str, str] = {}
+    for argument in arguments:
+        for path in videos_in(argument) if os.path.isdir(argument) else [argument]:
+            listed.setdefault(os.path.abspath(path), path)
+    return listed
+
+
+def _make_classifier(
+    ckpt_path: str | None, backbone: str | None, head: str | None, support: Path | None, **reading: Any
+) -> tuple[FewShotClassifier, object]:
+    """The classifier that is asked for, and what its support is known by.
+
+    That is the files and not their features, whose last digits depend on the batches in which they happened to be
+    encoded.
+    """
+    if ckpt_path is not None and (table := Path(ckpt_path, TABLE)).is_file():
+        if support is not None:
+            raise UserError(f"{ckpt_path} is a saved classifier, which has its classes: leave --support out")
+        return FewShotClassifier.load(ckpt_path, **reading), hashlib.sha256(table.read_bytes()).hexdigest()
+    if support is None:
+        raise UserError(
+            f"{ckpt_path or backbone} knows no classes: give --support, a folder with a folder of examples for each"
+        )
+    with _plain_warnings():
+        examples = list_examples(support)  # before the model, which takes longer
+    names = [(label, name_of(clip)) for label, clips in examples.items() for clip in clips]
+    marks = [(label, os.path.relpath(name, support), _mark(name)) for label, name in names]
+    if ckpt_path is not None:
+        classifier = FewShotClassifier.from_checkpoint(ckpt_path, **reading)
+    else:
+        model = CLIPM2DF(backbone=str(backbone), head=head or "otam", freeze_backbone=True)
+        classifier = FewShotClassifier(model.to("cuda" if torch.cuda.is_available() else "cpu"), **reading)
+    with _plain_warnings() as said:
+        classifier.fit(examples)
+    return classifier, [marks, said]  # examples that were left out are among what was said
+
+
+def _digest(classifier: FewShotClassifier, known_by: object, question: Question) -> str:
+    """SHA-256 of all that a prediction depends on, but for the video."""
+    model, reader = classifier.model, classifier.encoder.reader
+    facts = {
+        "version": __version__,
+        "model": {name: model.hparams[name] for name in ("head", "head_options", "template")},
+        "tower": model.model.backbone.description(),
+        "text_fusion": model.text_fusion,
+        "selection": getattr(model.model.head, "selection", None),
+        "classes": classifier.classes_.tolist(),
+        "support": known_by,
+        "reader": [reader.frames, reader.resize, reader.size],
+        "question": question,
+    }
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for name, weights in model.model.state_dict().items():
+        digest.update(f"{name} {weights.dtype} {tuple(weights.shape)}".encode())
+        digest.update(weights.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _mark(path: str) -> str:
+    """What changes when a file does; empty if it is not there."""
+    try:
+        return ":".join(map(str, fingerprint(path)))
+    except (OSError, ValueError):  # ValueError: a name that no file can have
+        return ""
+
+
+def _find(
+    classifier: FewShotClassifier, question: Question, listed: Mapping[str, str], output: Path, part: Path, digest: str
+) -> dict[str, list[Row]]:
+    """The rows of each video; what the part knows already is taken over."""
+    marks = {key: _mark(path) for key, path in listed.items()}
+    columns = question.columns(classifier.classes_.tolist())
+    found = _known(part, digest, marks, columns)
+    if found:
+        print(f"{len(found)} of {len(listed)} videos were labelled before the last run was broken off")
+    left = [key for key in listed if key not in found]
+    with _writing(output), whole_file(part) as draft, open(draft, "w", encoding="utf-8") as file:
+        _add_line(file, {"format": PART, "digest": digest})
+        for key, rows in found.items():
+            _add_line(file, {"video": key, "mark": marks[key], "rows": rows})
+    with open(part, "a", encoding="utf-8") as file:
+        results = _label(classifier, question, [listed[key] for key in left])
+        bar = track(results, "labelling", total=len(left), console=Console(stderr=True), disable=not left)
+        for place, rows in bar:
+            found[left[place]] = rows
+            with _writing(output):
+                _add_line(file, {"video": left[place], "mark": marks[left[place]], "rows": rows})
+    return found
+
+
+def _label(classifier: FewShotClassifier, question: Question, paths: Sequence[str]) -> Iterator[tuple[int, list[Row]]]:
+    """The place of each video and its rows, as they are ready."""
+    names = classifier.classes_.tolist()
+    if question.sliding is None:
+        for place, p in classifier.classify(paths, reject=question.reject):
+            yield place, [_row(names, p.label, p.probability, p.probabilities, p.error)]
+        return
+    for place, path in enumerate(paths):
+        try:
+            found = classifier.segments(path, reject=question.reject, **question.sliding)
+        except UserError as error:
+            yield place, [{"start": None, "end": None, **_row(names, None, math.nan, {}, _reason(error, path))}]
+        else:
+            times = [{"start": round(s.start, 3), "end": round(s.end, 3)} for s in found]
+            rows = [_row(names, s.label, s.probability, s.probabilities) for s in found]
+            yield place, [time | row for time, row in zip(times, rows, strict=True)]
+
+
+def _row(
+    names: Sequence[str], label: str | None, probability: float, probabilities: Mapping[str, float], error: str = ""
+) -> Row:
+    return {
+        "label": None if label is None else _plain(label),
+        "probability": _rounded(probability),
+        **{f"p_{_plain(name)}": _rounded(probabilities.get(name, math.nan)) for name in names},
+        "error": _plain(" ".join(error.split())) or None,
+    }
+
+
+def _rounded(probability: float) -> float | None:
+    return None if math.isnan(probability) else round(probability, 6)
+
+
+def _reason(error: UserError, path: str) -> str:
+    """Why a video can't be read; an image of a folder is named."""
+    if not isinstance(error, VideoError):
+        return str(error)
+    image = f"{os.path.basename(error.path)}: " if os.path.isdir(path) and error.path != os.path.abspath(path) else ""
+    return image + error.reason
+
+
+def _plain(text: str) -> str:
+    """Text that UTF-8 can hold; names of files may have bytes that are none."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[list[str]]:
+    """Say warnings as the command line says errors, and give what was said."""
+    said: list[str] = []
+
+    def say(message: Warning | str, *_: object, **__: object) -> None:
+        said.append(str(message))
+        print(f"clip-m2df: warning: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = say
+        yield said
+
+
+@contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    """Turn the operating system's refusals into errors that name the table."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write the predictions {output}: {error.strerror}; name a file in a folder that can be written"
+        ) from error
+
+
+def _open_part(output: Path) -> Path:
+    """The file of rows as they come, after a try whether it can be written.
+
+    Raises:
+        UserError: it can't.
+    """
+    if output.is_dir():
+        raise UserError(f"cannot write the predictions {output}: it is a folder; name a file in it")
+    part = Path(f"{output}.part")
+    with _writing(output):
+        part.parent.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=part.parent).close()
+    return part
+
+
+def _add_line(file: Any, content: Mapping[str, Any]) -> None:
+    """A JSON line, all in ASCII: a name with bytes that are no UTF-8 can be read back."""
+    file.write(json.dumps(content) + "\n")
+    file.flush()
+
+
+def _known(part: Path, digest: str, marks: Mapping[str, str], columns: Sequence[str]) -> dict[str, list[Row]]:
+    """The rows of the videos that an earlier run of the same has labelled, and that have not changed since.
+
+    Lines that are torn are passed over. Videos that could not be read are tried again: with more time they may be.
+    """
+    try:
+        with open(part, encoding="utf-8", errors="replace") as file:
+            lines = [_parsed(line) for line in file]
+    except FileNotFoundError:
+        return {}
+    if not lines or lines[0] != {"format": PART, "digest": digest}:
+        print(f"{_plain(str(part))} is of a run with another model, support or options: starting anew")
+        return {}
+    found: dict[str, list[Row]] = {}
+    for line in lines[1:]:
+        key, rows = str(line.get("video")), line.get("rows", ())
+        if not marks.get(key) or line.get("mark") != marks[key]:  # of another run's videos, or changed
+            continue
+        if all(tuple(row) == tuple(columns[1:]) and row["error"] is None for row in rows):
+            found[key] = rows
+    return found
+
+
+def _parsed(line: str) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(line)
+        return content
+    except ValueError:
+        return {}
+
+
+def _write_table(output: Path, columns: Sequence[str], rows: Sequence[Row]) -> None:
+    with whole_file(output) as draft, open(draft, "w", encoding="utf-8", newline="") as file:
+        if output.suffix == ".jsonl":
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            return
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(columns)
+        table.writerows([_cell(name, row[name]) for name in columns] for row in rows)
+
+
+def _cell(column: str, value: str | float | None) -> str:
+    if isinstance(value, int | float):
+        return f"{value:.3f}" if column in ("start", "end") else f"{value:.6f}"
+    return value or ""
+
+
+def _print_summary(found: Mapping[str, Sequence[Row]], segments: bool, output: Path) -> int:
+    """Print how much there is of each label and what can't be read; the exit status."""
+    counts = Counter(row["label"] for rows in found.values() for row in rows if row["label"] is not None)
+    table = Table("label", "segments" if segments else "videos")
+    for label, count in counts.most_common():
+        table.add_row(Text(label), str(count))
+    Console().print(table)
+    if nothing := [_plain(path) for path, rows in found.items() if not rows]:
+        print(f"none of these from beginning to end, and no row: {some(nothing, _NAMED)}")
+    broken = [f"{_plain(path)}: {row['error']}" for path, rows in found.items() for row in rows if row["error"]]
+    if broken:
+        print(f"{len(broken)} of {len(found)} videos can't be read:", *broken[:_NAMED], sep="\n  ")
+        if len(broken) > _NAMED:
+            print(f"  and {len(broken) - _NAMED} more")
+    print(f"the predictions are in {_plain(str(output))}")
+    return int(bool(broken))
