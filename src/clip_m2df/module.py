@@ -345,8 +345,9 @@ class CLIPM2DF(lightning.LightningModule, HubModel):
     def on_fit_start(self) -> None:
         """Remember how videos are read: whoever uses the model later has to read theirs in the same way."""
         reader = getattr(getattr(self.trainer, "datamodule", None), "reader", None)
-        if reader is not None:
-            self.reading = {"frames": int(reader.frames), "resize": int(reader.resize)}
+        frames, resize = getattr(reader, "frames", None), getattr(reader, "resize", None)
+        if isinstance(frames, int) and isinstance(resize, int):  # other people's readers may be anything
+            self.reading = {"frames": frames, "resize": resize}
 
     def on_train_end(self) -> None:
         """Let the features go."""

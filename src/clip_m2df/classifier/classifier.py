@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clip_m2df.classifier import saving
-from clip_m2df.classifier.clips import Clip, Clips, list_clips, list_examples, name_of
-from clip_m2df.classifier.encoding import ClipEncoder
+from clip_m2df.classifier.clips import Clip, Clips, list_clips, list_examples, name_of, unique
+from clip_m2df.classifier.encoding import ClipEncoder, placed
 from clip_m2df.classifier.prediction import Prediction, label_clips, label_features
 from clip_m2df.classifier.rejection import calibrate
 from clip_m2df.classifier.segments import Segment, Windows, find_segments
-from clip_m2df.classifier.support import Scorer, SupportClass, check_disjoint, make_classes
+from clip_m2df.classifier.support import Scorer, SupportClass, check_disjoint, check_names, make_classes
 from clip_m2df.errors import UserError, some
 from clip_m2df.evaluation.explanation import Explanation, compared_classes, explain
 from clip_m2df.module import CLIPM2DF
@@ -60,6 +60,10 @@ class FewShotClassifier:
         workers: int = 0,
         timeout: float = 60.0,
     ) -> None:
+        if not isinstance(model, CLIPM2DF):
+            raise UserError(
+                f"{model!r:.80} is no CLIPM2DF: FewShotClassifier.from_checkpoint takes a checkpoint's name"
+            )
         if getattr(model.model.head, "selection", "argmax") == "sample":
             raise UserError("selection 'sample' draws prompts, so that predictions would not repeat; take 'argmax'")
         self.model = model.eval()
@@ -94,15 +98,16 @@ class FewShotClassifier:
         Raises:
             UserError: there is no such model, or it can't be read.
         """
-        if os.path.isfile(path_or_hub_name):
-            model = CLIPM2DF.load_from_checkpoint(path_or_hub_name, map_location="cpu", **options)
+        path = os.path.expanduser(path_or_hub_name)
+        if os.path.isfile(path):
+            model = CLIPM2DF.load_from_checkpoint(path, map_location="cpu", **options)
+        elif os.path.isfile(os.path.join(path, saving.TABLE)):
+            raise UserError(f"{path_or_hub_name} is a classifier with its classes: FewShotClassifier.load takes it")
         elif str(path_or_hub_name).endswith(".ckpt"):
             raise UserError(f"there is no checkpoint {path_or_hub_name}: check the name, or train one by clip-m2df fit")
         else:
             model = CLIPM2DF.from_pretrained(path_or_hub_name, **options)
-        return cls(_placed(model, device), frames=frames, resize=resize, workers=workers, timeout=timeout)
-
-    # --------------------------------------------------------------------------------------------- classes
+        return cls(placed(model, device), frames=frames, resize=resize, workers=workers, timeout=timeout)
 
     @property
     def classes_(self) -> NDArray[np.str_]:
@@ -135,15 +140,17 @@ class FewShotClassifier:
                 Other examples that can't be read are named in a warning, and left out.
         """
         examples = list_examples(support)
-        if unknown := set(texts or ()) - set(examples):
-            raise UserError(f"texts names {some(sorted(unknown))}, which is no class of the support")
+        if texts is not None and not isinstance(texts, Mapping):
+            raise UserError(f"texts is of type {type(texts).__name__}: give what prompts say by the class's name")
+        if unknown := [label for label in texts or () if label not in examples]:
+            raise UserError(f"texts names {some(map(repr, unknown))}, which is no class of the support")
         classes = make_classes(self.encoder, examples, texts or {})
         check_disjoint(classes.values())
         self._take(classes)
         return self
 
     def add(self, label: str, clips: Clips, text: str | None = None) -> Self:
-        """Add a class, or examples to one that is there.
+        """Add a class, or examples to one that is there; files that it has already don't count twice.
 
         Args:
             label: the class.
@@ -153,9 +160,16 @@ class FewShotClassifier:
         Raises:
             UserError: as :meth:`fit`; nothing has changed then.
         """
-        new = make_classes(self.encoder, {label: list_clips(clips)[0]}, {} if text is None else {label: text})[label]
-        if old := self._classes.get(label):
-            new = old.with_more(self.model, new, text)
+        listed, old = list_clips(clips)[0], self._classes.get(label)
+        more = unique(listed, old.examples if old else ())
+        texts = {} if text is None else {label: text}
+        if old is None:
+            new = make_classes(self.encoder, {label: more}, texts)[label]
+        elif listed and not more:
+            check_names(label, old.text if text is None else text)
+            new = old.changed(self.model, text)
+        else:
+            new = old.changed(self.model, text, make_classes(self.encoder, {label: more}, texts)[label])
         classes = self._classes | {label: new}
         check_disjoint(classes.values())
         self._take(classes)
@@ -183,9 +197,8 @@ class FewShotClassifier:
     def _check_fitted(self) -> Scorer:
         if self._scorer is None:
             raise NotFittedError("this classifier knows no classes yet: call fit with a few examples of each")
+        self.model.eval()  # whoever has it may have trained it on
         return self._scorer
-
-    # ------------------------------------------------------------------------------------------ prediction
 
     def predict(self, clips: Clips, *, reject: bool = False) -> Any:
         """The class of each clip.
@@ -231,22 +244,22 @@ class FewShotClassifier:
             warnings.warn(f"{len(broken)} of {len(listed)} clips can't be read: {some(broken)}", stacklevel=3)
         return predictions, alone
 
-    def classify(self, clips: Sequence[Clip], *, reject: bool = False) -> Iterator[tuple[int, Prediction]]:
+    def classify(self, clips: Clips, *, reject: bool = False) -> Iterator[tuple[int, Prediction]]:
         """Say what there is to say of many clips, as they are ready.
 
         Args:
-            clips: what to label, one by one.
-            reject: see :meth:`predict`.
+            clips: see :meth:`predict`.
+            reject: the same.
 
         Yields:
-            The place of each clip in ``clips``, and what is said of it; one that can't be read has an ``error``.
+            The place of each clip, those of a folder in the order of their paths, and what is said of it; one that
+            can't be read has an ``error``.
 
         Raises:
             UserError: there is no threshold.
         """
-        return label_clips(
-            self.encoder, self._check_fitted(), list(self._classes), clips, threshold=self._rejecting(reject)
-        )
+        scorer, threshold = self._check_fitted(), self._rejecting(reject)
+        return label_clips(self.encoder, scorer, list(self._classes), list_clips(clips)[0], threshold=threshold)
 
     def _rejecting(self, reject: bool) -> float | None:
         if reject and self.threshold_ is None:
@@ -254,8 +267,6 @@ class FewShotClassifier:
                 "one example of one class doesn't tell what is none of these: give it more examples, or another class"
             )
         return self.threshold_ if reject else None
-
-    # -------------------------------------------------------------------------------------------- segments
 
     def segments(
         self,
@@ -270,8 +281,8 @@ class FewShotClassifier:
         """Find what happens when in a long video.
 
         Windows slide over it, each scored as a clip; a moment has the mean log-probabilities of the windows that it is
-        in, smoothed, and the class of the highest. Each frame is decoded and encoded once, however many windows share
-        it.
+        in, smoothed, and the class of the highest. What is shown at a moment is encoded once, however many windows
+        share it.
 
         Args:
             video: a path, or uint8 frames ``(frames, height, width, 3)``.
@@ -291,8 +302,6 @@ class FewShotClassifier:
         scorer, threshold = self._check_fitted(), self._rejecting(reject)
         windows = Windows.of(self.encoder.reader.frames, window, stride, smoothing)
         return find_segments(self.encoder, scorer, list(self._classes), video, windows, fps=fps, threshold=threshold)
-
-    # ----------------------------------------------------------------------------------------- explanation
 
     @torch.no_grad()
     def explain(self, clip: Clip, *, reject: bool = False) -> Explanation:
@@ -331,8 +340,6 @@ class FewShotClassifier:
         each = Scorer(self.model, [own.only([i]) for i in range(len(own.features))])
         return int(each.score(query.unsqueeze(0)).logits[0].argmax())
 
-    # --------------------------------------------------------------------------------------------- on disk
-
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Save model and classes in a folder, as safetensors and JSON, for :meth:`load`.
 
@@ -346,15 +353,25 @@ class FewShotClassifier:
         folder = Path(folder)
         saving.check_folder(folder)
         try:
-            self.model.save_pretrained(folder)
             reader = self.encoder.reader
-            saving.write_support(folder, list(self._classes.values()), frames=reader.frames, resize=reader.resize)
+            checksum = saving.write_support(folder, list(self._classes.values()))
+            self.model.save_pretrained(folder)
+            selection = getattr(self.model.model.head, "selection", "argmax")
+            options = {"text_fusion": self.model.text_fusion, "selection": selection}
+            reading = saving.Reading(reader.frames, reader.resize, options)
+            saving.write_table(folder, list(self._classes.values()), reading, checksum)
         except OSError as error:
             raise UserError(f"the classifier can't be saved in {folder}: {error.strerror or error}") from error
 
     @classmethod
     def load(
-        cls, folder: str | os.PathLike[str], *, device: str | None = None, workers: int = 0, timeout: float = 60.0
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        device: str | None = None,
+        workers: int = 0,
+        timeout: float = 60.0,
+        **options: Any,
     ) -> Self:
         """Load what :meth:`save` wrote; nothing in it is executed.
 
@@ -363,23 +380,16 @@ class FewShotClassifier:
             device: see :meth:`from_checkpoint`.
             workers: see :class:`FewShotClassifier`.
             timeout: the same.
+            **options: of the model, see :meth:`from_checkpoint`; they win over the saved ones.
 
         Raises:
             UserError: there is no classifier there, or it is damaged.
         """
-        saved, frames, resize = saving.read_support(Path(folder))
-        model = _placed(CLIPM2DF.from_pretrained(folder), device)
-        classifier = cls(model, frames=frames, resize=resize, workers=workers, timeout=timeout)
-        shape = (frames, model.model.backbone.dim)
+        saved, reading = saving.read_support(Path(folder))
+        model = placed(CLIPM2DF.from_pretrained(folder, **(reading.options | options)), device)
+        classifier = cls(model, frames=reading.frames, resize=reading.resize, workers=workers, timeout=timeout)
+        shape = (reading.frames, model.model.backbone.dim)
         if any(tuple(c.features.shape[1:]) != shape for c in saved):
             raise UserError(f"the classifier in {folder} is damaged (its features are not of its model): fit it again")
         classifier._take({c.label: SupportClass.of(model, *c) for c in saved})
         return classifier
-
-
-def _placed(model: CLIPM2DF, device: str | None) -> CLIPM2DF:
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {device!r} can't be used: {str(error).splitlines()[0]}") from error

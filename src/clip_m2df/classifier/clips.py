@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from clip_m2df.data.episodes import ClipReader
 from clip_m2df.data.isolation import Lost, isolated_map
+from clip_m2df.data.split_lists import VIDEO_EXTENSIONS
 from clip_m2df.data.transforms import resize_and_crop, segment_indices
 from clip_m2df.data.video import VideoError
 from clip_m2df.data.video_tree import scan
@@ -48,13 +48,16 @@ def list_clips(clips: Clips) -> tuple[list[Clip], bool]:
             return [clips], True
         found = videos_in(clips)
         return list(found), found == [os.fspath(clips)]
+    if isinstance(clips, np.ndarray) and clips.dtype.kind in "OSU":  # of paths
+        clips = clips.tolist()
     if isinstance(clips, np.ndarray | Tensor):
         if clips.ndim == 5:
             return list(clips), False
         return [clips], True
     if isinstance(clips, Mapping) or not isinstance(clips, Iterable):
         raise UserError(
-            f"{_kind(clips)} is no clip: give a path, an array (frames, height, width, 3), or a list of them"
+            f"a value of type {type(clips).__name__} is no clip: give a path, an array (frames, height, width, 3), or a"
+            " list of them"
         )
     return [clip for several in clips for clip in list_clips(several)[0]], False
 
@@ -62,19 +65,18 @@ def list_clips(clips: Clips) -> tuple[list[Clip], bool]:
 def videos_in(folder: str | os.PathLike[str]) -> list[str]:
     """The videos in a folder at any depth, in the order of their names; the folder itself if it holds images alone.
 
+    A folder that may not be read stands for its videos: whoever reads it is told why.
+
     Raises:
         UserError: there are none.
     """
-    tree = scan(Path(folder))
-    if tree.unusable or tree.unreadable:
-        warnings.warn(
-            f"left out, names or folders that can't be read: {some(tree.unusable + tree.unreadable)}", stacklevel=3
-        )
+    tree = scan(Path(folder), storable=False)
     if tree.is_video:
         return [os.fspath(folder)]
-    if not tree.files:
+    found = [os.path.join(folder, *file.folder, file.name) for file in tree.files]
+    if not found and not tree.unreadable:
         raise UserError(f"{os.fspath(folder)} holds no videos: name a folder with some, at any depth")
-    return sorted(os.path.join(folder, *file.folder, file.name) for file in tree.files)
+    return sorted(found + tree.unreadable)
 
 
 def list_examples(support: Mapping[str, Clips] | str | os.PathLike[str]) -> dict[str, list[Clip]]:
@@ -90,13 +92,36 @@ def list_examples(support: Mapping[str, Clips] | str | os.PathLike[str]) -> dict
         if not support:
             raise UserError("the support has no classes: give a few examples of each, by its name")
         return {label: list_clips(clips)[0] for label, clips in support.items()}
+    if not isinstance(support, str | os.PathLike):
+        raise UserError(
+            f"the support is of type {type(support).__name__}: give the examples of each class by its name,"
+            ' {"pour water": ["a.mp4", "b.mp4"]}, or a folder with a folder for each class'
+        )
     folder = Path(support)
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder: give one that has a folder of examples for each class")
-    labels = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    try:
+        entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise UserError(f"cannot read {folder}: {error.strerror}; check its permissions") from error
+    labels = [path.name for path in entries if path.is_dir()]
     if not labels:
         raise UserError(f"{folder} has no folders: put the examples of each class into a folder of its name")
+    if beside := [path.name for path in entries if path.suffix.lower() in VIDEO_EXTENSIONS and not path.is_dir()]:
+        raise UserError(f"{folder} has videos beside the folders of its classes: move {some(beside)} into one")
     return {label: list(videos_in(folder / label)) for label in labels}
+
+
+def unique(clips: Sequence[Clip], known: Iterable[str] = ()) -> list[Clip]:
+    """The clips without files that come twice, or are known already; links to the same file are one."""
+    seen = {os.path.realpath(path) for path in known if path}
+    kept = []
+    for clip in clips:
+        path = os.path.realpath(name_of(clip)) if name_of(clip) else ""
+        if not path or path not in seen:
+            kept.append(clip)
+            seen.add(path)
+    return kept
 
 
 def name_of(clip: Clip) -> str:
@@ -112,26 +137,33 @@ def read_clip(clip: Clip, reader: ClipReader) -> Tensor:
     """
     if isinstance(clip, str | os.PathLike):
         return reader.read(os.fspath(clip))[0]
-    frames = as_frames(clip)
-    chosen = frames[segment_indices(len(frames), reader.frames)]
+    check_frames(clip)
+    chosen = as_frames(clip, segment_indices(len(clip), reader.frames))
     return resize_and_crop(chosen, resize=reader.resize, size=reader.size)
 
 
-def as_frames(clip: NDArray[np.uint8] | Tensor) -> Tensor:
-    """Frames in memory ``(frames, height, width, 3)`` as a tensor ``(frames, 3, height, width)``.
+def check_frames(clip: NDArray[np.uint8] | Tensor) -> None:
+    """Refuse what is no array of frames ``(frames, height, width, 3)``.
 
     Raises:
-        UserError: they have another shape or type.
+        UserError: it is something else, or has another shape or type.
     """
     if not isinstance(clip, np.ndarray | Tensor):
-        raise UserError(f"{_kind(clip)} is no clip: give a path, or an array (frames, height, width, 3)")
+        raise UserError(
+            f"a value of type {type(clip).__name__} is no clip: give a path, or an array (frames, height, width, 3)"
+        )
     shape = tuple(clip.shape)
     if len(shape) != 4 or shape[-1] != 3 or 0 in shape:
         raise UserError(f"an array of shape {shape} is no clip: give (frames, height, width, 3), colours as RGB")
     if clip.dtype not in (np.uint8, torch.uint8):
         raise UserError(f"an array of {clip.dtype} is no clip: give uint8, colours from 0 to 255")
-    # A copy where numpy's steps are negative or the array is read-only, which torch doesn't take.
-    frames = clip if isinstance(clip, Tensor) else torch.from_numpy(np.array(clip))
+
+
+def as_frames(clip: NDArray[np.uint8] | Tensor, numbers: Sequence[int]) -> Tensor:
+    """Some frames of an array ``(frames, height, width, 3)``: ``(n, 3, height, width)``, on the CPU."""
+    # Copied, and no more than that: numpy's steps may be negative and its array read-only, which torch doesn't take.
+    chosen = clip[list(numbers)]
+    frames = chosen.cpu() if isinstance(chosen, Tensor) else torch.from_numpy(np.ascontiguousarray(chosen))
     return frames.permute(0, 3, 1, 2)
 
 
@@ -183,7 +215,3 @@ def _read_in_worker(task: tuple[ClipReader, str, int]) -> NDArray[np.uint8] | Un
         os.dup2(nowhere.fileno(), 2)
     frames = _read(task[:2])
     return frames if isinstance(frames, Unreadable) else frames.numpy()
-
-
-def _kind(value: object) -> str:
-    return f"a {type(value).__name__}"

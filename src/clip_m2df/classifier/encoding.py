@@ -53,10 +53,10 @@ class ClipEncoder:
         known = model.reading or {"frames": 8, "resize": size}
         frames = known["frames"] if frames is None else frames
         resize = known["resize"] if resize is None else resize
-        if frames < 1 or resize < size:
+        if not isinstance(frames, int) or not isinstance(resize, int) or frames < 1 or resize < size:
             raise UserError(
-                f"frames is {frames} and resize {resize}: set frames to 1 or more, and resize to {size}, the side that"
-                " the tower takes, or more"
+                f"frames is {frames} and resize {resize}: set them to whole numbers, frames to 1 or more, and resize to"
+                f" {size}, the side that the tower takes, or more"
             )
         if workers < 0 or not timeout > 0:
             raise UserError(f"workers is {workers} and timeout {timeout}: set them to 0 or more, and to more than 0")
@@ -65,19 +65,19 @@ class ClipEncoder:
         self.workers = workers
         self.timeout = timeout
 
-    def encode(self, clips: Sequence[Clip]) -> Iterator[tuple[int, Encoded | Unreadable]]:
-        """The place of each clip with what it looks like to the model, or why it can't be read, as they are ready."""
+    def encode(self, clips: Sequence[Clip]) -> Iterator[list[tuple[int, Encoded | Unreadable]]]:
+        """The place of each clip with what it looks like to the model, or why it can't be read; some at once."""
         held: list[tuple[int, Tensor]] = []
         for place, found in read_clips(clips, self.reader, workers=self.workers, timeout=self.timeout):
             if isinstance(found, Unreadable):
-                yield place, found
+                yield [(place, found)]
                 continue
             held.append((place, found))
             if len(held) == CLIPS:
-                yield from self._together(held)
+                yield self._together(held)
                 held = []
         if held:
-            yield from self._together(held)
+            yield self._together(held)
 
     def encode_one(self, clip: Clip) -> Encoded:
         """The same of one clip.
@@ -85,9 +85,9 @@ class ClipEncoder:
         Raises:
             UserError: it can't be read.
         """
-        ((_, found),) = self.encode([clip])
+        (((_, found),),) = self.encode([clip])
         if isinstance(found, Unreadable):
-            raise UserError(f"the clip {name_of(clip)} can't be read: {found}")
+            raise UserError(f"the clip {name_of(clip) or 'in memory'} can't be read: {found}")
         return found
 
     @torch.no_grad()
@@ -95,7 +95,7 @@ class ClipEncoder:
         """Features of uint8 frames ``(…, 3, size, size)``: ``(…, dim)``, on the model's device."""
         return self.model.model.encode_frames(frames.to(self.model.device))
 
-    def _together(self, clips: Sequence[tuple[int, Tensor]]) -> list[tuple[int, Encoded]]:
+    def _together(self, clips: Sequence[tuple[int, Tensor]]) -> list[tuple[int, Encoded | Unreadable]]:
         features = self.frames(torch.stack([frames for _, frames in clips]))
         return [(place, Encoded(f, _small(frames))) for (place, frames), f in zip(clips, features, strict=True)]
 
@@ -105,3 +105,16 @@ def _small(frames: Tensor) -> Tensor:
     if frames.shape[-1] <= THUMBNAIL:
         return frames
     return F.interpolate(frames, size=(THUMBNAIL, THUMBNAIL), mode="bilinear", antialias=True)
+
+
+def placed(model: CLIPM2DF, device: str | None) -> CLIPM2DF:
+    """Put a model where it is to run: by default on CUDA where there is any.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {device!r} can't be used: {str(error).splitlines()[0]}") from error

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from clip_m2df.classifier.clips import Clip, Unreadable, name_of
-from clip_m2df.classifier.encoding import CLIPS, ClipEncoder, Encoded
+from clip_m2df.classifier.encoding import ClipEncoder, Encoded
 from clip_m2df.classifier.support import NONE_OF_THESE, Scorer
 
 
@@ -49,24 +49,15 @@ def label_clips(
     Yields:
         The place of each clip and what is said of it, as they are ready.
     """
-    held: list[tuple[int, Encoded]] = []
-
-    def labelled() -> Iterator[tuple[int, Prediction]]:
-        if held:
-            features = torch.stack([encoded.features for _, encoded in held])
-            paths = [name_of(clips[place]) for place, _ in held]
-            said = label_features(scorer, names, paths, features, threshold)
-            yield from zip([place for place, _ in held], said, strict=True)
-            held.clear()
-
-    for place, found in encoder.encode(clips):
-        if isinstance(found, Unreadable):
-            yield place, Prediction(name_of(clips[place]), None, math.nan, {}, math.nan, str(found))
-            continue
-        held.append((place, found))
-        if len(held) == CLIPS:
-            yield from labelled()
-    yield from labelled()
+    for batch in encoder.encode(clips):
+        readable = [(place, found.features) for place, found in batch if isinstance(found, Encoded)]
+        if readable:
+            paths = [name_of(clips[place]) for place, _ in readable]
+            said = label_features(scorer, names, paths, torch.stack([f for _, f in readable]), threshold)
+            yield from zip([place for place, _ in readable], said, strict=True)
+        for place, found in batch:
+            if isinstance(found, Unreadable):
+                yield place, Prediction(name_of(clips[place]), None, math.nan, {}, math.nan, str(found))
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,12 +19,15 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from clip_m2df.classifier.support import SupportClass
+from clip_m2df.classifier.support import SupportClass, check_names
 from clip_m2df.errors import UserError
 from clip_m2df.files import read_bytes, whole_file
+from clip_m2df.hub import CONFIG
 
 TABLE, SUPPORT = "classifier.json", "support.safetensors"
 FORMAT = "clip-m2df classifier 1"
+# Frames and pixels beyond which a table is damaged.
+MOST = 100_000
 
 
 class SavedClass(NamedTuple):
@@ -36,24 +40,40 @@ class SavedClass(NamedTuple):
     thumbnails: Tensor
 
 
+class Reading(NamedTuple):
+    """How a classifier goes about a clip.
+
+    Attributes:
+        frames: of a clip.
+        resize: short side of the frames in pixels before the crop.
+        options: of the model, those that are no part of what was trained.
+    """
+
+    frames: int
+    resize: int
+    options: dict[str, Any]
+
+
 def check_folder(folder: Path) -> None:
     """Refuse to save among files that are no classifier's.
 
     Raises:
         UserError: the folder holds something else.
     """
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / TABLE).exists()):
+    ours = any((folder / name).exists() for name in (TABLE, SUPPORT))  # the latter where a save was broken off
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not ours):
         raise UserError(f"{folder} holds something other than a classifier: name an empty or a new folder")
 
 
-def write_support(folder: Path, classes: Sequence[SupportClass], *, frames: int, resize: int) -> None:
-    """Write the classes of a classifier.
+def write_support(folder: Path, classes: Sequence[SupportClass]) -> str:
+    """Write the examples of a classifier: what is there first.
 
     Args:
         folder: where.
         classes: at least one.
-        frames: of a clip.
-        resize: short side of the frames in pixels before the crop.
+
+    Returns:
+        The checksum.
     """
     tensors = {
         "features": torch.cat([c.features.cpu() for c in classes]).contiguous(),
@@ -62,19 +82,35 @@ def write_support(folder: Path, classes: Sequence[SupportClass], *, frames: int,
     content = save_tensors(tensors)
     with whole_file(folder / SUPPORT) as draft:
         draft.write_bytes(content)
+    return hashlib.sha256(content).hexdigest()
+
+
+def write_table(folder: Path, classes: Sequence[SupportClass], reading: Reading, checksum: str) -> None:
+    """Write the classes of a classifier: what is there last, beside its examples and its model.
+
+    Args:
+        folder: where.
+        classes: at least one.
+        reading: how it goes about a clip.
+        checksum: of the examples.
+    """
     table = {
         "format": FORMAT,
-        "frames": frames,
-        "resize": resize,
-        "classes": [{"label": c.label, "text": c.text, "examples": c.examples} for c in classes],
-        "sha256": hashlib.sha256(content).hexdigest(),
+        **reading._asdict(),
+        "classes": [
+            {"label": c.label, "text": c.text, "examples": [os.path.abspath(e) if e else "" for e in c.examples]}
+            for c in classes
+        ],
+        "sha256": checksum,
+        "model": _checksum(folder / CONFIG),
     }
     with whole_file(folder / TABLE) as draft:
-        draft.write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        # In ASCII: a file's name may have bytes that are no UTF-8.
+        draft.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
 
 
-def read_support(folder: Path) -> tuple[list[SavedClass], int, int]:
-    """Read the classes of a classifier, and ``frames`` and ``resize``.
+def read_support(folder: Path) -> tuple[list[SavedClass], Reading]:
+    """Read the classes of a classifier, and how it goes about a clip.
 
     Raises:
         UserError: there is none, or it is damaged.
@@ -89,15 +125,36 @@ def read_support(folder: Path) -> tuple[list[SavedClass], int, int]:
             raise ValueError(f"its format is {table['format']!r}, not {FORMAT!r}")
         if hashlib.sha256(content).hexdigest() != table["sha256"]:
             raise ValueError(f"{SUPPORT} has another checksum")
-        return _classes(table, load_tensors(content)), int(table["frames"]), int(table["resize"])
-    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError, RecursionError) as error:
+        if _checksum(folder / CONFIG) != table["model"]:  # which has the checksum of the weights
+            raise ValueError(f"{CONFIG} is of another model than {TABLE}")
+        reading = Reading(int(table["frames"]), int(table["resize"]), dict(table["options"]))
+        if not all(1 <= number <= MOST for number in reading[:2]):
+            raise ValueError(f"it takes {reading.frames} frames of {reading.resize} pixels")
+        return _classes(table, load_tensors(content)), reading
+    except UserError as error:
+        raise UserError(f"the classifier in {folder} is damaged: {error}") from error
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:
         raise UserError(f"the classifier in {folder} is damaged ({error}): fit and save it again") from error
 
 
+def _checksum(path: Path) -> str:
+    return hashlib.sha256(read_bytes(path, "model's description")).hexdigest()
+
+
 def _classes(table: dict[str, Any], tensors: dict[str, Tensor]) -> list[SavedClass]:
-    rows = [(str(row["label"]), str(row["text"]), [str(name) for name in row["examples"]]) for row in table["classes"]]
+    rows = [(row["label"], row["text"], [str(name) for name in row["examples"]]) for row in table["classes"]]
     counts = [len(names) for _, _, names in rows]
     if not counts or 0 in counts or len({label for label, _, _ in rows}) < len(rows):
         raise ValueError("its classes have no examples, or one is there twice")
+    for label, text, _ in rows:
+        check_names(label, text)
     features, thumbnails = (tensors[name].split(counts) for name in ("features", "thumbnails"))
     return [SavedClass(*row, f, t) for row, f, t in zip(rows, features, thumbnails, strict=True)]

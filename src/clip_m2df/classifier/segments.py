@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clip_m2df.classifier.clips import Clip, as_frames
+from clip_m2df.classifier.clips import Clip, as_frames, check_frames
 from clip_m2df.classifier.encoding import ClipEncoder
 from clip_m2df.classifier.support import Scorer
 from clip_m2df.data.episodes import ClipReader
@@ -140,18 +140,20 @@ def _read_chunks(video: Clip, windows: Windows, reader: ClipReader, fps: float |
         UserError: the video can't be read, or frames without times come without ``fps``.
     """
     shown = _shown(video, windows.rate, fps)
-    while held := list(itertools.islice(shown, CHUNK)):
-        yield resize_and_crop(torch.stack(held), resize=reader.resize, size=reader.size)
+    small = (resize_and_crop(frame, resize=reader.resize, size=reader.size) for frame in shown)
+    while held := list(itertools.islice(small, CHUNK)):
+        yield torch.cat(held)
 
 
 def _shown(video: Clip, rate: float, fps: float | None) -> Iterator[Tensor]:
+    """Frames at regular times, one by one: uint8 ``(1, 3, height, width)``."""
     if isinstance(video, str | os.PathLike):
-        return sample_frames(os.fspath(video), rate, fps=fps)
-    frames = as_frames(video)
+        return (frame.unsqueeze(0) for frame in sample_frames(os.fspath(video), rate, fps=fps))
+    check_frames(video)
     if fps is None:
         raise UserError("frames in memory have no times: give fps, how many of them make a second")
-    shown = counted(evenly_timed(frames, exact_rate("fps", fps)), exact_rate("rate", rate))
-    return (frame for frame, count in shown for _ in range(count))
+    shown = counted(evenly_timed(range(len(video)), exact_rate("fps", fps)), exact_rate("rate", rate))
+    return (as_frames(video, [number]) for number, count in shown for _ in range(count))
 
 
 def smooth(values: Tensor, starts: Sequence[int], windows: Windows, n_frames: int) -> Tensor:

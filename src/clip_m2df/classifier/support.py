@@ -13,9 +13,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from clip_m2df.classifier.clips import Clip, Unreadable, name_of
+from clip_m2df.classifier.clips import Clip, Unreadable, name_of, unique
 from clip_m2df.classifier.encoding import ClipEncoder, Encoded
-from clip_m2df.data.class_texts import readable
+from clip_m2df.data.class_texts import class_key, readable
 from clip_m2df.errors import UserError, some
 from clip_m2df.module import CLIPM2DF
 from clip_m2df.nn.head import HeadOutput
@@ -26,7 +26,7 @@ from clip_m2df.nn.views import FusedSequence
 NONE_OF_THESE = "none of these"
 # How many clips are scored at once.
 QUERIES = 64
-# Examples, repeated to as many a class, that a head without stages may be given.
+# Examples, repeated to as many a class, that a head may be given.
 MOST_REPEATED = 10_000
 
 
@@ -104,15 +104,16 @@ class SupportClass:
         text = readable(label) if text is None else text
         return cls.of(model, label, text, [name for name, _ in kept], features, thumbnails)
 
-    def with_more(self, model: CLIPM2DF, more: SupportClass, text: str | None) -> SupportClass:
-        """The same class with the examples of another too, and what its prompt says if that is to change."""
+    def changed(self, model: CLIPM2DF, text: str | None, more: SupportClass | None = None) -> SupportClass:
+        """The same class with another text, if there is one, and with the examples of another class too."""
+        parts = [self] if more is None else [self, more]
         return SupportClass.of(
             model,
             self.label,
             self.text if text is None else text,
-            [*self.examples, *more.examples],
-            torch.cat((self.features, more.features)),
-            torch.cat((self.thumbnails, more.thumbnails)),
+            [example for part in parts for example in part.examples],
+            torch.cat([part.features for part in parts]),
+            torch.cat([part.thumbnails for part in parts]),
         )
 
     def only(self, places: Sequence[int]) -> SupportClass:
@@ -130,6 +131,20 @@ class SupportClass:
         )
 
 
+def check_names(label: object, text: object) -> None:
+    """Refuse a class's name, or what its prompt says, that is none.
+
+    Raises:
+        UserError: names it.
+    """
+    if label == NONE_OF_THESE:
+        raise UserError(f"a class can't be called {label!r}, which is said of clips of no class: rename it")
+    for what, value in (("be called", label), ("have the text", text)):
+        # Bytes that are no UTF-8, in a folder's name, are no text for a prompt or a table.
+        if not isinstance(value, str) or not value.strip() or any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise UserError(f"a class can't {what} {value!r}: give it a name in plain text")
+
+
 def make_classes(
     encoder: ClipEncoder, examples: Mapping[str, Sequence[Clip]], texts: Mapping[str, str]
 ) -> dict[str, SupportClass]:
@@ -143,14 +158,13 @@ def make_classes(
     Raises:
         UserError: a name that is none, or a class without an example that can be read.
     """
+    examples = {label: unique(clips) for label, clips in examples.items()}
     for label, clips in examples.items():
-        if not isinstance(label, str) or not label.strip():
-            raise UserError(f"a class can't be called {label!r}: give it a name")
-        if label == NONE_OF_THESE:
-            raise UserError(f"a class can't be called {label!r}, which is said of clips of no class: rename it")
+        check_names(label, texts.get(label, label))
         if not clips:
             raise UserError(f"the class {label!r} has no examples: give one or more")
-    found = dict(encoder.encode([clip for clips in examples.values() for clip in clips]))
+    every = [clip for clips in examples.values() for clip in clips]
+    found = {place: encoded for batch in encoder.encode(every) for place, encoded in batch}
     classes, first = {}, 0
     for label, clips in examples.items():
         encoded = [found[place] for place in range(first, first + len(clips))]
@@ -160,23 +174,32 @@ def make_classes(
 
 
 def check_disjoint(classes: Iterable[SupportClass]) -> None:
-    """Refuse an example that is of two classes.
+    """Refuse an example that is of two classes, and two spellings of one class.
 
     Raises:
         UserError: names it.
     """
     owners: dict[str, str] = {}
+    spellings: dict[str, str] = {}
     for c in classes:
+        if (other := spellings.setdefault(class_key(c.label), c.label)) != c.label:
+            raise UserError(f"{other!r} and {c.label!r} are spellings of one class: give their examples one name")
         for path in filter(None, c.examples):
-            if (owner := owners.setdefault(os.path.abspath(path), c.label)) != c.label:
+            if (owner := owners.setdefault(os.path.realpath(path), c.label)) != c.label:
                 raise UserError(f"{path} is an example of both {owner!r} and {c.label!r}: leave it to one of them")
+
+
+def averages_shots(model: CLIPM2DF) -> bool:
+    """Whether the model's head goes by the mean of a class's shots, and by each class alone."""
+    return bool(getattr(model.model.head, "averages_shots", False))
 
 
 class Scorer:
     """Scores clips against classes, each with any number of examples.
 
-    The method's prototype is the mean over a class's own examples. A head without the method's stages takes as many
-    examples of every class: each class's are repeated up to their least common multiple, so that each counts the same.
+    The method's prototype is the mean over a class's own examples, and so is that of the baselines. Another head takes
+    as many examples of every class: each class's are repeated up to their least common multiple, so that each counts
+    the same.
 
     Args:
         model: in eval mode.
@@ -187,7 +210,8 @@ class Scorer:
         prototype: of a head with stages, ``(n_way, …)`` in each view.
 
     Raises:
-        UserError: numbers of examples that have no reasonable common multiple, for a head without stages.
+        UserError: numbers of examples that have no reasonable common multiple, for a head that takes as many
+            of every class.
     """
 
     def __init__(self, model: CLIPM2DF, classes: Sequence[SupportClass]) -> None:
@@ -201,10 +225,10 @@ class Scorer:
                 view: FusedSequence(*map(torch.stack, zip(*(p[view] for p in prototypes), strict=True)))
                 for view in prototypes[0]
             }
-            # One for each will do for the text's scores, which leave the support alone.
+        counts = [len(c.features) for c in classes]
+        if self.prototype is not None or averages_shots(model):
             self.support = torch.stack([c.features.mean(0, keepdim=True) for c in classes])
             return
-        counts = [len(c.features) for c in classes]
         shots = math.lcm(*counts)
         if shots * len(classes) > MOST_REPEATED:
             raise UserError(

@@ -47,7 +47,7 @@ class Tree:
     unreadable: list[str] = field(default_factory=list)
 
 
-def scan(root: Path) -> Tree:
+def scan(root: Path, *, storable: bool = True) -> Tree:
     """Find the videos under a folder, in one pass that opens none.
 
     A video is a file with the extension of one, or a folder that holds images and neither videos nor folders. Hidden
@@ -55,6 +55,7 @@ def scan(root: Path) -> Tree:
 
     Args:
         root: The folder.
+        storable: Take names that a manifest can't hold for unusable.
 
     Returns:
         The videos, and what could not be used or read.
@@ -81,8 +82,8 @@ def scan(root: Path) -> Tree:
             else:
                 tree.is_video = True
         for names in (folders, links, videos):
-            tree.unusable += [os.path.join(path, name) for name in names if not is_storable(name)]
-            names[:] = sorted(name for name in names if is_storable(name))
+            tree.unusable += [os.path.join(path, name) for name in names if storable and not is_storable(name)]
+            names[:] = sorted(name for name in names if not storable or is_storable(name))
         tree.files += [VideoFile(folder, name, stem_of(name)) for name in videos]
         pending += [(*folder, name) for name in reversed(folders)]
         # Entered last, so that a folder that is also there without a link goes by its own name.

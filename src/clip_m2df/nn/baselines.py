@@ -22,6 +22,7 @@ class Baseline(Head):
     """
 
     trained = False
+    averages_shots = True
 
     def forward(self, support: Tensor, query: Tensor, prompts: Tensor, draws: Tensor | None = None) -> HeadOutput:
         """Score the queries of an episode, see :meth:`clip_m2df.nn.head.Head.forward`; nothing is drawn."""

@@ -53,12 +53,14 @@ class Head(nn.Module, ABC):
 
     Attributes:
         trained: whether it has anything to train; one that has not is measured without a checkpoint.
+        averages_shots: whether the shots of a class count by their mean alone, and each class by itself.
 
     Raises:
         UserError: an option out of its range, with what it may be.
     """
 
     trained: ClassVar[bool] = True
+    averages_shots: ClassVar[bool] = False
 
     def __init__(self, *, dim: int, top_k: int = 4, temperature: float = 200.0) -> None:
         super().__init__()

@@ -1,0 +1,395 @@
+"""FewShotClassifier: what it takes and says, and that it says what an episode says."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from clip_m2df import CLIPM2DF, Episode, FewShotClassifier, NotFittedError, UserError
+from clip_m2df.data.episodes import ClipReader, EpisodeDataset, EpisodePlan, EpisodeShape
+from clip_m2df.data.manifest import Split, Video
+from tests.classifier.conftest import Make, make_model, noise, plain_model
+
+ANSWERS: dict[str, Callable[[FewShotClassifier], object]] = {
+    "predict": lambda c: c.predict(noise(0)),
+    "predict_proba": lambda c: c.predict_proba(noise(0)),
+    "classify": lambda c: list(c.classify([noise(0)])),
+    "segments": lambda c: c.segments(noise(0), fps=4),
+    "explain": lambda c: c.explain(noise(0)),
+    "classes_": lambda c: c.classes_,
+    "threshold_": lambda c: c.threshold_,
+    "remove": lambda c: c.remove("a"),
+    "save": lambda c: c.save("never made"),
+}
+
+
+@pytest.fixture
+def classifier(make: Make) -> FewShotClassifier:
+    return make("otam").fit({"run": [noise(0), noise(1)], "eat": noise(2), "jump": [noise(3)]})
+
+
+def probabilities(classifier: FewShotClassifier) -> np.ndarray[Any, Any]:
+    """Of some clips, by the classes in the order of their names."""
+    found = classifier.predict_proba([noise(seed) for seed in range(20, 28)])
+    return found[:, np.argsort(classifier.classes_)]
+
+
+# Making one
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_nothing_is_said_before_classes_are_known(make: Make, name: str) -> None:
+    with pytest.raises(NotFittedError, match="knows no classes yet: call fit with a few examples of each") as caught:
+        ANSWERS[name](make())
+    assert isinstance(caught.value, ValueError)
+    assert isinstance(caught.value, AttributeError)
+    assert isinstance(caught.value, UserError)
+
+
+def test_whether_it_is_fitted_shows_in_its_attributes(make: Make) -> None:
+    classifier = make()
+    assert not hasattr(classifier, "classes_")
+    classifier.fit({"a": noise(0)})
+    assert hasattr(classifier, "classes_")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"frames": 0}, "frames is 0 and resize 40: set them to whole numbers, frames to 1 or more"),
+        ({"frames": -2}, "frames is -2"),
+        ({"frames": 8.0}, "frames is 8.0 .* set them to whole numbers"),
+        ({"resize": 39}, "resize 39: .* resize to 40, the side that the tower takes, or more"),
+        ({"resize": 0}, "resize 0"),
+        ({"workers": -1}, "workers is -1 and timeout 60.0"),
+        ({"timeout": 0.0}, "timeout 0.0"),
+        ({"timeout": float("nan")}, "timeout nan"),
+    ],
+)
+def test_options_out_of_range(make: Make, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make("otam", **options)
+
+
+def test_a_model_that_draws_is_refused() -> None:
+    with pytest.raises(UserError, match=r"selection 'sample' draws prompts, .* take 'argmax'"):
+        FewShotClassifier(make_model(selection="sample"))
+
+
+def test_clips_are_read_as_in_the_models_training(videos: Path) -> None:
+    model = make_model("otam").train()
+    model.reading = {"frames": 3, "resize": 64}
+    path = videos / "eat" / "0.mp4"
+    for options, reader in (
+        ({}, ClipReader(frames=3, resize=64, size=40)),
+        ({"frames": 5, "resize": 48}, ClipReader(frames=5, resize=48, size=40)),
+    ):
+        found = FewShotClassifier(model, **options).fit({"a": path}).explain(path)
+        assert found.frames.equal(reader.read(str(path))[0])
+    assert not model.training
+    model.reading = None
+    assert FewShotClassifier(model).fit({"a": path}).explain(path).frames.shape == (8, 3, 40, 40)
+
+
+# Examples
+
+
+def test_from_a_folder_as_from_what_is_in_it(make: Make, videos: Path, images: Path, tmp_path: Path) -> None:
+    for label in ("walk", "eat", "jump_up"):
+        shutil.copytree(videos / label, tmp_path / label)
+    shutil.copytree(images, tmp_path / "Dance")
+    shutil.copytree(videos / "eat", tmp_path / ".hidden")
+    from_folder = make().fit(tmp_path)
+    assert list(from_folder.classes_) == ["Dance", "eat", "jump_up", "walk"]
+    of_eating = [tmp_path / "eat" / f"{v}.mp4" for v in range(3)]
+    of_jumping = [ClipReader(8, 40, 40).read(str(path))[0] for path in sorted((videos / "jump_up").iterdir())]
+    by_hand = make().fit(
+        {
+            "Dance": str(tmp_path / "Dance"),
+            "eat": of_eating,
+            "jump_up": torch.stack(of_jumping).permute(0, 1, 3, 4, 2),  # an array of several clips
+            "walk": tmp_path / "walk",
+        }
+    )
+    assert np.allclose(probabilities(from_folder), probabilities(by_hand), atol=1e-6)
+    assert list(make().fit(str(tmp_path)).classes_) == list(from_folder.classes_)
+
+
+def test_fit_returns_itself_and_forgets_earlier_classes(make: Make) -> None:
+    classifier = make("otam")
+    assert classifier.fit({"run": noise(0), "eat": noise(1)}) is classifier
+    classifier.fit({"swim": noise(2), "climb": noise(3)})
+    assert list(classifier.classes_) == ["swim", "climb"]
+    assert classifier.predict(noise(0)) in ("swim", "climb")
+    anew = make("otam").fit({"swim": noise(2), "climb": noise(3)})
+    assert np.array_equal(probabilities(classifier), probabilities(anew))
+
+
+def test_texts_are_what_the_prompts_say() -> None:
+    model = plain_model("zero_shot")  # looks at nothing but prompts
+    support: dict[str, Any] = {"HandstandPushups": noise(0), "draw_sword": noise(1)}
+    query = noise(2)
+
+    def expected(*texts: str) -> np.ndarray[Any, Any]:
+        with torch.no_grad():
+            features = model.model.encode_frames(torch.from_numpy(query).permute(0, 3, 1, 2))[None]
+            prompts = model.encode_prompts(texts)
+            logits = model.model.head(torch.zeros(2, 1, 8, 64), features, prompts).logits
+            return np.asarray(logits.softmax(-1))
+
+    plain = FewShotClassifier(model).fit(support)
+    assert plain.predict_proba(query) == pytest.approx(expected("handstand pushups", "draw sword"), abs=1e-5)
+    told = FewShotClassifier(model).fit(support, texts={"draw_sword": "a Blade"})
+    assert told.predict_proba(query) == pytest.approx(expected("handstand pushups", "a Blade"), abs=1e-5)
+    told.add("HandstandPushups", noise(3), text="upside down")
+    assert told.predict_proba(query) == pytest.approx(expected("upside down", "a Blade"), abs=1e-5)
+    told.add("draw_sword", noise(4))  # what was said before stays
+    assert told.predict_proba(query) == pytest.approx(expected("upside down", "a Blade"), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("support", "texts", "message"),
+    [
+        ({}, None, "the support has no classes"),
+        ({"a": []}, None, "the class 'a' has no examples: give one or more"),
+        ({" ": noise(0)}, None, "a class can't be called ' ': give it a name"),
+        ({3: noise(0)}, None, "a class can't be called 3"),
+        ({"none of these": noise(0)}, None, "a class can't be called 'none of these', .*: rename it"),
+        ({"a": noise(0)}, {"b": "x", "c": "y"}, "texts names 'b', 'c', which is no class of the support"),
+        ({"a": 3}, None, "a value of type int is no clip"),
+        ({"a": noise(0)[0]}, None, r"no example of the class 'a' can be read: array 0 \(an array of shape"),
+        (
+            {"a": ["no.mp4", "nor.mp4"]},
+            None,
+            r"'a' can be read: no.mp4 \(there is no such file\), nor.mp4 .*; give one",
+        ),
+    ],
+)
+def test_support_that_is_none(
+    classifier: FewShotClassifier, support: Any, texts: dict[str, str] | None, message: str
+) -> None:
+    before = probabilities(classifier)
+    with pytest.raises(UserError, match=message):
+        classifier.fit(support, texts)
+    assert list(classifier.classes_) == ["run", "eat", "jump"]
+    assert np.array_equal(probabilities(classifier), before)
+
+
+def test_an_example_of_two_classes(make: Make, videos: Path) -> None:
+    path = videos / "eat" / "0.mp4"
+    with pytest.raises(UserError, match=r"0.mp4 is an example of both 'a' and 'b': leave it to one of them"):
+        make("otam").fit({"a": path, "b": str(videos / "walk" / ".." / "eat" / "0.mp4")})
+
+
+@pytest.mark.parametrize("text", [3, "\ud800"])
+def test_a_text_that_is_none(classifier: FewShotClassifier, text: Any) -> None:
+    with pytest.raises(UserError, match="text"):
+        classifier.add("x", noise(9), text=text)
+
+
+# Adding and removing
+
+
+@pytest.mark.parametrize("head", ["m2df", "otam", "clip_fsar"])
+def test_adding_and_removing_is_fitting_anew(make: Make, head: str) -> None:
+    classifier = make(head)
+    assert classifier.add("run", noise(0)).add("eat", [noise(1), noise(2)]) is classifier
+    classifier.add("jump", noise(3)).add("run", [noise(4), noise(5)])
+    assert classifier.remove("eat") is classifier
+    classifier.add("eat", noise(6))
+    assert list(classifier.classes_) == ["run", "jump", "eat"]
+    anew = make(head).fit({"run": [noise(0), noise(4), noise(5)], "jump": noise(3), "eat": noise(6)})
+    assert np.allclose(probabilities(classifier), probabilities(anew), atol=1e-6)
+    before = classifier.threshold_
+    assert before == pytest.approx(anew.threshold_, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c, v: c.add("walk", "none.mp4"), "no example of the class 'walk' can be read"),
+        (lambda c, v: c.add("walk", []), "has no examples"),
+        (lambda c, v: c.add("", noise(0)), "can't be called ''"),
+        (lambda c, v: c.add("none of these", noise(0)), "can't be called 'none of these'"),
+        (lambda c, v: c.add("walk", v / "eat" / "0.mp4"), "is an example of both 'eat' and 'walk'"),
+        (lambda c, v: c.add("run", v / "eat" / "0.mp4"), "is an example of both"),
+        (lambda c, v: c.remove("walk"), "there is no class 'walk'; there are run, eat"),
+    ],
+)
+def test_what_fails_changes_nothing(make: Make, videos: Path, change: Callable[..., object], message: str) -> None:
+    classifier = make("otam").fit({"run": [noise(0), noise(1)], "eat": [videos / "eat" / "0.mp4", noise(2)]})
+    before, threshold = probabilities(classifier), classifier.threshold_
+    with pytest.raises(UserError, match=message):
+        change(classifier, videos)
+    assert list(classifier.classes_) == ["run", "eat"]
+    assert np.array_equal(probabilities(classifier), before)
+    assert classifier.threshold_ == threshold
+
+
+def test_numbers_that_a_head_cannot_take_change_nothing(make: Make) -> None:
+    classifier = make("tests.classifier.test_support.MeanOfDistances")
+    classifier.fit({"a": np.stack([noise(0, 2)] * 89), "b": noise(1)})
+    with pytest.raises(UserError, match="89, 97 have no common multiple"):
+        classifier.add("b", np.stack([noise(2, 2)] * 96))
+    assert classifier.predict(noise(1)) == "b"
+
+
+def test_the_only_class_stays(make: Make) -> None:
+    classifier = make("otam").fit({"run": noise(0)})
+    with pytest.raises(UserError, match="'run' is the only class: add another before it is removed"):
+        classifier.remove("run")
+    assert classifier.predict(noise(1)) == "run"
+
+
+# What it says
+
+
+def test_one_clip_or_several_in_any_form(make: Make, videos: Path, images: Path) -> None:
+    classifier = make().fit(videos)
+    paths = [str(path) for path in sorted((videos / "jump_up").iterdir())]
+    each = [classifier.predict(path) for path in paths]
+    assert all(type(label) is str for label in each)
+    rows = np.concatenate([classifier.predict_proba(path) for path in paths])
+    assert rows.shape == (3, 3)
+    assert rows.sum(1) == pytest.approx([1, 1, 1], abs=1e-6)
+    assert each == [list(classifier.classes_)[place] for place in rows.argmax(1)]
+    clips = torch.stack([ClipReader(8, 40, 40).read(path)[0] for path in paths]).permute(0, 1, 3, 4, 2)
+    for several in (paths, [Path(path) for path in paths], videos / "jump_up", clips, clips.numpy(), list(clips)):
+        found = classifier.predict(several)
+        assert isinstance(found, np.ndarray)
+        assert found.tolist() == each
+        assert np.allclose(classifier.predict_proba(several), rows, atol=1e-5)
+    assert classifier.predict(images) == classifier.predict([images])[0]
+    assert classifier.predict([paths[0]]).shape == (1,)
+    assert classifier.predict_proba([]).shape == (0, 3)
+    assert classifier.predict([]).shape == (0,)
+
+
+def test_the_order_of_many_clips_is_kept(classifier: FewShotClassifier) -> None:
+    clips = [noise(seed) for seed in range(40)]  # more than are encoded together
+    found = classifier.predict_proba(clips)
+    for place in (0, 15, 16, 31, 32, 39):
+        assert np.allclose(found[place], classifier.predict_proba(clips[place])[0], atol=1e-5)
+    assert sorted(place for place, _ in classifier.classify(clips)) == list(range(40))
+
+
+@pytest.mark.parametrize(("head", "share"), [("m2df", 0.0), ("m2df", 0.4), ("otam", 0.0), ("clip_fsar", 0.0)])
+def test_it_says_what_an_episode_says(head: str, share: float, scenes: dict[str, list[str]]) -> None:
+    model = make_model(head, text_fusion=share)
+    labels = tuple(sorted(scenes))[:4]
+    rows = tuple(tuple(Video(path, label, "test", label) for path in scenes[label]) for label in labels)
+    split = Split("test", labels, labels, rows)
+    order = (2, 0, 3)
+    plan = EpisodePlan(order, tuple(rows[c][:2] for c in order), tuple(rows[c][2:4] for c in order))
+    shape = EpisodeShape(n_way=3, n_shot=2, n_query=2)
+    reader = ClipReader(frames=8, resize=40, size=40)
+    episode: Episode = EpisodeDataset(split, shape, reader, seed=0, augment=False, plans=[plan])[0]
+    with torch.no_grad():
+        expected = played(model, episode)
+
+    classifier = FewShotClassifier(model).fit(
+        {labels[c]: scenes[labels[c]][:2] for c in order}, texts={labels[c]: labels[c] for c in order}
+    )
+    found = classifier.predict_proba([path for c in order for path in scenes[labels[c]][2:4]])
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+def played(model: CLIPM2DF, episode: Episode) -> np.ndarray[Any, Any]:
+    """Probabilities ``(n_queries, n_way)`` of an episode as a test has it."""
+    prompts = model.encode_prompts(episode["class_names"])[episode["class_indices"]]
+    support, query = (model.model.encode_frames(episode[role]) for role in ("support", "query"))
+    logits = model(episode).logits
+    scores: np.ndarray[Any, Any] = model.fuse_text(logits, support, query, prompts).softmax(-1)[0].numpy()
+    return scores
+
+
+def test_why_a_clip_is_taken_for_what_it_is(classifier: FewShotClassifier, videos: Path) -> None:
+    path = videos / "eat" / "0.mp4"
+    found = classifier.explain(path)
+    (row,) = classifier.predict_proba(path)
+    assert found.video == str(path)
+    assert found.label == classifier.predict(path)
+    assert list(found.probabilities.values()) == pytest.approx(row.tolist(), abs=1e-5)
+    assert found.threshold is None
+    assert not found.rejected
+    assert found.compared[0] == found.label
+    # The closest example of the closest class is shown beside it.
+    for seed in (0, 1):
+        shown = classifier.explain(noise(seed)).examples["run"]
+        assert shown.equal(torch.from_numpy(noise(seed)).permute(0, 3, 1, 2))
+    with pytest.raises(UserError, match=r"none.mp4 can't be read: there is no such file"):
+        classifier.explain("none.mp4")
+
+
+# Clips that can't be read
+
+
+def warned(recorded: pytest.WarningsRecorder) -> str:
+    (only,) = [w for w in recorded if w.category is UserWarning]
+    return str(only.message)
+
+
+def test_broken_examples_are_left_out(make: Make, videos: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.mp4").write_text("404\n" * 50)
+    good = [videos / "eat" / f"{v}.mp4" for v in range(3)]
+    with pytest.warns(UserWarning, match="left out") as recorded:
+        classifier = make().fit({"eat": [good[0], tmp_path / "text.mp4", good[1], "no.mp4", good[2]], "run": noise(0)})
+    said = warned(recorded)
+    assert re.search(
+        r"examples of the class 'eat' that can't be read are left out: .*text.mp4 \(.*\), no.mp4 \(there is no", said
+    )
+    anew = make().fit({"eat": good, "run": noise(0)})
+    assert np.allclose(probabilities(classifier), probabilities(anew), atol=1e-6)
+
+
+def test_the_warning_of_examples_points_to_the_call(make: Make) -> None:
+    classifier = make("otam").fit({"eat": noise(0)})
+    for change in (classifier.fit, lambda support: classifier.add("run", support["eat"])):
+        with pytest.warns(UserWarning, match="left out") as recorded:
+            change({"eat": [noise(0), "no.mp4"]})
+        assert [w.filename for w in recorded] == [__file__]
+
+
+def test_of_several_clips_a_broken_one_has_no_label(classifier: FewShotClassifier) -> None:
+    clips: list[Any] = [noise(0), "no.mp4", noise(1), noise(2)[..., :2]]
+    with pytest.warns(UserWarning, match="can't be read") as recorded:
+        found = classifier.predict(clips)
+    assert warned(recorded).startswith("2 of 4 clips can't be read: no.mp4 (there is no such file), array 3 (an array")
+    assert recorded[0].filename == __file__
+    assert found[1] is None
+    assert found[3] is None
+    assert found[[0, 2]].tolist() == [classifier.predict(noise(0)), classifier.predict(noise(1))]
+    with pytest.warns(UserWarning, match="2 of 4"):
+        rows = classifier.predict_proba(clips)
+    assert np.isnan(rows[[1, 3]]).all()
+    assert np.allclose(rows[[0, 2]], classifier.predict_proba([noise(0), noise(1)]), atol=1e-6)
+    said = dict(classifier.classify(clips))
+    assert (said[1].video, said[1].label, said[1].probabilities, said[1].error) == (
+        *("no.mp4", None, {}),
+        "there is no such file",
+    )
+
+
+def test_a_broken_clip_alone_is_an_error(classifier: FewShotClassifier) -> None:
+    for clip, name in (("no.mp4", r"no.mp4 \(there is no such file\)"), (noise(0)[0], r"array 0 \(an array of shape")):
+        for method in (classifier.predict, classifier.predict_proba):
+            with pytest.raises(UserError, match=f"the clip can't be read: {name}"):
+                method(clip)
+
+
+def test_a_worker_reads_as_this_process_does(make: Make, videos: Path) -> None:
+    clips: list[Any] = [videos / "eat", videos / "jump_up" / "1.mp4", "no.mp4", noise(1)]
+    rows = []
+    for workers in (0, 1):
+        classifier = make("otam", workers=workers, timeout=300).fit({"a": noise(2), "b": noise(3)})
+        with pytest.warns(UserWarning, match=r"1 of 6 clips can't be read: no.mp4 \(there is no such file\)"):
+            rows.append(classifier.predict_proba(clips))
+    assert np.isnan(rows[0][4]).all()
+    assert np.allclose(rows[0], rows[1], atol=1e-6, equal_nan=True)

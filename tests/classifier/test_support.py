@@ -1,0 +1,266 @@
+"""Scores against classes with any number of examples each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clip_m2df import CLIPM2DF, UserError
+from clip_m2df.classifier.support import QUERIES, Scorer, SupportClass, check_disjoint
+from clip_m2df.nn.distillation import Distillation
+from clip_m2df.nn.head import Head, HeadOutput
+from clip_m2df.nn.m2df import M2DFHead, has_stages
+from clip_m2df.nn.matching import cosine, frame_costs, otam
+from tests.classifier.conftest import make_model, plain_model
+
+DIM, FRAMES = 64, 6
+LABELS = ["running fast", "eat", "a cat that jumps"]
+# Of the model and of its head.
+M2DF_OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "argmax": ({}, {}),
+    "expectation": ({"selection": "expectation"}, {"temperature": 3.0}),
+    "no pps": ({}, {"pps": False}),
+    "local": ({}, {"views": ["local"]}),
+    "global": ({}, {"views": ["global"]}),
+    "weights": ({}, {"view_weights": [0.3, 2.0], "single_direction": True, "depth": 2}),
+}
+BASELINES = ["clip_fsar", "otam", "bi_mhm", "nearest_prototype", "zero_shot"]
+
+
+class MeanOfDistances(Head):
+    """A person's own head: a class is as far as its examples are on average, each by its own frames' mean."""
+
+    def forward(self, support: Tensor, query: Tensor, prompts: Tensor, draws: Tensor | None = None) -> HeadOutput:
+        of_shots = (query.mean(-2)[..., :, None, None, :] - support.mean(-2)[..., None, :, :, :]).norm(dim=-1)
+        logits = -of_shots.mean(-1)
+        probabilities = self.prompt_probabilities(self.prompt_scores(query, prompts))
+        nobody = torch.zeros(logits.shape[:-1], dtype=torch.bool)
+        distillation = Distillation(logits.new_zeros(logits.shape[:-2]), nobody, nobody)
+        return HeadOutput(logits, {}, {}, {}, {}, probabilities, probabilities.argmax(-1), distillation)
+
+
+class Doubled(M2DFHead):
+    """A person's own change of the method, of which its stages know nothing."""
+
+    def forward(self, support: Tensor, query: Tensor, prompts: Tensor, draws: Tensor | None = None) -> HeadOutput:
+        output = super().forward(support, query, prompts, draws)
+        return output._replace(logits=2 * output.logits)
+
+
+def m2df(name: str, **options: Any) -> CLIPM2DF:
+    of_model, of_head = M2DF_OPTIONS[name]
+    return make_model("m2df", of_head, **of_model, **options)
+
+
+def make_classes(model: CLIPM2DF, shots: Sequence[int], seed: int = 0) -> list[SupportClass]:
+    generator = torch.Generator().manual_seed(seed)
+    classes = []
+    for label, n in zip(LABELS, shots, strict=False):
+        features = torch.randn((n, FRAMES, DIM), generator=generator)
+        small = torch.zeros((n, FRAMES, 3, 4, 4), dtype=torch.uint8)
+        classes.append(SupportClass.of(model, label, label, [f"{label} {i}.mp4" for i in range(n)], features, small))
+    return classes
+
+
+def make_queries(n: int, seed: int = 1) -> Tensor:
+    return torch.randn((n, FRAMES, DIM), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def assert_same_as_an_episode(model: CLIPM2DF, shots: int) -> None:
+    classes, query = make_classes(model, [shots] * 3), make_queries(5)
+    prompts = model.encode_prompts(LABELS)
+    expected = model.model.head(torch.stack([c.features for c in classes]), query, prompts)
+    found = Scorer(model, classes).score(query)
+    torch.testing.assert_close(found.logits, expected.logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.prompt_probabilities, expected.prompt_probabilities, atol=1e-5, rtol=1e-5)
+    assert found.prompt_indices.equal(expected.prompt_indices)
+    for one, other in zip(found[1:5], expected[1:5], strict=True):  # of the views
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    assert expected.logits.std() > 1e-4  # or the comparison would say nothing
+
+
+@torch.no_grad()
+def m2df_by_loops(model: CLIPM2DF, classes: Sequence[SupportClass], query: Tensor) -> Tensor:
+    """Minus the fused distances: a query, a class, a view and an example at a time."""
+    head: Any = model.model.head
+    prompts = model.encode_prompts([c.text for c in classes])
+    logits = torch.zeros(len(query), len(classes))
+    for q, frames in enumerate(query):
+        scores = torch.stack([cosine(frames, prompt[None])[:, 0].topk(head.top_k).values.mean() for prompt in prompts])
+        share = (head.temperature * scores).softmax(0)
+        chosen = prompts[share.argmax()] if head.selection == "argmax" else (share[:, None] * prompts).sum(0)
+        if not head.pps:
+            chosen = torch.zeros_like(chosen)
+        for c, own in enumerate(classes):
+            for name, view in head.views.items():
+                of_examples = [view(example[None], prompts[c][None]).visual[0] for example in own.features]
+                prototype = torch.zeros_like(of_examples[0])
+                for visual in of_examples:
+                    prototype += visual / len(of_examples)
+                costs = frame_costs(view(frames[None], chosen[None]).visual, prototype[None])
+                distance = otam(costs, smoothing=head.smoothing, single_direction=head.single_direction)
+                logits[q, c] -= head.view_weights[name] * distance[0, 0]
+    return logits
+
+
+# As many examples of each class
+
+
+@pytest.mark.parametrize("shots", [1, 4])
+@pytest.mark.parametrize("name", M2DF_OPTIONS)
+def test_m2df_gives_what_an_episode_gives(name: str, shots: int) -> None:
+    assert_same_as_an_episode(m2df(name), shots)
+
+
+@pytest.mark.parametrize("shots", [1, 4])
+@pytest.mark.parametrize("head", BASELINES)
+def test_other_heads_give_what_an_episode_gives(head: str, shots: int) -> None:
+    assert_same_as_an_episode(plain_model(head), shots)
+
+
+@pytest.mark.parametrize("head", ["MeanOfDistances", "Doubled"])
+def test_a_persons_own_head_gives_what_an_episode_gives(head: str) -> None:
+    model = make_model(f"{__name__}.{head}")
+    assert not has_stages(model.model.head)
+    assert_same_as_an_episode(model, 3)
+
+
+# Other numbers of them
+
+
+@pytest.mark.parametrize("shots", [(1, 3, 2), (5, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("name", M2DF_OPTIONS)
+def test_m2df_takes_the_mean_of_each_classs_own_fused_sequences(name: str, shots: tuple[int, ...]) -> None:
+    model = m2df(name)
+    classes, query = make_classes(model, shots), make_queries(3)
+    with torch.no_grad():
+        found = Scorer(model, classes).score(query).logits
+    torch.testing.assert_close(found, m2df_by_loops(model, classes, query), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("head", BASELINES)
+def test_heads_that_average_shots_take_the_mean_of_each_classs_own(head: str) -> None:
+    model = plain_model(head)
+    classes, query = make_classes(model, (4, 1, 3)), make_queries(5)
+    means = torch.stack([torch.stack(list(c.features)).mean(0)[None] for c in classes])
+    with torch.no_grad():
+        expected = model.model.head(means, query, model.encode_prompts(LABELS)).logits
+        found = Scorer(model, classes).score(query).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    if head != "zero_shot":  # the numbers of examples matter
+        fewer = Scorer(model, [c.only([0]) for c in classes]).score(query).logits
+        assert (fewer - expected).abs().max() > 1e-3
+
+
+def test_each_example_of_a_class_counts_the_same_for_a_persons_own_head() -> None:
+    model = make_model(f"{__name__}.MeanOfDistances")
+    classes, query = make_classes(model, (4, 1, 3)), make_queries(5)
+    found = Scorer(model, classes).score(query).logits
+    for q, frames in enumerate(query):
+        for c, own in enumerate(classes):
+            distances = [float((frames.mean(0) - example.mean(0)).norm()) for example in own.features]
+            assert float(found[q, c]) == pytest.approx(-sum(distances) / len(distances), abs=1e-5)
+
+
+def test_numbers_without_a_reasonable_common_multiple_are_refused() -> None:
+    model = plain_model(f"{__name__}.MeanOfDistances")
+    classes = make_classes(model, (89, 97))
+    with pytest.raises(UserError, match=r"MeanOfDistances .* and 89, 97 have no common multiple .* the same number"):
+        Scorer(model, classes)
+    for head in ("m2df", "otam"):
+        Scorer(plain_model(head), make_classes(plain_model(head), (89, 97)))
+
+
+# Probabilities
+
+
+@pytest.mark.parametrize("head", ["m2df", *BASELINES])
+def test_a_class_alone_has_all_of_the_probability(head: str) -> None:
+    model = plain_model(head)
+    (only,), query = make_classes(model, (2,)), make_queries(4)
+    with torch.no_grad():
+        log_probabilities, distances = Scorer(model, [only]).label(query)
+        expected = -model.model.head(only.features[None], query, only.prompt[None]).logits
+    assert log_probabilities.equal(torch.zeros(4, 1))
+    torch.testing.assert_close(distances, expected, atol=1e-5, rtol=1e-5)
+
+
+def text_logits_by_loops(model: CLIPM2DF, query: Tensor, prompts: Tensor) -> Tensor:
+    """METHOD, section 7: the mean of a query's closest frames to the prompt of its highest score, with each prompt."""
+    head = model.model.head
+    logits = torch.zeros(len(query), len(prompts))
+    for q, frames in enumerate(query):
+        closest = [cosine(frames, prompt[None])[:, 0].topk(head.top_k) for prompt in prompts]
+        best = max(closest, key=lambda found: float(found.values.mean()))
+        mean = frames[best.indices].mean(0) if isinstance(head, M2DFHead) else frames.mean(0)
+        logits[q] = cosine(mean[None], prompts)[0] * head.scale.detach()
+    return logits
+
+
+@pytest.mark.parametrize("head", ["m2df", "clip_fsar"])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_the_texts_share(head: str, share: float) -> None:
+    model = make_model(head, text_fusion=share)
+    with torch.no_grad():
+        model.model.head.scale.fill_(20.0)  # so that the text has something to say
+    classes, query = make_classes(model, (1, 3, 2)), make_queries(5)
+    with torch.no_grad():
+        scorer = Scorer(model, classes)
+        log_probabilities, distances = scorer.label(query)
+        visual = scorer.score(query).logits
+    text = text_logits_by_loops(model, query, model.encode_prompts(LABELS))
+    product = F.softmax(text, -1) ** share * F.softmax(visual, -1) ** (1 - share)
+    expected = product / product.sum(-1, keepdim=True)
+    torch.testing.assert_close(log_probabilities.exp(), expected, atol=1e-5, rtol=1e-5)
+    assert distances.equal(-visual)  # of which the text has no share
+
+
+@pytest.mark.parametrize("head", ["m2df", "otam"])
+def test_many_clips_are_scored_as_one_by_one(head: str) -> None:
+    model = plain_model(head)
+    query = make_queries(QUERIES + 3)
+    with torch.no_grad():
+        scorer = Scorer(model, make_classes(model, (2, 1, 3)))
+        log_probabilities, distances = scorer.label(query)
+        assert log_probabilities.shape == distances.shape == (QUERIES + 3, 3)
+        for k in (0, QUERIES - 1, QUERIES, QUERIES + 2):
+            alone = scorer.label(query[k : k + 1])
+            torch.testing.assert_close(alone[0][0], log_probabilities[k], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(alone[1][0], distances[k], atol=1e-5, rtol=1e-5)
+
+
+# Classes
+
+
+def test_some_of_the_examples_are_a_class_made_of_those() -> None:
+    model = plain_model("m2df")
+    whole = make_classes(model, (4,))[0]
+    some = whole.only([3, 1])
+    anew = SupportClass.of(
+        model, whole.label, whole.text, some.examples, whole.features[[3, 1]], whole.thumbnails[[3, 1]]
+    )
+    assert some.examples == ("running fast 3.mp4", "running fast 1.mp4")
+    assert some.features.equal(anew.features)
+    assert some.fused is not None
+    assert anew.fused is not None
+    for view, parts in anew.fused.items():
+        torch.testing.assert_close(some.fused[view].text, parts.text, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(some.fused[view].visual, parts.visual, atol=1e-6, rtol=1e-6)
+
+
+def test_an_example_of_two_classes_is_refused_however_its_path_is_written() -> None:
+    model = plain_model("otam")
+    one, other, third = make_classes(model, (2, 2, 2))
+    check_disjoint([one, other, third])
+    in_memory = [SupportClass.of(model, c.label, c.text, ["", ""], c.features, c.thumbnails) for c in (one, other)]
+    check_disjoint(in_memory)  # which has no names to compare
+    names = [other.examples[0], "./x/../running fast 1.mp4"]
+    twice = SupportClass.of(model, other.label, other.text, names, other.features, other.thumbnails)
+    with pytest.raises(UserError, match=r"running fast 1.mp4 is an example of both 'running fast' and 'eat': leave it"):
+        check_disjoint([one, twice, third])
