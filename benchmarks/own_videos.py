@@ -22,8 +22,8 @@ from clip_m2df.lightning_cli import run
 from clip_m2df.shipped import find_config
 
 DRAWS = 20
-# The 97.5 % quantile of Student's t with a degree of freedom less than draws.
-STUDENT_T = {20: 2.093}
+# The 97.5 % quantile of Student's t for as many draws.
+STUDENT_T = 2.093
 N_WAY, N_SHOT, CLIPS = 4, 3, 40
 # What is wanted: seconds a draw, and the mean intersection over union of the family ``scene``.
 MOST_SECONDS, LEAST_IOU = 60.0, 0.6
@@ -45,7 +45,7 @@ class Draw(NamedTuple):
     strangers: list[str]
 
 
-def cases(draws: int = DRAWS, n_episodes: int = 10_000) -> Iterator[Case]:
+def cases(n_episodes: int = 10_000) -> Iterator[Case]:
     """For each family: labels, labels where clips of other classes are among them, and segments of long videos."""
     for family in FAMILIES:
         with tempfile.TemporaryDirectory() as folder:
@@ -58,24 +58,24 @@ def cases(draws: int = DRAWS, n_episodes: int = 10_000) -> Iterator[Case]:
             episodes = 100 * float(tested.trainer.callback_metrics["test/accuracy"])
             classifier = FewShotClassifier.from_checkpoint(checkpoint)
             videos = _test_videos(family)
-            yield label_clips(family, classifier, videos, draws, episodes)
+            yield label_clips(family, classifier, videos, episodes)
             for n_shot in (1, 3, 5):
-                yield reject_strangers(family, classifier, videos, draws, n_shot)
-            yield find_actions(family, classifier, videos, draws, Path(folder))
+                yield reject_strangers(family, classifier, videos, n_shot)
+            yield find_actions(family, classifier, videos, Path(folder))
 
 
 def label_clips(
-    family: str, classifier: FewShotClassifier, videos: Mapping[str, Sequence[str]], draws: int, episodes: float
+    family: str, classifier: FewShotClassifier, videos: Mapping[str, Sequence[str]], episodes: float
 ) -> Case:
     """Percent of the clips that get their label, beside ``episodes``, that of the benchmark's episodes."""
     right, took = [], []
-    for seed in range(draws):
+    for seed in range(DRAWS):
         drawn = draw(videos, seed, N_SHOT)
         started = time.perf_counter()
         labels = classifier.fit(drawn.support).predict(drawn.clips)
         took.append(time.perf_counter() - started)
         right.append(100 * float(np.mean(labels == np.array(drawn.labels))))
-    interval = STUDENT_T[draws] * statistics.stdev(right) / math.sqrt(draws)
+    interval = STUDENT_T * statistics.stdev(right) / math.sqrt(DRAWS)
     mean = statistics.mean(right)
     return {
         "case": f"{family}, labels",
@@ -88,7 +88,7 @@ def label_clips(
 
 
 def reject_strangers(
-    family: str, classifier: FewShotClassifier, videos: Mapping[str, Sequence[str]], draws: int, n_shot: int
+    family: str, classifier: FewShotClassifier, videos: Mapping[str, Sequence[str]], n_shot: int
 ) -> Case:
     """How a threshold does.
 
@@ -96,7 +96,7 @@ def reject_strangers(
     clip and a stranger, in how many the stranger is the farther and the less probable one.
     """
     columns: list[tuple[float, ...]] = []
-    for seed in range(draws):
+    for seed in range(DRAWS):
         drawn = draw(videos, seed, n_shot)
         classifier.fit(drawn.support)
         threshold = classifier.threshold_
@@ -113,13 +113,11 @@ def reject_strangers(
     return {"case": f"{family}, none of these, {n_shot} shot", **dict(zip(names, found, strict=True))}
 
 
-def find_actions(
-    family: str, classifier: FewShotClassifier, videos: Mapping[str, Sequence[str]], draws: int, folder: Path
-) -> Case:
+def find_actions(family: str, classifier: FewShotClassifier, videos: Mapping[str, Sequence[str]], folder: Path) -> Case:
     """How well segments agree with what videos of 30 s show, five classes each of 3 to 8 s."""
     classes = {c.label: c for c in FAMILIES[family] if c.split == "test"}
     overlaps, moments, took, cut = [], [], [], []
-    for seed in range(draws):
+    for seed in range(DRAWS):
         drawn = draw(videos, seed, N_SHOT, n_way=5)
         path = folder / f"{seed}.mp4"
         actions = render_long(path, [classes[label] for label in drawn.support], seed=seed)

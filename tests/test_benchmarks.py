@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import dashboard, double_loop, evaluation_head, matching
+from benchmarks import dashboard, double_loop, evaluation_head, matching, own_videos
 from benchmarks.__main__ import NAMES, main
 from benchmarks.evaluation_head import draw_episodes
 from benchmarks.timing import compare, line, report
 from benchmarks.train_step import ON_CPU, RandomCLIP, random_batch
+from clip_m2df.classifier.segments import Segment
 from clip_m2df.dashboard import Dashboard
+from clip_m2df.data.motion_shapes import Action
 from tests.nn import references
 from tests.test_cli import options
 
@@ -69,6 +71,31 @@ def test_a_step_at_a_video_at_a_time_is_the_same(monkeypatch: pytest.MonkeyPatch
         model = kind("small", ON_CPU).eval()
         losses.append(model.training_step(batch, 0).item())
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+def test_own_videos_are_drawn_apart() -> None:
+    videos = {f"class {c}": [f"{c}/{k}.mp4" for k in range(20)] for c in range(7)}
+    drawn = own_videos.draw(videos, 3, 5)
+    assert drawn == own_videos.draw(videos, 3, 5)
+    assert drawn != own_videos.draw(videos, 4, 5)
+    assert [len(row) for row in drawn.support.values()] == [5] * 4
+    assert all(set(row) < set(videos[label]) for label, row in drawn.support.items())
+    assert all(clip in videos[label] for clip, label in zip(drawn.clips, drawn.labels, strict=True))
+    assert {label: drawn.labels.count(label) for label in drawn.support} == dict.fromkeys(drawn.support, 10)
+    every = [*(path for row in drawn.support.values() for path in row), *drawn.clips, *drawn.strangers]
+    assert len(set(every)) == len(every) == 20 + 40 + 40
+    assert not {path.split("/")[0] for path in drawn.strangers} & {label.split()[1] for label in drawn.support}
+
+
+def test_segments_are_held_against_actions() -> None:
+    actions = [Action(0.0, 4.0, "run"), Action(4.0, 10.0, "eat")]
+    found = [
+        Segment(*times, label, 1.0, {}) for *times, label in ((0.0, 1.0, "run"), (1.0, 5.0, "run"), (6.0, 10.0, "eat"))
+    ]
+    assert own_videos.best_overlap(actions[0], found) == pytest.approx(3 / 5)
+    assert own_videos.best_overlap(actions[1], found) == pytest.approx(4 / 6)
+    assert own_videos.best_overlap(Action(0.0, 1.0, "sit"), found) == 0
+    assert own_videos.share_of_time(actions, found) == pytest.approx((1 + 3 + 4) / 10)
 
 
 def test_a_case_tells_medians_and_whether_the_bar_is_met() -> None:
