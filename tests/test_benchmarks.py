@@ -89,9 +89,8 @@ def test_own_videos_are_drawn_apart() -> None:
 
 def test_segments_are_held_against_actions() -> None:
     actions = [Action(0.0, 4.0, "run"), Action(4.0, 10.0, "eat")]
-    found = [
-        Segment(*times, label, 1.0, {}) for *times, label in ((0.0, 1.0, "run"), (1.0, 5.0, "run"), (6.0, 10.0, "eat"))
-    ]
+    parts = [(0.0, 1.0, "run"), (1.0, 5.0, "run"), (6.0, 10.0, "eat")]
+    found = [Segment(start, end, label, 1.0, {}) for start, end, label in parts]
     assert own_videos.best_overlap(actions[0], found) == pytest.approx(3 / 5)
     assert own_videos.best_overlap(actions[1], found) == pytest.approx(4 / 6)
     assert own_videos.best_overlap(Action(0.0, 1.0, "sit"), found) == 0
