@@ -2,11 +2,11 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo study test test-all check check-wheel format clean
+.PHONY: demo study test test-all check check-wheel docs format clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable '.[dev]' --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --editable '.[dev,docs]' --constraint constraints.txt
 	touch $@
 
 demo: .venv/installed
@@ -36,6 +36,10 @@ check-wheel:
 	build/venv/bin/python -m pip wheel --quiet --no-deps --wheel-dir build .
 	build/venv/bin/python -m pip install --quiet build/*.whl --constraint constraints.txt
 	build/venv/bin/python scripts/check_wheel.py
+
+# The documentation site, in build/site; the theme would advertise its successor.
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 format: .venv/installed
 	$(BIN)/ruff format .

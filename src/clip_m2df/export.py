@@ -1,0 +1,394 @@
+"""Tower and head as programs of fixed shapes, for ONNX runtimes and ``torch.export``; each is held against the model.
+
+What is exported is copies in evaluation mode: the model itself stays as it is, where it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from itertools import accumulate
+from keyword import iskeyword
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+
+import torch
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from clip_m2df import __version__
+from clip_m2df.errors import UserError
+
+if TYPE_CHECKING:
+    from clip_m2df.module import CLIPM2DF
+    from clip_m2df.nn.backbone import CLIPBackbone
+    from clip_m2df.nn.head import Head
+
+Format = Literal["onnx", "pt2"]
+FORMATS: tuple[str, ...] = get_args(Format)
+FORMAT, TABLE, PROMPTS = "clip-m2df export 1", "export.json", "prompts.safetensors"
+
+# The first ONNX operator set with GELU; onnxruntime has it since 1.17.
+OPSET = 20
+ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+# A model of one file has to stay below 2 GiB, its graph included.
+MOST_IN_ONE_FILE = 2**31 - 2**24
+
+# How far a program may be off, absolutely, or beyond 1 relatively; METHOD's for its golden numbers.
+TOLERANCE = 1e-4
+
+
+def export_model(
+    model: CLIPM2DF,
+    folder: str | os.PathLike[str],
+    *,
+    n_way: int,
+    n_shot: int,
+    n_queries: int,
+    frames: int,
+    batch: int = 8,
+    class_names: Sequence[str] = (),
+    formats: Sequence[Format] = ("onnx", "pt2"),
+) -> dict[str, float]:
+    """Write the visual tower and the head as programs, and the prompt table of some classes.
+
+    ``tower`` takes uint8 ``frames (batch, 3, size, size)`` and gives ``features (batch, dim)``; mean and std are in it.
+    ``head`` takes ``support (n_way, n_shot, frames, dim)``, ``query (n_queries, frames, dim)`` and
+    ``prompts (n_way, dim)``, and gives ``logits`` and ``prompt_probabilities``, both ``(n_queries, n_way)``. The logits
+    are the scores by which the model predicts, its ``text_fusion`` included. ``export.json`` has all shapes.
+
+    Args:
+        model: what to export.
+        folder: a new or an empty one.
+        n_way: classes that the head compares a query with.
+        n_shot: examples of each.
+        n_queries: videos that it scores at once.
+        frames: of a video.
+        batch: frames that the tower takes at once.
+        class_names: what the rows of ``prompts (n_classes, dim)`` in ``prompts.safetensors`` say; by default, no file.
+        formats: ``onnx``, ``pt2`` (for ``torch.export.load``), or both.
+
+    Returns:
+        By file, the largest difference of its program from the model: absolute, or beyond 1 relative.
+
+    Raises:
+        UserError: a shape that is no positive number; a head that samples; a folder that holds something already or
+            can't be written; packages that are missing; or a program that can't be made, or differs from the model.
+    """
+    _check_shapes(n_way=n_way, n_shot=n_shot, n_queries=n_queries, frames=frames, batch=batch)
+    _check_lists(formats, class_names)
+    folder = Path(folder)
+    _check_folder(folder)
+    prompts = model.encode_prompts(class_names).cpu() if class_names else None
+    programs = {
+        "tower": tower_program(model, batch=batch),
+        "head": head_program(model, n_way=n_way, n_shot=n_shot, n_queries=n_queries, frames=frames),
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder) as draft:
+            differences: dict[str, float] = {}
+            for name, program in programs.items():
+                differences |= write_program(program, Path(draft) / name, formats)
+            if prompts is not None:
+                (Path(draft) / PROMPTS).write_bytes(save_tensors({"prompts": prompts.contiguous()}))
+            for file in sorted(Path(draft).iterdir()):
+                file.replace(folder / file.name)
+        (folder / TABLE).write_text(_table(model, programs, class_names, differences), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot export to {folder}: {error.strerror or error}; make room, or give another") from error
+    return differences
+
+
+def _check_shapes(**shapes: int) -> None:
+    for name, value in shapes.items():
+        if type(value) is not int or value < 1:
+            raise UserError(f"{name} is {value!r}; an export has fixed shapes, give a whole number of at least 1")
+
+
+def _check_folder(folder: Path) -> None:
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise UserError(f"{folder} holds something already: name an empty or a new folder for the export")
+
+
+def _check_lists(formats: Sequence[str], class_names: Sequence[str]) -> None:
+    if isinstance(class_names, str):
+        raise UserError(f"class_names is {class_names!r}; give a list of names")
+    if isinstance(formats, str) or not formats or set(formats) - set(FORMATS):
+        raise UserError(f"formats is {formats!r}; give a list of {' and '.join(FORMATS)}, or of one of them")
+    if "onnx" in formats and (missing := [name for name in ONNX_PACKAGES if find_spec(name) is None]):
+        raise UserError(
+            f"an export to ONNX needs {', '.join(missing)}: pip install clip-m2df[export], or give formats=['pt2']"
+        )
+
+
+def _table(
+    model: CLIPM2DF, programs: dict[str, Program], class_names: Sequence[str], differences: dict[str, float]
+) -> str:
+    """What ``export.json`` says."""
+
+    def shapes(tensors: dict[str, Tensor]) -> dict[str, list[int]]:
+        return {name: list(tensor.shape) for name, tensor in tensors.items()}
+
+    table = {
+        "format": FORMAT,
+        "version": __version__,
+        "reading": model.reading,
+        "templates": model.model.templates,
+        "class_names": list(class_names),
+        "programs": {
+            name: {"inputs": shapes(inputs), "outputs": shapes(program.module(**inputs))}
+            for name, program in programs.items()
+            for inputs in [program.inputs(0)]
+        },
+        "differences": differences,
+    }
+    return json.dumps(table, indent=2, ensure_ascii=False) + "\n"
+
+
+class Program(NamedTuple):
+    """A module to be exported, and what it is fed to see that the export is right.
+
+    Attributes:
+        module: from named tensors to a dictionary of them; in float32 on the CPU.
+        inputs: a seed to inputs by name, in the order of the module's; 0 gives zeros.
+    """
+
+    module: nn.Module
+    inputs: Callable[[int], dict[str, Tensor]]
+
+
+class TowerModule(nn.Module):
+    """From bytes to features.
+
+    Args:
+        backbone: with a visual tower.
+    """
+
+    def __init__(self, backbone: CLIPBackbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, frames: Tensor) -> dict[str, Tensor]:
+        """Map uint8 ``frames (batch, 3, size, size)`` to ``features (batch, dim)``."""
+        return {"features": self.backbone.encode_frames(self.backbone.normalise(frames))}
+
+
+class HeadModule(nn.Module):
+    """What a user wants of a head.
+
+    Args:
+        head: any.
+        text_fusion: see :class:`clip_m2df.CLIPM2DF`.
+    """
+
+    def __init__(self, head: Head, text_fusion: float) -> None:
+        super().__init__()
+        self.head = head
+        self.text_fusion = text_fusion
+
+    def forward(self, support: Tensor, query: Tensor, prompts: Tensor) -> dict[str, Tensor]:
+        """See :meth:`clip_m2df.nn.head.Head.forward`; ``logits`` are the scores by which the model predicts."""
+        output = self.head(support, query, prompts)
+        logits = output.logits
+        if self.text_fusion:  # as CLIPM2DF.fuse_text, which knows its own head only
+            text = self.head.class_logits(support, query, prompts, prompts)[1].log_softmax(-1)
+            logits = self.text_fusion * text + (1 - self.text_fusion) * logits.log_softmax(-1)
+        return {"logits": logits, "prompt_probabilities": output.prompt_probabilities}
+
+
+def tower_program(model: CLIPM2DF, *, batch: int) -> Program:
+    """The visual tower for ``batch`` frames at once, without the text tower."""
+    backbone = model.model.backbone
+    # Whatever deepcopy finds in its memo it takes for copied.
+    module = TowerModule(copy.deepcopy(backbone, {id(backbone.text): None}))
+    shape = (batch, 3, backbone.image_size, backbone.image_size)
+
+    def inputs(seed: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        frames = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+        return {"frames": frames if seed else torch.zeros_like(frames)}
+
+    return Program(_settled(module), inputs)
+
+
+def head_program(model: CLIPM2DF, *, n_way: int, n_shot: int, n_queries: int, frames: int) -> Program:
+    """The head for episodes of one shape.
+
+    Raises:
+        UserError: it samples.
+    """
+    head, dim = model.model.head, model.model.backbone.dim
+    if getattr(head, "selection", "argmax") == "sample":
+        raise UserError(
+            "selection 'sample' draws prompts, so that an export would not repeat; load the model with"
+            " selection='argmax' or 'expectation'"
+        )
+    shapes = {"support": (n_way, n_shot, frames, dim), "query": (n_queries, frames, dim), "prompts": (n_way, dim)}
+
+    def inputs(seed: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        return {
+            name: torch.randn(shape, generator=generator) if seed else torch.zeros(shape)
+            for name, shape in shapes.items()
+        }
+
+    return Program(_settled(HeadModule(copy.deepcopy(head), model.text_fusion)), inputs)
+
+
+def _settled(module: nn.Module) -> nn.Module:
+    """A module for use alone, whatever its training had of devices, precision and gradient checkpointing."""
+    for part in module.modules():
+        vars(part).pop("forward", None)  # checkpointing's; below it is the class's own
+    module = module.eval().requires_grad_(False)
+    return module.to(device="cpu", dtype=torch.float32, memory_format=torch.contiguous_format)  # type: ignore[call-overload, no-any-return]
+
+
+def write_program(program: Program, stem: Path, formats: Sequence[str]) -> dict[str, float]:
+    """Write a program in each format, and hold what was written against the module.
+
+    Args:
+        program: what to export.
+        stem: the path without its suffix.
+        formats: of ``FORMATS``.
+
+    Returns:
+        The largest difference of each file, by its name.
+
+    Raises:
+        UserError: it can't be exported, or differs from the module.
+    """
+    differences = {}
+    try:
+        with _quiet():
+            exported = _trace(program)
+            for name in formats:
+                path = stem.with_suffix(f".{name}")
+                if name == "onnx":
+                    _save_onnx(exported, program, path)
+                else:
+                    torch.export.save(exported, path)
+                differences[path.name] = _check(program, _open(path), path.name)
+    except (OSError, UserError):
+        raise
+    except Exception as error:  # what torch can't export, it says in many ways
+        raise UserError(f"the {stem.name} can't be exported: {error}") from error
+    return differences
+
+
+def _trace(program: Program) -> ExportedProgram:
+    module = copy.deepcopy(program.module)
+    for part in list(module.modules()):
+        for name, child in list(part.named_children()):
+            if isinstance(child, nn.ModuleDict) and any(map(iskeyword, child)):
+                setattr(part, name, _Renamed(child))
+    exported = torch.export.export(module, (), kwargs=program.inputs(1))
+    # Beside the two, this removes the regions without autocast, which a saved program can't hold.
+    decomposed: ExportedProgram = exported.run_decompositions(
+        {torch.ops.aten.logaddexp.default: _logaddexp, torch.ops.aten.logcumsumexp.default: _logcumsumexp}
+    )
+    return decomposed
+
+
+class _Renamed(nn.Module):
+    """The items of a ``ModuleDict`` under other names: generated code trips over a view called ``global``."""
+
+    def __init__(self, modules: nn.ModuleDict) -> None:
+        super().__init__()
+        self.names = tuple(modules)
+        self.parts = nn.ModuleList(modules.values())
+
+    def items(self) -> Iterator[tuple[str, nn.Module]]:
+        return zip(self.names, self.parts, strict=True)
+
+
+# ONNX has neither of these. The exporter writes out exp and log, which underflow with long videos, strong costs or a
+# small smoothing.
+
+
+def _logaddexp(x: Tensor, y: Tensor) -> Tensor:
+    return torch.maximum(x, y) + torch.log1p(torch.exp(-(x - y).abs()))
+
+
+def _logcumsumexp(x: Tensor, dim: int) -> Tensor:
+    return torch.stack(list(accumulate(x.unbind(dim), _logaddexp)), dim)
+
+
+def _save_onnx(exported: ExportedProgram, program: Program, path: Path) -> None:
+    inputs = program.inputs(0)
+    converted = torch.onnx.export(
+        exported,
+        (),
+        kwargs=inputs,
+        input_names=list(inputs),
+        output_names=list(program.module(**inputs)),
+        opset_version=OPSET,
+        dynamo=True,
+        verbose=False,
+    )
+    assert converted is not None  # as it was not given a file
+    weights = [*program.module.parameters(), *program.module.buffers()]
+    size = sum(weight.numel() * weight.element_size() for weight in weights)
+    converted.save(path, external_data=size > MOST_IN_ONE_FILE)
+
+
+Run = Callable[..., dict[str, Tensor]]
+
+
+def _open(path: Path) -> Run:
+    """A written program, to be called as the module is."""
+    if path.suffix == ".pt2":
+        return torch.export.load(path).module()
+    import onnxruntime  # type: ignore[import-untyped]
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+
+    def run(**inputs: Tensor) -> dict[str, Tensor]:
+        outputs = session.run(names, {name: value.numpy() for name, value in inputs.items()})
+        return dict(zip(names, map(torch.from_numpy, outputs), strict=True))
+
+    return run
+
+
+def _check(program: Program, run: Run, name: str) -> float:
+    """The largest difference of a written program from the module, on zeros and on random inputs.
+
+    Raises:
+        UserError: it is above ``TOLERANCE``, or no number.
+    """
+    largest = 0.0
+    for seed in range(4):
+        inputs = program.inputs(seed)
+        found = run(**inputs)
+        for key, expected in program.module(**inputs).items():
+            difference = ((found[key] - expected).abs() / expected.abs().clamp(min=1)).max().item()
+            if not difference <= TOLERANCE:
+                raise UserError(
+                    f"{name} is not kept: its {key} are off the model's by {difference:.2g}, more than {TOLERANCE:g};"
+                    " try other versions of torch, onnxscript or onnxruntime, and tell us"
+                )
+            largest = max(largest, difference)
+    return largest
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out what torch's exporters say of torch's future, and of packages that nothing here needs."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logger.setLevel(level)
