@@ -216,6 +216,7 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, required=True, help="the table, .csv or .jsonl; a run that was broken off goes on"
     )
+    parser.add_argument("--report", type=Path, help="a page for a browser, .html: each video with its frames, and why")
     parser.add_argument("--reject", action="store_true", help='say "none of these" of what is too far from every class')
     parser.add_argument(
         "--segments", action="store_true", help="what happens when in long videos, which are read in this process"

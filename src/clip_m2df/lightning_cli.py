@@ -21,11 +21,9 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from rich.console import Console
 
 from clip_m2df.checkpoints import BEST, FOLDER, LAST, PREVIOUS, RunCheckpoint, RunCheckpointIO, find_last
 from clip_m2df.dashboard import Dashboard
@@ -33,10 +31,11 @@ from clip_m2df.data.datamodule import EpisodeDataModule
 from clip_m2df.data.episode_files import write_episodes_file
 from clip_m2df.data.motion_shapes import NO_KNOBS
 from clip_m2df.errors import Stopped, UserError
-from clip_m2df.evaluation.report import hardest_classes, write_report
 from clip_m2df.module import CLIPM2DF, checkpoint_options
 from clip_m2df.nn.heads import head_class
 from clip_m2df.profile import StepProfile
+from clip_m2df.report.evaluation import EvaluationPage
+from clip_m2df.run_callbacks import RunConfig, RunProgressBar, RunReport
 from clip_m2df.wandb_run import go_on_with_run
 
 # What gloo and NCCL say when a process at the other end is gone.
@@ -44,70 +43,6 @@ LOST = "closed by peer|reset by peer|remote process exited|communicator was abor
 
 # Of a config; a few lines of aliases of aliases stand for as many as one likes, all of which the parser would visit.
 MOST_VALUES = 10_000
-
-
-class RunProgressBar(RichProgressBar):
-    """Counts to the end of the run; Lightning's own takes optimiser steps for batches where there are no epochs."""
-
-    @property
-    def total_train_batches(self) -> int | float:
-        """Batches of the run, those before a resume included."""
-        steps = self.trainer.max_steps
-        batches = steps * self.trainer.accumulate_grad_batches if steps > 0 else float("inf")
-        return min(self.trainer.num_training_batches, batches)
-
-    def _get_train_description(self, current_epoch: int) -> str:
-        return "Training"
-
-
-class RunConfig(SaveConfigCallback):
-    """Writes the configuration of a run into its folder, not beside a logger's files."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **(kwargs | {"save_to_log_dir": False}))
-
-    def save_config(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Write ``<run folder>/config.yaml``, for ``fit`` only."""
-        if stage == "fit":
-            folder = Path(trainer.default_root_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            config = self.config.clone()
-            config.ckpt_path = None  # the run's, not that of whoever starts from its configuration
-            text = self.parser.dump(config, skip_unset=False)
-            (folder / "config.yaml").write_text(text, encoding="utf-8")
-
-
-class RunReport(lightning.Callback):
-    """Writes what an evaluation says of the classes into the run's folder, and prints the hardest ones.
-
-    In training it lets all ranks know of the videos that one of them found unusable, as often as the Trainer logs.
-    """
-
-    def on_train_batch_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Let ranks know of each other's unusable videos."""
-        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if stepped and every and trainer.global_step % every == 0:
-            trainer.datamodule.share_unusable()  # type: ignore[attr-defined]
-
-    def on_test_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Write ``test_classes.csv`` and ``test_confusion.csv``."""
-        self._write("test", trainer, pl_module)
-
-    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Write ``val_classes.csv`` and ``val_confusion.csv`` where that is all there is to do."""
-        if trainer.state.fn == "validate":
-            self._write("val", trainer, pl_module)
-
-    def _write(self, split: str, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        confusion, data = pl_module.confusion, trainer.datamodule  # type: ignore[attr-defined]
-        if trainer.is_global_zero and isinstance(confusion, torch.Tensor) and confusion.numel():
-            class_names = data.manifest.split(split).class_names
-            files = write_report(Path(trainer.default_root_dir), split, class_names, confusion.cpu())
-            Console().print(hardest_classes(class_names, confusion.cpu()))
-            print(f"all classes are in {' and '.join(map(str, files))}")
 
 
 class CLI(LightningCLI):
@@ -154,6 +89,13 @@ class CLI(LightningCLI):
             help="print at the end where the time of the training went, and the achieved share of the device's peak",
         )
 
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "test":
+            text = "a page for a browser, .html: accuracies, what is taken for what, the hardest episodes"
+            parser.add_argument("--report", type=str | None, default=None, help=text)
+        return parser
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, without LightningCLI's warning about arguments that don't come from ``sys.argv``."""
         try:
@@ -189,6 +131,9 @@ class CLI(LightningCLI):
         if self.subcommand == "fit":  # for the loggers, in plain types
             text = self._parser("fit").dump(self.config.fit, skip_unset=False)
             self.config_init.fit.dashboard.config = yaml.safe_load(text)
+        if self.subcommand == "test" and self.config_init.test.report is not None:
+            text = self._parser("test").dump(self.config.test, skip_unset=False)
+            trainer_options.callbacks.append(EvaluationPage(Path(self.config.test.report), yaml.safe_load(text)))
         return super().instantiate_trainer(**kwargs)
 
     def _set_seed(self) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import json
+import os
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -14,7 +16,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from clip_m2df.cli import main
 from clip_m2df.data.motion_shapes import render
+from clip_m2df.data.motion_shapes.rendering import write_video
 from tests.data import clips
 
 if TYPE_CHECKING:  # a worker process that imports a test's reader need not wait for the rest
@@ -23,6 +27,9 @@ if TYPE_CHECKING:  # a worker process that imports a test's reader need not wait
 SMALL = {"hidden_dim": 32, "heads": 4}
 # Options of the heads that are trained.
 HEAD_OPTIONS: dict[str, dict[str, Any]] = {"m2df": SMALL, "clip_fsar": SMALL}
+
+# Names that a table may trip over; "[red]" is markup to what prints the summary.
+LABELS = ('a, "b"', "läuft – 走る", "x [red]y")
 
 Make: TypeAlias = "Callable[..., FewShotClassifier]"
 
@@ -94,3 +101,113 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
         for row in csv.DictReader(file):
             found[row["label"]].append(str(manifest.parent / row["path"]))
     return dict(found)
+
+
+# clip-m2df predict
+
+
+def paint(path: Path, hue: int, seed: int, frames: int = 12) -> Path:
+    """A video of 48 x 32 pixels in which a block moves over noise, both tinted."""
+    rng = np.random.default_rng(seed)
+    shown = rng.integers(0, 90, (frames, 32, 48, 3), dtype=np.uint8)
+    shown[..., hue] += 90
+    for number, frame in enumerate(shown):
+        frame[8:24, (2 * number) % 40 : (2 * number) % 40 + 8, (hue + 1) % 3] = 250
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_video(path, shown)
+    return path
+
+
+@pytest.fixture(scope="session")
+def support(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder a class, each with two videos; nobody may change them."""
+    root = tmp_path_factory.mktemp("support")
+    for hue, label in enumerate(LABELS):
+        for k in range(2):
+            paint(root / label / f"{k}.mp4", hue, 10 * hue + k)
+    return root
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six videos, one of them in a folder of its own; nobody may change them."""
+    root = tmp_path_factory.mktemp("clips")
+    for k in range(5):
+        paint(root / f"{k}.mp4", k % 3, 100 + k)
+    paint(root / "inner" / "é, deep.mp4", 2, 105)
+    return root
+
+
+def predict_args(support: Path, videos: Sequence[object], output: Path, *more: str) -> list[str]:
+    """Of ``clip-m2df predict`` without training, which reads files in this process."""
+    model = [] if {"--ckpt_path", "--backbone"} & set(more) else ["--backbone", "tiny"]
+    workers = [] if "--workers" in more else ["--workers", "0"]
+    shown = [str(video) for video in videos]
+    return ["predict", *model, "--support", str(support), "--videos", *shown, "--output", str(output), *workers, *more]
+
+
+def reference(support: Path, head: str = "otam") -> FewShotClassifier:
+    """What the command makes for itself."""
+    from clip_m2df import CLIPM2DF, FewShotClassifier
+
+    return FewShotClassifier(CLIPM2DF(backbone="tiny", head=head, freeze_backbone=True)).fit(support)
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def videos_of(folder: Path) -> list[str]:
+    return [*(str(folder / f"{k}.mp4") for k in range(5)), str(folder / "inner" / "é, deep.mp4")]
+
+
+def fails(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What a command says that ends with status 2."""
+    capsys.readouterr()
+    try:
+        status: object = main(arguments)
+    except SystemExit as ended:  # argparse's own
+        status = ended.code
+    assert status == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    return said
+
+
+class Labelled:
+    """Names of the videos that were labelled, and after how many of a run a person loses patience."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.most = -1
+
+    def lose_patience(self) -> None:
+        raise KeyboardInterrupt
+
+    def forget(self) -> list[str]:
+        names, self.names = self.names, []
+        return names
+
+
+@pytest.fixture
+def labelled(monkeypatch: pytest.MonkeyPatch) -> Labelled:
+    """Watches over ``classify``."""
+    from clip_m2df import FewShotClassifier
+
+    watched = Labelled()
+    own = FewShotClassifier.classify
+
+    def classify(self: FewShotClassifier, paths: Sequence[Any], **options: Any) -> Iterator[Any]:
+        for k, (place, prediction) in enumerate(own(self, paths, **options)):
+            if k == watched.most:
+                watched.lose_patience()
+            watched.names.append(os.path.basename(paths[place]))
+            yield place, prediction
+
+    monkeypatch.setattr(FewShotClassifier, "classify", classify)
+    return watched

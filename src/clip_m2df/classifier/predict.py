@@ -7,14 +7,16 @@ import hashlib
 import json
 import math
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
-from tempfile import TemporaryFile
-from typing import Any, NamedTuple, TypeAlias
+from types import FrameType
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -24,20 +26,19 @@ from rich.text import Text
 
 from clip_m2df import CLIPM2DF, FewShotClassifier, __version__
 from clip_m2df.classifier.clips import list_examples, name_of, videos_in
+from clip_m2df.classifier.encoding import placed
+from clip_m2df.classifier.part_file import PartFile, Row, open_part, writing
 from clip_m2df.classifier.saving import TABLE
 from clip_m2df.classifier.segments import Windows
 from clip_m2df.data.sampling import exact_rate
 from clip_m2df.data.video import VideoError
-from clip_m2df.errors import UserError, some
+from clip_m2df.errors import Stopped, UserError, some
 from clip_m2df.files import fingerprint, whole_file
+from clip_m2df.report.page import check_page
+from clip_m2df.report.predictions import write_predictions
 
 FORMATS = (".csv", ".jsonl")
-# First in the file of a run that is under way.
-PART = "clip-m2df predictions 1"
 _NAMED = 5  # of the broken videos, in print
-
-# A row of the table by its columns, but for the path: text, numbers as they are printed, or None.
-Row: TypeAlias = "dict[str, Any]"
 
 
 class Question(NamedTuple):
@@ -55,6 +56,11 @@ class Question(NamedTuple):
         """Of the table."""
         times = () if self.sliding is None else ("start", "end")
         return ("path", *times, "label", "probability", *(f"p_{_plain(name)}" for name in classes), "error")
+
+    def broken_row(self, classes: Sequence[str], error: str) -> Row:
+        """Of what can't be read."""
+        times = {} if self.sliding is None else {"start": None, "end": None}
+        return times | _row(classes, None, math.nan, {}, error)
 
     def check(self, classifier: FewShotClassifier) -> None:
         """Refuse what would fail on each video.
@@ -87,10 +93,12 @@ def predict_videos(
     fps: float | None,
     workers: int,
     timeout: float,
+    report: Path | None = None,
 ) -> int:
     """Label videos, write a table and print a summary.
 
-    Rows are added to ``<output>.part`` as they come, and the next run of the same goes on from there.
+    Rows are added to ``<output>.part`` as they come, those of clips that the model sees together at once, and the next
+    run of the same goes on from there.
 
     Args:
         ckpt_path: a checkpoint, a folder of ``save_pretrained``, a name on the hub, or a saved classifier.
@@ -107,55 +115,63 @@ def predict_videos(
         fps: the same.
         workers: processes that read files; 0 reads in this one.
         timeout: seconds after which a video is given up, with workers.
+        report: a page of it for a browser, if one is wanted.
 
     Returns:
-        The exit status: 0, or 1 if a video can't be read.
+        The exit status: 0, or 1 if a video can't be read or a folder has none.
 
     Raises:
-        UserError: options that don't go together or are out of range, no model or support, no file to write.
+        UserError: options that don't go together or are out of range, no model or support, no file of its own to write.
+        Terminated: by SIGTERM.
     """
-    given = {"window": window, "stride": stride, "smoothing": smoothing, "fps": fps}
+    _check_options(output, report, ckpt_path, head)
+    question = Question(reject, _sliding(segments, window=window, stride=stride, smoothing=smoothing, fps=fps))
+    listed, empty = _list_videos(videos)
+    with _terminable(), open_part(output) as part:
+        classifier, known_by = _make_classifier(ckpt_path, backbone, head, support, workers=workers, timeout=timeout)
+        question.check(classifier)
+        found = _find(classifier, question, listed, empty, output, part, _digest(classifier, known_by, question))
+        _write_table(output, question.columns(classifier.classes_.tolist()), found)
+        if report is not None:
+            model = str(ckpt_path or backbone)
+            write_predictions(report, classifier, found, model, support, reject=reject, segments=segments)
+        part.clear()
+    return _print_summary(found, segments, output)
+
+
+def _sliding(segments: bool, **given: float | None) -> dict[str, float] | None:
+    """Options of ``FewShotClassifier.segments``, where segments are wanted."""
     sliding = {name: value for name, value in given.items() if value is not None}
-    _check_options(output, segments, sliding, ckpt_path, head)
-    question = Question(reject, {"window": 2.0, **sliding} if segments else None)
-    with _plain_warnings():
-        listed = _list_videos(videos)
-    part = _open_part(output)
-    classifier, known_by = _make_classifier(ckpt_path, backbone, head, support, workers=workers, timeout=timeout)
-    question.check(classifier)
-    found = _find(classifier, question, listed, output, part, digest=_digest(classifier, known_by, question))
-    columns = question.columns(classifier.classes_.tolist())
-    with _writing(output):
-        _write_table(output, columns, [{"path": _plain(listed[key]), **row} for key in listed for row in found[key]])
-        part.unlink()
-    return _print_summary({path: found[key] for key, path in listed.items()}, segments, output)
-
-
-def _check_options(
-    output: Path, segments: bool, sliding: Mapping[str, float], ckpt_path: str | None, head: str | None
-) -> None:
-    if output.suffix not in FORMATS:
-        raise UserError(f"--output is {output}: give it a name that ends in {' or '.join(FORMATS)}")
     if sliding and not segments:
         raise UserError(f"--{next(iter(sliding))} is of --segments: give that too, or leave it out")
     for name, value in sliding.items():
         if not math.isfinite(value):
             raise UserError(f"--{name} is {value}: give a number that is not infinite")
+    return {"window": 2.0, **sliding} if segments else None
+
+
+def _check_options(output: Path, report: Path | None, ckpt_path: str | None, head: str | None) -> None:
+    if output.suffix not in FORMATS:
+        raise UserError(f"--output is {output}: give it a name that ends in {' or '.join(FORMATS)}")
+    if report is not None:
+        check_page(report)
     if head is not None and ckpt_path is not None:
         raise UserError("--head goes with --backbone: a trained model has a head of its own; leave it out")
 
 
-def _list_videos(arguments: Sequence[str]) -> dict[str, str]:
-    """The videos by their absolute paths, each as it was named first.
-
-    Raises:
-        UserError: a folder that has none.
-    """
+def _list_videos(arguments: Sequence[str]) -> tuple[dict[str, str], set[str]]:
+    """The videos by their absolute paths, each as it was named first, and the folders among them that have none."""
     listed: dict[str, str] = {}
+    empty = set()
     for argument in arguments:
-        for path in videos_in(argument) if os.path.isdir(argument) else [argument]:
+        try:
+            paths = videos_in(argument) if os.path.isdir(argument) else [argument]
+        except UserError:
+            paths = [argument]
+            empty.add(os.path.abspath(argument))
+        for path in paths:
             listed.setdefault(os.path.abspath(path), path)
-    return listed
+    return listed, empty
 
 
 def _make_classifier(
@@ -182,7 +198,7 @@ def _make_classifier(
         classifier = FewShotClassifier.from_checkpoint(ckpt_path, **reading)
     else:
         model = CLIPM2DF(backbone=str(backbone), head=head or "otam", freeze_backbone=True)
-        classifier = FewShotClassifier(model.to("cuda" if torch.cuda.is_available() else "cpu"), **reading)
+        classifier = FewShotClassifier(placed(model, None), **reading)
     with _plain_warnings() as said:
         classifier.fit(examples)
     return classifier, [marks, said]  # examples that were left out are among what was said
@@ -218,30 +234,37 @@ def _mark(path: str) -> str:
 
 
 def _find(
-    classifier: FewShotClassifier, question: Question, listed: Mapping[str, str], output: Path, part: Path, digest: str
+    classifier: FewShotClassifier,
+    question: Question,
+    listed: Mapping[str, str],
+    empty: Collection[str],
+    output: Path,
+    part: PartFile,
+    digest: str,
 ) -> dict[str, list[Row]]:
-    """The rows of each video; what the part knows already is taken over."""
+    """The rows of each video by its path; what the part knows already is taken over."""
+    names = classifier.classes_.tolist()
     marks = {key: _mark(path) for key, path in listed.items()}
-    columns = question.columns(classifier.classes_.tolist())
-    found = _known(part, digest, marks, columns)
-    if found:
+    found = part.take_over(digest, marks, question.columns(names)[1:])
+    if found is None:
+        print(f"{_plain(str(output))}.part is of a run with another model, support or options: starting anew")
+        found = {}
+    elif found:
         print(f"{len(found)} of {len(listed)} videos were labelled before the last run was broken off")
+    found |= {key: [question.broken_row(names, "the folder has no videos")] for key in empty}
     left = [key for key in listed if key not in found]
-    with _writing(output), whole_file(part) as draft, open(draft, "w", encoding="utf-8") as file:
-        _add_line(file, {"format": PART, "digest": digest})
-        for key, rows in found.items():
-            _add_line(file, {"video": key, "mark": marks[key], "rows": rows})
-    with open(part, "a", encoding="utf-8") as file:
-        results = _label(classifier, question, [listed[key] for key in left])
+    # Closed, so that workers end at once when the run does.
+    with closing(_label(classifier, question, [listed[key] for key in left])) as results:
         bar = track(results, "labelling", total=len(left), console=Console(stderr=True), disable=not left)
         for place, rows in bar:
             found[left[place]] = rows
-            with _writing(output):
-                _add_line(file, {"video": left[place], "mark": marks[left[place]], "rows": rows})
-    return found
+            part.add(left[place], marks[left[place]], rows)
+    return {path: found[key] for key, path in listed.items()}
 
 
-def _label(classifier: FewShotClassifier, question: Question, paths: Sequence[str]) -> Iterator[tuple[int, list[Row]]]:
+def _label(
+    classifier: FewShotClassifier, question: Question, paths: Sequence[str]
+) -> Generator[tuple[int, list[Row]], None, None]:
     """The place of each video and its rows, as they are ready."""
     names = classifier.classes_.tolist()
     if question.sliding is None:
@@ -252,7 +275,7 @@ def _label(classifier: FewShotClassifier, question: Question, paths: Sequence[st
         try:
             found = classifier.segments(path, reject=question.reject, **question.sliding)
         except UserError as error:
-            yield place, [{"start": None, "end": None, **_row(names, None, math.nan, {}, _reason(error, path))}]
+            yield place, [question.broken_row(names, _reason(error, path))]
         else:
             times = [{"start": round(s.start, 3), "end": round(s.end, 3)} for s in found]
             rows = [_row(names, s.label, s.probability, s.probabilities) for s in found]
@@ -302,71 +325,33 @@ def _plain_warnings() -> Iterator[list[str]]:
         yield said
 
 
+class Terminated(Stopped):
+    """A run was asked to end by SIGTERM; what it has found is kept."""
+
+    def __str__(self) -> str:
+        return "stopped by SIGTERM; the same command goes on where it was"
+
+
 @contextmanager
-def _writing(output: Path) -> Iterator[None]:
-    """Turn the operating system's refusals into errors that name the table."""
+def _terminable() -> Iterator[None]:
+    """End at SIGTERM as at Ctrl-C: by way of all that is to be closed, workers among it."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        raise Terminated(number)
+
+    if threading.current_thread() is not threading.main_thread():  # where no handler may be set
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, handle)
     try:
         yield
-    except OSError as error:
-        raise UserError(
-            f"cannot write the predictions {output}: {error.strerror}; name a file in a folder that can be written"
-        ) from error
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None where it was not set by Python
 
 
-def _open_part(output: Path) -> Path:
-    """The file of rows as they come, after a try whether it can be written.
-
-    Raises:
-        UserError: it can't.
-    """
-    if output.is_dir():
-        raise UserError(f"cannot write the predictions {output}: it is a folder; name a file in it")
-    part = Path(f"{output}.part")
-    with _writing(output):
-        part.parent.mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=part.parent).close()
-    return part
-
-
-def _add_line(file: Any, content: Mapping[str, Any]) -> None:
-    """A JSON line, all in ASCII: a name with bytes that are no UTF-8 can be read back."""
-    file.write(json.dumps(content) + "\n")
-    file.flush()
-
-
-def _known(part: Path, digest: str, marks: Mapping[str, str], columns: Sequence[str]) -> dict[str, list[Row]]:
-    """The rows of the videos that an earlier run of the same has labelled, and that have not changed since.
-
-    Lines that are torn are passed over. Videos that could not be read are tried again: with more time they may be.
-    """
-    try:
-        with open(part, encoding="utf-8", errors="replace") as file:
-            lines = [_parsed(line) for line in file]
-    except FileNotFoundError:
-        return {}
-    if not lines or lines[0] != {"format": PART, "digest": digest}:
-        print(f"{_plain(str(part))} is of a run with another model, support or options: starting anew")
-        return {}
-    found: dict[str, list[Row]] = {}
-    for line in lines[1:]:
-        key, rows = str(line.get("video")), line.get("rows", ())
-        if not marks.get(key) or line.get("mark") != marks[key]:  # of another run's videos, or changed
-            continue
-        if all(tuple(row) == tuple(columns[1:]) and row["error"] is None for row in rows):
-            found[key] = rows
-    return found
-
-
-def _parsed(line: str) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(line)
-        return content
-    except ValueError:
-        return {}
-
-
-def _write_table(output: Path, columns: Sequence[str], rows: Sequence[Row]) -> None:
-    with whole_file(output) as draft, open(draft, "w", encoding="utf-8", newline="") as file:
+def _write_table(output: Path, columns: Sequence[str], found: Mapping[str, Sequence[Row]]) -> None:
+    rows = [{"path": _plain(path), **row} for path, of_video in found.items() for row in of_video]
+    with writing(output), whole_file(output) as draft, open(draft, "w", encoding="utf-8", newline="") as file:
         if output.suffix == ".jsonl":
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             return

@@ -1,0 +1,1 @@
+"""What a command found, as a page for a browser."""

@@ -1,0 +1,186 @@
+"""A page that is one file: styles, script and pictures are in it, and it fetches nothing."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from tempfile import TemporaryFile
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+from torch import Tensor
+
+from clip_m2df import __version__
+from clip_m2df.errors import UserError
+from clip_m2df.evaluation.sheet import shown_frames, strip
+from clip_m2df.files import whole_file
+
+# Steps from white to the darkest; each has a class of its own in the style sheet, which the policy of the page demands.
+SHADES = 10
+# Pixels of a frame's side: in a row of its own, and beside a table of frames.
+FRAME, SMALL = 112, 40
+_QUALITY = 72  # of JPEGs
+
+
+def check_page(path: Path) -> None:
+    """Refuse a page that could not be written, before there is something to lose.
+
+    Raises:
+        UserError: its name doesn't end in ``.html``, or it is no file in a folder that can be written.
+    """
+    if path.suffix != ".html":
+        raise UserError(f"--report is {path}: give it a name that ends in .html")
+    if path.is_dir():
+        raise UserError(f"cannot write the report {path}: it is a folder; name a file in it")
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=path.parent).close()
+
+
+def write_page(path: Path, template: str, content: Mapping[str, object]) -> None:
+    """Write a page, whole or not at all.
+
+    Args:
+        path: where to.
+        template: its name in this package.
+        content: what the template asks for; text in it is shown as it stands.
+
+    Raises:
+        UserError: it can't be written.
+    """
+    style, script = _own_text("page.css"), _own_text("page.js")
+    page = _templates().get_template(template)
+    text = page.render(
+        **content,
+        style=Markup(style),
+        script=Markup(script),
+        policy=(
+            "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none';"
+            f" style-src '{_digest(style)}'; script-src '{_digest(script)}'"
+        ),
+        version=__version__,
+        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    )
+    with _writing(path), whole_file(path) as draft:
+        # Names of files may have bytes that are no text.
+        draft.write_bytes(text.encode(errors="backslashreplace"))
+
+
+def percent(share: float | None) -> str:
+    """A share of 1 in words; a dash where there is none."""
+    return "-" if share is None or share != share else f"{100 * share:.1f} %"
+
+
+def shade(value: float) -> int:
+    """The step of a value between 0 and 1."""
+    return round(SHADES * min(max(value, 0.0), 1.0)) if value == value else 0
+
+
+def frame_pictures(clip: Tensor, most: int = 8) -> list[str]:
+    """Frames ``(frames, 3, height, width)`` of a clip, evenly chosen, each as a data URI."""
+    return [_as_uri(strip(frame.unsqueeze(0), FRAME)) for frame in shown_frames(clip, most)]
+
+
+def strip_picture(clip: Tensor, *, upright: bool = False, most: int | None = None) -> str:
+    """The frames of a clip ``(frames, 3, height, width)`` beside one another, small, as a data URI."""
+    return _as_uri(strip(clip, SMALL, most=most, upright=upright))
+
+
+def prompt_rows(
+    names: Sequence[str], probabilities: Sequence[float], scores: Tensor, counted: Tensor, *, chosen: str | None
+) -> list[dict[str, object]]:
+    """A row a class of how much frames look like its prompt, for the table of PPS.
+
+    Args:
+        names: of the classes.
+        probabilities: PPS's, of each.
+        scores: cosines ``(n, frames)``.
+        counted: bool ``(n, frames)``, those that count.
+        chosen: the class whose prompt was chosen, if one's was.
+    """
+    low, high = float(scores.min()), float(scores.max())
+    return [
+        {
+            "name": name,
+            "probability": percent(probability),
+            "chosen": name == chosen,
+            "cells": [
+                {"text": f"{value:.2f}", "shade": shade((value - low) / max(high - low, 1e-6)), "counted": counts}
+                for value, counts in zip(values, marks, strict=True)
+            ],
+        }
+        for name, probability, values, marks in zip(
+            names, probabilities, scores.tolist(), counted.tolist(), strict=True
+        )
+    ]
+
+
+def alignment_maps(alignments: Mapping[str, Tensor], distances: Mapping[str, float]) -> list[dict[str, object]]:
+    """By view how a clip is aligned with a class, for the template's maps.
+
+    Args:
+        alignments: by view, ``(frames, frames)``: the clip's frames are the rows.
+        distances: by view.
+    """
+    darkest = max((float(a.max()) for a in alignments.values()), default=1.0)
+    return [
+        {
+            "view": view,
+            "distance": f"{distances[view]:.2f}",
+            "rows": len(weights),
+            "columns": weights.shape[1],
+            "cells": [
+                (column, row, f"{value / darkest:.2f}")
+                for row, values in enumerate(weights.tolist())
+                for column, value in enumerate(values)
+                if value > 0.01 * darkest
+            ],
+        }
+        for view, weights in alignments.items()
+    ]
+
+
+def _as_uri(picture: Image.Image) -> str:
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=_QUALITY, optimize=True)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+@cache
+def _templates() -> Environment:
+    templates = Environment(
+        loader=PackageLoader("clip_m2df.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.filters["percent"] = percent
+    return templates
+
+
+def _own_text(name: str) -> str:
+    return (resources.files("clip_m2df.report") / "templates" / name).read_text(encoding="utf-8")
+
+
+def _digest(text: str) -> str:
+    """What the policy knows an inline style or script by."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write the report {path}: {error.strerror or error}; name a file in a folder that can be written"
+        ) from error
