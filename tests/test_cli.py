@@ -17,8 +17,9 @@ import yaml
 from clip_m2df import __version__
 from clip_m2df.cli import main
 from clip_m2df.data.datamodule import EpisodeDataModule
-from clip_m2df.lightning_cli import RunProgressBar, run
+from clip_m2df.lightning_cli import run
 from clip_m2df.module import CLIPM2DF, checkpoint_options
+from clip_m2df.run_callbacks import RunProgressBar
 from clip_m2df.shipped import find_config, shipped_configs
 
 

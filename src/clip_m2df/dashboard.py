@@ -29,8 +29,8 @@ from clip_m2df.evaluation.evidence import (
     reliability_columns,
 )
 from clip_m2df.evaluation.figures import validation_pictures
+from clip_m2df.evaluation.played import Played
 from clip_m2df.files import whole_file
-from clip_m2df.module import Played
 from clip_m2df.nn.m2df import has_stages
 
 T = TypeVar("T")
@@ -229,7 +229,7 @@ class Dashboard(lightning.Callback):
 
     def _read(self, trainer: lightning.Trainer, places: Tensor) -> Tensor | None:
         """Small frames of videos; None if one can't be read, or is not known."""
-        table = getattr(trainer.val_dataloaders, "dataset", None)
+        table = getattr(trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders, "dataset", None)
         if not isinstance(table, EvaluationTable):
             return None
         paths = [table.videos[place].path for place in places.tolist()]

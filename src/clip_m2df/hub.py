@@ -21,8 +21,7 @@ from torch import Tensor
 from clip_m2df.errors import UserError
 from clip_m2df.files import whole_file
 from clip_m2df.nn import heads
-from clip_m2df.nn.backbone import read_weights
-from clip_m2df.nn.m2df import check_weights
+from clip_m2df.nn.weights import check_weights, read_weights
 
 if TYPE_CHECKING:
     from clip_m2df.module import CLIPM2DF

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import lightning
 import numpy as np
@@ -17,42 +17,21 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from clip_m2df.checkpoints import read_checkpoint
-from clip_m2df.episode import Episode, EpisodeTable, IndexedEpisode, VideoTable, select_episodes
+from clip_m2df.episode import Episode, IndexedEpisode, select_episodes
 from clip_m2df.errors import UserError
-from clip_m2df.evaluation.bank import EpisodeBank
-from clip_m2df.evaluation.features import encode_videos
+from clip_m2df.evaluation.played import Played
+from clip_m2df.evaluation.run_features import SANITY_EPISODES, RunFeatures
 from clip_m2df.evaluation.stage_metrics import StageMetrics
 from clip_m2df.hub import HubModel, check_options
-from clip_m2df.nn import heads
-from clip_m2df.nn.backbone import CLIPBackbone
+from clip_m2df.model_options import build_model, check_adam, check_evaluation, check_warmup
 from clip_m2df.nn.head import Head, HeadOutput
-from clip_m2df.nn.m2df import M2DF, check_weights
+from clip_m2df.nn.losses import class_text_loss
 from clip_m2df.nn.prompts import DEFAULT_TEMPLATE, Selection
+from clip_m2df.nn.weights import check_weights
+from clip_m2df.optimiser import adam
 
 # Options that a person may change from run to run. They stay out of the checkpoint, so that what is asked for wins.
 RUN_OPTIONS = ("selection", "text_fusion", "gradient_checkpointing", "bank_memory", "compile")
-
-
-# Of each batch, in the sanity check before a training: it is to be quick.
-SANITY_EPISODES = 2
-
-
-class Played(NamedTuple):
-    """A batch of episodes as the head saw it, and what came of it.
-
-    Attributes:
-        support: features ``(episodes, n_way, n_shot, frames, dim)``.
-        query: features ``(episodes, n_queries, frames, dim)``.
-        prompts: ``(episodes, n_way, dim)``.
-        output: what the head said.
-        scores: ``(episodes, n_queries, n_way)``, by which the classes are predicted.
-    """
-
-    support: Tensor
-    query: Tensor
-    prompts: Tensor
-    output: HeadOutput
-    scores: Tensor
 
 
 class CLIPM2DF(lightning.LightningModule, HubModel):
@@ -120,45 +99,26 @@ class CLIPM2DF(lightning.LightningModule, HubModel):
         text_fusion: float = 0.0,
     ) -> None:
         super().__init__()
-        for option, value in {"lr": lr, "backbone_lr": lr if backbone_lr is None else backbone_lr}.items():
-            if not value > 0:
-                raise UserError(f"{option} is {value}; it must be positive")
-        if not weight_decay >= 0:
-            raise UserError(f"weight_decay is {weight_decay}; it must not be negative")
-        if not bank_memory >= 0:
-            raise UserError(f"bank_memory is {bank_memory}; it must not be negative")
-        if not 0 <= text_fusion <= 1:
-            raise UserError(f"text_fusion is {text_fusion}; it must be between 0 and 1")
-        if warmup_steps < 0 or not 0 < warmup_start <= 1:
-            raise UserError(
-                f"warmup_steps {warmup_steps} must not be negative, and warmup_start {warmup_start} between 0 and 1"
-            )
-        # What is asked of the head is checked before a tower is loaded, which takes longer.
-        options = dict(head_options or {})
-        if "selection" in options:
-            raise UserError(
-                "head_options: selection is an option of the model itself, --model.selection; move it there"
-            )
-        if "dim" in options:
-            raise UserError("head_options: dim follows from the backbone; leave it out")
-        if "selection" in heads.options_of(heads.head_class(head)):
-            options["selection"] = selection
-        tower = (
-            CLIPBackbone.from_description(backbone) if isinstance(backbone, Mapping) else CLIPBackbone.load(backbone)
+        self.lr = lr
+        self.backbone_lr = lr if backbone_lr is None else backbone_lr
+        check_adam(lr=lr, backbone_lr=self.backbone_lr, weight_decay=weight_decay)
+        check_evaluation(bank_memory, text_fusion)
+        check_warmup(warmup_steps, warmup_start)
+        self.model = build_model(
+            backbone,
+            head,
+            head_options,
+            template,
+            selection=selection,
+            freeze_backbone=freeze_backbone,
+            freeze_batch_norm=freeze_batch_norm,
+            gradient_checkpointing=gradient_checkpointing,
+            compile=compile,
         )
-        tower.freeze_batch_norm = freeze_batch_norm
-        if gradient_checkpointing:
-            tower.enable_gradient_checkpointing()
-        self.model = M2DF(tower, heads.build_head(head, {"dim": tower.dim, **options}), template, freeze_backbone)
-        if compile:  # in place, so that the weights keep their names
-            tower.visual.compile()
-            self.model.head.compile()
         if not class_weight and isinstance(self.model.head, Head):
             # Without its loss the scale has no gradient, which DDP would wait for.
             self.model.head.scale.requires_grad_(False)
 
-        self.lr = lr
-        self.backbone_lr = lr if backbone_lr is None else backbone_lr
         self.weight_decay = weight_decay
         self.warmup_steps = warmup_steps
         self.warmup_start = warmup_start
@@ -172,7 +132,7 @@ class CLIPM2DF(lightning.LightningModule, HubModel):
         self.save_hyperparameters(
             {
                 # The tower's name; its description, of megabytes, goes into checkpoints only, not into logs.
-                "backbone": tower.source,
+                "backbone": self.model.backbone.source,
                 "head": head,
                 "head_options": head_options,
                 "template": template,
@@ -195,10 +155,7 @@ class CLIPM2DF(lightning.LightningModule, HubModel):
         # Of the last evaluation: int64 (n_classes, n_classes), queries by their own and by the predicted class.
         self.confusion: Tensor | None = None
         self._draws_seed: int | None = None
-        # Features of the views of the training videos, where it trains from them.
-        self._views: Tensor | None = None
-        self._bank: EpisodeBank | None = None
-        self._encoded: _Encoded | None = None
+        self._ahead = RunFeatures()
         # ModuleDict refuses the name "train", a method of its own.
         self.metrics = nn.ModuleDict({f"{stage}_metrics": StageMetrics() for stage in ("train", "val", "test")})
 
@@ -207,7 +164,7 @@ class CLIPM2DF(lightning.LightningModule, HubModel):
     def forward(self, episode: Episode) -> HeadOutput:
         """Score the queries of a batch of episodes."""
         table = self.encode_prompts(episode["class_names"])
-        support, query = self._features(episode)
+        support, query = self.model.encode_episode(episode)
         return self._head(support, query, table[episode["class_indices"]], episode)
 
     def encode_prompts(self, class_names: Sequence[str]) -> Tensor:
@@ -223,7 +180,7 @@ class CLIPM2DF(lightning.LightningModule, HubModel):
 
     def validation_step(self, batch: Episode | IndexedEpisode, batch_idx: int) -> Played:  # type: ignore[override]
         """Count a batch of validation episodes; what was played is for callbacks."""
-        if self._bank is not None and self.trainer.sanity_checking:
+        if self._ahead.bank is not None and self.trainer.sanity_checking:
             indexed = cast(IndexedEpisode, batch)
             batch = select_episodes(indexed, torch.arange(min(SANITY_EPISODES, len(indexed["numbers"]))))
         return self._step(batch, "val")[1]
@@ -245,17 +202,18 @@ class CLIPM2DF(lightning.LightningModule, HubModel):
             yield
 
     def _step(self, batch: Episode | IndexedEpisode, stage: str) -> tuple[Tensor, Played]:
-        labels = batch["query_labels"]
+        labels, classes = batch["query_labels"], batch["class_indices"]
         table = self.encode_prompts(batch["class_names"])
-        prompts = table[batch["class_indices"]]
-        if stage == "train" and self._views is not None:
-            support, query = self._views[batch["support"]], self._views[batch["query"]]
+        prompts = table[classes]
+        if stage == "train" and self._ahead.views is not None:
+            support, query = self._ahead.views[batch["support"]], self._ahead.views[batch["query"]]
             output = self._head(support, query, prompts, batch)
-        elif stage != "train" and self._bank is not None:
-            support, query = self._bank.features[batch["support"]], self._bank.features[batch["query"]]
-            output = self._bank.play(cast(IndexedEpisode, batch)["numbers"])
+        elif stage != "train" and self._ahead.bank is not None:
+            bank = self._ahead.bank
+            support, query = bank.features[batch["support"]], bank.features[batch["query"]]
+            output = bank.play(cast(IndexedEpisode, batch)["numbers"])
         else:
-            support, query = self._features(cast(Episode, batch))
+            support, query = self.model.encode_episode(cast(Episode, batch))
             output = self._head(support, query, prompts, batch)
 
         # L = λ_match Σ_q CE + λ_distill L_distill + λ_class Σ CE, sums within an episode, a mean over episodes
@@ -264,41 +222,17 @@ class CLIPM2DF(lightning.LightningModule, HubModel):
         losses = {"match": match, "distill": distill}
         loss = self.match_weight * match + self.distill_weight * distill
         if self.class_weight:
-            losses["class"] = self._class_loss(support, query, prompts, table, batch)
+            losses["class"] = class_text_loss(self.model.head, support, query, prompts, table, classes, labels)
             loss = loss + self.class_weight * losses["class"]
         losses["total"] = loss
 
-        scores = output.logits
-        if stage != "train":
-            scores = self.fuse_text(output.logits, support, query, prompts)
+        scores = output.logits if stage == "train" else self.fuse_text(output.logits, support, query, prompts)
         self._metrics_of(stage).count(output, scores.argmax(-1), batch, losses)
         return loss, Played(support, query, prompts, output, scores)
-
-    def _features(self, batch: Episode) -> tuple[Tensor, Tensor]:
-        if "same" not in batch:
-            return self.model.encode_frames(batch["support"]), self.model.encode_frames(batch["query"])
-        # A video that several episodes of the batch have in common goes through the tower once.
-        support, query = batch["support"], batch["query"]
-        clips = torch.cat((support.flatten(1, 2), query), 1).flatten(0, 1)
-        chosen, places = batch["same"].flatten().unique(return_inverse=True)
-        features = self.model.encode_frames(clips[chosen])[places].unflatten(0, batch["same"].shape)
-        n_support = support.shape[1] * support.shape[2]
-        return features[:, :n_support].unflatten(1, support.shape[1:3]), features[:, n_support:]
 
     def _head(self, support: Tensor, query: Tensor, prompts: Tensor, batch: Episode | IndexedEpisode) -> HeadOutput:
         output: HeadOutput = self.model.head(support, query, prompts, batch.get("draws"))
         return output
-
-    def _class_loss(
-        self, support: Tensor, query: Tensor, prompts: Tensor, table: Tensor, batch: Episode | IndexedEpisode
-    ) -> Tensor:
-        classes = batch["class_indices"]
-        of_support, of_query = self.model.head.class_logits(support, query, prompts, table)
-        support_classes = classes.unsqueeze(-1).expand(of_support.shape[:-1])
-        query_classes = classes.gather(1, batch["query_labels"])
-        logits = torch.cat((of_support.flatten(0, -2), of_query.flatten(0, -2)))
-        targets = torch.cat((support_classes.flatten(), query_classes.flatten()))
-        return F.cross_entropy(logits, targets, reduction="sum") / len(classes)
 
     def fuse_text(self, logits: Tensor, support: Tensor, query: Tensor, prompts: Tensor) -> Tensor:
         """The scores by which classes are predicted, the text's share in them as ``text_fusion`` has it.
@@ -320,27 +254,13 @@ class CLIPM2DF(lightning.LightningModule, HubModel):
 
     # -------------------------------------------------------------------------------------------- bank
 
-    @torch.no_grad()
     def on_train_start(self) -> None:
         """Encode the views of the training videos, if its episodes come from a table.
 
         Raises:
             UserError: the tower is not frozen.
         """
-        loader: Any = self.trainer.train_dataloader
-        table = getattr(loader, "dataset", None)
-        self._views = None  # of a training that was broken off
-        if not isinstance(table, VideoTable):
-            return
-        if not self.model.freeze_backbone:
-            raise UserError(
-                "data.train_views trains from features, which a tower that learns would leave behind: set"
-                " model.freeze_backbone, or data.train_views to 0"
-            )
-        # A trial run is to be quick; all videos otherwise.
-        trial = self.trainer.fast_dev_run  # type: ignore[attr-defined]
-        batches = int(self.trainer.num_training_batches) * self.trainer.world_size if trial else 0
-        self._views = self._encode(table, range(batches * loader.batch_size))
+        self._ahead.encode_views(self.model, self.trainer)
 
     def on_fit_start(self) -> None:
         """Remember how videos are read: whoever uses the model later has to read theirs in the same way."""
@@ -351,59 +271,19 @@ class CLIPM2DF(lightning.LightningModule, HubModel):
 
     def on_train_end(self) -> None:
         """Let the features go."""
-        self._views = None
-
-    def _tower_state(self) -> object:
-        """What features belong to: the tower's weights, where they are, and the precision."""
-        weights = self.model.backbone.visual.state_dict(keep_vars=True).values()
-        return str(self.trainer.precision), self.device, [(w.data_ptr(), w._version) for w in weights]
-
-    def _encode(self, table: VideoTable, numbers: Sequence[int]) -> Tensor:
-        trainer = self.trainer
-        # Those of a tower that learns are of use to nobody later.
-        keep = self.model.freeze_backbone or trainer.state.fn != "fit"
-        with trainer.precision_plugin.forward_context():
-            return encode_videos(
-                self.model,
-                table,
-                numbers,
-                rank=trainer.global_rank,
-                world_size=trainer.world_size,
-                precision=str(trainer.precision),
-                keep=keep,
-            )
+        self._ahead.views = None
 
     def on_validation_epoch_start(self) -> None:
         """Encode the videos that the validation names, if its episodes come from a table."""
         trainer = self.trainer
         batches = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
-        self._bank = self._open_bank(trainer.val_dataloaders, batches)
+        self._ahead.open_bank(self.model, trainer, trainer.val_dataloaders, batches, memory=self.bank_memory)
 
     def on_test_epoch_start(self) -> None:
         """Encode the videos that the test names, if its episodes come from a table."""
-        self._bank = self._open_bank(self.trainer.test_dataloaders, self.trainer.num_test_batches)
-
-    @torch.no_grad()
-    def _open_bank(self, loader: Any, batches: Sequence[int | float]) -> EpisodeBank | None:
-        table = getattr(loader, "dataset", None)
-        if not isinstance(table, EpisodeTable):
-            return None
-        most = torch.tensor(int(batches[0]), device=self.device)
-        if self.trainer.world_size > 1:  # ranks may have a batch more or less, and have to encode the same videos
-            torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-        numbers = table.episodes["numbers"][: int(most) * loader.batch_size * self.trainer.world_size]
-        if self.trainer.sanity_checking:
-            numbers = numbers[numbers % loader.batch_size < SANITY_EPISODES]
-        # While the tower is frozen, its features stay what they are.
-        state = self._tower_state()
-        if not self.model.freeze_backbone or self._encoded is None or not self._encoded.of(table, numbers, state):
-            self._encoded = _Encoded(table, numbers, state, self._encode(table, numbers.tolist()))
-        with self.trainer.precision_plugin.forward_context():
-            features = self._encoded.features
-            chosen = select_episodes(table.episodes, numbers)
-            episodes = self.transfer_batch_to_device(chosen, self.device, 0)
-            prompts = self.encode_prompts(chosen["class_names"])
-            return EpisodeBank(self.model.head, features, prompts, episodes, memory=self.bank_memory * 2**30)
+        trainer = self.trainer
+        batches = trainer.num_test_batches
+        self._ahead.open_bank(self.model, trainer, trainer.test_dataloaders, batches, memory=self.bank_memory)
 
     # ----------------------------------------------------------------------------------------- metrics
 
@@ -432,29 +312,19 @@ class CLIPM2DF(lightning.LightningModule, HubModel):
 
     def on_validation_epoch_end(self) -> None:
         """Log what the validation counted."""
-        self._bank = None
+        self._ahead.bank = None
         self._log_metrics("val")
 
     def on_test_epoch_end(self) -> None:
         """Log what the test counted."""
-        self._bank = None
+        self._ahead.bank = None
         self._log_metrics("test")
 
     # --------------------------------------------------------------------------------------- optimiser
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Adam, a learning rate each for head and tower; linear warm-up, then steps; counted in optimiser steps."""
-        tower = [p for p in self.model.backbone.parameters() if p.requires_grad]
-        head = [p for p in self.model.head.parameters() if p.requires_grad]
-        groups = [{"params": head, "lr": self.lr, "name": "head"}] if head else []
-        if tower:
-            groups.append({"params": tower, "lr": self.backbone_lr, "name": "backbone"})
-        if not groups:
-            raise UserError(
-                "nothing to train: the tower is frozen and the head has no parameters; measure it as it is, by"
-                " clip-m2df test without --ckpt_path"
-            )
-        optimizer = torch.optim.Adam(groups, weight_decay=self.weight_decay, fused=self.device.type == "cuda" or None)
+        optimizer = adam(self.model, self.lr, self.backbone_lr, self.weight_decay)
         scheduler = LambdaLR(optimizer, self._lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -509,18 +379,6 @@ class CLIPM2DF(lightning.LightningModule, HubModel):
         except Exception as error:  # whatever values of other types lead to
             raise UserError(f"no model can be made of {checkpoint_path}: {error}") from error
         return loaded
-
-
-class _Encoded(NamedTuple):
-    """Features, and what they are of."""
-
-    table: EpisodeTable
-    numbers: Tensor
-    state: object
-    features: Tensor
-
-    def of(self, table: EpisodeTable, numbers: Tensor, state: object) -> bool:
-        return self.table is table and self.numbers.equal(numbers) and self.state == state
 
 
 def checkpoint_options(path: str | os.PathLike[str], *, head: str | None = None) -> dict[str, Any]:

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from clip_m2df.errors import UserError
 from clip_m2df.nn import backbone as module
-from clip_m2df.nn.backbone import CLIP_MEAN, CLIP_STD, CLIPBackbone
+from clip_m2df.nn.backbone import CLIPBackbone
+from clip_m2df.nn.clip_hub import RN50_FILE, RN50_REPOSITORY, STANDARD_TOKENIZER
+from clip_m2df.nn.transformers_clip import CLIP_MEAN, CLIP_STD
 from tests.conftest import save_tokenizer
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -275,7 +277,7 @@ def test_the_standard_tokenizer_is_fetched_when_a_text_comes(
     with pytest.raises(UserError, match=r"the tokenizer of 'openai/clip-vit-base-patch32' are not on this machine"):
         backbone.tokenize(["a cat"])
 
-    hub(module.STANDARD_TOKENIZER, golden_tokenizer)
+    hub(STANDARD_TOKENIZER, golden_tokenizer)
     assert isinstance(backbone.description()["tokenizer"], str)
     assert backbone.tokenize(["a cat"])[0, -1] == 119
 
@@ -475,8 +477,8 @@ def test_a_model_in_the_cache_needs_no_network(
     assert CLIPBackbone.load("somebody/clip").tokenize(["a cat"]).shape == (1, 16)
 
     (tmp_path / "rn50").mkdir()
-    save_file(read_golden("clip_resnet")[1], tmp_path / "rn50" / module.RN50_FILE)
-    hub(module.RN50_REPOSITORY, tmp_path / "rn50")
+    save_file(read_golden("clip_resnet")[1], tmp_path / "rn50" / RN50_FILE)
+    hub(RN50_REPOSITORY, tmp_path / "rn50")
     assert CLIPBackbone.load("rn50").source == "rn50"
 
     # The tokenizer alone is no model.
@@ -625,8 +627,8 @@ def test_a_description_and_a_state_dict_make_the_same_backbone(
     def untouched(*_: Any, **__: Any) -> None:
         raise AssertionError("a description needs no files")
 
-    monkeypatch.setattr(module, "_from_hub", untouched)
-    monkeypatch.setattr(module, "_read_tokenizer", untouched)
+    monkeypatch.setattr(module, "fetch", untouched)
+    monkeypatch.setattr(module, "read_tokenizer", untouched)
     checkpoint = torch.load(tmp_path / "checkpoint", weights_only=True)
     again = CLIPBackbone.from_description(checkpoint["description"])
     again.load_state_dict(checkpoint["weights"])

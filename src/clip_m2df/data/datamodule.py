@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.util
 import itertools
-import os
 import warnings
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import lightning
 import torch
 from torch.utils.data import DataLoader
 
 from clip_m2df.data import motion_shapes
+from clip_m2df.data.cached_reading import read_from_cache
+from clip_m2df.data.datamodule_options import (
+    EMBEDDED,
+    Evaluation,
+    check_at_least_one,
+    check_knobs,
+    check_not_negative,
+    check_one_a_device,
+    check_patience,
+    check_sizes,
+    check_ways,
+)
 from clip_m2df.data.episode_files import read_episodes_file
 from clip_m2df.data.episodes import (
     ClipReader,
@@ -24,23 +33,18 @@ from clip_m2df.data.episodes import (
     EpisodeShape,
     plan_episode,
 )
-from clip_m2df.data.frame_cache import FrameCache
 from clip_m2df.data.loader import UnusableVideos, episode_loader
 from clip_m2df.data.manifest import Manifest, Split, Video
+from clip_m2df.data.optimiser_steps import batches_of_step, check_goes_on, count_in_steps
 from clip_m2df.data.table import EvaluationTable, TrainingTable
 from clip_m2df.data.video import Decoder
 from clip_m2df.episode import episode_generator
 from clip_m2df.errors import UserError
 
-# The embedded benchmark's families by the names under which they stand for a manifest.
-EMBEDDED = {"motion_shapes": "demo", "motion_shapes_scene": "scene", "motion_shapes_order": "order"}
-KNOBS = tuple(field.name for field in dataclasses.fields(motion_shapes.Knobs))
 # Share of unusable videos that training bears with by default.
 TRAINING_UNUSABLE = 0.05
 # Of an evaluation from a bank: how many episodes are played together, and devices that each get some.
 MOST_PLAYED, MOST_DEVICES = 64, 64
-
-Evaluation = Literal["bank", "direct"]
 
 
 class EpisodeDataModule(lightning.LightningDataModule):
@@ -128,48 +132,25 @@ class EpisodeDataModule(lightning.LightningDataModule):
         max_unusable: float | None = None,
     ) -> None:
         super().__init__()
-        at_least_one = {
-            "n_shot": n_shot,
-            "train_n_shot": 1 if train_n_shot is None else train_n_shot,
-            "n_query": n_query,
-            "n_query_eval": n_query_eval,
-            "val_episodes": val_episodes,
-            "test_episodes": test_episodes,
-            "frames": frames,
-            "size": size,
-            "batch_size": batch_size,
-            "episodes_per_step": episodes_per_step,
-            "validate_every": validate_every,
-        }
-        for option, value in at_least_one.items():
-            if value < 1:
-                raise UserError(f"{option} is {value}; it must be at least 1")
-        not_negative = {"seed": seed, "eval_seed": eval_seed, "num_workers": num_workers, "train_views": train_views}
-        for option, value in not_negative.items():
-            if value < 0:
-                raise UserError(f"{option} is {value}; it must not be negative")
-        if n_way < 2:
-            raise UserError(f"n_way is {n_way}: there is nothing to tell apart; give at least 2")
-        if resize < size:
-            raise UserError(f"resize {resize} is smaller than size {size}, the crop; give at least {size}")
-        if not stuck_after > 0:
-            raise UserError(f"stuck_after is {stuck_after}; it must be positive")
-        if max_unusable is not None and not 0 <= max_unusable <= 1:
-            raise UserError(f"max_unusable is {max_unusable}, a share; it must be between 0 and 1")
-        if store is not None and os.path.exists(store) and not os.path.isdir(store):
-            raise UserError(f"store {store} is no folder; name one, which is made if need be")
-        if evaluation not in get_args(Evaluation):
-            raise UserError(f"evaluation is {evaluation!r}; it can be {', '.join(get_args(Evaluation))}")
-        if decoder not in get_args(Decoder):
-            raise UserError(f"decoder is {decoder!r}; it can be {', '.join(get_args(Decoder))}")
-        if decoder in ("decord", "torchcodec") and importlib.util.find_spec(decoder) is None:
-            raise UserError(f"decoder {decoder} is not installed; install it, or take auto")
-        if unknown := [name for name in knobs or {} if name not in KNOBS]:
-            raise UserError(f"knobs: there is no {unknown[0]!r}; there are {', '.join(KNOBS)}")
-        if knobs and manifest not in EMBEDDED:
-            raise UserError(f"knobs are those of the embedded benchmark ({', '.join(EMBEDDED)}), not of {manifest}")
-        if knobs and episodes_file is not None:
-            raise UserError("knobs and episodes_file both say what a test plays; leave out one of them")
+        check_at_least_one(
+            n_shot=n_shot,
+            train_n_shot=1 if train_n_shot is None else train_n_shot,
+            n_query=n_query,
+            n_query_eval=n_query_eval,
+            val_episodes=val_episodes,
+            test_episodes=test_episodes,
+            frames=frames,
+            size=size,
+            batch_size=batch_size,
+            episodes_per_step=episodes_per_step,
+            validate_every=validate_every,
+        )
+        check_not_negative(seed=seed, eval_seed=eval_seed, num_workers=num_workers, train_views=train_views)
+        check_sizes(n_way, resize, size)
+        check_patience(stuck_after, max_unusable)
+        check_ways(store, evaluation, decoder)
+        check_knobs(knobs, manifest, episodes_file)
+
         self.manifest_path = manifest
         self.knobs = motion_shapes.Knobs(**knobs or {})
         self.root = root
@@ -216,13 +197,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
         Raises:
             UserError: the episodes of a step don't divide over batches and devices.
         """
-        batches, rest = divmod(self.episodes_per_step, self.batch_size * world_size)
-        if rest or not batches:
-            raise UserError(
-                f"episodes_per_step {self.episodes_per_step} does not divide into batches of {self.batch_size} on"
-                f" {world_size} device(s); give a multiple of {self.batch_size * world_size}, or another batch_size"
-            )
-        return batches
+        return batches_of_step(self.episodes_per_step, self.batch_size, world_size)
 
     def prepare_data(self) -> None:
         """Render the embedded benchmark if it is asked for and not there yet."""
@@ -239,14 +214,13 @@ class EpisodeDataModule(lightning.LightningDataModule):
             raise UserError("data.knobs makes test episodes harder; leave it out for anything but a test")
         if self.manifest is None:
             self._read_manifest()
-        for option in ("val_episodes", "test_episodes"):
-            if getattr(self, option) < self.world_size:
-                raise UserError(
-                    f"{option} is {getattr(self, option)} on {self.world_size} devices; give at least one a device"
-                )
+        check_one_a_device(self.world_size, val_episodes=self.val_episodes, test_episodes=self.test_episodes)
         if stage == "fit":
             self._add_dataset("train", self.train_shape, self.seed)
-            self._count_in_steps()
+            if self.trainer:
+                count_in_steps(
+                    self.trainer, self.episodes_per_step, self.accumulation(self.world_size), self.validate_every
+                )
         if stage == "test":
             self._add_dataset("test", self.eval_shape, self.eval_seed)
         elif stage == "validate" or not self.trainer or self.trainer.limit_val_batches:
@@ -280,21 +254,8 @@ class EpisodeDataModule(lightning.LightningDataModule):
         Raises:
             UserError: says what to set.
         """
-        if not self.trainer or self.trainer.state.fn != "fit":
-            return
-        episodes, batches, steps = (state_dict[key] for key in ("episodes_per_step", "batches_per_step", "steps"))
-        if steps > self.trainer.max_steps > 0:
-            raise UserError(
-                f"the checkpoint has made {steps} optimiser steps already; to go on, give more than that with"
-                f" trainer.max_steps, which is {self.trainer.max_steps}"
-            )
-        if state_dict.get("seed", self.seed) != self.seed:
-            raise UserError(f"the run's episodes are those of seed {state_dict['seed']}: set data.seed to that")
-        if (episodes, batches) != (self.episodes_per_step, self.accumulation(self.world_size)):
-            raise UserError(
-                f"the run made its steps of {episodes} episodes in {batches} batches on each device: set"
-                f" data.episodes_per_step to {episodes}, and data.batch_size times the devices to {episodes // batches}"
-            )
+        if self.trainer and self.trainer.state.fn == "fit":
+            check_goes_on(state_dict, self.state_dict(), most=self.trainer.max_steps)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """The endless stream of training episodes, from where the run stands."""
@@ -315,38 +276,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
         path = self._render() if self.manifest_path in EMBEDDED else self.manifest_path
         manifest = Manifest.read(path, self.root, check_files=check_files and self.cache is None)
         if self.cache is not None:
-            cache = FrameCache.open(self.cache, manifest.root)
-            if self.reader.resize > cache.short_side:
-                raise UserError(
-                    f"resize is {self.reader.resize}, but the cache {self.cache} holds frames of {cache.short_side}"
-                    f" pixels: give --data.resize {cache.short_side} or less, or make a cache of larger ones"
-                )
-            if self.reader.frames > cache.frames:
-                raise UserError(
-                    f"frames is {self.reader.frames}, but the cache {self.cache} holds {cache.frames} of each video:"
-                    f" give --data.frames {cache.frames} or less, or make a cache of more"
-                )
-            if check_files:
-                manifest.check_files(lambda video: cache.has(video) or os.path.exists(video))
-            others = sum(not cache.has(video.path) for video in manifest.videos)
-            if others == len(manifest.videos):
-                raise UserError(
-                    f"the cache {self.cache} has none of the {others} videos of {path}, or all have changed since: name"
-                    " another, or make it anew; names in it start at the folder of the manifest that it was made of"
-                )
-            if (cache.frames / self.reader.frames) % 2 != 1:
-                warnings.warn(
-                    f"the cache {self.cache} keeps {cache.frames} frames of a video, no odd multiple of frames,"
-                    f" {self.reader.frames}: evaluation takes others than from the videos themselves",
-                    stacklevel=2,
-                )
-            if others:
-                warnings.warn(
-                    f"{others} of the {len(manifest.videos)} videos are not in the cache {self.cache}, or have changed"
-                    " since: they are read themselves; clip-m2df cache adds them",
-                    stacklevel=2,
-                )
-            self.reader = dataclasses.replace(self.reader, cache=cache)
+            self.reader = read_from_cache(self.cache, manifest, self.reader, str(path), check_files=check_files)
         self.manifest = manifest if self.class_texts is None else manifest.with_texts(self.class_texts)
 
     def _add_dataset(self, name: str, shape: EpisodeShape, seed: int) -> None:
@@ -465,34 +395,3 @@ class EpisodeDataModule(lightning.LightningDataModule):
     def _first_episode(self) -> int:
         """How many training episodes the optimiser has had: a resumed run goes on there, with no loader state."""
         return self.trainer.global_step * self.episodes_per_step if self.trainer else 0
-
-    def _count_in_steps(self) -> None:
-        if self.trainer is None:
-            return
-        batches = self.accumulation(self.world_size)
-        if self.trainer.accumulate_grad_batches not in (1, batches):
-            raise UserError(
-                f"trainer.accumulate_grad_batches is {self.trainer.accumulate_grad_batches}, but follows from"
-                f" data.episodes_per_step, {self.episodes_per_step}; leave it out"
-            )
-        self.trainer.accumulate_grad_batches = batches
-        if self.trainer.overfit_batches:  # type: ignore[attr-defined]
-            raise UserError("trainer.overfit_batches takes a loader that ends: leave it out, and give a small manifest")
-        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
-        if self.trainer.max_steps < 0:
-            raise UserError("training episodes never end: give with trainer.max_steps the optimiser steps to train")
-        # In batches, and not by epoch: an endless stream has none.
-        interval = min(self.validate_every, self.trainer.max_steps) * batches
-        if self.trainer.val_check_interval not in (1.0, interval):
-            raise UserError(
-                f"trainer.val_check_interval is {self.trainer.val_check_interval}, in batches; say with"
-                " data.validate_every how many optimiser steps lie between validations"
-            )
-        self.trainer.val_check_interval = interval
-        self.trainer.check_val_every_n_epoch = None
-        limit = self.trainer.limit_train_batches
-        if isinstance(limit, int) and limit % batches:
-            raise UserError(
-                f"trainer.limit_train_batches {limit} cuts an optimiser step of {batches} batches; give a multiple"
-            )

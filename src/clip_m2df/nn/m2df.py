@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from clip_m2df.errors import UserError, some
+from clip_m2df.errors import UserError
 from clip_m2df.nn.distillation import (
     CONDITIONS,
     DIRECTIONS,
@@ -34,9 +33,12 @@ from clip_m2df.nn.prompts import (
     fill_template,
     select_prompts,
 )
+from clip_m2df.nn.published import published_head
 from clip_m2df.nn.views import FusedSequence, FusionEncoder, GlobalTemporalContext, LocalTemporalContext, View
+from clip_m2df.nn.weights import check_weights, read_weights
 
 if TYPE_CHECKING:
+    from clip_m2df.episode import Episode
     from clip_m2df.nn.backbone import CLIPBackbone
 
 CONTEXTS: dict[str, type[nn.Module]] = {"local": LocalTemporalContext, "global": GlobalTemporalContext}
@@ -236,21 +238,7 @@ class M2DFHead(Head):
         Raises:
             UserError: keys that are not known or missing, named.
         """
-        renamed, unknown = {}, []
-        for key, value in state_dict.items():
-            name = _published_name(key)
-            if name is None:
-                unknown.append(key)
-            elif name:
-                renamed[name] = value
-        if unknown:
-            raise UserError(f"not a published CLIP-M²DF checkpoint: unknown keys {some(unknown)}")
-        try:
-            hidden_dim, dim = renamed["views.local.encoder.layers.0.feed_forward.0.weight"].shape
-        except KeyError:
-            raise UserError("not a published CLIP-M²DF checkpoint: no key context2.layers.0.1.net.0.weight") from None
-        depths = {int(match[1]) for key in renamed if (match := re.search(r"encoder\.layers\.(\d+)\.", key))}
-        shape_options = {"dim": dim, "depth": max(depths) + 1, "hidden_dim": hidden_dim}
+        renamed, shape_options = published_head(state_dict)
         head = cls(**(shape_options | options))
         for view in set(VIEWS) - set(head.views):  # an ablation needs the weights of its own view only
             renamed = {name: value for name, value in renamed.items() if not name.startswith(f"views.{view}.")}
@@ -319,6 +307,18 @@ class M2DF(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_backbone):
             return self.backbone.encode_frames(self.backbone.normalise(frames))
 
+    def encode_episode(self, episode: Episode) -> tuple[Tensor, Tensor]:
+        """Features of the support ``(…, n_shot, frames, dim)`` and the queries ``(…, frames, dim)`` of a batch."""
+        if "same" not in episode:
+            return self.encode_frames(episode["support"]), self.encode_frames(episode["query"])
+        # A video that several episodes of the batch have in common goes through the tower once.
+        support, query = episode["support"], episode["query"]
+        clips = torch.cat((support.flatten(1, 2), query), 1).flatten(0, 1)
+        chosen, places = episode["same"].flatten().unique(return_inverse=True)
+        features = self.encode_frames(clips[chosen])[places].unflatten(0, episode["same"].shape)
+        n_support = support.shape[1] * support.shape[2]
+        return features[:, :n_support].unflatten(1, support.shape[1:3]), features[:, n_support:]
+
     @torch.no_grad()
     def encode_prompts(self, class_names: Sequence[str]) -> Tensor:
         """The prompt table ``(n_classes, dim)`` of these classes, float32, computed once and kept."""
@@ -349,7 +349,7 @@ class M2DF(nn.Module):
         Raises:
             UserError: a file that can't be read safely, or of another model.
         """
-        from clip_m2df.nn.backbone import CLIPBackbone, read_weights
+        from clip_m2df.nn.backbone import CLIPBackbone
 
         state = read_weights(Path(file), inside="model_state_dict")
         tower = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
@@ -366,69 +366,6 @@ class M2DF(nn.Module):
 def _forget_prompts(model: M2DF, incompatible_keys: object) -> None:
     """After loading: other weights, other prompts."""
     model._prompt_tables.clear()
-
-
-# Published names that hold no weights of their own or none that are used.
-_PASSED_OVER = re.compile(r"backbone\.|context_conv(11|22)\.|tcn\.network\.\d+\.net\.")
-# Published names and ours, in the order in which they are tried.
-_RENAMED = (
-    (r"scale", "scale"),
-    (r"context_conv([12])\.(weight|bias)", r"views.local.context.conv\1.\2"),
-    (r"tcn\.network\.(\d)\.conv([12])\.bias", r"views.global.context.blocks.\1.conv\2.bias"),
-    (
-        r"tcn\.network\.(\d)\.conv([12])\.weight_g",
-        r"views.global.context.blocks.\1.conv\2.parametrizations.weight.original0",
-    ),
-    (
-        r"tcn\.network\.(\d)\.conv([12])\.weight_v",
-        r"views.global.context.blocks.\1.conv\2.parametrizations.weight.original1",
-    ),
-    # The published names have it crosswise: context2 is the local view's encoder, context_local the global view's.
-    (r"context2\.layers\.(\d+)\.(.+)", r"views.local.encoder.layers.\1.\2"),
-    (r"context_local\.layers\.(\d+)\.(.+)", r"views.global.encoder.layers.\1.\2"),
-)
-_RENAMED_IN_LAYER = (
-    (r"\.0\.norm\.(weight|bias)$", r".norm.\1"),
-    (r"\.0\.fn\.(to_[qkv]\.weight|to_out\.0\.(?:weight|bias))$", r".\1"),
-    (r"\.1\.net\.([03])\.(weight|bias)$", r".feed_forward.\1.\2"),
-)
-
-
-def _published_name(key: str) -> str | None:
-    """Our name of a published key; empty for one that is passed over, None for one that is not known."""
-    if _PASSED_OVER.match(key):
-        return ""
-    for pattern, ours in _RENAMED:
-        if match := re.fullmatch(pattern, key):
-            name = match.expand(ours)
-            if ".encoder." not in name:
-                return name
-            for layer_pattern, layer_ours in _RENAMED_IN_LAYER:
-                renamed, count = re.subn(layer_pattern, layer_ours, name)
-                if count:
-                    return renamed
-    return None
-
-
-def check_weights(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
-    """Refuse weights that are not exactly those of a module.
-
-    Args:
-        module: where they are to go.
-        state: the weights.
-        what: what they should be, for the message.
-
-    Raises:
-        UserError: names the first few that are missing, unknown or of another shape.
-    """
-    expected = module.state_dict()
-    if missing := [key for key in expected if key not in state]:
-        raise UserError(f"not {what}: missing {some(missing)}")
-    if unknown := [key for key in state if key not in expected]:
-        raise UserError(f"not {what}: unknown {some(unknown)}")
-    for key, value in state.items():
-        if value.shape != expected[key].shape:
-            raise UserError(f"not {what}: {key} is {tuple(value.shape)}, expected {tuple(expected[key].shape)}")
 
 
 def _check_choices(option: str, values: Sequence[str], choices: Sequence[str]) -> None:

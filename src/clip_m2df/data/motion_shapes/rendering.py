@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -116,15 +116,7 @@ def render(
     """
     if family not in FAMILIES:
         raise UserError(f"motion_shapes has no family {family!r}; choose from {', '.join(FAMILIES)}")
-    if videos_per_class is None:
-        videos_per_class = VIDEOS_PER_CLASS[family]
-    counts = {split: int(videos_per_class.get(split, 0)) for split in SPLITS}
-    if unknown := set(videos_per_class) - set(SPLITS):
-        raise UserError(f"videos_per_class names {sorted(unknown)}; the splits are {', '.join(SPLITS)}")
-    if knobs != NO_KNOBS:
-        counts = {split: counts[split] if split == "test" else 0 for split in SPLITS}
-    if min(counts.values()) < 0 or not any(counts.values()) or seed < 0:
-        raise UserError(f"videos_per_class ({counts}) and seed ({seed}) can't be negative, and some split needs videos")
+    counts = _count(family, knobs, videos_per_class, seed)
     key = _key(family, knobs, counts, seed)
     target = _cache_folder() / f"{NAME}_{family}-{key}" if root is None else Path(root)
     if _finished(target, key):
@@ -147,11 +139,30 @@ def render(
             parent.mkdir(parents=True)
         _render_all(jobs, workers or os.cpu_count() or 1, progress)
         (folder / "render.json").write_text(json.dumps({"key": key, "seed": seed, "videos_per_class": counts}) + "\n")
-        with (folder / "manifest.csv").open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(("path", "label", "split"))
-            writer.writerows(row[:3] for row in rows)
+        _write_manifest(folder / "manifest.csv", [row[:3] for row in rows])
     return target / "manifest.csv"
+
+
+def _count(family: str, knobs: Knobs, videos_per_class: Mapping[str, int] | None, seed: int) -> dict[str, int]:
+    """How many videos a class has, by split."""
+    if videos_per_class is None:
+        videos_per_class = VIDEOS_PER_CLASS[family]
+    counts = {split: int(videos_per_class.get(split, 0)) for split in SPLITS}
+    if unknown := set(videos_per_class) - set(SPLITS):
+        raise UserError(f"videos_per_class names {sorted(unknown)}; the splits are {', '.join(SPLITS)}")
+    if knobs != NO_KNOBS:
+        counts = {split: counts[split] if split == "test" else 0 for split in SPLITS}
+    if min(counts.values()) < 0 or not any(counts.values()) or seed < 0:
+        raise UserError(f"videos_per_class ({counts}) and seed ({seed}) can't be negative, and some split needs videos")
+    return counts
+
+
+def _write_manifest(file: Path, rows: Iterable[tuple[str, str, str]]) -> None:
+    """Write path, label and split of each video."""
+    with file.open("w", encoding="utf-8", newline="") as opened:
+        writer = csv.writer(opened, lineterminator="\n")
+        writer.writerow(("path", "label", "split"))
+        writer.writerows(rows)
 
 
 def _key(family: str, knobs: Knobs, counts: Mapping[str, int], seed: int) -> str:
