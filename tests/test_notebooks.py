@@ -1,4 +1,5 @@
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from PIL import Image
 from clip_m2df import CLIPM2DF
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
-EPISODE, OWN_VIDEOS = "01_an_episode", "02_your_own_videos"
+EPISODE, OWN_VIDEOS, RESULTS = "01_an_episode", "02_your_own_videos", "03_results"
 
 
 class Screen(NamedTuple):
@@ -77,7 +78,7 @@ def checkpoint(folder: Path, **head_options: Any) -> str:
 
 
 def test_all_notebooks_are_run_here() -> None:
-    assert {file.stem for file in FOLDER.glob("*.ipynb")} == {EPISODE, OWN_VIDEOS}
+    assert {file.stem for file in FOLDER.glob("*.ipynb")} == {EPISODE, OWN_VIDEOS, RESULTS}
 
 
 @pytest.mark.parametrize("name", [EPISODE, OWN_VIDEOS])
@@ -222,3 +223,29 @@ def test_your_own_videos_are_named(
     assert f"{scope['accuracy']:.0%} of 8 right" in said
     assert "support.safetensors" in said
     assert not scope["folder"].exists()
+
+
+def test_the_results_of_the_study(
+    screen: Screen, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    scope = run(RESULTS, screen, KNOB="noise")
+    page = (FOLDER.parent / "docs/results.md").read_text(encoding="utf-8")
+    said = capsys.readouterr().out
+    assert set(scope["families"]) == {"scene", "order"}
+    for family in ("scene", "order"):
+        for row, found in zip(scope["ROWS"], scope["accuracies"][family], strict=True):
+            cell = f"{100 * found.mean:.1f} ± {100 * found.interval:.1f}"
+            assert any(row in line and cell in line for line in page.splitlines()), (row, cell)
+            assert cell in said
+        assert scope["differences"][family][0].mean == 0
+        assert len(scope["curves"][family, "CLIP-M²DF"]) == 1 + len(scope["knobs"](scope["records"])["noise"])
+        assert scope["curves"][family, "CLIP-M²DF"][0] == pytest.approx(100 * scope["accuracies"][family][0].mean)
+        assert np.mean(scope["by_seed"][family, "CLIP-M²DF"]) == pytest.approx(
+            100 * scope["accuracies"][family][0].mean
+        )
+        assert len(scope["by_seed"][family, "OTAM"]) == 1
+    assert len(screen.figures) == 3
+    drawn = screen.figures[0].axes[0].lines[0].get_xdata()
+    assert np.allclose(np.asarray(drawn), [100 * found.mean for found in scope["differences"]["scene"]])
+    assert "established" in said
