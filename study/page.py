@@ -280,7 +280,7 @@ def _commands(results: Sequence[Record], parts: Sequence[str]) -> list[str]:
         sections += [
             "<details>\n<summary>One run of each method; the others differ in family, shots, learning rate and seed, "
             "and harder tests in --data.knobs.overlap, outliers or noise</summary>",
-            "```sh\n" + "\n".join(lines) + "\n```",
+            "```sh\n# not run by the tests: needs hours\n" + "\n".join(lines) + "\n```",
             "</details>",
         ]
     return [*sections, f"Run with {said}."] if said else sections

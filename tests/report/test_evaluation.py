@@ -1,0 +1,120 @@
+"""The page of ``clip-m2df test`` says what the test has measured."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import yaml
+
+from clip_m2df.cli import main
+from clip_m2df.errors import UserError
+from clip_m2df.report.page import percent
+from tests.report.conftest import HOSTILE_CLASS, Measured, Node, read, run_test
+from tests.test_cli import options
+
+CLASSES = [HOSTILE_CLASS, "test class 0", "test class 2"]  # in the manifest's order, by name
+
+
+def facts(page: Node) -> dict[str, str]:
+    (listed,) = page.all("dl", class_="facts")
+    return {next(pair.all("dt")).text: next(pair.all("dd")).text for pair in listed.all("div")}
+
+
+def measures(page: Node) -> dict[str, str]:
+    rows = (row for table in page.all("table", class_="bars") for row in table.all("tr"))
+    return {next(row.all("th")).text: next(row.all("td", class_="number")).text for row in rows}
+
+
+def test_the_numbers_are_the_tests(tested: Measured) -> None:
+    page, numbers = read(tested.page), {n: float(v) for n, v in tested.trainer.callback_metrics.items()}
+    tiles = [tile.text for tile in next(page.all("ul", class_="tiles")).all("strong")]
+    assert tiles == [
+        percent(numbers["test/accuracy"]),
+        f"± {percent(numbers['test/interval'])}",
+        "3-way 1-shot",
+    ]
+    assert measures(page) == {
+        "prompts chosen rightly by PPS": percent(numbers["test/pps_accuracy"]),
+        "accuracy of the local view alone": percent(numbers["test/local_accuracy"]),
+        "accuracy of the global view alone": percent(numbers["test/global_accuracy"]),
+        "queries on which the views agree": percent(numbers["test/view_agreement"]),
+    }
+    queries = int(tested.confusion.sum())
+    assert facts(page).items() >= {"episodes": "6", "queries": str(queries), "classes": "3", "head": "m2df"}.items()
+    assert facts(page)["checkpoint"].endswith("best.ckpt")
+
+
+def test_the_classes_are_those_of_the_tables(tested: Measured) -> None:
+    page = read(tested.page)
+    with (tested.page.parent / "test_classes.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    (classes,) = page.all("table", id="classes")
+    shown = [[name, share, queries, right] for name, share, _, queries, right, _ in classes.rows()]
+    assert shown == [[r["class"], percent(float(r["accuracy"])), r["queries"], r["correct"]] for r in rows]
+    assert [row[0] for row in shown] == CLASSES
+    (confusion,) = page.all("table", id="confusion")
+    counts = [[int(cell or 0) for cell in cells] for _, *cells in confusion.rows()]
+    assert counts == tested.confusion.tolist()
+    for own, row in enumerate(next(confusion.all("tbody")).all("tr")):
+        for c, cell in enumerate(row.all("td")):
+            (shade,) = (int(name[1:]) for name in cell.attributes["class"].split() if name[0] == "s")
+            assert shade == pytest.approx(10 * counts[own][c] / sum(counts[own]), abs=0.51)
+    for c, (*_, taken_for) in enumerate(classes.rows()):
+        wrong = [0 if other == c else count for other, count in enumerate(counts[c])]
+        assert taken_for.startswith(CLASSES[wrong.index(max(wrong))] if any(wrong) else "")
+        assert bool(taken_for) == any(wrong)
+
+
+def test_the_configuration_is_whole(tested: Measured) -> None:
+    (shown,) = read(tested.page).all("pre")
+    config = yaml.safe_load(shown.text)
+    assert config["data"]["test_episodes"] == 6
+    assert config["model"]["head_options"]["hidden_dim"] == 32
+    assert config["ckpt_path"].endswith("best.ckpt")
+
+
+@pytest.mark.parametrize("evaluation", ["bank", "direct"])
+def test_the_hardest_episodes_have_their_frames(
+    evaluation: str, tested: Measured, hostile_manifest: Path, tiny_clip_dir: Path
+) -> None:
+    more = ["--ckpt_path=best", f"--data.evaluation={evaluation}", "--report=" + str(tested.page.parent / "2.html")]
+    other = run_test(hostile_manifest, tiny_clip_dir, tested.page.parent, *more)
+    page = read(other.page.parent / "2.html")
+    episodes = [d for d in page.all("details") if "cross-entropy" in next(d.all("summary")).text]
+    assert len(episodes) == 4
+    losses = [float(next(e.all("summary")).text.split("cross-entropy ")[1].split(",")[0]) for e in episodes]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[0] > losses[-1]
+    for episode in episodes:
+        queries = [q for q in episode.all("div") if "query" in q.attributes.get("class", "").split()]
+        right = [q for q in queries if "right" in q.attributes["class"].split()]
+        assert len(queries) == 3
+        assert f"{len(right)} of 3 right" in next(episode.all("summary")).text
+        for query in queries:
+            assert len(list(query.all("img"))) == (2 if query in right else 3)
+            captions = [figure.text for figure in query.all("figcaption")]
+            assert captions[1] in {f"its own class: the text of {c}" for c in range(3)}
+    assert len(list(episodes[0].all("svg", class_="map"))) == 2 * 2  # two classes, two views
+    assert not list(episodes[1].all("svg", class_="map"))
+
+
+def test_a_head_without_anything_to_train(hostile_manifest: Path, tiny_clip_dir: Path, tmp_path: Path) -> None:
+    page = tmp_path / "new" / "report.html"
+    args = options(hostile_manifest, tiny_clip_dir, tmp_path / "run", "--model.head=otam", f"--report={page}")
+    plain = [a for a in args if "head_options" not in a]
+    assert main(["test", *plain, "--model.freeze_backbone=true", "--model.head_options=null"]) == 0
+    assert facts(read(page))["checkpoint"] == "none: nothing is trained"
+    assert not list(read(page).all("svg", class_="map"))
+
+
+def test_a_page_that_cannot_be_written_is_refused_before_the_test(
+    hostile_manifest: Path, tiny_clip_dir: Path, tested: Measured
+) -> None:
+    with pytest.raises(UserError, match=r"--report is .*report.pdf: give it a name that ends in .html"):
+        run_test(hostile_manifest, tiny_clip_dir, tested.page.parent, "--ckpt_path=best", "--report=report.pdf")
+
+
+def test_a_training_has_no_report(hostile_manifest: Path, tiny_clip_dir: Path, tmp_path: Path) -> None:
+    assert main(["fit", *options(hostile_manifest, tiny_clip_dir, tmp_path / "run", "--report=a.html")]) == 2
