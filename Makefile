@@ -31,7 +31,7 @@ check: .venv/installed
 
 # The package as its users get it: a wheel in an environment of its own, in which nothing else was installed.
 check-wheel:
-	rm -rf build
+	rm -rf build/venv build/*.whl
 	$(PYTHON) -m venv build/venv
 	build/venv/bin/python -m pip wheel --quiet --no-deps --wheel-dir build .
 	build/venv/bin/python -m pip install --quiet build/*.whl --constraint constraints.txt

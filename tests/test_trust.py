@@ -268,6 +268,16 @@ def test_a_checkpoint_describes_its_towers_and_nothing_else(
         CLIPM2DF.load_from_checkpoint(path)
 
 
+@pytest.mark.parametrize("tower", ["visual_config", "text_config"])
+def test_a_tower_described_by_a_list_of_pairs_is_refused(checkpoint: tuple[Path, dict[str, Any]], tower: str) -> None:
+    path, content = checkpoint
+    config = content["hyper_parameters"]["backbone"][tower]
+    content["hyper_parameters"]["backbone"][tower] = [[k, v] for k, v in config.items()] + [["auto_map", "some/code"]]
+    torch.save(content, path)
+    with pytest.raises(UserError, match=rf"the {tower} of .* is no table of values"):
+        CLIPM2DF.load_from_checkpoint(path)
+
+
 def test_damage_in_a_tensor_does_not_go_unnoticed(checkpoint: tuple[Path, dict[str, Any]]) -> None:
     path, content = checkpoint
     weights = {name: weight for name, weight in content["state_dict"].items() if weight.numel() > 100}

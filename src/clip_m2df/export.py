@@ -26,6 +26,7 @@ from torch.export import ExportedProgram
 
 from clip_m2df import __version__
 from clip_m2df.errors import UserError
+from clip_m2df.nn.head import fuse_text
 
 if TYPE_CHECKING:
     from clip_m2df.module import CLIPM2DF
@@ -198,10 +199,7 @@ class HeadModule(nn.Module):
     def forward(self, support: Tensor, query: Tensor, prompts: Tensor) -> dict[str, Tensor]:
         """See :meth:`clip_m2df.nn.head.Head.forward`; ``logits`` are the scores by which the model predicts."""
         output = self.head(support, query, prompts)
-        logits = output.logits
-        if self.text_fusion:  # as CLIPM2DF.fuse_text, which knows its own head only
-            text = self.head.class_logits(support, query, prompts, prompts)[1].log_softmax(-1)
-            logits = self.text_fusion * text + (1 - self.text_fusion) * logits.log_softmax(-1)
+        logits = fuse_text(self.head, self.text_fusion, output.logits, support, query, prompts)
         return {"logits": logits, "prompt_probabilities": output.prompt_probabilities}
 
 

@@ -77,3 +77,16 @@ def fingerprint(path: str) -> Fingerprint:
     else:
         stats = [os.stat(path)]
     return Fingerprint(len(stats), sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0))
+
+
+def plain(text: str) -> str:
+    """Text that UTF-8 can hold; names of files may have bytes that are none."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def fingerprint_text(path: str) -> str:
+    """The fingerprint of a file or of a folder of files as a word for tables; empty if it is not there."""
+    try:
+        return ":".join(map(str, fingerprint(path)))
+    except (OSError, ValueError):  # ValueError: a name that no file can have
+        return ""

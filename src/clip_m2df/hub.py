@@ -21,6 +21,7 @@ from torch import Tensor
 from clip_m2df.errors import UserError
 from clip_m2df.files import whole_file
 from clip_m2df.nn import heads
+from clip_m2df.nn.clip_hub import public_source
 from clip_m2df.nn.weights import check_weights, read_weights
 
 if TYPE_CHECKING:
@@ -107,7 +108,8 @@ class HubModel(
             The address of the commit.
 
         Raises:
-            UserError: there is no network, or the hub refuses; or the model can't be saved.
+            UserError: there is no network, or the hub refuses to make it; or the model can't be saved. What goes wrong
+                with the upload itself comes from huggingface_hub as it is.
         """
         try:  # the name in full, which the card needs: without "user/" it is one's own
             name = str(HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id)
@@ -183,7 +185,10 @@ class HubModel(
     def _save_pretrained(self, save_directory: Path) -> None:
         """Write weights and options; the latter last, as the mixin has removed those that were there."""
         model = cast("CLIPM2DF", self)
-        options = {**model.hparams, "backbone": model.model.backbone.description()}
+        description = model.model.backbone.description()
+        # A path of whoever saves the model would tell others nothing but that person's folders.
+        description["source"] = public_source(description["source"])
+        options = {**model.hparams, "backbone": description}
         config = {"format": FORMAT, "options": options, "reading": model.reading}
         with whole_file(save_directory / WEIGHTS) as draft:
             draft.touch()
@@ -336,13 +341,9 @@ def _facts(model: CLIPM2DF) -> dict[str, str]:
     backbone, hparams = model.model.backbone, model.hparams
     head_options = ", ".join(f"{option} {value}" for option, value in (hparams["head_options"] or {}).items())
     kind = {"vit": "ViT", "resnet": "ResNet"}[backbone.visual_config["kind"]]
-    # A path of whoever saved the model would tell others nothing but that person's folders.
-    source = backbone.source
-    source = Path(source).name if source.count("/") > 1 or source.startswith((".", "~", "/")) else source
-    size, reading = (
-        f"{backbone.image_size} x {backbone.image_size}",
-        "not recorded; the author knows how they were read",
-    )
+    source = public_source(backbone.source)
+    size = f"{backbone.image_size} x {backbone.image_size}"
+    reading = "not recorded; the author knows how they were read"
     if model.reading is not None:
         reading = (
             f"{model.reading['frames']} frames, one from each of as many equal segments; short side scaled to"

@@ -24,7 +24,7 @@ from clip_m2df.evaluation.run_features import SANITY_EPISODES, RunFeatures
 from clip_m2df.evaluation.stage_metrics import StageMetrics
 from clip_m2df.hub import HubModel, check_options
 from clip_m2df.model_options import build_model, check_adam, check_evaluation, check_warmup
-from clip_m2df.nn.head import Head, HeadOutput
+from clip_m2df.nn.head import Head, HeadOutput, fuse_text
 from clip_m2df.nn.losses import class_text_loss
 from clip_m2df.nn.prompts import DEFAULT_TEMPLATE, Selection
 from clip_m2df.nn.weights import check_weights
@@ -235,22 +235,8 @@ class CLIPM2DF(lightning.LightningModule, HubModel):
         return output
 
     def fuse_text(self, logits: Tensor, support: Tensor, query: Tensor, prompts: Tensor) -> Tensor:
-        """The scores by which classes are predicted, the text's share in them as ``text_fusion`` has it.
-
-        Args:
-            logits: the head's ``(…, n_queries, n_way)``.
-            support: features ``(…, n_way, n_shot, frames, dim)``.
-            query: features ``(…, n_queries, frames, dim)``.
-            prompts: ``(…, n_way, dim)``.
-
-        Returns:
-            The logits without a share of the text; else the logarithm of ``p_text^β · p_visual^(1−β)``, not normalised
-            (CLIP-FSAR's evaluation).
-        """
-        if not self.text_fusion:
-            return logits
-        text = self.model.head.class_logits(support, query, prompts, prompts)[1].log_softmax(-1)
-        return self.text_fusion * text + (1 - self.text_fusion) * logits.log_softmax(-1)
+        """The scores by which classes are predicted; see :func:`clip_m2df.nn.head.fuse_text`."""
+        return fuse_text(self.model.head, self.text_fusion, logits, support, query, prompts)
 
     # -------------------------------------------------------------------------------------------- bank
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from clip_m2df.errors import UserError
 from clip_m2df.report.page import (
-    alignment_maps,
+    alignment_cells,
     check_page,
     frame_pictures,
     percent,
@@ -64,7 +64,7 @@ def test_the_table_of_prompts() -> None:
 
 
 def test_the_maps_of_an_alignment_share_a_scale() -> None:
-    maps = alignment_maps(
+    maps = alignment_cells(
         {"local": torch.tensor([[2.0, 0.0], [0.5, 1.0]]), "global": torch.tensor([[1.0, 0.0], [0.001, 1.0]])},
         {"local": 0.123, "global": 4.0},
     )

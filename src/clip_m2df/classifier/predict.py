@@ -33,7 +33,7 @@ from clip_m2df.classifier.segments import Windows
 from clip_m2df.data.sampling import exact_rate
 from clip_m2df.data.video import VideoError
 from clip_m2df.errors import Stopped, UserError, some
-from clip_m2df.files import fingerprint, whole_file
+from clip_m2df.files import fingerprint_text, plain, whole_file
 from clip_m2df.report.page import check_page
 from clip_m2df.report.predictions import write_predictions
 
@@ -55,7 +55,7 @@ class Question(NamedTuple):
     def columns(self, classes: Sequence[str]) -> tuple[str, ...]:
         """Of the table."""
         times = () if self.sliding is None else ("start", "end")
-        return ("path", *times, "label", "probability", *(f"p_{_plain(name)}" for name in classes), "error")
+        return ("path", *times, "label", "probability", *(f"p_{plain(name)}" for name in classes), "error")
 
     def broken_row(self, classes: Sequence[str], error: str) -> Row:
         """Of what can't be read."""
@@ -193,7 +193,7 @@ def _make_classifier(
     with _plain_warnings():
         examples = list_examples(support)  # before the model, which takes longer
     names = [(label, name_of(clip)) for label, clips in examples.items() for clip in clips]
-    marks = [(label, os.path.relpath(name, support), _mark(name)) for label, name in names]
+    marks = [(label, os.path.relpath(name, support), fingerprint_text(name)) for label, name in names]
     if ckpt_path is not None:
         classifier = FewShotClassifier.from_checkpoint(ckpt_path, **reading)
     else:
@@ -225,14 +225,6 @@ def _digest(classifier: FewShotClassifier, known_by: object, question: Question)
     return digest.hexdigest()
 
 
-def _mark(path: str) -> str:
-    """What changes when a file does; empty if it is not there."""
-    try:
-        return ":".join(map(str, fingerprint(path)))
-    except (OSError, ValueError):  # ValueError: a name that no file can have
-        return ""
-
-
 def _find(
     classifier: FewShotClassifier,
     question: Question,
@@ -244,10 +236,10 @@ def _find(
 ) -> dict[str, list[Row]]:
     """The rows of each video by its path; what the part knows already is taken over."""
     names = classifier.classes_.tolist()
-    marks = {key: _mark(path) for key, path in listed.items()}
+    marks = {key: fingerprint_text(path) for key, path in listed.items()}
     found = part.take_over(digest, marks, question.columns(names)[1:])
     if found is None:
-        print(f"{_plain(str(output))}.part is of a run with another model, support or options: starting anew")
+        print(f"{plain(str(output))}.part is of a run with another model, support or options: starting anew")
         found = {}
     elif found:
         print(f"{len(found)} of {len(listed)} videos were labelled before the last run was broken off")
@@ -286,10 +278,10 @@ def _row(
     names: Sequence[str], label: str | None, probability: float, probabilities: Mapping[str, float], error: str = ""
 ) -> Row:
     return {
-        "label": None if label is None else _plain(label),
+        "label": None if label is None else plain(label),
         "probability": _rounded(probability),
-        **{f"p_{_plain(name)}": _rounded(probabilities.get(name, math.nan)) for name in names},
-        "error": _plain(" ".join(error.split())) or None,
+        **{f"p_{plain(name)}": _rounded(probabilities.get(name, math.nan)) for name in names},
+        "error": plain(" ".join(error.split())) or None,
     }
 
 
@@ -303,11 +295,6 @@ def _reason(error: UserError, path: str) -> str:
         return str(error)
     image = f"{os.path.basename(error.path)}: " if os.path.isdir(path) and error.path != os.path.abspath(path) else ""
     return image + error.reason
-
-
-def _plain(text: str) -> str:
-    """Text that UTF-8 can hold; names of files may have bytes that are none."""
-    return text.encode(errors="backslashreplace").decode()
 
 
 @contextmanager
@@ -350,7 +337,7 @@ def _terminable() -> Iterator[None]:
 
 
 def _write_table(output: Path, columns: Sequence[str], found: Mapping[str, Sequence[Row]]) -> None:
-    rows = [{"path": _plain(path), **row} for path, of_video in found.items() for row in of_video]
+    rows = [{"path": plain(path), **row} for path, of_video in found.items() for row in of_video]
     with writing(output), whole_file(output) as draft, open(draft, "w", encoding="utf-8", newline="") as file:
         if output.suffix == ".jsonl":
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -373,12 +360,12 @@ def _print_summary(found: Mapping[str, Sequence[Row]], segments: bool, output: P
     for label, count in counts.most_common():
         table.add_row(Text(label), str(count))
     Console().print(table)
-    if nothing := [_plain(path) for path, rows in found.items() if not rows]:
+    if nothing := [plain(path) for path, rows in found.items() if not rows]:
         print(f"none of these from beginning to end, and no row: {some(nothing, _NAMED)}")
-    broken = [f"{_plain(path)}: {row['error']}" for path, rows in found.items() for row in rows if row["error"]]
+    broken = [f"{plain(path)}: {row['error']}" for path, rows in found.items() for row in rows if row["error"]]
     if broken:
         print(f"{len(broken)} of {len(found)} videos can't be read:", *broken[:_NAMED], sep="\n  ")
         if len(broken) > _NAMED:
             print(f"  and {len(broken) - _NAMED} more")
-    print(f"the predictions are in {_plain(str(output))}")
+    print(f"the predictions are in {plain(str(output))}")
     return int(bool(broken))

@@ -22,7 +22,7 @@ from clip_m2df.data.benchmarks import NEEDED
 from clip_m2df.data.isolation import Lost, isolated_map
 from clip_m2df.data.manifest import SPLITS, Manifest, Video, relative_path
 from clip_m2df.errors import UserError, some
-from clip_m2df.files import fingerprint, whole_file
+from clip_m2df.files import fingerprint_text, whole_file
 
 STATUSES = ("ok", "warning", "unusable")
 _NAMED = 20  # of the unusable, in print
@@ -186,21 +186,13 @@ def _work(task: tuple[str, int, str]) -> Finding:
     return examine(task)
 
 
-def _mark(path: str) -> str:
-    """What changes when a video does, as a cell of the table; empty if it is not there."""
-    try:
-        return ":".join(map(str, fingerprint(path)))
-    except (OSError, ValueError):  # ValueError: a name that no file can have
-        return ""
-
-
 def _find(
     manifest: Manifest, output: Path, part: Path, *, frames: int, workers: int, timeout: float
 ) -> dict[str, Finding]:
     """Find what is wrong with each video, by path; what the table and its part know already is taken over."""
     known = {**read_findings(output), **read_findings(part)}
     videos = {video.path: video for video in manifest.videos}
-    marks = {path: _mark(path) for path in videos}
+    marks = {path: fingerprint_text(path) for path in videos}
     findings: dict[str, Finding] = {}
     for path, mark in marks.items():
         finding = known.get(relative_path(path, manifest.root))

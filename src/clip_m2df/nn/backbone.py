@@ -228,7 +228,11 @@ class CLIPBackbone(nn.Module):
         for name, fields in (("visual_config", VISUAL_FIELDS), ("text_config", TEXT_FIELDS)):
             # transformers' configurations take many more, down to the address of code to fetch and run.
             config = description.get(name)
-            if isinstance(config, Mapping) and (unknown := [field for field in config if field not in fields]):
+            if config is None and name == "text_config":
+                continue
+            if not isinstance(config, Mapping):  # a list of pairs would make a dict all the same
+                raise UserError(f"the {name} of {source!r} is no table of values, which every backbone saves")
+            if unknown := [field for field in config if field not in fields]:
                 raise UserError(f"the {name} of {source!r} has {some(map(repr, unknown))}, which no backbone saves")
         return cls._build(description)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,6 +27,11 @@ def looks_like_a_path(name: str) -> bool:
     return (
         name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name or name.lower().endswith(_WEIGHT_FILES)
     )
+
+
+def public_source(source: str) -> str:
+    """What others may know of where a tower came from: of a path the last part, without a person's folders."""
+    return re.split(r"[\\/]", source.rstrip("\\/"))[-1] if looks_like_a_path(source) else source
 
 
 def fetch(repository: str, choices: Sequence[Sequence[str]], *, offline: bool = False) -> Path:

@@ -130,6 +130,26 @@ class Head(nn.Module, ABC):
         return self.scale * cosine(frames.mean(-2), prompt_table)
 
 
+def fuse_text(head: Head, share: float, logits: Tensor, support: Tensor, query: Tensor, prompts: Tensor) -> Tensor:
+    """The scores by which classes are predicted, with a share of the text in them (CLIP-FSAR's evaluation).
+
+    Args:
+        head: whose class logits are the text's.
+        share: β of ``p = p_text^β · p_visual^(1−β)``.
+        logits: the head's ``(…, n_queries, n_way)``.
+        support: features ``(…, n_way, n_shot, frames, dim)``.
+        query: features ``(…, n_queries, frames, dim)``.
+        prompts: ``(…, n_way, dim)``.
+
+    Returns:
+        The logits if the share is 0; else the logarithm of p, not normalised.
+    """
+    if not share:
+        return logits
+    text = head.class_logits(support, query, prompts, prompts)[1].log_softmax(-1)
+    return share * text + (1 - share) * logits.log_softmax(-1)
+
+
 def check_positive(**options: float) -> None:
     """Refuse options that are not above 0.
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from clip_m2df.dashboard import Dashboard
 from clip_m2df.evaluation.evidence import HardEpisode, QueryEvidence, ValidationEvidence
-from clip_m2df.report.page import alignment_maps, check_page, percent, prompt_rows, shade, strip_picture, write_page
+from clip_m2df.files import plain
+from clip_m2df.report.page import alignment_cells, check_page, percent, prompt_rows, shade, strip_picture, write_page
 
 # Queries that are shown of an episode: those of the highest losses.
 MOST_QUERIES = 10
@@ -72,7 +73,7 @@ class EvaluationPage(Dashboard):
         class_names = data.manifest.split("test").class_names
         hardest = [] if self._evidence is None else self._evidence.hardest
         write_page(self.path, "evaluation.html.j2", self._content(numbers, class_names, confusion, hardest))
-        print(f"the report is {self.path}")
+        print(f"the report is {plain(str(self.path))}")
 
     def _draws(self, trainer: lightning.Trainer) -> bool:
         return trainer.state.fn == "test"
@@ -96,7 +97,7 @@ class EvaluationPage(Dashboard):
                 "checkpoint": str(self.config["ckpt_path"] or "none: nothing is trained"),
                 "head": str(model["head"]),
                 "backbone": str(model["backbone"]),
-                "manifest": str(data["manifest"] or data["benchmark"]),
+                "manifest": str(data["manifest"]),
                 "episodes": "-" if episodes is None else f"{episodes:,}",
                 "queries": f"{queries:,}",
                 "classes": str(len(class_names)),
@@ -189,7 +190,7 @@ def _evidence(rank: int, episode: HardEpisode, evidence: QueryEvidence) -> _Cont
             "id": f"episode-{rank}-{place}",
             "clip": None if episode.query is None else strip_picture(episode.query[q], upright=True),
             "example": None if episode.support is None else strip_picture(episode.support[c]),
-            "maps": alignment_maps(
+            "maps": alignment_cells(
                 {view: maps[place] for view, maps in evidence.alignments.items()},
                 {view: of_view[place] for view, of_view in evidence.distances.items()},
             ),

@@ -123,7 +123,7 @@ def prompt_rows(
     ]
 
 
-def alignment_maps(alignments: Mapping[str, Tensor], distances: Mapping[str, float]) -> list[dict[str, object]]:
+def alignment_cells(alignments: Mapping[str, Tensor], distances: Mapping[str, float]) -> list[dict[str, object]]:
     """By view how a clip is aligned with a class, for the template's maps.
 
     Args:

@@ -19,8 +19,9 @@ from clip_m2df.classifier.clips import Unreadable, read_clips
 from clip_m2df.classifier.encoding import ClipEncoder
 from clip_m2df.classifier.part_file import Row
 from clip_m2df.evaluation.explanation import Explanation
+from clip_m2df.files import plain
 from clip_m2df.report.page import (
-    alignment_maps,
+    alignment_cells,
     frame_pictures,
     percent,
     prompt_rows,
@@ -90,7 +91,7 @@ def write_predictions(
             "n_explained": len(explained),
         },
     )
-    print(f"the report is {page}")
+    print(f"the report is {plain(str(page))}")
 
 
 def _facts(classifier: FewShotClassifier, model: str, support: Path | None, *, reject: bool) -> dict[str, str]:
@@ -231,7 +232,7 @@ def _why(found: Explanation, video: str) -> _Content:
             "id": f"{video}-alignment",
             "clip": strip_picture(found.frames, upright=True),
             "example": None if example is None else strip_picture(example),
-            "maps": alignment_maps({view: maps[0] for view, maps in found.alignments.items()}, distances),
+            "maps": alignment_cells({view: maps[0] for view, maps in found.alignments.items()}, distances),
         }
         if found.alignments
         else None,
