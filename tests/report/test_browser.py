@@ -76,7 +76,7 @@ def open_page(browser: Browser) -> Iterator[Open]:
         path: Path, viewport: ViewportSize = DESKTOP, scheme: Scheme = "light", *, script: bool = True
     ) -> Page:
         context = browser.new_context(viewport=viewport, color_scheme=scheme, java_script_enabled=script)
-        context.set_default_timeout(5000)
+        context.set_default_timeout(120_000)  # a machine may be busy
         page = context.new_page()
         page.on("console", lambda message: faults.append(message.text))
         page.on("pageerror", lambda error: faults.append(str(error)))
