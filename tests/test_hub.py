@@ -484,7 +484,7 @@ def test_a_card_is_kept_and_figures_are_not_lost(tiny_clip_dir: Path, tmp_path: 
 
 def test_the_card_says_what_the_model_is(saved: Path, tiny_clip_dir: Path, tmp_path: Path) -> None:
     card = ModelCard.load(saved / "README.md")
-    assert card.data.library_name == "clip-m2df"
+    assert card.data.to_dict()["library_name"] == "clip-m2df"
     assert card.data.pipeline_tag == "video-classification"
     assert card.data.license == "apache-2.0"
     assert {"few-shot-learning", "action-recognition", "clip"} <= set(card.data.tags)
