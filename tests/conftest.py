@@ -1,4 +1,4 @@
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,19 @@ def save_tokenizer(folder: Path, letters: Iterable[str], words: Iterable[str] = 
     merges: Any = [("c", "a")]  # declared as strings, read as pairs
     CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges).save_pretrained(folder)
     return len(tokens)
+
+
+@pytest.fixture
+def offline_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Weights & Biases without an account, its files in the test's folder, and no run of another test."""
+    from tests.wandb_file import end_wandb
+
+    for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "wandb_files"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    end_wandb()
+    yield
+    end_wandb()
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,6 @@ from typing import Any
 import lightning
 import pytest
 import torch
-import wandb
 import yaml
 
 from clip_m2df import __version__
@@ -21,6 +20,7 @@ from clip_m2df.lightning_cli import run
 from clip_m2df.module import CLIPM2DF, checkpoint_options
 from clip_m2df.run_callbacks import RunProgressBar
 from clip_m2df.shipped import find_config, shipped_configs
+from tests.wandb_file import end_wandb
 
 
 def options(manifest: Path, tiny_clip_dir: Path, folder: Path, *more: str) -> list[str]:
@@ -373,13 +373,12 @@ def test_a_checkpoint_of_a_users_script_is_tested_by_the_command_line(
 
 
 def test_weights_and_biases_logs_offline_without_an_account(
-    manifest: Path, tiny_clip_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    manifest: Path, tiny_clip_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offline_wandb: None
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
     args = options(manifest, tiny_clip_dir, tmp_path / "run", "--trainer.log_every_n_steps=1")
     assert main(["fit", args[0], "--config=recipes/wandb_offline.yaml", *args[1:]]) == 0
-    wandb.finish()
+    end_wandb()
     (log,) = tmp_path.glob("runs/wandb/offline-run-*/run-*.wandb")
     content = log.read_bytes()
     assert b"val/accuracy" in content

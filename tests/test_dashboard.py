@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +24,7 @@ from clip_m2df.shipped import find_config, shipped_configs
 from tests.test_cli import options
 from tests.test_configs import Parsed
 from tests.test_module import UsersData, make, trainer
-from tests.wandb_file import OfflineRun
+from tests.wandb_file import OfflineRun, end_wandb
 
 PICTURES = {"confusion_matrix", "class_accuracy", "alignment", "prompt_scores", "reliability"}
 EPISODES = {f"hardest_episode_{rank}" for rank in range(1, 5)}
@@ -33,15 +32,9 @@ WANDB = "--config=recipes/wandb_offline.yaml"
 
 
 @pytest.fixture(autouse=True)
-def _offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _offline(offline_wandb: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a folder of its own, without an account."""
     monkeypatch.chdir(tmp_path)
-    for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
-        monkeypatch.setenv(name, str(tmp_path / "wandb_files"))
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    wandb.teardown()  # of another test, whose folder W&B's process is still in
-    yield
-    wandb.teardown()
 
 
 def fit(manifest: Path, tiny_clip_dir: Path, *more: str) -> int:
@@ -51,8 +44,8 @@ def fit(manifest: Path, tiny_clip_dir: Path, *more: str) -> int:
 
 
 def offline_runs() -> list[OfflineRun]:
-    """All runs of this folder, written to their ends, as where a process ends."""
-    wandb.teardown()
+    """All runs of this folder, written to their ends."""
+    end_wandb()
     return [OfflineRun(folder) for folder in sorted(Path("runs/wandb").glob("offline-run-*"))]
 
 
@@ -64,6 +57,7 @@ def check_picture(path: Path, kind: str = "PNG") -> None:
 
 def test_everything_is_in_an_offline_run(manifest: Path, tiny_clip_dir: Path) -> None:
     assert fit(manifest, tiny_clip_dir, WANDB, "--dashboard.upload_best=true") == 0
+    assert wandb.run is None
     (found,) = offline_runs()
     assert found.finished
 

@@ -19,7 +19,6 @@ import lightning
 import numpy as np
 import pytest
 import torch
-import wandb
 import yaml
 
 from clip_m2df import CLIPM2DF
@@ -241,7 +240,9 @@ def names() -> dict[str, Any]:
 
 
 @pytest.fixture
-def place(material: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def place(
+    material: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offline_wandb: None
+) -> Iterator[Path]:
     """A reader's folder, and nobody's account."""
     folder = tmp_path / "reader"
     shutil.copytree(material, folder)
@@ -249,14 +250,9 @@ def place(material: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("CLIP_M2DF_CACHE", str(cache))
     for family in rendering.VIDEOS_PER_CLASS:
         monkeypatch.setitem(rendering.VIDEOS_PER_CLASS, family, VIDEOS_PER_CLASS)
-    for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
-        monkeypatch.setenv(name, str(tmp_path / "wandb_files"))
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    wandb.teardown()
     with torch.random.fork_rng():
         yield folder
-    wandb.teardown()
 
 
 # -------------------------------------------------------------------------------------------------------- running them

@@ -274,7 +274,7 @@ def test_a_tower_described_by_a_list_of_pairs_is_refused(checkpoint: tuple[Path,
     config = content["hyper_parameters"]["backbone"][tower]
     content["hyper_parameters"]["backbone"][tower] = [[k, v] for k, v in config.items()] + [["auto_map", "some/code"]]
     torch.save(content, path)
-    with pytest.raises(UserError, match=rf"the {tower} of .* is no table of values"):
+    with pytest.raises(UserError, match=rf"the backbone .* has no {tower} that is a table of values"):
         CLIPM2DF.load_from_checkpoint(path)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import wandb
 from wandb.proto import wandb_internal_pb2 as messages
 
 HEADER = 7
@@ -37,6 +38,15 @@ def records(path: Path) -> Iterator[Any]:
             record = messages.Record()  # type: ignore[attr-defined]
             record.ParseFromString(b"".join(parts))
             yield record
+
+
+def end_wandb() -> None:
+    """Write all runs to their ends, as where a process ends.
+
+    W&B's teardown alone stops what writes, but leaves an open run in ``wandb.run``, which the next logger would take.
+    """
+    wandb.finish()
+    wandb.teardown()
 
 
 class OfflineRun:

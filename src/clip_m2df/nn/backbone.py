@@ -231,7 +231,9 @@ class CLIPBackbone(nn.Module):
             if config is None and name == "text_config":
                 continue
             if not isinstance(config, Mapping):  # a list of pairs would make a dict all the same
-                raise UserError(f"the {name} of {source!r} is no table of values, which every backbone saves")
+                raise UserError(
+                    f"the backbone {source!r} has no {name} that is a table of values, as every backbone saves"
+                )
             if unknown := [field for field in config if field not in fields]:
                 raise UserError(f"the {name} of {source!r} has {some(map(repr, unknown))}, which no backbone saves")
         return cls._build(description)
