@@ -264,12 +264,19 @@ def _commands(results: Sequence[Record], parts: Sequence[str]) -> list[str]:
     first: dict[tuple[str, str], Cell] = {}
     for record in own:
         first.setdefault((record.part, record.row), record.cell)
-    lines = []
+    lines: list[str] = []
+    folders: dict[str, str] = {}
     for cell in first.values():
         seed, record = next(iter(measured(results, cell).items()))
         trained = f", with the weights of {record.weights_of}" if record.weights_of is not None else ""
         lines.append(f"# {cell.row}, {PARTS[cell.part]}{trained}: {cell.family}, {shots(cell.n_shot)}, seed {seed}")
-        lines += [command for command in (record.command, record.test_command) if command]
+        if not record.test_command:
+            lines.append(record.command)
+            continue
+        # A run folder holds one training; rows tested from the weights of another share it.
+        known = record.command in folders
+        place = f"--trainer.default_root_dir {folders.setdefault(record.command, f'runs/study/{len(folders) + 1}')}"
+        lines += [f"{c} {place}" for c in (record.command, record.test_command)[known:]]
     versions: dict[str, set[str]] = {}
     for record in results:
         for package, version in record.versions.items():

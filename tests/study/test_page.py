@@ -1,3 +1,4 @@
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -316,3 +317,22 @@ def test_the_study_is_whole_and_of_its_settings() -> None:
         assert record.command.startswith("clip-m2df ")
         assert record.versions
         assert all(len(outcome.correct) >= 2000 for outcome in record.tests.values())
+
+
+def test_the_commands_can_be_run_one_after_another() -> None:
+    """No training meets the run folder of another, and each test finds the one that it is of."""
+    lines = (Path(__file__).parents[2] / "docs/results.md").read_text(encoding="utf-8").splitlines()
+    commands = [shlex.split(line) for line in lines if line.startswith("clip-m2df ")]
+    trained: dict[str, list[str]] = {}
+    for _, verb, *options in commands:
+        values = dict(zip(options[::2], options[1::2], strict=True))
+        folder = values.get("--trainer.default_root_dir", "")
+        if verb == "fit":
+            assert folder not in trained
+            trained[folder] = [values["--config"], values["--seed_everything"]]
+        elif "--ckpt_path" in values:
+            assert trained[folder] == [values["--config"], values["--seed_everything"]]
+        else:
+            assert not folder
+    assert len(trained) > 10
+    assert "" not in trained
