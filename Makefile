@@ -20,9 +20,9 @@ study: .venv/installed
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --cov --cov-report term --cov-fail-under 90
 
-# What takes longer: trainings to their end, thousands of damaged files.
+# What takes longer: trainings to their end, several devices, every block of the pages, thousands of damaged files.
 test-all: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 -m slow
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal -m slow
 
 check: .venv/installed
 	$(BIN)/ruff check .

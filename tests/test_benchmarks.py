@@ -46,6 +46,7 @@ def test_the_bank_is_equal() -> None:
     assert 0 < case["fused"] <= 300
 
 
+@pytest.mark.slow
 def test_the_dashboards_share_is_measured(manifest: Path, tiny_clip_dir: Path, tmp_path: Path) -> None:
     hooks = vars(Dashboard).copy()
     in_hooks, whole, calls = dashboard.measure(options(manifest, tiny_clip_dir, tmp_path)[1:])

@@ -17,6 +17,7 @@ from tests.data.clips import damage
 N_CLASSES, N_QUERY, STEPS = 10, 4, 24
 
 
+@pytest.mark.slow
 def test_a_run_over_every_damaged_file_ends_and_names_the_unusable_ones(
     tmp_path: Path, tiny_clip_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -140,6 +140,7 @@ def test_a_model_option_that_contradicts_the_checkpoint_is_refused(
     assert main([*args, "--model.template=a photo of {}", "--model.head_options={heads: 4, depth: 1}"]) == 0
 
 
+@pytest.mark.slow
 def test_fit_goes_on_from_last_and_refuses_to_write_over_a_run(
     manifest: Path, tiny_clip_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -322,6 +323,7 @@ def test_fit_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         assert option in said
 
 
+@pytest.mark.slow
 def test_the_saved_config_is_a_config(fitted: Path, tmp_path: Path) -> None:
     args = [f"--config={fitted / 'config.yaml'}", f"--trainer.default_root_dir={tmp_path}", "--trainer.max_steps=1"]
     assert main(["fit", *args]) == 0
@@ -372,6 +374,7 @@ def test_a_checkpoint_of_a_users_script_is_tested_by_the_command_line(
     assert "test/accuracy" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_weights_and_biases_logs_offline_without_an_account(
     manifest: Path, tiny_clip_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offline_wandb: None
 ) -> None:

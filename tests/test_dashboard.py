@@ -113,6 +113,7 @@ def test_everything_is_in_an_offline_run(manifest: Path, tiny_clip_dir: Path) ->
     assert best["best.ckpt"].read_bytes() == Path("run/checkpoints/best.ckpt").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_training_that_goes_on_is_the_same_run(manifest: Path, tiny_clip_dir: Path) -> None:
     assert fit(manifest, tiny_clip_dir, WANDB, "--trainer.max_steps=1") == 0
     assert fit(manifest, tiny_clip_dir, WANDB, "--trainer.max_steps=2", "--ckpt_path=last") == 0
@@ -145,6 +146,7 @@ class Fails(lightning.Callback):
             raise UserError("it fails")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ends", "status", "steps"), [(Terminates, 143, 4), (Fails, 2, 3)])
 def test_a_run_that_is_broken_off_keeps_its_log(
     manifest: Path, tiny_clip_dir: Path, ends: type, status: int, steps: int
@@ -159,6 +161,7 @@ def test_a_run_that_is_broken_off_keeps_its_log(
     assert len(found.files("val/alignment")) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("evaluation", ["bank", "direct"])
 def test_without_wandb_pictures_are_files(manifest: Path, tiny_clip_dir: Path, evaluation: str) -> None:
     more = [f"--data.evaluation={evaluation}", "--data.val_episodes=7"]
@@ -175,6 +178,7 @@ def test_without_wandb_pictures_are_files(manifest: Path, tiny_clip_dir: Path, e
     assert record["version"] == __version__
 
 
+@pytest.mark.slow
 def test_both_evaluations_and_two_devices_show_the_same(manifest: Path, tiny_clip_dir: Path) -> None:
     found = []
     two = ["--trainer.devices=2", "--trainer.strategy=ddp_fork"]
@@ -194,6 +198,7 @@ def test_both_evaluations_and_two_devices_show_the_same(manifest: Path, tiny_cli
             assert (np.abs(others[name] - picture) > 8).mean() < 0.01, name
 
 
+@pytest.mark.slow
 def test_tensorboard_gets_the_same_pictures(manifest: Path, tiny_clip_dir: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -213,6 +218,7 @@ def test_tensorboard_gets_the_same_pictures(manifest: Path, tiny_clip_dir: Path)
     assert not Path("run/figures").exists()
 
 
+@pytest.mark.slow
 def test_it_can_be_turned_off_and_needs_no_logger(manifest: Path, tiny_clip_dir: Path) -> None:
     assert fit(manifest, tiny_clip_dir, "--dashboard.figures=false") == 0
     assert not Path("run/figures").exists()
@@ -234,6 +240,7 @@ def test_what_cannot_be_is_refused(manifest: Path, tiny_clip_dir: Path, capsys: 
     Dashboard(upload_best=True).setup(other, lightning.LightningModule(), "fit")
 
 
+@pytest.mark.slow
 def test_a_training_goes_on_without_pictures_where_they_cannot_be_written(manifest: Path, tiny_clip_dir: Path) -> None:
     Path("run").mkdir()
     Path("run/figures").touch()

@@ -268,6 +268,7 @@ def same_name(path: str, names: list[str]) -> bool:
     return any(name in Path(path).name for name in names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BUILD)
 def test_from_files_on_disk_to_a_test_accuracy(
     name: str, films: Films, tmp_path: Path, tiny_clip_dir: Path, capsys: pytest.CaptureFixture[str]

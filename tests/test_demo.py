@@ -11,6 +11,7 @@ from clip_m2df.nn.baselines import OTAMHead
 from tests.nn import references
 
 
+@pytest.mark.slow
 def test_the_demo_goes_from_rendering_to_a_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -112,11 +112,13 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
         yield Page(folder, scope)
 
 
+@pytest.mark.slow
 def test_the_page_runs_every_python_block(page: Page) -> None:
     assert PAGE.count("```python") == 4
     assert {"model", "labels", "OwnModel", "plain"} <= page.scope.keys()
 
 
+@pytest.mark.slow
 def test_programs_on_disk_give_the_models_numbers(page: Page) -> None:
     model: CLIPM2DF = page.scope["model"].eval()
     folder = page.folder / "exported"
@@ -135,6 +137,7 @@ def test_programs_on_disk_give_the_models_numbers(page: Page) -> None:
             assert_same(head(**episode), expected_of_head(model, episode))
 
 
+@pytest.mark.slow
 def test_what_lies_beside_the_programs(page: Page) -> None:
     folder, model = page.folder / "exported", page.scope["model"]
     programs = ["head.onnx", "head.pt2", "tower.onnx", "tower.pt2"]
@@ -164,6 +167,7 @@ def test_what_lies_beside_the_programs(page: Page) -> None:
         assert [(entry.domain, entry.version) for entry in saved.opset_import] == [("", export.OPSET)]
 
 
+@pytest.mark.slow
 def test_the_page_labels_clips_as_the_model_does(page: Page) -> None:
     model, scope = page.scope["model"].eval(), page.scope
     with torch.no_grad():
@@ -177,6 +181,7 @@ def test_the_page_labels_clips_as_the_model_does(page: Page) -> None:
     assert [scope["classes"][place] for place in scope["logits"].argmax(-1)] == names
 
 
+@pytest.mark.slow
 def test_the_pages_loops_train(page: Page) -> None:
     assert page.scope["trainer"].global_step == 4
     assert page.scope["losses"][-1] < page.scope["losses"][0]
@@ -186,6 +191,7 @@ def test_the_pages_loops_train(page: Page) -> None:
 # Towers and heads
 
 
+@pytest.mark.slow
 def test_a_resnet_tower(tmp_path: Path) -> None:
     golden = np.load(GOLDEN / "clip_resnet.npz")
     state = {
@@ -227,6 +233,7 @@ def test_heads_of_all_shapes(head: str, n_shot: int, frames: int, tiny_clip_dir:
     check_head(make(tiny_clip_dir, head), tmp_path, n_shot, frames)
 
 
+@pytest.mark.slow
 def test_options_of_the_head_and_a_share_of_the_text(tiny_clip_dir: Path, tmp_path: Path) -> None:
     # A temperature at which the expectation is no single prompt.
     options = {"views": ["global"], "temperature": 5.0}

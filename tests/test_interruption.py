@@ -234,6 +234,7 @@ def test_the_seeds_of_a_run_stay_what_they_were(
     assert soak.differences(alone, tmp_path) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_workers_leave_signals_to_the_run(
     run: Callable[..., list[str]], tmp_path: Path, number: signal.Signals
@@ -257,6 +258,7 @@ def test_a_run_goes_on_where_its_folder_was_moved_to(
     assert moved == (str(tmp_path / "there" / FOLDER / BEST), whole[1])
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_as_if_left_alone(manifest: Path, tiny_clip_dir: Path) -> None:
     command = options(manifest, tiny_clip_dir, Path("nowhere"), *RUN, "--checkpoint.every=1", "--trainer.max_steps=20")
     short = [option for option in command if "default_root_dir" not in option and "num_workers" not in option]

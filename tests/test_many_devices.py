@@ -110,6 +110,7 @@ def run_two(folder: Path, script: str, args: list[str]) -> "subprocess.Completed
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_videos_that_one_rank_cannot_read_end_the_run_in_plain_words(
     manifest: Path, tiny_clip_dir: Path, tmp_path: Path, rank: int
@@ -128,6 +129,7 @@ def test_videos_that_one_rank_cannot_read_end_the_run_in_plain_words(
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_unusable_videos_are_counted_over_all_ranks(manifest: Path, tiny_clip_dir: Path, tmp_path: Path) -> None:
     args = [
         "fit",
@@ -144,6 +146,7 @@ def test_unusable_videos_are_counted_over_all_ranks(manifest: Path, tiny_clip_di
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_signal_to_one_rank_ends_all_after_the_same_step(
     manifest: Path, tiny_clip_dir: Path, tmp_path: Path, rank: int

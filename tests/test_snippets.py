@@ -36,6 +36,8 @@ PAGES = ["README.md", *sorted(page.relative_to(ROOT).as_posix() for page in (ROO
 MARK = re.compile(r"(?:#!.*\n)?# not run by the tests: needs \w.*\n")  # a script's first line says what runs it
 # Python that another test runs.
 ELSEWHERE = {"docs/export.md": "tests/test_export.py"}
+# Commands of a block, each parsed in a third of a second, beyond which it is a slow test.
+MANY = 20
 
 # What is said otherwise here than on a page, so that it takes seconds, and no network.
 REPLACED = {
@@ -301,6 +303,7 @@ def to_run(page: str) -> list[Block]:
     return [block for block in own if block.language != "python" or page not in ELSEWHERE]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if to_run(page)])
 def test_every_block_of_a_page_runs(page: str, place: Path) -> None:
     blocks = to_run(page)
@@ -325,7 +328,14 @@ def test_every_block_of_a_page_runs(page: str, place: Path) -> None:
 # ------------------------------------------------------------------------------------------------- what is not run
 
 
-@pytest.mark.parametrize("block", [pytest.param(b, id=b.name) for b in BLOCKS if b.marked])
+@pytest.mark.parametrize(
+    "block",
+    [
+        pytest.param(b, id=b.name, marks=[pytest.mark.slow] * (len(commands_of(b.text)) > MANY))
+        for b in BLOCKS
+        if b.marked
+    ],
+)
 def test_marked_blocks_are_commands_that_there_are(block: Block) -> None:
     assert block.language == "sh"
     assert subprocess.run(["bash", "-n"], input=block.text, text=True).returncode == 0

@@ -224,6 +224,7 @@ def test_segments(
 # Models
 
 
+@pytest.mark.slow
 def test_models_and_classifiers(tiny_clip_dir: Path, support: Path, folder: Path, tmp_path: Path) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)

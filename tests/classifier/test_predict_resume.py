@@ -289,6 +289,7 @@ class DeadlyReader(ClipReader):
         return super().read(path, uniforms)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL there")
 def test_a_file_on_which_a_worker_dies_costs_its_row(
     support: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -121,6 +121,7 @@ def test_options_of_predictions_are_kept(options: dict[str, Any], videos: Path, 
     assert_same(FewShotClassifier.load(tmp_path / "classifier"), before)
 
 
+@pytest.mark.slow
 def test_from_a_checkpoint_or_a_folder(tmp_path: Path) -> None:
     model = make_model(head_options={"top_k": 2})
     model.reading = {"frames": 3, "resize": 64}

@@ -122,6 +122,7 @@ def losses(head: M2DFHead, episodes: Episodes, dtype: torch.dtype) -> Tensor:
         return torch.stack([*sums, output.distillation_loss]).sum(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_losses_and_gradients_of_adversarial_episodes_are_finite(dtype: torch.dtype) -> None:
     played = 0

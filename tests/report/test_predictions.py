@@ -155,6 +155,7 @@ def test_a_head_without_views(head: str, examples: Path, clips_folder: Path, tmp
     assert "No single prompt was chosen" in card.text
 
 
+@pytest.mark.slow
 def test_twenty_videos_make_a_small_page(saved: Path, tmp_path: Path) -> None:
     for k in range(20):
         paint(tmp_path / "videos" / f"{k}.mp4", k % 3, 200 + k)

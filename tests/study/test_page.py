@@ -296,6 +296,7 @@ def test_a_table_keeps_bars_within_their_cells() -> None:
     assert page._table(["a", "b"], [["x|y", "1"]]) == "| a    | b   |\n| ---- | --- |\n| x\\|y | 1   |"
 
 
+@pytest.mark.slow
 def test_the_page_in_the_docs_is_what_the_results_say(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     settings = Settings.read(root / "configs/study/full.yaml")

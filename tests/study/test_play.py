@@ -75,6 +75,7 @@ def accuracy(record: Record, test: str = "clean") -> float:
     return sum(map(int, outcome.correct)) / len(outcome.correct) / outcome.n_queries
 
 
+@pytest.mark.slow
 def test_every_row_is_measured_on_the_same_number_of_episodes(study: tuple[Path, list[Record]]) -> None:
     _, records = study
     assert len(records) == len({(r.part, r.purpose, r.row, r.n_shot, r.seed) for r in records}) == 17
@@ -127,6 +128,7 @@ def test_the_digits_are_the_accuracy_that_the_test_command_reports(
         assert dataclasses.replace(record, seconds=0) == dataclasses.replace(kept, seconds=0)
 
 
+@pytest.mark.slow
 def test_a_run_repeats_without_what_others_left(study: tuple[Path, list[Record]], tmp_path: Path) -> None:
     _, records = study
     fresh = play(RUN, SETTINGS, tmp_path)

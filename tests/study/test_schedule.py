@@ -140,6 +140,7 @@ def test_a_trained_tower_gives_every_head_something_to_train() -> None:
     assert dataclasses.replace(PART, options={"model.freeze_backbone": False}).trains("OTAM")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["full", "quick"])
 def test_the_commands_of_a_study_are_those_that_are_run(name: str) -> None:
     settings = Settings.read(ROOT / f"configs/study/{name}.yaml")
