@@ -79,7 +79,10 @@ def test_the_numbers_are_those_of_the_direct_path(
 
 
 # With few episodes the ranks' own name other videos, and as many batches don't come to each.
-@pytest.mark.parametrize(("devices", "n_episodes"), [(2, 1000), (3, 1000), (2, 131), (3, 131), (2, 3), (3, 4)])
+@pytest.mark.parametrize(
+    ("devices", "n_episodes"),
+    [(2, 131), (3, 131), (2, 3), (3, 4), *(pytest.param(n, 1000, marks=pytest.mark.slow) for n in (2, 3))],
+)
 def test_any_number_of_ranks_gives_the_same_bits(
     many: Path, tiny_clip_dir: Path, tmp_path: Path, devices: int, n_episodes: int
 ) -> None:
@@ -224,6 +227,7 @@ def test_unusable_videos_end_it_or_are_replaced_as_by_the_direct_path(
     assert results[0]["test/accuracy"] == results[1]["test/accuracy"]
 
 
+@pytest.mark.slow
 def test_features_on_disk_serve_another_shot_and_seed(many: Path, tiny_clip_dir: Path, tmp_path: Path) -> None:
     copied = tmp_path / "videos"
     shutil.copytree(many.parent, copied)

@@ -97,6 +97,7 @@ def test_every_row_is_measured_on_the_same_number_of_episodes(study: tuple[Path,
     assert len([r for r in records if r.row == "OTAM" and r.part == "tower" and r.purpose == "measure"]) == 2
 
 
+@pytest.mark.slow
 def test_the_digits_are_the_accuracy_that_the_test_command_reports(
     study: tuple[Path, list[Record]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
