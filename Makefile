@@ -16,10 +16,9 @@ demo: .venv/installed
 study: .venv/installed
 	$(BIN)/python -m study run $(if $(QUICK),--quick)
 
-# One thread a worker: threads of two processes would wait for each other's cores. With COVERAGE=1 the share of the code
-# that is run has to be 90 %, and the tests take almost twice as long: all of Python's calls are traced.
+# One thread a worker: threads of two processes would wait for each other's cores. A third of the time is --cov's.
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 $(if $(COVERAGE),--cov --cov-report term --cov-fail-under 90)
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --cov --cov-report term --cov-fail-under 90
 
 # What takes longer: trainings to their end, several devices, every block of the pages, thousands of damaged files.
 test-all: .venv/installed
