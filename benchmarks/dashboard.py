@@ -39,7 +39,7 @@ def measure(options: Sequence[str]) -> tuple[float, float, int]:
     import lightning
 
     from clip_m2df.cli import main
-    from clip_m2df.dashboard import Dashboard
+    from clip_m2df.training.dashboard import Dashboard
 
     seconds, calls = {"fit": 0.0, "hooks": 0.0}, 0
     kept = {

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from benchmarks.clips import KINDS, Kind, render
 from benchmarks.timing import Case, compare, report, seconds
-from clip_m2df.data.cache import cache_frames
-from clip_m2df.data.frame_cache import FrameCache
-from clip_m2df.data.transforms import segment_indices
-from clip_m2df.data.video import Decoder, read_frames
+from clip_m2df.commands.cache import cache_frames
 from clip_m2df.errors import UserError
+from clip_m2df.video.frame_cache import FrameCache
+from clip_m2df.video.reader import Decoder, read_frames
+from clip_m2df.video.transforms import segment_indices
 
 MOST_TO_FASTEST = 1.2
 N_ROUNDS = 15

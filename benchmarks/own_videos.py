@@ -17,9 +17,9 @@ import numpy as np
 from benchmarks.timing import Case
 from clip_m2df import FewShotClassifier, Manifest
 from clip_m2df.classifier.segments import Segment
-from clip_m2df.data.motion_shapes import FAMILIES, Action, render, render_long
-from clip_m2df.lightning_cli import run
-from clip_m2df.shipped import find_config
+from clip_m2df.commands.configs import find_config
+from clip_m2df.commands.trainer import run
+from clip_m2df.motion_shapes import FAMILIES, Action, render, render_long
 
 DRAWS = 20
 # The 97.5 % quantile of Student's t for as many draws.

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from benchmarks.timing import Case, report
-from clip_m2df.checkpoints import BEST, FOLDER, LAST, PREVIOUS, read_checkpoint
+from clip_m2df.training.checkpoints import BEST, FOLDER, LAST, PREVIOUS, read_checkpoint
 
 # Some 20 s on two cores, half of it training: dropout, PPS's draws, augmentation, accumulation, a schedule.
 RUN = (

@@ -27,7 +27,7 @@ from benchmarks.ceilings import count_flops, matmul_speed
 from benchmarks.clips import KINETICS, render
 from benchmarks.timing import Case, report, seconds
 from clip_m2df import CLIPM2DF, EpisodeDataModule
-from clip_m2df.data.cache import cache_frames
+from clip_m2df.commands.cache import cache_frames
 from clip_m2df.episode import Episode
 
 BAR_SHARE, BAR_WAITING, BAR_GIB = 0.45, 0.05, 20.0

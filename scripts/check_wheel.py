@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 import clip_m2df
-from clip_m2df.data.motion_shapes import render
+from clip_m2df.motion_shapes import render
 
 N_WAY, N_SHOT, CLIPS = 4, 3, 2
 LEAST_RIGHT = 0.5  # chance is a quarter

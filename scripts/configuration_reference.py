@@ -12,10 +12,10 @@ import docstring_parser
 import yaml
 
 from clip_m2df import CLIPM2DF, EpisodeDataModule
-from clip_m2df.checkpoints import RunCheckpoint
-from clip_m2df.dashboard import Dashboard
-from clip_m2df.nn.heads import HEADS, head_class
-from clip_m2df.shipped import shipped_configs
+from clip_m2df.commands.configs import shipped_configs
+from clip_m2df.nn.baselines import HEADS, head_class
+from clip_m2df.training.checkpoints import RunCheckpoint
+from clip_m2df.training.dashboard import Dashboard
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 

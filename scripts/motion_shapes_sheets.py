@@ -17,10 +17,10 @@ from typing import NamedTuple
 import yaml
 from PIL import Image, ImageDraw, ImageFont
 
-from clip_m2df.data.episodes import ClipReader
-from clip_m2df.data.motion_shapes import FAMILIES, NO_KNOBS, Knobs, render
-from clip_m2df.data.motion_shapes.painting import OUTLIERS
 from clip_m2df.evaluation.sheet import BLACK, GREY, MARGIN, TEXT
+from clip_m2df.motion_shapes import FAMILIES, NO_KNOBS, Knobs, render
+from clip_m2df.motion_shapes.scenes import OUTLIERS
+from clip_m2df.video.transforms import ClipReader
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "docs/figures"

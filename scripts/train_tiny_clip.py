@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from clip_m2df.data.motion_shapes import (
+from clip_m2df.motion_shapes import (
     CLASSES,
     COLOURS,
     MOTIONS,
@@ -303,7 +303,7 @@ pictures of $input by $input pixels in patches of $patch, a text transformer, an
 in which each word of the embedded benchmark's sentences is one token. It knows coloured shapes on textured backgrounds
 and nothing else; it is here so that the whole package runs, trains and is tested offline.
 
-It is trained from random weights on frames that `clip_m2df.data.motion_shapes` renders, with captions of what a frame
+It is trained from random weights on frames that `clip_m2df.motion_shapes` renders, with captions of what a frame
 shows (colour, shape, place, size). It saw $seen of the $all combinations of colour and shape, none of the $unseen that
 the benchmark's val and test classes use.
 

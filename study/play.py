@@ -20,10 +20,10 @@ import yaml
 
 import clip_m2df
 from clip_m2df import CLIPM2DF, EpisodeDataModule
-from clip_m2df.data.motion_shapes import Knobs, render
-from clip_m2df.evaluation.played import Played
+from clip_m2df.commands.configs import find_config
+from clip_m2df.evaluation.evidence import Played
 from clip_m2df.files import whole_file
-from clip_m2df.shipped import find_config
+from clip_m2df.motion_shapes import Knobs, render
 from study.results import SHARES, Outcome, Point, Record
 from study.settings import Run, Settings, config_name
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import yaml
 
+from clip_m2df.commands.configs import find_config
 from clip_m2df.errors import UserError
-from clip_m2df.nn.heads import head_class
-from clip_m2df.shipped import find_config
+from clip_m2df.nn.baselines import head_class
 from study.results import CLEAN, PARTS
 
 Options = Mapping[str, Any]

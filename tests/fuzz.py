@@ -25,11 +25,11 @@ from typing import Any
 import torch
 import yaml
 
-from clip_m2df.data.episodes import ClipReader
-from clip_m2df.data.isolation import Lost, isolated_map
-from clip_m2df.data.video import probe
+from clip_m2df.commands.configs import shipped_configs
 from clip_m2df.errors import UserError
-from clip_m2df.shipped import shipped_configs
+from clip_m2df.video.isolation import Lost, isolated_map
+from clip_m2df.video.reader import probe
+from clip_m2df.video.transforms import ClipReader
 from tests.damage import SCRAPS, Rng, alter, damage, damaged_archive
 from tests.data import clips
 
@@ -43,7 +43,7 @@ BUG = "BUG"
 
 def config(samples: Path, scratch: Path, rng: Rng) -> str:
     """A config as ``fit``, ``validate`` or ``test`` take it, up to the making of model, data and trainer."""
-    from clip_m2df import lightning_cli
+    from clip_m2df.commands import trainer as lightning_cli
 
     text = rng.choice([path for name, path in shipped_configs().items() if "_5way" in name]).read_bytes()
     if rng.random() < 0.5:
@@ -64,8 +64,8 @@ def config(samples: Path, scratch: Path, rng: Rng) -> str:
 @cache
 def _made() -> Any:
     """The command line, whose parser is made once, with one tower for all; nothing is run."""
-    from clip_m2df import lightning_cli
-    from clip_m2df.nn.backbone import CLIPBackbone
+    from clip_m2df.clip.backbone import CLIPBackbone
+    from clip_m2df.commands import trainer as lightning_cli
 
     tower = CLIPBackbone.load("tiny")
     tower.image_size = 224  # what the configs say
@@ -91,9 +91,9 @@ def _made() -> Any:
 
 def save_samples(folder: Path) -> None:
     """Write the whole files that checkpoints, weights, features and caches are made of."""
-    from clip_m2df.data.cache import cache_frames
-    from clip_m2df.module import CLIPM2DF
-    from clip_m2df.nn.backbone import TINY_CLIP
+    from clip_m2df.clip.backbone import TINY_CLIP
+    from clip_m2df.commands.cache import cache_frames
+    from clip_m2df.training.module import CLIPM2DF
 
     shutil.copytree(TINY_CLIP, folder / "clip")
     with torch.random.fork_rng():
@@ -115,7 +115,7 @@ def save_samples(folder: Path) -> None:
 
 def checkpoint(samples: Path, scratch: Path, rng: Rng) -> str:
     """A checkpoint, by ``CLIPM2DF.load_from_checkpoint``; damage to the file never ends in other weights."""
-    from clip_m2df.module import CLIPM2DF
+    from clip_m2df.training.module import CLIPM2DF
 
     file = scratch / "model.ckpt"
     whole = (samples / "model.ckpt").read_bytes()
@@ -142,7 +142,7 @@ def weights(samples: Path, scratch: Path, rng: Rng) -> str:
     """A folder in transformers' format with one file damaged, or its weights as a pickle, by ``CLIPBackbone.load``."""
     from safetensors.torch import load_file
 
-    from clip_m2df.nn.backbone import CLIPBackbone
+    from clip_m2df.clip.backbone import CLIPBackbone
 
     folder = scratch / "clip"
     shutil.copytree(samples / "clip", folder)
@@ -176,7 +176,7 @@ def weights(samples: Path, scratch: Path, rng: Rng) -> str:
 
 def features(samples: Path, scratch: Path, rng: Rng) -> str:
     """A file of a bank's features: what is damaged is not used."""
-    from clip_m2df.evaluation.feature_store import FeatureStore
+    from clip_m2df.evaluation.features import FeatureStore
 
     store = FeatureStore(scratch, torch.nn.Linear(2, 2, bias=False).requires_grad_(False), "frames 2")
     kept = {f"{k}.mp4 1:2:3": torch.full((2, 4), float(k)) for k in range(5)}
@@ -189,7 +189,7 @@ def features(samples: Path, scratch: Path, rng: Rng) -> str:
 
 def frames(samples: Path, scratch: Path, rng: Rng) -> str:
     """A shard of a frame cache: damage never ends in other frames."""
-    from clip_m2df.data.frame_cache import DamagedCacheError, FrameCache
+    from clip_m2df.video.frame_cache import DamagedCacheError, FrameCache
 
     (shard,) = (samples / "cache").iterdir()
     (scratch / shard.name).write_bytes(damage(rng, shard.read_bytes(), (b"0", b"]", b'"', b"}", b"[" * 3000)))

@@ -15,8 +15,8 @@ from benchmarks.evaluation_head import draw_episodes
 from benchmarks.timing import compare, line, report
 from benchmarks.train_step import ON_CPU, RandomCLIP, random_batch
 from clip_m2df.classifier.segments import Segment
-from clip_m2df.dashboard import Dashboard
-from clip_m2df.data.motion_shapes import Action
+from clip_m2df.motion_shapes import Action
+from clip_m2df.training.dashboard import Dashboard
 from tests.nn import references
 from tests.test_cli import options
 

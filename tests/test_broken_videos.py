@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from clip_m2df.cli import main
-from clip_m2df.data.episodes import EpisodeShape, plan_episode
-from clip_m2df.data.manifest import Manifest
-from clip_m2df.data.video import VideoError, read_frames
+from clip_m2df.datasets.manifest import Manifest
+from clip_m2df.episodes.plan import EpisodeShape, plan_episode
+from clip_m2df.video.reader import VideoError, read_frames
 from tests.data.clips import damage
 
 N_CLASSES, N_QUERY, STEPS = 10, 4, 24

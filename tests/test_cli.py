@@ -15,11 +15,11 @@ import yaml
 
 from clip_m2df import __version__
 from clip_m2df.cli import main
-from clip_m2df.data.datamodule import EpisodeDataModule
-from clip_m2df.lightning_cli import run
-from clip_m2df.module import CLIPM2DF, checkpoint_options
-from clip_m2df.run_callbacks import RunProgressBar
-from clip_m2df.shipped import find_config, shipped_configs
+from clip_m2df.commands.configs import find_config, shipped_configs
+from clip_m2df.commands.trainer import run
+from clip_m2df.episodes.datamodule import EpisodeDataModule
+from clip_m2df.training.callbacks import RunProgressBar
+from clip_m2df.training.module import CLIPM2DF, checkpoint_options
 from tests.wandb_file import end_wandb
 
 
@@ -342,7 +342,7 @@ def test_a_wheel_brings_the_configs_and_the_tiny_clip(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
     script = (
-        "import clip_m2df.nn.backbone as b, clip_m2df.shipped as c\n"
+        "import clip_m2df.clip.backbone as b, clip_m2df.commands.configs as c\n"
         f"assert c.__file__.startswith({str(tmp_path)!r})\n"
         "assert c.find_config('demo_5way1shot.yaml').is_file()\n"
         "assert (b.TINY_CLIP / 'model.safetensors').is_file()\n"

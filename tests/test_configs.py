@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import yaml
 
-from clip_m2df.data.datamodule import EpisodeDataModule
+from clip_m2df.commands.configs import find_config, shipped_configs
+from clip_m2df.commands.trainer import CLI
+from clip_m2df.episodes.datamodule import EpisodeDataModule
 from clip_m2df.errors import UserError
-from clip_m2df.lightning_cli import CLI
-from clip_m2df.nn.heads import build_head
-from clip_m2df.shipped import find_config, shipped_configs
+from clip_m2df.nn.baselines import build_head
 
 DATA_SETS = ("kinetics100", "ssv2", "ssv2_small", "hmdb51", "ucf101")
 FAMILIES = ("scene", "order")  # of the embedded benchmark

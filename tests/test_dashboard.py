@@ -17,10 +17,10 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from PIL import Image
 
 from clip_m2df import Manifest, UserError, __version__
-from clip_m2df.checkpoints import read_checkpoint
 from clip_m2df.cli import main
-from clip_m2df.dashboard import Dashboard
-from clip_m2df.shipped import find_config, shipped_configs
+from clip_m2df.commands.configs import find_config, shipped_configs
+from clip_m2df.training.checkpoints import read_checkpoint
+from clip_m2df.training.dashboard import Dashboard
 from tests.test_cli import options
 from tests.test_configs import Parsed
 from tests.test_module import UsersData, make, trainer
@@ -318,7 +318,7 @@ def test_a_test_after_the_training_goes_on_with_its_run(tiny_clip_dir: Path, tmp
 
 
 def test_the_revision_of_a_checkout_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from clip_m2df.dashboard import _git_revision
+    from clip_m2df.training.dashboard import _git_revision
 
     assert _git_revision() is None
     monkeypatch.chdir(Path(__file__).parent)
@@ -374,7 +374,7 @@ def test_there_are_two_sweeps_which_are_no_configs() -> None:
 def test_every_value_of_a_sweep_is_an_option_of_the_command(path: Path) -> None:
     from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
-    from clip_m2df.nn.heads import build_head
+    from clip_m2df.nn.baselines import build_head
 
     sweep = yaml.safe_load(path.read_text())
     shell = sweep["command"][3].replace("$WANDB_RUN_ID", "abc").replace('"$@"', "").replace('"', "").split()

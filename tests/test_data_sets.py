@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from clip_m2df.cli import main
-from clip_m2df.data.manifest import Manifest
+from clip_m2df.datasets.manifest import Manifest
 from tests.data import clips
 
 VIDEOS = {"train": 10, "val": 6, "test": 6}  # of each class, what 5-shot episodes take

@@ -5,8 +5,8 @@ import torch
 
 from clip_m2df import CLIPM2DF
 from clip_m2df.cli import main
-from clip_m2df.data.motion_shapes import rendering
 from clip_m2df.evaluation.features import play_episodes
+from clip_m2df.motion_shapes import rendering
 from clip_m2df.nn.baselines import OTAMHead
 from tests.nn import references
 
@@ -26,7 +26,7 @@ def test_the_demo_goes_from_rendering_to_a_table(
         "--data.val_episodes=4",
         "--data.num_workers=0",
     ]
-    from clip_m2df.demo import run_demo
+    from clip_m2df.commands.demo import run_demo
 
     run_demo(output, 20, [*small, "--data.validate_every=1", "--trainer.enable_progress_bar=false"])
     said = capsys.readouterr().out

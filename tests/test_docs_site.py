@@ -19,8 +19,8 @@ import yaml
 import clip_m2df
 from clip_m2df import CLIPM2DF, EpisodeDataModule
 from clip_m2df.cli import main
-from clip_m2df.nn.heads import HEADS, head_class
-from clip_m2df.shipped import shipped_configs
+from clip_m2df.commands.configs import shipped_configs
+from clip_m2df.nn.baselines import HEADS, head_class
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"

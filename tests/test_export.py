@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from clip_m2df import CLIPM2DF, CLIPBackbone, UserError, export
+from clip_m2df.clip.resnet import ModifiedResNet
 from clip_m2df.export import FORMATS, export_model, head_program, tower_program, write_program
-from clip_m2df.nn.heads import HEADS
-from clip_m2df.nn.resnet import ModifiedResNet
+from clip_m2df.nn.baselines import HEADS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs/export.md").read_text(encoding="utf-8")

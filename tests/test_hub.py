@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from clip_m2df import CLIPM2DF, Episode, UserError
 from clip_m2df.cli import main
 from clip_m2df.hub import FORMAT, HubModel, _sha256
-from clip_m2df.module import RUN_OPTIONS
+from clip_m2df.training.module import RUN_OPTIONS
 
 PLAIN = {"hidden_dim": 32, "heads": 4, "depth": 2}
 NAMES = ["a cat", "a car", "a tree"]

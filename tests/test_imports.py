@@ -88,18 +88,22 @@ def test_imports_go_one_way(path: Path) -> None:
 @pytest.mark.parametrize(
     ("part", "source", "parts"),
     [
-        ("nn", "from clip_m2df.data.video import probe", ["data"]),
+        ("nn", "from clip_m2df.video.reader import probe", ["data"]),
         ("data", "def f():\n    if x:\n        import clip_m2df.nn.head", ["nn"]),
         (
             "evaluation",
             "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from clip_m2df import CLIPM2DF",
             ["module"],
         ),
-        ("hub", "if TYPE_CHECKING:\n    from clip_m2df.module import CLIPM2DF", []),
-        ("hub", "from clip_m2df.module import CLIPM2DF", ["module"]),
+        ("hub", "if TYPE_CHECKING:\n    from clip_m2df.training.module import CLIPM2DF", []),
+        ("hub", "from clip_m2df.training.module import CLIPM2DF", ["module"]),
         ("module", "from clip_m2df import EpisodeDataModule, __version__", ["data"]),
-        ("classifier", "from clip_m2df import dashboard\nfrom clip_m2df.lightning_cli import run", ["lightning_cli"]),
-        ("demo", "from clip_m2df.lightning_cli import run\nfrom clip_m2df.cli import main", ["cli"]),
+        (
+            "classifier",
+            "from clip_m2df import dashboard\nfrom clip_m2df.commands.trainer import run",
+            ["lightning_cli"],
+        ),
+        ("demo", "from clip_m2df.commands.trainer import run\nfrom clip_m2df.cli import main", ["cli"]),
         ("nn", "import torch\nfrom clip_m2df.nn.head import Head\nfrom clip_m2df.errors import UserError", []),
     ],
 )

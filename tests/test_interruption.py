@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from benchmarks import soak
-from clip_m2df.checkpoints import BEST, FOLDER, LAST, PREVIOUS, RunCheckpointIO, find_last, read_checkpoint
 from clip_m2df.cli import main
 from clip_m2df.errors import Stopped, UserError
+from clip_m2df.training.checkpoints import BEST, FOLDER, LAST, PREVIOUS, RunCheckpointIO, find_last, read_checkpoint
 from tests.test_cli import fails, options
 
 # Six optimiser steps of two batches each, validated after every second.

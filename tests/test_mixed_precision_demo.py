@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from clip_m2df import CLIPM2DF, EpisodeDataModule
-from clip_m2df.lightning_cli import CLI, run
-from clip_m2df.shipped import find_config
+from clip_m2df.commands.configs import find_config
+from clip_m2df.commands.trainer import CLI, run
 
 SEED = 0
 

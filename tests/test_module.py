@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from clip_m2df import CLIPM2DF, Episode, M2DFHead, UserError
-from clip_m2df.evaluation.stage_metrics import StageMetrics
-from clip_m2df.module import RUN_OPTIONS, checkpoint_options
+from clip_m2df.evaluation.metrics import StageMetrics
 from clip_m2df.nn.matching import frame_costs, otam
 from clip_m2df.nn.prompts import ensemble
+from clip_m2df.training.module import RUN_OPTIONS, checkpoint_options
 
 PLAIN = {"hidden_dim": 32, "heads": 4, "context_dropout": 0.0, "attention_dropout": 0.0, "dropout": 0.0}
 NAMES = ["a cat", "a car", "a tree", "the sea"]

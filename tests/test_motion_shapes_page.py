@@ -14,11 +14,11 @@ import pytest
 import yaml
 from PIL import Image
 
-from clip_m2df.data.episodes import ClipReader
-from clip_m2df.data.motion_shapes import FAMILIES, appearances_of
-from clip_m2df.data.motion_shapes.classes import SPLITS
-from clip_m2df.data.motion_shapes.rendering import VIDEOS_PER_CLASS
-from clip_m2df.shipped import find_config
+from clip_m2df.commands.configs import find_config
+from clip_m2df.motion_shapes import FAMILIES, appearances_of
+from clip_m2df.motion_shapes.classes import SPLITS
+from clip_m2df.motion_shapes.rendering import VIDEOS_PER_CLASS
+from clip_m2df.video.transforms import ClipReader
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs/motion_shapes.md").read_text(encoding="utf-8")

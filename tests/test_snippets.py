@@ -23,9 +23,9 @@ import yaml
 
 from clip_m2df import CLIPM2DF
 from clip_m2df.cli import main
-from clip_m2df.data.manifest import Manifest
-from clip_m2df.data.motion_shapes import rendering
-from clip_m2df.shipped import find_config
+from clip_m2df.commands.configs import find_config
+from clip_m2df.datasets.manifest import Manifest
+from clip_m2df.motion_shapes import rendering
 from tests.data import clips
 from tests.nn.test_m2df import GOLDEN, published_file, published_head
 from tests.test_configs import Parsed

@@ -13,7 +13,7 @@ import torch
 from transformers import CLIPModel, CLIPTokenizer
 
 import clip_m2df
-from clip_m2df.data.motion_shapes import CLASSES, appearances_of
+from clip_m2df.motion_shapes import CLASSES, appearances_of
 
 FOLDER = Path(clip_m2df.__file__).parent / "assets" / "tiny_clip"
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "train_tiny_clip.py"

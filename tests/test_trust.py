@@ -18,23 +18,23 @@ import torch
 from safetensors.numpy import load, save
 
 from clip_m2df import CLIPM2DF, M2DF
-from clip_m2df.checkpoints import RunCheckpoint
 from clip_m2df.cli import main
-from clip_m2df.data import frame_cache
-from clip_m2df.data.cache import cache_frames
-from clip_m2df.data.check import read_findings
-from clip_m2df.data.datamodule import EpisodeDataModule
-from clip_m2df.data.episode_files import read_episodes_file
-from clip_m2df.data.episodes import EpisodeShape
-from clip_m2df.data.frame_cache import FrameCache
-from clip_m2df.data.manifest import Manifest
-from clip_m2df.data.split_lists import read_annotations, read_lists
-from clip_m2df.data.video import read_frames
+from clip_m2df.clip.backbone import TINY_CLIP, CLIPBackbone
+from clip_m2df.commands.cache import cache_frames
+from clip_m2df.commands.check import read_findings
+from clip_m2df.datasets.manifest import Manifest
+from clip_m2df.datasets.split_lists import read_annotations, read_lists
+from clip_m2df.episodes.datamodule import EpisodeDataModule
+from clip_m2df.episodes.files import read_episodes_file
+from clip_m2df.episodes.plan import EpisodeShape
 from clip_m2df.errors import UserError
-from clip_m2df.evaluation import feature_store
-from clip_m2df.evaluation.feature_store import FeatureStore
+from clip_m2df.evaluation import features as feature_store
+from clip_m2df.evaluation.features import FeatureStore
 from clip_m2df.files import Fingerprint, fingerprint
-from clip_m2df.nn.backbone import TINY_CLIP, CLIPBackbone
+from clip_m2df.training.checkpoints import RunCheckpoint
+from clip_m2df.video import frame_cache
+from clip_m2df.video.frame_cache import FrameCache
+from clip_m2df.video.reader import read_frames
 
 
 @pytest.fixture

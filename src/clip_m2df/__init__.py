@@ -3,28 +3,28 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from clip_m2df.__about__ import __version__
 
 if TYPE_CHECKING:
     from clip_m2df.classifier.classifier import FewShotClassifier, NotFittedError
-    from clip_m2df.data.datamodule import EpisodeDataModule
-    from clip_m2df.data.manifest import Manifest
+    from clip_m2df.clip.backbone import CLIPBackbone
+    from clip_m2df.datasets.manifest import Manifest
     from clip_m2df.episode import Episode
+    from clip_m2df.episodes.datamodule import EpisodeDataModule
     from clip_m2df.errors import UserError
-    from clip_m2df.module import CLIPM2DF
-    from clip_m2df.nn.backbone import CLIPBackbone
     from clip_m2df.nn.m2df import M2DF, M2DFHead
+    from clip_m2df.training.module import CLIPM2DF
 
 # Imported when first asked for: torch, lightning and transformers take seconds.
 _HOMES = {
-    "CLIPM2DF": "module",
+    "CLIPM2DF": "training.module",
     "M2DF": "nn.m2df",
     "M2DFHead": "nn.m2df",
-    "CLIPBackbone": "nn.backbone",
+    "CLIPBackbone": "clip.backbone",
     "Episode": "episode",
-    "EpisodeDataModule": "data.datamodule",
+    "EpisodeDataModule": "episodes.datamodule",
     "FewShotClassifier": "classifier.classifier",
-    "Manifest": "data.manifest",
+    "Manifest": "datasets.manifest",
     "NotFittedError": "classifier.classifier",
     "UserError": "errors",
 }

@@ -9,9 +9,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from clip_m2df import __version__
+from clip_m2df.__about__ import __version__
+from clip_m2df.commands.configs import find_config, shipped_configs
 from clip_m2df.errors import Stopped, UserError
-from clip_m2df.shipped import find_config, shipped_configs
 
 UNTRAINED_HEADS = ("otam", "nearest_prototype", "bi_mhm", "zero_shot")
 DATA_SETS = ("kinetics100", "ssv2", "ssv2_small", "hmdb51", "ucf101", "folder")
@@ -70,7 +70,7 @@ def entry_point() -> None:
 
 def _run(args: list[str]) -> int:
     if args and args[0] in TRAINER_COMMANDS:
-        from clip_m2df.lightning_cli import run
+        from clip_m2df.commands.trainer import run
 
         run([args[0], *_resolve_configs(args[1:])])
         return 0
@@ -80,27 +80,27 @@ def _run(args: list[str]) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options = {name: value for name, value in vars(parsed).items() if name not in ("command", "traceback")}
     if parsed.command == "prepare":
-        from clip_m2df.data.prepare import prepare
+        from clip_m2df.commands.prepare import prepare
 
         return prepare(**options)
     if parsed.command == "check":
-        from clip_m2df.data.check import check_videos
+        from clip_m2df.commands.check import check_videos
 
         return check_videos(**options)
     if parsed.command == "predict":
-        from clip_m2df.classifier.predict import predict_videos
+        from clip_m2df.commands.predict import predict_videos
 
         return predict_videos(**options)
     if parsed.command == "cache":
-        from clip_m2df.data.cache import cache_frames
+        from clip_m2df.commands.cache import cache_frames
 
         cache_frames(**options)
     elif parsed.command == "episodes":
-        from clip_m2df.lightning_cli import write_episodes
+        from clip_m2df.commands.trainer import write_episodes
 
         write_episodes(["test", *_resolve_configs(rest)], **options)
     elif parsed.command == "demo":
-        from clip_m2df.demo import run_demo
+        from clip_m2df.commands.demo import run_demo
 
         run_demo(**options)
     elif parsed.command == "configs":

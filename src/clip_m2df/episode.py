@@ -33,7 +33,7 @@ class Episode(TypedDict):
     """A batch of episodes; all that ``CLIPM2DF`` needs of a data module.
 
     Videos come as bytes and are scaled and normalised on the device. ``torch.utils.data.default_collate`` doesn't fit
-    (``class_names`` belongs to the batch): :func:`clip_m2df.data.episodes.collate_episodes` stacks single episodes.
+    (``class_names`` belongs to the batch): :func:`clip_m2df.episodes.dataset.collate_episodes` stacks single episodes.
 
     Attributes:
         support: uint8 frames ``(episodes, n_way, n_shot, frames, 3, height, width)``.

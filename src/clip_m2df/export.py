@@ -24,14 +24,14 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from clip_m2df import __version__
+from clip_m2df.__about__ import __version__
 from clip_m2df.errors import UserError
 from clip_m2df.nn.head import fuse_text
 
 if TYPE_CHECKING:
-    from clip_m2df.module import CLIPM2DF
-    from clip_m2df.nn.backbone import CLIPBackbone
+    from clip_m2df.clip.backbone import CLIPBackbone
     from clip_m2df.nn.head import Head
+    from clip_m2df.training.module import CLIPM2DF
 
 Format = Literal["onnx", "pt2"]
 FORMATS: tuple[str, ...] = get_args(Format)

@@ -18,14 +18,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from clip_m2df.clip.formats import public_source, read_weights
 from clip_m2df.errors import UserError
 from clip_m2df.files import whole_file
-from clip_m2df.nn import heads
-from clip_m2df.nn.clip_hub import public_source
-from clip_m2df.nn.weights import check_weights, read_weights
+from clip_m2df.nn import baselines as heads
+from clip_m2df.nn.weights import check_weights
 
 if TYPE_CHECKING:
-    from clip_m2df.module import CLIPM2DF
+    from clip_m2df.training.module import CLIPM2DF
 
 FORMAT = "clip-m2df model 1"
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"

@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 
 from clip_m2df.cli import main
-from clip_m2df.data.motion_shapes import render
-from clip_m2df.data.motion_shapes.rendering import write_video
+from clip_m2df.motion_shapes import render
+from clip_m2df.motion_shapes.rendering import write_video
 from tests.data import clips
 
 if TYPE_CHECKING:  # a worker process that imports a test's reader need not wait for the rest

@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from clip_m2df import CLIPM2DF, Episode, FewShotClassifier, NotFittedError, UserError
-from clip_m2df.data.episodes import ClipReader, EpisodeDataset, EpisodePlan, EpisodeShape
-from clip_m2df.data.manifest import Split, Video
+from clip_m2df.datasets.manifest import Split, Video
+from clip_m2df.episodes.dataset import EpisodeDataset
+from clip_m2df.episodes.plan import EpisodePlan, EpisodeShape
+from clip_m2df.video.transforms import ClipReader
 from tests.classifier.conftest import Make, make_model, noise, plain_model
 
 ANSWERS: dict[str, Callable[[FewShotClassifier], object]] = {

@@ -29,8 +29,7 @@ from clip_m2df.classifier.clips import (
     read_clips,
     videos_in,
 )
-from clip_m2df.data.episodes import ClipReader
-from clip_m2df.data.transforms import resize_and_crop
+from clip_m2df.video.transforms import ClipReader, resize_and_crop
 from tests.classifier.conftest import noise
 from tests.data import clips
 

@@ -14,8 +14,8 @@ import torch
 
 from clip_m2df import CLIPM2DF, FewShotClassifier
 from clip_m2df.cli import UNTRAINED_HEADS, main
-from clip_m2df.data.motion_shapes.rendering import write_video
-from clip_m2df.nn.heads import HEADS, head_class
+from clip_m2df.motion_shapes.rendering import write_video
+from clip_m2df.nn.baselines import HEADS, head_class
 from tests.classifier.conftest import LABELS, fails, predict_args, read_csv, read_lines, reference, videos_of
 from tests.data import clips
 

@@ -18,10 +18,10 @@ import pytest
 from torch import Tensor
 
 from clip_m2df import FewShotClassifier
-from clip_m2df.classifier import encoding
-from clip_m2df.classifier.part_file import open_part
+from clip_m2df.classifier import clips as encoding
 from clip_m2df.cli import main
-from clip_m2df.data.episodes import ClipReader
+from clip_m2df.commands.predict import open_part
+from clip_m2df.video.transforms import ClipReader
 from tests.classifier.conftest import LABELS, Labelled, fails, paint, predict_args, read_csv, reference, videos_of
 
 # Going on

@@ -17,8 +17,8 @@ from torch import Tensor
 from clip_m2df import FewShotClassifier, UserError
 from clip_m2df.classifier.rejection import calibrate
 from clip_m2df.classifier.support import NONE_OF_THESE, Scorer, SupportClass
-from clip_m2df.module import CLIPM2DF
 from clip_m2df.nn.baselines import Baseline
+from clip_m2df.training.module import CLIPM2DF
 from tests.classifier.conftest import Make, make_model, noise, plain_model
 
 DIM, FRAMES = 64, 6

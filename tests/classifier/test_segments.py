@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clip_m2df import FewShotClassifier, UserError
 from clip_m2df.classifier.segments import Windows, join, smooth
-from clip_m2df.data.motion_shapes import FAMILIES, render_long
+from clip_m2df.motion_shapes import FAMILIES, render_long
 from tests.classifier.conftest import Make, make_model, noise, plain_model
 from tests.data import clips
 

@@ -18,14 +18,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from clip_m2df.cli import main
-from clip_m2df.data import cache as module
-from clip_m2df.data.cache import cache_frames
-from clip_m2df.data.frame_cache import DamagedCacheError, FrameCache, decode_jpegs, encode_jpeg
-from clip_m2df.data.isolation import Lost
-from clip_m2df.data.transforms import resize_and_crop, resize_short_side, segment_indices
-from clip_m2df.data.video import Choose, read_frames
+from clip_m2df.commands import cache as module
+from clip_m2df.commands.cache import cache_frames
 from clip_m2df.errors import UserError
 from clip_m2df.files import fingerprint
+from clip_m2df.video.frame_cache import DamagedCacheError, FrameCache, decode_jpegs, encode_jpeg
+from clip_m2df.video.isolation import Lost
+from clip_m2df.video.reader import Choose, read_frames
+from clip_m2df.video.transforms import resize_and_crop, resize_short_side, segment_indices
 from tests.data.clips import numbers, render, save_image
 
 SHORT_SIDE, FRAMES, T = 48, 24, 8

@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from clip_m2df.cli import main
-from clip_m2df.data import check, video
-from clip_m2df.data.check import COLUMNS, Finding, check_videos, examine, read_findings
-from clip_m2df.data.isolation import Lost
-from clip_m2df.data.manifest import Manifest
-from clip_m2df.data.transforms import segment_indices
-from clip_m2df.data.video import VideoError, read_frames
+from clip_m2df.commands import check
+from clip_m2df.commands.check import COLUMNS, Finding, check_videos, examine, read_findings
+from clip_m2df.datasets.manifest import Manifest
 from clip_m2df.errors import UserError
+from clip_m2df.video import reader as video
+from clip_m2df.video.isolation import Lost
+from clip_m2df.video.reader import VideoError, read_frames
+from clip_m2df.video.transforms import segment_indices
 from tests.data.clips import Damaged, damage, render, rotate, save_image
 
 SMALL = (48, 32)

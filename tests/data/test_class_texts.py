@@ -2,8 +2,8 @@ import unicodedata
 
 import pytest
 
-from clip_m2df.data.benchmarks import BENCHMARKS
-from clip_m2df.data.class_texts import class_key, fold, readable
+from clip_m2df.datasets.benchmarks import BENCHMARKS
+from clip_m2df.datasets.manifest import class_key, fold, readable
 
 
 @pytest.mark.parametrize(

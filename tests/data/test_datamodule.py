@@ -7,11 +7,11 @@ import lightning
 import pytest
 import torch
 
-from clip_m2df.data import cache
-from clip_m2df.data.datamodule import EpisodeDataModule
-from clip_m2df.data.episode_files import write_episodes_file
-from clip_m2df.data.episodes import plan_episode
-from clip_m2df.data.manifest import Manifest
+from clip_m2df.commands import cache
+from clip_m2df.datasets.manifest import Manifest
+from clip_m2df.episodes.datamodule import EpisodeDataModule
+from clip_m2df.episodes.files import write_episodes_file
+from clip_m2df.episodes.plan import plan_episode
 from clip_m2df.errors import UserError
 
 SMALL: dict[str, Any] = {

@@ -13,13 +13,13 @@ import torch
 
 from clip_m2df import CLIPM2DF
 from clip_m2df.cli import main
-from clip_m2df.data.datamodule import EpisodeDataModule
-from clip_m2df.data.episodes import EpisodePlan
-from clip_m2df.data.manifest import Video
-from clip_m2df.data.motion_shapes import FAMILIES, NO_KNOBS, Knobs, render, render_clip, rendering
-from clip_m2df.data.motion_shapes.knobs import outlier_path
-from clip_m2df.data.motion_shapes.painting import OUTLIERS
+from clip_m2df.datasets.manifest import Video
+from clip_m2df.episodes.datamodule import EpisodeDataModule
+from clip_m2df.episodes.plan import EpisodePlan
 from clip_m2df.errors import UserError
+from clip_m2df.motion_shapes import FAMILIES, NO_KNOBS, Knobs, render, render_clip, rendering
+from clip_m2df.motion_shapes.rendering import outlier_path
+from clip_m2df.motion_shapes.scenes import OUTLIERS
 
 SMALL: dict[str, Any] = {"n_way": 5, "frames": 2, "resize": 32, "size": 32, "num_workers": 0, "test_episodes": 40}
 OF_TEST = {"train": 0, "val": 0, "test": 1}

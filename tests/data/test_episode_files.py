@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from clip_m2df.data.episode_files import read_episodes_file, write_episodes_file
-from clip_m2df.data.episodes import EpisodeShape, plan_episode
-from clip_m2df.data.manifest import Manifest, Split, Video
+from clip_m2df.datasets.manifest import Manifest, Split, Video
+from clip_m2df.episodes.files import read_episodes_file, write_episodes_file
+from clip_m2df.episodes.plan import EpisodeShape, plan_episode
 from clip_m2df.errors import UserError
 
 SHAPE = EpisodeShape(2, 1, 1)

@@ -5,17 +5,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from clip_m2df.data.episodes import (
-    ClipReader,
-    EpisodeDataset,
-    EpisodeSampler,
-    EpisodeShape,
-    collate_episodes,
-    plan_episode,
-)
-from clip_m2df.data.manifest import Manifest, Split
+from clip_m2df.datasets.manifest import Manifest, Split
 from clip_m2df.episode import episode_draws
+from clip_m2df.episodes.dataset import EpisodeDataset, collate_episodes
+from clip_m2df.episodes.plan import EpisodeSampler, EpisodeShape, plan_episode
 from clip_m2df.errors import UserError
+from clip_m2df.video.transforms import ClipReader
 from tests.data import clips
 
 READER = ClipReader(frames=4, resize=24, size=16)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from clip_m2df.data.isolation import Lost, isolated_map
+from clip_m2df.video.isolation import Lost, isolated_map
 
 
 def double(item: int) -> int:

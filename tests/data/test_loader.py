@@ -12,12 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from clip_m2df.data.episodes import ClipReader, EpisodeDataset, EpisodeSampler, EpisodeShape, plan_episode
-from clip_m2df.data.loader import UnusableVideos, episode_loader
-from clip_m2df.data.manifest import Manifest, Split
-from clip_m2df.data.table import EvaluationTable
-from clip_m2df.data.video import VideoError
+from clip_m2df.datasets.manifest import Manifest, Split
+from clip_m2df.episodes.dataset import EpisodeDataset
+from clip_m2df.episodes.features import EvaluationTable
+from clip_m2df.episodes.loader import UnusableVideos, episode_loader
+from clip_m2df.episodes.plan import EpisodeSampler, EpisodeShape, plan_episode
 from clip_m2df.errors import UserError
+from clip_m2df.video.reader import VideoError
+from clip_m2df.video.transforms import ClipReader
 
 SHAPE = EpisodeShape(3, 1, 1)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from clip_m2df.data import manifest as module
-from clip_m2df.data.manifest import SPLITS, Manifest, Video
+from clip_m2df.datasets import manifest as module
+from clip_m2df.datasets.manifest import SPLITS, Manifest, Video
 from clip_m2df.errors import UserError
 
 VALID = """\

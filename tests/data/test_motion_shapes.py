@@ -9,7 +9,8 @@ import av
 import numpy as np
 import pytest
 
-from clip_m2df.data.motion_shapes import (
+from clip_m2df.errors import UserError
+from clip_m2df.motion_shapes import (
     CLASSES,
     COLOURS,
     FPS,
@@ -26,7 +27,6 @@ from clip_m2df.data.motion_shapes import (
     rendering,
     shared_appearance_classes,
 )
-from clip_m2df.errors import UserError
 
 ONE_EACH = {"train": 0, "val": 1, "test": 0}
 
@@ -261,7 +261,7 @@ def test_render_refuses_what_makes_no_sense(tmp_path: Path) -> None:
 
 
 def test_importing_the_renderer_is_light() -> None:
-    code = "import sys, clip_m2df.data.motion_shapes; print([m for m in ('torch', 'av', 'rich') if m in sys.modules])"
+    code = "import sys, clip_m2df.motion_shapes; print([m for m in ('torch', 'av', 'rich') if m in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=dict(os.environ)
     )

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from clip_m2df.data.motion_shapes import (
+from clip_m2df.errors import UserError
+from clip_m2df.motion_shapes import (
     COLOURS,
     FAMILIES,
     FPS,
@@ -19,9 +20,8 @@ from clip_m2df.data.motion_shapes import (
     paint,
     render_clip,
 )
-from clip_m2df.data.motion_shapes.rendering import VIDEOS_PER_CLASS
-from clip_m2df.data.motion_shapes.scenes import COMMON_COLOUR, Scene
-from clip_m2df.errors import UserError
+from clip_m2df.motion_shapes.rendering import VIDEOS_PER_CLASS
+from clip_m2df.motion_shapes.scenes import COMMON_COLOUR, Scene
 
 ORDER = FAMILIES["order"]
 HELD_OUT = {*appearances_of("val"), *appearances_of("test")}

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from clip_m2df.data.motion_shapes import (
+from clip_m2df.errors import UserError
+from clip_m2df.motion_shapes import (
     CLASSES,
     FAMILIES,
     FPS,
@@ -21,7 +22,6 @@ from clip_m2df.data.motion_shapes import (
     paint,
     render_long,
 )
-from clip_m2df.errors import UserError
 
 TEST = [c for c in CLASSES if c.split == "test"]
 

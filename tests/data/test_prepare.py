@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from clip_m2df.cli import main
-from clip_m2df.data.benchmarks import BENCHMARKS
-from clip_m2df.data.manifest import Manifest
-from clip_m2df.data.prepare import prepare
-from clip_m2df.data.video_tree import scan
+from clip_m2df.commands.prepare import prepare
+from clip_m2df.datasets.benchmarks import BENCHMARKS
+from clip_m2df.datasets.manifest import Manifest
+from clip_m2df.datasets.tree import scan
 from clip_m2df.errors import UserError
 
 CLASSES = {
@@ -475,7 +475,7 @@ def test_a_run_that_is_refused_leaves_what_was_there(tmp_path: Path, capsys: pyt
 
 
 def test_torch_is_not_imported() -> None:
-    code = "import sys, clip_m2df.data.prepare; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    code = "import sys, clip_m2df.commands.prepare; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

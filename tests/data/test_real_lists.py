@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 
 from clip_m2df.cli import main
-from clip_m2df.data.benchmarks import BENCHMARKS
-from clip_m2df.data.class_texts import readable
-from clip_m2df.data.manifest import SPLITS
-from clip_m2df.data.split_lists import SplitLists, read_lists
+from clip_m2df.datasets.benchmarks import BENCHMARKS
+from clip_m2df.datasets.manifest import SPLITS, readable
+from clip_m2df.datasets.split_lists import SplitLists, read_lists
 
 SPLITS_FOLDER = Path(os.environ.get("CLIP_M2DF_SPLITS", ""))
 

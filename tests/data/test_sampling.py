@@ -10,10 +10,10 @@ import av
 import pytest
 import torch
 
-from clip_m2df.data import video
-from clip_m2df.data.sampling import Timed, counted, timed
-from clip_m2df.data.video import VideoError, read_frames, sample_frames
 from clip_m2df.errors import UserError
+from clip_m2df.video import reader as video
+from clip_m2df.video.reader import VideoError, read_frames, sample_frames
+from clip_m2df.video.timing import Timed, counted, timed
 from tests.data.clips import HEIGHT, WIDTH, cut_start, numbers, render, rotate, save_image
 
 N_FRAMES = 40

@@ -9,10 +9,11 @@ import av
 import pytest
 from torch import Tensor
 
-from clip_m2df.data import seeking, video
-from clip_m2df.data.seeking import PacketTable, read_packets
-from clip_m2df.data.transforms import segment_indices
-from clip_m2df.data.video import VideoError, read_frames
+from clip_m2df.video import reader as video
+from clip_m2df.video import seeking
+from clip_m2df.video.reader import VideoError, read_frames
+from clip_m2df.video.seeking import PacketTable, read_packets
+from clip_m2df.video.transforms import segment_indices
 from tests.data.clips import HEIGHT, WIDTH, cut_start, numbers, render
 
 N_FRAMES = 150

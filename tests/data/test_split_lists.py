@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from clip_m2df.data import split_lists as module
-from clip_m2df.data.split_lists import Entry, SplitLists, read_lists, stem_of
+from clip_m2df.datasets import split_lists as module
+from clip_m2df.datasets.split_lists import Entry, SplitLists, read_lists
+from clip_m2df.datasets.tree import stem_of
 from clip_m2df.errors import UserError
 
 CLASS_FORM = {

@@ -7,8 +7,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clip_m2df.data.transforms import resize_and_crop, segment_indices
 from clip_m2df.errors import UserError
+from clip_m2df.video.transforms import resize_and_crop, segment_indices
 
 
 def clip_of(frames: int, height: int, width: int, seed: int = 0) -> Tensor:

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from clip_m2df.data import video
-from clip_m2df.data.transforms import segment_indices
-from clip_m2df.data.video import Decoder, VideoError, VideoFacts, probe, read_frames
 from clip_m2df.errors import UserError
+from clip_m2df.video import reader as video
+from clip_m2df.video.reader import Decoder, VideoError, VideoFacts, probe, read_frames
+from clip_m2df.video.transforms import segment_indices
 from tests.data.clips import (
     HEIGHT,
     OFF,

@@ -7,8 +7,8 @@ from torch import Tensor
 from clip_m2df.episode import IndexedEpisode
 from clip_m2df.evaluation import bank as module
 from clip_m2df.evaluation.bank import EpisodeBank
+from clip_m2df.nn.baselines import build_head
 from clip_m2df.nn.head import Head, HeadOutput
-from clip_m2df.nn.heads import build_head
 from clip_m2df.nn.m2df import M2DFHead
 
 VIDEOS_A_CLASS, N_CLASSES, T, DIM = 9, 7, 4, 16

@@ -5,7 +5,7 @@ import torch
 from rich.console import Console
 
 from clip_m2df.evaluation.metrics import Confusion
-from clip_m2df.evaluation.report import hardest_classes, write_report
+from clip_m2df.training.callbacks import hardest_classes, write_report
 
 NAMES = ["draw sword", "hug", "run, fast", "sit"]
 COUNTS = torch.tensor([[6, 1, 3, 0], [0, 10, 0, 0], [2, 2, 1, 0], [0, 0, 0, 0]])

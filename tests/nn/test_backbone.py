@@ -11,11 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from clip_m2df.clip import backbone as module
+from clip_m2df.clip.backbone import CLIPBackbone
+from clip_m2df.clip.formats import CLIP_MEAN, CLIP_STD, RN50_FILE, RN50_REPOSITORY, STANDARD_TOKENIZER
 from clip_m2df.errors import UserError
-from clip_m2df.nn import backbone as module
-from clip_m2df.nn.backbone import CLIPBackbone
-from clip_m2df.nn.clip_hub import RN50_FILE, RN50_REPOSITORY, STANDARD_TOKENIZER
-from clip_m2df.nn.transformers_clip import CLIP_MEAN, CLIP_STD
 from tests.conftest import save_tokenizer
 
 GOLDEN = Path(__file__).parent.parent / "golden"

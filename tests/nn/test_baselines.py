@@ -12,11 +12,18 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from clip_m2df import CLIPM2DF, UserError
-from clip_m2df.evaluation.stage_metrics import StageMetrics
-from clip_m2df.nn.baselines import BiMHMHead, NearestPrototypeHead, OTAMHead, ZeroShotHead
-from clip_m2df.nn.clip_fsar import CLIPFSARHead
+from clip_m2df.evaluation.metrics import StageMetrics
+from clip_m2df.nn.baselines import (
+    HEADS,
+    BiMHMHead,
+    CLIPFSARHead,
+    NearestPrototypeHead,
+    OTAMHead,
+    ZeroShotHead,
+    build_head,
+    head_class,
+)
 from clip_m2df.nn.head import Head
-from clip_m2df.nn.heads import HEADS, build_head, head_class
 from tests.nn import references
 from tests.test_module import NAMES, UsersEpisodes, make_episodes
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clip_m2df.errors import UserError
-from clip_m2df.nn.heads import build_head
+from clip_m2df.nn.baselines import build_head
 from clip_m2df.nn.m2df import M2DF, M2DFHead
 from clip_m2df.nn.prompts import select_prompts
 from clip_m2df.nn.views import FusedSequence

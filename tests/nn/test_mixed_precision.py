@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clip_m2df.nn.backbone import CLIPBackbone
+from clip_m2df.clip.backbone import CLIPBackbone
 from clip_m2df.nn.m2df import M2DFHead
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

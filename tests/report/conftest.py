@@ -13,8 +13,8 @@ import torch
 from lightning.pytorch.trainer import Trainer
 
 from clip_m2df.cli import main
-from clip_m2df.data.motion_shapes.rendering import write_video
-from clip_m2df.lightning_cli import run
+from clip_m2df.commands.trainer import run
+from clip_m2df.motion_shapes.rendering import write_video
 from tests.classifier.conftest import make_model, paint
 from tests.test_cli import options
 
@@ -165,7 +165,7 @@ def run_test(manifest: Path, tiny_clip_dir: Path, folder: Path, *more: str) -> M
 
 
 def _resolved(args: list[str]) -> list[str]:
-    from clip_m2df.shipped import find_config
+    from clip_m2df.commands.configs import find_config
 
     return [f"--config={find_config(a.partition('=')[2])}" if a.startswith("--config=") else a for a in args]
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from clip_m2df.data.motion_shapes import rendering
+from clip_m2df.motion_shapes import rendering
 from study import __main__ as command
 from study import play as playing
 from study.play import configuration, play

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
+from clip_m2df.commands.configs import find_config
 from clip_m2df.errors import UserError
-from clip_m2df.nn.heads import build_head
-from clip_m2df.shipped import find_config
+from clip_m2df.nn.baselines import build_head
 from study import schedule
 from study.play import configuration
 from study.results import Outcome, Point, Record, read_results

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from clip_m2df.classifier.support import Scorer, SupportClass, averages_shots
-from clip_m2df.module import CLIPM2DF
 from clip_m2df.nn.m2df import M2DFHead
 from clip_m2df.nn.views import FusedSequence
+from clip_m2df.training.module import CLIPM2DF
 
 
 @torch.no_grad()

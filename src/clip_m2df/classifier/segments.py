@@ -12,14 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clip_m2df.classifier.clips import Clip, as_frames, check_frames
-from clip_m2df.classifier.encoding import ClipEncoder
+from clip_m2df.classifier.clips import Clip, ClipEncoder, as_frames, check_frames
 from clip_m2df.classifier.support import Scorer
-from clip_m2df.data.episodes import ClipReader
-from clip_m2df.data.sampling import counted, evenly_timed, exact_rate
-from clip_m2df.data.transforms import resize_and_crop
-from clip_m2df.data.video import sample_frames
 from clip_m2df.errors import UserError
+from clip_m2df.video.reader import sample_frames
+from clip_m2df.video.timing import counted, evenly_timed, exact_rate
+from clip_m2df.video.transforms import ClipReader, resize_and_crop
 
 # Frames that are resized and encoded together.
 CHUNK = 16

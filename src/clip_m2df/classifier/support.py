@@ -13,14 +13,13 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from clip_m2df.classifier.clips import Clip, Unreadable, name_of, unique
-from clip_m2df.classifier.encoding import ClipEncoder, Encoded
-from clip_m2df.data.class_texts import class_key, readable
+from clip_m2df.classifier.clips import Clip, ClipEncoder, Encoded, Unreadable, name_of, unique
+from clip_m2df.datasets.manifest import class_key, readable
 from clip_m2df.errors import UserError, some
-from clip_m2df.module import CLIPM2DF
 from clip_m2df.nn.head import HeadOutput
 from clip_m2df.nn.m2df import M2DFHead, has_stages
 from clip_m2df.nn.views import FusedSequence
+from clip_m2df.training.module import CLIPM2DF
 
 # Said of a clip that is too far from every class.
 NONE_OF_THESE = "none of these"

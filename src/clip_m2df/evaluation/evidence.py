@@ -184,3 +184,21 @@ def frame_evidence(head: Head, query: Tensor, prompts: Tensor) -> tuple[Tensor, 
     places = closest_frames(query, prompts, head.top_k)[1]
     counted = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, places, True)
     return at_least_float32(scores).cpu(), counted.cpu()
+
+
+class Played(NamedTuple):
+    """A batch of episodes as the head saw it, and what came of it.
+
+    Attributes:
+        support: features ``(episodes, n_way, n_shot, frames, dim)``.
+        query: features ``(episodes, n_queries, frames, dim)``.
+        prompts: ``(episodes, n_way, dim)``.
+        output: what the head said.
+        scores: ``(episodes, n_queries, n_way)``, by which the classes are predicted.
+    """
+
+    support: Tensor
+    query: Tensor
+    prompts: Tensor
+    output: HeadOutput
+    scores: Tensor

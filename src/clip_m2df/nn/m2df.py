@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from clip_m2df.clip.formats import read_weights
 from clip_m2df.errors import UserError
 from clip_m2df.nn.distillation import (
     CONDITIONS,
@@ -33,13 +34,12 @@ from clip_m2df.nn.prompts import (
     fill_template,
     select_prompts,
 )
-from clip_m2df.nn.published import published_head
 from clip_m2df.nn.views import FusedSequence, FusionEncoder, GlobalTemporalContext, LocalTemporalContext, View
-from clip_m2df.nn.weights import check_weights, read_weights
+from clip_m2df.nn.weights import check_weights, published_head
 
 if TYPE_CHECKING:
+    from clip_m2df.clip.backbone import CLIPBackbone
     from clip_m2df.episode import Episode
-    from clip_m2df.nn.backbone import CLIPBackbone
 
 CONTEXTS: dict[str, type[nn.Module]] = {"local": LocalTemporalContext, "global": GlobalTemporalContext}
 VIEWS = tuple(CONTEXTS)
@@ -349,7 +349,7 @@ class M2DF(nn.Module):
         Raises:
             UserError: a file that can't be read safely, or of another model.
         """
-        from clip_m2df.nn.backbone import CLIPBackbone
+        from clip_m2df.clip.backbone import CLIPBackbone
 
         state = read_weights(Path(file), inside="model_state_dict")
         tower = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}

@@ -1,65 +1,84 @@
-"""Weights by their names: read from files, and checked against a module before they go into it."""
+"""The published checkpoints: their names of the head's weights, and the options that their shapes tell."""
 
 from __future__ import annotations
 
-import zipfile
+import re
 from collections.abc import Mapping
-from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
-from clip_m2df.archive import check_archive
 from clip_m2df.errors import UserError, some
 
+# Published names that hold no weights of their own or none that are used.
+_PASSED_OVER = re.compile(r"backbone\.|context_conv(11|22)\.|tcn\.network\.\d+\.net\.")
 
-def read_weights(file: Path, inside: str = "") -> dict[str, Tensor]:
-    """Read a file of named tensors, without running anything that is in it.
+
+# Published names and ours, in the order in which they are tried.
+_RENAMED = (
+    (r"scale", "scale"),
+    (r"context_conv([12])\.(weight|bias)", r"views.local.context.conv\1.\2"),
+    (r"tcn\.network\.(\d)\.conv([12])\.bias", r"views.global.context.blocks.\1.conv\2.bias"),
+    (
+        r"tcn\.network\.(\d)\.conv([12])\.weight_g",
+        r"views.global.context.blocks.\1.conv\2.parametrizations.weight.original0",
+    ),
+    (
+        r"tcn\.network\.(\d)\.conv([12])\.weight_v",
+        r"views.global.context.blocks.\1.conv\2.parametrizations.weight.original1",
+    ),
+    # The published names have it crosswise: context2 is the local view's encoder, context_local the global view's.
+    (r"context2\.layers\.(\d+)\.(.+)", r"views.local.encoder.layers.\1.\2"),
+    (r"context_local\.layers\.(\d+)\.(.+)", r"views.global.encoder.layers.\1.\2"),
+)
+
+
+_RENAMED_IN_LAYER = (
+    (r"\.0\.norm\.(weight|bias)$", r".norm.\1"),
+    (r"\.0\.fn\.(to_[qkv]\.weight|to_out\.0\.(?:weight|bias))$", r".\1"),
+    (r"\.1\.net\.([03])\.(weight|bias)$", r".feed_forward.\1.\2"),
+)
+
+
+def published_head(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """The head's weights of a published checkpoint by our names, and ``dim``, ``depth`` and ``hidden_dim``.
 
     Args:
-        file: ``.safetensors``, or what ``torch.save`` wrote.
-        inside: The key of a training checkpoint under which its weights lie, where it has that key.
+        state_dict: the checkpoint's ``model_state_dict``, or the head's part of it.
 
     Raises:
-        UserError: The file doesn't exist, is damaged, is a program, or holds something else.
+        UserError: keys that are not known, named, or none that tells the shapes.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not file.is_file():
-        raise UserError(f"{file}: no such file or folder")
-    if file.suffix == ".safetensors":
-        try:
-            return load_file(file)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} is damaged, or no safetensors file ({error}): fetch it again") from error
-
-    if _is_torchscript(file):
-        raise UserError(
-            f"{file} is a TorchScript archive, a program that isn't run here. Convert it where you trust it:\n"
-            "  import torch, safetensors.torch\n"
-            f"  state = torch.jit.load({file.name!r}, map_location='cpu').state_dict()\n"
-            f"  safetensors.torch.save_file({{k: v.contiguous() for k, v in state.items()}}, "
-            f"{file.with_suffix('.safetensors').name!r})"
-        )
+    renamed, unknown = {}, []
+    for key, value in state_dict.items():
+        name = _own_name(key)
+        if name is None:
+            unknown.append(key)
+        elif name:
+            renamed[name] = value
+    if unknown:
+        raise UserError(f"not a published CLIP-M²DF checkpoint: unknown keys {some(unknown)}")
     try:
-        check_archive(file)
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle raises nearly anything
-        raise UserError(f"{file} is damaged, or holds more than tensors ({error}): fetch it again") from error
-    if isinstance(state, dict):
-        state = state.get(inside, state)
-    if not isinstance(state, dict) or not all(isinstance(weight, Tensor) for weight in state.values()):
-        raise UserError(f"{file} isn't a plain table of tensors, name by name: save the model's state_dict() alone")
-    return state
+        hidden_dim, dim = renamed["views.local.encoder.layers.0.feed_forward.0.weight"].shape
+    except KeyError:
+        raise UserError("not a published CLIP-M²DF checkpoint: no key context2.layers.0.1.net.0.weight") from None
+    depths = {int(match[1]) for key in renamed if (match := re.search(r"encoder\.layers\.(\d+)\.", key))}
+    return renamed, {"dim": dim, "depth": max(depths) + 1, "hidden_dim": hidden_dim}
 
 
-def _is_torchscript(file: Path) -> bool:
-    try:
-        with zipfile.ZipFile(file) as archive:
-            return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except Exception:  # no zip file, or a damaged one, which reading it tells
-        return False
+def _own_name(key: str) -> str | None:
+    """Our name of a published key; empty for one that is passed over, None for one that is not known."""
+    if _PASSED_OVER.match(key):
+        return ""
+    for pattern, ours in _RENAMED:
+        if match := re.fullmatch(pattern, key):
+            name = match.expand(ours)
+            if ".encoder." not in name:
+                return name
+            for layer_pattern, layer_ours in _RENAMED_IN_LAYER:
+                renamed, count = re.subn(layer_pattern, layer_ours, name)
+                if count:
+                    return renamed
+    return None
 
 
 def check_weights(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:

@@ -11,10 +11,10 @@ import lightning
 import yaml
 from torch import Tensor
 
-from clip_m2df.dashboard import Dashboard
 from clip_m2df.evaluation.evidence import HardEpisode, QueryEvidence, ValidationEvidence
 from clip_m2df.files import plain
 from clip_m2df.report.page import alignment_cells, check_page, percent, prompt_rows, shade, strip_picture, write_page
+from clip_m2df.training.dashboard import Dashboard
 
 # Queries that are shown of an episode: those of the highest losses.
 MOST_QUERIES = 10
@@ -29,7 +29,7 @@ _Content: TypeAlias = "dict[str, Any]"
 
 
 class EvaluationPage(Dashboard):
-    """Collects of a test what :class:`clip_m2df.dashboard.Dashboard` collects of a validation, and writes its page.
+    """Collects of a test what :class:`Dashboard` collects of a validation, and writes its page.
 
     Args:
         path: the page.

@@ -18,7 +18,7 @@ from markupsafe import Markup
 from PIL import Image
 from torch import Tensor
 
-from clip_m2df import __version__
+from clip_m2df.__about__ import __version__
 from clip_m2df.errors import UserError
 from clip_m2df.evaluation.sheet import shown_frames, strip
 from clip_m2df.files import whole_file

@@ -15,19 +15,10 @@ from rich.progress import track
 from torch import Tensor
 
 from clip_m2df.classifier.classifier import FewShotClassifier
-from clip_m2df.classifier.clips import Unreadable, read_clips
-from clip_m2df.classifier.encoding import ClipEncoder
-from clip_m2df.classifier.part_file import Row
+from clip_m2df.classifier.clips import ClipEncoder, Unreadable, read_clips
 from clip_m2df.evaluation.explanation import Explanation
 from clip_m2df.files import plain
-from clip_m2df.report.page import (
-    alignment_cells,
-    frame_pictures,
-    percent,
-    prompt_rows,
-    strip_picture,
-    write_page,
-)
+from clip_m2df.report.page import alignment_cells, frame_pictures, percent, prompt_rows, strip_picture, write_page
 
 # Videos that are explained; of more the least certain ones.
 MOST_EXPLAINED = 200
@@ -36,6 +27,8 @@ MOST_CLASSES = 5
 # Colours of segments, in the style sheet.
 COLOURS = 12
 
+# A row of the table by its columns, but for the path: text, numbers as they are printed, or None.
+Row: TypeAlias = "dict[str, Any]"
 _Content: TypeAlias = "dict[str, Any]"
 
 

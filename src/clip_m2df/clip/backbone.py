@@ -1,0 +1,422 @@
+"""CLIP's two towers with all that goes with them, and the ways to make them.
+
+transformers and the hub's client are imported where they are used, because they take seconds and a ResNet without text
+needs neither.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from clip_m2df.clip.formats import (
+    CLIP_MEAN,
+    CLIP_STD,
+    MODEL_FILES,
+    RN50_FILE,
+    RN50_REPOSITORY,
+    STANDARD_TOKENIZER,
+    TEXT_FIELDS,
+    VISUAL_FIELDS,
+    fetch,
+    load_weights,
+    looks_like_a_path,
+    openai_names,
+    openai_text_config,
+    openai_visual_config,
+    read_folder,
+    read_preprocessing,
+    read_weights,
+    transformers_name,
+)
+from clip_m2df.clip.resnet import Bottleneck, ModifiedResNet
+from clip_m2df.clip.tokenizer import fit_tokenizer, has_tokenizer, read_tokenizer, tokenizer_from_json
+from clip_m2df.errors import UserError, some
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+TINY_CLIP = Path(__file__).parent.parent / "assets" / "tiny_clip"
+
+
+class CLIPBackbone(nn.Module):
+    """CLIP's towers with all that goes with them: tokenizer, image size, mean and std.
+
+    Made by ``load``, ``from_pretrained``, ``from_openai`` or ``from_description``. Images and texts become projected
+    embeddings of one width; neither is L2-normalised.
+
+    Args:
+        visual_config: ``{"kind": "resnet", "layers", "width", "dim", "image_size"}``, or ``{"kind": "vit", ...}`` with
+            the values of transformers' ``CLIPVisionConfig``.
+        text_config: The values of transformers' ``CLIPTextConfig``; None leaves the text tower out.
+        tokenizer: The text of a ``tokenizer.json`` that pads and truncates; None if there is none yet.
+        mean: What ``normalise`` subtracts, a number a channel.
+        std: What it divides by.
+        source: Where the weights came from, for messages and the record.
+        freeze_batch_norm: Keep batch norm in evaluation mode whatever ``train()`` says. Change the attribute and call
+            ``train()`` to let it move.
+
+    Attributes:
+        visual: Normalised images ``(n, 3, image_size, image_size)`` to embeddings ``(n, dim)``.
+        text: Tokens ``(n, length)`` to embeddings ``(n, dim)``, or None.
+        dim: Width of the embeddings.
+        image_size: Height and width of the images.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        visual_config: Mapping[str, Any],
+        text_config: Mapping[str, Any] | None = None,
+        *,
+        tokenizer: str | None = None,
+        mean: Sequence[float] = CLIP_MEAN,
+        std: Sequence[float] = CLIP_STD,
+        source: str = "",
+        freeze_batch_norm: bool = True,
+    ) -> None:
+        super().__init__()
+        self.visual_config = dict(visual_config)
+        self.text_config = None if text_config is None else dict(text_config)
+        self.visual = visual_tower(self.visual_config)
+        self.text = None if self.text_config is None else text_tower(self.text_config)
+        self.dim = int(self.visual_config["dim" if self.visual_config["kind"] == "resnet" else "projection_dim"])
+        self.image_size = int(self.visual_config["image_size"])
+        self.source = source
+        self.freeze_batch_norm = freeze_batch_norm
+
+        self._tokenizer = None if tokenizer is None else tokenizer_from_json(tokenizer)
+        self._tokenizer_repository: str | None = None  # where to fetch it from once a text has to be read
+
+        # Not in the state dict: they belong to the description, and weights from elsewhere don't have them.
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1), persistent=False)
+        self.train()
+
+    # Making one
+
+    @classmethod
+    def load(cls, name: str, *, freeze_batch_norm: bool = True) -> Self:
+        """Load the backbone that the option ``backbone`` names.
+
+        Args:
+            name: ``tiny`` (the one in this package, for tests and demonstrations), ``rn50`` (OpenAI's ResNet-50, from
+                the hub), a folder in transformers' format, a file of weights in OpenAI's layout (``.safetensors``,
+                ``.pt``, ``.bin``), or the hub's name of a ViT in transformers' format, such as
+                ``openai/clip-vit-base-patch16``.
+            freeze_batch_norm: Keep batch norm in evaluation mode whatever ``train()`` says.
+
+        Raises:
+            UserError: There is no such thing, it can't be fetched, or it isn't CLIP.
+        """
+        if name == "tiny":
+            backbone = cls.from_pretrained(str(TINY_CLIP))
+        elif name == "rn50":
+            backbone = cls.from_openai(str(fetch(RN50_REPOSITORY, [[RN50_FILE]]) / RN50_FILE))
+        elif Path(name).expanduser().is_file():
+            backbone = cls.from_openai(name)
+        else:
+            backbone = cls.from_pretrained(name)
+        backbone.source = name
+        backbone.freeze_batch_norm = freeze_batch_norm
+        backbone.train()
+        return backbone
+
+    @classmethod
+    def from_pretrained(cls, name_or_dir: str) -> Self:
+        """Load a ViT CLIP in transformers' format.
+
+        Args:
+            name_or_dir: A folder with ``config.json``, weights and a tokenizer, or a model's name on the hub. Mean and
+                std are those of its ``preprocessor_config.json``; without one, CLIP's.
+
+        Raises:
+            UserError: The folder doesn't exist, the model can't be fetched, isn't CLIP, or is damaged.
+        """
+        folder = Path(name_or_dir).expanduser()
+        if not folder.is_dir():
+            if looks_like_a_path(name_or_dir):
+                raise UserError(f"backbone {name_or_dir!r}: no such file or folder")
+            folder = fetch(name_or_dir, MODEL_FILES)
+        config, state = read_folder(folder, name_or_dir)
+        mean, std = read_preprocessing(folder)
+
+        backbone = cls._build(
+            {
+                "visual_config": {"kind": "vit", **config["vision_config"]},
+                "text_config": config["text_config"],
+                "mean": mean,
+                "std": std,
+                "source": name_or_dir,
+            }
+        )
+        names = {key: transformers_name(key) for key in backbone.state_dict()}
+        # What else such a file may hold, its logit scale and older versions' position numbers, isn't needed.
+        load_weights(backbone, names, state, name_or_dir, strict=False)
+        backbone._use(read_tokenizer(folder), name_or_dir)
+        return backbone
+
+    @classmethod
+    def from_openai(
+        cls,
+        state_dict_or_file: Mapping[str, Tensor] | str,
+        *,
+        tokenizer: str | None = None,
+        freeze_batch_norm: bool = True,
+    ) -> Self:
+        """Load weights in OpenAI's own layout, with a ViT or a modified ResNet; the shapes tell the architecture.
+
+        Args:
+            state_dict_or_file: The weights, of any floating type, or a ``.safetensors``, ``.pt`` or ``.bin`` file of
+                them. Those of the text tower may be absent; ``text`` is then None.
+            tokenizer: A folder with the tokenizer; by default the one that the file is in, if it has any, and else
+                CLIP's standard one, which is fetched from the hub when a text has to be read.
+            freeze_batch_norm: Keep batch norm in evaluation mode whatever ``train()`` says.
+
+        Raises:
+            UserError: The file doesn't exist, can't be read, is a TorchScript archive, or has another layout; or the
+                tokenizer isn't the text tower's.
+        """
+        if isinstance(state_dict_or_file, str):
+            file = Path(state_dict_or_file).expanduser()
+            source, state = state_dict_or_file, read_weights(file)
+            if tokenizer is None and has_tokenizer(file.parent):
+                tokenizer = str(file.parent)
+        else:
+            source, state = "a state dict", dict(state_dict_or_file)
+        for constant in ("input_resolution", "context_length", "vocab_size", "logit_scale"):
+            state.pop(constant, None)
+
+        try:
+            visual_config = openai_visual_config(state)
+            text_config = None
+            if any(not key.startswith("visual.") for key in state):
+                text_config = openai_text_config(state)
+        except KeyError as error:
+            raise UserError(
+                f"{source} isn't CLIP in OpenAI's layout: {error.args[0]} is missing; "
+                f"it has {some(sorted(state))}. Weights in transformers' format are given by their folder."
+            ) from error
+
+        backbone = cls(visual_config, text_config, source=source, freeze_batch_norm=freeze_batch_norm)
+        resnet = visual_config["kind"] == "resnet"
+        load_weights(backbone, openai_names(backbone.state_dict(), resnet=resnet), state, source)
+        if tokenizer is None:
+            backbone._tokenizer_repository = STANDARD_TOKENIZER
+        elif backbone.text is not None:
+            backbone._use(read_tokenizer(Path(tokenizer).expanduser()), tokenizer)
+        return backbone
+
+    @classmethod
+    def from_description(cls, description: Mapping[str, Any]) -> Self:
+        """Build what ``description`` described, from nothing but it; the weights come with a state dict.
+
+        Raises:
+            UserError: It is not what ``description`` makes; or its values make no towers.
+        """
+        source = description.get("source")
+        for name, fields in (("visual_config", VISUAL_FIELDS), ("text_config", TEXT_FIELDS)):
+            # transformers' configurations take many more, down to the address of code to fetch and run.
+            config = description.get(name)
+            if config is None and name == "text_config":
+                continue
+            if not isinstance(config, Mapping):  # a list of pairs would make a dict all the same
+                raise UserError(
+                    f"the backbone {source!r} has no {name} that is a table of values, as every backbone saves"
+                )
+            if unknown := [field for field in config if field not in fields]:
+                raise UserError(f"the {name} of {source!r} has {some(map(repr, unknown))}, which no backbone saves")
+        return cls._build(description)
+
+    @classmethod
+    def _build(cls, description: Mapping[str, Any]) -> Self:
+        try:
+            return cls(**description)
+        except UserError:
+            raise
+        except Exception as error:  # that values make no tower, torch and transformers say in many ways
+            raise UserError(f"the towers of {description.get('source')!r} can't be built: {error}") from error
+
+    def description(self) -> dict[str, Any]:
+        """All but the weights, in plain types that a weights-only ``torch.load`` reads.
+
+        A standard tokenizer that no text has needed yet is included if it is on this machine; otherwise it is None,
+        and a backbone built from the description can't read texts.
+        """
+        if self._tokenizer is None and self.text is not None:
+            with contextlib.suppress(UserError):
+                self._fetch_tokenizer(offline=True)
+        return {
+            "visual_config": dict(self.visual_config),
+            "text_config": None if self.text_config is None else dict(self.text_config),
+            "tokenizer": None if self._tokenizer is None else self._tokenizer.to_str(),
+            "mean": self.mean.flatten().tolist(),
+            "std": self.std.flatten().tolist(),
+            "source": self.source,
+            "freeze_batch_norm": self.freeze_batch_norm,
+        }
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode as any module does, but for batch norm, which ``freeze_batch_norm`` keeps in evaluation mode."""
+        super().train(mode)
+        if self.freeze_batch_norm:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Compute the visual tower's activations anew in the backward pass: less memory, more time, the same gradients.
+
+        Raises:
+            UserError: Batch norm moves, which would count each batch twice.
+        """
+        kind: type[nn.Module] = Bottleneck
+        if self.visual_config["kind"] == "vit":
+            from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+
+            kind = CLIPEncoderLayer
+        elif not self.freeze_batch_norm:
+            raise UserError(
+                "gradient checkpointing passes each batch twice through a batch norm that moves: set "
+                "freeze_batch_norm, or leave gradient_checkpointing out"
+            )
+        for block in self.visual.modules():
+            if isinstance(block, kind):
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+    # Images
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Bring images to what the visual tower was trained on.
+
+        Args:
+            images: ``(..., 3, height, width)``, uint8, or floating in [0, 1].
+
+        Returns:
+            The same shape in float32, with the mean subtracted and divided by the std, channel by channel.
+        """
+        scale = 255.0 if images.dtype == torch.uint8 else 1.0
+        return (images.float() / scale - self.mean) / self.std
+
+    def encode_frames(self, images: Tensor) -> Tensor:
+        """Embed images.
+
+        Args:
+            images: ``(..., 3, image_size, image_size)``, normalised.
+
+        Returns:
+            Embeddings ``(..., dim)``, not L2-normalised.
+
+        Raises:
+            UserError: The images have another size, or haven't been normalised.
+        """
+        *leading, channels, height, width = images.shape
+        size = self.image_size
+        if (channels, height, width) != (3, size, size):
+            raise UserError(
+                f"backbone {self.source!r} takes images of (3, {size}, {size}), not ({channels}, {height}, {width}): "
+                f"set the size of the frames to {size}"
+            )
+        if not images.is_floating_point():
+            raise UserError(f"encode_frames takes normalised images, not {images.dtype}: call normalise first")
+        weights = next(self.visual.parameters())
+        images = images.reshape(-1, 3, size, size).to(weights.dtype)
+        if self.visual_config["kind"] == "resnet":
+            images = images.contiguous(memory_format=torch.channels_last)
+        embeddings: Tensor = self.visual(images)
+        return embeddings.reshape(*leading, self.dim)
+
+    # Texts
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """Turn texts into tokens.
+
+        Returns:
+            ``(n, length)``, long, where length is the text tower's; shorter texts are padded with the end of text, and
+            longer ones are cut so that it stays.
+
+        Raises:
+            UserError: There is no text tower, or its tokenizer can't be had or isn't its own.
+        """
+        length = self._text_values()["max_position_embeddings"]
+        tokenizer = self._fetch_tokenizer() if self._tokenizer is None else self._tokenizer
+        tokens = [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
+        return torch.tensor(tokens, dtype=torch.long).reshape(len(texts), length)
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """Embed the tokens ``(n, length)`` of n texts: ``(n, dim)``, not L2-normalised.
+
+        Raises:
+            UserError: There is no text tower, or it reads fewer tokens.
+        """
+        longest = self._text_values()["max_position_embeddings"]
+        if tokens.shape[-1] > longest:
+            raise UserError(f"backbone {self.source!r} reads at most {longest} tokens a text, not {tokens.shape[-1]}")
+        assert self.text is not None
+        embeddings: Tensor = self.text(tokens)
+        return embeddings
+
+    def _text_values(self) -> dict[str, Any]:
+        if self.text_config is None:
+            raise UserError(f"the weights of backbone {self.source!r} have no text tower: take some that have both")
+        return self.text_config
+
+    def _fetch_tokenizer(self, *, offline: bool = False) -> Tokenizer:
+        if self._tokenizer_repository is None:
+            raise UserError(
+                f"backbone {self.source!r} was saved without its tokenizer: load it from its own weights where "
+                f"{STANDARD_TOKENIZER} is on the machine or can be fetched"
+            )
+        folder = fetch(self._tokenizer_repository, [["tokenizer.json"]], offline=offline)
+        return self._use(read_tokenizer(folder), self._tokenizer_repository)
+
+    def _use(self, tokenizer: Tokenizer, source: str) -> Tokenizer:
+        """Check that the tokenizer is this text tower's, and let it pad and truncate to the tower's length."""
+        fit_tokenizer(tokenizer, self._text_values(), source)
+        self._tokenizer = tokenizer
+        return tokenizer
+
+
+class _Tower(nn.Module):
+    """A tower of transformers' as a plain function from a tensor to its embeddings."""
+
+    def __init__(self, model: nn.Module, output: str) -> None:
+        super().__init__()
+        self.model = model
+        self.output = output
+
+    def forward(self, x: Tensor) -> Tensor:
+        embeddings: Tensor = getattr(self.model(x), self.output)
+        return embeddings
+
+
+def visual_tower(config: Mapping[str, Any]) -> nn.Module:
+    """Normalised images ``(n, 3, image_size, image_size)`` to embeddings ``(n, dim)``."""
+    values = {key: value for key, value in config.items() if key != "kind"}
+    if config["kind"] == "resnet":
+        # What convolutions like best on a GPU in half precision; the values are the same.
+        return ModifiedResNet(**values).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    return _Tower(CLIPVisionModelWithProjection(CLIPVisionConfig(**values)), "image_embeds")
+
+
+def text_tower(config: Mapping[str, Any]) -> nn.Module:
+    """Tokens ``(n, length)`` to embeddings ``(n, dim)``."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    # These two play no part in the tower, but their defaults are refused for a small vocabulary.
+    values = CLIPTextConfig(**config, bos_token_id=None, pad_token_id=None)
+    return _Tower(CLIPTextModelWithProjection(values), "text_embeds")

@@ -1,0 +1,461 @@
+"""The one table of videos: reading, checking and writing it."""
+
+import csv
+import hashlib
+import io
+import os
+import re
+import shlex
+import unicodedata
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from clip_m2df.errors import UserError, some
+from clip_m2df.files import read_bytes, whole_file
+
+SPLITS = ("train", "val", "test")
+"""The names that a split may have, in the order in which they are listed."""
+
+
+_REQUIRED = ("path", "label", "split")
+
+
+@dataclass(frozen=True)
+class Video:
+    """One row of a manifest.
+
+    Attributes:
+        path: Absolute path of a video file, or of a folder of numbered images.
+        label: Name of the class.
+        split: ``train``, ``val`` or ``test``.
+        text: What a prompt says of the class: plain words.
+        extra: The row's other columns, by name.
+    """
+
+    path: str
+    label: str
+    split: str
+    text: str
+    extra: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True)
+class Split:
+    """The videos of one split, by class; class number c is entry c of each table.
+
+    Attributes:
+        name: ``train``, ``val`` or ``test``.
+        class_names: The labels, sorted.
+        class_texts: What a prompt says of each class.
+        videos: The videos of each class, in the manifest's order.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    class_texts: tuple[str, ...]
+    videos: tuple[tuple[Video, ...], ...]
+
+    def check_episodes(self, *, n_way: int, n_shot: int, n_query: int) -> None:
+        """Check that the split can supply episodes of this shape.
+
+        Args:
+            n_way: Classes in an episode.
+            n_shot: Support videos of each class.
+            n_query: Query videos of each class.
+
+        Raises:
+            UserError: If the shape makes no sense, or the split has too few classes or videos for it.
+        """
+        if n_way < 2:
+            raise UserError(f"n_way is {n_way}, but an episode tells classes apart: set n_way to 2 or more")
+        for option, value in (("n_shot", n_shot), ("n_query", n_query)):
+            if value < 1:
+                raise UserError(f"{option} is {value}, but an episode needs at least one: set {option} to 1 or more")
+        n_classes = len(self.class_names)
+        if n_classes < n_way:
+            remedy = f"set n_way to {n_classes} or less" if n_classes >= 2 else "n_way cannot be less than 2"
+            raise UserError(
+                f"the {self.name} split has {counted(n_classes, 'class', 'classes')}, too few for n_way {n_way}: "
+                f"{remedy}, or add classes to the manifest"
+            )
+        needed = n_shot + n_query
+        short = {name: len(videos) for name, videos in zip(self.class_names, self.videos, strict=True)}
+        short = {name: count for name, count in short.items() if count < needed}
+        if short:
+            fewest = min(short.values())
+            remedy = f"lower n_shot or n_query to a sum of {fewest}, or " if fewest >= 2 else ""
+            raise UserError(
+                f"the {self.name} split has {counted(len(short), 'class', 'classes')} with fewer than the {needed} "
+                f"videos that n_shot {n_shot} and n_query {n_query} take: "
+                f"{some([f'{name!r} has {count}' for name, count in short.items()])}; "
+                f"{remedy}add videos of these classes to the manifest or remove the classes"
+            )
+
+
+class Manifest:
+    """The videos of a data set, each with its class and its split.
+
+    Args:
+        videos: The rows, in order.
+        root: The folder that relative paths start at. It decides how ``digest`` names the videos under it.
+        source: What messages call the list.
+        lines: The line of each row, for messages; otherwise rows are counted from 1.
+
+    Attributes:
+        videos: The rows, in order.
+        root: The folder, or None.
+
+    Raises:
+        UserError: If there are no videos, a split is unknown, a video is listed twice, or a class lies in two splits or
+            has two texts.
+    """
+
+    def __init__(
+        self,
+        videos: Iterable[Video],
+        *,
+        root: str | Path | None = None,
+        source: str = "the list of videos",
+        lines: Sequence[int] | None = None,
+    ) -> None:
+        self.videos = tuple(videos)
+        self.root = None if root is None else os.path.abspath(root)
+        if not self.videos:
+            raise UserError(f"{source} has no videos: add a row for each video")
+        places = (
+            [f"line {n}" for n in lines] if lines is not None else [f"row {n + 1}" for n in range(len(self.videos))]
+        )
+        _check(self.videos, places, source)
+        self._source = source
+        self._splits = {name: _split(name, self.videos) for name in SPLITS if any(v.split == name for v in self.videos)}
+
+    @classmethod
+    def read(cls, path: str | Path, root: str | Path | None = None, *, check_files: bool = True) -> "Manifest":
+        """Read a manifest and check it.
+
+        The file is CSV in UTF-8 with the columns ``path``, ``label`` and ``split`` and optionally ``text``: what a
+        prompt says of the class, its label where empty. Other columns are kept. Relative paths start at its folder.
+
+        A manifest can come from anybody, so it can't name any file of this machine: its videos have to lie in its
+        folder, or in one that a person names. Symbolic links there may lead elsewhere; whoever made them wanted it.
+
+        Args:
+            path: The CSV file.
+            root: A folder outside the manifest's own in which its videos may lie too.
+            check_files: Whether to refuse a manifest whose videos are not all there.
+
+        Returns:
+            The manifest.
+
+        Raises:
+            UserError: If the file cannot be read, a row is at fault (the message names the line), or videos lie in
+                neither folder.
+        """
+        rows, lines = read_rows(path, "manifest", _REQUIRED)
+        folder = os.path.dirname(os.path.abspath(path))
+        texts: dict[str, str] = {}
+        for row in rows:
+            if row.get("text"):
+                texts.setdefault(row["label"], row["text"])
+        videos = [
+            Video(
+                path=os.path.abspath(os.path.join(folder, row["path"])),
+                label=row["label"],
+                split=row["split"],
+                text=row.get("text") or texts.get(row["label"], row["label"]),
+                extra={name: cell for name, cell in row.items() if name not in (*_REQUIRED, "text")},
+            )
+            for row in rows
+        ]
+        manifest = cls(videos, root=folder, source=f"the manifest {path}", lines=lines)
+        manifest._check_folders([folder] if root is None else [folder, os.path.abspath(root)])
+        if check_files:
+            manifest.check_files()
+        return manifest
+
+    def _check_folders(self, folders: Collection[str]) -> None:
+        """Refuse videos that lie under none of the folders."""
+        outside = [v.path for v in self.videos if not any(lies_under(v.path, folder) for folder in folders)]
+        if outside:
+            common = os.path.commonpath([os.path.dirname(path) for path in outside])
+            raise UserError(
+                f"{len(outside)} of the {len(self.videos)} videos in {self._source} lie outside "
+                f"{' and '.join(folders)}, the first is {outside[0]}: if you trust the manifest with what is there, "
+                f"allow it with --data.root {shlex.quote(common)} (clip-m2df check and cache: --root)"
+            )
+
+    def check_files(self, is_there: Callable[[str], bool] = os.path.exists) -> None:
+        """Check that all videos are there.
+
+        Args:
+            is_there: Tells it of a path.
+
+        Raises:
+            UserError: If some are not.
+        """
+        missing = [relative_path(video.path, self.root) for video in self.videos if not is_there(video.path)]
+        if missing:
+            raise UserError(
+                f"{len(missing)} of the {len(self.videos)} videos in {self._source} are not there: "
+                f"{some(map(repr, missing))}; relative paths start at {self.root}: "
+                "put the videos there, mend the paths or remove the rows"
+            )
+
+    def with_texts(self, file: str | Path) -> "Manifest":
+        """Return this manifest with other texts for its classes.
+
+        Args:
+            file: CSV in UTF-8 with the columns ``label`` and ``text``. Classes that it doesn't name keep their text.
+
+        Raises:
+            UserError: If it cannot be read, gives a class two texts, or names no class of the manifest.
+        """
+        rows, lines = read_rows(file, "list of class texts", ("label", "text"))
+        texts: dict[str, str] = {}
+        for row, line in zip(rows, lines, strict=True):
+            if texts.setdefault(row["label"], row["text"]) != row["text"]:
+                raise UserError(
+                    f"line {line} of the list of class texts {file} gives the class {row['label']!r} a second text: "
+                    "keep one"
+                )
+        if not any(video.label in texts for video in self.videos):
+            raise UserError(
+                f"the list of class texts {file} names no class of {self._source}, such as {self.videos[0].label!r}: "
+                "its labels are spelt as in the manifest"
+            )
+        videos = [replace(video, text=texts.get(video.label, video.text)) for video in self.videos]
+        return Manifest(videos, root=self.root, source=self._source)
+
+    @property
+    def splits(self) -> dict[str, Split]:
+        """The splits that have videos, by name."""
+        return dict(self._splits)
+
+    def split(self, name: str) -> Split:
+        """Return the split of this name.
+
+        Raises:
+            UserError: If the manifest has no video in it.
+        """
+        if name not in self._splits:
+            raise UserError(
+                f"{self._source} has no {name!r} split: it has {', '.join(self._splits)}; add rows with that split"
+            )
+        return self._splits[name]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256, in hexadecimal, of what decides the episodes: splits, classes, texts and the videos of each.
+
+        Videos under the root count by their path from there, so a data set that is moved as a whole keeps its digest.
+        """
+        state = hashlib.sha256()
+        for split in self._splits.values():
+            for label, text, videos in zip(split.class_names, split.class_texts, split.videos, strict=True):
+                cells = [split.name, label, text, *(relative_path(video.path, self.root) for video in videos)]
+                # No cell holds a NUL or is empty, so an empty one ends a class.
+                state.update("".join(cell + "\0" for cell in [*cells, ""]).encode())
+        return state.hexdigest()
+
+    def summary(self) -> str:
+        """Return a plain table of the splits with their numbers of classes and videos."""
+        rows = [
+            (split.name, str(len(split.class_names)), str(sum(map(len, split.videos))))
+            for split in self._splits.values()
+        ]
+        return "\n".join(
+            f"{name:<5}  {classes:>7}  {videos:>7}" for name, classes, videos in [("split", "classes", "videos"), *rows]
+        )
+
+    def write(self, path: str | Path) -> None:
+        """Write the manifest as CSV, whole or not at all.
+
+        Videos under the file's folder are named by their path from there, others by their absolute path.
+
+        Args:
+            path: The CSV file; one that is there is replaced.
+
+        Raises:
+            UserError: If it cannot be written.
+        """
+        target = os.path.abspath(path)
+        extras = list(dict.fromkeys(name for video in self.videos for name in video.extra))
+        try:
+            with whole_file(target) as draft, draft.open("w", encoding="utf-8", newline="") as file:
+                table = csv.writer(file, lineterminator="\n")
+                table.writerow([*_REQUIRED, "text", *extras])
+                for video in self.videos:
+                    name = relative_path(video.path, os.path.dirname(target))
+                    cells = [video.extra.get(extra, "") for extra in extras]
+                    table.writerow([name, video.label, video.split, video.text, *cells])
+        except OSError as error:
+            raise UserError(
+                f"cannot write the manifest {path}: {error.strerror}; name a file in a folder that can be written"
+            ) from error
+
+
+def _check(videos: Sequence[Video], places: Sequence[str], source: str) -> None:
+    """Refuse an unknown split, a video listed twice and a class with two splits or two texts."""
+    first_of_path: dict[str, str] = {}
+    first_of_class: dict[str, tuple[Video, str]] = {}
+    for video, place in zip(videos, places, strict=True):
+        if video.split not in SPLITS:
+            raise UserError(f"{place} of {source} has the split {video.split!r}: it can be {', '.join(SPLITS)}")
+        # Equal on this file system, even where its names ignore case.
+        earlier = first_of_path.setdefault(os.path.normcase(os.path.normpath(video.path)), place)
+        if earlier is not place:
+            raise UserError(f"{source} lists the video {video.path} twice, on {earlier} and on {place}: remove one")
+        known, where = first_of_class.setdefault(video.label, (video, place))
+        if known.split != video.split:
+            raise UserError(
+                f"the class {video.label!r} is in two splits of {source}, {known.split} on {where} and {video.split} "
+                f"on {place}: few-shot splits share no class, so keep it in one"
+            )
+        if known.text != video.text:
+            raise UserError(
+                f"the class {video.label!r} has two texts in {source}, {known.text!r} on {where} and {video.text!r} "
+                f"on {place}: give it one"
+            )
+
+
+def _split(name: str, videos: Sequence[Video]) -> Split:
+    by_class: dict[str, list[Video]] = {}
+    for video in videos:
+        if video.split == name:
+            by_class.setdefault(video.label, []).append(video)
+    classes = sorted(by_class)
+    return Split(
+        name=name,
+        class_names=tuple(classes),
+        class_texts=tuple(by_class[label][0].text for label in classes),
+        videos=tuple(tuple(by_class[label]) for label in classes),
+    )
+
+
+def relative_path(path: str, root: str | None) -> str:
+    """Name an absolute path from the root, with forward slashes, if it lies under it."""
+    if root is None or not lies_under(path, root):
+        return path
+    return path.removeprefix(os.path.join(root, "")).replace(os.sep, "/")
+
+
+def lies_under(path: str, folder: str) -> bool:
+    """Tell from their names whether an absolute, normal path is a folder or lies in it, at any depth."""
+    # pathlib is slow on many thousands.
+    return path == folder or path.startswith(os.path.join(folder, ""))
+
+
+def read_rows(path: str | Path, what: str, required: Sequence[str]) -> tuple[list[dict[str, str]], list[int]]:
+    """Read the rows of a table.
+
+    Args:
+        path: CSV in UTF-8 whose first line names the columns.
+        what: What messages call it.
+        required: The columns that it must have, and in which no cell may be empty.
+
+    Returns:
+        The cells of each row by column, without spaces around them but in ``path``; and the line that each starts on.
+
+    Raises:
+        UserError: If it cannot be read, or a row is at fault; the message names the line.
+    """
+    text = _read_text(path, what)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    header: list[str] | None = None
+    rows: list[dict[str, str]] = []
+    lines: list[int] = []
+    while True:
+        line = reader.line_num + 1
+        where = f"line {line} of the {what} {path}"
+        try:
+            cells = next(reader)
+        except StopIteration:
+            break
+        except csv.Error as error:
+            raise UserError(f"{where} is not valid CSV ({error}): check its quotes and commas") from error
+        if not cells:
+            continue
+        if any("\n" in cell or "\r" in cell for cell in cells):
+            raise UserError(f"{where} has a line break inside a cell: close the quote, or take the line break out")
+        if header is None:
+            header = _header(cells, path, what, required)
+            continue
+        if len(cells) != len(header):
+            raise UserError(
+                f"{where} has {counted(len(cells), 'cell')}, but the header has {len(header)}: "
+                'put a cell that holds a comma in double quotes ("...")'
+            )
+        row = {name: cell if name == "path" else cell.strip() for name, cell in zip(header, cells, strict=True)}
+        for name in required:
+            if not row[name].strip():
+                raise UserError(f"{where} has an empty {name}: fill it in or remove the row")
+        rows.append(row)
+        lines.append(line)
+    if header is None:
+        raise UserError(f"the {what} {path} is empty: it needs a header line with the columns {', '.join(required)}")
+    return rows, lines
+
+
+def _read_text(path: str | Path, what: str) -> str:
+    data = read_bytes(path, what)
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"line {line} of the {what} {path} is not UTF-8: save the file with that encoding") from error
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise UserError(f"line {line} of the {what} {path} has a NUL character: save it as plain CSV in UTF-8")
+    return text
+
+
+def _header(cells: Sequence[str], path: str | Path, what: str, required: Sequence[str]) -> list[str]:
+    header = [cell.strip() for cell in cells]
+    missing = [name for name in required if name not in header]
+    if missing:
+        raise UserError(
+            f"the {what} {path} has no column {' and no column '.join(map(repr, missing))}; its first line names "
+            f"{', '.join(map(repr, header))}: name the columns there, separated by commas"
+        )
+    for name in header:
+        if header.count(name) > 1:
+            raise UserError(f"the {what} {path} has the column {name!r} more than once: rename or remove one")
+    return header
+
+
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """Name a number of things: "1 cell", "2 cells"."""
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
+# A capital after a small letter or a digit, and the last capital of a run: HandstandPushups, TVShow.
+_CAMEL_CASE = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+
+
+def readable(label: str) -> str:
+    """Return a class name as a prompt says it: plain lower-case words.
+
+    ``HandstandPushups`` becomes "handstand pushups", ``draw_sword`` "draw sword", ``hurling (sport)`` "hurling sport"
+    and ``Pouring [something] into [something]`` "pouring something into something". A name without any word is
+    returned as it is.
+    """
+    words = label.replace("_", " ")
+    if " " not in words:
+        words = _CAMEL_CASE.sub(" ", words)
+    words = re.sub(r"[\[(]|[\])](?=\w)", " ", words)
+    words = re.sub(r"[\])]", "", words)
+    return " ".join(words.lower().split()) or label
+
+
+def fold(name: str) -> str:
+    """Return what spellings of a name share: its letters whatever their case and encoding, a space as an underscore."""
+    if name.isascii():
+        return name.lower().replace(" ", "_")
+    folded = unicodedata.normalize("NFC", name).casefold()
+    return unicodedata.normalize("NFC", folded).replace(" ", "_")
+
+
+def class_key(label: str) -> str:
+    """Return what spellings of a class share: ``draw_sword``, ``Draw sword`` and ``DrawSword`` have one key."""
+    return fold(label).replace("_", "")

@@ -1,0 +1,531 @@
+"""EpisodeDataModule: N-way K-shot episodes from the videos of a manifest."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import itertools
+import os
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import lightning
+import torch
+from torch.utils.data import DataLoader
+
+from clip_m2df import motion_shapes
+from clip_m2df.datasets.manifest import Manifest, Split, Video
+from clip_m2df.episode import episode_generator
+from clip_m2df.episodes.dataset import EpisodeDataset
+from clip_m2df.episodes.features import EvaluationTable, TrainingTable
+from clip_m2df.episodes.files import read_episodes_file
+from clip_m2df.episodes.loader import UnusableVideos, episode_loader
+from clip_m2df.episodes.plan import EpisodePlan, EpisodeSampler, EpisodeShape, plan_episode
+from clip_m2df.errors import UserError
+from clip_m2df.loops import batches_of_step, check_goes_on, count_in_steps
+from clip_m2df.video.frame_cache import FrameCache
+from clip_m2df.video.reader import Decoder
+from clip_m2df.video.transforms import ClipReader
+
+# Share of unusable videos that training bears with by default.
+TRAINING_UNUSABLE = 0.05
+
+
+# Of an evaluation from a bank: how many episodes are played together, and devices that each get some.
+MOST_PLAYED, MOST_DEVICES = 64, 64
+
+
+class EpisodeDataModule(lightning.LightningDataModule):
+    """Deals episodes to a Trainer: an endless stream for training, the same ones each time at evaluation.
+
+    Runs are counted in whole optimiser steps: it sets the Trainer's gradient accumulation, and when to validate, from
+    ``episodes_per_step``, ``batch_size`` and the number of devices.
+
+    Args:
+        manifest: a CSV with the columns path, label, split and, if wanted, text (what the prompt says); paths relative
+            to the CSV's folder, of videos or of folders of numbered images. Or ``motion_shapes``,
+            ``motion_shapes_scene`` or ``motion_shapes_order``, the embedded benchmark, rendered when first used.
+        knobs: how much harder than usual the test episodes of the embedded benchmark are: shares by the names
+            ``overlap``, ``outliers`` and ``noise`` (see :class:`clip_m2df.motion_shapes.Knobs`).
+        root: a folder outside the manifest's own in which its videos may lie too; those elsewhere are refused.
+        class_texts: a CSV with the columns label and text: what the prompt says of these classes instead.
+        cache: a folder that ``clip-m2df cache`` wrote: frames come from there where they are those of the videos.
+        n_way: classes of an episode.
+        n_shot: support videos a class.
+        train_n_shot: the same in training; ``n_shot`` by default.
+        n_query: query videos a class in training.
+        n_query_eval: query videos a class in validation and test.
+        val_episodes: episodes of a validation.
+        test_episodes: episodes of a test.
+        episodes_file: a file that ``clip-m2df episodes`` or another tool wrote: a test plays its first
+            ``test_episodes`` episodes.
+        evaluation: ``bank`` encodes each video of the episodes once; ``direct`` yields the frames of each episode, and
+            encodes a video as often as it comes. The numbers are the same.
+        store: a folder in which the features of a bank are kept for the next evaluation: another way, shot or seed of
+            the same weights takes seconds. What has changed is never used.
+        train_views: how many augmented views of each training video are encoded before the training, which then takes
+            features and no frames: for a frozen tower, on a laptop. 0: frames are read and encoded for each episode.
+        seed: of the training episodes.
+        eval_seed: of the validation and test episodes.
+        frames: frames a video.
+        resize: short side of the frames in pixels before the crop.
+        size: side of the square crop in pixels, what the visual tower takes.
+        flip: mirror half of the training clips. Leave it off where classes have a left and a right.
+        decoder: which library decodes; ``auto`` takes the fastest that gives the right frames.
+        batch_size: episodes that go through the model at once, on each device.
+        episodes_per_step: episodes of an optimiser step, whatever the number of devices.
+        validate_every: optimiser steps between validations; a shorter run is validated at its end.
+        num_workers: processes that decode, for each device.
+        stuck_after: seconds without a batch after which a worker counts as stuck, and the run ends with the name of the
+            video that it was reading.
+        max_unusable: share of a split's videos that may turn out unusable, before the run stops with their names; the
+            others of their class take their places. By default 0.05 in training; at evaluation all videos that its
+            episodes name are checked at start-up, and each must be usable. A share that is given holds for both.
+
+    Raises:
+        UserError: an option out of its range, or ``episodes_per_step`` that does not divide; in ``setup``, a manifest
+            that can't supply such episodes.
+    """
+
+    def __init__(
+        self,
+        manifest: str,
+        knobs: dict[str, float] | None = None,
+        root: str | None = None,
+        class_texts: str | None = None,
+        cache: str | None = None,
+        n_way: int = 5,
+        n_shot: int = 1,
+        train_n_shot: int | None = None,
+        n_query: int = 5,
+        n_query_eval: int = 1,
+        val_episodes: int = 1000,
+        test_episodes: int = 10000,
+        episodes_file: str | None = None,
+        evaluation: Evaluation = "bank",
+        store: str | None = None,
+        train_views: int = 0,
+        seed: int = 0,
+        eval_seed: int = 0,
+        frames: int = 8,
+        resize: int = 256,
+        size: int = 224,
+        flip: bool = False,
+        decoder: Decoder = "auto",
+        batch_size: int = 1,
+        episodes_per_step: int = 16,
+        validate_every: int = 100,
+        num_workers: int = 2,
+        stuck_after: float = 300.0,
+        max_unusable: float | None = None,
+    ) -> None:
+        super().__init__()
+        check_at_least_one(
+            n_shot=n_shot,
+            train_n_shot=1 if train_n_shot is None else train_n_shot,
+            n_query=n_query,
+            n_query_eval=n_query_eval,
+            val_episodes=val_episodes,
+            test_episodes=test_episodes,
+            frames=frames,
+            size=size,
+            batch_size=batch_size,
+            episodes_per_step=episodes_per_step,
+            validate_every=validate_every,
+        )
+        check_not_negative(seed=seed, eval_seed=eval_seed, num_workers=num_workers, train_views=train_views)
+        check_sizes(n_way, resize, size)
+        check_patience(stuck_after, max_unusable)
+        check_ways(store, evaluation, decoder)
+        check_knobs(knobs, manifest, episodes_file)
+
+        self.manifest_path = manifest
+        self.knobs = motion_shapes.Knobs(**knobs or {})
+        self.root = root
+        self.class_texts = class_texts
+        self.cache = cache
+        self.train_shape = EpisodeShape(n_way, n_shot if train_n_shot is None else train_n_shot, n_query)
+        self.eval_shape = EpisodeShape(n_way, n_shot, n_query_eval)
+        self.val_episodes = val_episodes
+        self.test_episodes = test_episodes
+        self.episodes_file = episodes_file
+        self.evaluation = evaluation
+        self.store = store
+        self.train_views = train_views
+        self.seed = seed
+        self.eval_seed = eval_seed
+        self.reader = ClipReader(frames, resize, size, flip, decoder)
+        self.batch_size = batch_size
+        self.episodes_per_step = episodes_per_step
+        self.validate_every = validate_every
+        self.num_workers = num_workers
+        self.stuck_after = stuck_after
+        self.max_unusable = max_unusable
+        self.manifest: Manifest | None = None
+        self._datasets: dict[str, EpisodeDataset] = {}
+        self._unusable: dict[str, UnusableVideos] = {}
+        self._tables: dict[str, EvaluationTable] = {}
+        self._train_table: TrainingTable | None = None
+        self._checked: set[Video] = set()
+        self.accumulation(world_size=1)
+
+    @property
+    def rank(self) -> int:
+        """This process among ``world_size``."""
+        return self.trainer.global_rank if self.trainer else 0
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes, a device each."""
+        return self.trainer.world_size if self.trainer else 1
+
+    def accumulation(self, world_size: int) -> int:
+        """Batches of an optimiser step on each device.
+
+        Raises:
+            UserError: the episodes of a step don't divide over batches and devices.
+        """
+        return batches_of_step(self.episodes_per_step, self.batch_size, world_size)
+
+    def prepare_data(self) -> None:
+        """Render the embedded benchmark if it is asked for and not there yet."""
+        if self.manifest_path in EMBEDDED:
+            self._render()
+
+    def setup(self, stage: str) -> None:
+        """Read and check the manifest; for ``fit`` also count the Trainer's run in whole optimiser steps.
+
+        Args:
+            stage: ``fit``, ``validate`` or ``test``.
+        """
+        if stage != "test" and self.knobs != motion_shapes.NO_KNOBS:
+            raise UserError("data.knobs makes test episodes harder; leave it out for anything but a test")
+        if self.manifest is None:
+            self._read_manifest()
+        check_one_a_device(self.world_size, val_episodes=self.val_episodes, test_episodes=self.test_episodes)
+        if stage == "fit":
+            self._add_dataset("train", self.train_shape, self.seed)
+            if self.trainer:
+                count_in_steps(
+                    self.trainer, self.episodes_per_step, self.accumulation(self.world_size), self.validate_every
+                )
+        if stage == "test":
+            self._add_dataset("test", self.eval_shape, self.eval_seed)
+        elif stage == "validate" or not self.trainer or self.trainer.limit_val_batches:
+            self._add_dataset("val", self.eval_shape, self.eval_seed)
+        # A bank reads its videos before it plays: only in fit is that long after the start.
+        if self.evaluation == "direct" or stage == "fit":
+            for name in ["test"] if stage == "test" else ["val"] if "val" in self._tables else []:
+                self._check_videos(name)
+
+    def test_plans(self) -> tuple[Split, list[EpisodePlan]]:
+        """The test split and the videos of its episodes; from the manifest alone, no video is needed."""
+        if self.manifest is None:
+            self._read_manifest(check_files=False)
+        assert self.manifest is not None
+        split = self.manifest.split("test")
+        plans = self._plans(split)
+        return split, self._drawn_plans(split) if plans is None else plans
+
+    def state_dict(self) -> dict[str, int]:
+        """How a run counts, and how far it is, for its checkpoints."""
+        return {
+            "seed": self.seed,
+            "episodes_per_step": self.episodes_per_step,
+            "batches_per_step": self.accumulation(self.world_size),
+            "steps": self.trainer.global_step if self.trainer else 0,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Refuse to go on with a run that counts otherwise (it would repeat episodes, or cut a step), or is over.
+
+        Raises:
+            UserError: says what to set.
+        """
+        if self.trainer and self.trainer.state.fn == "fit":
+            check_goes_on(state_dict, self.state_dict(), most=self.trainer.max_steps)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """The endless stream of training episodes, from where the run stands."""
+        return self._loader("train")
+
+    def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
+        """The validation episodes; none if the Trainer wants none."""
+        return self._loader("val") if "val" in self._datasets else []
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """The test episodes."""
+        return self._loader("test")
+
+    def _render(self) -> Path:
+        return motion_shapes.render(family=EMBEDDED[self.manifest_path], knobs=self.knobs)
+
+    def _read_manifest(self, *, check_files: bool = True) -> None:
+        path = self._render() if self.manifest_path in EMBEDDED else self.manifest_path
+        manifest = Manifest.read(path, self.root, check_files=check_files and self.cache is None)
+        if self.cache is not None:
+            self.reader = read_from_cache(self.cache, manifest, self.reader, str(path), check_files=check_files)
+        self.manifest = manifest if self.class_texts is None else manifest.with_texts(self.class_texts)
+
+    def _add_dataset(self, name: str, shape: EpisodeShape, seed: int) -> None:
+        if name in self._datasets:
+            return
+        assert self.manifest is not None
+        split = self.manifest.split(name)
+        train = name == "train"
+        limit = (TRAINING_UNUSABLE if train else 0.0) if self.max_unusable is None else self.max_unusable
+        dataset = EpisodeDataset(
+            split,
+            shape,
+            self.reader,
+            seed=seed,
+            augment=train,
+            replace=limit > 0,
+            plans=self._plans(split) if name == "test" else None,
+            step=self.episodes_per_step,
+        )
+        self._datasets[name] = dataset
+        self._unusable[name] = UnusableVideos(split, limit)
+        options: dict[str, Any] = {
+            "num_workers": self.num_workers,
+            "stuck_after": self.stuck_after,
+            "progress": self.rank == 0 and bool(self.trainer and self.trainer.progress_bar_callback),
+            "root": self.manifest.root,
+            "store": self.store,
+        }
+        if not train:
+            self._tables[name] = EvaluationTable(dataset, self._count(name), self._unusable[name], **options)
+        elif self.train_views:
+            self._train_table = TrainingTable(dataset, self.train_views, self._unusable[name], **options)
+
+    def _plans(self, split: Split) -> list[EpisodePlan] | None:
+        """The test episodes of a file, if one is given, which has the last word on how many there are; or outliers."""
+        if self.knobs.outliers:
+            generators = (
+                episode_generator(self.eval_seed, split.name, i, "outliers") for i in range(self.test_episodes)
+            )
+            drawn = zip(self._drawn_plans(split), generators, strict=True)
+            return [motion_shapes.with_outliers(plan, self.knobs.outliers, rng) for plan, rng in drawn]
+        if self.episodes_file is None:
+            return None
+        assert self.manifest is not None
+        plans = read_episodes_file(self.episodes_file, split, self.manifest.root, self.eval_shape)
+        if len(plans) < self.test_episodes:
+            warnings.warn(f"{self.episodes_file} has {len(plans)} episodes, fewer than test_episodes", stacklevel=2)
+            self.test_episodes = len(plans)
+        return plans[: self.test_episodes]
+
+    def _drawn_plans(self, split: Split) -> list[EpisodePlan]:
+        """The usual test episodes."""
+        self.eval_shape.check(split)
+        numbers = range(self.test_episodes)
+        return [plan_episode(split, self.eval_shape, seed=self.eval_seed, episode=number) for number in numbers]
+
+    def _check_videos(self, name: str) -> None:
+        """Refuse to start an evaluation in which too many videos turn out unusable; every rank with the same words."""
+        table = self._tables[name]
+        limit = getattr(self.trainer, f"limit_{name}_batches", 1.0)
+        count = len(table)
+        if isinstance(limit, int):
+            batch = self._block(name) if self.evaluation == "bank" else self.batch_size
+            count = min(count, limit * batch * self.world_size)
+        places = [place for place in table.named(range(count)) if table.videos[place] not in self._checked]
+        read = table.clips([[place] for place in places[self.rank :: self.world_size]])
+        table.unusable.add(self._of_all_ranks({p: reason for clips in read for p, reason in clips.unusable.items()}))
+        self._checked.update(table.videos[place] for place in places)
+
+    def share_unusable(self) -> None:
+        """Count the training videos that any rank found unusable; to be called on all ranks.
+
+        Raises:
+            UserError: they are too many; on every rank.
+        """
+        if self.world_size > 1 and "train" in self._unusable:
+            unusable = self._unusable["train"]
+            unusable.add(self._of_all_ranks(unusable.reasons), say=False)
+
+    def _of_all_ranks(self, unusable: dict[str, str]) -> dict[str, str]:
+        """Unusable videos with their reasons, those of this rank and of the others."""
+        found = [unusable] * self.world_size
+        if self.world_size > 1:
+            torch.distributed.all_gather_object(found, unusable)
+        return dict(itertools.chain(*(of_rank.items() for of_rank in found)))
+
+    def _count(self, name: str) -> int:
+        return self.val_episodes if name == "val" else self.test_episodes
+
+    def _block(self, name: str) -> int:
+        """Episodes of an evaluation that are played together: a number that doesn't depend on the devices."""
+        return min(max(self._count(name) // MOST_DEVICES, 1), MOST_PLAYED)
+
+    def _sampler(self, name: str, block: int = 1) -> EpisodeSampler:
+        count = None if name == "train" else self._count(name)
+        return EpisodeSampler(count, block=block, first=self._first_episode, rank=self.rank, world_size=self.world_size)
+
+    def _loader(self, name: str) -> DataLoader[Any]:
+        if name == "train" and self._train_table is not None:
+            views = self._train_table
+            return DataLoader(views, self.batch_size, sampler=self._sampler(name), collate_fn=views.collate)
+        if name != "train" and self.evaluation == "bank":
+            table, block = self._tables[name], self._block(name)
+            return DataLoader(table, block, sampler=self._sampler(name, block), collate_fn=table.batch)
+        return episode_loader(
+            self._datasets[name],
+            self._unusable[name],
+            batch_size=self.batch_size,
+            sampler=self._sampler(name),
+            num_workers=self.num_workers,
+            stuck_after=self.stuck_after,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=name == "val" and self.num_workers > 0,
+        )
+
+    def _first_episode(self) -> int:
+        """How many training episodes the optimiser has had: a resumed run goes on there, with no loader state."""
+        return self.trainer.global_step * self.episodes_per_step if self.trainer else 0
+
+
+# The embedded benchmark's families by the names under which they stand for a manifest.
+EMBEDDED = {"motion_shapes": "demo", "motion_shapes_scene": "scene", "motion_shapes_order": "order"}
+
+
+KNOBS = tuple(field.name for field in dataclasses.fields(motion_shapes.Knobs))
+
+
+Evaluation = Literal["bank", "direct"]
+
+
+def check_at_least_one(**options: int) -> None:
+    """Refuse numbers of things of which there have to be some.
+
+    Raises:
+        UserError: names the first.
+    """
+    for option, value in options.items():
+        if value < 1:
+            raise UserError(f"{option} is {value}; it must be at least 1")
+
+
+def check_not_negative(**options: int) -> None:
+    """Refuse numbers below 0.
+
+    Raises:
+        UserError: names the first.
+    """
+    for option, value in options.items():
+        if value < 0:
+            raise UserError(f"{option} is {value}; it must not be negative")
+
+
+def check_one_a_device(world_size: int, **options: int) -> None:
+    """Refuse numbers of episodes that leave a device without any.
+
+    Raises:
+        UserError: names the first.
+    """
+    for option, value in options.items():
+        if value < world_size:
+            raise UserError(f"{option} is {value} on {world_size} devices; give at least one a device")
+
+
+def check_sizes(n_way: int, resize: int, size: int) -> None:
+    """Refuse episodes of one class, and crops larger than the frames.
+
+    Raises:
+        UserError: says what to give.
+    """
+    if n_way < 2:
+        raise UserError(f"n_way is {n_way}: there is nothing to tell apart; give at least 2")
+    if resize < size:
+        raise UserError(f"resize {resize} is smaller than size {size}, the crop; give at least {size}")
+
+
+def check_patience(stuck_after: float, max_unusable: float | None) -> None:
+    """Refuse limits that nothing could keep to, or everything.
+
+    Raises:
+        UserError: says between what they have to be.
+    """
+    if not stuck_after > 0:
+        raise UserError(f"stuck_after is {stuck_after}; it must be positive")
+    if max_unusable is not None and not 0 <= max_unusable <= 1:
+        raise UserError(f"max_unusable is {max_unusable}, a share; it must be between 0 and 1")
+
+
+def check_ways(store: str | None, evaluation: str, decoder: str) -> None:
+    """Refuse a store that is no folder, and ways to evaluate and to decode that don't exist or aren't installed.
+
+    Raises:
+        UserError: says which there are.
+    """
+    if store is not None and os.path.exists(store) and not os.path.isdir(store):
+        raise UserError(f"store {store} is no folder; name one, which is made if need be")
+    if evaluation not in get_args(Evaluation):
+        raise UserError(f"evaluation is {evaluation!r}; it can be {', '.join(get_args(Evaluation))}")
+    if decoder not in get_args(Decoder):
+        raise UserError(f"decoder is {decoder!r}; it can be {', '.join(get_args(Decoder))}")
+    if decoder in ("decord", "torchcodec") and importlib.util.find_spec(decoder) is None:
+        raise UserError(f"decoder {decoder} is not installed; install it, or take auto")
+
+
+def check_knobs(knobs: Iterable[str] | None, manifest: str, episodes_file: str | None) -> None:
+    """Refuse knobs that don't exist, or that there is nothing to turn by.
+
+    Raises:
+        UserError: says which there are, or what to leave out.
+    """
+    if unknown := [name for name in knobs or {} if name not in KNOBS]:
+        raise UserError(f"knobs: there is no {unknown[0]!r}; there are {', '.join(KNOBS)}")
+    if knobs and manifest not in EMBEDDED:
+        raise UserError(f"knobs are those of the embedded benchmark ({', '.join(EMBEDDED)}), not of {manifest}")
+    if knobs and episodes_file is not None:
+        raise UserError("knobs and episodes_file both say what a test plays; leave out one of them")
+
+
+def read_from_cache(folder: str, manifest: Manifest, reader: ClipReader, name: str, *, check_files: bool) -> ClipReader:
+    """Let a reader take its frames from a cache, where they are those of the videos.
+
+    Args:
+        folder: the cache.
+        manifest: of the videos.
+        reader: what is read of each.
+        name: of the manifest, for messages.
+        check_files: refuse videos that are neither in the cache nor there themselves.
+
+    Raises:
+        UserError: the cache has frames that are too few or too small, or those of other videos.
+    """
+    cache = FrameCache.open(folder, manifest.root)
+    if reader.resize > cache.short_side:
+        raise UserError(
+            f"resize is {reader.resize}, but the cache {folder} holds frames of {cache.short_side}"
+            f" pixels: give --data.resize {cache.short_side} or less, or make a cache of larger ones"
+        )
+    if reader.frames > cache.frames:
+        raise UserError(
+            f"frames is {reader.frames}, but the cache {folder} holds {cache.frames} of each video:"
+            f" give --data.frames {cache.frames} or less, or make a cache of more"
+        )
+    if check_files:
+        manifest.check_files(lambda video: cache.has(video) or os.path.exists(video))
+    others = sum(not cache.has(video.path) for video in manifest.videos)
+    if others == len(manifest.videos):
+        raise UserError(
+            f"the cache {folder} has none of the {others} videos of {name}, or all have changed since: name"
+            " another, or make it anew; names in it start at the folder of the manifest that it was made of"
+        )
+    if (cache.frames / reader.frames) % 2 != 1:
+        warnings.warn(
+            f"the cache {folder} keeps {cache.frames} frames of a video, no odd multiple of frames,"
+            f" {reader.frames}: evaluation takes others than from the videos themselves",
+            stacklevel=3,
+        )
+    if others:
+        warnings.warn(
+            f"{others} of the {len(manifest.videos)} videos are not in the cache {folder}, or have changed"
+            " since: they are read themselves; clip-m2df cache adds them",
+            stacklevel=3,
+        )
+    return dataclasses.replace(reader, cache=cache)

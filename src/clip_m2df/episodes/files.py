@@ -1,0 +1,135 @@
+"""Episodes as files, so that others can repeat them.
+
+A line an episode, each a JSON object: for both roles the videos of each class by its label, paths relative to the
+manifest's folder or absolute. The order of the classes is that of ``support``. Further keys are passed over.
+
+    {"support": {"open_door": ["a.mp4"], "wave": ["b.mp4"]}, "query": {"open_door": ["c.mp4"], "wave": ["d.mp4"]}}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from clip_m2df.datasets.manifest import Split, Video, relative_path
+from clip_m2df.episodes.plan import EpisodePlan, EpisodeShape
+from clip_m2df.errors import UserError
+from clip_m2df.files import read_bytes, whole_file
+
+
+def write_episodes_file(file: str | Path, plans: Iterable[EpisodePlan], split: Split, root: str | None) -> None:
+    """Write episodes, whole or not at all.
+
+    Args:
+        file: where to; a file that is there is replaced.
+        plans: the episodes.
+        split: where their videos come from.
+        root: the manifest's folder.
+
+    Raises:
+        UserError: the file can't be written.
+    """
+    try:
+        with whole_file(file) as draft, draft.open("w", encoding="utf-8") as lines:
+            for plan in plans:
+                labels = [split.class_names[c] for c in plan.classes]
+                roles = {"support": plan.support, "query": plan.query}
+                episode = {
+                    role: {
+                        label: [relative_path(video.path, root) for video in row]
+                        for label, row in zip(labels, rows, strict=True)
+                    }
+                    for role, rows in roles.items()
+                }
+                lines.write(json.dumps(episode, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"cannot write the episodes file {file}: {error.strerror}; name one that can be written"
+        ) from error
+
+
+def read_episodes_file(file: str | Path, split: Split, root: str | None, shape: EpisodeShape) -> list[EpisodePlan]:
+    """Read episodes and check them.
+
+    Args:
+        file: what :func:`write_episodes_file` or another tool wrote.
+        split: where their videos come from.
+        root: the manifest's folder.
+        shape: what each must have: ``n_way`` classes of ``n_shot`` videos, and ``n_way · n_query`` queries in all.
+
+    Raises:
+        UserError: the file can't be read, or an episode is at fault; names the line.
+    """
+    data = read_bytes(file, "episodes file")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"the episodes file {file} is not UTF-8: give one that clip-m2df episodes wrote") from error
+    videos = {video.path: (c, video) for c, row in enumerate(split.videos) for video in row}
+    classes = {label: c for c, label in enumerate(split.class_names)}
+    plans = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                plans.append(_plan(line, classes, videos, root or ".", shape))
+            except ValueError as error:
+                raise UserError(f"line {number} of the episodes file {file}: {error}") from error
+    if not plans:
+        raise UserError(f"the episodes file {file} has no episodes: give one that clip-m2df episodes wrote")
+    return plans
+
+
+def _plan(
+    line: str, classes: Mapping[str, int], videos: Mapping[str, tuple[int, Video]], root: str, shape: EpisodeShape
+) -> EpisodePlan:
+    """The episode of a line; a ``ValueError`` says what is wrong with it."""
+    support, query = _roles(line)
+    if unknown := [label for label in support if label not in classes]:
+        raise ValueError(f"there is no class {unknown[0]!r} in the split: use the manifest's labels")
+    if strangers := [label for label in query if label not in support]:
+        raise ValueError(f"the class {strangers[0]!r} has queries, but no support")
+    seen: set[str] = set()
+
+    def find(label: str, path: str) -> Video:
+        known, video = videos.get(os.path.abspath(os.path.join(root, path)), (None, None))
+        if video is None or known != classes[label]:
+            raise ValueError(f"the split has no video {path!r} of the class {label!r}: paths start at {root}")
+        if video.path in seen:
+            raise ValueError(f"the video {path!r} comes twice")
+        seen.add(video.path)
+        return video
+
+    plan = EpisodePlan(
+        tuple(classes[label] for label in support),
+        tuple(tuple(find(label, path) for path in paths) for label, paths in support.items()),
+        tuple(tuple(find(label, path) for path in query.get(label, [])) for label in support),
+    )
+    n_queries = sum(map(len, plan.query))
+    if len(plan.classes) != shape.n_way:
+        raise ValueError(f"it has {len(plan.classes)} classes, but n_way is {shape.n_way}")
+    if any(len(row) != shape.n_shot for row in plan.support):
+        raise ValueError(f"n_shot is {shape.n_shot}, but not every class has as many support videos")
+    if n_queries != shape.n_way * shape.n_query:
+        raise ValueError(f"it has {n_queries} queries, but n_way times n_query_eval is {shape.n_way * shape.n_query}")
+    return plan
+
+
+def _roles(line: str) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """Support and query of a line, of the right types."""
+    wanted = 'an object with "support" and "query", each an object that has a list of paths by label'
+    try:
+        episode: Any = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"it is no JSON ({error}); expected {wanted}") from error
+    if not isinstance(episode, dict) or not all(_is_role(episode.get(role)) for role in ("support", "query")):
+        raise ValueError(f"expected {wanted}")
+    return episode["support"], episode["query"]
+
+
+def _is_role(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(paths, list) and all(isinstance(path, str) for path in paths) for paths in value.values()
+    )

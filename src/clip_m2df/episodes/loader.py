@@ -1,0 +1,208 @@
+"""Loads episodes in worker processes, and says which video it was where something goes wrong there."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from clip_m2df.datasets.manifest import Split
+from clip_m2df.episode import Episode
+from clip_m2df.episodes.dataset import EpisodeDataset, ReadEpisode, collate_episodes
+from clip_m2df.errors import UserError, some
+
+# Of the message of a run that stops; each video has been named when it turned up.
+MOST_NAMES = 100
+
+
+class ReadingNow:
+    """What each worker is reading, for the main process to see when a worker is lost.
+
+    Args:
+        workers: worker processes.
+    """
+
+    def __init__(self, workers: int) -> None:
+        # Shared memory. A worker writes its own row only, a time and a process number in front of the name.
+        self._rows = torch.zeros(workers, 4096, dtype=torch.uint8).share_memory_()
+
+    def __call__(self, path: str) -> None:
+        """Note that this worker starts to read a video; an empty path says that it has done."""
+        worker = get_worker_info()
+        if worker is None:
+            return
+        row = self._rows[worker.id]
+        note = f"{time.monotonic()} {os.getpid()} {path}".encode(errors="surrogateescape") if path else b""
+        note = note[: len(row) - 1] + b"\0"
+        row[: len(note)] = torch.frombuffer(bytearray(note), dtype=torch.uint8)
+
+    def paths(self, processes: Sequence[int] = ()) -> list[str]:
+        """The videos being read, the longest waiting first; of certain processes only, if any of them reads one."""
+        notes = [bytes(row.tolist()).partition(b"\0")[0].decode(errors="surrogateescape") for row in self._rows]
+        reading = sorted((float(start), int(pid), path) for start, pid, path in (n.split(" ", 2) for n in notes if n))
+        chosen = [path for _, pid, path in reading if pid in processes]
+        return chosen or [path for _, _, path in reading]
+
+
+class VideoLoader(DataLoader[Any]):
+    """A ``DataLoader`` that ends with the video's name where a worker is stuck or killed.
+
+    Args:
+        dataset: it calls its attribute ``reading`` with the path of each video, and with an empty one after it.
+        receive: what to make of a batch in the main process.
+        stuck_after: seconds without a batch after which a worker counts as stuck.
+        num_workers: processes that decode.
+        **options: of ``DataLoader``.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        *,
+        receive: Callable[[Any], Any],
+        stuck_after: float,
+        num_workers: int,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            dataset,
+            num_workers=num_workers,
+            timeout=stuck_after if num_workers else 0,
+            worker_init_fn=_obey_parent_alone,
+            **options,
+        )
+        self.receive = receive
+        self.reading = dataset.reading = ReadingNow(num_workers)  # type: ignore[attr-defined]
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """The batches, as ``receive`` returns them.
+
+        Raises:
+            UserError: a worker is stuck or was killed.
+        """
+        batches = super().__iter__()
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if what := self._lost(str(error)):
+                    batches._shutdown_workers()  # type: ignore[attr-defined]  # whose end is no further error then
+                    for worker in batches._workers:  # type: ignore[attr-defined]
+                        worker.join(1)
+                        worker.kill()
+                    raise UserError(what) from error
+                raise
+            yield self.receive(batch)
+
+    def _lost(self, message: str) -> str:
+        """What became of a worker, from torch's own message; nothing if that is of something else."""
+        if message.startswith("DataLoader timed out"):
+            paths = self.reading.paths()
+            what, remedy = f"hangs: nothing came for {self.timeout:g} s", "raise data.stuck_after if it is only slow"
+        elif message.startswith("DataLoader worker (pid"):
+            paths = self.reading.paths([int(number) for number in re.findall(r"\d+", message)])
+            what, remedy = "was killed", "lower data.num_workers if memory ran out"
+        else:
+            return ""
+        video = f"it was reading the video {paths[0]}" if paths else "it was reading no video"
+        return f"a worker {what}; {video}: clip-m2df check finds the videos that a decoder fails on; {remedy}"
+
+
+def _obey_parent_alone(worker: int) -> None:
+    """In a worker: what signals say is for the main process, which needs its workers until it has saved.
+
+    Batch systems and Ctrl-C signal every process of a job.
+    """
+    if not hasattr(signal, "sigwaitinfo"):
+        return
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+class UnusableVideos:
+    """The videos of a split that turned out unusable in a run: each said once, and an end if they are too many.
+
+    Args:
+        split: whose videos.
+        limit: the share of them that may be unusable.
+    """
+
+    def __init__(self, split: Split, limit: float) -> None:
+        self.split = split.name
+        self.n_videos = sum(map(len, split.videos))
+        self.limit = limit
+        self.reasons: dict[str, str] = {}
+        self.said_short = False
+
+    def receive(self, batch: ReadEpisode) -> Episode:
+        """Take what the workers remarked on the videos out of a batch.
+
+        Raises:
+            UserError: see ``add``.
+        """
+        unusable, short = batch.pop("unusable"), batch.pop("short")  # type: ignore[misc]
+        del batch["clips"]  # type: ignore[misc]
+        self.say_short(short)
+        self.add(unusable)
+        return batch
+
+    def say_short(self, short: Mapping[str, int]) -> None:
+        """Say once that there are videos with fewer frames than wanted; their numbers of frames by path."""
+        if short and not self.said_short:
+            self.said_short = True
+            path, length = next(iter(short.items()))
+            warnings.warn(
+                f"{path} has {length} frames, fewer than wanted: they are repeated evenly. The same happens to any"
+                " other short video, and is not said again.",
+                stacklevel=2,
+            )
+
+    def add(self, unusable: Mapping[str, str], *, say: bool = True) -> None:
+        """Count videos, and say each that is new.
+
+        Args:
+            unusable: why they are, by path.
+            say: whether to; another rank may have said it.
+
+        Raises:
+            UserError: more of the split's videos are unusable than may be, with their names.
+        """
+        new = {path: reason for path, reason in unusable.items() if path not in self.reasons}
+        self.reasons |= new
+        if len(self.reasons) > self.limit * self.n_videos:
+            raise UserError(
+                f"{len(self.reasons)} of the {self.n_videos} videos of the {self.split} split are unusable, more than"
+                f" the share {self.limit:g} that data.max_unusable allows: {some(self.reasons, MOST_NAMES)};"
+                f" {next(iter(self.reasons.values()))}; clip-m2df check --fix writes a manifest without such videos"
+            )
+        for reason in new.values() if say else ():
+            warnings.warn(f"{reason}; another video of its class takes its place", stacklevel=2)
+
+
+def episode_loader(dataset: EpisodeDataset, unusable: UnusableVideos, **options: Any) -> VideoLoader:
+    """A loader of batches of :class:`clip_m2df.episode.Episode`.
+
+    Args:
+        dataset: the episodes.
+        unusable: what keeps count of unusable videos.
+        **options: of :class:`VideoLoader`.
+    """
+    return VideoLoader(dataset, receive=unusable.receive, collate_fn=collate_episodes, **options)

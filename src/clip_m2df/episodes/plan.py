@@ -1,0 +1,121 @@
+"""Which videos make up episode i, and the frames that stand for them.
+
+Episodes are *addressable*: episode i is a pure function of (seed, stage, i), whatever the number of workers, ranks and
+restarts. Numbers are dealt to ranks by :class:`EpisodeSampler`; everything random in an episode is drawn from its own
+number, but for what its videos look like in training: that is drawn from the number of its optimiser step, in which a
+video needs reading and encoding once, however many episodes have it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch.utils.data import DistributedSampler
+
+from clip_m2df.datasets.manifest import Split, Video
+from clip_m2df.episode import episode_generator
+
+
+class EpisodePlan(NamedTuple):
+    """The videos of an episode.
+
+    Attributes:
+        classes: places in the split's class table, ``n_way`` of them.
+        support: a row of ``n_shot`` videos a class.
+        query: a row of query videos a class; ``n_query`` of them where they are drawn.
+    """
+
+    classes: tuple[int, ...]
+    support: tuple[tuple[Video, ...], ...]
+    query: tuple[tuple[Video, ...], ...]
+
+
+@dataclass(frozen=True)
+class EpisodeShape:
+    """How many classes and videos an episode has.
+
+    Attributes:
+        n_way: classes.
+        n_shot: support videos a class.
+        n_query: query videos a class.
+    """
+
+    n_way: int
+    n_shot: int
+    n_query: int
+
+    def check(self, split: Split) -> None:
+        """Raise ``UserError`` where ``split`` can't supply such episodes."""
+        split.check_episodes(n_way=self.n_way, n_shot=self.n_shot, n_query=self.n_query)
+
+
+def plan_episode(split: Split, shape: EpisodeShape, *, seed: int, episode: int) -> EpisodePlan:
+    """Draw the classes and videos of one episode, all distinct.
+
+    Args:
+        split: where from; its name is the stage.
+        shape: how many.
+        seed: the run's seed.
+        episode: the episode's number, from 0.
+    """
+    rng = episode_generator(seed, split.name, episode, "videos")
+    classes = tuple(int(c) for c in rng.choice(len(split.class_names), shape.n_way, replace=False))
+    drawn = []
+    for c in classes:
+        videos = split.videos[c]
+        drawn.append(tuple(videos[v] for v in rng.choice(len(videos), shape.n_shot + shape.n_query, replace=False)))
+    return EpisodePlan(
+        classes, tuple(row[: shape.n_shot] for row in drawn), tuple(row[shape.n_shot :] for row in drawn)
+    )
+
+
+class EpisodeSampler(DistributedSampler[int]):
+    """Deals episode numbers to ranks, none twice.
+
+    A ``DistributedSampler``, so that a Trainer leaves it alone.
+
+    Args:
+        count: how many episodes in all: the same ones each time, on any number of ranks. None: an endless stream.
+        block: how many consecutive ones go to a rank together.
+        first: tells, at the start of each pass, the number at which an endless stream goes on.
+        rank: of this process.
+        world_size: number of processes.
+    """
+
+    def __init__(
+        self,
+        count: int | None,
+        *,
+        block: int = 1,
+        first: Callable[[], int] = lambda: 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        super().__init__(range(count or world_size), num_replicas=world_size, rank=rank, shuffle=False)  # type: ignore[arg-type]
+        self.count = count
+        self.block = block
+        self.first = first
+
+    def __iter__(self) -> Iterator[int]:
+        """The numbers of this rank, in order."""
+        start = 0 if self.count is not None else self.first()
+        blocks = itertools.count(start + self.rank * self.block, self.num_replicas * self.block)
+        numbers = (number for block in blocks for number in range(block, block + self.block))
+        if self.count is None:
+            return numbers
+        # The numbers of a rank rise, so all beyond the first too large one are too large.
+        return itertools.takewhile(self.count.__gt__, numbers)
+
+    def __len__(self) -> int:
+        """How many numbers this rank gets.
+
+        Raises:
+            TypeError: the stream is endless; what torch and Lightning take as "no length".
+        """
+        if self.count is None:
+            raise TypeError("an endless stream of episodes has no length")
+        starts = range(self.rank * self.block, self.count, self.num_replicas * self.block)
+        return sum(min(self.block, self.count - start) for start in starts)

@@ -1,0 +1,260 @@
+"""The classes of ``motion_shapes``: colours, shapes, motions, and the three families made of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from clip_m2df.errors import UserError
+
+COLOURS: Mapping[str, tuple[int, int, int]] = MappingProxyType(
+    {
+        "red": (225, 40, 45),
+        "green": (50, 170, 60),
+        "blue": (45, 80, 220),
+        "yellow": (240, 215, 50),
+        "white": (245, 245, 245),
+        "purple": (145, 60, 180),
+        "orange": (245, 135, 35),
+        "cyan": (60, 205, 220),
+    }
+)
+
+
+SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "crescent")
+
+
+LEFT, RIGHT, UP, DOWN = "moving to the left", "moving to the right", "moving up", "moving down"
+
+
+GROWING, SHRINKING, APPEARING, VANISHING = "growing", "shrinking", "appearing", "vanishing"
+
+
+OF_TWO_SHAPES = ("approaching each other", "moving apart")
+
+
+MOTIONS = (
+    LEFT,
+    RIGHT,
+    UP,
+    DOWN,
+    GROWING,
+    SHRINKING,
+    APPEARING,
+    VANISHING,
+    "bouncing",
+    "turning clockwise",
+    "turning anticlockwise",
+    *OF_TWO_SHAPES,
+)
+
+
+# What the classes of ``order`` are made of: each event and what it is played backwards.
+CIRCLING, CIRCLING_BACK = "circling clockwise", "circling anticlockwise"
+
+
+_PAIRS = ((LEFT, RIGHT), (UP, DOWN), (GROWING, SHRINKING), (CIRCLING, CIRCLING_BACK))
+
+
+BACKWARDS: Mapping[str, str] = MappingProxyType(
+    {event: other for a, b in (*_PAIRS, (APPEARING, VANISHING), OF_TWO_SHAPES) for event, other in ((a, b), (b, a))}
+)
+
+
+THEN = " then "
+
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class MotionClass:
+    """One class of the benchmark.
+
+    Attributes:
+        split: ``train``, ``val`` or ``test``.
+        colour: one of ``COLOURS``; empty where each video has its own.
+        shape: one of ``SHAPES``; empty where each video has its own.
+        motion: one of ``MOTIONS``; where colour and shape are empty, events of ``BACKWARDS`` joined by ``THEN``.
+    """
+
+    split: str
+    colour: str
+    shape: str
+    motion: str
+
+    def __post_init__(self) -> None:
+        of_any = not self.colour and not self.shape
+        own = (("colour", self.colour, tuple(COLOURS)), ("shape", self.shape, SHAPES), ("motion", self.motion, MOTIONS))
+        known = tuple(("motion", event, tuple(BACKWARDS)) for event in self.events) if of_any else own
+        for name, value, choices in known:
+            if value not in choices:
+                raise UserError(f"motion_shapes knows no {name} {value!r}; choose from {', '.join(choices)}")
+
+    @property
+    def appearance(self) -> tuple[str, str]:
+        """Colour and shape: all that a single frame shows."""
+        return self.colour, self.shape
+
+    @property
+    def events(self) -> tuple[str, ...]:
+        """What happens, in its order."""
+        return tuple(self.motion.split(THEN))
+
+    @property
+    def twin(self) -> MotionClass:
+        """The class whose videos are those of this one played backwards; for classes of events only."""
+        motion = THEN.join(BACKWARDS[event] for event in reversed(self.events))
+        return MotionClass(self.split, self.colour, self.shape, motion)
+
+    @property
+    def label(self) -> str:
+        """The class as a sentence, such as "a red star moving to the left"."""
+        two = self.motion in OF_TWO_SHAPES
+        if not self.colour:
+            return f"{'two things' if two else 'something'} {self.motion}"
+        return f"{noun_phrase(self.colour, self.shape, two=two)} {self.motion}"
+
+    @property
+    def slug(self) -> str:
+        """The label as the name of a folder."""
+        return self.label.replace(" ", "_")
+
+
+def noun_phrase(colour: str, shape: str, *, size: str = "", two: bool = False) -> str:
+    """Name what is in the picture: "a red star", "an orange ring", "two small red crosses"."""
+    words = f"{size} {colour} {shape}".strip()
+    if two:
+        return f"two {words}{'es' if shape == 'cross' else 's'}"
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+_EIGHT = (LEFT, RIGHT, UP, DOWN, GROWING, SHRINKING, APPEARING, VANISHING)
+
+
+_DEMO: dict[str, dict[tuple[str, str], tuple[str, ...]]] = {
+    "train": {
+        ("red", "circle"): (LEFT, RIGHT, UP, DOWN, GROWING, SHRINKING),
+        ("yellow", "ring"): (UP, DOWN, GROWING, SHRINKING, APPEARING, VANISHING),
+        ("blue", "square"): (LEFT, RIGHT, APPEARING, VANISHING),
+        ("white", "star"): OF_TWO_SHAPES,
+        ("green", "crescent"): ("turning clockwise", "turning anticlockwise"),
+        ("cyan", "cross"): ("bouncing",),
+        ("orange", "square"): ("bouncing",),
+        ("purple", "triangle"): (LEFT,),
+        ("green", "circle"): ("approaching each other",),
+    },
+    "val": {
+        ("orange", "star"): (LEFT, RIGHT, APPEARING, VANISHING),
+        ("cyan", "circle"): (UP, DOWN),
+        ("red", "ring"): (GROWING,),
+        ("white", "cross"): ("bouncing",),
+        ("yellow", "square"): (VANISHING,),
+        ("blue", "triangle"): ("turning anticlockwise",),
+    },
+    "test": {
+        ("red", "star"): _EIGHT,
+        ("green", "square"): _EIGHT,
+        ("blue", "ring"): OF_TWO_SHAPES,
+        ("orange", "circle"): (RIGHT,),
+        ("yellow", "cross"): ("bouncing",),
+        ("purple", "crescent"): ("turning clockwise",),
+        ("cyan", "triangle"): (SHRINKING,),
+        ("white", "circle"): (DOWN,),
+    },
+}
+
+
+def _classes(table: Mapping[str, Mapping[tuple[str, str], tuple[str, ...]]]) -> Iterator[MotionClass]:
+    for split, appearances in table.items():
+        for (colour, shape), motions in appearances.items():
+            for motion in motions:
+                yield MotionClass(split, colour, shape, motion)
+
+
+CLASSES: tuple[MotionClass, ...] = tuple(_classes(_DEMO))
+
+
+def shared_appearance_classes(split: str = "test") -> tuple[str, ...]:
+    """Labels of the demo's classes that share colour and shape with another of ``split``, as ``CLASSES`` has them."""
+    if split not in SPLITS:
+        raise UserError(f"motion_shapes has no split {split!r}; choose from {', '.join(SPLITS)}")
+    members = [c for c in CLASSES if c.split == split]
+    count = Counter(c.appearance for c in members)
+    return tuple(c.label for c in members if count[c.appearance] > 1)
+
+
+def appearances_of(split: str) -> tuple[tuple[str, str], ...]:
+    """Colours and shapes of a split, whatever the family: those of ``val`` and ``test`` occur nowhere else."""
+    held_out = {c.appearance: c.split for c in CLASSES if c.split != "train"}
+    return tuple((c, s) for c in COLOURS for s in SHAPES if held_out.get((c, s), "train") == split)
+
+
+def _scene() -> dict[str, dict[tuple[str, str], tuple[str, ...]]]:
+    """Mostly a class has an appearance of its own; some pairs share one, and differ in their motion."""
+    singles = (LEFT, UP, GROWING, APPEARING, "bouncing", RIGHT, DOWN, SHRINKING, VANISHING)
+    opposites = ((LEFT, RIGHT), (UP, DOWN), (GROWING, SHRINKING), (APPEARING, VANISHING))
+    train = appearances_of("train")
+    return {
+        "train": {a: opposites[k % 4] if k < 8 else (singles[k % 9],) for k, a in enumerate(train[::2] + train[1:6:2])},
+        "val": {
+            ("orange", "star"): (UP, DOWN),
+            ("cyan", "circle"): (LEFT, RIGHT),
+            ("red", "ring"): (GROWING,),
+            ("white", "cross"): (APPEARING,),
+            ("yellow", "square"): (SHRINKING,),
+            ("blue", "triangle"): ("bouncing",),
+        },
+        "test": {
+            ("red", "star"): (LEFT, RIGHT),
+            ("green", "square"): (UP, DOWN),
+            ("blue", "ring"): (GROWING, SHRINKING),
+            ("orange", "circle"): (APPEARING, VANISHING),
+            ("yellow", "cross"): ("bouncing",),
+            ("purple", "crescent"): (UP,),
+            ("cyan", "triangle"): (LEFT,),
+            ("white", "circle"): (GROWING,),
+        },
+    }
+
+
+# One of each pair of twins; all other pairs are for training.
+_ORDER = {
+    "val": (UP, LEFT + THEN + GROWING, APPEARING + THEN + GROWING, SHRINKING + THEN + CIRCLING),
+    "test": (
+        LEFT,
+        GROWING,
+        UP + THEN + RIGHT,
+        GROWING + THEN + UP,
+        CIRCLING + THEN + DOWN,
+        APPEARING + THEN + RIGHT,
+    ),
+}
+
+
+def _order() -> Iterator[MotionClass]:
+    """Every event, and every two of different kinds, with their twins; what is invisible can't go first."""
+    events = [event for pair in _PAIRS for event in pair]
+    two = [a + THEN + b for i, pair in enumerate(_PAIRS) for a in pair for b in events if b not in _PAIRS[i]]
+    two += [APPEARING + THEN + event for event in events]
+    split_of: dict[str, str] = {}
+    for split, motions in _ORDER.items():
+        for motion in motions:
+            split_of |= {motion: split, MotionClass(split, "", "", motion).twin.motion: split}
+    found: dict[str, list[MotionClass]] = {split: [] for split in SPLITS}
+    seen: set[str] = set()
+    for motion in (*BACKWARDS, *two):
+        for c in (one := MotionClass(split_of.get(motion, "train"), "", "", motion), one.twin):
+            if c.motion not in seen:
+                found[c.split].append(c)
+                seen.add(c.motion)
+    for split in SPLITS:
+        yield from found[split]
+
+
+# Of each family its classes. ``demo`` is the small mixture that clip-m2df demo trains on.
+FAMILIES: Mapping[str, tuple[MotionClass, ...]] = MappingProxyType(
+    {"demo": CLASSES, "scene": tuple(_classes(_scene())), "order": tuple(_order())}
+)

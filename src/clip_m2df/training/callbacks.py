@@ -1,0 +1,122 @@
+"""What a run of the command line shows and leaves in its folder: the progress bar, its configuration, its report."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.cli import SaveConfigCallback
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from clip_m2df.files import whole_file
+
+
+class RunProgressBar(RichProgressBar):
+    """Counts to the end of the run; Lightning's own takes optimiser steps for batches where there are no epochs."""
+
+    @property
+    def total_train_batches(self) -> int | float:
+        """Batches of the run, those before a resume included."""
+        steps = self.trainer.max_steps
+        batches = steps * self.trainer.accumulate_grad_batches if steps > 0 else float("inf")
+        return min(self.trainer.num_training_batches, batches)
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "Training"
+
+
+class RunConfig(SaveConfigCallback):
+    """Writes the configuration of a run into its folder, not beside a logger's files."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **(kwargs | {"save_to_log_dir": False}))
+
+    def save_config(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Write ``<run folder>/config.yaml``, for ``fit`` only."""
+        if stage == "fit":
+            folder = Path(trainer.default_root_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            config = self.config.clone()
+            config.ckpt_path = None  # the run's, not that of whoever starts from its configuration
+            text = self.parser.dump(config, skip_unset=False)
+            (folder / "config.yaml").write_text(text, encoding="utf-8")
+
+
+class RunReport(lightning.Callback):
+    """Writes what an evaluation says of the classes into the run's folder, and prints the hardest ones.
+
+    In training it lets all ranks know of the videos that one of them found unusable, as often as the Trainer logs.
+    """
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Let ranks know of each other's unusable videos."""
+        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if stepped and every and trainer.global_step % every == 0:
+            trainer.datamodule.share_unusable()  # type: ignore[attr-defined]
+
+    def on_test_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Write ``test_classes.csv`` and ``test_confusion.csv``."""
+        self._write("test", trainer, pl_module)
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Write ``val_classes.csv`` and ``val_confusion.csv`` where that is all there is to do."""
+        if trainer.state.fn == "validate":
+            self._write("val", trainer, pl_module)
+
+    def _write(self, split: str, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        confusion, data = pl_module.confusion, trainer.datamodule  # type: ignore[attr-defined]
+        if trainer.is_global_zero and isinstance(confusion, torch.Tensor) and confusion.numel():
+            class_names = data.manifest.split(split).class_names
+            files = write_report(Path(trainer.default_root_dir), split, class_names, confusion.cpu())
+            Console().print(hardest_classes(class_names, confusion.cpu()))
+            print(f"all classes are in {' and '.join(map(str, files))}")
+
+
+def write_report(folder: Path, stage: str, class_names: Sequence[str], confusion: Tensor) -> list[Path]:
+    """Write ``<stage>_classes.csv`` and ``<stage>_confusion.csv``.
+
+    Args:
+        folder: where to.
+        stage: ``val`` or ``test``.
+        class_names: of the split, in its order.
+        confusion: int64 ``(n_classes, n_classes)``, queries by their own class and by that which was predicted.
+
+    Returns:
+        The files.
+    """
+    classes, matrix = folder / f"{stage}_classes.csv", folder / f"{stage}_confusion.csv"
+    with whole_file(classes) as draft, draft.open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(["class", "queries", "correct", "accuracy"])
+        for c, name in enumerate(class_names):
+            queries, correct = int(confusion[c].sum()), int(confusion[c, c])
+            table.writerow([name, queries, correct, f"{correct / queries:.4f}" if queries else ""])
+    with whole_file(matrix) as draft, draft.open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(["class", *class_names])
+        table.writerows([name, *row] for name, row in zip(class_names, confusion.tolist(), strict=True))
+    return [classes, matrix]
+
+
+def hardest_classes(class_names: Sequence[str], confusion: Tensor, most: int = 5) -> Table:
+    """A table of the classes that are recognised least often, and what each is most often taken for."""
+    table = Table("hardest classes", "accuracy", "most often taken for")
+    queries = confusion.sum(1)
+    shares = confusion.diagonal() / queries.clamp(min=1)
+    order = [c for c in shares.argsort(stable=True).tolist() if queries[c]]
+    for c in order[:most]:
+        wrong = confusion[c].clone()
+        wrong[c] = 0
+        other = f"{class_names[int(wrong.argmax())]} ({float(wrong.max() / queries[c]):.1%})" if wrong.any() else ""
+        table.add_row(class_names[c], f"{float(shares[c]):.1%}", other)
+    return table

@@ -1,0 +1,297 @@
+"""The checkpoints of a run: written whole or not at all, the best and the last two kept; saved when it is stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_info
+
+from clip_m2df.errors import Stopped, UserError
+from clip_m2df.files import check_archive, whole_file
+
+FOLDER = "checkpoints"
+
+
+BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
+
+
+# Ctrl-C; what ends a process in order; what batch systems send some time before the end.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
+
+
+def read_checkpoint(path: str | os.PathLike[str], *, map_location: Any = "cpu", mmap: bool = False) -> dict[str, Any]:
+    """Read a checkpoint without executing anything in it.
+
+    Args:
+        path: the file.
+        map_location: where its tensors go, as ``torch.load`` takes it.
+        mmap: read the tensors when they are used, if ever.
+
+    Raises:
+        UserError: there is no such file, or it is damaged or no checkpoint.
+    """
+    if not os.path.isfile(path):
+        raise UserError(f"checkpoint {path}: no such file; give the path of a .ckpt file that fit wrote")
+    try:
+        check_archive(path)
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+    except Exception as error:  # torch.load raises whatever the bytes happen to provoke
+        raise UserError(f"{path} is damaged or no checkpoint; give a .ckpt file that fit wrote") from error
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{path} is no checkpoint of a model; give a .ckpt file that fit wrote")
+    return checkpoint
+
+
+def find_last(folder: Path) -> Path:
+    """The last checkpoint of a run, or the one before if that is damaged, which is said.
+
+    Args:
+        folder: the run's.
+
+    Raises:
+        UserError: there is neither.
+    """
+    damaged = []
+    for name in (LAST, PREVIOUS):
+        path = folder / FOLDER / name
+        if not path.exists():
+            continue
+        try:
+            step = read_checkpoint(path).get("global_step")
+        except UserError:
+            damaged.append(str(path))
+            continue
+        if name != LAST:
+            why = f"{damaged[0]} is damaged" if damaged else f"there is no {folder / FOLDER / LAST}"
+            warnings.warn(f"{why}: going on with {path}, of step {step}", stacklevel=2)
+        return path
+    if damaged:
+        raise UserError(f"{' and '.join(damaged)}: damaged; give --ckpt_path best, or start anew in another folder")
+    raise UserError(
+        f"there is no {folder / FOLDER / LAST}: fit has saved nothing there yet, and starts without --ckpt_path"
+    )
+
+
+class RunCheckpointIO(TorchCheckpointIO):
+    """Writes checkpoints whole or not at all, and keeps the one before the last; reads without executing anything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._whole: set[Path] = set()  # files known to be so
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write a checkpoint in its file's place at one blow.
+
+        Raises:
+            UserError: it can't be written; what was there still is.
+        """
+        path = Path(path)
+        try:
+            with whole_file(path) as draft:
+                with draft.open("wb") as file:
+                    torch.save(checkpoint, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                # A damaged one must not take the place of a good one.
+                if path.name == LAST and path in self._whole and path.exists():
+                    path.replace(path.with_name(PREVIOUS))
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            reason = next((e for e in (error, error.__cause__, error.__context__) if isinstance(e, OSError)), error)
+            raise UserError(
+                f"cannot write the checkpoint {path}: {getattr(reason, 'strerror', None) or reason}; what was saved"
+                " before is still there: make room, and go on with --ckpt_path last"
+            ) from error
+        self._whole.add(path)
+
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
+        """See :func:`read_checkpoint`."""
+        checkpoint = read_checkpoint(path, map_location=map_location or "cpu")
+        self._whole.add(Path(path))
+        return checkpoint
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """Keeps the best checkpoint on val and the last two, under stable names in ``<run folder>/checkpoints``.
+
+    The last one is saved before each validation and every so many steps, always after a whole optimiser step: with it a
+    run that was killed goes on as if nothing had happened. A validation that was cut short is made up for then.
+
+    SIGINT (Ctrl-C), SIGTERM and SIGUSR1 save at the next optimiser step and end the run; a second one ends it at once.
+
+    Args:
+        monitor: the metric that tells which is best.
+        mode: whether the best is the largest (``max``) or the smallest (``min``).
+        every: optimiser steps between two savings of the last one; by default those between validations.
+    """
+
+    def __init__(self, monitor: str = "val/accuracy", mode: str = "max", every: int | None = None) -> None:
+        if every is not None and every < 1:
+            raise UserError(f"checkpoint.every is {every}; it must be at least 1")
+        super().__init__(filename="best", monitor=monitor, mode=mode, save_top_k=1, enable_version_counter=False)
+        self.every = every
+        self._validated = 0  # the step of the last validation that came to its end
+        self._saved: int | None = None  # the step of the last checkpoint
+        self._signal = 0  # came to this rank
+        self._ending = 0  # all ranks know of it
+        self._put_off = False  # somebody wants the run to stop, in the middle of a step
+        self._training = False
+        self._one_more = False  # the last step is made, its validation isn't
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Find the folder: that of the run, not that of a logger, which is another each time."""
+        self.dirpath = os.path.join(trainer.default_root_dir, FOLDER)
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and trainer.is_global_zero:
+            for draft in Path(self.dirpath).glob("*.ckpt.*.part"):  # of a run that was killed while it wrote
+                draft.unlink(missing_ok=True)
+
+    # ------------------------------------------------------------------------------------------- going on
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to know, the step of the last validation included."""
+        return super().state_dict() | {"validated": self._validated}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the best so far, also where the run's folder has been moved."""
+        state = dict(state_dict)
+        state.pop("validated", None)
+        best = os.path.join(str(self.dirpath), BEST)
+        if state["best_model_path"] and os.path.exists(best):
+            state |= {"best_model_path": best, "kth_best_model_path": best}
+            state["best_k_models"] = dict.fromkeys([best], state["best_model_score"])
+        else:  # a checkpoint from elsewhere: the best here is yet to come
+            state |= {"best_model_path": "", "best_model_score": None, "best_k_models": {}}
+            state |= {"kth_best_model_path": "", "kth_value": self.kth_value}
+        super().load_state_dict(state | {"dirpath": self.dirpath, "last_model_path": ""})
+
+    def on_load_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """See whether a validation is still to be made, the last one too.
+
+        Raises:
+            UserError: the run has come to its end.
+        """
+        self._validated = checkpoint["callbacks"].get(self.state_key, {}).get("validated", 0)
+        step = checkpoint["global_step"]
+        if trainer.state.fn != "fit" or step != trainer.max_steps:
+            return
+        if not self._wants_validation(trainer, step):
+            raise UserError(
+                f"the checkpoint has made {step} optimiser steps already; to go on, give more than that with"
+                f" trainer.max_steps, which is {trainer.max_steps}"
+            )
+        # Otherwise Lightning would end before it begins.
+        self._one_more = True
+        trainer.fit_loop.epoch_loop.max_steps += 1
+
+    def on_sanity_check_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Listen to signals."""
+        self._listen(trainer)
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Listen to signals, and make up for a validation that was cut short."""
+        super().on_train_start(trainer, pl_module)
+        self._listen(trainer)
+        if self._wants_validation(trainer, trainer.global_step):
+            trainer.validating = True
+            trainer.fit_loop.epoch_loop.val_loop.restarting = False
+            trainer.fit_loop.epoch_loop.val_loop.run()
+            trainer.training = True
+        if self._one_more:
+            trainer.fit_loop.epoch_loop.max_steps -= 1
+        self._training = True
+
+    # --------------------------------------------------------------------------------------------- saving
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save the last checkpoint where that is due, or the run is to end."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            # A run that is to stop (max_time, say) stops after a whole step.
+            self._put_off = self._put_off or trainer.should_stop
+            trainer.should_stop = False
+            return
+        trainer.should_stop = self._put_off or trainer.should_stop
+        step = trainer.global_step
+        self._ending = self._agree(trainer)
+        if self._ending or self._ends_interval(trainer, step) or (self.every is not None and step % self.every == 0):
+            self._save_last(trainer)
+            self._ending = self._agree(trainer)  # writing takes a while
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """End the run if it is to end: by now the step before has been logged."""
+        self._end(trainer)
+
+    def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """End the run if it is to end: the validation will be made up for."""
+        self._end(trainer)
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Save the best checkpoint, if this is it."""
+        super().on_validation_end(trainer, pl_module)
+        if not trainer.sanity_checking:
+            self._validated = trainer.global_step
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Keep the last step, with what its validation found."""
+        whole = (trainer.fit_loop.epoch_loop.batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if whole and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._save_last(trainer)
+
+    def _save_last(self, trainer: lightning.Trainer) -> None:
+        self.last_model_path = os.path.join(str(self.dirpath), LAST)
+        trainer.save_checkpoint(self.last_model_path, weights_only=False)
+        self._saved = trainer.global_step
+
+    def _wants_validation(self, trainer: lightning.Trainer, step: int) -> bool:
+        """Whether the validation that belongs to a step has not been made."""
+        return bool(trainer.limit_val_batches and self._validated != step and self._ends_interval(trainer, step))
+
+    @staticmethod
+    def _ends_interval(trainer: lightning.Trainer, step: int) -> bool:
+        """Whether a validation belongs to a step, if any are wanted."""
+        return step > 0 and step * trainer.accumulate_grad_batches % trainer.val_check_interval == 0
+
+    # -------------------------------------------------------------------------------------------- signals
+
+    def _listen(self, trainer: lightning.Trainer) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:  # Lightning puts back what was there before
+                signal.signal(number, self._handler(trainer))
+
+    def _handler(self, trainer: lightning.Trainer) -> Callable[[int, FrameType | None], None]:
+        def handle(number: int, frame: FrameType | None) -> None:
+            again, self._signal = bool(self._signal), number
+            # Before a validation the step is saved; before the training there is none to save.
+            if again or trainer.validating or not self._training:
+                raise Stopped(number, self._saved)
+            name = signal.Signals(number).name
+            rank_zero_info(f"{name}: the run ends after this optimiser step; once more ends it at once")
+
+        return handle
+
+    def _agree(self, trainer: lightning.Trainer) -> int:
+        """The signal that came to any rank, or 0: all have to end after the same step."""
+        number = torch.tensor(self._signal, device=trainer.strategy.root_device)
+        return int(trainer.strategy.reduce(number, reduce_op="max"))
+
+    def _end(self, trainer: lightning.Trainer) -> None:
+        if self._ending:
+            raise Stopped(self._ending, self._saved, silent=not trainer.is_global_zero)

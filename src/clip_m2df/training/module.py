@@ -1,0 +1,403 @@
+"""CLIPM2DF: the LightningModule around :class:`clip_m2df.nn.m2df.M2DF`; steps, metrics, optimiser, schedule."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import lightning
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from clip_m2df.episode import Episode, IndexedEpisode, select_episodes
+from clip_m2df.errors import UserError
+from clip_m2df.evaluation.evidence import Played
+from clip_m2df.evaluation.metrics import StageMetrics
+from clip_m2df.hub import HubModel, check_options
+from clip_m2df.nn.class_text import class_text_loss
+from clip_m2df.nn.head import Head, HeadOutput, fuse_text
+from clip_m2df.nn.m2df import M2DF
+from clip_m2df.nn.prompts import DEFAULT_TEMPLATE, Selection
+from clip_m2df.nn.weights import check_weights
+from clip_m2df.training.build import build_model, check_adam, check_evaluation, check_warmup
+from clip_m2df.training.checkpoints import read_checkpoint
+from clip_m2df.training.features import SANITY_EPISODES, RunFeatures
+
+# Options that a person may change from run to run. They stay out of the checkpoint, so that what is asked for wins.
+RUN_OPTIONS = ("selection", "text_fusion", "gradient_checkpointing", "bank_memory", "compile")
+
+
+class CLIPM2DF(lightning.LightningModule, HubModel):
+    """CLIP-M²DF for a Lightning Trainer (Guo et al., arXiv 2401.08345).
+
+    Takes batches of :class:`clip_m2df.episode.Episode`, from :class:`clip_m2df.EpisodeDataModule` or any other data
+    module. Its checkpoints are enough: towers' configuration, tokenizer and preprocessing are in them. So are the
+    folders of ``save_pretrained``, which ``push_to_hub`` puts on the hub and ``from_pretrained`` loads.
+
+    Args:
+        backbone: CLIP's weights: a name on the hub or a folder in transformers' format (ViT), a file in OpenAI's
+            layout, ``rn50`` for the public ResNet-50, ``tiny`` for the small CLIP that comes with the package.
+        head: what scores the queries: ``m2df``; for comparison ``clip_fsar``, ``otam``, ``bi_mhm``,
+            ``nearest_prototype`` or ``zero_shot``; or the class path of another head.
+        head_options: options of the head's class; for ``m2df`` those of :class:`clip_m2df.nn.m2df.M2DFHead`.
+        template: the prompt, with ``{}`` where the class goes, or a list of such: an ensemble, the mean of their
+            normalised embeddings.
+        freeze_backbone: train the head alone.
+        gradient_checkpointing: compute the tower's activations anew in the backward pass, to save memory.
+        bank_memory: GiB that an evaluation may take for fused sequences; with less than all take, some are fused again.
+        compile: compile tower and head with ``torch.compile`` for training: the first steps take long, the others less.
+        freeze_batch_norm: keep the batch norm of a ResNet tower at its running statistics, in training too.
+            Note: the published code does so until its first evaluation only, and changes its model half-way.
+        lr: peak learning rate of Adam, for the head.
+        backbone_lr: the same for the visual tower; ``lr`` by default.
+        weight_decay: Adam's.
+        warmup_steps: optimiser steps over which the learning rate rises linearly.
+        warmup_start: the share of the peak at which it starts.
+        milestones: optimiser steps after which it is multiplied by ``gamma``.
+        gamma: see ``milestones``.
+        match_weight: λ of the classification loss, a sum over the queries.
+        distill_weight: λ of the distillation term.
+        class_weight: λ of the class-text loss over all classes of the split, a sum over support and query videos; off
+            at 0, as published.
+        selection: how PPS picks at evaluation: ``argmax``, ``sample`` or ``expectation``.
+        text_fusion: β of ``p = p_text^β · p_visual^(1−β)`` at evaluation, the text's probabilities from the class
+            logits of the episode's classes; 0 leaves the text out.
+
+    Raises:
+        UserError: an option out of its range, weights that can't be had, a head that does not exist.
+    """
+
+    def __init__(
+        self,
+        backbone: str | dict[str, Any] = "openai/clip-vit-base-patch16",
+        head: str = "m2df",
+        head_options: dict[str, Any] | None = None,
+        template: list[str] | str = DEFAULT_TEMPLATE,
+        freeze_backbone: bool = False,
+        gradient_checkpointing: bool = False,
+        bank_memory: float = 4.0,
+        compile: bool = False,
+        freeze_batch_norm: bool = True,
+        lr: float = 1e-6,
+        backbone_lr: float | None = None,
+        weight_decay: float = 0.0,
+        warmup_steps: int = 0,
+        warmup_start: float = 0.1,
+        milestones: list[int] | None = None,
+        gamma: float = 0.1,
+        match_weight: float = 1.0,
+        distill_weight: float = 1.0,
+        class_weight: float = 0.0,
+        selection: Selection = "argmax",
+        text_fusion: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.lr = lr
+        self.backbone_lr = lr if backbone_lr is None else backbone_lr
+        check_adam(lr=lr, backbone_lr=self.backbone_lr, weight_decay=weight_decay)
+        check_evaluation(bank_memory, text_fusion)
+        check_warmup(warmup_steps, warmup_start)
+        self.model = build_model(
+            backbone,
+            head,
+            head_options,
+            template,
+            selection=selection,
+            freeze_backbone=freeze_backbone,
+            freeze_batch_norm=freeze_batch_norm,
+            gradient_checkpointing=gradient_checkpointing,
+            compile=compile,
+        )
+        if not class_weight and isinstance(self.model.head, Head):
+            # Without its loss the scale has no gradient, which DDP would wait for.
+            self.model.head.scale.requires_grad_(False)
+
+        self.weight_decay = weight_decay
+        self.warmup_steps = warmup_steps
+        self.warmup_start = warmup_start
+        self.milestones = sorted(milestones or [])
+        self.gamma = gamma
+        self.match_weight = match_weight
+        self.distill_weight = distill_weight
+        self.class_weight = class_weight
+        self.text_fusion = text_fusion
+        self.bank_memory = bank_memory
+        self.save_hyperparameters(
+            {
+                # The tower's name; its description, of megabytes, goes into checkpoints only, not into logs.
+                "backbone": self.model.backbone.source,
+                "head": head,
+                "head_options": head_options,
+                "template": template,
+                "freeze_backbone": freeze_backbone,
+                "freeze_batch_norm": freeze_batch_norm,
+                "lr": lr,
+                "backbone_lr": backbone_lr,
+                "weight_decay": weight_decay,
+                "warmup_steps": warmup_steps,
+                "warmup_start": warmup_start,
+                "milestones": milestones,
+                "gamma": gamma,
+                "match_weight": match_weight,
+                "distill_weight": distill_weight,
+                "class_weight": class_weight,
+            }
+        )
+        # How the videos of its training were read, ``{"frames": T, "resize": short side}``, where that is known.
+        self.reading: dict[str, int] | None = None
+        # Of the last evaluation: int64 (n_classes, n_classes), queries by their own and by the predicted class.
+        self.confusion: Tensor | None = None
+        self._draws_seed: int | None = None
+        self._ahead = RunFeatures()
+        # ModuleDict refuses the name "train", a method of its own.
+        self.metrics = nn.ModuleDict({f"{stage}_metrics": StageMetrics() for stage in ("train", "val", "test")})
+
+    # ---------------------------------------------------------------------------------------------- use
+
+    def forward(self, episode: Episode) -> HeadOutput:
+        """Score the queries of a batch of episodes."""
+        table = self.encode_prompts(episode["class_names"])
+        support, query = self.model.encode_episode(episode)
+        return self._head(support, query, table[episode["class_indices"]], episode)
+
+    def encode_prompts(self, class_names: Sequence[str]) -> Tensor:
+        """The prompt table ``(n_classes, dim)`` of any class names, new ones too."""
+        return self.model.encode_prompts(class_names)
+
+    # ------------------------------------------------------------------------------------------- steps
+
+    def training_step(self, batch: Episode | IndexedEpisode, batch_idx: int) -> Tensor:
+        """Loss of a batch, a mean over its episodes."""
+        with self._own_draws(batch_idx):
+            return self._step(batch, "train")[0]
+
+    def validation_step(self, batch: Episode | IndexedEpisode, batch_idx: int) -> Played:  # type: ignore[override]
+        """Count a batch of validation episodes; what was played is for callbacks."""
+        if self._ahead.bank is not None and self.trainer.sanity_checking:
+            indexed = cast(IndexedEpisode, batch)
+            batch = select_episodes(indexed, torch.arange(min(SANITY_EPISODES, len(indexed["numbers"]))))
+        return self._step(batch, "val")[1]
+
+    def test_step(self, batch: Episode | IndexedEpisode, batch_idx: int) -> Played:  # type: ignore[override]
+        """Count a batch of test episodes; what was played is for callbacks."""
+        return self._step(batch, "test")[1]
+
+    @contextmanager
+    def _own_draws(self, batch_idx: int) -> Iterator[None]:
+        """Draw dropout from (seed, optimiser step, batch, rank): a resumed run draws what it would have drawn."""
+        trainer = self._trainer
+        place = batch_idx % trainer.accumulate_grad_batches if trainer else batch_idx
+        # That of seed_everything or of whoever set torch's; of a resumed run, that of its start.
+        self._draws_seed = torch.initial_seed() if self._draws_seed is None else self._draws_seed
+        source = np.random.SeedSequence([self._draws_seed, self.global_step, place, self.global_rank])
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(int(source.generate_state(1)[0]))
+            yield
+
+    def _step(self, batch: Episode | IndexedEpisode, stage: str) -> tuple[Tensor, Played]:
+        labels, classes = batch["query_labels"], batch["class_indices"]
+        table = self.encode_prompts(batch["class_names"])
+        prompts = table[classes]
+        if stage == "train" and self._ahead.views is not None:
+            support, query = self._ahead.views[batch["support"]], self._ahead.views[batch["query"]]
+            output = self._head(support, query, prompts, batch)
+        elif stage != "train" and self._ahead.bank is not None:
+            bank = self._ahead.bank
+            support, query = bank.features[batch["support"]], bank.features[batch["query"]]
+            output = bank.play(cast(IndexedEpisode, batch)["numbers"])
+        else:
+            support, query = self.model.encode_episode(cast(Episode, batch))
+            output = self._head(support, query, prompts, batch)
+
+        # L = λ_match Σ_q CE + λ_distill L_distill + λ_class Σ CE, sums within an episode, a mean over episodes
+        match = F.cross_entropy(output.logits.flatten(0, 1), labels.flatten(), reduction="sum") / len(labels)
+        distill = output.distillation_loss.mean()
+        losses = {"match": match, "distill": distill}
+        loss = self.match_weight * match + self.distill_weight * distill
+        if self.class_weight:
+            losses["class"] = class_text_loss(self.model.head, support, query, prompts, table, classes, labels)
+            loss = loss + self.class_weight * losses["class"]
+        losses["total"] = loss
+
+        scores = output.logits if stage == "train" else self.fuse_text(output.logits, support, query, prompts)
+        self._metrics_of(stage).count(output, scores.argmax(-1), batch, losses)
+        return loss, Played(support, query, prompts, output, scores)
+
+    def _head(self, support: Tensor, query: Tensor, prompts: Tensor, batch: Episode | IndexedEpisode) -> HeadOutput:
+        output: HeadOutput = self.model.head(support, query, prompts, batch.get("draws"))
+        return output
+
+    def fuse_text(self, logits: Tensor, support: Tensor, query: Tensor, prompts: Tensor) -> Tensor:
+        """The scores by which classes are predicted; see :func:`clip_m2df.nn.head.fuse_text`."""
+        return fuse_text(self.model.head, self.text_fusion, logits, support, query, prompts)
+
+    # -------------------------------------------------------------------------------------------- bank
+
+    def on_train_start(self) -> None:
+        """Encode the views of the training videos, if its episodes come from a table.
+
+        Raises:
+            UserError: the tower is not frozen.
+        """
+        self._ahead.encode_views(self.model, self.trainer)
+
+    def on_fit_start(self) -> None:
+        """Remember how videos are read: whoever uses the model later has to read theirs in the same way."""
+        reader = getattr(getattr(self.trainer, "datamodule", None), "reader", None)
+        frames, resize = getattr(reader, "frames", None), getattr(reader, "resize", None)
+        if isinstance(frames, int) and isinstance(resize, int):  # other people's readers may be anything
+            self.reading = {"frames": frames, "resize": resize}
+
+    def on_train_end(self) -> None:
+        """Let the features go."""
+        self._ahead.views = None
+
+    def on_validation_epoch_start(self) -> None:
+        """Encode the videos that the validation names, if its episodes come from a table."""
+        trainer = self.trainer
+        batches = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+        self._ahead.open_bank(self.model, trainer, trainer.val_dataloaders, batches, memory=self.bank_memory)
+
+    def on_test_epoch_start(self) -> None:
+        """Encode the videos that the test names, if its episodes come from a table."""
+        trainer = self.trainer
+        batches = trainer.num_test_batches
+        self._ahead.open_bank(self.model, trainer, trainer.test_dataloaders, batches, memory=self.bank_memory)
+
+    # ----------------------------------------------------------------------------------------- metrics
+
+    def _metrics_of(self, stage: str) -> StageMetrics:
+        return cast(StageMetrics, self.metrics[f"{stage}_metrics"])
+
+    def _log_metrics(self, stage: str) -> None:
+        """Log what has been counted since the last time, and start anew."""
+        numbers, self.confusion = self._metrics_of(stage).take()
+        for name, number in numbers.items():
+            # Already the sum over all ranks.
+            self.log(
+                f"{stage}/{name}",
+                number.float(),
+                prog_bar=name in ("accuracy", "interval", "loss/total"),
+                rank_zero_only=False,
+                sync_dist=False,
+            )
+
+    def on_train_batch_end(self, outputs: Any, batch: Episode, batch_idx: int) -> None:
+        """Log over whole optimiser steps, as often as the Trainer logs."""
+        stepped = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if stepped and every and self.trainer.global_step % every == 0:
+            self._log_metrics("train")
+
+    def on_validation_epoch_end(self) -> None:
+        """Log what the validation counted."""
+        self._ahead.bank = None
+        self._log_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log what the test counted."""
+        self._ahead.bank = None
+        self._log_metrics("test")
+
+    # --------------------------------------------------------------------------------------- optimiser
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Adam, a learning rate each for head and tower; linear warm-up, then steps; counted in optimiser steps."""
+        optimizer = adam(self.model, self.lr, self.backbone_lr, self.weight_decay)
+        scheduler = LambdaLR(optimizer, self._lr_factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _lr_factor(self, step: int) -> float:
+        """Share of the peak learning rate at an optimiser step."""
+        if step < self.warmup_steps:
+            return self.warmup_start + (1 - self.warmup_start) * step / self.warmup_steps
+        return float(self.gamma ** sum(step >= milestone for milestone in self.milestones))
+
+    # ------------------------------------------------------------------------------------- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put the towers' description in the place of their name: a checkpoint needs no network and no files."""
+        hparams = dict(checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}))
+        hparams["backbone"] = self.model.backbone.description()
+        checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = hparams
+        checkpoint["draws_seed"] = self._draws_seed
+        checkpoint["reading"] = self.reading
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse weights that are not this model's.
+
+        Raises:
+            UserError: names the first weights that are missing, unknown or of another shape.
+        """
+        check_weights(self, checkpoint["state_dict"], "a checkpoint of this model")
+        self.reading = checkpoint.get("reading")
+        if self._trainer is not None:  # a run that goes on
+            self._draws_seed = checkpoint.get("draws_seed")
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> CLIPM2DF:
+        """Load a model with its options, tower, tokenizer and preprocessing; needs no network.
+
+        Args:
+            checkpoint_path: the file.
+            *args: see ``lightning.LightningModule.load_from_checkpoint``.
+            **kwargs: the same; options of the model among them win over the checkpoint's.
+
+        Raises:
+            UserError: there is no such file, it is damaged or no checkpoint of this model, or it takes a head that is
+                other people's code and was not asked for by ``head=``.
+        """
+        checkpoint_options(checkpoint_path, head=kwargs.get("head"))
+        known = {*inspect.signature(cls).parameters, "map_location", "hparams_file", "strict", "weights_only"}
+        if unknown := [option for option in kwargs if option not in known]:
+            raise UserError(f"CLIPM2DF has no option {unknown[0]!r}; its options are {', '.join(sorted(known))}")
+        try:
+            loaded: CLIPM2DF = super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        except UserError:
+            raise
+        except Exception as error:  # whatever values of other types lead to
+            raise UserError(f"no model can be made of {checkpoint_path}: {error}") from error
+        return loaded
+
+
+def checkpoint_options(path: str | os.PathLike[str], *, head: str | None = None) -> dict[str, Any]:
+    """The model options in a checkpoint, read without its weights and without executing anything in it.
+
+    Args:
+        path: the file.
+        head: the head that a person asked for: no other code is imported because a file names it.
+
+    Raises:
+        UserError: there is no such file, it is no checkpoint of :class:`CLIPM2DF`, or it names other people's code.
+    """
+    checkpoint = read_checkpoint(path, mmap=True)
+    options = checkpoint.get(CLIPM2DF.CHECKPOINT_HYPER_PARAMS_KEY)
+    if not isinstance(options, dict) or not isinstance(options.get("backbone"), dict) or "head" not in options:
+        raise UserError(f"{path} is a checkpoint of another model; give one that clip-m2df fit or CLIPM2DF wrote")
+    return check_options(path, options, CLIPM2DF, head=head)
+
+
+def adam(model: M2DF, lr: float, backbone_lr: float, weight_decay: float) -> torch.optim.Adam:
+    """Adam on what is trained of a model, with a learning rate each for head and tower.
+
+    Raises:
+        UserError: nothing is trained.
+    """
+    tower = [p for p in model.backbone.parameters() if p.requires_grad]
+    head = [p for p in model.head.parameters() if p.requires_grad]
+    groups = [{"params": head, "lr": lr, "name": "head"}] if head else []
+    if tower:
+        groups.append({"params": tower, "lr": backbone_lr, "name": "backbone"})
+    if not groups:
+        raise UserError(
+            "nothing to train: the tower is frozen and the head has no parameters; measure it as it is, by"
+            " clip-m2df test without --ckpt_path"
+        )
+    return torch.optim.Adam(groups, weight_decay=weight_decay, fused=model.device.type == "cuda" or None)

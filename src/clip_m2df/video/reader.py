@@ -1,0 +1,459 @@
+"""The only way to the pixels of a video; no other file opens one, but for the decoders of a person's own choice.
+
+A frame that is silently another frame is worse than a slow one. decord and torchcodec seek, and on some containers they
+return neighbours of the frames they were asked for; reading from the start, as PyAV does here, never does. So ``auto``
+reads everything with PyAV, and seeks only where its packets make the frame sure (see :mod:`~clip_m2df.video.seeking`).
+On VP8 and VP9 in WebM decord is exact too, but PyAV takes 0.9 to 1.1 times as long, and a flipped bit can make decord
+abort the whole process.
+"""
+
+import io
+import os
+import re
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from fractions import Fraction
+from typing import IO, TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from clip_m2df.errors import UserError
+from clip_m2df.video.seeking import PacketTable, VideoFacts, read_facts, read_packets
+from clip_m2df.video.timing import counted, evenly_timed, exact_rate, timed
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
+    from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
+
+
+__all__ = ["Choose", "Decoder", "VideoError", "VideoFacts", "probe", "read_frames", "sample_frames"]
+
+
+Decoder = Literal["auto", "decord", "pyav", "torchcodec"]
+
+
+Choose = Callable[[int], Sequence[int]]
+"""From the number of frames that a video has to the numbers of those that are wanted."""
+
+
+_Picture = NDArray[np.uint8]  # (height, width, 3)
+
+
+_IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+
+
+# FFmpeg's names of what holds all of its pictures itself. A playlist, whatever it is called, names other files, and so
+# would lead out of the data set.
+_CONTAINERS = (
+    "mov,matroska,webm,avi,asf,flv,ogg,mpeg,mpegts,mpegvideo,m4v,h264,hevc,av1,ivf,dv,mxf,gxf,nut,rm,wtv,gif,mjpeg,"
+    "yuv4mpegpipe,jpeg_pipe,png_pipe,bmp_pipe,webp_pipe,gif_pipe,tiff_pipe,ppm_pipe"
+)
+
+
+def read_frames(path: str, choose: Choose, *, decoder: Decoder = "auto") -> Tensor:
+    """Read chosen frames of a video.
+
+    Frame k is the k-th that is shown, as the video is meant to be seen: edit lists and rotation are applied. A
+    video that ends before the last wanted frame is a shorter one than its file says. A frame of another size than the
+    first is scaled to it.
+
+    Args:
+        path: A video file, or a folder of images, whose numbers order them.
+        choose: From the number of frames to the wanted ones, in any order, repeats allowed. It is asked again when
+            fewer frames decode than the file promised, so it must not depend on anything else.
+        decoder: What reads a video file. ``auto`` is exact, today PyAV; the others are a person's own choice.
+
+    Returns:
+        uint8 RGB pixels, shape ``(frames, 3, height, width)``.
+
+    Raises:
+        VideoError: If the file is no video, or not one frame of it decodes.
+        UserError: If the decoder is unknown or not installed.
+    """
+    if decoder not in _READERS:
+        raise UserError(f"there is no decoder {decoder!r}: choose from {', '.join(_READERS)}")
+    path, is_folder = _find(path)
+    if is_folder:
+        return _read_images(path, choose)
+    if _READERS[decoder] is not _read_pyav:
+        with _open(path, path):  # the others would follow a playlist
+            pass
+    with blaming(path):
+        return _READERS[decoder](path, lambda n_frames: _wanted(choose, n_frames))
+
+
+def sample_frames(path: str, rate: float, *, fps: float | None = None) -> Iterator[Tensor]:
+    """Read the frames of a video at regular times, in one pass that never holds more than a few of them.
+
+    Times are counted from the first frame's. What is shown at one is the last frame that has begun, and the video ends
+    when its last frame does. Frames without a time, as all in AVI are, follow at the average rate.
+
+    Args:
+        path: A video file, or a folder of images, whose numbers order them.
+        rate: Frames a second to read: those shown at the times (k + 0.5) / rate seconds, k = 0, 1, …
+        fps: How many frames of the video a second has. A folder of images needs it; it overrides a file's own times.
+
+    Returns:
+        uint8 RGB pixels, shape ``(3, height, width)``, as :func:`read_frames` gives them, for each such time within
+        the video: none at all for one that is not longer than 0.5 / rate.
+
+    Raises:
+        VideoError: If the file is no video, or not one frame of it decodes; in part only when frames are asked for.
+        UserError: If rate or fps is not above 0, or fps is needed.
+    """
+    exact = exact_rate("rate", rate)
+    own = None if fps is None else exact_rate("fps", fps)
+    path, is_folder = _find(path)
+    if not is_folder:
+        return _sample_pyav(path, exact, own)
+    if own is None:
+        raise UserError(f"{path} is a folder of images, which have no times: give fps, how many of them a second has")
+    return _sample_images(_list_images(path), exact, own)
+
+
+def probe(path: str) -> VideoFacts:
+    """Read what a video file tells of itself: its packets and its first frame, which has the rotation.
+
+    Raises:
+        VideoError: If the file is no video.
+    """
+    path = os.path.abspath(path)
+    with _open(path, path) as (container, stream):
+        first = next(_frames(container, stream), None)
+    rotation = 0 if first is None else -_quarters(first) % 4 * 90
+    with _open(path, path) as (container, stream):
+        return read_facts(container, stream, rotation)
+
+
+def _find(path: str) -> tuple[str, bool]:
+    """Return the absolute path of what may be a video, and whether it is a folder."""
+    path = os.path.abspath(path)
+    with naming(path):
+        mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        return path, True
+    if not stat.S_ISREG(mode):  # opening a FIFO would wait for ever
+        raise unreadable(path, "it is neither a regular file nor a folder of images")
+    with naming(path), open(path, "rb") as file:
+        is_empty = not file.read(1)
+    if is_empty:
+        raise unreadable(path, "it is empty")
+    return path, False
+
+
+def _read_pyav(path: str, choose: Callable[[int], list[int]]) -> Tensor:
+    """Decode the wanted frames by seeking, or else from the first frame to the last wanted one.
+
+    Where damage costs a frame, those after it are one number lower; not if seeking passes over it, which hides the
+    loss.
+    """
+    with _open(path, path) as (container, stream):
+        packets = read_packets(container, stream)
+    n_frames = packets.n_frames
+    while n_frames > 0:
+        wanted = choose(n_frames)
+        numbers = set(wanted)
+        pictures = _decode_runs(path, packets, numbers) if n_frames == packets.n_frames else {}
+        if len(pictures) < len(numbers):
+            pictures, decoded = _decode(path, numbers)
+        if len(pictures) == len(numbers):
+            return _clip(pictures, wanted)
+        # It ended before the last wanted frame, so this is fewer than before.
+        n_frames = decoded
+    raise unreadable(path, "not one frame of it decodes")
+
+
+def _read_images(folder: str, choose: Choose) -> Tensor:
+    images = _list_images(folder)
+    wanted = _wanted(choose, len(images))
+    pictures: dict[int, _Picture] = {}
+    size: tuple[int, int] | None = None
+    for number in sorted(set(wanted)):
+        pictures[number], size = _read_image(images[number], size)
+    return _clip(pictures, wanted)
+
+
+def _sample_pyav(path: str, rate: Fraction, fps: Fraction | None) -> Iterator[Tensor]:
+    size: tuple[int, int] | None = None
+    with blaming(path), _open(path, path) as (container, stream):
+        frames = _frames(container, stream)
+        stamped = timed(frames, container, stream, path) if fps is None else evenly_timed(frames, fps)
+        for frame, count in counted(stamped, rate):
+            size = size or _size(frame)
+            if count:
+                yield from _repeat(_picture(frame, size), count)
+    if size is None:
+        raise unreadable(path, "not one frame of it decodes")
+
+
+def _sample_images(images: Sequence[str], rate: Fraction, fps: Fraction) -> Iterator[Tensor]:
+    size: tuple[int, int] | None = None
+    for image, count in counted(evenly_timed(images, fps), rate):
+        if count:
+            picture, size = _read_image(image, size)
+            yield from _repeat(picture, count)
+
+
+def _repeat(picture: _Picture, count: int) -> Iterator[Tensor]:
+    """Yield a picture again and again, not as one clip: a slide may be shown for an hour."""
+    for _ in range(count):
+        yield _clip({0: picture}, [0])[0]
+
+
+def _list_images(folder: str) -> list[str]:
+    """List the paths of a folder's images in the order of their numbers."""
+    with naming(folder), os.scandir(folder) as entries:
+        # A leading dot marks what macOS and editors leave beside the images.
+        names = [e.name for e in entries if e.name.lower().endswith(_IMAGES) and e.name[0] != "." and e.is_file()]
+    if not names:
+        raise unreadable(folder, f"the folder has no images ({', '.join(_IMAGES)})")
+    return [os.path.join(folder, name) for name in sorted(names, key=_natural)]
+
+
+def _read_image(path: str, size: tuple[int, int] | None) -> tuple[_Picture, tuple[int, int]]:
+    """Read an image, scaled to a width and height if given; return it with its size."""
+    with naming(path), open(path, "rb") as file:
+        # From memory: FFmpeg would take a name such as "img_%d.jpg" for a pattern.
+        data = io.BytesIO(file.read())
+    with _open(data, path) as (container, stream):
+        frame = next(_frames(container, stream), None)
+        if frame is None:
+            raise unreadable(path, "the image does not decode")
+        size = size or _size(frame)
+        return _picture(frame, size), size
+
+
+def _natural(name: str) -> tuple[list[int], str]:
+    """Order names by the numbers in them, then by their letters."""
+    return [int(digits) for digits in re.findall(r"\d+", name)], name
+
+
+@contextmanager
+def _open(source: str | IO[bytes], path: str) -> Iterator[tuple["InputContainer", "VideoStream"]]:
+    import av
+
+    options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"}
+    try:
+        # Old files carry titles in any encoding.
+        container = av.open(source, "r", metadata_errors="replace", options=options)
+    except av.ArgumentError as error:
+        raise unreadable(path, "it is of no kind that is read here: text, sound or a playlist, perhaps") from error
+    except av.FFmpegError as error:
+        raise unreadable(path, f"it is not a video that FFmpeg knows ({error.strerror})") from error
+    with container:
+        # A cover picture is a video stream too.
+        streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
+        if not streams:
+            raise unreadable(path, "it has no video stream")
+        stream = streams[0]
+        if stream.codec_context is None:
+            raise unreadable(path, "there is no decoder for its codec")
+        stream.thread_count = 1  # the workers are the parallelism
+        try:
+            yield container, stream
+        except av.FFmpegError as error:
+            raise unreadable(path, f"a frame cannot be converted to RGB ({error.strerror})") from error
+
+
+def _decode_runs(path: str, packets: PacketTable, numbers: set[int]) -> dict[int, _Picture]:
+    """Decode the numbered frames by seeking; some or all are left out if that is not safe or saves little."""
+    import av
+
+    pictures: dict[int, _Picture] = {}
+    runs = packets.runs(numbers)
+    if not runs:
+        return pictures
+    with _open(path, path) as (container, stream):
+        for run in runs:
+            start = packets.times[run[0]]
+            try:
+                container.seek(start, stream=stream)
+            except av.FFmpegError:
+                break
+            # Those shown before the start refer to what was not decoded.
+            frames = (frame for frame in _frames(container, stream) if frame.pts is None or frame.pts >= start)
+            for number, frame in zip(run, frames, strict=False):
+                if frame.pts != packets.times[number] or frame.is_corrupt:
+                    return pictures
+                if number == 0:
+                    size = _size(frame)
+                if number in numbers:
+                    pictures[number] = _picture(frame, size)
+    return pictures
+
+
+def _decode(path: str, numbers: set[int]) -> tuple[dict[int, _Picture], int]:
+    """Decode up to the last of the numbered frames; return those that there are, and how many were decoded."""
+    pictures: dict[int, _Picture] = {}
+    decoded = 0
+    last = max(numbers)
+    with _open(path, path) as (container, stream):
+        for frame in _frames(container, stream):
+            if decoded == 0:
+                size = _size(frame)
+            if decoded in numbers:
+                pictures[decoded] = _picture(frame, size)
+            decoded += 1
+            if decoded > last:
+                break
+    return pictures, decoded
+
+
+def _frames(container: "InputContainer", stream: "VideoStream") -> Iterator["VideoFrame"]:
+    """Yield what decodes, in the order of presentation."""
+    import av
+
+    packets = container.demux(stream)
+    while True:
+        try:
+            packet = next(packets)
+        except StopIteration:
+            return
+        except av.FFmpegError:
+            break
+        try:
+            frames = packet.decode()
+        except av.FFmpegError:
+            # A broken packet costs its own frames, not those after it.
+            continue
+        yield from frames
+    # A truncated file ends without the empty packet that hands out the frames still held for reordering.
+    try:
+        frames = stream.decode(None)
+    except av.FFmpegError:
+        return
+    yield from frames
+
+
+def _size(frame: "VideoFrame") -> tuple[int, int]:
+    """Return the width and height of a frame as it is shown."""
+    return (frame.height, frame.width) if _quarters(frame) % 2 else (frame.width, frame.height)
+
+
+def _picture(frame: "VideoFrame", size: tuple[int, int]) -> _Picture:
+    """Convert a frame to RGB, turned as it is shown and scaled to a width and height."""
+    quarters = _quarters(frame)
+    width, height = size[::-1] if quarters % 2 else size
+    # By default PyAV starts a thread a core for each frame.
+    array = frame.reformat(width=width, height=height, format="rgb24", threads=1).to_ndarray()
+    return np.rot90(array, quarters)
+
+
+def _quarters(frame: "VideoFrame") -> int:
+    return round(frame.rotation / 90) % 4
+
+
+def _clip(pictures: dict[int, _Picture], wanted: Sequence[int]) -> Tensor:
+    frames = np.stack([pictures[number] for number in wanted])
+    return torch.from_numpy(frames).permute(0, 3, 1, 2)
+
+
+def _wanted(choose: Choose, n_frames: int) -> list[int]:
+    wanted = [int(number) for number in choose(n_frames)]
+    if not wanted or min(wanted) < 0 or max(wanted) >= n_frames:
+        raise ValueError(f"choose({n_frames}) returned {wanted}, not frame numbers from 0 to {n_frames - 1}")
+    return wanted
+
+
+def read_decord(path: str, choose: Callable[[int], list[int]]) -> Tensor:
+    """Read chosen frames with decord; as :func:`clip_m2df.video.reader.read_frames`."""
+    try:
+        import decord
+    except (ImportError, OSError) as error:
+        raise _not_installed("decord") from error
+    broken = (RuntimeError, AssertionError, IndexError, decord.DECORDError, decord.DECORDLimitReachedError)
+    try:
+        # More threads fail on some VP9 files. The reader lives as short as can be: it hangs after a fork.
+        reader = decord.VideoReader(path, num_threads=1)
+    except broken as error:
+        raise unreadable(path, "decord cannot open it") from error
+    wanted = choose(len(reader))
+    numbers = sorted(set(wanted))
+    try:
+        pictures = reader.get_batch(numbers).asnumpy()
+    except broken as error:
+        raise unreadable(path, "decord cannot decode the wanted frames") from error
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2)[[numbers.index(number) for number in wanted]]
+
+
+def read_torchcodec(path: str, choose: Callable[[int], list[int]]) -> Tensor:
+    """Read chosen frames with torchcodec; as :func:`clip_m2df.video.reader.read_frames`."""
+    try:
+        from torchcodec.decoders import VideoDecoder
+    except (ImportError, OSError, RuntimeError) as error:  # the last two where FFmpeg's libraries are not found
+        raise _not_installed("torchcodec") from error
+    try:
+        video = VideoDecoder(path, seek_mode="exact", num_ffmpeg_threads=1)
+    except (RuntimeError, ValueError) as error:
+        raise unreadable(path, "torchcodec cannot open it") from error
+    wanted = choose(len(video))
+    numbers = sorted(set(wanted))
+    try:
+        frames: Tensor = video.get_frames_at(indices=numbers).data
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise unreadable(path, "torchcodec cannot decode the wanted frames") from error
+    return frames[[numbers.index(number) for number in wanted]]
+
+
+def _not_installed(package: str) -> UserError:
+    return UserError(
+        f"decoder {package!r} needs the package {package}, which cannot be imported: install it, or use 'auto'"
+    )
+
+
+class VideoError(UserError):
+    """A video that cannot be read; the message names the file and the reason.
+
+    Attributes:
+        path: The file, which may be an image of a folder.
+        reason: The reason alone.
+    """
+
+    def __init__(self, message: str, *, path: str = "", reason: str = "") -> None:
+        super().__init__(message)
+        self.path = path
+        self.reason = reason or message
+
+
+def unreadable(path: str, reason: str) -> VideoError:
+    """Return the error of a video that is to be removed or replaced."""
+    message = f"cannot read the video {path}: {reason}; remove it from the manifest or replace it"
+    return VideoError(message, path=path, reason=reason)
+
+
+@contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Turn the operating system's refusals into errors that name the video."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise unreadable(path, "there is no such file") from error
+    except PermissionError as error:
+        reason = "no permission; allow reading it"
+        raise VideoError(f"cannot read the video {path}: {reason}", path=path, reason=reason) from error
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise unreadable(path, str(error)) from error
+
+
+@contextmanager
+def blaming(path: str) -> Iterator[None]:
+    """Turn whatever a damaged file does to a decoder into an error of the file."""
+    try:
+        yield
+    except ValueError:  # the package's own errors, and those of a choice out of range
+        raise
+    except Exception as error:
+        raise unreadable(path, f"reading it fails: {type(error).__name__}: {error}") from error
+
+
+_READERS: dict[str, Callable[[str, Callable[[int], list[int]]], Tensor]] = {
+    "auto": _read_pyav,
+    "decord": read_decord,
+    "pyav": _read_pyav,
+    "torchcodec": read_torchcodec,
+}
