@@ -37,3 +37,36 @@ def some(names: Iterable[str], most: int = 5) -> str:
     """The first few of many names, and how many more there are, for a message."""
     names = list(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def require(
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+    **options: float | None,
+) -> None:
+    """Refuse options that are out of their range; one that is None is not given, and passed over.
+
+    Args:
+        least: the smallest value that an option may have.
+        above: what an option has to exceed.
+        most: the largest value.
+        below: what an option may not reach.
+        **options: values by the names of their options.
+
+    Raises:
+        UserError: names the first option, its value and the range.
+    """
+    bounds = {"at least": least, "above": above, "at most": most, "below": below}
+    wanted = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None)
+    for option, value in options.items():
+        # Written so that what is not a number is refused.
+        if value is not None and not (
+            (least is None or value >= least)
+            and (above is None or value > above)
+            and (most is None or value <= most)
+            and (below is None or value < below)
+        ):
+            raise UserError(f"{option} is {value}; it must be {wanted}")
