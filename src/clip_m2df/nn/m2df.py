@@ -1,4 +1,4 @@
-"""CLIP-M²DF: the head (:class:`M2DFHead`), stage by stage as in the paper, and the whole model (:class:`M2DF`)."""
+"""CLIP-M²DF: the head (:class:`M2DFHead`), step by step as in the paper, and the whole model (:class:`M2DF`)."""
 
 from __future__ import annotations
 
@@ -11,19 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from clip_m2df.clip.formats import read_weights
-from clip_m2df.errors import UserError
-from clip_m2df.nn.distillation import (
-    CONDITIONS,
-    DIRECTIONS,
-    Direction,
-    Distillation,
-    ViewEvidence,
-    mutual_distillation,
-    text_confidence,
-    visual_confidence,
-)
-from clip_m2df.nn.head import Head, HeadOutput, check_positive, check_shares
-from clip_m2df.nn.matching import at_least_float32, cosine, frame_costs, otam
+from clip_m2df.errors import UserError, require
+from clip_m2df.nn.distillation import CONDITIONS, DIRECTIONS, Direction, ViewOutput, mutual_distillation
+from clip_m2df.nn.head import Embedded, Head, HeadOutput, QueryPrompt
+from clip_m2df.nn.matching import at_least_float32, cosine, frame_costs, otam, otam_alignment
 from clip_m2df.nn.prompts import (
     DEFAULT_TEMPLATE,
     SELECTIONS,
@@ -32,9 +23,8 @@ from clip_m2df.nn.prompts import (
     check_templates,
     ensemble,
     fill_template,
-    select_prompts,
 )
-from clip_m2df.nn.views import FusedSequence, FusionEncoder, GlobalTemporalContext, LocalTemporalContext, View
+from clip_m2df.nn.views import FusionEncoder, GlobalTemporalContext, LocalTemporalContext, View
 from clip_m2df.nn.weights import check_weights, published_head
 
 if TYPE_CHECKING:
@@ -48,8 +38,7 @@ VIEWS = tuple(CONTEXTS)
 class M2DFHead(Head):
     """CLIP-M²DF on frame features and prompt embeddings (Guo et al., arXiv 2401.08345, section 3).
 
-    Any leading axes: B episodes run at once. The stages are methods, to be called one by one where only some are
-    wanted.
+    Any leading axes: B episodes run at once.
 
     Args:
         dim: width of the features, a multiple of ``heads``.
@@ -111,8 +100,8 @@ class M2DFHead(Head):
         weights = [1.0] * len(views) if view_weights is None else list(view_weights)
         if len(weights) != len(views):
             raise UserError(f"view_weights has {len(weights)} numbers for {len(views)} views; give one a view")
-        check_positive(smoothing=smoothing, hidden_dim=hidden_dim)
-        check_shares(context_dropout=context_dropout, attention_dropout=attention_dropout, dropout=dropout)
+        require(above=0, smoothing=smoothing, hidden_dim=hidden_dim)
+        require(least=0, below=1, context_dropout=context_dropout, attention_dropout=attention_dropout, dropout=dropout)
 
         self.view_weights = dict(zip(views, weights, strict=True))
         self.pps = pps
@@ -130,100 +119,61 @@ class M2DFHead(Head):
             encoder = FusionEncoder(dim, depth, heads, hidden_dim, attention_dropout, dropout)
             self.views[view] = View(context, encoder)
 
-    def forward(self, support: Tensor, query: Tensor, prompts: Tensor, draws: Tensor | None = None) -> HeadOutput:
-        """Score the queries of an episode.
-
-        Args:
-            support: ``(…, n_way, n_shot, frames, dim)``, frame features.
-            query: ``(…, n_queries, frames, dim)``.
-            prompts: ``(…, n_way, dim)``, the prompt embeddings of the episode's classes.
-            draws: ``(…, n_queries)``, uniforms in [0, 1) by which PPS samples.
-
-        Raises:
-            UserError: PPS samples and there are no draws.
-        """
-        # Probability prompt selector: a prompt for each query
-        probabilities = self.prompt_probabilities(self.prompt_scores(query, prompts))
-        selected = self.select(probabilities, prompts, draws)
-
-        # Two views, each fusing prompt, frames and temporal context; a prototype a class
-        support_prompts = prompts.unsqueeze(-2).expand(*support.shape[:-2], -1)
-        prototype = self.prototype(self.fuse(support, support_prompts))
-        evidence = self.match(self.fuse(query, selected.embeddings), prototype)
-
-        # Distance fusion, and the more reliable view teaches the other
-        return self.conclude(evidence, probabilities, selected.indices)
-
-    def select(self, probabilities: Tensor, prompts: Tensor, draws: Tensor | None = None) -> SelectedPrompts:
-        """Give each query a prompt embedding ``(…, n_queries, dim)``: zero without PPS.
-
-        Raises:
-            UserError: PPS samples and there are no draws.
-        """
+    @property
+    def query_prompt(self) -> QueryPrompt:
+        """The chosen class's prompt, or the expectation over all; without PPS a query has none, and token 0 is zero."""
         selection = self.train_selection if self.training else self.selection
-        selected = select_prompts(probabilities, prompts, selection, draws)
-        return selected if self.pps else selected._replace(embeddings=torch.zeros_like(selected.embeddings))
+        return "none" if not self.pps else "mixture" if selection == "expectation" else "class"
 
-    def fuse(self, frames: Tensor, prompt: Tensor) -> dict[str, FusedSequence]:
-        """The text and visual parts of each view, for ``frames (…, frames, dim)`` with ``prompt (…, dim)``."""
-        return {name: view(frames, prompt) for name, view in self.views.items()}
+    def embed(self, videos: Tensor, prompt: Tensor | None) -> Embedded:
+        """The fused sequence ``(…, 1 + frames, dim)`` of each view: token 0 is the text part, the others the visual."""
+        prompt = torch.zeros_like(videos[..., 0, :]) if prompt is None else prompt
+        return Embedded({name: view(videos, prompt) for name, view in self.views.items()})
 
-    def prototype(self, support: Mapping[str, FusedSequence]) -> dict[str, FusedSequence]:
-        """The mean over the shots, ``(…, n_way, n_shot, …)`` to ``(…, n_way, …)``, in each view."""
-        return {
-            view: FusedSequence(text=fused.text.mean(-2), visual=fused.visual.mean(-3))
-            for view, fused in support.items()
-        }
+    def prototype(self, embedded: Embedded, prompts: Tensor) -> Embedded:
+        """The mean over the shots' fused sequences, in each view."""
+        return embedded.map(lambda fused: fused.mean(-3))
 
-    def match(
-        self, query: Mapping[str, FusedSequence], prototype: Mapping[str, FusedSequence]
-    ) -> dict[str, ViewEvidence]:
-        """Compare fused queries ``(…, n_queries, …)`` with prototypes ``(…, n_way, …)`` in each view."""
-        return {
-            view: ViewEvidence(
+    def match(self, query: Embedded, prototypes: Embedded, selected: SelectedPrompts) -> HeadOutput:
+        """Compare fused sequences in each view, fuse the distances, and let the more reliable view teach the other."""
+        views = {
+            view: ViewOutput(
                 distances=otam(
-                    frame_costs(fused.visual, prototype[view].visual),
+                    self._frame_costs(query, prototypes, view),
                     smoothing=self.smoothing,
                     single_direction=self.single_direction,
                 ),
-                text_similarities=cosine(fused.text, prototype[view].text),
+                text_similarities=cosine(query[view][..., 0, :], prototypes[view][..., 0, :]),
             )
-            for view, fused in query.items()
+            for view in self.views
+        }
+        # d = Σ α_v d_v
+        distances = torch.stack([self.view_weights[name] * view.distances for name, view in views.items()]).sum(0)
+        distillation = None
+        if len(views) == 2:
+            distillation = mutual_distillation(
+                views["local"],
+                views["global"],
+                conditions=self.reliability,
+                direction=self.direction,
+                detach_teacher=self.detach_teacher,
+            )
+        return HeadOutput.of(-distances, selected, views, distillation)
+
+    def align(self, query: Embedded, prototypes: Embedded) -> dict[str, Tensor]:
+        """How OTAM aligns queries with prototypes in each view, see :meth:`clip_m2df.nn.head.Head.align`."""
+        return {
+            view: otam_alignment(
+                self._frame_costs(query, prototypes, view),
+                smoothing=self.smoothing,
+                single_direction=self.single_direction,
+            )
+            for view in self.views
         }
 
-    def conclude(
-        self, evidence: Mapping[str, ViewEvidence], probabilities: Tensor, prompt_indices: Tensor
-    ) -> HeadOutput:
-        """What both views and PPS together say of the queries."""
-        return HeadOutput(
-            logits=-self.fuse_distances(evidence),
-            distances={view: e.distances for view, e in evidence.items()},
-            text_similarities={view: e.text_similarities for view, e in evidence.items()},
-            visual_confidences={view: visual_confidence(e.distances) for view, e in evidence.items()},
-            text_confidences={view: text_confidence(e.text_similarities) for view, e in evidence.items()},
-            prompt_probabilities=probabilities,
-            prompt_indices=prompt_indices,
-            distillation=self.distill(evidence),
-        )
-
-    def fuse_distances(self, evidence: Mapping[str, ViewEvidence]) -> Tensor:
-        """``d = Σ α_v d_v``, ``(…, n_queries, n_way)``."""
-        weighted = [self.view_weights[view] * e.distances for view, e in evidence.items()]
-        return torch.stack(weighted).sum(0)
-
-    def distill(self, evidence: Mapping[str, ViewEvidence]) -> Distillation:
-        """The mutual distillation term; zero with a single view."""
-        if len(evidence) < 2:
-            (only,) = evidence.values()
-            nobody = torch.zeros(only.distances.shape[:-1], dtype=torch.bool, device=only.distances.device)
-            return Distillation(only.distances.new_zeros(only.distances.shape[:-2]), nobody, nobody)
-        return mutual_distillation(
-            evidence["local"],
-            evidence["global"],
-            conditions=self.reliability,
-            direction=self.direction,
-            detach_teacher=self.detach_teacher,
-        )
+    @staticmethod
+    def _frame_costs(query: Embedded, prototypes: Embedded, view: str) -> Tensor:
+        return frame_costs(query[view][..., 1:, :], prototypes[view][..., 1:, :])
 
     @classmethod
     def from_published(cls, state_dict: Mapping[str, Tensor], **options: Any) -> M2DFHead:
@@ -245,11 +195,6 @@ class M2DFHead(Head):
         check_weights(head, renamed, "a published CLIP-M²DF checkpoint")
         head.load_state_dict(renamed)
         return head.eval()
-
-
-def has_stages(head: nn.Module) -> bool:
-    """Whether a head goes through the stages of :class:`M2DFHead`; who changes ``forward`` means something else."""
-    return getattr(type(head), "forward", None) is M2DFHead.forward
 
 
 class M2DF(nn.Module):
@@ -289,18 +234,6 @@ class M2DF(nn.Module):
         elif self.backbone.text is not None:
             self.backbone.text.eval()
         return self
-
-    def forward(self, support: Tensor, query: Tensor, prompts: Tensor, draws: Tensor | None = None) -> HeadOutput:
-        """Score the queries of an episode.
-
-        Args:
-            support: uint8 ``(…, n_way, n_shot, frames, 3, height, width)``.
-            query: uint8 ``(…, n_queries, frames, 3, height, width)``.
-            prompts: ``(…, n_way, dim)``, from :meth:`encode_prompts`.
-            draws: ``(…, n_queries)``, uniforms in [0, 1) by which PPS samples.
-        """
-        output: HeadOutput = self.head(self.encode_frames(support), self.encode_frames(query), prompts, draws)
-        return output
 
     def encode_frames(self, frames: Tensor) -> Tensor:
         """Features of uint8 ``frames (…, 3, height, width)``: ``(…, dim)``, not L2-normalised."""

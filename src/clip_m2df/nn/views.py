@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,18 +11,6 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from clip_m2df.errors import UserError
-
-
-class FusedSequence(NamedTuple):
-    """What the fusion encoder makes of a video and its prompt.
-
-    Attributes:
-        text: ``(…, dim)``, token 0, where the prompt went in.
-        visual: ``(…, frames, dim)``, the other tokens.
-    """
-
-    text: Tensor
-    visual: Tensor
 
 
 class LocalTemporalContext(nn.Module):
@@ -167,22 +154,24 @@ class FusionEncoder(nn.Module):
             FusionLayer(dim, heads, hidden_dim, attention_dropout, dropout) for _ in range(depth)
         )
 
-    def forward(self, prompt: Tensor, frames: Tensor, context: Tensor) -> FusedSequence:
+    def forward(self, prompt: Tensor, frames: Tensor, context: Tensor) -> Tensor:
         """Fuse.
 
         Args:
             prompt: ``(videos, dim)``.
             frames: ``(videos, frames, dim)``.
             context: ``(videos, frames, dim)``.
+
+        Returns:
+            The fused sequence ``(videos, 1 + frames, dim)``: token 0, where the prompt went in, is the text part, the
+            others are the visual part.
         """
         token = rearrange(prompt, "n d -> n 1 d")
-        tokens = torch.cat((token, context), 1)
-        key_value = torch.cat((token, frames), 1)
         first, *further = self.layers
-        tokens = first(tokens, key_value)
+        tokens: Tensor = first(torch.cat((token, context), 1), torch.cat((token, frames), 1))
         for layer in further:
             tokens = layer(tokens, tokens)
-        return FusedSequence(text=tokens[:, 0], visual=tokens[:, 1:])
+        return tokens
 
 
 class View(nn.Module):
@@ -198,9 +187,9 @@ class View(nn.Module):
         self.context = context
         self.encoder = encoder
 
-    def forward(self, frames: Tensor, prompt: Tensor) -> FusedSequence:
-        """``frames (…, frames, dim)`` with ``prompt (…, dim)``, any leading axes, to their fused sequence."""
+    def forward(self, frames: Tensor, prompt: Tensor) -> Tensor:
+        """``frames (…, frames, dim)`` with ``prompt (…, dim)`` to the fused sequence ``(…, 1 + frames, dim)``."""
         leading = frames.shape[:-2]
         frames, prompt = frames.flatten(0, -3), prompt.to(frames.dtype).flatten(0, -2)
-        fused = self.encoder(prompt, frames, self.context(frames))
-        return FusedSequence(*(part.unflatten(0, leading) for part in fused))
+        fused: Tensor = self.encoder(prompt, frames, self.context(frames)).unflatten(0, leading)
+        return fused
