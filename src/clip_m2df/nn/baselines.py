@@ -153,9 +153,9 @@ class CLIPFSARHead(Baseline):
     and the cosine of the training, the same for every head. The best β is therefore another.
 
     Args:
-        dim: width of the features, a multiple of ``heads``.
+        dim: width of the features, a multiple of ``num_heads``.
         depth: layers of the transformer.
-        heads: its attention heads.
+        num_heads: its attention heads.
         hidden_dim: width inside its feed-forward parts.
         attention_dropout: dropout after its attention.
         dropout: dropout in its feed-forward parts.
@@ -175,7 +175,7 @@ class CLIPFSARHead(Baseline):
         *,
         dim: int,
         depth: int = 1,
-        heads: int = 8,
+        num_heads: int = 8,
         hidden_dim: int = 2048,
         attention_dropout: float = 0.2,
         dropout: float = 0.05,
@@ -189,7 +189,7 @@ class CLIPFSARHead(Baseline):
         check_shares(attention_dropout=attention_dropout, dropout=dropout)
         self.smoothing = smoothing
         self.single_direction = single_direction
-        self.transformer = FusionEncoder(dim, depth, heads, hidden_dim, attention_dropout, dropout)
+        self.transformer = FusionEncoder(dim, depth, num_heads, hidden_dim, attention_dropout, dropout)
 
     def score(self, support: Tensor, query: Tensor, prompts: Tensor) -> Tensor:
         """Minus OTAM's distances, see :meth:`clip_m2df.nn.baselines.Baseline.score`."""
