@@ -18,7 +18,7 @@ from clip_m2df.nn.m2df import M2DFHead
 from tests.data import clips
 
 SMALL: dict[str, Any] = {"n_way": 3, "n_query": 2, "frames": 2, "resize": 32, "size": 32, "num_workers": 0}
-HEAD = {"hidden_dim": 32, "heads": 4}
+HEAD = {"hidden_dim": 32, "num_heads": 4}
 
 
 @pytest.fixture(scope="module")
@@ -296,7 +296,7 @@ def test_a_head_trains_from_views_of_the_videos(many: Path, tiny_clip_dir: Path,
     model = make(tiny_clip_dir, freeze_backbone=True, lr=1e-3)
     calls = encoded(model)
     options = {"episodes_per_step": 2, "batch_size": 2, "val_episodes": 20, "validate_every": 3}
-    source = data(many, train_views=3, flip=True, **options)
+    source = data(many, train_augmentations=3, flip=True, **options)
     before = {name: weight.clone() for name, weight in model.model.head.state_dict().items()}
     trainer(tmp_path, max_steps=6, num_sanity_val_steps=0).fit(model, source)
     val: Any = source.val_dataloader()
@@ -328,8 +328,8 @@ def test_a_head_trains_from_views_of_the_videos(many: Path, tiny_clip_dir: Path,
 
 
 def test_views_are_of_frozen_towers_and_of_a_trial_run_few(many: Path, tiny_clip_dir: Path, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"train_views": 2, "episodes_per_step": 1, "val_episodes": 4}
-    with pytest.raises(UserError, match=r"data.train_views trains from features.*set model.freeze_backbone"):
+    options: dict[str, Any] = {"train_augmentations": 2, "episodes_per_step": 1, "val_episodes": 4}
+    with pytest.raises(UserError, match=r"data.train_augmentations trains from features.*set model.freeze_backbone"):
         trainer(tmp_path, max_steps=1).fit(make(tiny_clip_dir), data(many, **options))
     model = make(tiny_clip_dir, freeze_backbone=True)
     calls = encoded(model)
@@ -342,7 +342,7 @@ def test_unusable_videos_have_no_views(many: Path, tiny_clip_dir: Path, tmp_path
         (tmp_path / video.name).write_bytes(b"" if video.name == "train2_2.mp4" else video.read_bytes())
     (tmp_path / "m.csv").write_text(many.read_text())
     model = make(tiny_clip_dir, freeze_backbone=True)
-    source = data(tmp_path / "m.csv", train_views=2, episodes_per_step=4, max_unusable=0.1, val_episodes=4)
+    source = data(tmp_path / "m.csv", train_augmentations=2, episodes_per_step=4, max_unusable=0.1, val_episodes=4)
     with pytest.warns(UserWarning, match=r"train2_2\.mp4: it is empty; .*takes its place"):
         trainer(tmp_path, max_steps=10).fit(model, source)
     table: Any = source.train_dataloader()

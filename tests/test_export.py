@@ -22,7 +22,7 @@ from clip_m2df.nn.baselines import HEADS
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs/export.md").read_text(encoding="utf-8")
 GOLDEN = Path(__file__).parent / "golden"
-SMALL = {"hidden_dim": 32, "heads": 4}
+SMALL = {"hidden_dim": 32, "num_heads": 4}
 N_WAY, N_QUERIES = 3, 4
 HEAD_INPUTS = ("support", "query", "prompts")
 # Of exports that are not to take long.

@@ -30,7 +30,7 @@ from clip_m2df.cli import main
 from clip_m2df.hub import FORMAT, HubModel, _sha256
 from clip_m2df.training.module import RUN_OPTIONS
 
-PLAIN = {"hidden_dim": 32, "heads": 4, "depth": 2}
+PLAIN = {"hidden_dim": 32, "num_heads": 4, "depth": 2}
 NAMES = ["a cat", "a car", "a tree"]
 READING = {"frames": 4, "resize": 40}
 
@@ -492,7 +492,7 @@ def test_the_card_says_what_the_model_is(saved: Path, tiny_clip_dir: Path, tmp_p
     assert card.data.license == "apache-2.0"
     assert {"few-shot-learning", "action-recognition", "clip"} <= set(card.data.tags)
     text = card.text
-    assert "| head | `m2df` with hidden_dim 32, heads 4, depth 2 |" in text
+    assert "| head | `m2df` with hidden_dim 32, num_heads 4, depth 2 |" in text
     assert f"| tower | `{tiny_clip_dir.name}`: ViT, 32 x 32 pixels, embeddings of 32 |" in text
     assert str(tiny_clip_dir) not in text  # the author's folders
     assert "| prompt | `a photo of {}`, `{} in a video` |" in text

@@ -19,7 +19,7 @@ from clip_m2df.nn.matching import frame_costs, otam
 from clip_m2df.nn.prompts import ensemble
 from clip_m2df.training.module import RUN_OPTIONS, checkpoint_options
 
-PLAIN = {"hidden_dim": 32, "heads": 4, "context_dropout": 0.0, "attention_dropout": 0.0, "dropout": 0.0}
+PLAIN = {"hidden_dim": 32, "num_heads": 4, "context_dropout": 0.0, "attention_dropout": 0.0, "dropout": 0.0}
 NAMES = ["a cat", "a car", "a tree", "the sea"]
 
 
@@ -387,7 +387,7 @@ class ParameterFree(torch.nn.Module):
 
     def __init__(self, *, dim: int) -> None:
         super().__init__()
-        self.plain = M2DFHead(dim=dim, hidden_dim=8, heads=1).requires_grad_(False)
+        self.plain = M2DFHead(dim=dim, hidden_dim=8, num_heads=1).requires_grad_(False)
 
     def forward(self, support: Tensor, query: Tensor, prompts: Tensor, draws: Tensor | None = None) -> Any:
         output = self.plain(support, query, prompts, draws)

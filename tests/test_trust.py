@@ -209,7 +209,7 @@ def test_a_config_of_aliases_does_not_grow_without_end(tmp_path: Path, capsys: p
 @pytest.fixture
 def checkpoint(tiny_clip_dir: Path, tmp_path: Path) -> tuple[Path, dict[str, Any]]:
     """A whole checkpoint, and its content, to be changed and saved again."""
-    model = CLIPM2DF(backbone=str(tiny_clip_dir), head_options={"hidden_dim": 32, "heads": 4})
+    model = CLIPM2DF(backbone=str(tiny_clip_dir), head_options={"hidden_dim": 32, "num_heads": 4})
     content: dict[str, Any] = {"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams)}
     content |= {"pytorch-lightning_version": "2.6.6", "epoch": 0, "global_step": 1, "loops": {}, "callbacks": {}}
     model.on_save_checkpoint(content)

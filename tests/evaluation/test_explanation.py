@@ -23,7 +23,7 @@ NAMES = ["a cat", "a car", "a tree"]
 
 def head(**options: object) -> M2DFHead:
     torch.manual_seed(0)
-    return M2DFHead(dim=16, hidden_dim=32, heads=4, **options).eval()  # type: ignore[arg-type]
+    return M2DFHead(dim=16, hidden_dim=32, num_heads=4, **options).eval()  # type: ignore[arg-type]
 
 
 def clip(frames: int, seed: int) -> Tensor:
@@ -218,7 +218,7 @@ def test_a_head_without_views_says_what_it_has(monkeypatch: pytest.MonkeyPatch) 
             return super().forward(*args, **kwargs)
 
     support, query, prompts = features(5, (2, 2, 2))
-    heads: list[Head] = [OTAMHead(dim=16), Changed(dim=16, hidden_dim=32, heads=4).eval()]
+    heads: list[Head] = [OTAMHead(dim=16), Changed(dim=16, hidden_dim=32, num_heads=4).eval()]
     for model in heads:
         with torch.no_grad():
             output = model(torch.stack(support), query.unsqueeze(0), prompts)

@@ -28,7 +28,7 @@ def clips(*shape: int, seed: int = 0) -> Tensor:
 
 def head(**options: object) -> M2DFHead:
     torch.manual_seed(0)
-    return M2DFHead(dim=16, hidden_dim=32, heads=4, **options).eval()  # type: ignore[arg-type]
+    return M2DFHead(dim=16, hidden_dim=32, num_heads=4, **options).eval()  # type: ignore[arg-type]
 
 
 def played(frames: int = 5, n_shot: int = 2) -> tuple[Tensor, Tensor, Tensor]:

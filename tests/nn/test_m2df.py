@@ -280,7 +280,7 @@ def test_matching_and_losses_under_autocast_are_within_a_thousandth_of_a_float64
         ({"hidden_dim": 0}, "hidden_dim is 0"),
         ({"dropout": 1.5}, "dropout is 1.5; it must be from 0 to below 1"),
         ({"attention_dropout": -0.5}, "attention_dropout is -0.5"),
-        ({"heads": 0}, "no multiple of 0 attention heads"),
+        ({"num_heads": 0}, "no multiple of 0 attention heads"),
         ({"dim": 12}, "dim 12 is no multiple of 8"),
     ],
 )

@@ -65,8 +65,9 @@ class EpisodeDataModule(lightning.LightningDataModule):
             encodes a video as often as it comes. The numbers are the same.
         store: a folder in which the features of a bank are kept for the next evaluation: another way, shot or seed of
             the same weights takes seconds. What has changed is never used.
-        train_views: how many augmented views of each training video are encoded before the training, which then takes
-            features and no frames: for a frozen tower, on a laptop. 0: frames are read and encoded for each episode.
+        train_augmentations: how many augmentations of each training video are encoded before the training, which then
+            takes features and no frames: for a frozen tower, on a laptop. 0: frames are read and encoded for each
+            episode.
         seed: of the training episodes.
         eval_seed: of the validation and test episodes.
         frames: frames a video.
@@ -106,7 +107,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
         episodes_file: str | None = None,
         evaluation: Evaluation = "bank",
         store: str | None = None,
-        train_views: int = 0,
+        train_augmentations: int = 0,
         seed: int = 0,
         eval_seed: int = 0,
         frames: int = 8,
@@ -135,7 +136,9 @@ class EpisodeDataModule(lightning.LightningDataModule):
             episodes_per_step=episodes_per_step,
             validate_every=validate_every,
         )
-        check_not_negative(seed=seed, eval_seed=eval_seed, num_workers=num_workers, train_views=train_views)
+        check_not_negative(
+            seed=seed, eval_seed=eval_seed, num_workers=num_workers, train_augmentations=train_augmentations
+        )
         check_sizes(n_way, resize, size)
         check_patience(stuck_after, max_unusable)
         check_ways(store, evaluation, decoder)
@@ -153,7 +156,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
         self.episodes_file = episodes_file
         self.evaluation = evaluation
         self.store = store
-        self.train_views = train_views
+        self.train_augmentations = train_augmentations
         self.seed = seed
         self.eval_seed = eval_seed
         self.reader = ClipReader(frames, resize, size, flip, decoder)
@@ -297,8 +300,8 @@ class EpisodeDataModule(lightning.LightningDataModule):
         }
         if not train:
             self._tables[name] = EvaluationTable(dataset, self._count(name), self._unusable[name], **options)
-        elif self.train_views:
-            self._train_table = TrainingTable(dataset, self.train_views, self._unusable[name], **options)
+        elif self.train_augmentations:
+            self._train_table = TrainingTable(dataset, self.train_augmentations, self._unusable[name], **options)
 
     def _plans(self, split: Split) -> list[EpisodePlan] | None:
         """The test episodes of a file, if one is given, which has the last word on how many there are; or outliers."""

@@ -151,9 +151,9 @@ class CLIPFSARHead(OTAMHead):
     and the cosine of the training, the same for every head. The best β is therefore another.
 
     Args:
-        dim: width of the features, a multiple of ``heads``.
+        dim: width of the features, a multiple of ``num_heads``.
         depth: layers of the transformer.
-        heads: its attention heads.
+        num_heads: its attention heads.
         hidden_dim: width inside its feed-forward parts.
         attention_dropout: dropout after its attention.
         dropout: dropout in its feed-forward parts.
@@ -173,7 +173,7 @@ class CLIPFSARHead(OTAMHead):
         *,
         dim: int,
         depth: int = 1,
-        heads: int = 8,
+        num_heads: int = 8,
         hidden_dim: int = 2048,
         attention_dropout: float = 0.2,
         dropout: float = 0.05,
@@ -187,7 +187,7 @@ class CLIPFSARHead(OTAMHead):
         )
         require(above=0, hidden_dim=hidden_dim)
         require(least=0, below=1, attention_dropout=attention_dropout, dropout=dropout)
-        self.transformer = FusionEncoder(dim, depth, heads, hidden_dim, attention_dropout, dropout)
+        self.transformer = FusionEncoder(dim, depth, num_heads, hidden_dim, attention_dropout, dropout)
 
     def embed(self, videos: Tensor, prompt: Tensor | None) -> Embedded:
         """A query, whose class nobody knows, goes through the transformer by itself; shots are averaged before it."""

@@ -41,7 +41,7 @@ class M2DFHead(Head):
     Any leading axes: B episodes run at once.
 
     Args:
-        dim: width of the features, a multiple of ``heads``.
+        dim: width of the features, a multiple of ``num_heads``.
         depth: layers of each fusion encoder.
         views: ``("local", "global")``, or one of them (an ablation).
         view_weights: α, the weight of each view's distance, in the order of ``views``; 1 each by default.
@@ -56,7 +56,7 @@ class M2DFHead(Head):
         top_k: frames that count in a prompt's score.
         temperature: of PPS's softmax.
         smoothing: λ of OTAM's soft minimum.
-        heads: attention heads of the fusion encoders.
+        num_heads: attention heads of the fusion encoders.
         hidden_dim: width inside their feed-forward parts.
         context_dropout: dropout of the global temporal context.
         attention_dropout: dropout after the fusion encoders' attention.
@@ -83,7 +83,7 @@ class M2DFHead(Head):
         top_k: int = 4,
         temperature: float = 200.0,
         smoothing: float = 0.5,
-        heads: int = 8,
+        num_heads: int = 8,
         hidden_dim: int = 2048,
         context_dropout: float = 0.1,
         attention_dropout: float = 0.2,
@@ -116,7 +116,7 @@ class M2DFHead(Head):
         self.views = nn.ModuleDict()
         for view in views:
             context = GlobalTemporalContext(dim, context_dropout) if view == "global" else LocalTemporalContext(dim)
-            encoder = FusionEncoder(dim, depth, heads, hidden_dim, attention_dropout, dropout)
+            encoder = FusionEncoder(dim, depth, num_heads, hidden_dim, attention_dropout, dropout)
             self.views[view] = View(context, encoder)
 
     @property

@@ -90,15 +90,15 @@ class FusionLayer(nn.Module):
 
     Args:
         dim: width of the tokens.
-        heads: attention heads, contiguous in the width.
+        num_heads: attention heads, contiguous in the width.
         hidden_dim: width inside the feed-forward part.
         attention_dropout: share dropped after the attention's output map.
         dropout: share dropped in the feed-forward part.
     """
 
-    def __init__(self, dim: int, heads: int, hidden_dim: int, attention_dropout: float, dropout: float) -> None:
+    def __init__(self, dim: int, num_heads: int, hidden_dim: int, attention_dropout: float, dropout: float) -> None:
         super().__init__()
-        self.heads = heads
+        self.num_heads = num_heads
         self.norm = nn.LayerNorm(dim)
         self.to_q = nn.Linear(dim, dim, bias=False)
         self.to_k = nn.Linear(dim, dim, bias=False)
@@ -113,7 +113,8 @@ class FusionLayer(nn.Module):
         # One norm serves both, and the residual is the query before it.
         x, y = self.norm(query), self.norm(key_value)
         q, k, v = (
-            rearrange(part, "n t (h d) -> n h t d", h=self.heads) for part in (self.to_q(x), self.to_k(y), self.to_v(y))
+            rearrange(part, "n t (h d) -> n h t d", h=self.num_heads)
+            for part in (self.to_q(x), self.to_k(y), self.to_v(y))
         )
         attended = rearrange(F.scaled_dot_product_attention(q, k, v), "n h t d -> n t (h d)")
         fused: Tensor = query + self.to_out(attended)
@@ -125,33 +126,35 @@ class FusionEncoder(nn.Module):
     """MMFE: fuses a video's prompt, its frames and their temporal context.
 
     Args:
-        dim: width of the tokens, a multiple of ``heads``.
+        dim: width of the tokens, a multiple of ``num_heads``.
         depth: layers; those after the first are self-attention.
-        heads: attention heads.
+        num_heads: attention heads.
         hidden_dim: width inside the feed-forward part.
         attention_dropout: share dropped after the attention's output map.
         dropout: share dropped in the feed-forward part.
 
     Raises:
-        UserError: ``dim`` is no multiple of ``heads``, or ``depth`` is less than 1.
+        UserError: ``dim`` is no multiple of ``num_heads``, or ``depth`` is less than 1.
     """
 
     def __init__(
         self,
         dim: int,
         depth: int = 1,
-        heads: int = 8,
+        num_heads: int = 8,
         hidden_dim: int = 2048,
         attention_dropout: float = 0.2,
         dropout: float = 0.05,
     ) -> None:
         super().__init__()
-        if heads < 1 or dim % heads:
-            raise UserError(f"dim {dim} is no multiple of {heads} attention heads; give heads that divide it")
+        if num_heads < 1 or dim % num_heads:
+            raise UserError(
+                f"dim {dim} is no multiple of {num_heads} attention heads; give a num_heads that divides it"
+            )
         if depth < 1:
             raise UserError(f"depth {depth}: the fusion encoder needs at least 1 layer")
         self.layers = nn.ModuleList(
-            FusionLayer(dim, heads, hidden_dim, attention_dropout, dropout) for _ in range(depth)
+            FusionLayer(dim, num_heads, hidden_dim, attention_dropout, dropout) for _ in range(depth)
         )
 
     def forward(self, prompt: Tensor, frames: Tensor, context: Tensor) -> Tensor:

@@ -65,8 +65,8 @@ class RunFeatures:
             return
         if not model.freeze_backbone:
             raise UserError(
-                "data.train_views trains from features, which a tower that learns would leave behind: set"
-                " model.freeze_backbone, or data.train_views to 0"
+                "data.train_augmentations trains from features, which a tower that learns would leave behind: set"
+                " model.freeze_backbone, or data.train_augmentations to 0"
             )
         # A trial run is to be quick; all videos otherwise.
         trial = trainer.fast_dev_run  # type: ignore[attr-defined]
