@@ -26,7 +26,7 @@ from torch.export import ExportedProgram
 
 from clip_m2df.__about__ import __version__
 from clip_m2df.errors import UserError
-from clip_m2df.nn.head import fuse_text
+from clip_m2df.nn.class_text import fuse_text
 
 if TYPE_CHECKING:
     from clip_m2df.clip.backbone import CLIPBackbone
@@ -199,7 +199,7 @@ class HeadModule(nn.Module):
     def forward(self, support: Tensor, query: Tensor, prompts: Tensor) -> dict[str, Tensor]:
         """See :meth:`clip_m2df.nn.head.Head.forward`; ``logits`` are the scores by which the model predicts."""
         output = self.head(support, query, prompts)
-        logits = fuse_text(self.head, self.text_fusion, output.logits, support, query, prompts)
+        logits = fuse_text(self.head, self.text_fusion, output.logits, query, prompts)
         return {"logits": logits, "prompt_probabilities": output.prompt_probabilities}
 
 

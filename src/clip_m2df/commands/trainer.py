@@ -126,9 +126,6 @@ class CLI(LightningCLI):
             trainer_options.logger = CSVLogger(trainer_options.default_root_dir or ".")
         if self.goes_on:
             go_on_with_run(trainer_options.logger, Path(trainer_options.default_root_dir or "."))
-        if self.subcommand == "fit":  # for the loggers, in plain types
-            text = self._parser("fit").dump(self.config.fit, skip_unset=False)
-            self.config_init.fit.dashboard.config = yaml.safe_load(text)
         if self.subcommand == "test" and self.config_init.test.report is not None:
             text = self._parser("test").dump(self.config.test, skip_unset=False)
             trainer_options.callbacks.append(EvaluationPage(Path(self.config.test.report), yaml.safe_load(text)))

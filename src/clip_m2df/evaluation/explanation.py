@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 from PIL import Image
 from torch import Tensor
 
-from clip_m2df.evaluation.evidence import QueryEvidence, frame_evidence, query_evidence
+from clip_m2df.evaluation.evidence import query_evidence
 from clip_m2df.evaluation.figures import alignment_maps, prompt_map
 from clip_m2df.evaluation.sheet import (
     GREY,
@@ -24,9 +24,7 @@ from clip_m2df.evaluation.sheet import (
     shortened,
     strip,
 )
-from clip_m2df.nn.head import Head, HeadOutput
-from clip_m2df.nn.m2df import M2DFHead, has_stages
-from clip_m2df.nn.views import FusedSequence
+from clip_m2df.nn.head import Embedded, Head, HeadOutput
 
 # More classes than this are counted, not drawn.
 MOST_CLASSES = 10
@@ -110,15 +108,15 @@ class Explanation(NamedTuple):
 
 
 def compared_classes(logits: Tensor) -> list[int]:
-    """The places of the closest class and of the runner-up, if there is one, by a query's ``logits (n_way)``."""
-    places: list[int] = logits.topk(min(2, len(logits))).indices.tolist()
-    return places
+    """The indices of the closest class and of the runner-up, if there is one, by a query's ``logits (n_way)``."""
+    indices: list[int] = logits.topk(min(2, len(logits))).indices.tolist()
+    return indices
 
 
 def explain(
     head: Head,
     output: HeadOutput,
-    prototype: Mapping[str, FusedSequence] | None,
+    prototypes: Embedded,
     query: Tensor,
     prompts: Tensor,
     draws: Tensor | None = None,
@@ -134,9 +132,9 @@ def explain(
     """Collect why a clip got its label.
 
     Args:
-        head: in eval mode. Its views are looked at only where it goes through the method's stages.
+        head: in eval mode.
         output: what it says of this one query: ``n_queries`` is 1, and there are no leading axes.
-        prototype: the fused prototypes ``(n_way, …)`` in each view; None for a head that has none.
+        prototypes: ``(n_way, …)``.
         query: features ``(frames, dim)``.
         prompts: ``(n_way, dim)``.
         draws: ``(1)``, where PPS samples.
@@ -150,48 +148,38 @@ def explain(
     """
     names = list(class_names)
     logits = output.logits[0]
-    places = compared_classes(logits)
-    compared = [names[c] for c in places]
-    scores, counted = frame_evidence(head, query, prompts)
-    evidence: QueryEvidence | None = None
-    if has_stages(head) and prototype is not None:
-        of_compared = {view: FusedSequence(*(part[places] for part in parts)) for view, parts in prototype.items()}
-        evidence = query_evidence(cast(M2DFHead, head), of_compared, query, prompts, draws)
-    chosen = None if evidence is None or evidence.chosen == -1 else evidence.chosen
+    compared = compared_classes(logits)
+    evidence = query_evidence(head, prototypes.map(lambda kept: kept[compared]), query, prompts, draws)
     return Explanation(
         video=video,
         label=label,
         probabilities=_by_class(names, probabilities),
         threshold=threshold,
         distance=-float(logits.max()),
-        prompt=None if chosen is None else names[chosen],
+        prompt=None if evidence.chosen in (None, -1) else names[evidence.chosen],
         prompt_probabilities=_by_class(names, output.prompt_probabilities[0]),
-        frame_scores=scores,
-        counted=counted,
-        views={} if evidence is None else _view_votes(output, names),
-        teacher=None if evidence is None else _teacher(output),
-        alignments={} if evidence is None else evidence.alignments,
-        compared=compared,
+        frame_scores=evidence.frame_scores,
+        counted=evidence.counted,
+        views={
+            name: ViewVote(
+                label=names[int(view.distances[0].argmin())],
+                distances=_by_class(names, view.distances[0]),
+                text_similarities=_by_class(names, view.text_similarities[0]),
+                visual_confidence=float(view.visual_confidence[0]),
+                text_confidence=float(view.text_confidence[0]),
+            )
+            for name, view in output.views.items()
+        },
+        teacher=_teacher(output),
+        alignments=evidence.alignments,
+        compared=[names[c] for c in compared],
         frames=frames.cpu(),
-        examples={name: examples[name].cpu() for name in compared if name in examples},
+        examples={names[c]: examples[names[c]].cpu() for c in compared if names[c] in examples},
     )
 
 
 def _by_class(names: Sequence[str], values: Tensor) -> dict[str, float]:
     return dict(zip(names, values.tolist(), strict=True))
-
-
-def _view_votes(output: HeadOutput, names: Sequence[str]) -> dict[str, ViewVote]:
-    return {
-        view: ViewVote(
-            label=names[int(distances[0].argmin())],
-            distances=_by_class(names, distances[0]),
-            text_similarities=_by_class(names, output.text_similarities[view][0]),
-            visual_confidence=float(output.visual_confidences[view][0]),
-            text_confidence=float(output.text_confidences[view][0]),
-        )
-        for view, distances in output.distances.items()
-    }
 
 
 def _teacher(output: HeadOutput) -> str | None:

@@ -158,6 +158,13 @@ class Scoring(ABC):
         own = prompts.unsqueeze(-2).expand(*prompts.shape[:-1], n_shot, -1)
         return self.prototype(self.embed(support, own), prompts)
 
+    def embed_queries(
+        self, query: Tensor, prompts: Tensor, draws: Tensor | None = None
+    ) -> tuple[Embedded, SelectedPrompts]:
+        """Select prompts for queries, and embed the queries with them; see :meth:`score`."""
+        selected = self.select_prompts(query, prompts, draws)
+        return self.embed(query, None if self.query_prompt == "none" else selected.embeddings), selected
+
     def score(self, query: Tensor, prompts: Tensor, prototypes: Embedded, draws: Tensor | None = None) -> HeadOutput:
         """Score queries against prototypes.
 
@@ -167,8 +174,7 @@ class Scoring(ABC):
             prototypes: ``(…, n_way, …)``.
             draws: ``(…, n_queries)``, uniforms in [0, 1) for a head that samples.
         """
-        selected = self.select_prompts(query, prompts, draws)
-        embedded = self.embed(query, None if self.query_prompt == "none" else selected.embeddings)
+        embedded, selected = self.embed_queries(query, prompts, draws)
         return self.match(embedded, prototypes, selected)
 
 

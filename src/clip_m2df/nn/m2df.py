@@ -138,11 +138,7 @@ class M2DFHead(Head):
         """Compare fused sequences in each view, fuse the distances, and let the more reliable view teach the other."""
         views = {
             view: ViewOutput(
-                distances=otam(
-                    self._frame_costs(query, prototypes, view),
-                    smoothing=self.smoothing,
-                    single_direction=self.single_direction,
-                ),
+                distances=self.distance(self._frame_costs(query, prototypes, view)),
                 text_similarities=cosine(query[view][..., 0, :], prototypes[view][..., 0, :]),
             )
             for view in self.views
@@ -159,6 +155,10 @@ class M2DFHead(Head):
                 detach_teacher=self.detach_teacher,
             )
         return HeadOutput.of(-distances, selected, views, distillation)
+
+    def distance(self, costs: Tensor) -> Tensor:
+        """The OTAM distance of ``costs (…, frames, frames)``: ``(…)``."""
+        return otam(costs, smoothing=self.smoothing, single_direction=self.single_direction)
 
     def align(self, query: Embedded, prototypes: Embedded) -> dict[str, Tensor]:
         """How OTAM aligns queries with prototypes in each view, see :meth:`clip_m2df.nn.head.Head.align`."""

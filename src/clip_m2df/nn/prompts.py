@@ -23,7 +23,7 @@ class SelectedPrompts(NamedTuple):
 
     Attributes:
         embeddings: ``(…, n_queries, dim)``, each query's probability prompt embedding.
-        indices: int64 ``(…, n_queries)``, indices of the chosen classes in the episode (``expectation``: the likeliest).
+        indices: int64 ``(…, n_queries)``, of the chosen classes in the episode (``expectation``: the likeliest).
         probabilities: ``(…, n_queries, n_way)``, PPS's distribution π over the episode's classes.
     """
 

@@ -11,11 +11,14 @@ import lightning
 import yaml
 from torch import Tensor
 
-from clip_m2df.evaluation.evidence import HardEpisode, QueryEvidence, ValidationEvidence
+from clip_m2df.evaluation.evidence import HardEpisode, Played, QueryEvidence
 from clip_m2df.files import plain
 from clip_m2df.report.page import alignment_cells, check_page, percent, prompt_rows, shade, strip_picture, write_page
-from clip_m2df.training.dashboard import Dashboard
+from clip_m2df.training.dashboard import EvidenceCollector
+from clip_m2df.training.module import CLIPM2DF
 
+# Of the hardest, that are shown.
+MOST_EPISODES = 4
 # Queries that are shown of an episode: those of the highest losses.
 MOST_QUERIES = 10
 MEASURES = {
@@ -28,8 +31,8 @@ MEASURES = {
 _Content: TypeAlias = "dict[str, Any]"
 
 
-class EvaluationPage(Dashboard):
-    """Collects of a test what :class:`Dashboard` collects of a validation, and writes its page.
+class EvaluationPage(lightning.Callback):
+    """Writes the page of a test.
 
     Args:
         path: the page.
@@ -41,14 +44,13 @@ class EvaluationPage(Dashboard):
 
     def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
         check_page(path)
-        super().__init__()
         self.path = path
         self.config = config
-        self._evidence: ValidationEvidence | None = None
+        self._collector = EvidenceCollector(MOST_EPISODES)
 
     def on_test_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Start anew."""
-        self.on_validation_start(trainer, pl_module)
+        self._collector.start()
 
     def on_test_batch_end(
         self,
@@ -60,26 +62,19 @@ class EvaluationPage(Dashboard):
         dataloader_idx: int = 0,
     ) -> None:
         """Keep the episodes that are among the hardest so far."""
-        self.on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
+        if isinstance(outputs, Played):
+            self._collector.add(trainer, batch, outputs)
 
     def on_test_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Gather what all ranks have, and write the page."""
-        self.on_validation_end(trainer, pl_module)
-        if not trainer.is_global_zero:
+        evidence = self._collector.gather(trainer, cast(CLIPM2DF, pl_module))
+        if not trainer.is_global_zero or evidence is None:
             return
-        data = trainer.datamodule  # type: ignore[attr-defined]
         numbers = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        confusion = cast(Tensor, pl_module.confusion).cpu()
-        class_names = data.manifest.split("test").class_names
-        hardest = [] if self._evidence is None else self._evidence.hardest
-        write_page(self.path, "evaluation.html.j2", self._content(numbers, class_names, confusion, hardest))
+        class_names = trainer.datamodule.manifest.split("test").class_names  # type: ignore[attr-defined]
+        content = self._content(numbers, class_names, evidence.confusion, evidence.hardest)
+        write_page(self.path, "evaluation.html.j2", content)
         print(f"the report is {plain(str(self.path))}")
-
-    def _draws(self, trainer: lightning.Trainer) -> bool:
-        return trainer.state.fn == "test"
-
-    def _give(self, trainer: lightning.Trainer, evidence: ValidationEvidence) -> None:
-        self._evidence = evidence
 
     def _content(
         self, numbers: dict[str, float], class_names: Sequence[str], confusion: Tensor, hardest: Sequence[HardEpisode]

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import csv
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning
-import torch
+import yaml
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import SaveConfigCallback
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from clip_m2df.__about__ import __version__
 from clip_m2df.files import whole_file
 
 
@@ -39,14 +41,33 @@ class RunConfig(SaveConfigCallback):
         super().__init__(*args, **(kwargs | {"save_to_log_dir": False}))
 
     def save_config(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Write ``<run folder>/config.yaml``, for ``fit`` only."""
-        if stage == "fit":
-            folder = Path(trainer.default_root_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            config = self.config.clone()
-            config.ckpt_path = None  # the run's, not that of whoever starts from its configuration
-            text = self.parser.dump(config, skip_unset=False)
-            (folder / "config.yaml").write_text(text, encoding="utf-8")
+        """Write ``<run folder>/config.yaml`` for ``fit``, and give the loggers the whole configuration."""
+        if stage != "fit":
+            return
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        manifest = getattr(trainer.datamodule, "manifest", None)  # type: ignore[attr-defined]
+        record = {
+            **yaml.safe_load(self.parser.dump(self.config, skip_unset=False)),
+            "version": __version__,
+            "git_revision": git_revision(),
+            "manifest_digest": None if manifest is None else manifest.digest,
+        }
+        for logger in trainer.loggers:
+            logger.log_hyperparams(record)
+        config = self.config.clone()
+        config.ckpt_path = None  # the run's, not that of whoever starts from its configuration
+        (folder / "config.yaml").write_text(self.parser.dump(config, skip_unset=False), encoding="utf-8")
+
+
+def git_revision() -> str | None:
+    """The commit that is checked out in the working directory, if one is."""
+    try:
+        command = ["git", "rev-parse", "HEAD"]
+        revision = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return revision or None
 
 
 class RunReport(lightning.Callback):
@@ -74,11 +95,12 @@ class RunReport(lightning.Callback):
             self._write("val", trainer, pl_module)
 
     def _write(self, split: str, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        confusion, data = pl_module.confusion, trainer.datamodule  # type: ignore[attr-defined]
-        if trainer.is_global_zero and isinstance(confusion, torch.Tensor) and confusion.numel():
+        evaluated, data = getattr(pl_module, "evaluated", None), trainer.datamodule  # type: ignore[attr-defined]
+        if trainer.is_global_zero and evaluated is not None and evaluated.confusion.numel():
+            confusion = evaluated.confusion.cpu()
             class_names = data.manifest.split(split).class_names
-            files = write_report(Path(trainer.default_root_dir), split, class_names, confusion.cpu())
-            Console().print(hardest_classes(class_names, confusion.cpu()))
+            files = write_report(Path(trainer.default_root_dir), split, class_names, confusion)
+            Console().print(hardest_classes(class_names, confusion))
             print(f"all classes are in {' and '.join(map(str, files))}")
 
 
