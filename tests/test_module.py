@@ -15,6 +15,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from clip_m2df import CLIPM2DF, Episode, M2DFHead, UserError
 from clip_m2df.evaluation.metrics import StageMetrics
+from clip_m2df.nn.baselines import OTAMHead
+from clip_m2df.nn.class_text import class_text_logits, query_class_logits
 from clip_m2df.nn.matching import frame_costs, otam
 from clip_m2df.nn.prompts import ensemble
 from clip_m2df.training.module import RUN_OPTIONS, checkpoint_options
@@ -111,7 +113,7 @@ def test_the_loss_is_the_methods_sum(tiny_clip_dir: Path) -> None:
         output = model.model.head(support, query, table[classes], batch["draws"][i])
         expected += 0.7 * F.cross_entropy(output.logits, labels, reduction="sum").item()
         expected += 3.0 * output.distillation_loss.item()
-        of_support, of_query = model.model.head.class_logits(support, query, table[classes], table)
+        of_support, of_query = class_text_logits(model.model.head, support, query, table[classes], table)
         expected += 1.5 * F.cross_entropy(of_support[:, 0], classes, reduction="sum").item()
         expected += 1.5 * F.cross_entropy(of_query, classes[labels], reduction="sum").item()
     assert loss.item() == pytest.approx(expected / 2, rel=1e-5)
@@ -195,7 +197,7 @@ def test_text_fusion_mixes_the_texts_probabilities_in(tiny_clip_dir: Path, monke
         for i in range(3):
             prompts = table[batch["class_indices"][i]]
             query = model.model.encode_frames(batch["query"][i])
-            text = model.model.head.class_logits(query[:3].unsqueeze(1), query, prompts, prompts)[1].softmax(-1)
+            text = query_class_logits(model.model.head, query, prompts, prompts).softmax(-1)
             probabilities = text**0.9 * output.logits[i].softmax(-1) ** 0.1
             assert torch.equal(fused[i], probabilities.argmax(-1))
     assert torch.equal(seen[1][1], seen[1][0].logits.argmax(-1))
@@ -382,16 +384,11 @@ def test_what_is_frozen_is_in_eval_mode_from_the_start(
         assert torch.equal(before, norms[0].running_mean) is (freeze_backbone or freeze_batch_norm)  # type: ignore[arg-type]
 
 
-class ParameterFree(torch.nn.Module):
-    """OTAM on raw features: a head with nothing to train."""
+class ParameterFree(OTAMHead):
+    """OTAM on raw features, one way after the other: a head with nothing to train."""
 
-    def __init__(self, *, dim: int) -> None:
-        super().__init__()
-        self.plain = M2DFHead(dim=dim, hidden_dim=8, num_heads=1).requires_grad_(False)
-
-    def forward(self, support: Tensor, query: Tensor, prompts: Tensor, draws: Tensor | None = None) -> Any:
-        output = self.plain(support, query, prompts, draws)
-        return output._replace(logits=-otam(frame_costs(query, support.mean(-3))))
+    def compare(self, query: Tensor, prototypes: Tensor) -> Tensor:
+        return -otam(frame_costs(query, prototypes))
 
 
 def test_another_head_by_its_class_path(tiny_clip_dir: Path, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from clip_m2df.__about__ import __version__
 from clip_m2df.files import whole_file
 
 
@@ -46,28 +44,11 @@ class RunConfig(SaveConfigCallback):
             return
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        manifest = getattr(trainer.datamodule, "manifest", None)  # type: ignore[attr-defined]
-        record = {
-            **yaml.safe_load(self.parser.dump(self.config, skip_unset=False)),
-            "version": __version__,
-            "git_revision": git_revision(),
-            "manifest_digest": None if manifest is None else manifest.digest,
-        }
         for logger in trainer.loggers:
-            logger.log_hyperparams(record)
+            logger.log_hyperparams(yaml.safe_load(self.parser.dump(self.config, skip_unset=False)))
         config = self.config.clone()
         config.ckpt_path = None  # the run's, not that of whoever starts from its configuration
         (folder / "config.yaml").write_text(self.parser.dump(config, skip_unset=False), encoding="utf-8")
-
-
-def git_revision() -> str | None:
-    """The commit that is checked out in the working directory, if one is."""
-    try:
-        command = ["git", "rev-parse", "HEAD"]
-        revision = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return revision or None
 
 
 class RunReport(lightning.Callback):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 
+from clip_m2df.__about__ import __version__
 from clip_m2df.episode import TableEpisodes, VideoTable
 from clip_m2df.errors import UserError, require
 from clip_m2df.evaluation.evidence import (
@@ -138,7 +140,7 @@ class EvidenceCollector:
 
 
 class Dashboard(lightning.Callback):
-    """Gives the trainer's loggers pictures of each validation, and W&B the best checkpoint.
+    """Gives the trainer's loggers pictures of each validation, and what a training depends on beside its options.
 
     W&B gets images and tables, TensorBoard images; with other loggers, or none, the pictures are PNG files in
     ``<run folder>/figures/step-000123``. The W&B run is closed at the end, and also where an exception ends the
@@ -170,10 +172,15 @@ class Dashboard(lightning.Callback):
             )
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Keep the id of the W&B run."""
-        if not _is_trial(trainer):
-            for logger in _wandb_loggers(trainer)[:1]:
-                wandb_run.note_run(logger, Path(trainer.default_root_dir))
+        """Tell the loggers what the training depends on beside its options, and keep the id of the W&B run."""
+        if not trainer.is_global_zero or _is_trial(trainer):
+            return
+        manifest = getattr(trainer.datamodule, "manifest", None)  # type: ignore[attr-defined]
+        digest = None if manifest is None else manifest.digest
+        for logger in trainer.loggers:
+            logger.log_hyperparams({"version": __version__, "git_revision": git_revision(), "manifest_digest": digest})
+        for wandb_logger in _wandb_loggers(trainer)[:1]:
+            wandb_run.note_run(wandb_logger, Path(trainer.default_root_dir))
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Upload the best checkpoint, if wanted."""
@@ -326,3 +333,13 @@ def _wandb_loggers(trainer: lightning.Trainer) -> list[WandbLogger]:
 
 def _is_trial(trainer: lightning.Trainer) -> bool:
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+
+def git_revision() -> str | None:
+    """The commit that is checked out in the working directory, if one is."""
+    try:
+        command = ["git", "rev-parse", "HEAD"]
+        revision = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return revision or None
