@@ -133,23 +133,11 @@ class EpisodeDataModule(lightning.LightningDataModule):
         max_unusable: float | None = None,
     ) -> None:
         super().__init__()
-        require(
-            least=1,
-            n_shot=n_shot,
-            train_n_shot=train_n_shot,
-            n_query=n_query,
-            n_query_eval=n_query_eval,
-            val_episodes=val_episodes,
-            test_episodes=test_episodes,
-            frames=frames,
-            size=size,
-            batch_size=batch_size,
-            episodes_per_step=episodes_per_step,
-            validate_every=validate_every,
-        )
-        require(
-            least=0, seed=seed, eval_seed=eval_seed, num_workers=num_workers, train_augmentations=train_augmentations
-        )
+        require(least=1, n_shot=n_shot, train_n_shot=train_n_shot, n_query=n_query, n_query_eval=n_query_eval)
+        require(least=1, val_episodes=val_episodes, test_episodes=test_episodes, frames=frames, size=size)
+        require(least=1, batch_size=batch_size, episodes_per_step=episodes_per_step, validate_every=validate_every)
+        require(least=0, seed=seed, eval_seed=eval_seed, num_workers=num_workers)
+        require(least=0, train_augmentations=train_augmentations)
         require(least=2, n_way=n_way)
         require(above=0, stuck_after=stuck_after)
         require(least=0, most=1, max_unusable=max_unusable)
@@ -322,13 +310,9 @@ class EpisodeDataModule(lightning.LightningDataModule):
             step=self.episodes_per_step,
             note=self._notes[name],
         )
-        options: dict[str, Any] = {
-            "num_workers": self.num_workers,
-            "stuck_after": self.stuck_after,
-            "progress": self.rank == 0 and bool(self.trainer and self.trainer.progress_bar_callback),
-            "root": self.manifest.root,
-            "store": self.store,
-        }
+        progress = self.rank == 0 and bool(self.trainer and self.trainer.progress_bar_callback)
+        options: dict[str, Any] = {"progress": progress, "root": self.manifest.root, "store": self.store}
+        options |= {"num_workers": self.num_workers, "stuck_after": self.stuck_after}
         if not train:
             count = len(plans) if plans is not None else self.val_episodes if name == "val" else self.test_episodes
             # Episodes that are played together: a number that doesn't depend on the devices.

@@ -52,20 +52,17 @@ class EpisodeTable(Dataset[int], ABC):
         unusable: UnusableVideos,
         *,
         block: int = 1,
-        num_workers: int,
-        stuck_after: float,
-        progress: bool,
+        progress: bool = False,
         root: str | None = None,
         store: str | None = None,
+        num_workers: int = 0,
+        stuck_after: float = 300.0,
     ) -> None:
-        self.dataset = dataset
-        self.unusable = unusable
+        self.dataset, self.unusable = dataset, unusable
         self.block = block
-        self.num_workers = num_workers
-        self.stuck_after = stuck_after
         self.progress = progress
-        self.root = root
-        self.store = store
+        self.root, self.store = root, store
+        self.num_workers, self.stuck_after = num_workers, stuck_after
         self.reading = repr(dataset.reader)
         self.videos: list[Video] = []
 
