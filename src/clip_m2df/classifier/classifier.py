@@ -101,7 +101,7 @@ class FewShotClassifier:
             raise UserError(
                 f"{model!r:.80} is no CLIPM2DF: FewShotClassifier.from_checkpoint takes a checkpoint's name"
             )
-        if getattr(model.model.head, "selection", "argmax") == "sample":
+        if model.model.head.selection == "sample":
             raise UserError("selection 'sample' draws prompts, so that predictions would not repeat; take 'argmax'")
         self.model = model.eval()
         self.encoder = ClipEncoder(model, frames=frames, resize=resize, workers=workers, timeout=timeout)
@@ -416,16 +416,12 @@ class FewShotClassifier:
             UserError: it holds something else, or can't be written.
         """
         self._check_fitted()
-        folder = Path(folder)
+        folder, reader = Path(folder), self.encoder.reader
         saving.check_folder(folder)
+        options = {"text_fusion": self.model.text_fusion, "selection": self.model.model.head.selection}
+        reading = saving.Reading(reader.frames, reader.resize, options)
         try:
-            reader = self.encoder.reader
-            checksum = saving.write_support(folder, list(self._classes.values()))
-            self.model.save_pretrained(folder)
-            selection = getattr(self.model.model.head, "selection", "argmax")
-            options = {"text_fusion": self.model.text_fusion, "selection": selection}
-            reading = saving.Reading(reader.frames, reader.resize, options)
-            saving.write_table(folder, list(self._classes.values()), reading, checksum)
+            saving.write_classifier(folder, self.model, list(self._classes.values()), reading)
         except OSError as error:
             raise UserError(f"the classifier can't be saved in {folder}: {error.strerror or error}") from error
 
