@@ -125,15 +125,7 @@ def read_support(folder: Path) -> tuple[list[SavedClass], Reading]:
         return _classes(table, load_tensors(content)), reading
     except UserError as error:
         raise UserError(f"the classifier in {folder} is damaged: {error}") from error
-    except (
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        ArithmeticError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:
+    except Exception as error:  # whatever damage leads to has no common class
         raise UserError(f"the classifier in {folder} is damaged ({error}): fit and save it again") from error
 
 
