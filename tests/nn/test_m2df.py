@@ -291,7 +291,7 @@ def test_options_out_of_range_are_refused_by_name(options: dict[str, Any], messa
 
 def test_published_weights_of_another_model_are_refused_by_key() -> None:
     state = published_state(GOLDEN[0])
-    with pytest.raises(UserError, match=r"unknown keys classifier\.weight"):
+    with pytest.raises(UserError, match=r"unknown classifier\.weight"):
         M2DFHead.from_published(state | {"classifier.weight": torch.zeros(1)})
     with pytest.raises(UserError, match=r"missing views\.local\.context\.conv1\.weight"):
         M2DFHead.from_published({k: v for k, v in state.items() if k != "context_conv1.weight"})
