@@ -29,8 +29,8 @@ from clip_m2df.errors import UserError
 from clip_m2df.nn.class_text import fuse_text
 
 if TYPE_CHECKING:
-    from clip_m2df.clip.backbone import CLIPBackbone
     from clip_m2df.nn.head import Head
+    from clip_m2df.nn.m2df import Towers
     from clip_m2df.training.module import CLIPM2DF
 
 Format = Literal["onnx", "pt2"]
@@ -174,7 +174,7 @@ class TowerModule(nn.Module):
         backbone: with a visual tower.
     """
 
-    def __init__(self, backbone: CLIPBackbone) -> None:
+    def __init__(self, backbone: Towers) -> None:
         super().__init__()
         self.backbone = backbone
 
