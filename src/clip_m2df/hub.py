@@ -22,7 +22,7 @@ from clip_m2df.clip.formats import public_source, read_weights
 from clip_m2df.errors import UserError
 from clip_m2df.files import sha256_of, whole_file
 
-FORMAT = "clip-m2df model 1"
+MODEL_FORMAT = "clip-m2df model 1"
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 REMEDY = "give a folder that save_pretrained wrote, or fetch it anew"
 TEMPLATE = Path(__file__).parent / "assets" / "model_card.md.jinja"
@@ -63,7 +63,7 @@ def write_model(folder: str | os.PathLike[str], checkpoint: Mapping[str, Any], *
             mode = draft.stat().st_mode
             save_file(copies, draft, {"format": "pt"})
             draft.chmod(mode)  # safetensors lets nobody but the writer read
-        config = {"format": FORMAT, "options": options, "reading": reading, "sha256": sha256_of(folder / WEIGHTS)}
+        config = {"format": MODEL_FORMAT, "options": options, "reading": reading, "sha256": sha256_of(folder / WEIGHTS)}
         try:
             text = json.dumps(config, indent=2)
         except (TypeError, ValueError) as error:
@@ -172,10 +172,8 @@ def read_model(folder: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}): {REMEDY}") from error
     config = config if isinstance(config, dict) else {}
-    if config.get("format") != FORMAT:
-        raise UserError(
-            f"{path} is of another model, or of another version: its format is {config.get('format')!r}, not {FORMAT!r}"
-        )
+    if (found := config.get("format")) != MODEL_FORMAT:
+        raise UserError(f"{path} is of another model or version: its format is {found!r}, not {MODEL_FORMAT!r}")
     reading = config.get("reading", {})
     numbers = reading.values() if isinstance(reading, dict) and reading.keys() == {"frames", "resize"} else [None]
     if reading is not None and not all(type(number) is int and number > 0 for number in numbers):

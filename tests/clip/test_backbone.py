@@ -391,10 +391,13 @@ def test_other_layouts_are_refused(state: State) -> None:
         return copy
 
     cases: list[tuple[Callable[[State], Any], str]] = [
-        (lambda s: s.pop("visual.ln_pre.bias"), r"missing: visual\.ln_pre\.bias"),
-        (lambda s: s.pop("transformer.resblocks.0.attn.in_proj_bias"), "missing: transformer.resblocks.0.attn.in_proj"),
+        (lambda s: s.pop("visual.ln_pre.bias"), r"visual\.ln_pre\.bias is missing"),
+        (
+            lambda s: s.pop("transformer.resblocks.0.attn.in_proj_bias"),
+            r"CLIP: transformer\.resblocks\.0\.attn\.in_proj_bias is missing$",
+        ),
         (lambda s: s.pop("token_embedding.weight"), "token_embedding.weight is missing"),
-        (lambda s: s.update({f"extra.{i}": torch.ones(1) for i in range(6)}), "unexpected: extra.0, .* and 1 more"),
+        (lambda s: s.update({f"extra.{i}": torch.ones(1) for i in range(6)}), r"extra\.0 is unexpected, .* and 1 more"),
         (lambda s: s.update({"ln_final.bias": torch.ones(3)}), r"ln_final.bias is \(3,\) where \(64,\) belongs"),
         (
             lambda s: s.update({"visual.transformer.resblocks.0.mlp.c_fc.weight": torch.ones(8, 60)}),
@@ -519,7 +522,7 @@ def test_folders_that_are_no_clip_are_refused(copied: Path, tmp_path: Path) -> N
     weights = load_file(copied / "model.safetensors")
 
     save_file({key: weight for key, weight in weights.items() if "fc1" not in key}, copied / "model.safetensors")
-    refused(r"missing: text_model\.encoder\.layers\.0\.mlp\.fc1\.bias.* and 3 more")
+    refused(r"CLIP: vision_model\.encoder\.layers\.0\.mlp\.fc1\.\w+ is missing, .* and 3 more")
     (copied / "model.safetensors").write_bytes(b"{}")
     refused(r"model\.safetensors is damaged")
     (copied / "model.safetensors").unlink()

@@ -113,26 +113,19 @@ def load_weights(
     """
     own = backbone.state_dict()
     names = {key: name_of(key) for key in own}
-    expected = set(names.values())
-    # Files older than the counter of batches have no use for it either.
-    missing = [name for name in expected - state.keys() if not name.endswith("num_batches_tracked")]
-    unexpected = state.keys() - expected if strict else ()
-    if problems := [
-        f"{what}: {some(sorted(weights))}"
-        for what, weights in (("missing", missing), ("unexpected", unexpected))
-        if weights
-    ]:
-        raise UserError(f"the weights of {source} aren't those of one CLIP; {'; '.join(problems)}")
+    problems = dict.fromkeys(sorted(state.keys() - {*names.values()}) if strict else (), "unexpected")
     for key, name in names.items():
-        if name not in state:
-            continue
-        weight = _openai_part(key, name, state[name])
-        if weight.shape != own[key].shape:
-            raise UserError(
-                f"the weights of {source} aren't those of one CLIP; "
-                f"{name} is {tuple(weight.shape)} where {tuple(own[key].shape)} belongs"
-            )
-        own[key].copy_(weight)  # the very memory of the parameters; float16 becomes float32 here
+        if name in state:
+            weight = _openai_part(key, name, state[name])
+            if weight.shape == own[key].shape:
+                own[key].copy_(weight)  # the very memory of the parameters; float16 becomes float32 here
+            else:
+                problems[name] = f"{tuple(weight.shape)} where {tuple(own[key].shape)} belongs"
+        elif not name.endswith("num_batches_tracked"):  # files older than this counter have no use for it either
+            problems[name] = "missing"
+    if problems:
+        named = some(f"{name} is {problem}" for name, problem in problems.items())
+        raise UserError(f"the weights of {source} aren't those of one CLIP: {named}")
 
 
 # Transformers' format
