@@ -18,6 +18,7 @@ from clip_m2df import CLIPM2DF, CLIPBackbone, UserError, export
 from clip_m2df.clip.resnet import ModifiedResNet
 from clip_m2df.export import FORMATS, Program, export_model, head_program, tower_program, write_program
 from clip_m2df.nn.baselines import HEADS
+from clip_m2df.nn.class_text import fuse_text
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs/export.md").read_text(encoding="utf-8")
@@ -61,7 +62,7 @@ def features(model: CLIPM2DF, n_shot: int, frames: int, seed: int) -> dict[str, 
 @torch.no_grad()
 def expected_of_head(model: CLIPM2DF, episode: dict[str, Tensor]) -> dict[str, Tensor]:
     output = model.model.head(**episode)
-    scores = model.fuse_text(output.logits, **episode)
+    scores = fuse_text(model.model.head, model.text_fusion, output.logits, episode["query"], episode["prompts"])
     return {"logits": scores, "prompt_probabilities": output.prompt_probabilities}
 
 
