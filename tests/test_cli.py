@@ -19,7 +19,8 @@ from clip_m2df.commands.configs import find_config, shipped_configs
 from clip_m2df.commands.trainer import run
 from clip_m2df.episodes.datamodule import EpisodeDataModule
 from clip_m2df.training.callbacks import RunProgressBar
-from clip_m2df.training.module import CLIPM2DF, checkpoint_options
+from clip_m2df.training.checkpoints import read_checkpoint
+from clip_m2df.training.module import CLIPM2DF
 from tests.wandb_file import end_wandb
 
 
@@ -185,7 +186,7 @@ def test_bad_checkpoints(
     assert "test measures a checkpoint: give --ckpt_path best" in fails(args, capsys)
     other = tmp_path / "other.ckpt"
     torch.save({"state_dict": {}, "hyper_parameters": {"lr": 1.0}}, other)
-    assert "other.ckpt is a checkpoint of another model" in fails([*args, f"--ckpt_path={other}"], capsys)
+    assert "other.ckpt is damaged or of another model" in fails([*args, f"--ckpt_path={other}"], capsys)
     other.write_bytes(other.read_bytes()[:200])
     assert "other.ckpt is damaged or no checkpoint" in fails([*args, f"--ckpt_path={other}"], capsys)
 
@@ -330,7 +331,7 @@ def test_the_saved_config_is_a_config(fitted: Path, tmp_path: Path) -> None:
     assert main(["fit", *args, "--ckpt_path=last", "--trainer.max_steps=2"]) == 0
     # What it went on from is the run's own matter, not that of whoever starts from its configuration.
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["ckpt_path"] is None
-    again = checkpoint_options(tmp_path / "checkpoints" / "last.ckpt")
+    again = read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["hyper_parameters"]
     assert again["head_options"] == {"hidden_dim": 32, "num_heads": 4}
 
 

@@ -1,5 +1,6 @@
 """Files: read with plain words where that fails, written whole or not at all, and known by what changes with them."""
 
+import hashlib
 import os
 import zipfile
 from collections.abc import Iterator
@@ -50,6 +51,16 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             draft.unlink()
+
+
+def sha256_of(path: str | Path) -> str:
+    """SHA-256 of a file, in hexadecimal.
+
+    Raises:
+        OSError: If it cannot be read.
+    """
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Fingerprint(NamedTuple):

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from clip_m2df.clip.formats import read_weights
 from clip_m2df.errors import UserError, require
 from clip_m2df.nn.distillation import CONDITIONS, DIRECTIONS, Direction, ViewOutput, mutual_distillation
 from clip_m2df.nn.head import Embedded, Head, HeadOutput, QueryPrompt
@@ -28,7 +25,6 @@ from clip_m2df.nn.views import FusionEncoder, GlobalTemporalContext, LocalTempor
 from clip_m2df.nn.weights import check_weights, published_head
 
 if TYPE_CHECKING:
-    from clip_m2df.clip.backbone import CLIPBackbone
     from clip_m2df.episode import Episode
 
 CONTEXTS: dict[str, type[nn.Module]] = {"local": LocalTemporalContext, "global": GlobalTemporalContext}
@@ -197,6 +193,48 @@ class M2DFHead(Head):
         return head.eval()
 
 
+class Towers(Protocol):
+    """What :class:`M2DF` takes of a visual and a text tower: a module such as :class:`clip_m2df.CLIPBackbone`.
+
+    Attributes:
+        visual: the visual tower.
+        text: the text tower, if there is one.
+        dim: width of the features and of the prompt embeddings.
+        image_size: height and width of the frames.
+        mean: what :meth:`normalise` subtracts.
+        std: what it divides by.
+        visual_config: what describes the visual tower, in plain types.
+        source: where the weights came from.
+    """
+
+    visual: nn.Module
+    text: nn.Module | None
+    dim: int
+    image_size: int
+    mean: Tensor
+    std: Tensor
+    visual_config: dict[str, Any]
+    source: str
+
+    def normalise(self, images: Tensor, /) -> Tensor:
+        """Bring uint8 images ``(…, 3, height, width)`` to what the visual tower was trained on."""
+
+    def encode_frames(self, images: Tensor, /) -> Tensor:
+        """Embed normalised images: ``(…, dim)``, not L2-normalised."""
+
+    def tokenize(self, texts: Sequence[str], /) -> Tensor:
+        """Turn n texts into tokens ``(n, length)``."""
+
+    def encode_text(self, tokens: Tensor, /) -> Tensor:
+        """Embed tokens: ``(n, dim)``, not L2-normalised."""
+
+    def description(self) -> dict[str, Any]:
+        """All but the weights, in plain types."""
+
+    def eval(self) -> object:
+        """Set evaluation mode."""
+
+
 class M2DF(nn.Module):
     """CLIP-M²DF from frames to scores: CLIP's towers, the prompts, and a head.
 
@@ -209,7 +247,7 @@ class M2DF(nn.Module):
 
     def __init__(
         self,
-        backbone: CLIPBackbone,
+        backbone: Towers,
         head: Head,
         template: str | Sequence[str] = DEFAULT_TEMPLATE,
         freeze_backbone: bool = False,
@@ -269,31 +307,6 @@ class M2DF(nn.Module):
     def device(self) -> torch.device:
         """Where the model lies."""
         return self.backbone.mean.device
-
-    @classmethod
-    def from_published(cls, file: str | os.PathLike[str], *, tokenizer: str | None = None, **options: Any) -> M2DF:
-        """The model in a published checkpoint file, in eval mode.
-
-        Args:
-            file: the checkpoint, with the weights under ``model_state_dict`` and the tower under ``backbone.*``.
-            tokenizer: see :meth:`CLIPBackbone.from_openai`.
-            **options: of the head, see :meth:`M2DFHead.from_published`.
-
-        Raises:
-            UserError: a file that can't be read safely, or of another model.
-        """
-        from clip_m2df.clip.backbone import CLIPBackbone
-
-        state = read_weights(Path(file), inside="model_state_dict")
-        tower = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
-        if not tower:
-            raise UserError(f"{file} holds no tower under backbone.*; M2DFHead.from_published reads a head alone")
-        if not any(
-            key.startswith("visual.") for key in tower
-        ):  # the visual tower alone, as the published code saves it
-            tower = {f"visual.{key}": value for key, value in tower.items()}
-        backbone = CLIPBackbone.from_openai(tower, tokenizer=tokenizer)
-        return cls(backbone, M2DFHead.from_published(state, **options)).eval()
 
 
 def _forget_prompts(model: M2DF, incompatible_keys: object) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeAlias, cast
+from pathlib import Path
+from typing import Any, NamedTuple, Self, TypeAlias, cast
 
 import lightning
 import numpy as np
@@ -17,19 +18,18 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from clip_m2df.episode import Episode, FeatureEpisode, TableEpisodes, VideoTable
-from clip_m2df.errors import UserError
+from clip_m2df.errors import UserError, require
 from clip_m2df.evaluation.bank import EpisodeBank
 from clip_m2df.evaluation.evidence import Played
 from clip_m2df.evaluation.features import encode_videos
 from clip_m2df.evaluation.metrics import StageMetrics
-from clip_m2df.hub import HubModel, check_options
+from clip_m2df.hub import find_model, push_model, read_model, write_model
 from clip_m2df.loops import episodes_played
 from clip_m2df.nn.class_text import class_text_loss, fuse_text
 from clip_m2df.nn.head import HeadOutput
-from clip_m2df.nn.m2df import M2DF
 from clip_m2df.nn.prompts import DEFAULT_TEMPLATE, Selection
 from clip_m2df.nn.weights import check_weights
-from clip_m2df.training.build import build_model, check_adam, check_evaluation, check_warmup
+from clip_m2df.training.build import build_model, saved_options
 from clip_m2df.training.checkpoints import read_checkpoint
 
 # Options that a person may change from run to run. They stay out of the checkpoint, so that what is asked for wins.
@@ -70,7 +70,7 @@ class Evaluated(NamedTuple):
     confusion: Tensor
 
 
-class CLIPM2DF(lightning.LightningModule, HubModel):
+class CLIPM2DF(lightning.LightningModule):
     """CLIP-M²DF for a Lightning Trainer (Guo et al., arXiv 2401.08345).
 
     Takes batches of :class:`clip_m2df.episode.Episode` or :class:`clip_m2df.episode.FeatureEpisode`, from
@@ -138,12 +138,13 @@ class CLIPM2DF(lightning.LightningModule, HubModel):
         selection: Selection = "argmax",
         text_fusion: float = 0.0,
     ) -> None:
+        given = locals().items()
+        options = {name: value for name, value in given if name not in ("self", "__class__", *RUN_OPTIONS)}
         super().__init__()
-        self.lr = lr
-        self.backbone_lr = lr if backbone_lr is None else backbone_lr
-        check_adam(lr=lr, backbone_lr=self.backbone_lr, weight_decay=weight_decay)
-        check_evaluation(bank_memory, text_fusion)
-        check_warmup(warmup_steps, warmup_start)
+        require(above=0, lr=lr, backbone_lr=backbone_lr)
+        require(least=0, weight_decay=weight_decay, bank_memory=bank_memory, warmup_steps=warmup_steps)
+        require(least=0, most=1, text_fusion=text_fusion)
+        require(above=0, most=1, warmup_start=warmup_start)
         self.model = build_model(
             backbone,
             head,
@@ -159,6 +160,8 @@ class CLIPM2DF(lightning.LightningModule, HubModel):
             # Without its loss the scale has no gradient, which DDP would wait for.
             self.model.head.scale.requires_grad_(False)
 
+        self.lr = lr
+        self.backbone_lr = lr if backbone_lr is None else backbone_lr
         self.weight_decay = weight_decay
         self.warmup_steps = warmup_steps
         self.warmup_start = warmup_start
@@ -169,27 +172,8 @@ class CLIPM2DF(lightning.LightningModule, HubModel):
         self.class_weight = class_weight
         self.text_fusion = text_fusion
         self.bank_memory = bank_memory
-        self.save_hyperparameters(
-            {
-                # The tower's name; its description, of megabytes, goes into checkpoints only, not into logs.
-                "backbone": self.model.backbone.source,
-                "head": head,
-                "head_options": head_options,
-                "template": template,
-                "freeze_backbone": freeze_backbone,
-                "freeze_batch_norm": freeze_batch_norm,
-                "lr": lr,
-                "backbone_lr": backbone_lr,
-                "weight_decay": weight_decay,
-                "warmup_steps": warmup_steps,
-                "warmup_start": warmup_start,
-                "milestones": milestones,
-                "gamma": gamma,
-                "match_weight": match_weight,
-                "distill_weight": distill_weight,
-                "class_weight": class_weight,
-            }
-        )
+        # The tower's name; its description, of megabytes, goes into checkpoints only, not into logs.
+        self.save_hyperparameters(options | {"backbone": self.model.backbone.source})
         # How the videos of its training were read, ``{"frames": T, "resize": short side}``, where that is known.
         self.reading: dict[str, int] | None = None
         self.evaluated: Evaluated | None = None
@@ -386,8 +370,24 @@ class CLIPM2DF(lightning.LightningModule, HubModel):
     # --------------------------------------------------------------------------------------- optimiser
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Adam, a learning rate each for head and tower; linear warm-up, then steps; counted in optimiser steps."""
-        optimizer = adam(self.model, self.lr, self.backbone_lr, self.weight_decay)
+        """Adam, a learning rate each for head and tower; linear warm-up, then steps; counted in optimiser steps.
+
+        Raises:
+            UserError: nothing is trained.
+        """
+        parts = (("head", self.model.head, self.lr), ("backbone", self.model.backbone.visual, self.backbone_lr))
+        groups = [
+            {"params": [p for p in part.parameters() if p.requires_grad], "lr": lr, "name": name}
+            for name, part, lr in parts
+        ]
+        groups = [group for group in groups if group["params"]]
+        if not groups:
+            raise UserError(
+                "nothing to train: the tower is frozen and the head has no parameters; measure it as it is, by"
+                " clip-m2df test without --ckpt_path"
+            )
+        fused = self.device.type == "cuda" or None
+        optimizer = torch.optim.Adam(groups, weight_decay=self.weight_decay, fused=fused)
         scheduler = LambdaLR(optimizer, self._lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -401,9 +401,8 @@ class CLIPM2DF(lightning.LightningModule, HubModel):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the towers' description in the place of their name: a checkpoint needs no network and no files."""
-        hparams = dict(checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}))
-        hparams["backbone"] = self.model.backbone.description()
-        checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = hparams
+        description = self.model.backbone.description()
+        checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = {**self.hparams, "backbone": description}
         checkpoint["draws_seed"] = self._draws_seed
         checkpoint["reading"] = self.reading
 
@@ -419,62 +418,146 @@ class CLIPM2DF(lightning.LightningModule, HubModel):
             self._draws_seed = checkpoint.get("draws_seed")
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> CLIPM2DF:
+    def load_from_checkpoint(cls, checkpoint_path: Any, map_location: Any = None, **options: Any) -> Self:  # type: ignore[override]
         """Load a model with its options, tower, tokenizer and preprocessing; needs no network.
 
         Args:
             checkpoint_path: the file.
-            *args: see ``lightning.LightningModule.load_from_checkpoint``.
-            **kwargs: the same; options of the model among them win over the checkpoint's.
+            map_location: where the model goes, as ``torch.load`` takes it; by default where it was saved from, or the
+                CPU on a machine that has no accelerator.
+            **options: of the model; they win over the checkpoint's.
 
         Raises:
-            UserError: there is no such file, it is damaged or no checkpoint of this model, or it takes a head that is
-                other people's code and was not asked for by ``head=``.
+            UserError: there is no such file, it is damaged or no checkpoint of this model, it takes a head that is
+                other people's code and was not asked for by ``head=``, or an option that the model doesn't have.
         """
-        checkpoint_options(checkpoint_path, head=kwargs.get("head"))
-        known = {*inspect.signature(cls).parameters, "map_location", "hparams_file", "strict", "weights_only"}
-        if unknown := [option for option in kwargs if option not in known]:
-            raise UserError(f"CLIPM2DF has no option {unknown[0]!r}; its options are {', '.join(sorted(known))}")
+        if map_location is None and not torch.accelerator.is_available():
+            map_location = "cpu"
+        checkpoint = read_checkpoint(checkpoint_path, map_location=map_location)
+        return cls._restore(checkpoint_path, checkpoint, options)
+
+    @classmethod
+    def _restore(cls, source: str | os.PathLike[str], checkpoint: dict[str, Any], given: dict[str, Any]) -> Self:
+        """The model in a checkpoint that has been read from a file; options that are given win over its own."""
+        known = inspect.signature(cls).parameters
+        if unknown := [option for option in given if option not in known]:
+            raise UserError(f"{cls.__name__} has no option {unknown[0]!r}; its options are {', '.join(sorted(known))}")
+        options = saved_options(source, checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_KEY), cls, head=given.get("head"))
         try:
-            loaded: CLIPM2DF = super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
-        except UserError:
-            raise
+            model = cls(**(options | given))
+            model.on_load_checkpoint(checkpoint)
+            model.load_state_dict(checkpoint["state_dict"])
         except Exception as error:  # whatever values of other types lead to
-            raise UserError(f"no model can be made of {checkpoint_path}: {error}") from error
-        return loaded
+            raise UserError(f"no model can be made of {source}: {error}") from error
+        return model.to(next(iter(checkpoint["state_dict"].values())).device)
 
+    # ---------------------------------------------------------------------------------- folders and hub
 
-def checkpoint_options(path: str | os.PathLike[str], *, head: str | None = None) -> dict[str, Any]:
-    """The model options in a checkpoint, read without its weights and without executing anything in it.
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        measured: Mapping[str, str] | None = None,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        model_card_kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> str | None:
+        """Save the model as a folder; a card that is there already is kept, as somebody may have written in it.
 
-    Args:
-        path: the file.
-        head: the head that a person asked for: no other code is imported because a file names it.
+        Args:
+            save_directory: the folder; made if need be.
+            measured: figures for the card's table, by what was measured:
+                ``{"motion_shapes test, 5-way 1-shot": "83.2 ± 0.8"}``.
+            push_to_hub: push it too.
+            repo_id: its name on the hub; that of the folder by default.
+            model_card_kwargs: options of :func:`clip_m2df.hub.model_card`.
+            **options: of :meth:`push_to_hub`.
 
-    Raises:
-        UserError: there is no such file, it is no checkpoint of :class:`CLIPM2DF`, or it names other people's code.
-    """
-    checkpoint = read_checkpoint(path, mmap=True)
-    options = checkpoint.get(CLIPM2DF.CHECKPOINT_HYPER_PARAMS_KEY)
-    if not isinstance(options, dict) or not isinstance(options.get("backbone"), dict) or "head" not in options:
-        raise UserError(f"{path} is a checkpoint of another model; give one that clip-m2df fit or CLIPM2DF wrote")
-    return check_options(path, options, CLIPM2DF, head=head)
+        Returns:
+            The address of the commit, if it was pushed too.
 
+        Raises:
+            UserError: the folder can't be written, an option can't be saved as JSON, or there is a card already that
+                what was measured can't go into.
+        """
+        card = {"measured": measured, **(model_card_kwargs or {})}
+        write_model(save_directory, self._saved(), **card)
+        if not push_to_hub:
+            return None
+        return self.push_to_hub(repo_id or Path(save_directory).name, model_card_kwargs=card, **options)
 
-def adam(model: M2DF, lr: float, backbone_lr: float, weight_decay: float) -> torch.optim.Adam:
-    """Adam on what is trained of a model, with a learning rate each for head and tower.
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        measured: Mapping[str, str] | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        model_card_kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> str:
+        """Save the model on the hub; its card says how to use it from there.
 
-    Raises:
-        UserError: nothing is trained.
-    """
-    tower = [p for p in model.backbone.parameters() if p.requires_grad]
-    head = [p for p in model.head.parameters() if p.requires_grad]
-    groups = [{"params": head, "lr": lr, "name": "head"}] if head else []
-    if tower:
-        groups.append({"params": tower, "lr": backbone_lr, "name": "backbone"})
-    if not groups:
-        raise UserError(
-            "nothing to train: the tower is frozen and the head has no parameters; measure it as it is, by"
-            " clip-m2df test without --ckpt_path"
+        Args:
+            repo_id: its name there, ``user/name``; made if need be.
+            measured: see :meth:`save_pretrained`.
+            private: whether others may see it, if it is made.
+            token: what the hub knows you by; that of ``hf auth login`` by default.
+            model_card_kwargs: options of :func:`clip_m2df.hub.model_card`.
+            **options: ``branch``, and those of ``huggingface_hub.HfApi.upload_folder``, such as ``commit_message``.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            UserError: there is no network, or the hub refuses to make it; or the model can't be saved. What goes wrong
+                with the upload itself comes from huggingface_hub as it is.
+        """
+        card = {"measured": measured, **(model_card_kwargs or {})}
+        return push_model(repo_id, self._saved(), card, private=private, token=token, **options)
+
+    def _saved(self) -> dict[str, Any]:
+        """A checkpoint of the model alone, without a run."""
+        checkpoint = {"state_dict": self.state_dict()}
+        self.on_save_checkpoint(checkpoint)
+        return checkpoint
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        force_download: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        revision: str | None = None,
+        **model_kwargs: Any,
+    ) -> Self:
+        """Load a model that :meth:`save_pretrained` or :meth:`push_to_hub` saved, in evaluation mode.
+
+        A folder needs no network. What comes from the hub is the latest, or else what this machine has of it.
+
+        Args:
+            pretrained_model_name_or_path: the folder, or the model's name on the hub, ``user/name``.
+            force_download: fetch from the hub what is on this machine already.
+            token: what the hub knows you by, for private models; that of ``hf auth login`` by default.
+            cache_dir: where files of the hub are kept; huggingface_hub's own folder by default.
+            local_files_only: do without the network.
+            revision: a branch, tag or commit of the model on the hub; the latest by default.
+            **model_kwargs: options of the model, which win over the saved ones.
+
+        Raises:
+            UserError: there is no such model, it can't be fetched, it is damaged, or it takes a head that is other
+                people's code and was not asked for by ``head=``; or an option that the model doesn't have.
+        """
+        folder = find_model(
+            pretrained_model_name_or_path,
+            force_download=force_download,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            revision=revision,
         )
-    return torch.optim.Adam(groups, weight_decay=weight_decay, fused=model.device.type == "cuda" or None)
+        return cls._restore(folder, read_model(folder), model_kwargs).eval()
