@@ -22,7 +22,7 @@ from clip_m2df.episodes.dataset import EpisodeDataset
 from clip_m2df.episodes.features import EvaluationTable, TrainingTable
 from clip_m2df.episodes.files import read_episodes_file
 from clip_m2df.episodes.loader import UnusableVideos, episode_loader
-from clip_m2df.episodes.plan import EpisodePlan, EpisodeSampler, EpisodeShape, plan_episode
+from clip_m2df.episodes.plan import EpisodePlan, EpisodeSampler, EpisodeShape, plan_episode, with_outliers
 from clip_m2df.errors import UserError
 from clip_m2df.loops import batches_of_step, check_goes_on, count_in_steps
 from clip_m2df.video.frame_cache import FrameCache
@@ -307,7 +307,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
                 episode_generator(self.eval_seed, split.name, i, "outliers") for i in range(self.test_episodes)
             )
             drawn = zip(self._drawn_plans(split), generators, strict=True)
-            return [motion_shapes.with_outliers(plan, self.knobs.outliers, rng) for plan, rng in drawn]
+            return [with_outliers(plan, self.knobs.outliers, rng) for plan, rng in drawn]
         if self.episodes_file is None:
             return None
         assert self.manifest is not None
