@@ -48,13 +48,18 @@ def choose(n_frames: int) -> list[int]:
     return segment_indices(n_frames, 8)
 
 
+def read_by(decoder: Decoder, path: str) -> Tensor:
+    """Evaluation's frames as a decoder reads them."""
+    return read_frames(path, choose, decoder=decoder)[0]
+
+
 def time_decoders(kind: Kind, path: str) -> Case:
     """Time the decoders in turn; those that are wrong are left out, those that are not installed too."""
     n_frames = kind.seconds * kind.rate
     truth = read_plainly(path, choose(n_frames))
     readers: dict[str, Callable[[], Tensor]] = {"plain": partial(read_plainly, path, choose(n_frames))}
     for decoder in ("auto", *OTHERS):
-        readers[decoder] = partial(read_frames, path, choose, decoder=decoder)
+        readers[decoder] = partial(read_by, decoder, path)
     more: dict[str, Any] = {}
     for decoder in OTHERS:
         try:

@@ -312,7 +312,7 @@ def test_an_archive_takes_no_more_memory_than_disk(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("videos", ["[" * 5000, "[[]]", "{}", "3", '[{"path": 1}]'])
 def test_lists_in_tensor_files_that_are_none(videos: str, tmp_path: Path) -> None:
-    metadata = {"format": frame_cache.FORMAT, "short_side": "1", "frames": "1", "quality": "1", "videos": videos}
+    metadata = {"format": frame_cache.CACHE_FORMAT, "short_side": "1", "frames": "1", "quality": "1", "videos": videos}
     (tmp_path / "frames-00000.safetensors").write_bytes(save({"0": np.zeros(1)}, metadata))
     if videos != "{}":  # which is a list of none
         with pytest.raises(UserError, match="is damaged, or of another version"):

@@ -1,9 +1,10 @@
-"""Files: read with plain words where that fails, written whole or not at all, and known by what changes with them."""
+"""Files: reading them, writing them whole or not at all, and telling whether they have changed."""
 
+import csv
 import hashlib
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -33,6 +34,43 @@ def read_bytes(path: str | Path, what: str) -> bytes:
         raise UserError(f"cannot read the {what} {path}: {reason}; check its name and permissions") from error
 
 
+def read_text(path: str | Path, what: str) -> str:
+    """Read a text file in UTF-8, with or without a byte order mark.
+
+    Args:
+        path: The file.
+        what: What messages call it.
+
+    Raises:
+        UserError: As :func:`read_bytes`, or the file is not UTF-8; names the first line that is not.
+    """
+    data = read_bytes(path, what)
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"line {line} of the {what} {path} is not UTF-8: save the file with that encoding") from error
+
+
+@contextmanager
+def writing(path: str | Path, what: str) -> Iterator[None]:
+    """Turn errors of the operating system, while a file is written, into one that names the file.
+
+    Args:
+        path: The file.
+        what: What the message calls it.
+
+    Raises:
+        UserError: If the system refuses something.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write the {what} {path}: {error.strerror or error}; name a file in a folder that can be written"
+        ) from error
+
+
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
     """Give a draft to write to, which takes the file's place at the end; after an error nothing of it is left.
@@ -51,6 +89,21 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             draft.unlink()
+
+
+def write_table(path: str | Path, what: str, rows: Iterable[Iterable[object]]) -> None:
+    """Write a table as CSV in UTF-8, whole or not at all.
+
+    Args:
+        path: The file; its folder is made if need be.
+        what: What the message calls it.
+        rows: The cells of each row; the first row names the columns.
+
+    Raises:
+        UserError: If the file cannot be written.
+    """
+    with writing(path, what), whole_file(path) as draft, draft.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
 
 
 def sha256_of(path: str | Path) -> str:
@@ -89,6 +142,19 @@ def fingerprint(path: str) -> Fingerprint:
     else:
         stats = [os.stat(path)]
     return Fingerprint(len(stats), sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0))
+
+
+def lies_under(path: str, folder: str) -> bool:
+    """Tell from their names whether an absolute, normal path is a folder or lies in it, at any depth."""
+    # pathlib is slow on many thousands.
+    return path == folder or path.startswith(os.path.join(folder, ""))
+
+
+def relative_path(path: str, root: str | None) -> str:
+    """Name an absolute path from the root, with forward slashes, if it lies under it."""
+    if root is None or not lies_under(path, root):
+        return path
+    return path.removeprefix(os.path.join(root, "")).replace(os.sep, "/")
 
 
 def plain(text: str) -> str:

@@ -5,13 +5,15 @@ import random
 import struct
 import wave
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
+import pytest
 from av.container import OutputContainer
 from numpy.typing import NDArray
 from torch import Tensor
@@ -145,6 +147,88 @@ def cut_start(path: Path, n_frames: int) -> Path:
     struct.pack_into(">i", data, edit + 12, start + n_frames * timescale // 12)
     path.write_bytes(data)
     return path
+
+
+class StandIn:
+    """One of PyAV's objects, but for some of its attributes."""
+
+    def __init__(self, original: Any, **changed: Any) -> None:
+        self.__dict__.update(changed, original=original)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.original, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.original, name, value)
+
+    def __bytes__(self) -> bytes:
+        return bytes(self.original)
+
+    def __enter__(self) -> "StandIn":
+        self.original.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.original.__exit__(*error)
+
+
+def alter_decoding(patch: pytest.MonkeyPatch, alter: Callable[[Iterable[Any]], Iterable[Any]], **changed: Any) -> None:
+    """Let whoever opens a video with PyAV get other frames.
+
+    Args:
+        patch: What undoes it.
+        alter: From the frames that a packet decodes to, to those that it seems to decode to.
+        **changed: Other attributes of the container.
+    """
+    opened = av.open
+
+    def altered(*args: Any, **options: Any) -> StandIn:
+        container = opened(*args, **options)
+
+        def demux(*streams: Any) -> Iterator[StandIn]:
+            for packet in container.demux(*streams):
+                yield StandIn(packet, decode=lambda packet=packet: alter(packet.decode()))
+
+        return StandIn(container, demux=demux, **changed)
+
+    patch.setattr(av, "open", altered)
+
+
+def count_conversions(patch: pytest.MonkeyPatch) -> list[int]:
+    """Count the frames that are converted to RGB from now on: a list that gets an item for each."""
+    converted: list[int] = []
+
+    def convert(frame: Any) -> Callable[..., Any]:
+        def reformat(**options: Any) -> Any:
+            converted.append(1)
+            return frame.reformat(**options)
+
+        return reformat
+
+    alter_decoding(patch, lambda frames: (StandIn(frame, reformat=convert(frame)) for frame in frames))
+    return converted
+
+
+def fail_conversions(patch: pytest.MonkeyPatch, error: Exception) -> None:
+    """Let the conversion of frames to RGB raise an error."""
+
+    def fail(**_: object) -> None:
+        raise error
+
+    alter_decoding(patch, lambda frames: (StandIn(frame, reformat=fail) for frame in frames))
+
+
+def note_times(patch: pytest.MonkeyPatch) -> list[int | None]:
+    """Note the times of the frames that are decoded from now on: a list that gets them as they are."""
+    times: list[int | None] = []
+
+    def note(frames: Iterable[Any]) -> Iterator[Any]:
+        for frame in frames:
+            times.append(frame.pts)
+            yield frame
+
+    alter_decoding(patch, note)
+    return times
 
 
 @dataclass(frozen=True)

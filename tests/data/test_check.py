@@ -38,9 +38,7 @@ def read_table(path: Path) -> dict[str, dict[str, str]]:
 
 
 def run(manifest: Path, **options: Any) -> int:
-    return check_videos(
-        **{"manifest": manifest, "output": None, "fix": None, "frames": 8, "workers": 1, "timeout": 60.0, **options}
-    )
+    return check_videos(**{"manifest": manifest, "workers": 1, **options})
 
 
 class Workers:
@@ -146,7 +144,7 @@ def test_the_status_is_that_of_a_run(damaged: tuple[list[Damaged], dict[str, dic
                 read_frames(str(file.path), lambda n_frames: segment_indices(n_frames, 8))
             assert caught.value.reason == row["reason"]
         else:
-            clip = read_frames(str(file.path), lambda n_frames: segment_indices(n_frames, 8))
+            clip, _ = read_frames(str(file.path), lambda n_frames: segment_indices(n_frames, 8))
             assert clip.shape == (8, 3, int(row["height"]), int(row["width"]))
 
 
@@ -235,7 +233,7 @@ def test_every_kind_of_video(tmp_path: Path, workers: Workers, capsys: pytest.Ca
         "crash.mp4": ("unusable", "the decoder crashed (SIGSEGV)"),
         "images": ("ok", ""),
         "broken": ("unusable", "1.png: it is not a video that FFmpeg knows (Invalid data found when processing input)"),
-        "none.webm": ("unusable", "there is no such file"),
+        "none.webm": ("unusable", "No such file or directory"),
     }
     columns = ("label", "split", "frames", "promised", "width", "height", "fps", "rotation", "variable_rate", "sampled")
     assert [table["turned.mp4"][c] for c in columns] == ["t, x", "val", "16", "16", "32", "48", "12.0", "90", "0", "8"]
@@ -390,10 +388,10 @@ def test_the_manifest_without_the_unusable_keeps_the_rest(
 @pytest.mark.parametrize(
     ("option", "value", "remedy"),
     [
-        ("frames", 0, "frames is 0: set it to 1 or more"),
-        ("workers", -1, "workers is -1: set it to 1 or more"),
-        ("timeout", 0.0, "timeout is 0 seconds: set it to more than 0"),
-        ("timeout", float("nan"), "timeout is nan seconds"),
+        ("frames", 0, "frames is 0; it must be at least 1"),
+        ("workers", -1, "workers is -1; it must be at least 1"),
+        ("timeout", 0.0, "timeout is 0.0; it must be above 0"),
+        ("timeout", float("nan"), "timeout is nan; it must be above 0"),
     ],
 )
 def test_options_out_of_range(six: Path, option: str, value: float, remedy: str) -> None:

@@ -29,10 +29,25 @@ def refuse(item: int) -> int:
     raise ValueError(f"no {item}")
 
 
+def say_and_count_threads(item: int) -> int:
+    import torch
+
+    os.write(2, b"what a decoder thinks of a file")
+    return torch.get_num_threads()
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_every_item_comes_with_its_result(workers: int) -> None:
     results = dict(isolated_map(double, range(20), workers=workers, timeout=60))
     assert results == {item: 2 * item for item in range(20)}
+
+
+def test_a_worker_is_silent_and_has_one_thread(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert dict(isolated_map(say_and_count_threads, [0, 1], workers=1, timeout=60)) == {0: 1, 1: 1}
+    assert capfd.readouterr().err == ""
 
 
 def test_nothing_to_do() -> None:

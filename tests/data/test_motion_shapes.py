@@ -14,7 +14,6 @@ from clip_m2df.motion_shapes import (
     CLASSES,
     COLOURS,
     FPS,
-    JITTER,
     MOTIONS,
     OF_TWO_SHAPES,
     SHAPES,
@@ -27,6 +26,7 @@ from clip_m2df.motion_shapes import (
     rendering,
     shared_appearance_classes,
 )
+from clip_m2df.motion_shapes.scenes import JITTER
 
 ONE_EACH = {"train": 0, "val": 1, "test": 0}
 

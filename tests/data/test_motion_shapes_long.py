@@ -17,11 +17,11 @@ from clip_m2df.motion_shapes import (
     SIZE,
     Action,
     MotionClass,
-    draw_actions,
     draw_scene,
     paint,
     render_long,
 )
+from clip_m2df.motion_shapes.long_videos import draw_actions
 
 TEST = [c for c in CLASSES if c.split == "test"]
 
@@ -138,7 +138,7 @@ def test_lengths_that_make_no_sense(tmp_path: Path, seconds: float, lengths: tup
 def test_no_class_and_a_negative_seed(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="at least one class"):
         render_long(tmp_path / "long.mp4", [], seed=0)
-    with pytest.raises(UserError, match="the seed of a long video is -1; it can't be negative"):
+    with pytest.raises(UserError, match="seed is -1; it must be at least 0"):
         render_long(tmp_path / "long.mp4", TEST, seed=-1)
 
 

@@ -462,7 +462,7 @@ def test_outputs_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_an_unknown_data_set(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no data set 'hmdb': choose from kinetics100, ssv2, ssv2_small, hmdb"):
-        prepare(dataset="hmdb", root=tmp_path, lists=None, annotations=[], output=tmp_path / "m", report=None)
+        prepare("hmdb", root=tmp_path, output=tmp_path / "m")  # type: ignore[arg-type]
 
 
 def test_a_run_that_is_refused_leaves_what_was_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -481,11 +481,4 @@ def test_torch_is_not_imported() -> None:
 
 def test_annotations_without_lists_have_nothing_to_name(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--annotations names the classes of --lists, and there are none"):
-        prepare(
-            dataset="ucf101",
-            root=tmp_path,
-            lists=None,
-            annotations=[tmp_path / "a.json"],
-            output=tmp_path / "m.csv",
-            report=None,
-        )
+        prepare("ucf101", root=tmp_path, annotations=[tmp_path / "a.json"], output=tmp_path / "m.csv")

@@ -65,8 +65,8 @@ def test_every_list_has_the_published_numbers(dataset: str, folder: str, annotat
     lists = read(dataset, folder, annotations)
     benchmark = BENCHMARKS[dataset]
     assert tuple(len(lists.classes[split]) for split in SPLITS) == benchmark.n_classes
-    assert lists.entries is not None
-    counts = Counter(entry.split for entry in lists.entries)
+    assert lists.videos is not None
+    counts = Counter(video.split for video in lists.videos)
     assert tuple(counts[split] for split in SPLITS) == benchmark.n_videos
     assert len({label for labels in lists.classes.values() for label in labels}) == sum(benchmark.n_classes)
     for split, labels in benchmark.class_split.items():

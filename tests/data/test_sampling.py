@@ -1,6 +1,5 @@
 import itertools
 import os
-from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,10 +10,20 @@ import pytest
 import torch
 
 from clip_m2df.errors import UserError
-from clip_m2df.video import reader as video
 from clip_m2df.video.reader import VideoError, read_frames, sample_frames
-from clip_m2df.video.timing import Timed, counted, timed
-from tests.data.clips import HEIGHT, WIDTH, cut_start, numbers, render, rotate, save_image
+from clip_m2df.video.timing import Timed, count_samples, timed
+from tests.data.clips import (
+    HEIGHT,
+    WIDTH,
+    count_conversions,
+    cut_start,
+    fail_conversions,
+    note_times,
+    numbers,
+    render,
+    rotate,
+    save_image,
+)
 
 N_FRAMES = 40
 B_FRAMES = {"bf": "3", "g": "12"}
@@ -81,7 +90,7 @@ def by_definition(times: list[tuple[Fraction, Fraction]], rate: float) -> list[i
 @pytest.mark.parametrize("name", CLIPS)
 def test_frames_are_those_of_the_definition(folder: Path, name: str) -> None:
     path = folder / name
-    clip, times = read_frames(str(path), range), spans(path)
+    clip, times = read_frames(str(path), range)[0], spans(path)
     assert len(clip) == len(times) == N_FRAMES
     for rate in RATES:
         expected = by_definition(times, rate)
@@ -139,7 +148,7 @@ def test_rotation_is_applied(tmp_path: Path, matrix: tuple[int, int, int, int], 
     path = rotate(render(tmp_path / "turned.mp4", 12), matrix)
     found = torch.stack(list(sample_frames(str(path), 6)))
     assert numbers(found.rot90(-quarters, (2, 3))) == [1, 3, 5, 7, 9, 11]
-    assert found.equal(read_frames(str(path), range)[1::2])
+    assert found.equal(read_frames(str(path), range)[0][1::2])
 
 
 def test_time_starts_where_an_edit_list_does(tmp_path: Path) -> None:
@@ -153,7 +162,7 @@ def test_a_file_joined_of_two_goes_on_at_the_size_of_the_first(tmp_path: Path) -
     both.write_bytes(b"".join(part.read_bytes() for part in parts))
     found = list(sample_frames(str(both), 12))
     assert {tuple(frame.shape) for frame in found} == {(3, HEIGHT, WIDTH)}
-    assert torch.stack(found).equal(read_frames(str(both), range))
+    assert torch.stack(found).equal(read_frames(str(both), range)[0])
     assert numbers(torch.stack(found))[-8:] == list(range(2, 10))
 
 
@@ -166,14 +175,7 @@ def test_relative_path(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_only_frames_that_are_given_are_converted_each_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    converted = []
-    picture = video._picture
-
-    def count(*args: Any) -> Any:
-        converted.append(1)
-        return picture(*args)
-
-    monkeypatch.setattr(video, "_picture", count)
+    converted = count_conversions(monkeypatch)
     assert len(sampled(folder / "h264.mkv", 24)) == 2 * N_FRAMES
     assert len(converted) == N_FRAMES
     converted.clear()
@@ -182,15 +184,7 @@ def test_only_frames_that_are_given_are_converted_each_once(folder: Path, monkey
 
 
 def test_frames_are_decoded_when_they_are_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    decoded = []
-    frames = video._frames
-
-    def note(*args: Any) -> Iterator[Any]:
-        for frame in frames(*args):
-            decoded.append(frame.pts)
-            yield frame
-
-    monkeypatch.setattr(video, "_frames", note)
+    decoded = note_times(monkeypatch)
     found = sample_frames(str(folder / "h264.mp4"), 6)
     assert decoded == []
     for k in range(N_FRAMES // 2 - 1):
@@ -266,9 +260,9 @@ def test_of_frames_at_the_same_time_the_last_is_shown() -> None:
     def at(*times: int) -> list[Timed[str]]:
         return [Timed(name, Fraction(t, 2), Fraction(t + 1, 2)) for name, t in zip("abcd", times, strict=False)]
 
-    assert list(counted([], Fraction(1))) == []
-    assert list(counted(at(0, 1, 1, 4), Fraction(1))) == [("a", 0), ("b", 0), ("c", 2), ("d", 0)]
-    assert list(counted(at(0, 1, 1, 4), Fraction(2))) == [("a", 1), ("b", 0), ("c", 3), ("d", 1)]
+    assert list(count_samples([], Fraction(1))) == []
+    assert list(count_samples(at(0, 1, 1, 4), Fraction(1))) == [("a", 0), ("b", 0), ("c", 2), ("d", 0)]
+    assert list(count_samples(at(0, 1, 1, 4), Fraction(2))) == [("a", 1), ("b", 0), ("c", 3), ("d", 1)]
 
 
 # Broken files
@@ -299,7 +293,7 @@ def test_a_frame_that_is_lost_leaves_the_one_before_it_on(tmp_path: Path) -> Non
     data = whole.read_bytes()
     assert data.count(packet) == 1
     path.write_bytes(data.replace(packet, packet[:1] + bytes(len(packet) - 1)))
-    assert numbers(read_frames(str(path), lambda _: range(18, 22)))[1] != 19
+    assert numbers(read_frames(str(path), lambda _: range(18, 22))[0])[1] != 19
     assert sampled(path, 12) == [*range(19), 18, *range(20, N_FRAMES)]
 
 
@@ -319,7 +313,7 @@ def test_what_is_no_video(tmp_path: Path) -> None:
     near = render(tmp_path / "near.ts", 4)
     path.write_text(f"ffconcat version 1.0\nfile {near.name}\n")
     assert "text, sound or a playlist" in refusal(path)
-    assert "there is no such file" in refusal(tmp_path / "missing.mp4")
+    assert "No such file" in refusal(tmp_path / "missing.mp4")
     (tmp_path / "folder").mkdir()
     assert "the folder has no images" in refusal(tmp_path / "folder", fps=5)
 
@@ -339,17 +333,14 @@ def test_a_video_of_which_not_one_frame_decodes(tmp_path: Path) -> None:
 
 
 def test_whatever_else_fails_is_the_fault_of_the_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
-        raise RuntimeError("unknown rotation")
-
-    monkeypatch.setattr(video, "_picture", fail)
+    fail_conversions(monkeypatch, RuntimeError("unknown rotation"))
     assert "reading it fails: RuntimeError: unknown rotation" in refusal(folder / "h264.mkv")
 
 
 @pytest.mark.parametrize("value", [0, -1.5, float("nan"), float("inf")])
 def test_rates_that_make_no_sense(folder: Path, value: float) -> None:
     for name, rate, fps in (("rate", value, None), ("rate", value, 3.0), ("fps", 3.0, value)):
-        with pytest.raises(UserError, match=f"{name} is {value} a second; it must be a number above 0"):
+        with pytest.raises(UserError, match=f"{name} is {value}; it must be above 0"):
             sample_frames(str(folder / "h264.mkv"), rate, fps=fps)
 
 
@@ -363,7 +354,7 @@ def test_images_are_shown_at_the_rate_that_is_given(tmp_path: Path) -> None:
     assert sampled(tmp_path, 10, fps=5) == [k // 2 for k in range(24)]
     assert sampled(tmp_path, 3, fps=10) == [1, 5, 8, 11]  # at 1/6, 3/6, 5/6 and 7/6 s
     found = torch.stack(list(sample_frames(str(tmp_path), 5, fps=10)))
-    assert found.equal(read_frames(str(tmp_path), lambda _: range(1, 12, 2)))
+    assert found.equal(read_frames(str(tmp_path), lambda _: range(1, 12, 2))[0])
 
 
 def test_only_images_that_are_shown_are_read(tmp_path: Path) -> None:

@@ -1,20 +1,18 @@
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import av
 import pytest
 from torch import Tensor
 
-from clip_m2df.video import reader as video
 from clip_m2df.video import seeking
 from clip_m2df.video.reader import VideoError, read_frames
 from clip_m2df.video.seeking import PacketTable, read_packets
 from clip_m2df.video.transforms import segment_indices
-from tests.data.clips import HEIGHT, WIDTH, cut_start, numbers, render
+from tests.data.clips import HEIGHT, WIDTH, alter_decoding, cut_start, note_times, numbers, render
 
 N_FRAMES = 150
 B_FRAMES = {"bf": "3", "g": "12", "sc_threshold": "0"}
@@ -75,46 +73,37 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
     """Times of the frames that are decoded, as they are."""
-    times: list[int | None] = []
-    frames = video._frames
-
-    def note(*args: Any) -> Iterator[Any]:
-        for frame in frames(*args):
-            times.append(frame.pts)
-            yield frame
-
-    monkeypatch.setattr(video, "_frames", note)
-    return times
+    return note_times(monkeypatch)
 
 
 def read(path: Path, wanted: list[int]) -> Tensor:
-    return read_frames(str(path), lambda _: wanted)
-
-
-def read_sequentially(path: Path, wanted: list[int]) -> Tensor:
-    pictures, _ = video._decode(str(path), set(wanted))
-    return video._clip(pictures, wanted)
+    return read_frames(str(path), lambda _: wanted)[0]
 
 
 @contextmanager
-def monkeypatch_runs() -> Iterator[None]:
+def no_seeking() -> Iterator[None]:
     """Read from the start only."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(video, "_decode_runs", lambda *_: {})
+        patch.setattr(PacketTable, "runs", lambda *_: [])
         yield
+
+
+def read_sequentially(path: Path, wanted: list[int]) -> Tensor:
+    with no_seeking():
+        return read(path, wanted)
 
 
 def evaluated(path: Path) -> Tensor | None:
     """Evaluation's frames, or None if the video is refused."""
     try:
-        return read_frames(str(path), lambda n_frames: segment_indices(n_frames, 8))
+        return read_frames(str(path), lambda n_frames: segment_indices(n_frames, 8))[0]
     except VideoError:
         return None
 
 
 def table(path: Path) -> PacketTable:
-    with video._open(str(path), str(path)) as (container, stream):
-        return read_packets(container, stream)
+    with av.open(str(path)) as container:
+        return read_packets(container, container.streams.video[0])
 
 
 # Frames are the right ones
@@ -146,7 +135,8 @@ def test_others_are_read_from_the_start(folder: Path, name: str, decoded: list[i
 
 
 def test_most_frames_are_read_from_the_start(folder: Path, decoded: list[int | None]) -> None:
-    clip = read_frames(str(folder / "h264.mp4"), range)
+    clip, n_frames = read_frames(str(folder / "h264.mp4"), range)
+    assert n_frames == N_FRAMES
     assert numbers(clip) == list(range(N_FRAMES))
     assert len(decoded) == N_FRAMES
     assert decoded == sorted(set(decoded), key=decoded.index)
@@ -163,31 +153,26 @@ def test_a_file_with_an_edit_list_is_read_from_the_start(tmp_path: Path, decoded
 def test_what_is_not_as_expected_is_read_from_the_start(
     folder: Path, monkeypatch: pytest.MonkeyPatch, decoded: list[int | None], what: str
 ) -> None:
-    opened, noted = video._open, video._frames
-
-    @contextmanager
-    def failing(source: Any, path: str) -> Iterator[Any]:
-        def seek(*_: object, **__: object) -> None:
-            raise av.error.InvalidDataError(0, "Input/output error")
-
-        with opened(source, path) as (container, stream):
-            yield SimpleNamespace(demux=container.demux, format=container.format, seek=seek), stream
-
-    def disturbed(container: Any, stream: Any) -> Iterator[Any]:
-        frame: Any
-        for frame in noted(container, stream):
+    def disturbed(frames: Iterable[Any]) -> Iterator[Any]:
+        for frame in frames:
             if frame.pts > 0 and len(decoded) < 5:
                 if what == "no frame":
-                    return
+                    continue
                 frame.pts += 1
             yield frame
 
-    monkeypatch.setattr(video, *(("_open", failing) if what == "no seek" else ("_frames", disturbed)))
+    def seek(*_: object, **__: object) -> None:
+        raise av.error.InvalidDataError(0, "Input/output error")
+
+    if what == "no seek":
+        alter_decoding(monkeypatch, list, seek=seek)
+    else:
+        alter_decoding(monkeypatch, disturbed)
     assert numbers(read(folder / "h264.mp4", [50, 120])) == [50, 120]
-    assert 121 <= len(decoded) <= 125
+    assert 121 <= len(decoded) <= 126
 
 
-def test_a_change_of_size_is_scaled_to_the_first(folder: Path, tmp_path: Path, decoded: list[int | None]) -> None:
+def test_a_change_of_size_is_scaled_to_the_first(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     large = render(tmp_path / "large.webm", 60, "libvpx-vp9", options=VP, size=(192, 128))
     with av.open(str(tmp_path / "both.webm"), "w") as both, av.open(str(folder / "vp9.webm")) as first:
         stream = both.add_stream_from_template(first.streams.video[0])
@@ -197,6 +182,7 @@ def test_a_change_of_size_is_scaled_to_the_first(folder: Path, tmp_path: Path, d
                     if packet.pts is not None and packet.size:
                         packet.stream, packet.pts, packet.dts = stream, packet.pts + shift, packet.pts + shift
                         both.mux(packet)
+    decoded = note_times(monkeypatch)
     clip = read(tmp_path / "both.webm", [N_FRAMES + 50])
     assert clip.shape[2:] == (HEIGHT, WIDTH)
     assert numbers(clip) == [50]
@@ -218,7 +204,7 @@ def test_damaged_files_end_as_if_read_from_the_start(folder: Path, tmp_path: Pat
             data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
         (tmp_path / name).write_bytes(data)
         clip = evaluated(tmp_path / name)
-        with monkeypatch_runs():
+        with no_seeking():
             expected = evaluated(tmp_path / name)
         assert (clip is None) == (expected is None)
         n_equal += clip is None or expected is None or clip.equal(expected)
@@ -257,7 +243,7 @@ def unit(kind: int) -> bytes:
 
 
 def test_a_start_brings_the_parameters_that_changed() -> None:
-    is_start = seeking._nal_rule(bytes([1, 0, 0, 0, 0xFF]), 4, lambda byte: byte & 31, {1, 5}, {5}, {7, 8})
+    is_start = seeking.nal_rule(bytes([1, 0, 0, 0, 0xFF]), 4, lambda byte: byte & 31, {1, 5}, {5}, {7, 8})
     assert is_start is not None
     own = unit(7) + unit(8)
     assert is_start(own + unit(5)) is True
@@ -270,7 +256,7 @@ def test_a_start_brings_the_parameters_that_changed() -> None:
     assert is_start(own + unit(5)) is True
     for doubtful in (unit(5)[:-1], unit(5) + b"x", unit(6), b"\0\0\1\x65"):
         assert is_start(doubtful) is None
-    assert seeking._nal_rule(b"\0\0\0\1\x67", 4, lambda byte: byte & 31, {1, 5}, {5}, {7, 8}) is None
+    assert seeking.nal_rule(b"\0\0\0\1\x67", 4, lambda byte: byte & 31, {1, 5}, {5}, {7, 8}) is None
 
 
 @pytest.mark.parametrize(
@@ -296,4 +282,4 @@ def test_a_start_brings_the_parameters_that_changed() -> None:
     ],
 )
 def test_single_packets(rule: str, data: bytes, is_start: bool | None) -> None:
-    assert getattr(seeking, f"_is_{rule}_start")(data) is is_start
+    assert getattr(seeking, f"is_{rule}_start")(data) is is_start

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from clip_m2df.datasets import split_lists as module
-from clip_m2df.datasets.split_lists import Entry, SplitLists, read_lists
+from clip_m2df.datasets.split_lists import ListedVideo, SplitLists, read_lists
 from clip_m2df.datasets.tree import stem_of
 from clip_m2df.errors import UserError
 
@@ -65,11 +65,11 @@ def test_class_and_video(tmp_path: Path) -> None:
     assert read_lists(save(tmp_path, CLASS_FORM), "kinetics100") == SplitLists(
         {"train": ("draw sword", "hurling (sport)"), "val": ("hug",), "test": ("zap",)},
         (
-            Entry("train", "draw sword", "draw sword/a b", "a b"),
-            Entry("train", "hurling (sport)", "hurling (sport)/-x_000001_000011", "-x_000001_000011"),
-            Entry("train", "draw sword", 'draw sword/It\'s "1"!', 'It\'s "1"!'),
-            Entry("val", "hug", "hug/c", "c"),
-            Entry("test", "zap", "zap/d.avi", "d"),
+            ListedVideo("train", "draw sword", "draw sword/a b", "a b"),
+            ListedVideo("train", "hurling (sport)", "hurling (sport)/-x_000001_000011", "-x_000001_000011"),
+            ListedVideo("train", "draw sword", 'draw sword/It\'s "1"!', 'It\'s "1"!'),
+            ListedVideo("val", "hug", "hug/c", "c"),
+            ListedVideo("test", "zap", "zap/d.avi", "d"),
         ),
     )
 
@@ -77,8 +77,8 @@ def test_class_and_video(tmp_path: Path) -> None:
 def test_numbers_and_paths_name_the_class_by_its_folder(tmp_path: Path) -> None:
     lists = read_lists(save(tmp_path, ID_FORM), "kinetics100")
     assert lists.classes == {"train": ("draw_sword", "hug"), "val": ("zap",), "test": ("eat",)}
-    assert lists.entries is not None
-    assert Entry("train", "hug", "train1//videos/hug/b.mkv.mp4", "b") in lists.entries
+    assert lists.videos is not None
+    assert ListedVideo("train", "hug", "train1//videos/hug/b.mkv.mp4", "b") in lists.videos
 
 
 @pytest.mark.parametrize("slash", ["/", "//", "//20bn-something-something-v2/"])
@@ -91,8 +91,8 @@ def test_numbers_alone_take_the_templates_of_their_videos(tmp_path: Path, slash:
         "val": ("Opening [something]",),
         "test": ("Poking [something]",),
     }
-    assert lists.entries is not None
-    assert [entry.stem for entry in lists.entries if entry.split == "train"] == ["78687", "12", "42326"]
+    assert lists.videos is not None
+    assert [entry.stem for entry in lists.videos if entry.split == "train"] == ["78687", "12", "42326"]
 
 
 def test_numbers_alone_take_numbered_names(tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_lists_that_are_not_there(tmp_path: Path) -> None:
 
 
 def test_a_huge_file_is_no_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_MOST_BYTES", 1 << 20)
+    monkeypatch.setattr(module, "MOST_BYTES", 1 << 20)
     save(tmp_path, {**CLASS_FORM, "train": "x" * (3 << 20)})
     assert len(read_lists(tmp_path, "kinetics100").classes) == 3
     assert "has more than 1 MiB, too many for a split list" in refusal(lambda: read_lists(tmp_path / "train", "folder"))
@@ -248,9 +248,9 @@ def test_a_huge_file_is_no_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "cannot be read (Expecting value: line 1 column 1 (char 0)): give something-something-v2-train.json"),
-        (b"\xff", "cannot be read (not JSON in UTF-8)"),
-        (b"[" * 100_000, "cannot be read (not JSON in UTF-8)"),
+        (b"", "are no JSON (Expecting value: line 1 column 1 (char 0)): give something-something-v2-train.json"),
+        (b"\xff", "annotations.json is not UTF-8"),
+        (b"[" * 100_000, "annotations.json are no JSON"),
         (b'[{"id": "1"}]', "have no templates, as those of SSv2's test videos"),
         (b"[]", "have no templates"),
         (b"[1]", "entry 1 of the annotations"),

@@ -5,26 +5,31 @@ import random
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from clip_m2df.errors import UserError
 from clip_m2df.video import reader as video
-from clip_m2df.video.reader import Decoder, VideoError, VideoFacts, probe, read_frames
+from clip_m2df.video.reader import Choose, Decoder, VideoError, probe, read_frames
+from clip_m2df.video.timing import VideoFacts
 from clip_m2df.video.transforms import segment_indices
 from tests.data.clips import (
     HEIGHT,
     OFF,
     ON,
     WIDTH,
+    StandIn,
+    count_conversions,
     cut_start,
     damage,
+    fail_conversions,
     numbers,
     picture,
     render,
@@ -89,6 +94,11 @@ def sparse_and_random(n_frames: int) -> list[list[int]]:
     return [[n_frames - 1], segment_indices(n_frames, 8), *(rng.choices(range(n_frames), k=8) for _ in range(3))]
 
 
+def read(path: Path | str, choose: Choose = range, **options: Any) -> Tensor:
+    """The frames, without their number."""
+    return read_frames(str(path), choose, **options)[0]
+
+
 def refusal(path: Path, decoder: Decoder = "auto") -> str:
     """The message with which a video is refused."""
     with pytest.raises(VideoError) as caught:
@@ -106,7 +116,8 @@ def refusal(path: Path, decoder: Decoder = "auto") -> str:
 @pytest.mark.parametrize("name", CLIPS)
 def test_every_frame_is_the_one_with_its_number(folder: Path, name: str, decoder: Decoder) -> None:
     choose = Chooser()
-    clip = read_frames(str(folder / name), choose, decoder=decoder)
+    clip, n_frames = read_frames(str(folder / name), choose, decoder=decoder)
+    assert n_frames == N_FRAMES
     assert clip.dtype == torch.uint8
     width, height = CLIPS[name].get("size", (WIDTH, HEIGHT))
     assert clip.shape == (N_FRAMES, 3, height, width)
@@ -117,19 +128,19 @@ def test_every_frame_is_the_one_with_its_number(folder: Path, name: str, decoder
 @pytest.mark.parametrize("name", CLIPS)
 def test_sparse_and_random_frames_are_the_right_ones(folder: Path, name: str) -> None:
     for wanted in sparse_and_random(N_FRAMES):
-        assert numbers(read_frames(str(folder / name), lambda _, wanted=wanted: wanted)) == wanted  # type: ignore[misc]
+        assert numbers(read(folder / name, lambda _, wanted=wanted: wanted)) == wanted  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("name", ["h264_b_frames.mp4", "vp9_alt_ref.webm"])
 def test_decord_on_what_it_can_read(folder: Path, name: str) -> None:
     pytest.importorskip("decord")
     wanted = [31, 4, 4, 17]
-    assert numbers(read_frames(str(folder / name), lambda _: wanted, decoder="decord")) == wanted
+    assert numbers(read(folder / name, lambda _: wanted, decoder="decord")) == wanted
 
 
 @pytest.mark.parametrize("name", ["h264_b_frames.mp4", "vp9_alt_ref.webm"])
 def test_pixels_are_the_rendered_colours(folder: Path, name: str) -> None:
-    clip = read_frames(str(folder / name), lambda _: [21])
+    clip = read(str(folder / name), lambda _: [21])
     expected = torch.from_numpy(picture(21)).permute(2, 0, 1)
     assert {tuple(colour) for colour in expected.flatten(1).T.tolist()} == {ON, OFF}
     assert (clip[0].float() - expected.float()).abs().mean() < 12  # of 255: the codec's loss
@@ -137,27 +148,27 @@ def test_pixels_are_the_rendered_colours(folder: Path, name: str) -> None:
 
 def test_relative_path(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
-    assert numbers(read_frames("h264.avi", lambda _: [5])) == [5]
+    assert numbers(read("h264.avi", lambda _: [5])) == [5]
 
 
 def test_names_that_ffmpeg_could_take_for_something_else(tmp_path: Path) -> None:
     for name in ("-y.mp4", "concat:a|b.mp4", "frame_%03d.mp4", "it's «naïve» #1 (sport)!.mp4"):
         path = render(tmp_path / "clip.mp4", 4).rename(tmp_path / name)
-        assert numbers(read_frames(str(path), range)) == [0, 1, 2, 3]
+        assert numbers(read(path, range)) == [0, 1, 2, 3]
 
 
 def test_short_video(tmp_path: Path) -> None:
     path = render(tmp_path / "one.mp4", 1)
-    assert numbers(read_frames(str(path), lambda n: [0] * (7 + n))) == [0] * 8
+    assert numbers(read(path, lambda n: [0] * (7 + n))) == [0] * 8
 
 
 def test_frames_that_an_edit_list_cuts_away_are_not_counted(tmp_path: Path) -> None:
     path = cut_start(render(tmp_path / "cut.mp4", N_FRAMES, options={"bf": "2", "g": "12"}), 17)
     choose = Chooser()
-    assert numbers(read_frames(str(path), choose)) == list(range(17, N_FRAMES))
+    assert numbers(read(path, choose)) == list(range(17, N_FRAMES))
     assert choose.asked == [N_FRAMES - 17]
     for wanted in sparse_and_random(N_FRAMES - 17):
-        assert numbers(read_frames(str(path), lambda _, wanted=wanted: wanted)) == [17 + k for k in wanted]  # type: ignore[misc]
+        assert numbers(read(path, lambda _, wanted=wanted: wanted)) == [17 + k for k in wanted]  # type: ignore[misc]
     assert probe(str(path)) == VideoFacts(N_FRAMES - 17, N_FRAMES - 17, 12.0, 0, False)
 
 
@@ -165,11 +176,11 @@ def test_frames_that_an_edit_list_cuts_away_are_not_counted(tmp_path: Path) -> N
     ("matrix", "quarters"), [((0, 1, -1, 0), -1), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 1)], ids=["90", "180", "270"]
 )
 def test_rotation_is_applied(tmp_path: Path, matrix: tuple[int, int, int, int], quarters: int) -> None:
-    stored = read_frames(str(render(tmp_path / "stored.mp4", 12)), range)
+    stored = read(str(render(tmp_path / "stored.mp4", 12)), range)
     path = rotate(render(tmp_path / "turned.mp4", 12), matrix)
-    assert read_frames(str(path), range).equal(stored.rot90(quarters, (2, 3)))
+    assert read(path).equal(stored.rot90(quarters, (2, 3)))
     for wanted in sparse_and_random(12):
-        turned = read_frames(str(path), lambda _, wanted=wanted: wanted)  # type: ignore[misc]
+        turned = read(str(path), lambda _, wanted=wanted: wanted)  # type: ignore[misc]
         assert numbers(turned.rot90(-quarters, (2, 3))) == wanted
     assert probe(str(path)).rotation == -quarters % 4 * 90
 
@@ -179,14 +190,12 @@ def test_a_change_of_size_is_scaled_to_the_first(tmp_path: Path) -> None:
     large = render(tmp_path / "large.ts", 10, size=(2 * WIDTH, 3 * HEIGHT))
     both = tmp_path / "both.ts"
     both.write_bytes(small.read_bytes() + large.read_bytes())
-    clip = read_frames(str(both), range)
+    clip = read(str(both), range)
     assert clip.shape[2:] == (HEIGHT, WIDTH)
     assert numbers(clip)[-8:] == list(range(2, 10))
 
 
 def test_a_cover_picture_is_no_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import av
-
     path = render(tmp_path / "clip.mp4", 4)
     streams = [SimpleNamespace(disposition=av.stream.Disposition.attached_pic)]
 
@@ -205,15 +214,8 @@ def test_a_cover_picture_is_no_video(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_only_wanted_frames_are_converted_each_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    converted = []
-    picture = video._picture
-
-    def count(*args: Any) -> Any:
-        converted.append(1)
-        return picture(*args)
-
-    monkeypatch.setattr(video, "_picture", count)
-    assert numbers(read_frames(str(folder / "h264.mkv"), lambda _: [9, 3, 9, 9])) == [9, 3, 9, 9]
+    converted = count_conversions(monkeypatch)
+    assert numbers(read(folder / "h264.mkv", lambda _: [9, 3, 9, 9])) == [9, 3, 9, 9]
     assert len(converted) == 2
 
 
@@ -293,44 +295,43 @@ def test_a_video_that_is_truncated_is_a_shorter_one(tmp_path: Path, name: str, h
     path = render(tmp_path / name, 100, **how)
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 7 // 10])
     choose = Chooser()
-    found = numbers(read_frames(str(path), choose))
+    found = numbers(read(path, choose))
     assert 20 < len(found) < 95
     # What the last frames refer to may be lost, so they can be damaged or missing.
     assert found[:-3] == list(range(len(found) - 3))
     assert choose.asked[-1] == len(found)
     assert choose.asked == sorted(set(choose.asked), reverse=True)
 
-    last = read_frames(str(path), lambda n: [0, n - 1])
-    assert last.equal(read_frames(str(path), range)[[0, -1]])
+    last = read(str(path), lambda n: [0, n - 1])
+    assert last.equal(read(path)[[0, -1]])
 
 
 @pytest.mark.parametrize("flush_fails", [False, True])
 def test_a_file_that_cannot_be_read_on_ends_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flush_fails: bool
 ) -> None:
-    import av
-
-    opened = video._open
-
-    @contextmanager
-    def failing(source: Any, path: str) -> Iterator[Any]:
-        with opened(source, path) as (container, stream):
-
-            def demux(_: object) -> Iterator[Any]:
-                yield from itertools.islice(container.demux(stream), 19)
-                raise av.error.InvalidDataError(0, "Input/output error")
-
-            def decode(packet: None) -> list[Any]:
-                if flush_fails:
-                    raise av.error.InvalidDataError(0, "Input/output error")
-                return stream.decode(packet)
-
-            yield SimpleNamespace(demux=demux, format=container.format), SimpleNamespace(decode=decode)
-
-    monkeypatch.setattr(video, "_open", failing)
     path = render(tmp_path / "clip.avi", codec="mpeg4", options={"bf": "2", "g": "100", "sc_threshold": "1000000000"})
+    opened = av.open
+
+    def failing(*args: Any, **options: Any) -> StandIn:
+        container: Any = opened(*args, **options)
+        stream = container.streams.video[0]
+
+        def demux(_: object) -> Iterator[Any]:
+            yield from itertools.islice(container.demux(stream), 19)
+            raise av.error.InvalidDataError(0, "Input/output error")
+
+        def decode(packet: None) -> list[Any]:
+            if flush_fails:
+                raise av.error.InvalidDataError(0, "Input/output error")
+            return list(stream.decode(packet))
+
+        streams = SimpleNamespace(video=[StandIn(stream, decode=decode)])
+        return StandIn(container, demux=demux, streams=streams)
+
+    monkeypatch.setattr(av, "open", failing)
     # 19 packets: one frame by itself, then threes; of each the last shown is stored first, and the decoder holds it.
-    assert numbers(read_frames(str(path), range)) == list(range(18 if flush_fails else 19))
+    assert numbers(read(path, range)) == list(range(18 if flush_fails else 19))
 
 
 @pytest.mark.parametrize("decoder", ["auto", "pyav", "decord"])
@@ -384,13 +385,13 @@ def test_a_link_that_a_person_made_is_followed(tmp_path: Path) -> None:
     (tmp_path / "frames").mkdir()
     for k in (2, 0):
         (tmp_path / "frames" / f"{k}.png").symlink_to(tmp_path / f"{k}.png")
-    assert numbers(read_frames(str(tmp_path / "frames"), range)) == [0, 2]
+    assert numbers(read(tmp_path / "frames", range)) == [0, 2]
 
 
 def test_a_video_that_is_empty(tmp_path: Path) -> None:
     path = tmp_path / "empty.mp4"
     path.touch()
-    assert "it is empty; remove it from the manifest or replace it" in refusal(path)
+    assert "it is empty; make it readable, remove it from the manifest or replace it" in refusal(path)
 
 
 def test_a_video_without_its_header(tmp_path: Path) -> None:
@@ -416,17 +417,12 @@ def test_decord_on_frames_that_do_not_decode(folder: Path, monkeypatch: pytest.M
         raise decord.DECORDError("no frame")
 
     monkeypatch.setattr(decord.VideoReader, "get_batch", fail)
-    assert "decord cannot decode the wanted frames" in refusal(folder / "vp9_alt_ref.webm", "decord")
-    assert numbers(read_frames(str(folder / "vp9_alt_ref.webm"), range)) == list(range(N_FRAMES))
+    assert "decord fails: DECORDError: no frame" in refusal(folder / "vp9_alt_ref.webm", "decord")
+    assert numbers(read(folder / "vp9_alt_ref.webm", range)) == list(range(N_FRAMES))
 
 
 def test_a_frame_that_cannot_be_converted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import av
-
-    def fail(*_: object) -> None:
-        raise av.error.PatchWelcomeError(0, "Not yet implemented")
-
-    monkeypatch.setattr(video, "_picture", fail)
+    fail_conversions(monkeypatch, av.error.PatchWelcomeError(0, "Not yet implemented"))
     assert "cannot be converted to RGB (Not yet implemented)" in refusal(folder / "h264.mkv")
 
 
@@ -435,7 +431,7 @@ def test_sound_without_pictures(tmp_path: Path) -> None:
 
 
 def test_a_missing_video(tmp_path: Path) -> None:
-    assert "there is no such file" in refusal(tmp_path / "missing.mp4")
+    assert "No such file" in refusal(tmp_path / "missing.mp4")
     assert "name" in refusal(tmp_path / ("x" * 300))  # File name too long
     assert "null" in refusal(tmp_path / "a\0b")
 
@@ -445,7 +441,7 @@ def test_a_video_without_permission(folder: Path, monkeypatch: pytest.MonkeyPatc
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(video, "open", deny, raising=False)  # a superuser may read everything
-    assert "no permission; allow reading it" in refusal(folder / "h264.mkv")
+    assert "Permission denied; make it readable" in refusal(folder / "h264.mkv")
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs on this system")
@@ -469,7 +465,7 @@ def test_any_damage_ends_in_frames_or_in_a_video_error(tmp_path: Path, name: str
             data[start : start + rng.randint(0, 8)] = rng.randbytes(rng.randint(0, 8))
         path.write_bytes(data)
         try:
-            clip = read_frames(str(path), range)
+            clip = read(str(path), range)
         except VideoError:
             outcomes.add("refused")
         else:
@@ -480,10 +476,14 @@ def test_any_damage_ends_in_frames_or_in_a_video_error(tmp_path: Path, name: str
 
 
 def test_the_error_survives_the_way_from_a_worker() -> None:
-    error = VideoError("cannot read the video a.mp4: it is empty", path="a.mp4", reason="it is empty")
+    path = os.path.abspath("a.mp4")
+    error = VideoError("cannot read the video a.mp4: it is empty", path=path, reason="it is empty")
     copy = pickle.loads(pickle.dumps(error))
-    assert (str(copy), copy.path, copy.reason) == (str(error), "a.mp4", "it is empty")
+    assert (str(copy), copy.path, copy.reason) == (str(error), path, "it is empty")
     assert VideoError("lost").reason == "lost"
+    assert copy.reason_for("a.mp4") == copy.reason
+    of_image = VideoError("…", path="/frames/3.png", reason="it is empty")
+    assert of_image.reason_for("/frames") == "3.png: it is empty"
 
 
 # Folders of images
@@ -500,15 +500,15 @@ def test_images_are_ordered_by_their_numbers(tmp_path: Path) -> None:
     (tmp_path / "img_8.txt").write_text("no image")
     (tmp_path / "img_9.jpg").mkdir()
     choose = Chooser()
-    assert numbers(read_frames(str(tmp_path), choose)) == [1, 2, 4, 5, 6, 7, 10, 33]
+    assert numbers(read(tmp_path, choose)) == [1, 2, 4, 5, 6, 7, 10, 33]
     assert choose.asked == [8]
-    assert numbers(read_frames(str(tmp_path), lambda _: [6, 0, 6])) == [10, 1, 10]
+    assert numbers(read(tmp_path, lambda _: [6, 0, 6])) == [10, 1, 10]
 
 
 def test_images_of_other_sizes_are_scaled_to_the_first(tmp_path: Path) -> None:
     save_image(tmp_path / "1.png", 1)
     save_image(tmp_path / "2.png", 2, size=(50, 80))
-    clip = read_frames(str(tmp_path), lambda _: [1, 0])
+    clip = read(str(tmp_path), lambda _: [1, 0])
     assert clip.shape == (2, 3, HEIGHT, WIDTH)
     assert numbers(clip) == [2, 1]
 
@@ -522,7 +522,7 @@ def test_an_image_that_does_not_decode(tmp_path: Path, content: bytes) -> None:
     save_image(tmp_path / "1.png", 1)
     (tmp_path / "2.png").write_bytes(content)
     assert "remove it from the manifest or replace it" in refusal_of_image(tmp_path, "2.png")
-    assert numbers(read_frames(str(tmp_path), lambda _: [0])) == [1]
+    assert numbers(read(tmp_path, lambda _: [0])) == [1]
 
 
 def refusal_of_image(folder: Path, name: str) -> str:
@@ -548,14 +548,14 @@ def test_a_decoder_that_is_not_installed(folder: Path, monkeypatch: pytest.Monke
     with pytest.raises(UserError, match=f"needs the package {package}, which cannot be imported: install it") as caught:
         read_frames(path, range, decoder=package)
     assert not isinstance(caught.value, VideoError)
-    assert numbers(read_frames(path, lambda _: [5])) == [5]
+    assert numbers(read(path, lambda _: [5])) == [5]
 
 
 def test_auto_needs_no_decoder_that_seeks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "decord", None)
     monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
     for name in CLIPS:
-        assert numbers(read_frames(str(folder / name), lambda _: [5])) == [5]
+        assert numbers(read(folder / name, lambda _: [5])) == [5]
 
 
 def test_torchcodec_is_asked_for_exact_frames_once_each(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -581,6 +581,6 @@ def test_torchcodec_is_asked_for_exact_frames_once_each(folder: Path, monkeypatc
     monkeypatch.setitem(sys.modules, "torchcodec", ModuleType("torchcodec"))
     monkeypatch.setitem(sys.modules, "torchcodec.decoders", module)
     path = folder / "h264.mkv"
-    assert numbers(read_frames(str(path), lambda _: [9, 3, 9], decoder="torchcodec")) == [9, 3, 9]
-    assert "torchcodec cannot decode the wanted frames" in refusal(path, "torchcodec")
-    assert "torchcodec cannot open it" in refusal(folder / "h264_b_frames.mp4", "torchcodec")
+    assert numbers(read(path, lambda _: [9, 3, 9], decoder="torchcodec")) == [9, 3, 9]
+    assert "torchcodec fails: RuntimeError: end of file" in refusal(path, "torchcodec")
+    assert "torchcodec fails: ValueError: no video stream" in refusal(folder / "h264_b_frames.mp4", "torchcodec")

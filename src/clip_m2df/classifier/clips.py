@@ -203,18 +203,12 @@ def _read(task: tuple[ClipReader, Clip]) -> Tensor | Unreadable:
     try:
         return read_clip(clip, reader)
     except VideoError as error:
-        # An image of a folder is named too.
-        at_fault = os.path.basename(error.path) if error.path != os.path.abspath(name_of(clip)) else ""
-        return Unreadable(f"{at_fault}: {error.reason}" if at_fault else error.reason)
+        return Unreadable(error.reason_for(name_of(clip)))
     except UserError as error:
         return Unreadable(error)
 
 
 def _read_in_worker(task: tuple[ClipReader, str, int]) -> NDArray[np.uint8] | Unreadable:
-    torch.set_num_threads(1)  # the workers are the parallelism
-    # Decoders print what they think of a file, right across a progress bar.
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
     frames = _read(task[:2])
     return frames if isinstance(frames, Unreadable) else frames.numpy()
 

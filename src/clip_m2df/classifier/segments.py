@@ -16,7 +16,7 @@ from clip_m2df.classifier.clips import Clip, ClipEncoder, as_frames, check_frame
 from clip_m2df.classifier.support import ClassScorer
 from clip_m2df.errors import UserError
 from clip_m2df.video.reader import sample_frames
-from clip_m2df.video.timing import counted, evenly_timed, exact_rate
+from clip_m2df.video.timing import count_samples, evenly_timed, exact_rate
 from clip_m2df.video.transforms import ClipReader, resize_and_crop
 
 # Frames that are resized and encoded together.
@@ -150,7 +150,7 @@ def _shown(video: Clip, rate: float, fps: float | None) -> Iterator[Tensor]:
     check_frames(video)
     if fps is None:
         raise UserError("frames in memory have no times: give fps, how many of them make a second")
-    shown = counted(evenly_timed(range(len(video)), exact_rate("fps", fps)), exact_rate("rate", rate))
+    shown = count_samples(evenly_timed(range(len(video)), exact_rate("fps", fps)), exact_rate("rate", rate))
     return (as_frames(video, [number]) for number, count in shown for _ in range(count))
 
 

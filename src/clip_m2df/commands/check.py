@@ -1,6 +1,4 @@
-"""Opens every video of a manifest as evaluation would, and writes a table of what is wrong with which."""
-
-from __future__ import annotations
+"""``clip-m2df check``: opens every video of a manifest as evaluation would, and tells which are broken."""
 
 import csv
 import dataclasses
@@ -8,26 +6,21 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
-
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
+from typing import Any, get_args
 
 from clip_m2df.datasets.benchmarks import NEEDED
-from clip_m2df.datasets.manifest import SPLITS, Manifest, Video, relative_path
-from clip_m2df.errors import UserError, some
-from clip_m2df.files import fingerprint_text, whole_file
+from clip_m2df.datasets.manifest import SPLITS, Manifest, Video
+from clip_m2df.errors import UserError, require, some
+from clip_m2df.files import fingerprint_text, plain, relative_path, write_table, writing
 from clip_m2df.video.isolation import Lost, isolated_map
 
 STATUSES = ("ok", "warning", "unusable")
-
-
-_NAMED = 20  # of the unusable, in print
+MOST_NAMES = 20  # of the unusable, in print
 
 
 @dataclass(frozen=True)
@@ -76,8 +69,12 @@ class Finding:
         return found
 
 
-_FACTS = [field.name for field in dataclasses.fields(Finding) if field.name != "failure"]
-
+# The columns of the table that are facts of a finding, and the types of their cells.
+_FACTS = {
+    field.name: (get_args(field.type) or (field.type,))[0]
+    for field in dataclasses.fields(Finding)
+    if field.name != "failure"
+}
 
 COLUMNS = ("path", "label", "split", "status", "reason", *_FACTS)
 """Of the table."""
@@ -87,24 +84,24 @@ def check_videos(
     *,
     manifest: Path,
     root: Path | None = None,
-    output: Path | None,
-    fix: Path | None,
-    frames: int,
-    workers: int,
-    timeout: float,
+    output: Path | None = None,
+    fix: Path | None = None,
+    frames: int = 8,
+    workers: int | None = None,
+    timeout: float = 60.0,
 ) -> int:
-    """Check every video of a manifest, write a table of the findings and print a summary.
+    """Open every video of a manifest as evaluation would, and write a table of what is wrong with which.
 
     Findings are added to ``<output>.part`` as they come, and the next check goes on from there. Those of an earlier
     table hold for the videos that have not changed since.
 
     Args:
-        manifest: A CSV; videos that are not there count as unusable.
+        manifest: A CSV with the columns path, label and split; videos that are not there count as unusable.
         root: A folder outside the manifest's own in which its videos may lie too.
-        output: The table, a CSV; ``<manifest>.check.csv`` by default.
-        fix: Where to write a manifest without the unusable videos.
+        output: The table, a CSV; beside the manifest, NAME.check.csv, by default.
+        fix: Write a manifest without the unusable videos.
         frames: Frames of each video at evaluation.
-        workers: Processes that decode.
+        workers: Processes that decode; as many as there are cores by default.
         timeout: Seconds after which a video is given up.
 
     Returns:
@@ -113,26 +110,24 @@ def check_videos(
     Raises:
         UserError: If an option is out of range, the manifest cannot be read, or a file cannot be written.
     """
-    for option, value, least in (("frames", frames, 1), ("workers", workers, 1)):
-        if value < least:
-            raise UserError(f"{option} is {value}: set it to {least} or more")
-    if not timeout > 0:
-        raise UserError(f"timeout is {timeout:g} seconds: set it to more than 0")
+    require(least=1, frames=frames, workers=workers)
+    require(above=0, timeout=timeout)
     listed = Manifest.read(manifest, root, check_files=False)
     output = manifest.with_suffix(".check.csv") if output is None else output
     if os.path.abspath(output) in [os.path.abspath(other) for other in (manifest, fix) if other is not None]:
         raise UserError(f"the table would take the place of the manifest {output}: give it another name with --output")
     part = Path(f"{output}.part")
-    try:
+    with writing(output, "table"):
         findings = _find(listed, output, part, frames=frames, workers=workers, timeout=timeout)
-        rows = _rows(listed, findings)
-        with whole_file(output) as draft, open(draft, "w", encoding="utf-8", newline="") as file:
-            _writer(file).writerows(rows)
+        first: dict[str, str] = {}
+        rows = []
+        for video in listed.videos:
+            name, digest = relative_path(video.path, listed.root), findings[video.path].digest
+            # The first of several videos with the same frames is not at fault.
+            same = first.setdefault(digest, name) if digest else name
+            rows.append(_row(name, video, findings[video.path], [] if same == name else [f"the same frames as {same}"]))
+        write_table(output, "table", [COLUMNS, *(row.values() for row in rows)])
         part.unlink()
-    except OSError as error:
-        raise UserError(
-            f"cannot write the table {output}: {error.strerror}; name a file in a folder that can be written"
-        ) from error
     _print_summary(rows, output)
     if fix is not None:
         _write_fixed(listed, rows, fix)
@@ -145,84 +140,70 @@ def examine(task: tuple[str, int, str]) -> Finding:
     Args:
         task: The video's path, evaluation's number of frames and the file's fingerprint.
     """
-    from clip_m2df.video.reader import VideoError, probe, read_frames
+    from clip_m2df.video.reader import VideoError, as_video_error, probe, read_frames
     from clip_m2df.video.transforms import segment_indices
 
     path, frames, mark = task
-    asked = [0]
-
-    def choose(n_frames: int) -> Sequence[int]:
-        asked.append(n_frames)
-        return segment_indices(n_frames, frames)
-
-    unusable = Finding(sampled=frames, fingerprint=mark)
     try:
-        clip = read_frames(path, choose)
-        facts = None if os.path.isdir(path) else probe(path)
+        with as_video_error(path):
+            clip, n_frames = read_frames(path, partial(segment_indices, frames=frames))
+            facts = {} if os.path.isdir(path) else dataclasses.asdict(probe(path))
     except VideoError as error:
-        image = f"{os.path.basename(error.path)}: " if error.path != path and os.path.isdir(path) else ""
-        return dataclasses.replace(unusable, failure=image + error.reason)
-    except Exception as error:  # whatever a file does to a decoder, the others are still to be checked
-        return dataclasses.replace(unusable, failure=f"reading it fails: {type(error).__name__}: {error}")
+        return Finding(failure=error.reason_for(path), sampled=frames, fingerprint=mark)
     shape = tuple(clip.shape)
     return Finding(
-        frames=asked[-1],
-        promised=facts.promised if facts else None,
+        frames=n_frames,
+        promised=facts.get("promised"),
         width=shape[3],
         height=shape[2],
-        fps=round(facts.fps, 3) if facts and facts.fps else None,
-        rotation=facts.rotation if facts else None,
-        variable_rate=int(facts.variable_rate) if facts else None,
+        fps=round(facts["fps"], 3) if facts.get("fps") else None,
+        rotation=facts.get("rotation"),
+        variable_rate=int(facts["variable_rate"]) if facts else None,
         digest=hashlib.sha256(repr(shape).encode() + clip.contiguous().numpy().tobytes()).hexdigest(),
         sampled=frames,
         fingerprint=mark,
     )
 
 
-def _work(task: tuple[str, int, str]) -> Finding:
-    """Examine a video in a worker."""
-    import torch
-
-    torch.set_num_threads(1)  # the workers are the parallelism
-    # Decoders print what they think of a file, right across the progress bar.
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    return examine(task)
-
-
 def _find(
-    manifest: Manifest, output: Path, part: Path, *, frames: int, workers: int, timeout: float
+    manifest: Manifest, output: Path, part: Path, *, frames: int, workers: int | None, timeout: float
 ) -> dict[str, Finding]:
     """Find what is wrong with each video, by path; what the table and its part know already is taken over."""
+    from rich.console import Console
+    from rich.progress import track
+
     known = {**read_findings(output), **read_findings(part)}
-    videos = {video.path: video for video in manifest.videos}
-    marks = {path: fingerprint_text(path) for path in videos}
     findings: dict[str, Finding] = {}
-    for path, mark in marks.items():
-        finding = known.get(relative_path(path, manifest.root))
+    rows: list[Iterable[object]] = [COLUMNS]
+    tasks: dict[tuple[str, int, str], tuple[str, Video]] = {}
+    for video in manifest.videos:
+        name, mark = relative_path(video.path, manifest.root), fingerprint_text(video.path)
+        finding = known.get(name)
         if mark and finding is not None and (finding.fingerprint, finding.sampled) == (mark, frames):
-            findings[path] = finding
-    tasks = [(path, frames, mark) for path, mark in marks.items() if path not in findings]
-    with whole_file(part) as draft, open(draft, "w", encoding="utf-8", newline="") as file:
-        _writer(file).writerows(_row(videos[path], manifest, finding) for path, finding in findings.items())
+            findings[video.path] = finding
+            rows.append(_row(name, video, finding).values())
+        else:
+            tasks[video.path, frames, mark] = (name, video)
+    write_table(part, "table", rows)
     if findings:
-        print(f"{len(findings)} of {len(videos)} videos have not changed since they were checked")
+        print(f"{len(findings)} of {len(manifest.videos)} videos have not changed since they were checked")
     with (
         open(part, "a", encoding="utf-8", newline="") as file,
-        closing(isolated_map(_work, tasks, workers=workers, timeout=timeout)) as results,
+        closing(isolated_map(examine, tasks, workers=workers, timeout=timeout)) as results,
     ):
-        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        table = csv.writer(file, lineterminator="\n")
         bar = track(results, "checking", total=len(tasks), console=Console(stderr=True), disable=not tasks)
-        for (path, _, _), result in bar:
+        for task, result in bar:
             # Without a fingerprint: another time, or with more of it, the video may well be read.
-            findings[path] = Finding(failure=str(result), sampled=frames) if isinstance(result, Lost) else result
-            table.writerow(_row(videos[path], manifest, findings[path]))
+            finding = Finding(failure=str(result), sampled=frames) if isinstance(result, Lost) else result
+            findings[task[0]] = finding
+            table.writerow(_row(*tasks[task], finding).values())
             file.flush()
     return findings
 
 
 def read_findings(table: Path) -> dict[str, Finding]:
-    """Read the findings of a table, or of one that was broken off, by the videos' names in it.
+    """Read the findings of a table, or of one that was interrupted, by the videos' names in it.
 
     Rows that are damaged are left out; a file that is not there, or is no such table, has none.
     """
@@ -243,80 +224,46 @@ def _parse(row: Mapping[str, str | None]) -> Finding | None:
         return None
     cells = {name: cell or "" for name, cell in row.items()}
     usable = cells["status"] in ("ok", "warning")
-    forms = {
-        "status": "|".join(STATUSES),
-        "digest": "[0-9a-f]{64}" if usable else "",
-        "fingerprint": r"\d+(:\d+)+",
-    }
+    digest = "[0-9a-f]{64}" if usable else ""
+    forms = {"status": "|".join(STATUSES), "digest": digest, "sampled": ".+", "fingerprint": r"\d+(:\d+)+"}
     if not all(re.fullmatch(form, cells[name]) for name, form in forms.items()):
         return None
     try:
-        return Finding(
-            failure="" if usable else cells["reason"],
-            frames=_number(cells["frames"]),
-            promised=_number(cells["promised"]),
-            width=_number(cells["width"]),
-            height=_number(cells["height"]),
-            fps=float(cells["fps"]) if cells["fps"] else None,
-            rotation=_number(cells["rotation"]),
-            variable_rate=_number(cells["variable_rate"]),
-            digest=cells["digest"],
-            sampled=int(cells["sampled"]),
-            fingerprint=cells["fingerprint"],
-        )
+        facts = {name: cell_type(cells[name]) for name, cell_type in _FACTS.items() if cells[name]}
     except ValueError:
         return None
+    return Finding(failure="" if usable else cells["reason"], **facts)
 
 
-def _number(cell: str) -> int | None:
-    return int(cell) if cell else None
-
-
-def _writer(file: TextIO) -> csv.DictWriter[str]:
-    table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-    table.writeheader()
-    return table
-
-
-def _row(video: Video, manifest: Manifest, finding: Finding, more: Sequence[str] = ()) -> dict[str, Any]:
+def _row(name: str, video: Video, finding: Finding, more: Sequence[str] = ()) -> dict[str, Any]:
     """Make a row of the table, with more warnings than the finding has by itself."""
     warnings = [*finding.warnings(), *more]
-    reason = " ".join((finding.failure or "; ".join(warnings)).split())
     return {
-        "path": relative_path(video.path, manifest.root),
+        "path": name,
         "label": video.label,
         "split": video.split,
         "status": "unusable" if finding.failure else "warning" if warnings else "ok",
         # The name of an image may have bytes that are no UTF-8.
-        "reason": reason.encode(errors="backslashreplace").decode(),
+        "reason": plain(" ".join((finding.failure or "; ".join(warnings)).split())),
         **{name: getattr(finding, name) for name in _FACTS},
     }
 
 
-def _rows(manifest: Manifest, findings: Mapping[str, Finding]) -> list[dict[str, Any]]:
-    """Make the table, in the manifest's order; the first of several videos with the same frames is not at fault."""
-    first: dict[str, str] = {}
-    rows = []
-    for video in manifest.videos:
-        finding = findings[video.path]
-        name = relative_path(video.path, manifest.root)
-        same = first.setdefault(finding.digest, name) if finding.digest else name
-        rows.append(_row(video, manifest, finding, [] if same == name else [f"the same frames as {same}"]))
-    return rows
-
-
 def _print_summary(rows: Sequence[Mapping[str, Any]], output: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
     counts = Counter((row["split"], row["status"]) for row in rows)
     table = Table("split", *STATUSES)
     for split in SPLITS:
-        if any(counts[split, status] for status in STATUSES):
+        if any(row["split"] == split for row in rows):
             table.add_row(split, *(str(counts[split, status]) for status in STATUSES))
     Console().print(table)
     unusable = [f"{row['path']}: {row['reason']}" for row in rows if row["status"] == "unusable"]
     if unusable:
-        print("unusable:", *unusable[:_NAMED], sep="\n  ")
-    if len(unusable) > _NAMED:
-        print(f"  and {len(unusable) - _NAMED} more in {output}")
+        print("unusable:", *unusable[:MOST_NAMES], sep="\n  ")
+    if len(unusable) > MOST_NAMES:
+        print(f"  and {len(unusable) - MOST_NAMES} more in {output}")
     print(f"the table of all videos is {output}")
 
 
@@ -328,12 +275,11 @@ def _write_fixed(manifest: Manifest, rows: Sequence[Mapping[str, Any]], fix: Pat
         return
     Manifest(videos).write(fix)
     print(f"{fix} leaves out {len(rows) - len(videos)} of {len(rows)} videos")
-    counts = Counter(video.label for video in videos)
-    split_of = {video.label: video.split for video in manifest.videos}
+    before, after = (Counter((v.label, v.split) for v in which) for which in (manifest.videos, videos))
     short = [
-        f"{label!r} has {counts[label]} of {NEEDED[split]}"
-        for label, split in sorted(split_of.items())
-        if counts[label] < NEEDED[split] and counts[label] < sum(video.label == label for video in manifest.videos)
+        f"{label!r} has {after[label, split]} of {NEEDED[split]}"
+        for (label, split), count in sorted(before.items())
+        if after[label, split] < min(count, NEEDED[split])
     ]
     if short:
-        print(f"classes that are now short of videos for 5-way 5-shot episodes: {some(short, _NAMED)}")
+        print(f"classes that are now short of videos for 5-way 5-shot episodes: {some(short, MOST_NAMES)}")

@@ -270,7 +270,8 @@ def _label(
         try:
             found = classifier.segments(path, reject=question.reject, **question.sliding)
         except UserError as error:
-            yield place, [question.broken_row(names, _reason(error, path))]
+            reason = error.reason_for(path) if isinstance(error, VideoError) else str(error)
+            yield place, [question.broken_row(names, reason)]
         else:
             times = [{"start": round(s.start, 3), "end": round(s.end, 3)} for s in found]
             rows = [_row(names, s.label, s.probability, s.probabilities) for s in found]
@@ -290,14 +291,6 @@ def _row(
 
 def _rounded(probability: float) -> float | None:
     return None if math.isnan(probability) else round(probability, 6)
-
-
-def _reason(error: UserError, path: str) -> str:
-    """Why a video can't be read; an image of a folder is named."""
-    if not isinstance(error, VideoError):
-        return str(error)
-    image = f"{os.path.basename(error.path)}: " if os.path.isdir(path) and error.path != os.path.abspath(path) else ""
-    return image + error.reason
 
 
 @contextmanager

@@ -8,19 +8,15 @@ from functools import cache
 from pathlib import Path
 
 from clip_m2df.datasets.manifest import SPLITS, class_key, fold
-from clip_m2df.datasets.split_lists import Entry, SplitLists
+from clip_m2df.datasets.split_lists import ListedVideo, SplitLists
 from clip_m2df.datasets.tree import VideoFile
 from clip_m2df.errors import UserError
 
 _SPLIT_FOLDERS = {"train": "train", "val": "val", "validation": "val", "test": "test"}
 
-
 # A Kinetics video is known by its id; its time stamps are sometimes left out, and files get endings of their own.
 _LISTED_ID = re.compile(r"([\w-]{11})(?:_\d+_\d+)?", re.ASCII)
-
-
 _FILE_ID = re.compile(r"([\w-]{11})(?![0-9A-Za-z-])", re.ASCII)
-
 
 Home = Callable[[VideoFile], str | None]
 """From a video to the class in whose folder it lies, if in any."""
@@ -73,64 +69,50 @@ def match_entries(known: SplitLists, files: Sequence[VideoFile], home: Home, *, 
         The outcome; a missing video's candidates are a few files of its name in the folders of other classes.
     """
     by_name: dict[str, list[VideoFile]] = {}
-    by_name_and_class: dict[tuple[str, str | None], list[VideoFile]] = {}
     for file in files:
         shared = {fold(file.stem)}
         if kinetics and (match := _FILE_ID.match(file.stem)):
             shared.add(fold(match[1]))
         for name in shared:
             by_name.setdefault(name, []).append(file)
-            by_name_and_class.setdefault((name, home(file)), []).append(file)
-    entries = known.entries or ()
-    outcome = Outcome(known.classes, listed=Counter(entry.split for entry in entries))
-    claims: dict[VideoFile, list[tuple[Entry, str]]] = {}
-    for entry in entries:
-        match = _LISTED_ID.fullmatch(entry.stem) if kinetics else None
-        shared_name = match[1] if match else entry.stem
-        name = fold(shared_name)
-        fitting = by_name_and_class.get((name, entry.label)) or by_name_and_class.get((name, None), [])
-        fitting = _narrow(fitting, entry, shared_name)
+    videos = known.videos or ()
+    outcome = Outcome(known.classes, listed=Counter(video.split for video in videos))
+
+    def leave_out(video: ListedVideo, problem: str, candidates: Sequence[VideoFile]) -> None:
+        outcome.problems.append(Problem(video.split, video.label, video.line, problem, tuple(candidates)))
+
+    claims: dict[VideoFile, list[tuple[ListedVideo, tuple[bool, ...]]]] = {}
+    for video in videos:
+        match = _LISTED_ID.fullmatch(video.stem) if kinetics else None
+        shared_name = match[1] if match else video.stem
+        same_name = by_name.get(fold(shared_name), [])
+        fitting = [file for file in same_name if home(file) == video.label]
+        fitting = fitting or [file for file in same_name if home(file) is None]
+        fits = [_likeness(file, video, shared_name) for file in fitting]
+        fitting = [file for file, fit in zip(fitting, fits, strict=True) if fit == max(fits)]
         if len(fitting) == 1:
-            claims.setdefault(fitting[0], []).append((entry, shared_name))
+            claims.setdefault(fitting[0], []).append((video, max(fits)[::2]))
         elif fitting:
-            outcome.problems.append(_problem(entry, "ambiguous", fitting))
+            leave_out(video, "ambiguous", fitting)
         else:
-            outcome.problems.append(_problem(entry, "missing", by_name.get(name, [])[:3]))
+            leave_out(video, "missing", same_name[:3])
     for file, claimants in claims.items():
-        _settle(file, claimants, outcome)
+        claimed = [fit for _, fit in claimants]
+        for video, fit in claimants:
+            if fit < max(claimed):
+                leave_out(video, "missing", [file])
+            elif claimed.count(fit) > 1:
+                leave_out(video, "ambiguous", [file])
+            else:
+                outcome.found.append((video.split, video.label, file))
     outcome.problems.sort(key=lambda problem: (SPLITS.index(problem.split), problem.label, problem.entry))
     return outcome
 
 
-def _narrow(fitting: list[VideoFile], entry: Entry, shared_name: str) -> list[VideoFile]:
-    """Those of several files that are spelled most like the entry."""
-    preferences: tuple[Callable[[VideoFile], bool], ...] = (
-        lambda file: file.stem.startswith(shared_name),  # ids that differ in case alone
-        lambda file: fold(file.stem) == fold(entry.stem),
-        lambda file: file.stem == entry.stem,
-    )
-    for prefers in preferences:
-        if len(fitting) < 2:
-            break
-        fitting = [file for file in fitting if prefers(file)] or fitting
-    return fitting
-
-
-def _settle(file: VideoFile, claimants: Sequence[tuple[Entry, str]], outcome: Outcome) -> None:
-    """Give a file to the entry that it fits; to none of several that it fits equally well."""
-    fits = [(file.stem.startswith(shared_name), file.stem == entry.stem) for entry, shared_name in claimants]
-    tied = fits.count(max(fits)) > 1
-    for (entry, _), fit in zip(claimants, fits, strict=True):
-        if fit < max(fits):
-            outcome.problems.append(_problem(entry, "missing", [file]))
-        elif tied:
-            outcome.problems.append(_problem(entry, "ambiguous", [file]))
-        else:
-            outcome.found.append((entry.split, entry.label, file))
-
-
-def _problem(entry: Entry, problem: str, candidates: Sequence[VideoFile]) -> Problem:
-    return Problem(entry.split, entry.label, entry.line, problem, tuple(candidates))
+def _likeness(file: VideoFile, video: ListedVideo, shared_name: str) -> tuple[bool, ...]:
+    """How much a file is spelled like a listed video; larger is more."""
+    # First of all, ids that differ in case alone are told apart.
+    return file.stem.startswith(shared_name), fold(file.stem) == fold(video.stem), file.stem == video.stem
 
 
 def match_classes(

@@ -3,20 +3,20 @@
 import csv
 import hashlib
 import io
+import itertools
 import os
 import re
 import shlex
 import unicodedata
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from clip_m2df.errors import UserError, some
-from clip_m2df.files import read_bytes, whole_file
+from clip_m2df.errors import UserError, require, some
+from clip_m2df.files import lies_under, read_text, relative_path, write_table
 
 SPLITS = ("train", "val", "test")
 """The names that a split may have, in the order in which they are listed."""
-
 
 _REQUIRED = ("path", "label", "split")
 
@@ -67,29 +67,21 @@ class Split:
         Raises:
             UserError: If the shape makes no sense, or the split has too few classes or videos for it.
         """
-        if n_way < 2:
-            raise UserError(f"n_way is {n_way}, but an episode tells classes apart: set n_way to 2 or more")
-        for option, value in (("n_shot", n_shot), ("n_query", n_query)):
-            if value < 1:
-                raise UserError(f"{option} is {value}, but an episode needs at least one: set {option} to 1 or more")
+        require(least=2, n_way=n_way)  # an episode tells classes apart
+        require(least=1, n_shot=n_shot, n_query=n_query)
         n_classes = len(self.class_names)
         if n_classes < n_way:
-            remedy = f"set n_way to {n_classes} or less" if n_classes >= 2 else "n_way cannot be less than 2"
             raise UserError(
-                f"the {self.name} split has {counted(n_classes, 'class', 'classes')}, too few for n_way {n_way}: "
-                f"{remedy}, or add classes to the manifest"
+                f"the number of classes in the {self.name} split is {n_classes}, too few for n_way {n_way}: "
+                "lower n_way, or add classes to the manifest"
             )
         needed = n_shot + n_query
-        short = {name: len(videos) for name, videos in zip(self.class_names, self.videos, strict=True)}
-        short = {name: count for name, count in short.items() if count < needed}
-        if short:
-            fewest = min(short.values())
-            remedy = f"lower n_shot or n_query to a sum of {fewest}, or " if fewest >= 2 else ""
+        counts = {name: len(videos) for name, videos in zip(self.class_names, self.videos, strict=True)}
+        if short := [f"{name!r} has {count}" for name, count in counts.items() if count < needed]:
             raise UserError(
-                f"the {self.name} split has {counted(len(short), 'class', 'classes')} with fewer than the {needed} "
-                f"videos that n_shot {n_shot} and n_query {n_query} take: "
-                f"{some([f'{name!r} has {count}' for name, count in short.items()])}; "
-                f"{remedy}add videos of these classes to the manifest or remove the classes"
+                f"{len(short)} of the {n_classes} classes of the {self.name} split have fewer videos than the {needed}"
+                f" that n_shot {n_shot} and n_query {n_query} take: {some(short)}; lower n_shot or n_query, add videos"
+                " of these classes to the manifest, or remove the classes"
             )
 
 
@@ -100,7 +92,7 @@ class Manifest:
         videos: The rows, in order.
         root: The folder that relative paths start at. It decides how ``digest`` names the videos under it.
         source: What messages call the list.
-        lines: The line of each row, for messages; otherwise rows are counted from 1.
+        lines: The line of each row, for messages; by default rows are counted from 1.
 
     Attributes:
         videos: The rows, in order.
@@ -123,12 +115,22 @@ class Manifest:
         self.root = None if root is None else os.path.abspath(root)
         if not self.videos:
             raise UserError(f"{source} has no videos: add a row for each video")
-        places = (
-            [f"line {n}" for n in lines] if lines is not None else [f"row {n + 1}" for n in range(len(self.videos))]
-        )
-        _check(self.videos, places, source)
+        rows = [f"line {n}" for n in lines] if lines else [f"row {n + 1}" for n in range(len(self.videos))]
+        _check(self.videos, rows, source)
         self._source = source
-        self._splits = {name: _split(name, self.videos) for name in SPLITS if any(v.split == name for v in self.videos)}
+        classes: dict[str, dict[str, list[Video]]] = {name: {} for name in SPLITS}
+        for video in self.videos:
+            classes[video.split].setdefault(video.label, []).append(video)
+        self._splits = {
+            name: Split(
+                name=name,
+                class_names=tuple(sorted(by_class)),
+                class_texts=tuple(by_class[label][0].text for label in sorted(by_class)),
+                videos=tuple(tuple(by_class[label]) for label in sorted(by_class)),
+            )
+            for name, by_class in classes.items()
+            if by_class
+        }
 
     @classmethod
     def read(cls, path: str | Path, root: str | Path | None = None, *, check_files: bool = True) -> "Manifest":
@@ -152,10 +154,10 @@ class Manifest:
             UserError: If the file cannot be read, a row is at fault (the message names the line), or videos lie in
                 neither folder.
         """
-        rows, lines = read_rows(path, "manifest", _REQUIRED)
-        folder = os.path.dirname(os.path.abspath(path))
+        rows = read_rows(path, "manifest", _REQUIRED)
+        source, folder = f"the manifest {path}", os.path.dirname(os.path.abspath(path))
         texts: dict[str, str] = {}
-        for row in rows:
+        for row in rows.values():
             if row.get("text"):
                 texts.setdefault(row["label"], row["text"])
         videos = [
@@ -166,24 +168,21 @@ class Manifest:
                 text=row.get("text") or texts.get(row["label"], row["label"]),
                 extra={name: cell for name, cell in row.items() if name not in (*_REQUIRED, "text")},
             )
-            for row in rows
+            for row in rows.values()
         ]
-        manifest = cls(videos, root=folder, source=f"the manifest {path}", lines=lines)
-        manifest._check_folders([folder] if root is None else [folder, os.path.abspath(root)])
-        if check_files:
-            manifest.check_files()
-        return manifest
-
-    def _check_folders(self, folders: Collection[str]) -> None:
-        """Refuse videos that lie under none of the folders."""
-        outside = [v.path for v in self.videos if not any(lies_under(v.path, folder) for folder in folders)]
+        manifest = cls(videos, root=folder, source=source, lines=list(rows))
+        folders = [folder] if root is None else [folder, os.path.abspath(root)]
+        outside = [v.path for v in videos if not any(lies_under(v.path, allowed) for allowed in folders)]
         if outside:
             common = os.path.commonpath([os.path.dirname(path) for path in outside])
             raise UserError(
-                f"{len(outside)} of the {len(self.videos)} videos in {self._source} lie outside "
-                f"{' and '.join(folders)}, the first is {outside[0]}: if you trust the manifest with what is there, "
-                f"allow it with --data.root {shlex.quote(common)} (clip-m2df check and cache: --root)"
+                f"{len(outside)} of the {len(videos)} videos in {source} lie outside {' and '.join(folders)}, the first"
+                f" is {outside[0]}: if you trust the manifest with what is there, allow it with"
+                f" --data.root {shlex.quote(common)} (clip-m2df check and cache: --root)"
             )
+        if check_files:
+            manifest.check_files()
+        return manifest
 
     def check_files(self, is_there: Callable[[str], bool] = os.path.exists) -> None:
         """Check that all videos are there.
@@ -211,9 +210,8 @@ class Manifest:
         Raises:
             UserError: If it cannot be read, gives a class two texts, or names no class of the manifest.
         """
-        rows, lines = read_rows(file, "list of class texts", ("label", "text"))
         texts: dict[str, str] = {}
-        for row, line in zip(rows, lines, strict=True):
+        for line, row in read_rows(file, "list of class texts", ("label", "text")).items():
             if texts.setdefault(row["label"], row["text"]) != row["text"]:
                 raise UserError(
                     f"line {line} of the list of class texts {file} gives the class {row['label']!r} a second text: "
@@ -258,16 +256,6 @@ class Manifest:
                 state.update("".join(cell + "\0" for cell in [*cells, ""]).encode())
         return state.hexdigest()
 
-    def summary(self) -> str:
-        """Return a plain table of the splits with their numbers of classes and videos."""
-        rows = [
-            (split.name, str(len(split.class_names)), str(sum(map(len, split.videos))))
-            for split in self._splits.values()
-        ]
-        return "\n".join(
-            f"{name:<5}  {classes:>7}  {videos:>7}" for name, classes, videos in [("split", "classes", "videos"), *rows]
-        )
-
     def write(self, path: str | Path) -> None:
         """Write the manifest as CSV, whole or not at all.
 
@@ -279,74 +267,40 @@ class Manifest:
         Raises:
             UserError: If it cannot be written.
         """
-        target = os.path.abspath(path)
+        folder = os.path.dirname(os.path.abspath(path))
         extras = list(dict.fromkeys(name for video in self.videos for name in video.extra))
-        try:
-            with whole_file(target) as draft, draft.open("w", encoding="utf-8", newline="") as file:
-                table = csv.writer(file, lineterminator="\n")
-                table.writerow([*_REQUIRED, "text", *extras])
-                for video in self.videos:
-                    name = relative_path(video.path, os.path.dirname(target))
-                    cells = [video.extra.get(extra, "") for extra in extras]
-                    table.writerow([name, video.label, video.split, video.text, *cells])
-        except OSError as error:
-            raise UserError(
-                f"cannot write the manifest {path}: {error.strerror}; name a file in a folder that can be written"
-            ) from error
+        rows = (
+            [relative_path(v.path, folder), v.label, v.split, v.text, *(v.extra.get(name, "") for name in extras)]
+            for v in self.videos
+        )
+        write_table(path, "manifest", itertools.chain([[*_REQUIRED, "text", *extras]], rows))
 
 
-def _check(videos: Sequence[Video], places: Sequence[str], source: str) -> None:
+def _check(videos: Sequence[Video], rows: Sequence[str], source: str) -> None:
     """Refuse an unknown split, a video listed twice and a class with two splits or two texts."""
     first_of_path: dict[str, str] = {}
     first_of_class: dict[str, tuple[Video, str]] = {}
-    for video, place in zip(videos, places, strict=True):
+    for video, row in zip(videos, rows, strict=True):
         if video.split not in SPLITS:
-            raise UserError(f"{place} of {source} has the split {video.split!r}: it can be {', '.join(SPLITS)}")
+            raise UserError(f"{row} of {source} has the split {video.split!r}: it can be {', '.join(SPLITS)}")
         # Equal on this file system, even where its names ignore case.
-        earlier = first_of_path.setdefault(os.path.normcase(os.path.normpath(video.path)), place)
-        if earlier is not place:
-            raise UserError(f"{source} lists the video {video.path} twice, on {earlier} and on {place}: remove one")
-        known, where = first_of_class.setdefault(video.label, (video, place))
+        earlier = first_of_path.setdefault(os.path.normcase(os.path.normpath(video.path)), row)
+        if earlier is not row:
+            raise UserError(f"{source} lists the video {video.path} twice, on {earlier} and on {row}: remove one")
+        known, where = first_of_class.setdefault(video.label, (video, row))
         if known.split != video.split:
             raise UserError(
                 f"the class {video.label!r} is in two splits of {source}, {known.split} on {where} and {video.split} "
-                f"on {place}: few-shot splits share no class, so keep it in one"
+                f"on {row}: few-shot splits share no class, so keep it in one"
             )
         if known.text != video.text:
             raise UserError(
                 f"the class {video.label!r} has two texts in {source}, {known.text!r} on {where} and {video.text!r} "
-                f"on {place}: give it one"
+                f"on {row}: give it one"
             )
 
 
-def _split(name: str, videos: Sequence[Video]) -> Split:
-    by_class: dict[str, list[Video]] = {}
-    for video in videos:
-        if video.split == name:
-            by_class.setdefault(video.label, []).append(video)
-    classes = sorted(by_class)
-    return Split(
-        name=name,
-        class_names=tuple(classes),
-        class_texts=tuple(by_class[label][0].text for label in classes),
-        videos=tuple(tuple(by_class[label]) for label in classes),
-    )
-
-
-def relative_path(path: str, root: str | None) -> str:
-    """Name an absolute path from the root, with forward slashes, if it lies under it."""
-    if root is None or not lies_under(path, root):
-        return path
-    return path.removeprefix(os.path.join(root, "")).replace(os.sep, "/")
-
-
-def lies_under(path: str, folder: str) -> bool:
-    """Tell from their names whether an absolute, normal path is a folder or lies in it, at any depth."""
-    # pathlib is slow on many thousands.
-    return path == folder or path.startswith(os.path.join(folder, ""))
-
-
-def read_rows(path: str | Path, what: str, required: Sequence[str]) -> tuple[list[dict[str, str]], list[int]]:
+def read_rows(path: str | Path, what: str, required: Sequence[str]) -> dict[int, dict[str, str]]:
     """Read the rows of a table.
 
     Args:
@@ -355,78 +309,52 @@ def read_rows(path: str | Path, what: str, required: Sequence[str]) -> tuple[lis
         required: The columns that it must have, and in which no cell may be empty.
 
     Returns:
-        The cells of each row by column, without spaces around them but in ``path``; and the line that each starts on.
+        By the line that a row starts on, its cells by column, without spaces around them but in ``path``.
 
     Raises:
         UserError: If it cannot be read, or a row is at fault; the message names the line.
     """
-    text = _read_text(path, what)
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    header: list[str] | None = None
-    rows: list[dict[str, str]] = []
-    lines: list[int] = []
-    while True:
-        line = reader.line_num + 1
-        where = f"line {line} of the {what} {path}"
-        try:
-            cells = next(reader)
-        except StopIteration:
-            break
-        except csv.Error as error:
-            raise UserError(f"{where} is not valid CSV ({error}): check its quotes and commas") from error
-        if not cells:
-            continue
-        if any("\n" in cell or "\r" in cell for cell in cells):
-            raise UserError(f"{where} has a line break inside a cell: close the quote, or take the line break out")
-        if header is None:
-            header = _header(cells, path, what, required)
-            continue
-        if len(cells) != len(header):
-            raise UserError(
-                f"{where} has {counted(len(cells), 'cell')}, but the header has {len(header)}: "
-                'put a cell that holds a comma in double quotes ("...")'
-            )
-        row = {name: cell if name == "path" else cell.strip() for name, cell in zip(header, cells, strict=True)}
-        for name in required:
-            if not row[name].strip():
-                raise UserError(f"{where} has an empty {name}: fill it in or remove the row")
-        rows.append(row)
-        lines.append(line)
-    if header is None:
-        raise UserError(f"the {what} {path} is empty: it needs a header line with the columns {', '.join(required)}")
-    return rows, lines
-
-
-def _read_text(path: str | Path, what: str) -> str:
-    data = read_bytes(path, what)
+    reader = csv.reader(io.StringIO(read_text(path, what), newline=""), strict=True)
+    header: list[str] = []
+    rows: dict[int, dict[str, str]] = {}
+    line = 1
     try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"line {line} of the {what} {path} is not UTF-8: save the file with that encoding") from error
-    if "\0" in text:
-        line = text.count("\n", 0, text.index("\0")) + 1
-        raise UserError(f"line {line} of the {what} {path} has a NUL character: save it as plain CSV in UTF-8")
-    return text
+        for cells in reader:
+            where = f"line {line} of the {what} {path}"
+            if any(character in cell for cell in cells for character in "\n\r\0"):
+                raise UserError(f"{where} has a line break or a NUL character in a cell: close the quote, or remove it")
+            if cells and not header:
+                header = _header(cells, path, what, required)
+            elif cells:
+                if len(cells) != len(header):
+                    raise UserError(
+                        f"{where} has another number of cells than the header, {len(cells)} and not {len(header)}: "
+                        'put a cell that holds a comma in double quotes ("...")'
+                    )
+                row = {name: cell if name == "path" else cell.strip() for name, cell in zip(header, cells, strict=True)}
+                if empty := [name for name in required if not row[name].strip()]:
+                    raise UserError(f"{where} has an empty {empty[0]}: fill it in or remove the row")
+                rows[line] = row
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(
+            f"line {line} of the {what} {path} is not valid CSV ({error}): check its quotes and commas"
+        ) from error
+    if not header:
+        raise UserError(f"the {what} {path} is empty: it needs a header line with the columns {', '.join(required)}")
+    return rows
 
 
 def _header(cells: Sequence[str], path: str | Path, what: str, required: Sequence[str]) -> list[str]:
     header = [cell.strip() for cell in cells]
-    missing = [name for name in required if name not in header]
-    if missing:
+    if missing := [name for name in required if name not in header]:
         raise UserError(
             f"the {what} {path} has no column {' and no column '.join(map(repr, missing))}; its first line names "
             f"{', '.join(map(repr, header))}: name the columns there, separated by commas"
         )
-    for name in header:
-        if header.count(name) > 1:
-            raise UserError(f"the {what} {path} has the column {name!r} more than once: rename or remove one")
+    if twice := [name for name in header if header.count(name) > 1]:
+        raise UserError(f"the {what} {path} has the column {twice[0]!r} more than once: rename or remove one")
     return header
-
-
-def counted(number: int, one: str, many: str | None = None) -> str:
-    """Name a number of things: "1 cell", "2 cells"."""
-    return f"{number} {one if number == 1 else many or one + 's'}"
 
 
 # A capital after a small letter or a digit, and the last capital of a run: HandstandPushups, TVShow.

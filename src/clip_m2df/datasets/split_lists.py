@@ -2,7 +2,6 @@
 
 import json
 import re
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,28 +11,29 @@ from clip_m2df.datasets.benchmarks import BENCHMARKS
 from clip_m2df.datasets.manifest import SPLITS, class_key
 from clip_m2df.datasets.tree import VIDEO_EXTENSIONS, stem_of
 from clip_m2df.errors import UserError, some
-from clip_m2df.files import read_bytes
+from clip_m2df.files import read_text
 
 # No list of any data set comes near these.
-_MOST_BYTES = 64 << 20
-
-
+MOST_BYTES = 64 << 20
 _MOST_CHARACTERS = 4096
 
+# What a manifest cannot hold: control characters and lone halves of characters.
+_UNSOUND = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 # "train8/78687" and "train0//videos/brush_hair/x.avi": the split, the number of the class in it, and a path.
-_ID_FORM = re.compile(r"((train|val|test)\d{1,9})//?([^/].*)")
+_NUMBERED = re.compile(r"((train|val|test)\d{1,9})//?([^/].*)")
 
+# What the lines of a list look like.
+_FORMS = {"number": "train8/video or train8//class/video", "video": "class/video", "class": "a class"}
 
 # The split as a word of a file's name: train.list, vallist03.txt, test_few_shot.txt.
 _SPLIT_WORD = re.compile(r"(?<![a-z])(train|val|valid|validation|test)(?:ing)?(?:list)?(?![a-z])")
-
 
 _SSV2_FILES = "something-something-v2-train.json and something-something-v2-validation.json"
 
 
 @dataclass(frozen=True)
-class Entry:
+class ListedVideo:
     """A video that a list names.
 
     Attributes:
@@ -55,11 +55,11 @@ class SplitLists:
 
     Attributes:
         classes: The classes of each split, in the lists' order.
-        entries: The listed videos; None where the lists name classes alone, each with all its videos.
+        videos: The listed ones; None where the lists name classes alone, each with all its videos.
     """
 
     classes: Mapping[str, tuple[str, ...]]
-    entries: tuple[Entry, ...] | None = None
+    videos: tuple[ListedVideo, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -70,21 +70,13 @@ class _Line:
     number: int
     text: str
     split: str
-    class_id: str = ""
-    folder: str = ""
-    name: str = ""
+    class_id: str
+    folder: str
+    name: str
 
-    @property
-    def place(self) -> str:
+    def __str__(self) -> str:
+        """Where it is, for messages."""
         return f"line {self.number} of the list {self.file}"
-
-
-@dataclass(frozen=True)
-class _ClassNames:
-    """What annotation files say: the class of a video, and the class of a number such as ``train8``."""
-
-    of_video: Mapping[str, str]
-    of_id: Mapping[str, str]
 
 
 def read_lists(path: Path, dataset: str, annotations: Sequence[Path] = ()) -> SplitLists:
@@ -107,7 +99,7 @@ def read_lists(path: Path, dataset: str, annotations: Sequence[Path] = ()) -> Sp
             lies in two splits, or the classes are not the data set's.
     """
     names = read_annotations(annotations, dataset)
-    lines, files = _read_files(path)
+    lines = _read_lines(path)
     listing_videos = {bool(line.name) for line in lines}
     if len(listing_videos) == 2:
         raise UserError(f"some lists in {path} name videos and some only classes: give lists of one kind")
@@ -117,26 +109,22 @@ def read_lists(path: Path, dataset: str, annotations: Sequence[Path] = ()) -> Sp
         )
     missing = [split for split in SPLITS if not any(line.split == split for line in lines)]
     if missing and dataset in BENCHMARKS:
+        files = dict.fromkeys(line.file.name for line in lines)
         raise UserError(
-            f"there is no list of the {missing[0]} split in {path}, only {some(file.name for file in files)}: "
+            f"there is no list of the {missing[0]} split in {path}, only {some(files)}: "
             "give a folder with a list for each of train, val and test, named so"
         )
-    labels = _labels(lines, dataset, names)
-    classes = {
-        split: tuple(dict.fromkeys(labels[n] for n, line in enumerate(lines) if line.split == split))
-        for split in SPLITS
-    }
-    classes = {split: found for split, found in classes.items() if found}
-    if listing_videos == {False}:
-        return SplitLists(classes)
-    entries: dict[tuple[str, str], Entry] = {}
-    for label, line in zip(labels, lines, strict=True):
+    classes: dict[str, dict[str, None]] = {split: {} for split in SPLITS}
+    videos: dict[tuple[str, str], ListedVideo] = {}
+    for label, line in zip(_labels(lines, dataset, names), lines, strict=True):
+        classes[line.split][label] = None
         stem = stem_of(line.name)
-        entries.setdefault((label, stem), Entry(line.split, label, line.text, stem))
-    return SplitLists(classes, tuple(entries.values()))
+        videos.setdefault((label, stem), ListedVideo(line.split, label, line.text, stem))
+    found = {split: tuple(labels) for split, labels in classes.items() if labels}
+    return SplitLists(found, tuple(videos.values()) if listing_videos == {True} else None)
 
 
-def read_annotations(paths: Iterable[Path], dataset: str) -> _ClassNames:
+def read_annotations(paths: Iterable[Path], dataset: str) -> dict[str, str]:
     """Read files that name classes.
 
     Args:
@@ -144,33 +132,36 @@ def read_annotations(paths: Iterable[Path], dataset: str) -> _ClassNames:
         dataset: Whose names to take where a file has those of several.
 
     Returns:
-        The names.
+        The class of each video, by its name, and of each number such as ``train8``.
 
     Raises:
         UserError: If a file is none of these, or two of them contradict each other.
     """
-    of_video: dict[str, str] = {}
-    of_id: dict[str, str] = {}
+    names: dict[str, str] = {}
     for path in paths:
-        content = _read_json(path)
+        text = read_text(path, "annotations file")
+        try:
+            content = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"the annotations {path} are no JSON ({error}): give {_SSV2_FILES}") from error
         if isinstance(content, list):
-            found, known = _templates(content, path), of_video
+            found = _templates(content, path)
         elif isinstance(content, dict) and all(isinstance(value, dict) for value in content.values()):
-            found, known = _numbered_names(content, dataset, path), of_id
+            found = _numbered_names(content, dataset, path)
         else:
             raise UserError(f"the annotations {path} don't say which video is of which class: give {_SSV2_FILES}")
         for name, label in found:
-            if known.setdefault(name, label) != label:
+            if names.setdefault(name, label) != label:
                 raise UserError(
-                    f"the annotations {path} call {name!r} {label!r}, but it is {known[name]!r} as well: "
+                    f"the annotations {path} call {name!r} {label!r}, but it is {names[name]!r} as well: "
                     "give files that agree"
                 )
-    return _ClassNames(of_video, of_id)
+    return names
 
 
 # Files and lines
-def _read_files(path: Path) -> tuple[list[_Line], list[Path]]:
-    """Read every list: its lines, and the files that are lists."""
+def _read_lines(path: Path) -> list[_Line]:
+    """Read the lines of every list, split by split."""
     if not path.exists():
         raise UserError(f"there is no file or folder {path}: --lists names a folder with split lists")
     alone = not path.is_dir()
@@ -181,102 +172,82 @@ def _read_files(path: Path) -> tuple[list[_Line], list[Path]]:
     lines: list[_Line] = []
     file_of_split: dict[str, Path] = {}
     for file in candidates:
-        read = _read_list(file, required=alone)
-        for split in dict.fromkeys(line.split for line in read):
-            if split in file_of_split:
+        for line in _read_list(file, required=alone):
+            earlier = file_of_split.setdefault(line.split, file)
+            if earlier is not file:
                 raise UserError(
-                    f"{file_of_split[split].name} and {file.name} in {path} are both lists of the {split} split: "
+                    f"{earlier.name} and {file.name} in {path} are both lists of the {line.split} split: "
                     "give a folder with one list a split"
                 )
-            file_of_split[split] = file
-        lines += read
+            lines.append(line)
     if not lines:
         raise UserError(
             f"there is no split list in {path}: give a folder with lists such as train.txt, val.txt, test.txt"
         )
-    lines.sort(key=lambda line: SPLITS.index(line.split))
-    return lines, list(dict.fromkeys(file_of_split.values()))
+    return sorted(lines, key=lambda line: SPLITS.index(line.split))
 
 
 def _may_be_list(file: Path) -> bool:
     if file.name[0] == "." or file.suffix.lower() in {".json", *VIDEO_EXTENSIONS} or not file.is_file():
         return False
-    return file.stat().st_size <= _MOST_BYTES
+    return file.stat().st_size <= MOST_BYTES
 
 
 def _read_list(file: Path, *, required: bool) -> list[_Line]:
     """Read the lines of a list; none of a file that isn't one, unless it has to be."""
     words = {"val" if word.startswith("val") else word for word in _SPLIT_WORD.findall(file.name.lower())}
     required = required or bool(words)
-    if file.is_file() and file.stat().st_size > _MOST_BYTES:
+    if file.is_file() and file.stat().st_size > MOST_BYTES:
         raise UserError(
-            f"the list {file} has more than {_MOST_BYTES >> 20} MiB, too many for a split list: name another"
+            f"the list {file} has more than {MOST_BYTES >> 20} MiB, too many for a split list: name another"
         )
-    data = read_bytes(file, "list")
     try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        if not required:
+        text = read_text(file, "list")
+    except UserError as error:
+        if isinstance(error.__cause__, UnicodeDecodeError) and not required:
             return []
-        number = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"line {number} of the list {file} is not UTF-8: save the file with that encoding") from error
+        raise
     numbered = [(n, line.strip()) for n, line in enumerate(re.split(r"\r\n|\n|\r", text), start=1)]
     numbered = [(n, line) for n, line in numbered if line]
-    if not numbered:
-        if not required:
-            return []
-        raise UserError(f"the list {file} is empty: give one with a video on each line")
-    with_ids = sum(_ID_FORM.fullmatch(line) is not None for _, line in numbered)
-    if 2 * with_ids > len(numbered):
-        return [_line_with_id(file, n, line) for n, line in numbered]
+    with_numbers = sum(_NUMBERED.fullmatch(line) is not None for _, line in numbered)
+    if 2 * with_numbers > len(numbered):
+        return [_take_apart(file, n, line, "number") for n, line in numbered]
     if not required:
         return []
+    if not numbered:
+        raise UserError(f"the list {file} is empty: give one with a video on each line")
     if len(words) != 1:
         raise UserError(
             f"the name of the list {file} says {' and '.join(sorted(words)) or 'no split'}: "
             "put train, val or test into it"
         )
-    with_videos = 2 * sum("/" in line for _, line in numbered) > len(numbered)
-    return [_plain_line(file, n, line, next(iter(words)), with_videos) for n, line in numbered]
+    form = "video" if 2 * sum("/" in line for _, line in numbered) > len(numbered) else "class"
+    return [_take_apart(file, n, line, form, *words) for n, line in numbered]
 
 
-def _line_with_id(file: Path, number: int, text: str) -> _Line:
-    match = _ID_FORM.fullmatch(text)
-    if match is None or not _is_sound(text):
-        raise _malformed(file, number, text, "train8/video or train8//class/video, as its other lines")
-    class_id, split, path = match.groups()
-    folder, name = _parent_and_name(path)
-    if not name:
-        raise _malformed(file, number, text, "train8/video or train8//class/video, as its other lines")
+def _take_apart(file: Path, number: int, text: str, form: str, split: str = "") -> _Line:
+    class_id, path = "", text
+    if form == "number" and (match := _NUMBERED.fullmatch(text)):
+        class_id, split, path = match.groups()
+    *folders, name = path.split("/") if form != "class" else (text, "")
+    folder, name = folders[-1].strip() if folders else "", name.strip()
+    # What a list of the form has to have.
+    whole = {"number": class_id and name, "video": folder and name, "class": "/" not in text}[form]
+    if not whole or not _is_sound(text):
+        shown = text if len(text) <= 80 else text[:80] + "…"
+        raise UserError(
+            f"line {number} of the list {file} is {shown!r}: it should be {_FORMS[form]}, as its other lines; mend or"
+            " remove it"
+        )
     return _Line(file, number, text, split, class_id, folder, name)
 
 
-def _plain_line(file: Path, number: int, text: str, split: str, with_video: bool) -> _Line:
-    folder, name = _parent_and_name(text) if with_video else (text, "")
-    if not _is_sound(text) or not folder or bool(name) != with_video or "/" in folder:
-        raise _malformed(file, number, text, f"{'class/video' if with_video else 'a class'}, as its other lines")
-    return _Line(file, number, text, split, "", folder, name)
-
-
-def _parent_and_name(path: str) -> tuple[str, str]:
-    *folders, name = path.split("/")
-    return (folders[-1].strip() if folders else ""), name.strip()
-
-
 def _is_sound(text: str) -> bool:
-    """Whether a manifest can hold the text: no control characters, no lone halves of characters."""
-    if len(text) > _MOST_CHARACTERS:
-        return False
-    return text.isprintable() or not any(unicodedata.category(c) in ("Cc", "Cs") for c in text)
-
-
-def _malformed(file: Path, number: int, text: str, form: str) -> UserError:
-    shown = text if len(text) <= 80 else text[:80] + "…"
-    return UserError(f"line {number} of the list {file} is {shown!r}: it should be {form}; mend or remove it")
+    return len(text) <= _MOST_CHARACTERS and not _UNSOUND.search(text)
 
 
 # Classes
-def _labels(lines: Sequence[_Line], dataset: str, names: _ClassNames) -> list[str]:
+def _labels(lines: Sequence[_Line], dataset: str, names: Mapping[str, str]) -> list[str]:
     """The class of each line, spelled as the benchmark does or else as first in the lists."""
     canonical = {
         class_key(label): label
@@ -291,67 +262,50 @@ def _labels(lines: Sequence[_Line], dataset: str, names: _ClassNames) -> list[st
         key = class_key(label)
         if canonical and key not in canonical:
             raise UserError(
-                f"{line.place} has the class {label!r}, which {dataset} doesn't have: give its own lists, "
+                f"{line} has the class {label!r}, which {dataset} doesn't have: give its own lists, "
                 "or prepare folder for other data"
             )
         spelled, earlier = first.setdefault(key, (canonical.get(key, label), line))
         if earlier.split != line.split:
             raise UserError(
-                f"the class {label!r} is in two splits, {earlier.split} on {earlier.place} and {line.split} on "
-                f"{line.place}: few-shot splits share no class, so keep it in one"
+                f"the class {label!r} is in two splits, {earlier.split} on {earlier} and {line.split} on "
+                f"{line}: few-shot splits share no class, so keep it in one"
             )
         if earlier.class_id != line.class_id:
             raise UserError(
-                f"the class {label!r} has two numbers, {earlier.class_id} on {earlier.place} and {line.class_id} on "
-                f"{line.place}: give it one"
+                f"the class {label!r} has two numbers, {earlier.class_id} on {earlier} and {line.class_id} on "
+                f"{line}: give it one"
             )
         labels.append(spelled)
     return labels
 
 
-def _labels_of_ids(lines: Iterable[_Line], dataset: str, names: _ClassNames) -> dict[str, str]:
+def _labels_of_ids(lines: Sequence[_Line], dataset: str, names: Mapping[str, str]) -> dict[str, str]:
     """The class of each number such as ``train8``: the folder in its paths, or what the annotations say."""
     known: dict[str, tuple[str, _Line]] = {}
-    unnamed: dict[str, _Line] = {}
     for line in lines:
-        if not line.class_id:
-            continue
         # SSv2's folders are no classes.
         label = "" if dataset.startswith("ssv2") else line.folder
-        label = label or names.of_video.get(stem_of(line.name), "")
-        if not label:
-            unnamed.setdefault(line.class_id, line)
-            continue
-        earlier, where = known.setdefault(line.class_id, (label, line))
-        if class_key(earlier) != class_key(label):
-            raise UserError(
-                f"the class {line.class_id} is {earlier!r} on {where.place} and {label!r} on {line.place}: "
-                "give the lists and annotations of one data set"
-            )
-    labels = {class_id: label for class_id, (label, _) in known.items()}
-    unnamed = {class_id: line for class_id, line in unnamed.items() if class_id not in labels}
-    labels |= {class_id: names.of_id[class_id] for class_id in unnamed if class_id in names.of_id}
-    unnamed = {class_id: line for class_id, line in unnamed.items() if class_id not in labels}
-    if unnamed:
-        line = next(iter(unnamed.values()))
+        label = label or names.get(stem_of(line.name), "")
+        if line.class_id and label:
+            earlier, where = known.setdefault(line.class_id, (label, line))
+            if class_key(earlier) != class_key(label):
+                raise UserError(
+                    f"the class {line.class_id} is {earlier!r} on {where} and {label!r} on {line}: "
+                    "give the lists and annotations of one data set"
+                )
+    labels = {**names, **{class_id: label for class_id, (label, _) in known.items()}}
+    if unnamed := [line for line in lines if line.class_id and line.class_id not in labels]:
+        class_ids = some(dict.fromkeys(line.class_id for line in unnamed))
         files = _SSV2_FILES if dataset.startswith("ssv2") else "a class_names.json"
         raise UserError(
-            f"nothing names the classes {some(unnamed)} of the lists (first on {line.place}): "
+            f"nothing names the classes {class_ids} of the lists (first on {unnamed[0]}): "
             f"give {files} with --annotations"
         )
     return labels
 
 
 # Annotations
-def _read_json(path: Path) -> Any:
-    data = read_bytes(path, "annotations file")
-    try:
-        return json.loads(data.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        reason = str(error).split("\n")[0] if isinstance(error, json.JSONDecodeError) else "not JSON in UTF-8"
-        raise UserError(f"the annotations {path} cannot be read ({reason}): give {_SSV2_FILES}") from error
-
-
 def _templates(content: Sequence[Any], path: Path) -> list[tuple[str, str]]:
     """The (video, template) pairs of an annotation file of SSv2."""
     found = []

@@ -1,11 +1,13 @@
 """Finds the videos in a tree of files, whatever its depth."""
 
 import os
+import re
 import unicodedata
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+_VIDEOS = ".3gp .asf .avi .divx .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .vob .webm .wmv"
+VIDEO_EXTENSIONS = frozenset(_VIDEOS.split())
 _IMAGE_EXTENSIONS = frozenset((".bmp", ".jpeg", ".jpg", ".png", ".webp"))
 
 
@@ -65,65 +67,49 @@ def scan(root: Path, *, storable: bool = True) -> Tree:
     while pending:
         folder = pending.pop()
         path = os.path.join(root, *folder)
+        names: dict[str, list[str]] = {"folder": [], "link": [], "video": [], "image": [], "": []}
         try:
             status = os.stat(path)
             if (status.st_dev, status.st_ino) in entered:
                 continue
             entered.add((status.st_dev, status.st_ino))
             with os.scandir(path) as entries:
-                folders, links, videos, has_images = _sort_out(entries)
+                for entry in entries:
+                    names[_kind(entry)].append(entry.name)
         except OSError:
             tree.unreadable.append(path)
             continue
-        if has_images and not (folders or links or videos):
+        if names["image"] and not (names["folder"] or names["link"] or names["video"]):
             if folder:
                 tree.files.append(VideoFile(folder[:-1], folder[-1], stem_of(folder[-1])))
             else:
                 tree.is_video = True
-        for names in (folders, links, videos):
-            tree.unusable += [os.path.join(path, name) for name in names if storable and not is_storable(name)]
-            names[:] = sorted(name for name in names if not storable or is_storable(name))
-        tree.files += [VideoFile(folder, name, stem_of(name)) for name in videos]
-        pending += [(*folder, name) for name in reversed(folders)]
+        for kind in ("folder", "link", "video"):
+            tree.unusable += [os.path.join(path, name) for name in names[kind] if storable and not is_storable(name)]
+            names[kind] = sorted(name for name in names[kind] if not storable or is_storable(name))
+        tree.files += [VideoFile(folder, name, stem_of(name)) for name in names["video"]]
+        pending += [(*folder, name) for name in reversed(names["folder"])]
         # Entered last, so that a folder that is also there without a link goes by its own name.
-        pending[:0] = [(*folder, name) for name in links]
+        pending[:0] = [(*folder, name) for name in names["link"]]
     return tree
 
 
-def _sort_out(entries: Iterable[os.DirEntry[str]]) -> tuple[list[str], list[str], list[str], bool]:
-    """The names of a folder's folders, linked folders and videos, and whether it has images."""
-    folders: list[str] = []
-    links: list[str] = []
-    videos: list[str] = []
-    has_images = False
-    for entry in entries:
-        if entry.name[0] == ".":
-            continue
-        try:
-            is_folder, is_file = entry.is_dir(), entry.is_file()
-        except OSError:  # a link to itself
-            continue
-        if is_folder:
-            (links if entry.is_symlink() else folders).append(entry.name)
-        elif is_file:
+def _kind(entry: os.DirEntry[str]) -> str:
+    """What a name in a folder stands for: a folder, a link to one, a video, an image, or nothing of these."""
+    try:
+        if entry.name[0] != "." and entry.is_dir():
+            return "link" if entry.is_symlink() else "folder"
+        if entry.name[0] != "." and entry.is_file():
             extension = os.path.splitext(entry.name)[1].lower()
-            if extension in VIDEO_EXTENSIONS:
-                videos.append(entry.name)
-            has_images = has_images or extension in _IMAGE_EXTENSIONS
-    return folders, links, videos, has_images
+            return "video" if extension in VIDEO_EXTENSIONS else "image" if extension in _IMAGE_EXTENSIONS else ""
+    except OSError:  # a link to itself
+        pass
+    return ""
 
 
 def is_storable(name: str) -> bool:
     """Whether a manifest can hold the name: UTF-8 without line breaks."""
-    if name.isprintable():
-        return True
-    return not any(c in "\r\n" or "\ud800" <= c <= "\udfff" for c in name)
-
-
-_EXTENSIONS = ".3gp .asf .avi .divx .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .vob .webm .wmv"
-
-
-VIDEO_EXTENSIONS = frozenset(_EXTENSIONS.split())
+    return not re.search(r"[\r\n\ud800-\udfff]", name)
 
 
 def stem_of(name: str) -> str:

@@ -21,10 +21,9 @@ from clip_m2df.episodes.dataset import EpisodeDataset, collate_episodes
 from clip_m2df.episodes.features import EvaluationTable, TrainingTable
 from clip_m2df.episodes.files import read_episodes_file
 from clip_m2df.episodes.loader import ReadingNow, UnusableVideos, VideoLoader
-from clip_m2df.episodes.plan import EpisodePlan, EpisodeSampler, EpisodeShape, plan_episode
+from clip_m2df.episodes.plan import EpisodePlan, EpisodeSampler, EpisodeShape, plan_episode, with_outliers
 from clip_m2df.errors import UserError, require
 from clip_m2df.loops import batches_limit, batches_of_step, check_goes_on, count_in_steps
-from clip_m2df.motion_shapes.rendering import outlier_path
 from clip_m2df.video.frame_cache import FrameCache
 from clip_m2df.video.reader import Decoder
 from clip_m2df.video.transforms import ClipReader
@@ -343,19 +342,10 @@ class EpisodeDataModule(_FormerOptions, lightning.LightningDataModule):
         numbers = range(self.test_episodes)
         plans = [plan_episode(split, self.eval_shape, seed=self.eval_seed, episode=number) for number in numbers]
         if self.knobs.outliers:
-            plans = [self._with_outliers(plan, episode) for episode, plan in enumerate(plans)]
+            generators = (episode_generator(self.eval_seed, split.name, number, "outliers") for number in numbers)
+            share = self.knobs.outliers
+            plans = [with_outliers(plan, share, rng) for plan, rng in zip(plans, generators, strict=True)]
         return plans
-
-    def _with_outliers(self, plan: EpisodePlan, episode: int) -> EpisodePlan:
-        """Put outlying versions in the places of some support videos: of a larger share more, beside the same."""
-        rng = episode_generator(self.eval_seed, "test", episode, "outliers")
-
-        def replaced(video: Video, draw: float) -> Video:
-            path = outlier_path(video.path) if draw < self.knobs.outliers else video.path
-            return dataclasses.replace(video, path=path)
-
-        support = tuple(tuple(map(replaced, row, rng.random(len(row)))) for row in plan.support)
-        return plan._replace(support=support)
 
     def _check_videos(self, name: str) -> None:
         """Refuse to start an evaluation in which too many videos turn out unusable; every rank with the same words."""

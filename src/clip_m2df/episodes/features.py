@@ -12,7 +12,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from clip_m2df.datasets.manifest import Video, relative_path
+from clip_m2df.datasets.manifest import Video
 from clip_m2df.episode import (
     Clips,
     IndexedEpisode,
@@ -24,7 +24,7 @@ from clip_m2df.episode import (
 from clip_m2df.episodes.dataset import EpisodeDataset
 from clip_m2df.episodes.loader import ReadingNow, UnusableVideos, VideoLoader
 from clip_m2df.episodes.plan import EpisodePlan
-from clip_m2df.files import fingerprint
+from clip_m2df.files import fingerprint, relative_path
 from clip_m2df.video.reader import VideoError
 
 

@@ -14,10 +14,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from clip_m2df.datasets.manifest import Split, Video, relative_path
+from clip_m2df.datasets.manifest import Split, Video
 from clip_m2df.episodes.plan import EpisodePlan, EpisodeShape
 from clip_m2df.errors import UserError
-from clip_m2df.files import read_bytes, whole_file
+from clip_m2df.files import read_text, relative_path, whole_file, writing
 
 
 def write_episodes_file(file: str | Path, plans: Iterable[EpisodePlan], split: Split, root: str | None) -> None:
@@ -32,23 +32,18 @@ def write_episodes_file(file: str | Path, plans: Iterable[EpisodePlan], split: S
     Raises:
         UserError: the file can't be written.
     """
-    try:
-        with whole_file(file) as draft, draft.open("w", encoding="utf-8") as lines:
-            for plan in plans:
-                labels = [split.class_names[c] for c in plan.classes]
-                roles = {"support": plan.support, "query": plan.query}
-                episode = {
-                    role: {
-                        label: [relative_path(video.path, root) for video in row]
-                        for label, row in zip(labels, rows, strict=True)
-                    }
-                    for role, rows in roles.items()
+    with writing(file, "episodes file"), whole_file(file) as draft, draft.open("w", encoding="utf-8") as lines:
+        for plan in plans:
+            labels = [split.class_names[c] for c in plan.classes]
+            roles = {"support": plan.support, "query": plan.query}
+            episode = {
+                role: {
+                    label: [relative_path(video.path, root) for video in row]
+                    for label, row in zip(labels, rows, strict=True)
                 }
-                lines.write(json.dumps(episode, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise UserError(
-            f"cannot write the episodes file {file}: {error.strerror}; name one that can be written"
-        ) from error
+                for role, rows in roles.items()
+            }
+            lines.write(json.dumps(episode, ensure_ascii=False) + "\n")
 
 
 def read_episodes_file(file: str | Path, split: Split, root: str | None, shape: EpisodeShape) -> list[EpisodePlan]:
@@ -63,11 +58,7 @@ def read_episodes_file(file: str | Path, split: Split, root: str | None, shape: 
     Raises:
         UserError: the file can't be read, or an episode is at fault; names the line.
     """
-    data = read_bytes(file, "episodes file")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"the episodes file {file} is not UTF-8: give one that clip-m2df episodes wrote") from error
+    text = read_text(file, "episodes file")
     videos = {video.path: (c, video) for c, row in enumerate(split.videos) for video in row}
     classes = {label: c for c, label in enumerate(split.class_names)}
     plans = []

@@ -8,15 +8,18 @@ video needs reading and encoding once, however many episodes have it.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 from torch.utils.data import DistributedSampler
 
 from clip_m2df.datasets.manifest import Split, Video
 from clip_m2df.episode import episode_generator
+from clip_m2df.motion_shapes.rendering import outlier_path
 
 
 class EpisodePlan(NamedTuple):
@@ -88,6 +91,24 @@ def plan_episode(split: Split, shape: EpisodeShape, *, seed: int, episode: int) 
     return EpisodePlan(
         classes, tuple(row[: shape.n_shot] for row in drawn), tuple(row[shape.n_shot :] for row in drawn)
     )
+
+
+def with_outliers(plan: EpisodePlan, share: float, rng: np.random.Generator) -> EpisodePlan:
+    """Put outlying versions of videos of ``motion_shapes`` in the places of some support videos.
+
+    Args:
+        plan: an episode.
+        share: how many, on average; those of a smaller share are among those of a larger one.
+        rng: the only source of chance.
+    """
+    support = tuple(
+        tuple(
+            dataclasses.replace(video, path=outlier_path(video.path)) if draw < share else video
+            for video, draw in zip(row, rng.random(len(row)), strict=True)
+        )
+        for row in plan.support
+    )
+    return plan._replace(support=support)
 
 
 class EpisodeSampler(DistributedSampler[int]):

@@ -22,16 +22,15 @@ from clip_m2df.motion_shapes.classes import (
     noun_phrase,
     shared_appearance_classes,
 )
-from clip_m2df.motion_shapes.long_videos import Action, draw_actions, render_long
-from clip_m2df.motion_shapes.rendering import NO_KNOBS, Knobs, render, with_outliers
-from clip_m2df.motion_shapes.scenes import FPS, JITTER, SIZE, draw_scene, paint, render_clip
+from clip_m2df.motion_shapes.long_videos import Action, render_long
+from clip_m2df.motion_shapes.rendering import NO_KNOBS, Knobs, render
+from clip_m2df.motion_shapes.scenes import FPS, SIZE, draw_scene, paint, render_clip
 
 __all__ = [
     "CLASSES",
     "COLOURS",
     "FAMILIES",
     "FPS",
-    "JITTER",
     "MOTIONS",
     "NO_KNOBS",
     "OF_TWO_SHAPES",
@@ -41,7 +40,6 @@ __all__ = [
     "Knobs",
     "MotionClass",
     "appearances_of",
-    "draw_actions",
     "draw_scene",
     "noun_phrase",
     "paint",
@@ -49,5 +47,4 @@ __all__ = [
     "render_clip",
     "render_long",
     "shared_appearance_classes",
-    "with_outliers",
 ]

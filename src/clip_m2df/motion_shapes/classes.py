@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -22,49 +22,22 @@ COLOURS: Mapping[str, tuple[int, int, int]] = MappingProxyType(
     }
 )
 
-
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "crescent")
 
-
 LEFT, RIGHT, UP, DOWN = "moving to the left", "moving to the right", "moving up", "moving down"
-
-
 GROWING, SHRINKING, APPEARING, VANISHING = "growing", "shrinking", "appearing", "vanishing"
-
-
-OF_TWO_SHAPES = ("approaching each other", "moving apart")
-
-
-MOTIONS = (
-    LEFT,
-    RIGHT,
-    UP,
-    DOWN,
-    GROWING,
-    SHRINKING,
-    APPEARING,
-    VANISHING,
-    "bouncing",
-    "turning clockwise",
-    "turning anticlockwise",
-    *OF_TWO_SHAPES,
-)
-
+BOUNCING, TURNING, TURNING_BACK = "bouncing", "turning clockwise", "turning anticlockwise"
+APPROACHING, PARTING = OF_TWO_SHAPES = ("approaching each other", "moving apart")
+_EIGHT = (LEFT, RIGHT, UP, DOWN, GROWING, SHRINKING, APPEARING, VANISHING)
+MOTIONS = (*_EIGHT, BOUNCING, TURNING, TURNING_BACK, *OF_TWO_SHAPES)
 
 # What the classes of ``order`` are made of: each event and what it is played backwards.
 CIRCLING, CIRCLING_BACK = "circling clockwise", "circling anticlockwise"
-
-
 _PAIRS = ((LEFT, RIGHT), (UP, DOWN), (GROWING, SHRINKING), (CIRCLING, CIRCLING_BACK))
-
-
 BACKWARDS: Mapping[str, str] = MappingProxyType(
     {event: other for a, b in (*_PAIRS, (APPEARING, VANISHING), OF_TWO_SHAPES) for event, other in ((a, b), (b, a))}
 )
-
-
 THEN = " then "
-
 
 SPLITS = ("train", "val", "test")
 
@@ -86,10 +59,10 @@ class MotionClass:
     motion: str
 
     def __post_init__(self) -> None:
-        of_any = not self.colour and not self.shape
-        own = (("colour", self.colour, tuple(COLOURS)), ("shape", self.shape, SHAPES), ("motion", self.motion, MOTIONS))
-        known = tuple(("motion", event, tuple(BACKWARDS)) for event in self.events) if of_any else own
-        for name, value, choices in known:
+        parts: list[tuple[str, str, Collection[str]]] = [("motion", event, BACKWARDS) for event in self.events]
+        if self.colour or self.shape:
+            parts = [("colour", self.colour, COLOURS), ("shape", self.shape, SHAPES), ("motion", self.motion, MOTIONS)]
+        for name, value, choices in parts:
             if value not in choices:
                 raise UserError(f"motion_shapes knows no {name} {value!r}; choose from {', '.join(choices)}")
 
@@ -131,50 +104,52 @@ def noun_phrase(colour: str, shape: str, *, size: str = "", two: bool = False) -
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
-_EIGHT = (LEFT, RIGHT, UP, DOWN, GROWING, SHRINKING, APPEARING, VANISHING)
+_Table = Mapping[str, Mapping[tuple[str, str], tuple[str, ...]]]
+"""The motions of each colour and shape, by split."""
 
-
-_DEMO: dict[str, dict[tuple[str, str], tuple[str, ...]]] = {
+_DEMO: _Table = {
     "train": {
         ("red", "circle"): (LEFT, RIGHT, UP, DOWN, GROWING, SHRINKING),
         ("yellow", "ring"): (UP, DOWN, GROWING, SHRINKING, APPEARING, VANISHING),
         ("blue", "square"): (LEFT, RIGHT, APPEARING, VANISHING),
         ("white", "star"): OF_TWO_SHAPES,
-        ("green", "crescent"): ("turning clockwise", "turning anticlockwise"),
-        ("cyan", "cross"): ("bouncing",),
-        ("orange", "square"): ("bouncing",),
+        ("green", "crescent"): (TURNING, TURNING_BACK),
+        ("cyan", "cross"): (BOUNCING,),
+        ("orange", "square"): (BOUNCING,),
         ("purple", "triangle"): (LEFT,),
-        ("green", "circle"): ("approaching each other",),
+        ("green", "circle"): (APPROACHING,),
     },
     "val": {
         ("orange", "star"): (LEFT, RIGHT, APPEARING, VANISHING),
         ("cyan", "circle"): (UP, DOWN),
         ("red", "ring"): (GROWING,),
-        ("white", "cross"): ("bouncing",),
+        ("white", "cross"): (BOUNCING,),
         ("yellow", "square"): (VANISHING,),
-        ("blue", "triangle"): ("turning anticlockwise",),
+        ("blue", "triangle"): (TURNING_BACK,),
     },
     "test": {
         ("red", "star"): _EIGHT,
         ("green", "square"): _EIGHT,
         ("blue", "ring"): OF_TWO_SHAPES,
         ("orange", "circle"): (RIGHT,),
-        ("yellow", "cross"): ("bouncing",),
-        ("purple", "crescent"): ("turning clockwise",),
+        ("yellow", "cross"): (BOUNCING,),
+        ("purple", "crescent"): (TURNING,),
         ("cyan", "triangle"): (SHRINKING,),
         ("white", "circle"): (DOWN,),
     },
 }
 
 
-def _classes(table: Mapping[str, Mapping[tuple[str, str], tuple[str, ...]]]) -> Iterator[MotionClass]:
-    for split, appearances in table.items():
-        for (colour, shape), motions in appearances.items():
-            for motion in motions:
-                yield MotionClass(split, colour, shape, motion)
+def _classes(table: _Table) -> tuple[MotionClass, ...]:
+    return tuple(
+        MotionClass(split, colour, shape, motion)
+        for split, appearances in table.items()
+        for (colour, shape), motions in appearances.items()
+        for motion in motions
+    )
 
 
-CLASSES: tuple[MotionClass, ...] = tuple(_classes(_DEMO))
+CLASSES = _classes(_DEMO)
 
 
 def shared_appearance_classes(split: str = "test") -> tuple[str, ...]:
@@ -192,10 +167,10 @@ def appearances_of(split: str) -> tuple[tuple[str, str], ...]:
     return tuple((c, s) for c in COLOURS for s in SHAPES if held_out.get((c, s), "train") == split)
 
 
-def _scene() -> dict[str, dict[tuple[str, str], tuple[str, ...]]]:
+def _scene() -> _Table:
     """Mostly a class has an appearance of its own; some pairs share one, and differ in their motion."""
-    singles = (LEFT, UP, GROWING, APPEARING, "bouncing", RIGHT, DOWN, SHRINKING, VANISHING)
-    opposites = ((LEFT, RIGHT), (UP, DOWN), (GROWING, SHRINKING), (APPEARING, VANISHING))
+    singles = (LEFT, UP, GROWING, APPEARING, BOUNCING, RIGHT, DOWN, SHRINKING, VANISHING)
+    opposites = (*_PAIRS[:3], (APPEARING, VANISHING))
     train = appearances_of("train")
     return {
         "train": {a: opposites[k % 4] if k < 8 else (singles[k % 9],) for k, a in enumerate(train[::2] + train[1:6:2])},
@@ -205,14 +180,14 @@ def _scene() -> dict[str, dict[tuple[str, str], tuple[str, ...]]]:
             ("red", "ring"): (GROWING,),
             ("white", "cross"): (APPEARING,),
             ("yellow", "square"): (SHRINKING,),
-            ("blue", "triangle"): ("bouncing",),
+            ("blue", "triangle"): (BOUNCING,),
         },
         "test": {
             ("red", "star"): (LEFT, RIGHT),
             ("green", "square"): (UP, DOWN),
             ("blue", "ring"): (GROWING, SHRINKING),
             ("orange", "circle"): (APPEARING, VANISHING),
-            ("yellow", "cross"): ("bouncing",),
+            ("yellow", "cross"): (BOUNCING,),
             ("purple", "crescent"): (UP,),
             ("cyan", "triangle"): (LEFT,),
             ("white", "circle"): (GROWING,),
@@ -234,27 +209,22 @@ _ORDER = {
 }
 
 
-def _order() -> Iterator[MotionClass]:
+def _order() -> tuple[MotionClass, ...]:
     """Every event, and every two of different kinds, with their twins; what is invisible can't go first."""
     events = [event for pair in _PAIRS for event in pair]
     two = [a + THEN + b for i, pair in enumerate(_PAIRS) for a in pair for b in events if b not in _PAIRS[i]]
     two += [APPEARING + THEN + event for event in events]
-    split_of: dict[str, str] = {}
-    for split, motions in _ORDER.items():
-        for motion in motions:
-            split_of |= {motion: split, MotionClass(split, "", "", motion).twin.motion: split}
-    found: dict[str, list[MotionClass]] = {split: [] for split in SPLITS}
-    seen: set[str] = set()
+    split_of = {motion: split for split, motions in _ORDER.items() for motion in motions}
+    split_of |= {MotionClass(split, "", "", motion).twin.motion: split for motion, split in split_of.items()}
+    classes: dict[str, MotionClass] = {}
     for motion in (*BACKWARDS, *two):
-        for c in (one := MotionClass(split_of.get(motion, "train"), "", "", motion), one.twin):
-            if c.motion not in seen:
-                found[c.split].append(c)
-                seen.add(c.motion)
-    for split in SPLITS:
-        yield from found[split]
+        one = MotionClass(split_of.get(motion, "train"), "", "", motion)
+        for c in (one, one.twin):
+            classes.setdefault(c.motion, c)
+    return tuple(sorted(classes.values(), key=lambda c: SPLITS.index(c.split)))
 
 
 # Of each family its classes. ``demo`` is the small mixture that clip-m2df demo trains on.
 FAMILIES: Mapping[str, tuple[MotionClass, ...]] = MappingProxyType(
-    {"demo": CLASSES, "scene": tuple(_classes(_scene())), "order": tuple(_order())}
+    {"demo": CLASSES, "scene": _classes(_scene()), "order": _order()}
 )

@@ -1,7 +1,5 @@
 """Long videos of ``motion_shapes``: one action after another, and when each takes place."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clip_m2df.errors import UserError
+from clip_m2df.errors import UserError, require
 from clip_m2df.motion_shapes.classes import MotionClass
 from clip_m2df.motion_shapes.rendering import write_video
 from clip_m2df.motion_shapes.scenes import FPS, draw_scene, paint
@@ -56,7 +54,16 @@ def draw_actions(
     """
     if not classes:
         raise UserError("a long video needs at least one class of actions; there is none to draw from")
-    total, shortest, longest = _in_frames(seconds, lengths)
+    said = f"a video of {seconds:g} s made of actions of {lengths[0]:g} to {lengths[1]:g} s"
+    if not (0 < lengths[0] <= lengths[1] < math.inf and 0 < seconds < math.inf):
+        raise UserError(f"{said} can't be: all must be above 0, and the shortest no longer than the longest")
+    total = round(seconds * FPS)
+    if abs(seconds * FPS - total) > _ROUNDING:
+        raise UserError(f"{said} can't be: it must be a whole number of frames, {FPS} a second")
+    shortest = max(math.ceil(lengths[0] * FPS - _ROUNDING), 1)
+    longest = math.floor(lengths[1] * FPS + _ROUNDING)
+    if not _fits(total, shortest, longest):
+        raise UserError(f"{said} can't be: no such lengths make it up; let it or the longest be longer")
     actions: list[tuple[MotionClass, float, float]] = []
     start = 0
     while start < total:
@@ -92,8 +99,7 @@ def render_long(
     Raises:
         UserError: the seed is negative, or as :func:`draw_actions`.
     """
-    if seed < 0:
-        raise UserError(f"the seed of a long video is {seed}; it can't be negative")
+    require(least=0, seed=seed)
     rng = np.random.Generator(np.random.PCG64(seed))
     drawn = draw_actions(classes, rng, seconds=seconds, lengths=lengths)
     parts = [paint(draw_scene(c, rng, frames=round((end - start) * FPS))) for c, start, end in drawn]
@@ -101,24 +107,7 @@ def render_long(
     return [Action(start, end, c.label) for c, start, end in drawn]
 
 
-def _in_frames(seconds: float, lengths: tuple[float, float]) -> tuple[int, int, int]:
-    """Return the length of the whole, the shortest and the longest action in frames, checked."""
-    said = f"a video of {seconds:g} s made of actions of {lengths[0]:g} to {lengths[1]:g} s"
-    if not (0 < lengths[0] <= lengths[1] < math.inf and 0 < seconds < math.inf):
-        raise UserError(f"{said} can't be: all must be above 0, and the shortest no longer than the longest")
-    total = round(seconds * FPS)
-    if abs(seconds * FPS - total) > _ROUNDING:
-        raise UserError(f"{said} can't be: it must be a whole number of frames, {FPS} a second")
-    shortest = max(math.ceil(lengths[0] * FPS - _ROUNDING), 1)
-    longest = math.floor(lengths[1] * FPS + _ROUNDING)
-    if not _fits(total, shortest, longest):
-        raise UserError(f"{said} can't be: no such lengths make it up; let it or the longest be longer")
-    return total, shortest, longest
-
-
 def _fits(frames: int, shortest: int, longest: int) -> bool:
     """Tell whether some lengths within the limits, or none at all, make up a number of frames."""
-    if frames < 0 or longest < shortest:  # between the limits may lie no whole frame
-        return False
-    fewest = -(-frames // longest)
-    return fewest * shortest <= frames
+    # Between the limits may lie no whole frame.
+    return frames >= 0 and longest >= shortest and math.ceil(frames / longest) * shortest <= frames

@@ -1,8 +1,5 @@
 """Videos of ``motion_shapes`` as files, kept in a cache."""
 
-from __future__ import annotations
-
-import csv
 import dataclasses
 import hashlib
 import json
@@ -10,31 +7,26 @@ import multiprocessing
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePath
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from clip_m2df.errors import UserError
+from clip_m2df.files import write_table
 from clip_m2df.motion_shapes.classes import COLOURS, FAMILIES, SPLITS
 from clip_m2df.motion_shapes.scenes import FPS, JITTER, OUTLIERS, SECONDS, SIZE, render_clip
 
-NAME = "motion_shapes"
-
-
 RENDERER_VERSION = 1  # raise it whenever a pixel changes: it is part of the cache's key
 
-
 _THIRTY: Mapping[str, int] = MappingProxyType(dict.fromkeys(SPLITS, 30))
-
-
 VIDEOS_PER_CLASS: dict[str, Mapping[str, int]] = {
     "demo": MappingProxyType({"train": 20, "val": 12, "test": 16}),
     "scene": _THIRTY,
@@ -84,34 +76,23 @@ def write_video(path: Path, frames: NDArray[np.uint8]) -> None:
         container.mux(stream.encode(None))
 
 
-class _Job(NamedTuple):
-    """A video to render."""
-
-    path: str
-    family: str
-    class_number: int
-    number: int
-    seed: int
-    overlap: float
-    noise: float
-    outlier: bool
+_Job = tuple[Path, int, int, bool]
+"""The file, the number of its class, its own number in the class, and whether it is an outlying version."""
 
 
-def _render_one(job: _Job) -> None:
-    """Render a video; the seed sequence makes it independent of all others, but for those of other knobs."""
-    members = FAMILIES[job.family]
-    place = [job.seed, job.class_number, job.number]
-    if job.family != "demo":
-        place.append(list(FAMILIES).index(job.family))
-    rng = np.random.Generator(np.random.PCG64(place))
-    shown, outlier = members[job.class_number], ""
-    if job.outlier:
-        outlier = OUTLIERS[job.number % len(OUTLIERS)]
+def _render_one(job: _Job, *, family: str, knobs: Knobs, seed: int) -> None:
+    """Render a video, with a seed sequence of its own, so that it depends on no other."""
+    path, index, number, is_outlier = job
+    members, outlier = FAMILIES[family], ""
+    family_seed = [] if family == "demo" else [list(FAMILIES).index(family)]
+    rng = np.random.Generator(np.random.PCG64([seed, index, number, *family_seed]))
+    shown = members[index]
+    if is_outlier:
+        outlier = OUTLIERS[number % len(OUTLIERS)]
         if outlier == "off_class":
             others = [c for c in members if c.split == shown.split and c != shown]
             shown = others[rng.integers(len(others))]
-    frames = render_clip(shown, rng, overlap=job.overlap, noise=job.noise, outlier=outlier)
-    write_video(Path(job.path), frames)
+    write_video(path, render_clip(shown, rng, overlap=knobs.overlap, noise=knobs.noise, outlier=outlier))
 
 
 def render(
@@ -126,8 +107,8 @@ def render(
 ) -> Path:
     """Render a family of the benchmark, unless it is there already.
 
-    The folder comes into being whole: everything is rendered beside it and moved in one step, so that a broken-off
-    run leaves nothing that looks finished, and any number of processes may ask for it at once.
+    The folder is made whole: everything is rendered beside it and moved in one step, so that an interrupted run leaves
+    nothing that looks finished, and any number of processes may ask for it at once.
 
     Args:
         root: the folder to make. By default one in the cache, ``$CLIP_M2DF_CACHE`` or ``~/.cache/clip-m2df``, whose
@@ -151,28 +132,27 @@ def render(
         raise UserError(f"motion_shapes has no family {family!r}; choose from {', '.join(FAMILIES)}")
     counts = _count(family, knobs, videos_per_class, seed)
     key = _key(family, knobs, counts, seed)
-    target = _cache_folder() / f"{NAME}_{family}-{key}" if root is None else Path(root)
+    target = _cache_folder() / f"motion_shapes_{family}-{key}" if root is None else Path(root)
     if _finished(target, key):
         return target / "manifest.csv"
     if root is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} holds something other than these videos; name an empty or a new folder")
 
-    rows = [
-        (f"{c.split}/{c.slug}/{number:02d}.mp4", c.label, c.split, index, number)
-        for index, c in enumerate(FAMILIES[family])
-        for number in range(counts[c.split])
-    ]
-    with _taking_the_place_of(target, key) as folder:
-        jobs = [
-            _Job(str(folder / path), family, index, number, seed, knobs.overlap, knobs.noise, outlier)
-            for row, _, _, index, number in rows
-            for path, outlier in [(row, False), (outlier_path(row), True)][: 1 + (knobs.outliers > 0)]
-        ]
-        for parent in {Path(job.path).parent for job in jobs}:
+    with _replacing(target, key) as folder:
+        rows, jobs = [("path", "label", "split")], []
+        for index, c in enumerate(FAMILIES[family]):
+            for number in range(counts[c.split]):
+                path = f"{c.split}/{c.slug}/{number:02d}.mp4"
+                rows.append((path, c.label, c.split))
+                jobs.append((folder / path, index, number, False))
+                if knobs.outliers:
+                    jobs.append((folder / outlier_path(path), index, number, True))
+        for parent in {path.parent for path, *_ in jobs}:
             parent.mkdir(parents=True)
-        _render_all(jobs, workers or os.cpu_count() or 1, progress)
+        work = partial(_render_one, family=family, knobs=knobs, seed=seed)
+        _render_all(work, jobs, workers or os.cpu_count() or 1, progress)
         (folder / "render.json").write_text(json.dumps({"key": key, "seed": seed, "videos_per_class": counts}) + "\n")
-        _write_manifest(folder / "manifest.csv", [row[:3] for row in rows])
+        write_table(folder / "manifest.csv", "manifest", rows)
     return target / "manifest.csv"
 
 
@@ -188,14 +168,6 @@ def _count(family: str, knobs: Knobs, videos_per_class: Mapping[str, int] | None
     if min(counts.values()) < 0 or not any(counts.values()) or seed < 0:
         raise UserError(f"videos_per_class ({counts}) and seed ({seed}) can't be negative, and some split needs videos")
     return counts
-
-
-def _write_manifest(file: Path, rows: Iterable[tuple[str, str, str]]) -> None:
-    """Write path, label and split of each video."""
-    with file.open("w", encoding="utf-8", newline="") as opened:
-        writer = csv.writer(opened, lineterminator="\n")
-        writer.writerow(("path", "label", "split"))
-        writer.writerows(rows)
 
 
 def _key(family: str, knobs: Knobs, counts: Mapping[str, int], seed: int) -> str:
@@ -220,7 +192,7 @@ def _finished(folder: Path, key: str) -> bool:
 
 
 @contextmanager
-def _taking_the_place_of(target: Path, key: str) -> Iterator[Path]:
+def _replacing(target: Path, key: str) -> Iterator[Path]:
     """A new folder beside ``target`` that becomes ``target`` at the end, or nothing at all."""
     folder = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
     folder.mkdir(parents=True)
@@ -239,52 +211,28 @@ def _taking_the_place_of(target: Path, key: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _render_all(jobs: list[_Job], workers: int, progress: bool) -> None:
+def _render_all(work: Callable[[_Job], None], jobs: list[_Job], workers: int, progress: bool) -> None:
     from rich.progress import track
 
-    def shown(done: Iterator[None]) -> None:
-        for _ in track(done, "rendering motion_shapes", total=len(jobs), disable=not progress):
-            pass
-
     workers = min(workers, len(jobs))
-    if workers <= 1:
-        shown(map(_render_one, jobs))
-        return
-    # Processes are spawned, not forked: the caller may have threads of torch's running.
-    context = multiprocessing.get_context("spawn")
-    try:
-        with ProcessPoolExecutor(workers, mp_context=context) as pool:
-            shown(pool.map(_render_one, jobs, chunksize=8))
-    except BrokenProcessPool as error:
-        raise UserError(
-            "a process that rendered motion_shapes ended early; a script that calls render() needs its code under "
-            "`if __name__ == '__main__':`, or workers=1, which renders without further processes"
-        ) from error
-
-
-if TYPE_CHECKING:
-    from clip_m2df.episodes.plan import EpisodePlan
+    with ExitStack() as stack:
+        done: Iterator[None] = map(work, jobs)
+        if workers > 1:
+            # Processes are spawned, not forked: the caller may have threads of torch's running.
+            context = multiprocessing.get_context("spawn")
+            pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=context))
+            done = pool.map(work, jobs, chunksize=8)
+        try:
+            for _ in track(done, "rendering motion_shapes", total=len(jobs), disable=not progress):
+                pass
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a process that rendered motion_shapes ended early; a script that calls render() needs its code under "
+                "`if __name__ == '__main__':`, or workers=1, which renders without further processes"
+            ) from error
 
 
 def outlier_path(path: str) -> str:
     """Where the outlying version of a test video lies: another folder in the place of ``test``."""
     video = PurePath(path)
     return str(video.parents[2] / "outliers" / video.parent.name / video.name)
-
-
-def with_outliers(plan: EpisodePlan, share: float, rng: np.random.Generator) -> EpisodePlan:
-    """Put outlying versions in the places of some support videos.
-
-    Args:
-        plan: an episode.
-        share: how many, on average; those of a smaller share are among those of a larger one.
-        rng: the only source of chance.
-    """
-    support = tuple(
-        tuple(
-            dataclasses.replace(video, path=outlier_path(video.path)) if draw < share else video
-            for video, draw in zip(row, rng.random(len(row)), strict=True)
-        )
-        for row in plan.support
-    )
-    return plan._replace(support=support)

@@ -4,44 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from clip_m2df.motion_shapes.classes import (
-    APPEARING,
-    CIRCLING,
-    CIRCLING_BACK,
-    COLOURS,
-    DOWN,
-    GROWING,
-    LEFT,
-    RIGHT,
-    SHRINKING,
-    UP,
-    VANISHING,
-    MotionClass,
-    appearances_of,
-)
+from clip_m2df.motion_shapes import classes as names
+from clip_m2df.motion_shapes.classes import COLOURS, MotionClass, appearances_of
 
 Floats: TypeAlias = NDArray[np.floating[Any]]
 
-
 SIZE = 64  # pixels, height and width
-
-
 FPS = 12
-
-
 SECONDS = (2.0, 4.0)  # the shortest and the longest video
-
-
 JITTER = 3  # pixels that the camera strays from the middle
-
-
 COMMON_COLOUR = 140.0  # the grey that classes have in common where they overlap
+OCCLUDED = 0.8  # side of the square that hides an occluded video, as a share of the picture's
+OUTLIERS = ("occluded", "off_class", "static")
 
 
 @dataclass(frozen=True)
@@ -74,31 +54,14 @@ class Scene:
 
     def backwards(self) -> Scene:
         """The same, played backwards."""
-        return dataclasses.replace(
-            self,
-            camera=self.camera[::-1],
-            x=self.x[:, ::-1],
-            y=self.y[:, ::-1],
-            radius=self.radius[::-1],
-            angle=self.angle[::-1],
-            opacity=self.opacity[::-1],
-        )
-
-
-class _Motion(NamedTuple):
-    """Where the shapes are; as in :class:`Scene`."""
-
-    x: Floats
-    y: Floats
-    radius: Floats
-    angle: Floats
-    opacity: Floats
+        moving = {name: getattr(self, name)[..., ::-1] for name in ("x", "y", "radius", "angle", "opacity")}
+        return dataclasses.replace(self, camera=self.camera[::-1], **moving)
 
 
 def draw_scene(
     motion_class: MotionClass, rng: np.random.Generator, overlap: float = 0.0, *, frames: int | None = None
 ) -> Scene:
-    """Draw all that varies among the videos of a class: background, camera, place, size, speed, phase, tint.
+    """Draw all that varies among the videos of a class: background, camera, position, size, speed, phase, tint.
 
     Args:
         motion_class: what to show; of classes of events, colour and shape are drawn among those of its split.
@@ -134,21 +97,22 @@ def draw_scene(
         colour=np.clip(tint + (1 - own) * (COMMON_COLOUR - tint), 0, 255).astype(single),
         texture=_texture(rng).astype(single),
         camera=camera.astype(np.int64),
-        x=motion.x.astype(single),
-        y=motion.y.astype(single),
-        radius=motion.radius.astype(single),
-        angle=motion.angle.astype(single),
-        opacity=motion.opacity.astype(single),
         roundness=1 - own,
+        **{name: values.astype(single) for name, values in motion.items()},
     )
     return scene.backwards() if backwards else scene
 
 
-def _move(motion: str, time: Floats, rng: np.random.Generator) -> _Motion:
-    """One of ``MOTIONS`` over the whole video; ``time`` goes from 0 to 1."""
+# Along the axes of the picture, clockwise, and towards more; the other motions go the other way.
+_FORWARD = {names.RIGHT, names.DOWN, names.GROWING, names.APPEARING, names.PARTING, names.TURNING, names.CIRCLING}
+
+
+def _move(motion: str, time: Floats, rng: np.random.Generator) -> dict[str, Floats]:
+    """Fields of a scene in which one of ``MOTIONS`` takes the whole video; ``time`` goes from 0 to 1."""
     start, end, ease = rng.uniform(0, 0.2), rng.uniform(0.8, 1), rng.uniform(0.75, 1.33)
     u = np.clip((time - start) / (end - start), 0, 1) ** ease  # how much of the motion is done
     still = np.ones(len(time))
+    sign = 1 if motion in _FORWARD else -1
 
     x, y = rng.uniform(0.28, 0.72, 2)[:, None, None] * np.ones((1, len(time)))
     radius = rng.uniform(0.13, 0.25) * still
@@ -160,39 +124,29 @@ def _move(motion: str, time: Floats, rng: np.random.Generator) -> _Motion:
     moment, fade = rng.uniform(0.35, 0.65), rng.uniform(0.1, 0.3)
     turns, phase = rng.uniform(0.5, 1.0), rng.uniform()
     match motion:
-        case "moving to the left":
-            x = middle - travel * (u - 0.5)[None]
-        case "moving to the right":
-            x = middle + travel * (u - 0.5)[None]
-        case "moving up":
-            y = middle - travel * (u - 0.5)[None]
-        case "moving down":
-            y = middle + travel * (u - 0.5)[None]
-        case "growing":
-            radius = radius * growth ** (u - 0.5)
-        case "shrinking":
-            radius = radius * growth ** (0.5 - u)
-        case "appearing":
-            opacity = np.clip((time - moment) / fade + 0.5, 0, 1)
-        case "vanishing":
-            opacity = np.clip((moment - time) / fade + 0.5, 0, 1)
-        case "bouncing":
+        case names.LEFT | names.RIGHT:
+            x = middle + sign * travel * (u - 0.5)[None]
+        case names.UP | names.DOWN:
+            y = middle + sign * travel * (u - 0.5)[None]
+        case names.GROWING | names.SHRINKING:
+            radius = radius * growth ** (sign * (u - 0.5))
+        case names.APPEARING | names.VANISHING:
+            opacity = np.clip(sign * (time - moment) / fade + 0.5, 0, 1)
+        case names.BOUNCING:
             y = 0.75 - travel * np.abs(np.sin(np.pi * (4 * turns * time + phase)))[None]
-        case "turning clockwise":
-            angle = 2 * np.pi * (phase + turns * u)
-        case "turning anticlockwise":
-            angle = 2 * np.pi * (phase - turns * u)
-        case "approaching each other" | "moving apart":
+        case names.TURNING | names.TURNING_BACK:
+            angle = 2 * np.pi * (phase + sign * turns * u)
+        case names.APPROACHING | names.PARTING:
             radius = 0.7 * radius
-            apart = u if motion == "moving apart" else 1 - u
+            apart = u if sign > 0 else 1 - u
             reach = (0.15 + (0.05 + travel / 4) * apart) * np.array([[-1.0], [1.0]])
             heading = 0.8 * (phase - 0.5)
             x, y = 0.5 + reach * np.cos(heading), 0.5 + reach * np.sin(heading)
-    return _Motion(x, y, radius, angle, opacity)
+    return {"x": x, "y": y, "radius": radius, "angle": angle, "opacity": opacity}
 
 
-def _happen(events: tuple[str, ...], time: Floats, rng: np.random.Generator, own: float) -> _Motion:
-    """Events of ``BACKWARDS`` one after another, ``own`` of each; ``time`` goes from 0 to 1."""
+def _happen(events: tuple[str, ...], time: Floats, rng: np.random.Generator, own: float) -> dict[str, Floats]:
+    """The same for events of ``BACKWARDS`` one after another, ``own`` of each."""
     x, y = (rng.uniform(0.4, 0.6) * np.ones((1, len(time))) for _ in range(2))
     radius = rng.uniform(0.1, 0.17) * np.ones(len(time))
     angle = rng.uniform(-0.35, 0.35) * np.ones(len(time))
@@ -202,24 +156,25 @@ def _happen(events: tuple[str, ...], time: Floats, rng: np.random.Generator, own
         u = np.clip((time - start) / (end - start), 0, 1)
         travel, growth = own * rng.uniform(0.25, 0.4), rng.uniform(1.8, 2.6) ** own
         turns, phase, reach = rng.uniform(0.7, 1.0), rng.uniform(), own * rng.uniform(0.12, 0.18)
-        sign = 1 if event in (RIGHT, DOWN, GROWING, CIRCLING, APPEARING, "moving apart") else -1
-        if event in (LEFT, RIGHT):
-            x = x + sign * travel * (u - 0.5)
-        elif event in (UP, DOWN):
-            y = y + sign * travel * (u - 0.5)
-        elif event in (GROWING, SHRINKING):
-            radius = radius * growth ** (sign * (u - 0.5))
-        elif event in (CIRCLING, CIRCLING_BACK):
-            turned = 2 * np.pi * (phase + sign * turns * u)  # y points down: growing angles go clockwise
-            x, y = x + reach * np.cos(turned), y + reach * np.sin(turned)
-        elif event in (APPEARING, VANISHING):
-            opacity = 1 - own * (1 - u if event == APPEARING else u)
-        else:
-            radius = 0.7 * radius
-            apart = 0.15 + travel / 2 * (sign * (u - 0.5) + 0.5)
-            x = 0.5 + apart * np.cos(0.8 * (phase - 0.5)) * np.array([[-1.0], [1.0]])
-            y = 0.5 + apart * np.sin(0.8 * (phase - 0.5)) * np.array([[-1.0], [1.0]])
-    return _Motion(x, y, radius, angle, opacity)
+        sign = 1 if event in _FORWARD else -1
+        match event:
+            case names.LEFT | names.RIGHT:
+                x = x + sign * travel * (u - 0.5)
+            case names.UP | names.DOWN:
+                y = y + sign * travel * (u - 0.5)
+            case names.GROWING | names.SHRINKING:
+                radius = radius * growth ** (sign * (u - 0.5))
+            case names.CIRCLING | names.CIRCLING_BACK:
+                turned = 2 * np.pi * (phase + sign * turns * u)  # y points down: growing angles go clockwise
+                x, y = x + reach * np.cos(turned), y + reach * np.sin(turned)
+            case names.APPEARING | names.VANISHING:
+                opacity = 1 - own * (1 - u if event == names.APPEARING else u)
+            case names.APPROACHING | names.PARTING:
+                radius = 0.7 * radius
+                apart = 0.15 + travel / 2 * (sign * (u - 0.5) + 0.5)
+                x = 0.5 + apart * np.cos(0.8 * (phase - 0.5)) * np.array([[-1.0], [1.0]])
+                y = 0.5 + apart * np.sin(0.8 * (phase - 0.5)) * np.array([[-1.0], [1.0]])
+    return {"x": x, "y": y, "radius": radius, "angle": angle, "opacity": opacity}
 
 
 def _texture(rng: np.random.Generator, waves: int = 6) -> Floats:
@@ -232,9 +187,6 @@ def _texture(rng: np.random.Generator, waves: int = 6) -> Floats:
     grey = rng.uniform(50, 170) + rng.normal(0, 15, 3)
     texture = grey + np.einsum("wrc,wk->rck", wave, rng.normal(0, 16, (waves, 3)))
     return np.asarray(np.clip(texture + rng.normal(0, 8, (side, side, 1)), 0, 255))
-
-
-OCCLUDED = 0.8  # side of the square that hides an occluded video, as a share of the picture's
 
 
 def _signed_distance(shape: str, x: Floats, y: Floats) -> Floats:
@@ -290,9 +242,6 @@ def paint(scene: Scene, frames: slice | NDArray[np.int64] = slice(None)) -> NDAr
     cover = (cover * opacity[:, None, None])[:, None]
     picture = picture + cover * (scene.colour[:, None, None] - picture)
     return np.ascontiguousarray((picture + 0.5).astype(np.uint8).transpose(0, 2, 3, 1))
-
-
-OUTLIERS = ("occluded", "off_class", "static")
 
 
 def render_clip(

@@ -29,8 +29,7 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,16 +37,15 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 from torch import Tensor
 
 from clip_m2df.errors import UserError
-from clip_m2df.files import Fingerprint, fingerprint
-from clip_m2df.video.reader import Choose
+from clip_m2df.files import Fingerprint, fingerprint, relative_path, whole_file
+from clip_m2df.video.reader import Choose, chosen_frames
 
-FORMAT = "clip-m2df frames 1"
-
-
-AGAIN = "delete the shard and run `clip-m2df cache` again"
+CACHE_FORMAT = "clip-m2df frames 1"
+REMEDY = "delete the shard and run `clip-m2df cache` again"
 
 
 class DamagedCacheError(UserError):
@@ -67,10 +65,23 @@ class Settings(NamedTuple):
     frames: int
     quality: int
 
+    def __str__(self) -> str:
+        """For messages."""
+        return f"short_side {self.short_side}, frames {self.frames} and quality {self.quality}"
 
-@dataclass(frozen=True)
-class Entry:
-    """A video in a cache: number ``number`` of a shard. Its path is absolute in memory."""
+
+class CachedVideo(NamedTuple):
+    """A video in a cache.
+
+    Attributes:
+        path: Absolute.
+        fingerprint: Of the video when its frames were kept.
+        n_frames: Of the video itself.
+        height: Of the kept frames.
+        width: Of the kept frames.
+        shard: The file that has them.
+        number: Which of the shard's videos it is.
+    """
 
     path: str
     fingerprint: Fingerprint
@@ -88,18 +99,17 @@ class FrameCache:
 
     Args:
         settings: of all frames.
-        entries: what is kept.
+        videos: what is kept.
 
     Attributes:
         short_side: pixels to which the short side was reduced.
         frames: how many frames were kept of a video, at most.
     """
 
-    def __init__(self, settings: Settings, entries: Iterable[Entry]) -> None:
+    def __init__(self, settings: Settings, videos: Iterable[CachedVideo]) -> None:
         self.settings = settings
-        self.short_side = settings.short_side
-        self.frames = settings.frames
-        self._entries = {entry.path: entry for entry in entries}
+        self.short_side, self.frames, _ = settings
+        self._videos = {video.path: video for video in videos}
         self._current: dict[str, bool] = {}
         self._shards: dict[str, Any] = {}
 
@@ -114,18 +124,18 @@ class FrameCache:
         Raises:
             UserError: there is no cache, or a shard is damaged or unlike the others.
         """
-        settings, entries = read_headers(Path(folder), root)
+        settings, videos = read_headers(Path(folder), root)
         if settings is None:
             raise UserError(
                 f"there is no frame cache in {folder}: name its folder, or make one with `clip-m2df cache --manifest …"
                 f" --output {folder}`"
             )
-        return cls(settings, entries)
+        return cls(settings, videos)
 
     @property
     def video_bytes(self) -> int:
         """Bytes of the videos themselves, when their frames were kept."""
-        return sum(entry.fingerprint.size for entry in self._entries.values())
+        return sum(video.fingerprint.size for video in self._videos.values())
 
     def has(self, path: str) -> bool:
         """Whether a video's frames are kept, and are still the video's; true also if the video itself is gone.
@@ -133,11 +143,16 @@ class FrameCache:
         The video is looked at once, at the first question.
         """
         path = os.path.abspath(path)
-        if path not in self._current:
-            self._current[path] = path in self._entries and _is_current(self._entries[path])
-        return self._current[path]
+        if path not in self._current and path in self._videos:
+            try:
+                self._current[path] = fingerprint(path) == self._videos[path].fingerprint
+            except (FileNotFoundError, NotADirectoryError):
+                self._current[path] = True  # a cache can travel without its videos
+            except OSError:
+                self._current[path] = False
+        return self._current.get(path, False)
 
-    def read_frames(self, path: str, choose: Choose) -> Tensor | None:
+    def read_frames(self, path: str, choose: Choose) -> tuple[Tensor, int] | None:
         """Read chosen frames of a video out of those that are kept, as :func:`clip_m2df.video.reader.read_frames` does.
 
         Args:
@@ -145,7 +160,8 @@ class FrameCache:
             choose: From the number of kept frames to the wanted ones, in any order, repeats allowed.
 
         Returns:
-            uint8 RGB pixels, shape ``(frames, 3, height, width)``, or None if the cache doesn't have the video.
+            uint8 RGB pixels, shape ``(frames, 3, height, width)``, and how many frames there were to choose from; None
+            if the cache doesn't have the video.
 
         Raises:
             DamagedCacheError: they cannot be had any more.
@@ -153,30 +169,23 @@ class FrameCache:
         path = os.path.abspath(path)
         if not self.has(path):
             return None
-        entry = self._entries[path]
-        n_kept = min(entry.n_frames, self.frames)
-        wanted = [int(number) for number in choose(n_kept)]
+        video = self._videos[path]
+        n_kept = min(video.n_frames, self.frames)
+        wanted = chosen_frames(choose, n_kept)
         numbers = sorted(set(wanted))
-        if not numbers or numbers[0] < 0 or numbers[-1] >= n_kept:
-            raise ValueError(f"choose({n_kept}) returned {wanted}, not frame numbers from 0 to {n_kept - 1}")
-        shard = self._open_shard(entry.shard)
         try:
-            clip = decode_jpegs(_jpegs(shard, entry.number, numbers))
-            if clip.shape[-2:] != (entry.height, entry.width):
+            if video.shard not in self._shards:
+                self._shards[video.shard] = safe_open(video.shard, framework="numpy")
+            clip = decode_jpegs(_read_jpegs(self._shards[video.shard], video.number, numbers))
+            if clip.shape[-2:] != (video.height, video.width):
                 raise ValueError("the size is another")
+        except OSError as error:
+            raise DamagedCacheError(f"cannot open the cache's shard {video.shard} ({error}): {REMEDY}") from error
         except (SafetensorError, ValueError) as error:
             raise DamagedCacheError(
-                f"the frames of {path} in the cache's shard {entry.shard} are damaged: {AGAIN}"
+                f"the frames of {path} in the cache's shard {video.shard} are damaged: {REMEDY}"
             ) from error
-        return clip if wanted == numbers else clip[[numbers.index(number) for number in wanted]]
-
-    def _open_shard(self, path: str) -> Any:
-        if path not in self._shards:
-            try:
-                self._shards[path] = safe_open(path, framework="numpy")
-            except (OSError, SafetensorError) as error:
-                raise DamagedCacheError(f"cannot open the cache's shard {path} ({error}): {AGAIN}") from error
-        return self._shards[path]
+        return clip[[numbers.index(number) for number in wanted]], n_kept
 
     def __repr__(self) -> str:
         """What decides the frames, for what is kept of them elsewhere."""
@@ -192,72 +201,83 @@ def list_shards(folder: Path) -> list[Path]:
     return sorted(folder.glob("frames-[0-9][0-9][0-9][0-9][0-9].safetensors"))
 
 
-def read_headers(folder: Path, root: str | Path | None) -> tuple[Settings | None, list[Entry]]:
-    """The settings of a folder's shards, None if it has none, and their entries."""
+def read_headers(folder: Path, root: str | Path | None) -> tuple[Settings | None, list[CachedVideo]]:
+    """The settings of a folder's shards, None if it has none, and their videos."""
     settings = None
-    entries: list[Entry] = []
+    videos: list[CachedVideo] = []
     for shard in list_shards(folder):
         found, more = _read_header(shard, root)
         if settings not in (None, found):
-            raise UserError(f"the cache's shard {shard} has other settings than those before it: {AGAIN}")
+            raise UserError(f"the cache's shard {shard} has other settings than those before it: {REMEDY}")
         settings = found
-        entries += more
-    return settings, entries
+        videos += more
+    return settings, videos
 
 
-def _read_header(shard: Path, root: str | Path | None) -> tuple[Settings, list[Entry]]:
+def _read_header(shard: Path, root: str | Path | None) -> tuple[Settings, list[CachedVideo]]:
+    videos = []
     try:
         with safe_open(shard, framework="numpy") as file:
             metadata = file.metadata()
-            if metadata["format"] != FORMAT:
-                raise ValueError(f"its format is not {FORMAT!r}")
+            if metadata["format"] != CACHE_FORMAT:
+                raise ValueError(f"its format is not {CACHE_FORMAT!r}")
             settings = Settings(*(int(metadata[name]) for name in Settings._fields))
-            entries = [
-                replace(_entry(row, root), shard=str(shard), number=number)
-                for number, row in enumerate(json.loads(metadata["videos"]))
-            ]
-            for entry in entries:
-                per_frame = [min(entry.n_frames, settings.frames)]
+            for number, row in enumerate(json.loads(metadata["videos"])):
+                path = os.path.abspath(os.path.join(root or "", row["path"]))
+                key = Fingerprint(*(int(row[name]) for name in Fingerprint._fields))
+                n_frames, height, width = (int(row[name]) for name in ("n_frames", "height", "width"))
+                videos.append(CachedVideo(path, key, n_frames, height, width, str(shard), number))
                 for name in ("ends", "crc32"):
-                    tensor = file.get_slice(f"{entry.number}.{name}")
-                    if tensor.get_dtype() != "I64" or tensor.get_shape() != per_frame:
+                    tensor = file.get_slice(f"{number}.{name}")
+                    if tensor.get_dtype() != "I64" or tensor.get_shape() != [min(n_frames, settings.frames)]:
                         raise ValueError("its tables have other sizes than its header says")
     except OSError as error:
         raise UserError(
             f"cannot read the cache's shard {shard}: {error.strerror or error}; allow reading it"
         ) from error
     except (SafetensorError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
-        raise UserError(f"the cache's shard {shard} is damaged, or of another version: {AGAIN}") from error
-    return settings, entries
+        raise UserError(f"the cache's shard {shard} is damaged, or of another version: {REMEDY}") from error
+    return settings, videos
 
 
-def _entry(row: Any, root: str | Path | None) -> Entry:
-    """From a row of a shard's list of videos."""
-    key = Fingerprint(*(int(row[name]) for name in Fingerprint._fields))
-    path = os.path.abspath(os.path.join(root or "", row["path"]))
-    return Entry(path, key, int(row["n_frames"]), int(row["height"]), int(row["width"]))
+def write_shard(
+    folder: Path, root: str, settings: Settings, videos: Sequence[tuple[CachedVideo, Sequence[bytes]]]
+) -> None:
+    """Write a shard after those that are there.
+
+    Args:
+        folder: The cache.
+        root: The manifest's folder, at which relative paths start.
+        settings: Of all frames.
+        videos: Each with the JPEGs of its frames.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    tensors, rows = {}, []
+    for number, (video, jpegs) in enumerate(videos):
+        tensors[f"{number}"] = np.frombuffer(b"".join(jpegs), np.uint8)
+        tensors[f"{number}.ends"] = np.cumsum([len(jpeg) for jpeg in jpegs], dtype=np.int64)
+        tensors[f"{number}.crc32"] = np.array([zlib.crc32(jpeg) for jpeg in jpegs], np.int64)
+        size = {"n_frames": video.n_frames, "height": video.height, "width": video.width}
+        rows.append({"path": relative_path(video.path, root), **video.fingerprint._asdict(), **size})
+    metadata = {name: str(value) for name, value in settings._asdict().items()}
+    shards = list_shards(folder)
+    number = int(shards[-1].stem.removeprefix("frames-")) + 1 if shards else 0
+    with whole_file(folder / f"frames-{number:05}.safetensors") as draft:
+        draft.write_bytes(save(tensors, {"format": CACHE_FORMAT, **metadata, "videos": json.dumps(rows)}))
 
 
-def _is_current(entry: Entry) -> bool:
-    try:
-        return fingerprint(entry.path) == entry.fingerprint
-    except (FileNotFoundError, NotADirectoryError):
-        return True  # a cache can travel without its videos
-    except OSError:
-        return False
-
-
-def _jpegs(shard: Any, number: int, frames: Iterable[int]) -> list[bytes]:
+def _read_jpegs(shard: Any, number: int, frames: Iterable[int]) -> list[bytes]:
     """Some of a video's JPEGs, each held against its checksum."""
     pixels = shard.get_slice(f"{number}")
     ends = [0, *shard.get_tensor(f"{number}.ends").tolist()]
     sums = shard.get_tensor(f"{number}.crc32").tolist()
     jpegs = []
     for k in frames:
-        start, end = ends[k], ends[k + 1]
-        if not 0 <= start < end:
+        if not 0 <= ends[k] < ends[k + 1]:
             raise ValueError("the frames are out of order")
-        jpegs.append(pixels[start:end].tobytes())
+        jpegs.append(pixels[ends[k] : ends[k + 1]].tobytes())
         if zlib.crc32(jpegs[-1]) != sums[k]:
             raise ValueError(f"frame {k} has another checksum")
     return jpegs

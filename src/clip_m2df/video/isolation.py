@@ -1,10 +1,10 @@
 """Runs work on many videos in processes of their own: a decoder that crashes or hangs costs its file only."""
 
-from __future__ import annotations
-
 import itertools
 import multiprocessing
+import os
 import signal
+import sys
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, TimeoutError, wait
 from typing import Any, TypeVar
@@ -12,8 +12,6 @@ from typing import Any, TypeVar
 from pebble import ProcessExpired, ProcessPool
 
 Item = TypeVar("Item")
-
-
 Result = TypeVar("Result")
 
 
@@ -22,22 +20,26 @@ class Lost(str):
 
 
 def isolated_map(
-    function: Callable[[Item], Result], items: Iterable[Item], *, workers: int, timeout: float
+    function: Callable[[Item], Result], items: Iterable[Item], *, workers: int | None, timeout: float
 ) -> Generator[tuple[Item, Result | Lost], None, None]:
     """Apply a function to each item in worker processes, which are replaced when one is lost.
 
+    Each worker computes on one thread, and what it prints to stderr is dropped.
+
     Args:
-        function: at the top of a module, so that a new process finds it. An error that it raises is raised here.
-        items: what to apply it to; they are taken as workers become free.
-        workers: processes.
-        timeout: seconds after which an item is given up and its process ended.
+        function: At the top of a module, so that a new process finds it. An error that it raises is raised here.
+        items: What to apply it to; they are taken as workers become free.
+        workers: Processes; as many as there are cores by default.
+        timeout: Seconds after which an item is given up and its process ended.
 
     Yields:
         Each item with its result, as they are ready, in any order.
     """
     remaining = iter(items)
+    workers = workers or os.cpu_count() or 1
     # Not forked: a forked process inherits locks of threads that it doesn't have, and decord hangs.
-    with ProcessPool(max_workers=workers, context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPool(max_workers=workers, context=context, initializer=_start_worker) as pool:
         running: dict[Future[Any], Item] = {}
         try:
             while True:
@@ -46,22 +48,27 @@ def isolated_map(
                 if not running:
                     return
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    yield running.pop(future), _outcome(future, timeout)
+                    yield running.pop(future), _result_of(future, timeout)
         finally:
             pool.stop()  # type: ignore[no-untyped-call]
 
 
-def _outcome(future: Future[Result], timeout: float) -> Result | Lost:
+def _start_worker() -> None:
+    # The workers are the parallelism. This holds for torch once it is imported, and it may be already, by the script.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+    # Decoders print what they think of a file, right across a progress bar.
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+
+
+def _result_of(future: Future[Result], timeout: float) -> Result | Lost:
     try:
         return future.result()
     except TimeoutError:
         return Lost(f"the decoder hangs: not done after {timeout:g} s")
     except ProcessExpired as error:
-        return Lost(f"the decoder crashed ({_ending(error.exitcode)})")
-
-
-def _ending(code: int | None) -> str:
-    """How a process ended, in words."""
-    if code is not None and code < 0:
-        return signal.Signals(-code).name
-    return f"exit status {code}"
+        code = error.exitcode or 0
+        ending = signal.Signals(-code).name if code < 0 else f"exit status {code}"
+        return Lost(f"the decoder crashed ({ending})")

@@ -7,45 +7,37 @@ On VP8 and VP9 in WebM decord is exact too, but PyAV takes 0.9 to 1.1 times as l
 abort the whole process.
 """
 
+import importlib
 import io
 import os
 import re
 import stat
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
-from typing import IO, TYPE_CHECKING, Literal
+from typing import IO, Any, Literal
 
+import av
 import numpy as np
 import torch
+from av.container import InputContainer
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
 from numpy.typing import NDArray
 from torch import Tensor
 
 from clip_m2df.errors import UserError
-from clip_m2df.video.seeking import PacketTable, VideoFacts, read_facts, read_packets
-from clip_m2df.video.timing import counted, evenly_timed, exact_rate, timed
-
-if TYPE_CHECKING:
-    from av.container import InputContainer
-    from av.video.frame import VideoFrame
-    from av.video.stream import VideoStream
-
-
-__all__ = ["Choose", "Decoder", "VideoError", "VideoFacts", "probe", "read_frames", "sample_frames"]
-
+from clip_m2df.video.seeking import PacketTable, read_packets
+from clip_m2df.video.timing import VideoFacts, count_samples, evenly_timed, exact_rate, read_facts, timed
 
 Decoder = Literal["auto", "decord", "pyav", "torchcodec"]
-
 
 Choose = Callable[[int], Sequence[int]]
 """From the number of frames that a video has to the numbers of those that are wanted."""
 
-
 _Picture = NDArray[np.uint8]  # (height, width, 3)
 
-
 _IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-
 
 # FFmpeg's names of what holds all of its pictures itself. A playlist, whatever it is called, names other files, and so
 # would lead out of the data set.
@@ -55,7 +47,7 @@ _CONTAINERS = (
 )
 
 
-def read_frames(path: str, choose: Choose, *, decoder: Decoder = "auto") -> Tensor:
+def read_frames(path: str, choose: Choose, *, decoder: Decoder = "auto") -> tuple[Tensor, int]:
     """Read chosen frames of a video.
 
     Frame k is the k-th that is shown, as the video is meant to be seen: edit lists and rotation are applied. A
@@ -69,22 +61,24 @@ def read_frames(path: str, choose: Choose, *, decoder: Decoder = "auto") -> Tens
         decoder: What reads a video file. ``auto`` is exact, today PyAV; the others are a person's own choice.
 
     Returns:
-        uint8 RGB pixels, shape ``(frames, 3, height, width)``.
+        uint8 RGB pixels, shape ``(frames, 3, height, width)``; and how many frames there were to choose from.
 
     Raises:
         VideoError: If the file is no video, or not one frame of it decodes.
         UserError: If the decoder is unknown or not installed.
+        ChoiceError: If a frame is chosen that there is not.
     """
     if decoder not in _READERS:
         raise UserError(f"there is no decoder {decoder!r}: choose from {', '.join(_READERS)}")
-    path, is_folder = _find(path)
-    if is_folder:
-        return _read_images(path, choose)
-    if _READERS[decoder] is not _read_pyav:
-        with _open(path, path):  # the others would follow a playlist
-            pass
-    with blaming(path):
-        return _READERS[decoder](path, lambda n_frames: _wanted(choose, n_frames))
+    path = _find(path)
+    read = _READERS[decoder]
+    with as_video_error(path, "reading it" if read is _read_pyav else decoder):
+        if os.path.isdir(path):
+            return _read_images(path, choose)
+        if read is not _read_pyav:
+            with _open(path, path):  # the others would follow a playlist
+                pass
+        return read(path, choose)
 
 
 def sample_frames(path: str, rate: float, *, fps: float | None = None) -> Iterator[Tensor]:
@@ -108,8 +102,8 @@ def sample_frames(path: str, rate: float, *, fps: float | None = None) -> Iterat
     """
     exact = exact_rate("rate", rate)
     own = None if fps is None else exact_rate("fps", fps)
-    path, is_folder = _find(path)
-    if not is_folder:
+    path = _find(path)
+    if not os.path.isdir(path):
         return _sample_pyav(path, exact, own)
     if own is None:
         raise UserError(f"{path} is a folder of images, which have no times: give fps, how many of them a second has")
@@ -123,30 +117,29 @@ def probe(path: str) -> VideoFacts:
         VideoError: If the file is no video.
     """
     path = os.path.abspath(path)
-    with _open(path, path) as (container, stream):
-        first = next(_frames(container, stream), None)
-    rotation = 0 if first is None else -_quarters(first) % 4 * 90
-    with _open(path, path) as (container, stream):
-        return read_facts(container, stream, rotation)
+    with as_video_error(path):
+        with _open(path, path) as (container, stream):
+            first = next(_frames(container, stream), None)
+        rotation = 0 if first is None else -_quarters(first) % 4 * 90
+        with _open(path, path) as (container, stream):
+            return read_facts(container, stream, rotation)
 
 
-def _find(path: str) -> tuple[str, bool]:
-    """Return the absolute path of what may be a video, and whether it is a folder."""
+def _find(path: str) -> str:
+    """Return the absolute path of what may be a video: a file that is not empty, or a folder."""
     path = os.path.abspath(path)
-    with naming(path):
+    with as_video_error(path):
         mode = os.stat(path).st_mode
-    if stat.S_ISDIR(mode):
-        return path, True
-    if not stat.S_ISREG(mode):  # opening a FIFO would wait for ever
-        raise unreadable(path, "it is neither a regular file nor a folder of images")
-    with naming(path), open(path, "rb") as file:
-        is_empty = not file.read(1)
-    if is_empty:
-        raise unreadable(path, "it is empty")
-    return path, False
+        if not stat.S_ISDIR(mode):
+            if not stat.S_ISREG(mode):  # opening a FIFO would wait for ever
+                raise unreadable(path, "it is neither a regular file nor a folder of images")
+            with open(path, "rb") as file:
+                if not file.read(1):
+                    raise unreadable(path, "it is empty")
+    return path
 
 
-def _read_pyav(path: str, choose: Callable[[int], list[int]]) -> Tensor:
+def _read_pyav(path: str, choose: Choose) -> tuple[Tensor, int]:
     """Decode the wanted frames by seeking, or else from the first frame to the last wanted one.
 
     Where damage costs a frame, those after it are one number lower; not if seeking passes over it, which hides the
@@ -156,34 +149,64 @@ def _read_pyav(path: str, choose: Callable[[int], list[int]]) -> Tensor:
         packets = read_packets(container, stream)
     n_frames = packets.n_frames
     while n_frames > 0:
-        wanted = choose(n_frames)
+        wanted = chosen_frames(choose, n_frames)
         numbers = set(wanted)
         pictures = _decode_runs(path, packets, numbers) if n_frames == packets.n_frames else {}
         if len(pictures) < len(numbers):
             pictures, decoded = _decode(path, numbers)
         if len(pictures) == len(numbers):
-            return _clip(pictures, wanted)
+            return _stack(pictures, wanted), n_frames
         # It ended before the last wanted frame, so this is fewer than before.
         n_frames = decoded
     raise unreadable(path, "not one frame of it decodes")
 
 
-def _read_images(folder: str, choose: Choose) -> Tensor:
+def _read_images(folder: str, choose: Choose) -> tuple[Tensor, int]:
     images = _list_images(folder)
-    wanted = _wanted(choose, len(images))
+    wanted = chosen_frames(choose, len(images))
     pictures: dict[int, _Picture] = {}
     size: tuple[int, int] | None = None
     for number in sorted(set(wanted)):
         pictures[number], size = _read_image(images[number], size)
-    return _clip(pictures, wanted)
+    return _stack(pictures, wanted), len(images)
+
+
+def _read_decord(path: str, choose: Choose) -> tuple[Tensor, int]:
+    # More threads fail on some VP9 files. The reader lives as short as can be: it hangs after a fork.
+    video = _import("decord").VideoReader(path, num_threads=1)
+    wanted = chosen_frames(choose, len(video))
+    numbers = sorted(set(wanted))
+    pictures = video.get_batch(numbers).asnumpy()
+    return _stack(dict(zip(numbers, pictures, strict=True)), wanted), len(video)
+
+
+def _read_torchcodec(path: str, choose: Choose) -> tuple[Tensor, int]:
+    video = _import("torchcodec.decoders").VideoDecoder(path, seek_mode="exact", num_ffmpeg_threads=1)
+    wanted = chosen_frames(choose, len(video))
+    numbers = sorted(set(wanted))
+    pictures = video.get_frames_at(indices=numbers).data.permute(0, 2, 3, 1).numpy()
+    return _stack(dict(zip(numbers, pictures, strict=True)), wanted), len(video)
+
+
+def _import(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except (ImportError, OSError, RuntimeError) as error:  # the last two where FFmpeg's libraries are not found
+        package = module.partition(".")[0]
+        raise UserError(
+            f"decoder {package!r} needs the package {package}, which cannot be imported: install it, or use 'auto'"
+        ) from error
+
+
+_READERS = {"auto": _read_pyav, "decord": _read_decord, "pyav": _read_pyav, "torchcodec": _read_torchcodec}
 
 
 def _sample_pyav(path: str, rate: Fraction, fps: Fraction | None) -> Iterator[Tensor]:
     size: tuple[int, int] | None = None
-    with blaming(path), _open(path, path) as (container, stream):
+    with as_video_error(path), _open(path, path) as (container, stream):
         frames = _frames(container, stream)
         stamped = timed(frames, container, stream, path) if fps is None else evenly_timed(frames, fps)
-        for frame, count in counted(stamped, rate):
+        for frame, count in count_samples(stamped, rate):
             size = size or _size(frame)
             if count:
                 yield from _repeat(_picture(frame, size), count)
@@ -193,31 +216,33 @@ def _sample_pyav(path: str, rate: Fraction, fps: Fraction | None) -> Iterator[Te
 
 def _sample_images(images: Sequence[str], rate: Fraction, fps: Fraction) -> Iterator[Tensor]:
     size: tuple[int, int] | None = None
-    for image, count in counted(evenly_timed(images, fps), rate):
+    for image, count in count_samples(evenly_timed(images, fps), rate):
         if count:
             picture, size = _read_image(image, size)
             yield from _repeat(picture, count)
 
 
 def _repeat(picture: _Picture, count: int) -> Iterator[Tensor]:
-    """Yield a picture again and again, not as one clip: a slide may be shown for an hour."""
+    """Yield copies of a picture, not as one clip: a slide may be shown for an hour."""
     for _ in range(count):
-        yield _clip({0: picture}, [0])[0]
+        yield torch.from_numpy(picture.copy()).permute(2, 0, 1)
 
 
 def _list_images(folder: str) -> list[str]:
     """List the paths of a folder's images in the order of their numbers."""
-    with naming(folder), os.scandir(folder) as entries:
+    with as_video_error(folder), os.scandir(folder) as entries:
         # A leading dot marks what macOS and editors leave beside the images.
         names = [e.name for e in entries if e.name.lower().endswith(_IMAGES) and e.name[0] != "." and e.is_file()]
     if not names:
         raise unreadable(folder, f"the folder has no images ({', '.join(_IMAGES)})")
-    return [os.path.join(folder, name) for name in sorted(names, key=_natural)]
+    # By the numbers in them, then by their letters.
+    names.sort(key=lambda name: ([int(digits) for digits in re.findall(r"\d+", name)], name))
+    return [os.path.join(folder, name) for name in names]
 
 
 def _read_image(path: str, size: tuple[int, int] | None) -> tuple[_Picture, tuple[int, int]]:
     """Read an image, scaled to a width and height if given; return it with its size."""
-    with naming(path), open(path, "rb") as file:
+    with as_video_error(path), open(path, "rb") as file:
         # From memory: FFmpeg would take a name such as "img_%d.jpg" for a pattern.
         data = io.BytesIO(file.read())
     with _open(data, path) as (container, stream):
@@ -228,15 +253,8 @@ def _read_image(path: str, size: tuple[int, int] | None) -> tuple[_Picture, tupl
         return _picture(frame, size), size
 
 
-def _natural(name: str) -> tuple[list[int], str]:
-    """Order names by the numbers in them, then by their letters."""
-    return [int(digits) for digits in re.findall(r"\d+", name)], name
-
-
 @contextmanager
-def _open(source: str | IO[bytes], path: str) -> Iterator[tuple["InputContainer", "VideoStream"]]:
-    import av
-
+def _open(source: str | IO[bytes], path: str) -> Iterator[tuple[InputContainer, VideoStream]]:
     options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"}
     try:
         # Old files carry titles in any encoding.
@@ -262,8 +280,6 @@ def _open(source: str | IO[bytes], path: str) -> Iterator[tuple["InputContainer"
 
 def _decode_runs(path: str, packets: PacketTable, numbers: set[int]) -> dict[int, _Picture]:
     """Decode the numbered frames by seeking; some or all are left out if that is not safe or saves little."""
-    import av
-
     pictures: dict[int, _Picture] = {}
     runs = packets.runs(numbers)
     if not runs:
@@ -304,38 +320,24 @@ def _decode(path: str, numbers: set[int]) -> tuple[dict[int, _Picture], int]:
     return pictures, decoded
 
 
-def _frames(container: "InputContainer", stream: "VideoStream") -> Iterator["VideoFrame"]:
+def _frames(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
     """Yield what decodes, in the order of presentation."""
-    import av
-
-    packets = container.demux(stream)
-    while True:
-        try:
-            packet = next(packets)
-        except StopIteration:
-            return
-        except av.FFmpegError:
-            break
-        try:
-            frames = packet.decode()
-        except av.FFmpegError:
-            # A broken packet costs its own frames, not those after it.
-            continue
-        yield from frames
-    # A truncated file ends without the empty packet that hands out the frames still held for reordering.
-    try:
-        frames = stream.decode(None)
-    except av.FFmpegError:
+    with suppress(av.FFmpegError):
+        for packet in container.demux(stream):
+            with suppress(av.FFmpegError):  # a broken packet costs its own frames, not those after it
+                yield from packet.decode()
         return
-    yield from frames
+    # A truncated file ends without the empty packet that hands out the frames still held for reordering.
+    with suppress(av.FFmpegError):
+        yield from stream.decode(None)
 
 
-def _size(frame: "VideoFrame") -> tuple[int, int]:
+def _size(frame: VideoFrame) -> tuple[int, int]:
     """Return the width and height of a frame as it is shown."""
     return (frame.height, frame.width) if _quarters(frame) % 2 else (frame.width, frame.height)
 
 
-def _picture(frame: "VideoFrame", size: tuple[int, int]) -> _Picture:
+def _picture(frame: VideoFrame, size: tuple[int, int]) -> _Picture:
     """Convert a frame to RGB, turned as it is shown and scaled to a width and height."""
     quarters = _quarters(frame)
     width, height = size[::-1] if quarters % 2 else size
@@ -344,66 +346,28 @@ def _picture(frame: "VideoFrame", size: tuple[int, int]) -> _Picture:
     return np.rot90(array, quarters)
 
 
-def _quarters(frame: "VideoFrame") -> int:
+def _quarters(frame: VideoFrame) -> int:
     return round(frame.rotation / 90) % 4
 
 
-def _clip(pictures: dict[int, _Picture], wanted: Sequence[int]) -> Tensor:
-    frames = np.stack([pictures[number] for number in wanted])
-    return torch.from_numpy(frames).permute(0, 3, 1, 2)
+def _stack(pictures: dict[int, _Picture], wanted: Sequence[int]) -> Tensor:
+    return torch.from_numpy(np.stack([pictures[number] for number in wanted])).permute(0, 3, 1, 2)
 
 
-def _wanted(choose: Choose, n_frames: int) -> list[int]:
+class ChoiceError(ValueError):
+    """A frame was chosen that a video does not have: a mistake of the code that chose, not of the video."""
+
+
+def chosen_frames(choose: Choose, n_frames: int) -> list[int]:
+    """Ask for the numbers of the wanted frames, and check them.
+
+    Raises:
+        ChoiceError: If there are none, or one is not from 0 to ``n_frames - 1``.
+    """
     wanted = [int(number) for number in choose(n_frames)]
     if not wanted or min(wanted) < 0 or max(wanted) >= n_frames:
-        raise ValueError(f"choose({n_frames}) returned {wanted}, not frame numbers from 0 to {n_frames - 1}")
+        raise ChoiceError(f"choose({n_frames}) returned {wanted}, not frame numbers from 0 to {n_frames - 1}")
     return wanted
-
-
-def read_decord(path: str, choose: Callable[[int], list[int]]) -> Tensor:
-    """Read chosen frames with decord; as :func:`clip_m2df.video.reader.read_frames`."""
-    try:
-        import decord
-    except (ImportError, OSError) as error:
-        raise _not_installed("decord") from error
-    broken = (RuntimeError, AssertionError, IndexError, decord.DECORDError, decord.DECORDLimitReachedError)
-    try:
-        # More threads fail on some VP9 files. The reader lives as short as can be: it hangs after a fork.
-        reader = decord.VideoReader(path, num_threads=1)
-    except broken as error:
-        raise unreadable(path, "decord cannot open it") from error
-    wanted = choose(len(reader))
-    numbers = sorted(set(wanted))
-    try:
-        pictures = reader.get_batch(numbers).asnumpy()
-    except broken as error:
-        raise unreadable(path, "decord cannot decode the wanted frames") from error
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2)[[numbers.index(number) for number in wanted]]
-
-
-def read_torchcodec(path: str, choose: Callable[[int], list[int]]) -> Tensor:
-    """Read chosen frames with torchcodec; as :func:`clip_m2df.video.reader.read_frames`."""
-    try:
-        from torchcodec.decoders import VideoDecoder
-    except (ImportError, OSError, RuntimeError) as error:  # the last two where FFmpeg's libraries are not found
-        raise _not_installed("torchcodec") from error
-    try:
-        video = VideoDecoder(path, seek_mode="exact", num_ffmpeg_threads=1)
-    except (RuntimeError, ValueError) as error:
-        raise unreadable(path, "torchcodec cannot open it") from error
-    wanted = choose(len(video))
-    numbers = sorted(set(wanted))
-    try:
-        frames: Tensor = video.get_frames_at(indices=numbers).data
-    except (RuntimeError, ValueError, IndexError) as error:
-        raise unreadable(path, "torchcodec cannot decode the wanted frames") from error
-    return frames[[numbers.index(number) for number in wanted]]
-
-
-def _not_installed(package: str) -> UserError:
-    return UserError(
-        f"decoder {package!r} needs the package {package}, which cannot be imported: install it, or use 'auto'"
-    )
 
 
 class VideoError(UserError):
@@ -419,41 +383,35 @@ class VideoError(UserError):
         self.path = path
         self.reason = reason or message
 
+    def reason_for(self, video: str) -> str:
+        """The reason, with the name of the file at fault where the video is a folder of images."""
+        image = os.path.basename(self.path) if self.path != os.path.abspath(video) else ""
+        return f"{image}: {self.reason}" if image else self.reason
+
 
 def unreadable(path: str, reason: str) -> VideoError:
-    """Return the error of a video that is to be removed or replaced."""
-    message = f"cannot read the video {path}: {reason}; remove it from the manifest or replace it"
+    """Return the error of a video that is to be made readable, removed or replaced."""
+    message = f"cannot read the video {path}: {reason}; make it readable, remove it from the manifest or replace it"
     return VideoError(message, path=path, reason=reason)
 
 
 @contextmanager
-def naming(path: str) -> Iterator[None]:
-    """Turn the operating system's refusals into errors that name the video."""
+def as_video_error(path: str, action: str = "reading it") -> Iterator[None]:
+    """Turn what the system refuses, and whatever a damaged file does to a decoder, into an error of the video.
+
+    Args:
+        path: The video.
+        action: What the message says to have failed.
+
+    Raises:
+        VideoError: In the place of any error but the package's own.
+    """
     try:
         yield
-    except FileNotFoundError as error:
-        raise unreadable(path, "there is no such file") from error
-    except PermissionError as error:
-        reason = "no permission; allow reading it"
-        raise VideoError(f"cannot read the video {path}: {reason}", path=path, reason=reason) from error
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        raise unreadable(path, str(error)) from error
-
-
-@contextmanager
-def blaming(path: str) -> Iterator[None]:
-    """Turn whatever a damaged file does to a decoder into an error of the file."""
-    try:
-        yield
-    except ValueError:  # the package's own errors, and those of a choice out of range
+    except (UserError, ChoiceError):
         raise
+    except OSError as error:
+        raise unreadable(path, error.strerror or str(error)) from error
     except Exception as error:
-        raise unreadable(path, f"reading it fails: {type(error).__name__}: {error}") from error
-
-
-_READERS: dict[str, Callable[[str, Callable[[int], list[int]]], Tensor]] = {
-    "auto": _read_pyav,
-    "decord": read_decord,
-    "pyav": _read_pyav,
-    "torchcodec": read_torchcodec,
-}
+        what = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise unreadable(path, f"{action} fails: {what}") from error

@@ -1,25 +1,25 @@
-"""When the frames of a video are shown, and which of them at regular times.
+"""How many frames a video has, when they are shown, and which of them at regular times.
 
-Times are exact fractions of a second from the first frame on. At many rates, half the video's own for one, the wanted
-times are just those at which frames change, and rounding would choose now one frame, now its neighbour.
+Times of frames are exact fractions of a second from the first frame on. At many rates, half the video's own for one,
+the wanted times are just those at which frames change, and rounding would choose now one frame, now its neighbour.
 """
 
+import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
-from clip_m2df.errors import UserError
-from clip_m2df.video.seeking import guesses_times
+import av
+from av.container import InputContainer
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
 
-if TYPE_CHECKING:
-    from av.container import InputContainer
-    from av.video.frame import VideoFrame
-    from av.video.stream import VideoStream
-
+from clip_m2df.errors import UserError, require
 
 Item = TypeVar("Item")
-
 
 # Seconds that a frame may be shown. What seems to last longer has damaged times, and would be given for ever.
 LONGEST = 3600
@@ -45,8 +45,7 @@ def exact_rate(name: str, rate: float) -> Fraction:
     Raises:
         UserError: If it is not above 0, or infinite.
     """
-    if not 0 < rate < math.inf:
-        raise UserError(f"{name} is {rate!r} a second; it must be a number above 0")
+    require(above=0, below=math.inf, **{name: rate})
     return Fraction(rate).limit_denominator() or Fraction(rate)
 
 
@@ -57,8 +56,8 @@ def evenly_timed(items: Iterable[Item], fps: Fraction) -> Iterator[Timed[Item]]:
 
 
 def timed(
-    frames: Iterable["VideoFrame"], container: "InputContainer", stream: "VideoStream", path: str
-) -> Iterator[Timed["VideoFrame"]]:
+    frames: Iterable[VideoFrame], container: InputContainer, stream: VideoStream, path: str
+) -> Iterator[Timed[VideoFrame]]:
     """Give frames, in the order of presentation, their times in the file.
 
     One without a time follows the frame before it at the video's average rate. Where times start anew, as in a file
@@ -91,7 +90,7 @@ def timed(
         yield Timed(frame, start, end)
 
 
-def counted(frames: Iterable[Timed[Item]], rate: Fraction) -> Iterator[tuple[Item, int]]:
+def count_samples(frames: Iterable[Timed[Item]], rate: Fraction) -> Iterator[tuple[Item, int]]:
     """Count at how many of the times (k + 0.5) / rate each frame is the last that has begun.
 
     Yields:
@@ -111,3 +110,67 @@ def counted(frames: Iterable[Timed[Item]], rate: Fraction) -> Iterator[tuple[Ite
 def _times_before(time: Fraction, rate: Fraction) -> int:
     """Count the k from 0 on with (k + 0.5) / rate < time."""
     return math.ceil(time * rate - Fraction(1, 2))
+
+
+@dataclass(frozen=True)
+class VideoFacts:
+    """What a video file tells without being decoded.
+
+    Attributes:
+        frames: Frames that are stored to be shown; some of a damaged file may not decode.
+        promised: Frames that it should have by its index or its duration: more than ``frames`` if it was cut off.
+        fps: Frames per second on average, where it says.
+        rotation: Degrees by which a frame is turned clockwise to be shown: 0, 90, 180 or 270.
+        variable_rate: Whether the time from one frame to the next varies.
+    """
+
+    frames: int
+    promised: int
+    fps: float | None
+    rotation: int
+    variable_rate: bool
+
+
+def read_facts(container: InputContainer, stream: VideoStream, rotation: int) -> VideoFacts:
+    """Read all packets of a video that has just been opened; only a decoded frame has the rotation."""
+    times: list[float] = []
+    frames, end = 0, 0.0
+    with suppress(av.FFmpegError):
+        # A file's duration is that of its longest stream.
+        for packet in container.demux():
+            time = packet.dts if packet.pts is None or guesses_times(container) else packet.pts
+            shown = packet.size > 0 and packet.stream.index == stream.index and not packet.is_discard
+            frames += shown
+            if packet.size > 0 and time is not None and packet.time_base:
+                end = max(end, float((time + (packet.duration or 0)) * packet.time_base))
+                if shown:
+                    times.append(float(time * packet.time_base))
+    times.sort()
+    # Files such as mp4 and AVI have an index of all frames.
+    indexed = sum(not entry.is_discard for entry in stream.index_entries)
+    promised = max(frames, indexed, _expected(container, stream, times, end))
+    gaps = sorted(later - earlier for earlier, later in itertools.pairwise(times)) or [0.0]
+    usual = gaps[len(gaps) // 2]
+    # More than by rounding, to milliseconds in Matroska.
+    varies = max(gaps[-1] - usual, usual - gaps[0]) > max(0.1 * usual, 0.002)
+    return VideoFacts(frames, promised, float(stream.average_rate) if stream.average_rate else None, rotation, varies)
+
+
+def guesses_times(container: InputContainer) -> bool:
+    """Tell whether FFmpeg guesses the times of presentation, as AVI has none."""
+    return bool(container.format.name == "avi")
+
+
+def _expected(container: InputContainer, stream: VideoStream, times: Sequence[float], end: float) -> int:
+    """Count the frames that there would be if those at the sorted times, until an end, went on for the duration."""
+    # An mp4's duration includes what an edit list cuts away.
+    if "mp4" in container.format.name or not times or end <= times[0]:
+        return 0
+    if container.format.name == "avi":
+        # FFmpeg shortens the duration of a file that lost its index.
+        duration = float(stream.frames * (stream.time_base or 0))
+    else:
+        duration = (container.duration or 0) / av.time_base
+    # Counted from 0, as Matroska does, also where the first frame comes later.
+    missing = max(duration - end, 0.0)
+    return len(times) + round(missing * len(times) / (end - times[0]))

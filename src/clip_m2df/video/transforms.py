@@ -1,10 +1,9 @@
 """Which frames of a video are seen, and which part of them: the same for every frame of a clip."""
 
-from __future__ import annotations
-
 import os
 import warnings
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from clip_m2df.errors import UserError
 from clip_m2df.video.frame_cache import DamagedCacheError, FrameCache
-from clip_m2df.video.reader import Choose, Decoder, read_frames
+from clip_m2df.video.reader import Decoder, read_frames
 
 
 def segment_indices(n_frames: int, frames: int, offsets: Tensor | None = None) -> list[int]:
@@ -113,35 +112,28 @@ class ClipReader:
 
         Args:
             path: the video, or a folder of numbered images.
-            uniforms: ``(frames + 3)`` in [0, 1) for training: the frame in each segment, the place of the crop, whether
+            uniforms: ``(frames + 3)`` in [0, 1) for training: the frame in each segment, where the crop lies, whether
                 to flip. Without them the middle frames and the centre crop.
 
         Returns:
             uint8 ``(frames, 3, size, size)``, and how many frames there were to choose from.
+
+        Raises:
+            VideoError: The video cannot be read.
+            DamagedCacheError: Its frames in the cache are damaged, and the video itself is not there.
         """
-        length = 0
-        offsets = None if uniforms is None else uniforms[: self.frames]
-
-        def choose(n_frames: int) -> list[int]:
-            nonlocal length
-            length = n_frames
-            return segment_indices(n_frames, self.frames, offsets)
-
-        clip = self._cached(path, choose)
-        if clip is None:
-            clip = read_frames(path, choose, decoder=self.decoder)
-        position, flip = (0.5, 0.5), False
+        position, flip, offsets = (0.5, 0.5), False, None
         if uniforms is not None:
+            offsets = uniforms[: self.frames]
             y, x, mirrored = uniforms[self.frames :].tolist()
             position, flip = (y, x), self.flip and mirrored < 0.5
-        return resize_and_crop(clip, resize=self.resize, size=self.size, position=position, flip=flip), length
-
-    def _cached(self, path: str, choose: Choose) -> Tensor | None:
-        """Frames from the cache, if it has them; what is damaged there is no fault of the video."""
+        choose = partial(segment_indices, frames=self.frames, offsets=offsets)
+        found = None
         try:
-            return self.cache.read_frames(path, choose) if self.cache else None
+            found = self.cache.read_frames(path, choose) if self.cache else None
         except DamagedCacheError as error:
             if not os.path.exists(path):
                 raise
             warnings.warn(f"{error}; meanwhile the videos themselves are read", stacklevel=2)
-            return None
+        clip, n_frames = found or read_frames(path, choose, decoder=self.decoder)
+        return resize_and_crop(clip, resize=self.resize, size=self.size, position=position, flip=flip), n_frames
