@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clip_m2df.evaluation import explanation, sheet
+from clip_m2df.evaluation import explanation
 from clip_m2df.evaluation.explanation import Explanation, compared_classes, explain
 from clip_m2df.nn.baselines import OTAMHead
 from clip_m2df.nn.distillation import Distillation

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clip_m2df.evaluation import figures, sheet
+from clip_m2df.evaluation import figures
 from clip_m2df.evaluation.evidence import HardEpisode, QueryEvidence, Reliabilities, ValidationEvidence, query_evidence
 from clip_m2df.nn.m2df import M2DFHead
 from clip_m2df.nn.matching import cosine

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from clip_m2df.__about__ import __version__
 from clip_m2df.errors import UserError
-from clip_m2df.evaluation.sheet import shown_frames, strip
+from clip_m2df.evaluation.figures import shown_frames, strip
 from clip_m2df.files import whole_file
 
 # Steps from white to the darkest; each has a class of its own in the style sheet, which the policy of the page demands.
