@@ -314,20 +314,21 @@ class FewShotClassifier:
         return find_segments(self.encoder, scorer, list(self._classes), video, windows, fps=fps, threshold=threshold)
 
     @torch.no_grad()
-    def explain(self, clip: Clip, *, reject: bool = False) -> Explanation:
+    def explain(self, clip: Clip | Encoded, *, reject: bool = False) -> Explanation:
         """Why a clip is taken for what it is, as data; its ``figure()`` draws it.
 
         Args:
-            clip: a path, or uint8 frames ``(frames, height, width, 3)``.
+            clip: a path, uint8 frames ``(frames, height, width, 3)``, or what ``encoder`` makes of a clip.
             reject: see :meth:`predict`.
 
         Raises:
             UserError: the clip can't be read, or there is no threshold.
         """
         scorer, threshold = self._check_fitted(), self._rejecting(reject)
-        clip_encoded = self.encoder.encode_one(clip)
-        query = clip_encoded.features
-        prediction = label_features(scorer, list(self._classes), [name_of(clip)], query.unsqueeze(0), threshold)[0]
+        path = "" if isinstance(clip, Encoded) else name_of(clip)
+        encoded = clip if isinstance(clip, Encoded) else self.encoder.encode_one(clip)
+        query = encoded.features
+        prediction = label_features(scorer, list(self._classes), [path], query.unsqueeze(0), threshold)[0]
         output = scorer.score(query.unsqueeze(0))
         compared = [list(self._classes.values())[place] for place in compared_classes(output.logits[0])]
         return explain(
@@ -339,7 +340,7 @@ class FewShotClassifier:
             class_names=list(self._classes),
             label=prediction.label or "",
             probabilities=torch.tensor(list(prediction.probabilities.values())),
-            frames=clip_encoded.thumbnail,
+            frames=encoded.thumbnail,
             examples={c.label: c.thumbnails[self._closest_example(c, query)] for c in compared},
             threshold=threshold,
             video=prediction.video,

@@ -297,6 +297,10 @@ class ClipEncoder:
             raise UserError(f"the clip {name_of(clip) or 'in memory'} can't be read: {found}")
         return found
 
+    def encode_frames(self, frames: Tensor) -> Encoded:
+        """Encode a clip that has been read, uint8 ``(frames, 3, size, size)`` as :func:`read_clips` gives it."""
+        return Encoded(self.frames(frames), _small(frames))
+
     @torch.no_grad()
     def frames(self, frames: Tensor) -> Tensor:
         """Features of uint8 frames ``(…, 3, size, size)``: ``(…, dim)``, on the model's device."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 from PIL import Image
 from torch import Tensor
 
-from clip_m2df.evaluation.evidence import QueryEvidence, frame_evidence, query_evidence
+from clip_m2df.evaluation.evidence import Alignment, PromptScore, QueryEvidence, frame_evidence, query_evidence
 from clip_m2df.evaluation.figures import (
     BLACK,
     GREY,
@@ -20,7 +20,6 @@ from clip_m2df.evaluation.figures import (
     draw_shares,
     picture,
     prompt_map,
-    short_names,
     shortened,
     strip,
 )
@@ -100,20 +99,38 @@ class Explanation(NamedTuple):
         """Whether the closest class is too far away."""
         return self.threshold is not None and self.distance > self.threshold
 
+    def compared_alignments(self) -> list[Alignment]:
+        """With the closest class, and with the runner-up if there is one; empty for a head without views."""
+        if not self.alignments:
+            return []
+        return [
+            Alignment(
+                role,
+                name,
+                {view: weights[i] for view, weights in self.alignments.items()},
+                {view: vote.distances[name] for view, vote in self.views.items()},
+                self.examples.get(name),
+            )
+            for i, (role, name) in enumerate(zip(("closest class", "runner-up"), self.compared, strict=False))
+        ]
+
+    def prompt_scores(self, most: int = MOST_CLASSES) -> list[PromptScore]:
+        """Those of the classes that PPS finds likeliest; the chosen prompt's is always among them."""
+        shown = likeliest(self.prompt_probabilities)[:most]
+        if self.prompt is not None and self.prompt not in shown:
+            shown[-1] = self.prompt
+        rows = zip(self.prompt_probabilities, self.frame_scores.tolist(), self.counted.tolist(), strict=True)
+        scores = {
+            name: PromptScore(name, self.prompt_probabilities[name], cosines, counted, name == self.prompt)
+            for name, cosines, counted in rows
+        }
+        return [scores[name] for name in shown]
+
     def figure(self) -> Image.Image:
         """All of it on one page."""
         left, right = parts(self)
-        columns = [[picture(part) for part in column] for column in (left, right) if column]
-        sizes = [(max(part.width for part in column), sum(part.height for part in column)) for column in columns]
-        page = Image.new("RGB", (sum(width for width, _ in sizes), max(height for _, height in sizes)), "white")
-        x = 0
-        for column, (width, _) in zip(columns, sizes, strict=True):
-            y = 0
-            for part in column:
-                page.paste(part, (x, y))
-                y += part.height
-            x += width
-        return page
+        page = _join([picture(part) for part in left])
+        return _join([page, *map(picture, right)], beside=True)
 
 
 def compared_classes(logits: Tensor) -> list[int]:
@@ -208,26 +225,35 @@ def _teacher(output: HeadOutput) -> str | None:
     return "local" if local else "global"
 
 
+def likeliest(probabilities: Mapping[str, float]) -> list[str]:
+    """The classes, the likeliest first."""
+    return sorted(probabilities, key=lambda name: -probabilities[name])
+
+
 # ---------------------------------------------------------------------------------------- the parts of the figure
 
 
 def parts(found: Explanation) -> tuple[list[Figure], list[Figure]]:
     """The figures of an explanation: those of the left column, and of the right one."""
-    names = short_names(list(found.probabilities))
-    left = [_answer(found, names), _probabilities(found, names)]
-    if found.views:
-        left.append(_votes(found, names))
-    left.append(_prompt_scores(found, names))
-    return left, [_alignments(found, names)] if found.alignments else []
+    chosen = "no single prompt was chosen"
+    if found.prompt is not None:
+        chosen = f"that of {shortened(found.prompt)} ({100 * found.prompt_probabilities[found.prompt]:.0f} %)"
+    title = f"prompt selection: {chosen};\ncosines of frames with prompts, framed where they count"
+    left = [_answer(found), _probabilities(found), prompt_map(found.prompt_scores(), found.frames, title)]
+    if not found.views:
+        return left, []
+    left.insert(2, _votes(found))
+    shots = " (its closest example)" if found.examples else ""
+    title = f"soft alignment: rows are the clip's frames, columns those of the class{shots}"
+    return left, [alignment_maps(found.compared_alignments(), found.frames, title)]
 
 
-def _answer(found: Explanation, names: Mapping[str, str]) -> Figure:
+def _answer(found: Explanation) -> Figure:
     """The answer, how far the clip is from the closest class, and the clip."""
-    title = f"{shortened(Path(found.video).name) or 'a clip'}: "
-    title += names.get(found.label, shortened(found.label or "none of these"))
+    title = f"{shortened(Path(found.video).name) or 'a clip'}: {shortened(found.label or 'none of these')}"
     if found.label in found.probabilities:
         title += f" ({100 * found.probabilities[found.label]:.0f} %)"
-    said = f"distance {found.distance:.2f} from the closest class, {names[found.compared[0]]}"
+    said = f"distance {found.distance:.2f} from the closest class, {shortened(found.compared[0])}"
     if found.threshold is not None:
         said += f", {'beyond' if found.rejected else 'within'} the threshold {found.threshold:.2f}"
     clip = strip(found.frames, SIDE)
@@ -239,25 +265,25 @@ def _answer(found: Explanation, names: Mapping[str, str]) -> Figure:
     return figure
 
 
-def _probabilities(found: Explanation, names: Mapping[str, str]) -> Figure:
+def _probabilities(found: Explanation) -> Figure:
     """The likeliest classes, the answer darker than the others."""
-    shown = _likeliest(found.probabilities)
-    shares = [found.probabilities[name] for name in shown]
-    figure, axes = chart(BAR, 19 * len(shown), "probability of each class")
-    colours = [ANSWER if name == found.label else GREY for name in shown]
-    draw_shares(axes, [names[name] for name in shown], shares, colours, [f"{100 * share:.1f} %" for share in shares])
-    if more := len(found.probabilities) - len(shown):
-        said = f"and {more} more, {100 * (sum(found.probabilities.values()) - sum(shares)):.1f} % together"
-        axes.text(0, len(shown), said, color=GREY, va="center")
+    order = likeliest(found.probabilities)
+    shares = {name: found.probabilities[name] for name in order[:MOST_CLASSES]}
+    figure, axes = chart(BAR, 19 * len(shares), "probability of each class")
+    colours = {found.label: ANSWER}
+    draw_shares(axes, [(name, p, colours.get(name, GREY), f"{100 * p:.1f} %") for name, p in shares.items()])
+    if rest := [found.probabilities[name] for name in order[MOST_CLASSES:]]:
+        said = f"and {len(rest)} more, {100 * sum(rest):.1f} % together"
+        axes.text(0, len(shares), said, color=GREY, va="center")
     return figure
 
 
-def _votes(found: Explanation, names: Mapping[str, str]) -> Figure:
+def _votes(found: Explanation) -> Figure:
     """A row a view, and which one would teach the other."""
     votes = found.views.values()
     columns = {
         "": list(found.views),
-        "closest class": [names[vote.label] for vote in votes],
+        "closest class": [shortened(vote.label) for vote in votes],
         "distance": [f"{vote.distances[vote.label]:.2f}" for vote in votes],
         "visual confidence": [f"{vote.visual_confidence:.3f}" for vote in votes],
         "text confidence": [f"{vote.text_confidence:.3f}" for vote in votes],
@@ -271,7 +297,7 @@ def _votes(found: Explanation, names: Mapping[str, str]) -> Figure:
         for row, cell in enumerate(cells):
             axes.text(x, row + 1.5, cell, va="center", color=BLACK if head else VIEW_COLOURS.get(cell, GREY))
         x += 8 * max(map(len, (head, *cells))) + 8
-    if len(found.views) == 2:
+    if len(votes) == 2:
         said = "in a training, no single view would be the teacher"
         if found.teacher is not None:
             student = "global" if found.teacher == "local" else "local"
@@ -280,41 +306,10 @@ def _votes(found: Explanation, names: Mapping[str, str]) -> Figure:
     return figure
 
 
-def _prompt_scores(found: Explanation, names: Mapping[str, str]) -> Figure:
-    """The frames' cosines with the prompts of the classes that PPS finds likeliest."""
-    shown = _likeliest(found.prompt_probabilities)
-    if found.prompt is None:
-        said = "no single prompt was chosen"
-    else:
-        said = f"that of {names[found.prompt]} ({100 * found.prompt_probabilities[found.prompt]:.0f} %)"
-        if found.prompt not in shown:  # an unlikely draw
-            shown[-1] = found.prompt
-    every = list(found.prompt_probabilities)
-    rows = [every.index(name) for name in shown]
-    return prompt_map(
-        found.frame_scores[rows],
-        found.counted[rows],
-        [found.prompt_probabilities[name] for name in shown],
-        [names[name] for name in shown],
-        title=f"prompt selection: {said};\ncosines of frames with prompts, framed where they count",
-        clip=found.frames,
-        chosen=None if found.prompt is None else shown.index(found.prompt),
-    )
-
-
-def _alignments(found: Explanation, names: Mapping[str, str]) -> Figure:
-    """How the clip is aligned with the closest class and the runner-up, in each view."""
-    roles = ("closest class", "runner-up")
-    shots = " (its closest example)" if found.examples else ""
-    return alignment_maps(
-        found.alignments,
-        {view: [vote.distances[name] for name in found.compared] for view, vote in found.views.items()},
-        [f"{role}: {names[name]}" for role, name in zip(roles, found.compared, strict=False)],
-        title=f"soft alignment: rows are the clip's frames, columns those of the class{shots}",
-        clip=found.frames,
-        examples=[found.examples.get(name) for name in found.compared],
-    )
-
-
-def _likeliest(probabilities: Mapping[str, float]) -> list[str]:
-    return sorted(probabilities, key=lambda name: -probabilities[name])[:MOST_CLASSES]
+def _join(pictures: Sequence[Image.Image], *, beside: bool = False) -> Image.Image:
+    """Pictures on one white page, below one another or beside one another."""
+    widths, heights = [p.width for p in pictures], [p.height for p in pictures]
+    page = Image.new("RGB", (sum(widths), max(heights)) if beside else (max(widths), sum(heights)), "white")
+    for i, part in enumerate(pictures):
+        page.paste(part, (sum(widths[:i]), 0) if beside else (0, sum(heights[:i])))
+    return page
