@@ -325,10 +325,9 @@ class FewShotClassifier:
             UserError: the clip can't be read, or there is no threshold.
         """
         scorer, threshold = self._check_fitted(), self._rejecting(reject)
-        path = "" if isinstance(clip, Encoded) else name_of(clip)
-        encoded = clip if isinstance(clip, Encoded) else self.encoder.encode_one(clip)
-        query = encoded.features
-        prediction = label_features(scorer, list(self._classes), [path], query.unsqueeze(0), threshold)[0]
+        clip_encoded = clip if isinstance(clip, Encoded) else self.encoder.encode_one(clip)
+        query = clip_encoded.features
+        prediction = label_features(scorer, list(self._classes), [name_of(clip)], query.unsqueeze(0), threshold)[0]
         output = scorer.score(query.unsqueeze(0))
         compared = [list(self._classes.values())[place] for place in compared_classes(output.logits[0])]
         return explain(
@@ -340,7 +339,7 @@ class FewShotClassifier:
             class_names=list(self._classes),
             label=prediction.label or "",
             probabilities=torch.tensor(list(prediction.probabilities.values())),
-            frames=encoded.thumbnail,
+            frames=clip_encoded.thumbnail,
             examples={c.label: c.thumbnails[self._closest_example(c, query)] for c in compared},
             threshold=threshold,
             video=prediction.video,

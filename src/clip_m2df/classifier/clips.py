@@ -126,8 +126,8 @@ def unique(clips: Sequence[Clip], known: Iterable[str] = ()) -> list[Clip]:
     return kept
 
 
-def name_of(clip: Clip) -> str:
-    """The path of a clip, or nothing for frames in memory."""
+def name_of(clip: object) -> str:
+    """The path of a clip, or nothing for what is in memory."""
     return os.fspath(clip) if isinstance(clip, str | os.PathLike) else ""
 
 

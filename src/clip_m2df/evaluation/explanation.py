@@ -239,13 +239,14 @@ def parts(found: Explanation) -> tuple[list[Figure], list[Figure]]:
     if found.prompt is not None:
         chosen = f"that of {shortened(found.prompt)} ({100 * found.prompt_probabilities[found.prompt]:.0f} %)"
     title = f"prompt selection: {chosen};\ncosines of frames with prompts, framed where they count"
-    left = [_answer(found), _probabilities(found), prompt_map(found.prompt_scores(), found.frames, title)]
-    if not found.views:
-        return left, []
-    left.insert(2, _votes(found))
+    left = [_answer(found), _probabilities(found)]
+    if found.views:
+        left.append(_votes(found))
+    left.append(prompt_map(found.prompt_scores(), found.frames, title))
+    aligned = found.compared_alignments()
     shots = " (its closest example)" if found.examples else ""
     title = f"soft alignment: rows are the clip's frames, columns those of the class{shots}"
-    return left, [alignment_maps(found.compared_alignments(), found.frames, title)]
+    return left, [alignment_maps(aligned, found.frames, title)] if aligned else []
 
 
 def _answer(found: Explanation) -> Figure:

@@ -1,7 +1,6 @@
 """Figures of a validation, and strips of video frames.
 
-Note: matplotlib is imported where something is drawn, so that nothing else waits for it. Each figure has a canvas of
-its own: no state of pyplot is touched.
+Note: matplotlib is imported where something is drawn, so that nothing else waits for it. No state of pyplot is touched.
 """
 
 from __future__ import annotations
@@ -58,8 +57,8 @@ def validation_pictures(found: ValidationEvidence) -> dict[str, Image.Image]:
 def picture(figure: Figure) -> Image.Image:
     """Draw a figure, whatever room its texts take beside the coordinate systems."""
     drawn = io.BytesIO()
-    margin = 0.12  # inches
-    figure.savefig(drawn, format="tiff", bbox_inches=figure.get_tightbbox().padded(margin))  # the quickest to read back
+    bounds = figure.get_tightbbox().padded(0.12)  # inches
+    figure.savefig(drawn, format="tiff", bbox_inches=bounds)  # nothing is compressed, which takes time
     return Image.open(drawn).convert("RGB")
 
 
@@ -172,7 +171,7 @@ def alignment_maps(alignments: Sequence[Alignment], clip: Tensor | None, title: 
     captions = [f"{found.role}: {shortened(found.class_name)}" for found in alignments]
     # Pixels of a map with the frames beside and below it, and of the room for what is written around it.
     width, height, around = (columns + 1) * cell, (rows + 1) * cell, 70
-    beside = max(40, 8 * max(map(len, captions)) - width)
+    beside = max(40, 8 * max(28, *map(len, captions)) - width)
     figure = _figure(len(views) * (width + beside) - beside, len(captions) * (height + around) - around)
     spaces = WHOLE | {"wspace": beside / width, "hspace": around / height}
     grid = figure.subplots(len(captions), len(views), squeeze=False, gridspec_kw=spaces)
@@ -192,7 +191,6 @@ def alignment_maps(alignments: Sequence[Alignment], clip: Tensor | None, title: 
                 extent = (-0.5, columns - 0.5, rows + 0.5, rows - 0.5)
                 axes.imshow(strip(found.example, cell, most=None), extent=extent)
             axes.set(xlim=(-1.5, columns - 0.5), ylim=(rows + 0.5, -0.5))
-            axes.set_frame_on(False)
     return figure
 
 
@@ -226,7 +224,6 @@ def prompt_map(scores: Sequence[PromptScore], clip: Tensor | None, title: str, *
     if clip is not None:
         axes.imshow(strip(clip, cell, most=None), extent=(-0.5, frames - 0.5, -0.5, -1.5))
     axes.set(xlim=(-0.5, frames - 0.5), ylim=(n_way - 0.5, -1.5))
-    axes.set_frame_on(False)
     return figure
 
 
@@ -288,14 +285,11 @@ def shortened(text: str) -> str:
     return text.replace("$", r"\$")  # between two of them would be an equation
 
 
-def _figure(width: float, height: float, **options: Any) -> Figure:
+def _figure(width: float, height: float) -> Figure:
     """An empty figure of so many pixels."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure((width / DPI, height / DPI), DPI, **options)
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure((width / DPI, height / DPI), DPI)
 
 
 def _heat_map(axes: Axes, values: Tensor, cell: int, texts: Sequence[Sequence[str]]) -> None:
@@ -303,13 +297,15 @@ def _heat_map(axes: Axes, values: Tensor, cell: int, texts: Sequence[Sequence[st
     from matplotlib.patches import Rectangle
 
     axes.imshow(values.nan_to_num(0).numpy(), cmap="Blues", vmin=0, vmax=1)
-    axes.add_patch(Rectangle((-0.5, -0.5), values.shape[1], len(values), fill=False, edgecolor=GREY))
+    size = (values.shape[1], len(values))
+    axes.add_patch(Rectangle((-0.5, -0.5), *size, fill=False, edgecolor=GREY, clip_on=False))
     for i, row in enumerate(texts):
         for j, text in enumerate(row):
             if text:
                 colour = "white" if values[i, j] > 0.55 else BLACK
                 axes.text(j, i, text, ha="center", va="center", size=min(8, 0.35 * cell), color=colour)
     axes.tick_params(length=0)
+    axes.set_frame_on(False)
 
 
 def _number(set_ticks: Callable[..., Any], count: int, cell: int) -> None:
