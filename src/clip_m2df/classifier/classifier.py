@@ -370,18 +370,18 @@ class FewShotClassifier:
         return find_segments(self.encoder, scorer, list(self._classes), video, windows, fps=fps, threshold=threshold)
 
     @torch.no_grad()
-    def explain(self, clip: Clip, *, reject: bool = False) -> Explanation:
+    def explain(self, clip: Clip | Encoded, *, reject: bool = False) -> Explanation:
         """Why a clip is taken for what it is, as data; its ``figure()`` draws it.
 
         Args:
-            clip: a path, or uint8 frames ``(frames, height, width, 3)``.
+            clip: a path, uint8 frames ``(frames, height, width, 3)``, or what ``encoder`` makes of a clip.
             reject: see :meth:`predict`.
 
         Raises:
             UserError: the clip can't be read, or there is no threshold.
         """
         scorer, threshold = self._check_fitted(), self._rejecting(reject)
-        clip_encoded = self.encoder.encode_one(clip)
+        clip_encoded = clip if isinstance(clip, Encoded) else self.encoder.encode_one(clip)
         query = clip_encoded.features
         (prediction,) = self._label(scorer, [name_of(clip)], query.unsqueeze(0), threshold)
         output = scorer.score(query.unsqueeze(0))

@@ -16,6 +16,64 @@ from clip_m2df.nn.head import Embedded, Head, HeadOutput
 from clip_m2df.nn.matching import at_least_float32
 
 
+class Alignment(NamedTuple):
+    """How OTAM aligns a clip with a class.
+
+    Attributes:
+        role: what the class is to the clip.
+        class_name: its name.
+        weights: of each view, ``(frames, frames)``, the clip's frames first.
+        distances: of each view.
+        example: frames of a video of the class, uint8 ``(frames, 3, height, width)``; None where there are none.
+    """
+
+    role: str
+    class_name: str
+    weights: dict[str, Tensor]
+    distances: dict[str, float]
+    example: Tensor | None
+
+    @property
+    def largest(self) -> float:
+        """The largest weight of all views."""
+        return max(float(weights.nan_to_num(0).max()) for weights in self.weights.values())
+
+
+class PromptScore(NamedTuple):
+    """How much the frames of a clip look like a class's prompt.
+
+    Attributes:
+        class_name: of the class.
+        probability: PPS's.
+        cosines: of each frame.
+        counted: whether the prompt's score has the frame in its mean.
+        chosen: whether the clip got this prompt.
+    """
+
+    class_name: str
+    probability: float
+    cosines: list[float]
+    counted: list[bool]
+    chosen: bool
+
+
+class HardQuery(NamedTuple):
+    """A query of a hard episode.
+
+    Attributes:
+        loss: its cross-entropy.
+        right: whether its class was predicted.
+        class_names: of its own class and of the predicted one.
+        clips: frames of the query, of its class's first shot and of the predicted class's; None where they can't be
+            had.
+    """
+
+    loss: float
+    right: bool
+    class_names: tuple[str, str]
+    clips: tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
 class QueryEvidence(NamedTuple):
     """Why a query was taken for what it was.
 
@@ -72,6 +130,44 @@ class HardEpisode(NamedTuple):
     def hardest(self) -> int:
         """The query of the highest loss."""
         return self.losses.index(max(self.losses))
+
+    def queries(self) -> list[HardQuery]:
+        """The queries, that of the highest loss first."""
+        support = self.support if self.support is not None else [None] * len(self.class_names)
+        query = self.query if self.query is not None else [None] * len(self.labels)
+        found = []
+        for q in sorted(range(len(self.labels)), key=lambda q: -self.losses[q]):
+            own, predicted = self.labels[q], self.predicted[q]
+            names = (self.class_names[own], self.class_names[predicted])
+            found.append(
+                HardQuery(self.losses[q], own == predicted, names, (query[q], support[own], support[predicted]))
+            )
+        return found
+
+    def alignments(self) -> list[Alignment]:
+        """Those of the hardest query with its own class and with the rival; empty without evidence."""
+        if self.evidence is None:
+            return []
+        own, rival = self.labels[self.hardest], self.rivals[self.hardest]
+        role = "taken for" if self.predicted[self.hardest] == rival else "runner-up"
+        return [
+            Alignment(
+                role,
+                self.class_names[c],
+                {view: weights[i] for view, weights in self.evidence.alignments.items()},
+                {view: distances[i] for view, distances in self.evidence.distances.items()},
+                None if self.support is None else self.support[c],
+            )
+            for i, (role, c) in enumerate({"its class": own, role: rival}.items())
+        ]
+
+    def prompt_scores(self) -> list[PromptScore]:
+        """Those of the hardest query with the prompts of all classes; empty without evidence, or without PPS."""
+        found = self.evidence
+        if found is None or found.chosen is None:
+            return []
+        columns = (self.class_names, found.probabilities.tolist(), found.frame_scores.tolist(), found.counted.tolist())
+        return [PromptScore(*row, c == found.chosen) for c, row in enumerate(zip(*columns, strict=True))]
 
 
 class Reliabilities(NamedTuple):
