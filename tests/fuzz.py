@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import yaml
 
-from clip_m2df.commands.configs import shipped_configs
+from clip_m2df.commands.configs import resolve_configs, shipped_configs
 from clip_m2df.errors import UserError
 from clip_m2df.video.isolation import Lost, isolated_map
 from clip_m2df.video.reader import probe
@@ -55,7 +55,8 @@ def config(samples: Path, scratch: Path, rng: Rng) -> str:
         text = yaml.safe_dump(tree, allow_unicode=rng.random() < 0.5).encode(errors="surrogatepass")
     (scratch / "c.yaml").write_bytes(text)
     try:
-        lightning_cli._run(_made(), ["fit", f"--config={scratch / 'c.yaml'}", "--model.backbone=tiny"])
+        args = resolve_configs(["fit", f"--config={scratch / 'c.yaml'}", "--model.backbone=tiny"])
+        lightning_cli.run(args, _made())
     except OSError as error:  # a file name that is too long, which the command prints as it stands
         raise UserError(str(error)) from error
     return "read"

@@ -28,7 +28,8 @@ def test_the_demo_goes_from_rendering_to_a_table(
     ]
     from clip_m2df.commands.demo import run_demo
 
-    run_demo(output, 20, [*small, "--data.validate_every=1", "--trainer.enable_progress_bar=false"])
+    options = [*small, "--data.validate_every=1", "--trainer.enable_progress_bar=false"]
+    run_demo(*options, output=output, episodes=20)
     said = capsys.readouterr().out
     for row in ("OTAM on the tower's features", "CLIP-M²DF before training", "CLIP-M²DF after training"):
         assert row in said
@@ -49,7 +50,7 @@ def test_the_demo_goes_from_rendering_to_a_table(
 
 def test_the_demo_wants_episodes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--episodes=1"]) == 2
-    assert "episodes 1: an interval needs at least 2" in capsys.readouterr().err
+    assert "episodes is 1; it must be at least 2" in capsys.readouterr().err
 
 
 def test_episodes_are_played_by_the_places_of_their_videos() -> None:

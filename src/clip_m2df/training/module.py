@@ -24,7 +24,7 @@ from clip_m2df.evaluation.evidence import Played
 from clip_m2df.evaluation.features import encode_videos
 from clip_m2df.evaluation.metrics import StageMetrics
 from clip_m2df.hub import find_model, push_model, read_model, write_model
-from clip_m2df.loops import episodes_played
+from clip_m2df.loops import episodes_played, logs_step
 from clip_m2df.nn.class_text import class_text_loss, fuse_text
 from clip_m2df.nn.head import HeadOutput
 from clip_m2df.nn.prompts import DEFAULT_TEMPLATE, Selection
@@ -354,9 +354,7 @@ class CLIPM2DF(lightning.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log over whole optimiser steps, as often as the Trainer logs."""
-        stepped = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
-        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if stepped and every and self.trainer.global_step % every == 0:
+        if logs_step(self.trainer, batch_idx):
             self._log_metrics("train")
 
     def on_validation_epoch_end(self) -> None:
