@@ -201,6 +201,9 @@ class CLIPM2DF(lightning.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of a batch, a mean over its episodes."""
+        if isinstance(batch, TableEpisodes):
+            # Reading videos draws too: the first step of a run that goes on would not be that of one left alone.
+            batch = self._features(batch, "train")
         with self._own_draws(batch_idx):
             return self._step(batch, "train")[0]
 
