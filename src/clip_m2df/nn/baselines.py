@@ -14,7 +14,7 @@ from torch import Tensor
 
 from clip_m2df.errors import UserError, require
 from clip_m2df.nn.head import Embedded, Head, HeadOutput
-from clip_m2df.nn.matching import cosine, frame_costs, full_precision, otam
+from clip_m2df.nn.matching import at_least_float32, cosine, frame_costs, full_precision, otam
 from clip_m2df.nn.prompts import SelectedPrompts
 from clip_m2df.nn.views import FusionEncoder
 
@@ -36,7 +36,8 @@ class Baseline(Head):
 
     def prototype(self, embedded: Embedded, prompts: Tensor) -> Embedded:
         """The mean of the shots, frame by frame."""
-        return embedded.map(lambda frames: frames.mean(-3))
+        # In float32: what comes of bfloat16 features is not rounded again.
+        return embedded.map(lambda frames: at_least_float32(frames).mean(-3))
 
     def match(self, query: Embedded, prototypes: Embedded, selected: SelectedPrompts) -> HeadOutput:
         """Score the queries; there is nothing to distil."""
