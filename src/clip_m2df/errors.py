@@ -3,6 +3,13 @@
 import signal
 from collections.abc import Iterable
 
+# Options by the names that they had in earlier versions, and by those of today. What these versions saved is read by
+# this table; a person who gives a former name is told the new one.
+RENAMED_OPTIONS = {
+    "data.train_views": "data.train_augmentations",
+    "model.head_options.heads": "model.head_options.num_heads",
+}
+
 
 class UserError(ValueError):
     """Something that the person running the program can mend.

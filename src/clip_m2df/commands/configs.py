@@ -7,15 +7,11 @@ from typing import Any
 
 import yaml
 
-from clip_m2df.errors import UserError
+from clip_m2df.errors import RENAMED_OPTIONS, UserError
 
 # Of a config; a few lines of aliases of aliases stand for as many as one likes, all of which the parser would visit.
 MOST_VALUES = 10_000
-# Options of earlier versions that have another name, and all that are gone with what to write instead.
-RENAMED_OPTIONS = {
-    "data.train_views": "data.train_augmentations",
-    "model.head_options.heads": "model.head_options.num_heads",
-}
+# Options of earlier versions, with what to write instead.
 FORMER_OPTIONS = {**RENAMED_OPTIONS, "profile": "trainer.profiler simple"}
 # What Lightning writes first into the config of a run.
 RUN_HEADER = "# lightning.pytorch=="
