@@ -1,7 +1,5 @@
 """What may be given as a clip, and how its frames are read."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
