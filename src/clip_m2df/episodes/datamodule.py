@@ -1,7 +1,5 @@
 """EpisodeDataModule: N-way K-shot episodes from the videos of a manifest."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.util
 import itertools

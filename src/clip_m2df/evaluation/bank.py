@@ -6,8 +6,6 @@ selected), the head embeds each such pair once; what is left for an episode is t
 What is computed together never depends on the number of ranks, so neither does a bit of the results.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Baselines behind the interface of a head, simpler ways to score the same episodes; and every head by its name."""
 
-from __future__ import annotations
-
 import difflib
 import importlib
 import inspect

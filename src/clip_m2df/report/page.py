@@ -1,7 +1,5 @@
 """A page that is one file: styles, script and pictures are in it, and it fetches nothing."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import io

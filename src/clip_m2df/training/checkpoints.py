@@ -1,7 +1,5 @@
 """The checkpoints of a run: written whole or not at all, the best and the last two kept; saved when it is stopped."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

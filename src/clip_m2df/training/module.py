@@ -1,7 +1,5 @@
 """CLIPM2DF: the LightningModule around :class:`clip_m2df.nn.m2df.M2DF`; steps, metrics, optimiser, schedule."""
 
-from __future__ import annotations
-
 import inspect
 import os
 from collections.abc import Iterator, Mapping, Sequence
