@@ -19,11 +19,11 @@ from study.results import (
     SHARES,
     Cell,
     Estimate,
-    NotMeasuredError,
     Record,
     accuracy,
     chosen_rate,
     difference,
+    if_measured,
     knobs,
     measured,
     rates,
@@ -302,10 +302,8 @@ def _grid(records: Sequence[Record]) -> list[float]:
 
 def _shown(text: Callable[..., str], *what: object) -> str:
     """A cell of a table: a text of it, or a dash where something was not measured."""
-    try:
-        return text(*what)
-    except NotMeasuredError:
-        return NOTHING
+    shown = if_measured(text, *what)
+    return NOTHING if shown is None else shown
 
 
 def _accuracy(results: Sequence[Record], cell: Cell, test: str) -> str:

@@ -10,10 +10,10 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,9 @@ from scipy.stats import sem, t
 from clip_m2df.errors import UserError
 from clip_m2df.evaluation.metrics import Z_95
 from clip_m2df.files import read_bytes
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 PARTS = {"main": "frozen tower", "tower": "tower trained too"}
 PURPOSES = ("choose", "measure")
@@ -307,6 +310,14 @@ def share(records: Sequence[Record], cell: Cell, name: str, test: str = CLEAN) -
     if len(known) < len(values):
         raise NotMeasuredError(f"{cell} has no {name} in the test {test!r}: ask for a row that has")
     return sum(known) / len(known)
+
+
+def if_measured(estimate: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+    """An estimate; None where something that it needs was not measured."""
+    try:
+        return estimate(*args, **kwargs)
+    except NotMeasuredError:
+        return None
 
 
 def knobs(records: Iterable[Record]) -> dict[str, list[str]]:
