@@ -267,7 +267,7 @@ def test_the_heads_that_need_no_training() -> None:
         (["--segments", "--window", "0"], "window is 0.0 seconds; it must be a number above 0"),
         (["--segments", "--stride", "3"], "stride is 3.0 seconds; it must be above 0, and at most the window of 2.0"),
         (["--segments", "--smoothing", "inf"], "--smoothing is inf: give a number that is not infinite"),
-        (["--segments", "--fps", "0"], "fps is 0.0 a second; it must be a number above 0"),
+        (["--segments", "--fps", "0"], "fps is 0.0; it must be above 0"),
         (["--head", "m2df"], "invalid choice: 'm2df'"),
         (["--head", "otam", "--ckpt_path", "x.ckpt"], "--head goes with --backbone"),
         (["--ckpt_path", "x.ckpt"], "there is no checkpoint x.ckpt"),

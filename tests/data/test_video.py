@@ -431,7 +431,7 @@ def test_sound_without_pictures(tmp_path: Path) -> None:
 
 
 def test_a_missing_video(tmp_path: Path) -> None:
-    assert "No such file" in refusal(tmp_path / "missing.mp4")
+    assert "there is no such file" in refusal(tmp_path / "missing.mp4")
     assert "name" in refusal(tmp_path / ("x" * 300))  # File name too long
     assert "null" in refusal(tmp_path / "a\0b")
 

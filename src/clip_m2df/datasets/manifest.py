@@ -72,7 +72,7 @@ class Split:
         n_classes = len(self.class_names)
         if n_classes < n_way:
             raise UserError(
-                f"the number of classes in the {self.name} split is {n_classes}, too few for n_way {n_way}: "
+                f"the {self.name} split has {n_classes} class{'' if n_classes == 1 else 'es'}, too few for n_way {n_way}: "
                 "lower n_way, or add classes to the manifest"
             )
         needed = n_shot + n_query

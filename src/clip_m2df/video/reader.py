@@ -410,6 +410,8 @@ def as_video_error(path: str, action: str = "reading it") -> Iterator[None]:
         yield
     except (UserError, ChoiceError):
         raise
+    except FileNotFoundError as error:
+        raise unreadable(path, "there is no such file") from error
     except OSError as error:
         raise unreadable(path, error.strerror or str(error)) from error
     except Exception as error:
