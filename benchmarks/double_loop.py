@@ -1,14 +1,9 @@
 """OTAM cell by cell, as the published implementations have it: what the others are measured against."""
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
-from clip_m2df.nn.distillation import ViewEvidence
 from clip_m2df.nn.m2df import M2DFHead
-from clip_m2df.nn.matching import cosine, frame_costs
-from clip_m2df.nn.views import FusedSequence
 
 
 def otam(costs: Tensor, *, smoothing: float = 0.5, single_direction: bool = False) -> Tensor:
@@ -40,14 +35,6 @@ def _one_way(costs: Tensor, smoothing: float) -> Tensor:
 class DoubleLoopHead(M2DFHead):
     """The head, matching cell by cell."""
 
-    def match(
-        self, query: Mapping[str, FusedSequence], prototype: Mapping[str, FusedSequence]
-    ) -> dict[str, ViewEvidence]:
-        """See :meth:`M2DFHead.match`."""
-        return {
-            view: ViewEvidence(
-                distances=otam(frame_costs(fused.visual, prototype[view].visual), smoothing=self.smoothing),
-                text_similarities=cosine(fused.text, prototype[view].text),
-            )
-            for view, fused in query.items()
-        }
+    def distance(self, costs: Tensor) -> Tensor:
+        """See :meth:`M2DFHead.distance`."""
+        return otam(costs, smoothing=self.smoothing)

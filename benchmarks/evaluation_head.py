@@ -67,8 +67,8 @@ def cases(n_episodes: int = 10_000, *, dim: int = 512, sample: int = 20, repeat:
         plain,
         off=off,
         floor=floor,
-        pps_accuracy=share(bank.chosen == episodes["query_labels"]),
-        fused=len(bank.pairs),
+        pps_accuracy=share(bank.indices == episodes["query_labels"]),
+        embedded=len(bank.pairs),
         bar=BAR,
         within_bar=off <= MOST_OFF,
     )

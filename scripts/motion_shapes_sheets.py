@@ -17,7 +17,6 @@ from typing import NamedTuple
 import yaml
 from PIL import Image, ImageDraw, ImageFont
 
-from clip_m2df.evaluation.sheet import BLACK, GREY, MARGIN, TEXT
 from clip_m2df.motion_shapes import FAMILIES, NO_KNOBS, Knobs, render
 from clip_m2df.motion_shapes.scenes import OUTLIERS
 from clip_m2df.video.transforms import ClipReader
@@ -29,6 +28,8 @@ STUDY = ROOT / "configs/study/full.yaml"
 EXAMPLES = {"scene": "a green square moving up", "order": "something growing then moving up"}
 CLASS_FRAMES, KNOB_FRAMES = 8, 6
 SIDE, BETWEEN, GAP = 52, 2, 6  # pixels: of a frame, between frames, between strips
+MARGIN, TEXT = 12, 13  # pixels: around the sheet, of letters
+BLACK, GREY = (25, 25, 25), (125, 125, 125)
 COLOURS = 96  # of a sheet's palette, so that it takes little room
 
 

@@ -195,7 +195,7 @@ def read_results(path: Path) -> list[Record]:
     whole, _, _ = read_bytes(path, "file of results").rpartition(b"\n")
     for number, line in enumerate(whole.split(b"\n") if whole else (), 1):
         try:
-            records.append(_record(json.loads(line)))
+            records.append(_record(json.loads(line.replace(b"data.train_views", b"data.train_augmentations"))))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{path}, line {number} is broken ({error}): remove it, and run the study again") from error
     return records

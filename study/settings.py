@@ -211,6 +211,8 @@ def _command(verb: str, config: str, options: Options) -> str:
 
 
 def _digest(content: Any) -> str:
+    # Results have been recorded under the option's former name.
+    content = json.loads(json.dumps(content).replace('train_augmentations"', 'train_views"'))
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -98,7 +98,7 @@ def save_samples(folder: Path) -> None:
     shutil.copytree(TINY_CLIP, folder / "clip")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = CLIPM2DF(backbone="tiny", head_options={"hidden_dim": 8, "heads": 4})
+        model = CLIPM2DF(backbone="tiny", head_options={"hidden_dim": 8, "num_heads": 4})
     checkpoint = {"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams), "global_step": 3}
     checkpoint |= {"pytorch-lightning_version": "2.6.6", "epoch": 0, "loops": {}, "callbacks": {}}
     model.on_save_checkpoint(checkpoint)

@@ -18,7 +18,7 @@ from clip_m2df.nn.m2df import M2DFHead
 from tests.data import clips
 
 SMALL: dict[str, Any] = {"n_way": 3, "n_query": 2, "frames": 2, "resize": 32, "size": 32, "num_workers": 0}
-HEAD = {"hidden_dim": 32, "heads": 4}
+HEAD = {"hidden_dim": 32, "num_heads": 4}
 
 
 @pytest.fixture(scope="module")
@@ -153,21 +153,24 @@ def test_other_weights_are_encoded_anew(many: Path, tiny_clip_dir: Path, tmp_pat
 
 
 class Contrary(M2DFHead):
-    """A head of a user's own, which changes what the stages make."""
+    """A head of a user's own, which changes what one step makes."""
 
-    def forward(self, *inputs: Any) -> HeadOutput:
-        output = super().forward(*inputs)
+    def match(self, *inputs: Any) -> HeadOutput:
+        output = super().match(*inputs)
         return output._replace(logits=-output.logits)
 
 
-def test_a_head_with_a_forward_of_its_own_is_asked_for_it(many: Path, tiny_clip_dir: Path, tmp_path: Path) -> None:
+def test_the_steps_of_a_head_of_ones_own_are_those_that_are_played(
+    many: Path, tiny_clip_dir: Path, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     model = CLIPM2DF(backbone=str(tiny_clip_dir), head=f"{__name__}.Contrary", head_options=HEAD)
     results = [
         trainer(tmp_path).test(model, data(many, test_episodes=60, evaluation=evaluation), verbose=False)[0]
         for evaluation in ("direct", "bank")
     ]
-    assert results[0]["test/accuracy"] == results[1]["test/accuracy"]
+    (plain,) = trainer(tmp_path).test(make(tiny_clip_dir), data(many, test_episodes=60), verbose=False)
+    assert results[0]["test/accuracy"] == results[1]["test/accuracy"] != plain["test/accuracy"]
     assert results[0]["test/loss/match"] == pytest.approx(results[1]["test/loss/match"], abs=1e-4)
 
 
@@ -183,8 +186,8 @@ def test_baselines_have_the_numbers_of_the_direct_path(
     for evaluation in ("direct", "bank"):
         source = data(many, test_episodes=20, evaluation=evaluation, n_shot=n_shot)
         results += trainer(tmp_path).test(model, source, verbose=False)
-        assert model.confusion is not None
-        confusions.append(model.confusion)
+        assert model.evaluated is not None
+        confusions.append(model.evaluated.confusion)
     assert results[1] == pytest.approx(results[0], abs=1e-4)
     assert confusions[1].equal(confusions[0])
     views = {"local_accuracy", "global_accuracy", "view_agreement", "local_to_global", "global_to_local"}
@@ -292,62 +295,64 @@ def test_any_damage_to_features_on_disk_is_seen(tmp_path: Path) -> None:
     assert outcomes["refused"] > 1900  # all that matters is covered by the checksum
 
 
-def test_a_head_trains_from_views_of_the_videos(many: Path, tiny_clip_dir: Path, tmp_path: Path) -> None:
+def test_a_head_trains_from_augmentations_of_the_videos(many: Path, tiny_clip_dir: Path, tmp_path: Path) -> None:
     model = make(tiny_clip_dir, freeze_backbone=True, lr=1e-3)
     calls = encoded(model)
     options = {"episodes_per_step": 2, "batch_size": 2, "val_episodes": 20, "validate_every": 3}
-    source = data(many, train_views=3, flip=True, **options)
+    source = data(many, train_augmentations=3, flip=True, **options)
     before = {name: weight.clone() for name, weight in model.model.head.state_dict().items()}
     trainer(tmp_path, max_steps=6, num_sanity_val_steps=0).fit(model, source)
     val: Any = source.val_dataloader()
-    assert sum(calls) == 2 * (30 * 3 + len(val.dataset.videos))  # three views of each of 30 videos, and val's once
+    assert sum(calls) == 2 * (30 * 3 + len(val.dataset.videos))  # 30 videos three times, and val's once
     assert any(not weight.equal(before[name]) for name, weight in model.model.head.state_dict().items())
 
-    # Each view is what its place says: a video with the frames, the crop and the flip of its own draws.
+    # Each augmentation is what its index says: a video with the frames, the crop and the flip of its own draws.
     train: Any = source.train_dataloader()
     table = train.dataset
     reader = source.reader
-    for place in (0, 1, 2, 50):
-        (read,) = table.clips([[place]])
-        assert read.frames[0].equal(reader.read(table.videos[place].path, table.uniforms(place))[0])
-    assert len({tuple(table.uniforms(place).tolist()) for place in range(90)}) == 90
-    # Episodes name the videos that they would have had as frames, in one of their views each.
+    for index in (0, 1, 2, 50):
+        (read,) = table.clips([[index]])
+        assert read.frames[0].equal(reader.read(table.videos[index].path, table.uniforms(index))[0])
+    assert len({tuple(table.uniforms(index).tolist()) for index in range(90)}) == 90
+    # Episodes name the videos that they would have had as frames, in one of their augmentations each.
     frames = data(many, **options)
     frames.setup("fit")
     dataset: Any = frames.train_dataloader().dataset
-    views = set()
+    seen = set()
     for number in range(50):
-        episode, plan = table[number], dataset.plan(number)
+        episode, plan = table.episodes([number]), dataset.plan(number)
         for role, rows in (("support", plan.support), ("query", plan.query)):
-            places = episode[role].flatten().tolist()
-            assert [table.videos[p].path for p in places] == [video.path for row in rows for video in row]
-            views |= {place % 3 for place in places}
+            indices = episode[role].flatten().tolist()
+            assert [table.videos[index].path for index in indices] == [video.path for row in rows for video in row]
+            seen |= {index % 3 for index in indices}
         direct = dataset[number]
         assert all(episode[key].equal(direct[key]) for key in ("draws", "query_labels", "class_indices"))
-    assert views == {0, 1, 2}
+    assert seen == {0, 1, 2}
 
 
-def test_views_are_of_frozen_towers_and_of_a_trial_run_few(many: Path, tiny_clip_dir: Path, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"train_views": 2, "episodes_per_step": 1, "val_episodes": 4}
-    with pytest.raises(UserError, match=r"data.train_views trains from features.*set model.freeze_backbone"):
+def test_augmentations_need_a_frozen_tower_and_are_few_in_a_trial_run(
+    many: Path, tiny_clip_dir: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"train_augmentations": 2, "episodes_per_step": 1, "val_episodes": 4}
+    with pytest.raises(UserError, match=r"data.train_augmentations trains from features.*set model.freeze_backbone"):
         trainer(tmp_path, max_steps=1).fit(make(tiny_clip_dir), data(many, **options))
     model = make(tiny_clip_dir, freeze_backbone=True)
     calls = encoded(model)
     trainer(tmp_path, fast_dev_run=True, limit_val_batches=0).fit(model, data(many, **options))
-    assert sum(calls) <= 2 * 2 * 9 + 2 * 6  # two views of nine videos, and a validation episode
+    assert sum(calls) <= 2 * 2 * 9 + 2 * 6  # two augmentations of nine videos, and a validation episode
 
 
-def test_unusable_videos_have_no_views(many: Path, tiny_clip_dir: Path, tmp_path: Path) -> None:
+def test_unusable_videos_have_no_augmentations(many: Path, tiny_clip_dir: Path, tmp_path: Path) -> None:
     for video in many.parent.glob("*.mp4"):
         (tmp_path / video.name).write_bytes(b"" if video.name == "train2_2.mp4" else video.read_bytes())
     (tmp_path / "m.csv").write_text(many.read_text())
     model = make(tiny_clip_dir, freeze_backbone=True)
-    source = data(tmp_path / "m.csv", train_views=2, episodes_per_step=4, max_unusable=0.1, val_episodes=4)
+    source = data(tmp_path / "m.csv", train_augmentations=2, episodes_per_step=4, max_unusable=0.1, val_episodes=4)
     with pytest.warns(UserWarning, match=r"train2_2\.mp4: it is empty; .*takes its place"):
         trainer(tmp_path, max_steps=10).fit(model, source)
     table: Any = source.train_dataloader()
     table = table.dataset
-    episodes = [table[number] for number in range(40)]
-    named = {table.videos[p].path for episode in episodes for p in episode["query"].flatten().tolist()}
+    episodes = table.episodes(range(40))
+    named = {table.videos[index].path for index in episodes["query"].flatten().tolist()}
     assert str(tmp_path / "train2_2.mp4") not in named
-    assert sum(int(episode["replaced"]) for episode in episodes) > 0
+    assert episodes["replaced"].sum() > 0

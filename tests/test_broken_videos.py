@@ -41,7 +41,7 @@ def test_a_run_over_every_damaged_file_ends_and_names_the_unusable_ones(
     assert 100 < len(unusable) < 200
 
     config: dict[str, dict[str, Any]] = {
-        "model": {"backbone": str(tiny_clip_dir), "head_options": {"hidden_dim": 32, "heads": 4}},
+        "model": {"backbone": str(tiny_clip_dir), "head_options": {"hidden_dim": 32, "num_heads": 4}},
         "data": {
             "manifest": str(tmp_path / "m.csv"),
             "n_way": N_CLASSES,

@@ -19,7 +19,8 @@ from clip_m2df.commands.configs import find_config, shipped_configs
 from clip_m2df.commands.trainer import run
 from clip_m2df.episodes.datamodule import EpisodeDataModule
 from clip_m2df.training.callbacks import RunProgressBar
-from clip_m2df.training.module import CLIPM2DF, checkpoint_options
+from clip_m2df.training.checkpoints import read_checkpoint
+from clip_m2df.training.module import CLIPM2DF
 from tests.wandb_file import end_wandb
 
 
@@ -29,7 +30,7 @@ def options(manifest: Path, tiny_clip_dir: Path, folder: Path, *more: str) -> li
         "--config=demo_5way1shot.yaml",
         f"--model.backbone={tiny_clip_dir}",
         "--model.head_options.hidden_dim=32",
-        "--model.head_options.heads=4",
+        "--model.head_options.num_heads=4",
         f"--data.manifest={manifest}",
         "--data.n_way=3",
         "--data.n_query=2",
@@ -137,7 +138,7 @@ def test_a_model_option_that_contradicts_the_checkpoint_is_refused(
     assert "--model.selection" in fails([*args, "--model.head_options.selection=sample"], capsys)
     assert "model.backbone is 'tiny'" in fails([*args, "--model.backbone=tiny"], capsys)
     # The same value is no contradiction, nor is a default that the checkpoint doesn't name.
-    assert main([*args, "--model.template=a photo of {}", "--model.head_options={heads: 4, depth: 1}"]) == 0
+    assert main([*args, "--model.template=a photo of {}", "--model.head_options={num_heads: 4, depth: 1}"]) == 0
 
 
 @pytest.mark.slow
@@ -185,7 +186,7 @@ def test_bad_checkpoints(
     assert "test measures a checkpoint: give --ckpt_path best" in fails(args, capsys)
     other = tmp_path / "other.ckpt"
     torch.save({"state_dict": {}, "hyper_parameters": {"lr": 1.0}}, other)
-    assert "other.ckpt is a checkpoint of another model" in fails([*args, f"--ckpt_path={other}"], capsys)
+    assert "other.ckpt is damaged or of another model" in fails([*args, f"--ckpt_path={other}"], capsys)
     other.write_bytes(other.read_bytes()[:200])
     assert "other.ckpt is damaged or no checkpoint" in fails([*args, f"--ckpt_path={other}"], capsys)
 
@@ -330,8 +331,8 @@ def test_the_saved_config_is_a_config(fitted: Path, tmp_path: Path) -> None:
     assert main(["fit", *args, "--ckpt_path=last", "--trainer.max_steps=2"]) == 0
     # What it went on from is the run's own matter, not that of whoever starts from its configuration.
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["ckpt_path"] is None
-    again = checkpoint_options(tmp_path / "checkpoints" / "last.ckpt")
-    assert again["head_options"] == {"hidden_dim": 32, "heads": 4}
+    again = read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["hyper_parameters"]
+    assert again["head_options"] == {"hidden_dim": 32, "num_heads": 4}
 
 
 def test_a_wheel_brings_the_configs_and_the_tiny_clip(tmp_path: Path) -> None:
@@ -354,7 +355,7 @@ def test_a_wheel_brings_the_configs_and_the_tiny_clip(tmp_path: Path) -> None:
 def test_a_checkpoint_of_a_users_script_is_tested_by_the_command_line(
     manifest: Path, tiny_clip_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = CLIPM2DF(backbone=str(tiny_clip_dir), head_options={"hidden_dim": 32, "heads": 4})
+    model = CLIPM2DF(backbone=str(tiny_clip_dir), head_options={"hidden_dim": 32, "num_heads": 4})
     data = EpisodeDataModule(
         str(manifest),
         n_way=3,

@@ -1,5 +1,6 @@
 """The dashboard: everything that a training shows, read back from where it was logged."""
 
+import contextlib
 import json
 import os
 import signal
@@ -19,8 +20,11 @@ from PIL import Image
 from clip_m2df import Manifest, UserError, __version__
 from clip_m2df.cli import main
 from clip_m2df.commands.configs import find_config, shipped_configs
+from clip_m2df.nn.head import Embedded, Head, HeadOutput
+from clip_m2df.nn.prompts import SelectedPrompts
 from clip_m2df.training.checkpoints import read_checkpoint
-from clip_m2df.training.dashboard import Dashboard
+from clip_m2df.training.dashboard import Dashboard, EvidenceCollector
+from clip_m2df.training.module import Evaluated
 from tests.test_cli import options
 from tests.test_configs import Parsed
 from tests.test_module import UsersData, make, trainer
@@ -232,7 +236,7 @@ def test_it_can_be_turned_off_and_needs_no_logger(manifest: Path, tiny_clip_dir:
 def test_what_cannot_be_is_refused(manifest: Path, tiny_clip_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert fit(manifest, tiny_clip_dir, "--dashboard.upload_best=true") == 2
     assert "dashboard.upload_best gives the best checkpoint to W&B, but" in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"dashboard\.episodes is 0; give at least 1"):
+    with pytest.raises(UserError, match=r"dashboard\.episodes is 0"):
         Dashboard(episodes=0)
     # Of several ranks the first alone has a run; the others have the logger.
     logger = WandbLogger(offline=True)
@@ -249,28 +253,23 @@ def test_a_training_goes_on_without_pictures_where_they_cannot_be_written(manife
     assert Path("run/checkpoints/last.ckpt").exists()
 
 
-class OtherHead(torch.nn.Module):
-    """Scores by the mean of the frames; has one weight, and neither views nor stages."""
+class OtherHead(Head):
+    """Scores by the mean of the frames; has one weight, and no views."""
 
-    def __init__(self, *, dim: int) -> None:
-        super().__init__()
-        self.scale = torch.nn.Parameter(torch.ones(()))
+    def embed(self, videos: torch.Tensor, prompt: torch.Tensor | None) -> Embedded:
+        return Embedded(mean=videos.mean(-2))
 
-    def forward(
-        self, support: torch.Tensor, query: torch.Tensor, prompts: torch.Tensor, draws: torch.Tensor | None = None
-    ) -> Any:
-        from clip_m2df.nn.distillation import Distillation
-        from clip_m2df.nn.head import HeadOutput
+    def prototype(self, embedded: Embedded, prompts: torch.Tensor) -> Embedded:
+        return embedded.map(lambda mean: mean.mean(-2))
 
-        logits = self.scale * -torch.cdist(query.mean(-2), support.mean((-3, -2)))
-        nobody = torch.zeros(logits.shape[:-1], dtype=torch.bool)
-        nothing = Distillation(logits.new_zeros(logits.shape[:-2]), nobody, nobody)
-        return HeadOutput(logits, {}, {}, {}, {}, logits.softmax(-1), logits.argmax(-1), nothing)
+    def match(self, query: Embedded, prototypes: Embedded, selected: SelectedPrompts) -> HeadOutput:
+        return HeadOutput.of(self.scale * -torch.cdist(query["mean"], prototypes["mean"]), selected)
 
 
 def test_a_head_of_another_kind_shows_what_it_has(manifest: Path, tiny_clip_dir: Path) -> None:
     config = yaml.safe_load(find_config("demo_5way1shot.yaml").read_text())
-    config["model"] |= {"head": f"{__name__}.OtherHead", "head_options": {}}
+    # Its scale is trained by the class-text loss too.
+    config["model"] |= {"head": f"{__name__}.OtherHead", "head_options": {}, "class_weight": 1.0}
     Path("other.yaml").write_text(yaml.safe_dump(config))
     args = [a for a in options(manifest, tiny_clip_dir, Path("run")) if "head_options" not in a]
     assert main(["fit", "--config=other.yaml", *args[1:]]) == 0
@@ -318,43 +317,40 @@ def test_a_test_after_the_training_goes_on_with_its_run(tiny_clip_dir: Path, tmp
 
 
 def test_the_revision_of_a_checkout_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from clip_m2df.training.dashboard import _git_revision
+    from clip_m2df.training.dashboard import git_revision
 
-    assert _git_revision() is None
+    assert git_revision() is None
     monkeypatch.chdir(Path(__file__).parent)
-    revision = _git_revision()
+    revision = git_revision()
     assert revision is None or len(revision) == 40  # the tests of a wheel lie in no checkout
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert _git_revision() is None
+    assert git_revision() is None
 
 
 def test_the_hardest_are_found_whatever_the_batches_and_ranks(tiny_clip_dir: Path) -> None:
-    """Of two ranks, played one after the other, the callback keeps what a single process keeps."""
+    """Of several ranks, played one after the other, the collectors keep what a single process keeps."""
     from tests.test_module import make_episodes, one
 
     model = make(tiny_clip_dir).eval()
+    model.evaluated = Evaluated({}, torch.zeros((0, 0), dtype=torch.long))
     episodes = [one(make_episodes(2, seed), i) for seed in range(3) for i in range(2)]
     with torch.no_grad():
-        outputs = []
-        for episode in episodes:
-            model._metrics_of("val")
-            outputs.append(model.validation_step(episode, 0))
+        outputs = [model.validation_step(episode, 0) for episode in episodes]
+    alone: Any = SimpleNamespace(
+        world_size=1, precision_plugin=SimpleNamespace(val_step_context=contextlib.nullcontext)
+    )
 
     def kept(world_size: int) -> list[tuple[float, int]]:
-        orders = []
+        found = []
         for rank in range(world_size):
-            watch = Dashboard(episodes=2)
-            state: Any = SimpleNamespace(
-                state=SimpleNamespace(fn="fit"),
-                sanity_checking=False,
-                fast_dev_run=False,
-                world_size=world_size,
-                global_rank=rank,
-            )
+            collector = EvidenceCollector(episodes=2)
             for episode, output in list(zip(episodes, outputs, strict=True))[rank::world_size]:
-                watch.on_validation_batch_end(state, model, output, episode, 0)
-            orders += [candidate.order() for candidate in watch._hardest]
-        return sorted(orders)[:2]
+                ranked: Any = SimpleNamespace(world_size=world_size, global_rank=rank)
+                collector.add(ranked, episode, output)
+            evidence = collector.gather(alone, model)
+            assert evidence is not None
+            found += [(hard.loss, hard.number) for hard in evidence.hardest]
+        return sorted(found, reverse=True)[:2]
 
     assert kept(1) == kept(2) == kept(3)
     assert len({number for _, number in kept(1)}) == 2

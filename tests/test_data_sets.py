@@ -316,7 +316,7 @@ def test_from_files_on_disk_to_a_test_accuracy(
         f"--config={name}_5way{5 if name == 'ucf101' else 1}shot.yaml",
         f"--model.backbone={tiny_clip_dir}",
         "--model.head_options.hidden_dim=32",
-        "--model.head_options.heads=4",
+        "--model.head_options.num_heads=4",
         f"--data.manifest={fixed}",
         f"--data.root={tree.root}",
         "--data.frames=2",

@@ -17,7 +17,7 @@ import torch
 from benchmarks import soak
 from clip_m2df.cli import main
 from clip_m2df.errors import Stopped, UserError
-from clip_m2df.training.checkpoints import BEST, FOLDER, LAST, PREVIOUS, RunCheckpointIO, find_last, read_checkpoint
+from clip_m2df.training.checkpoints import BEST, FOLDER, LAST, PREVIOUS, RunCheckpointIO, read_checkpoint, read_last
 from tests.test_cli import fails, options
 
 # Six optimiser steps of two batches each, validated after every second.
@@ -301,21 +301,21 @@ def test_any_damage_to_a_checkpoint_is_noticed(alone: Path, tmp_path: Path) -> N
         (tmp_path / FOLDER / LAST).write_bytes(damaged)
         try:
             with pytest.warns(UserWarning, match="is damaged"):
-                assert find_last(tmp_path).name == PREVIOUS
+                assert read_last(tmp_path)[0].name == PREVIOUS
         except pytest.fail.Exception:  # padding between the parts
             assert soak.compare(read_checkpoint(tmp_path / FOLDER / LAST), expected) == []
 
 
 def test_last_may_be_missing_between_two_renamings(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="fit has saved nothing there yet"):
-        find_last(tmp_path)
+        read_last(tmp_path)
     plain = RunCheckpointIO()
     for step in (1, 2):
         plain.save_checkpoint({"global_step": step}, tmp_path / FOLDER / LAST)
     assert [step_of(tmp_path, name) for name in (PREVIOUS, LAST)] == [1, 2]
     (tmp_path / FOLDER / LAST).unlink()
     with pytest.warns(UserWarning, match=r"there is no .*last.ckpt: going on with .*previous.ckpt, of step 1"):
-        assert find_last(tmp_path) == tmp_path / FOLDER / PREVIOUS
+        assert read_last(tmp_path)[0] == tmp_path / FOLDER / PREVIOUS
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/dev/full")

@@ -17,7 +17,7 @@ from tests.test_bank import trainer
 from tests.test_cli import options
 from tests.test_interruption import Kill, callback, step_of
 
-NO_DROPOUT = {"context_dropout": 0.0, "attention_dropout": 0.0, "dropout": 0.0, "hidden_dim": 32, "heads": 4}
+NO_DROPOUT = {"context_dropout": 0.0, "attention_dropout": 0.0, "dropout": 0.0, "hidden_dim": 32, "num_heads": 4}
 
 
 class Note(lightning.Callback):

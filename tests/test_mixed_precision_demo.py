@@ -54,7 +54,7 @@ def train_and_test(folder: Path, precision: str) -> Run:
         "--data.test_episodes=2000",
     ]
     # The last checkpoint, for the best is chosen on few episodes; nothing is to be validated, then.
-    fit = run(["fit", *common, "--data.train_views=4", "--data.validate_every=200", "--data.val_episodes=2"])
+    fit = run(["fit", *common, "--data.train_augmentations=4", "--data.validate_every=200", "--data.val_episodes=2"])
     test = run(["test", *common, "--ckpt_path=last"])
     return Run(fit, *accuracy_of(test.trainer))
 

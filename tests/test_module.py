@@ -15,11 +15,14 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from clip_m2df import CLIPM2DF, Episode, M2DFHead, UserError
 from clip_m2df.evaluation.metrics import StageMetrics
+from clip_m2df.nn.baselines import OTAMHead
+from clip_m2df.nn.class_text import class_text_logits, query_class_logits
 from clip_m2df.nn.matching import frame_costs, otam
 from clip_m2df.nn.prompts import ensemble
-from clip_m2df.training.module import RUN_OPTIONS, checkpoint_options
+from clip_m2df.training.checkpoints import read_checkpoint
+from clip_m2df.training.module import RUN_OPTIONS
 
-PLAIN = {"hidden_dim": 32, "heads": 4, "context_dropout": 0.0, "attention_dropout": 0.0, "dropout": 0.0}
+PLAIN = {"hidden_dim": 32, "num_heads": 4, "context_dropout": 0.0, "attention_dropout": 0.0, "dropout": 0.0}
 NAMES = ["a cat", "a car", "a tree", "the sea"]
 
 
@@ -111,7 +114,7 @@ def test_the_loss_is_the_methods_sum(tiny_clip_dir: Path) -> None:
         output = model.model.head(support, query, table[classes], batch["draws"][i])
         expected += 0.7 * F.cross_entropy(output.logits, labels, reduction="sum").item()
         expected += 3.0 * output.distillation_loss.item()
-        of_support, of_query = model.model.head.class_logits(support, query, table[classes], table)
+        of_support, of_query = class_text_logits(model.model.head, support, query, table[classes], table)
         expected += 1.5 * F.cross_entropy(of_support[:, 0], classes, reduction="sum").item()
         expected += 1.5 * F.cross_entropy(of_query, classes[labels], reduction="sum").item()
     assert loss.item() == pytest.approx(expected / 2, rel=1e-5)
@@ -195,7 +198,7 @@ def test_text_fusion_mixes_the_texts_probabilities_in(tiny_clip_dir: Path, monke
         for i in range(3):
             prompts = table[batch["class_indices"][i]]
             query = model.model.encode_frames(batch["query"][i])
-            text = model.model.head.class_logits(query[:3].unsqueeze(1), query, prompts, prompts)[1].softmax(-1)
+            text = query_class_logits(model.model.head, query, prompts, prompts).softmax(-1)
             probabilities = text**0.9 * output.logits[i].softmax(-1) ** 0.1
             assert torch.equal(fused[i], probabilities.argmax(-1))
     assert torch.equal(seen[1][1], seen[1][0].logits.argmax(-1))
@@ -230,7 +233,7 @@ def test_a_checkpoint_is_enough(tiny_clip_dir: Path, tmp_path: Path) -> None:
 
 def test_what_changes_at_evaluation_stays_out_of_the_checkpoint(tiny_clip_dir: Path, tmp_path: Path) -> None:
     _, path = fitted_checkpoint(tiny_clip_dir, tmp_path, selection="sample", text_fusion=0.5)
-    saved = checkpoint_options(path)
+    saved = read_checkpoint(path)["hyper_parameters"]
     # All the others are in it: one forgotten there would come back at its default.
     assert set(saved) == set(inspect.signature(CLIPM2DF).parameters) - set(RUN_OPTIONS)
     loaded = CLIPM2DF.load_from_checkpoint(path)
@@ -254,7 +257,7 @@ def test_templates_make_an_ensemble_which_a_checkpoint_keeps(tiny_clip_dir: Path
 def test_gradient_checkpointing_is_of_a_run_and_not_of_its_checkpoint(tiny_clip_dir: Path, tmp_path: Path) -> None:
     model, path = fitted_checkpoint(tiny_clip_dir, tmp_path, gradient_checkpointing=True)
     plain, _ = fitted_checkpoint(tiny_clip_dir, tmp_path / "plain")
-    assert "gradient_checkpointing" not in checkpoint_options(path)
+    assert "gradient_checkpointing" not in read_checkpoint(path)["hyper_parameters"]
     for (name, ours), theirs in zip(model.state_dict().items(), plain.state_dict().values(), strict=True):
         torch.testing.assert_close(ours, theirs, msg=name)
 
@@ -304,7 +307,7 @@ def test_checkpoints_of_something_else_are_refused(tiny_clip_dir: Path, tmp_path
     with pytest.raises(UserError, match=r"text.ckpt is damaged or no checkpoint"):
         CLIPM2DF.load_from_checkpoint(tmp_path / "text.ckpt")
     torch.save({"state_dict": {}, "hyper_parameters": {"backbone": "resnet", "head": 3}}, tmp_path / "other.ckpt")
-    with pytest.raises(UserError, match=r"other.ckpt is a checkpoint of another model"):
+    with pytest.raises(UserError, match=r"other.ckpt is damaged or of another model"):
         CLIPM2DF.load_from_checkpoint(tmp_path / "other.ckpt")
     checkpoint = torch.load(path, weights_only=True)
     checkpoint["hyper_parameters"]["head_options"] = PLAIN | {"depth": 2}
@@ -318,14 +321,14 @@ def test_checkpoints_of_something_else_are_refused(tiny_clip_dir: Path, tmp_path
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lr": 0.0}, "lr is 0.0; it must be positive"),
+        ({"lr": 0.0}, "lr is 0.0; it must be above 0"),
         ({"backbone_lr": -1.0}, "backbone_lr is -1.0"),
-        ({"weight_decay": -1.0}, "weight_decay is -1.0; it must not be negative"),
+        ({"weight_decay": -1.0}, "weight_decay is -1.0; it must be at least 0"),
         ({"head_options": {"dim": 16}}, "dim follows from the backbone; leave it out"),
         ({"head_options": {"depth": "2"}}, "head_options: M2DFHead does not take"),
         ({"head_options": {"views": None}}, "head_options: M2DFHead does not take"),
         ({"text_fusion": 1.5}, "text_fusion is 1.5"),
-        ({"warmup_start": 0.0}, "warmup_start 0.0"),
+        ({"warmup_start": 0.0}, "warmup_start is 0.0"),
         ({"head": "nothing"}, "head: 'nothing' is neither one of m2df"),
         ({"head_options": {"selection": "sample"}}, r"selection is an option of the model itself, --model\.selection"),
         ({"head_options": {"dept": 2}}, "has no option 'dept'; did you mean 'depth'"),
@@ -382,16 +385,11 @@ def test_what_is_frozen_is_in_eval_mode_from_the_start(
         assert torch.equal(before, norms[0].running_mean) is (freeze_backbone or freeze_batch_norm)  # type: ignore[arg-type]
 
 
-class ParameterFree(torch.nn.Module):
-    """OTAM on raw features: a head with nothing to train."""
+class ParameterFree(OTAMHead):
+    """OTAM on raw features, one way after the other: a head with nothing to train."""
 
-    def __init__(self, *, dim: int) -> None:
-        super().__init__()
-        self.plain = M2DFHead(dim=dim, hidden_dim=8, heads=1).requires_grad_(False)
-
-    def forward(self, support: Tensor, query: Tensor, prompts: Tensor, draws: Tensor | None = None) -> Any:
-        output = self.plain(support, query, prompts, draws)
-        return output._replace(logits=-otam(frame_costs(query, support.mean(-3))))
+    def compare(self, query: Tensor, prototypes: Tensor) -> Tensor:
+        return -otam(frame_costs(query, prototypes))
 
 
 def test_another_head_by_its_class_path(tiny_clip_dir: Path, tmp_path: Path) -> None:

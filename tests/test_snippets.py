@@ -58,7 +58,7 @@ APPENDED = {
     TEST: "--data.test_episodes 3",
     rf"({FIT}|{TEST}) (hmdb51|ssv2)_": "--model.backbone tiny --model.head_options.hidden_dim 32 --data.frames 2",
     rf"({FIT}|{TEST}) (hmdb51|ssv2)_|{FIT}.* --data.manifest my.csv": "--data.resize 40 --data.size 40",
-    rf"{FIT} (scene|order)_": "--data.train_views 1",
+    rf"{FIT} (scene|order)_": "--data.train_augmentations 1",
     rf"{FIT}.* --ckpt_path last": "--trainer.max_steps 2",
     rf"{FIT}.*recipes/gpu24gb": "--trainer.precision 32-true",  # a CPU is slow at half precision
     r"^clip-m2df (check|cache) ": "--workers 1",
@@ -222,7 +222,7 @@ def put_checkpoints(folder: Path) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-        trainer.strategy.connect(CLIPM2DF(backbone="tiny", head_options={"hidden_dim": 32, "heads": 4}))
+        trainer.strategy.connect(CLIPM2DF(backbone="tiny", head_options={"hidden_dim": 32, "num_heads": 4}))
     trainer.save_checkpoint(folder / "best.ckpt")
     published_file(folder, GOLDEN[0].with_name("clip_vit.npz"))
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.numpy import load, save
 
-from clip_m2df import CLIPM2DF, M2DF
+from clip_m2df import CLIPM2DF, load_published
 from clip_m2df.cli import main
 from clip_m2df.clip.backbone import TINY_CLIP, CLIPBackbone
 from clip_m2df.commands.cache import cache_frames
@@ -120,7 +120,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "weights.bin": lambda path: CLIPBackbone.load(str(path.rename(path.with_suffix(".bin")))),
     "weights.safetensors": lambda path: CLIPBackbone.load(str(path.rename(path.with_suffix(".safetensors")))),
     "pytorch_model.bin": _pickled_weights,
-    "published": M2DF.from_published,
+    "published": load_published,
     "manifest": Manifest.read,
     "class texts": lambda path: Manifest.read(_some_manifest(path)).with_texts(path),
     "split list": lambda path: read_lists(path.rename(path.with_name("train.txt")), "folder"),
@@ -165,7 +165,7 @@ def test_a_program_is_not_run(marker: Path) -> None:
         archive.writestr("clip/constants.pkl", pickle.dumps(Malicious(marker)))
         archive.writestr("clip/data.pkl", pickle.dumps(Malicious(marker)))
         archive.writestr("clip/version", "3")
-    for read in (CLIPBackbone.load, M2DF.from_published):
+    for read in (CLIPBackbone.load, load_published):
         with pytest.raises(UserError, match="is a TorchScript archive, a program that isn't run here"):
             read(str(marker.with_name("clip.pt")))
     with pytest.raises(UserError, match="is damaged or no checkpoint"):
@@ -209,7 +209,7 @@ def test_a_config_of_aliases_does_not_grow_without_end(tmp_path: Path, capsys: p
 @pytest.fixture
 def checkpoint(tiny_clip_dir: Path, tmp_path: Path) -> tuple[Path, dict[str, Any]]:
     """A whole checkpoint, and its content, to be changed and saved again."""
-    model = CLIPM2DF(backbone=str(tiny_clip_dir), head_options={"hidden_dim": 32, "heads": 4})
+    model = CLIPM2DF(backbone=str(tiny_clip_dir), head_options={"hidden_dim": 32, "num_heads": 4})
     content: dict[str, Any] = {"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams)}
     content |= {"pytorch-lightning_version": "2.6.6", "epoch": 0, "global_step": 1, "loops": {}, "callbacks": {}}
     model.on_save_checkpoint(content)

@@ -3,17 +3,20 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from clip_m2df.__about__ import __version__
+from clip_m2df.__about__ import __version__ as __version__
 
 if TYPE_CHECKING:
-    from clip_m2df.classifier.classifier import FewShotClassifier, NotFittedError
-    from clip_m2df.clip.backbone import CLIPBackbone
-    from clip_m2df.datasets.manifest import Manifest
-    from clip_m2df.episode import Episode
-    from clip_m2df.episodes.datamodule import EpisodeDataModule
-    from clip_m2df.errors import UserError
-    from clip_m2df.nn.m2df import M2DF, M2DFHead
-    from clip_m2df.training.module import CLIPM2DF
+    from clip_m2df.classifier.classifier import FewShotClassifier as FewShotClassifier
+    from clip_m2df.classifier.classifier import NotFittedError as NotFittedError
+    from clip_m2df.clip.backbone import CLIPBackbone as CLIPBackbone
+    from clip_m2df.datasets.manifest import Manifest as Manifest
+    from clip_m2df.episode import Episode as Episode
+    from clip_m2df.episodes.datamodule import EpisodeDataModule as EpisodeDataModule
+    from clip_m2df.errors import UserError as UserError
+    from clip_m2df.nn.m2df import M2DF as M2DF
+    from clip_m2df.nn.m2df import M2DFHead as M2DFHead
+    from clip_m2df.training.build import load_published as load_published
+    from clip_m2df.training.module import CLIPM2DF as CLIPM2DF
 
 # Imported when first asked for: torch, lightning and transformers take seconds.
 _HOMES = {
@@ -27,21 +30,9 @@ _HOMES = {
     "Manifest": "datasets.manifest",
     "NotFittedError": "classifier.classifier",
     "UserError": "errors",
+    "load_published": "training.build",
 }
-
-__all__ = [
-    "CLIPM2DF",
-    "M2DF",
-    "CLIPBackbone",
-    "Episode",
-    "EpisodeDataModule",
-    "FewShotClassifier",
-    "M2DFHead",
-    "Manifest",
-    "NotFittedError",
-    "UserError",
-    "__version__",
-]
+__all__ = [*_HOMES, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

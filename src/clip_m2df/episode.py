@@ -11,12 +11,15 @@ axis           meaning
 ``dim``        width of CLIP's embeddings (D)
 ``n_classes``  classes of the split that the episode comes from (C)
 =============  =========================================================================================
+
+A batch's type says what it carries: :class:`Episode` frames, :class:`FeatureEpisode` features of frames, and
+:class:`TableEpisodes` the numbers of episodes in a table whose videos are encoded once, before they are played.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple, NotRequired, Protocol, TypedDict, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, NotRequired, Protocol, TypedDict, TypeVar
 
 import numpy as np
 
@@ -24,13 +27,31 @@ if TYPE_CHECKING:
     import torch
 
 # What is drawn for an episode, each from a stream of its own, so that none shifts another.
-STREAMS = {"videos": 0, "augmentation": 1, "prompts": 2, "stand-ins": 3, "views": 4, "outliers": 5}
+STREAMS = {"videos": 0, "augmentation": 1, "prompts": 2, "stand-ins": 3, "stored augmentation": 4, "outliers": 5}
 # A seed deals different episodes at each stage.
 STAGES = {"train": 0, "val": 1, "test": 2}
 
 
-class Episode(TypedDict):
-    """A batch of episodes; all that ``CLIPM2DF`` needs of a data module.
+class Labels(TypedDict):
+    """What a batch of episodes has beside its videos.
+
+    Attributes:
+        query_labels: int64 ``(episodes, n_queries)``, each query's class as an index in the episode, 0 … n_way − 1.
+        class_indices: int64 ``(episodes, n_way)``, the episode's classes as indices in ``class_names``.
+        class_names: what the prompts say, one text a class of the split, in the order of its class table.
+        draws: float32 ``(episodes, n_queries)``, uniforms in [0, 1) by which PPS samples (:func:`episode_draws`).
+        replaced: int64 ``(episodes)``, how many videos were unusable and had others put in their places; for the log.
+    """
+
+    query_labels: torch.Tensor
+    class_indices: torch.Tensor
+    class_names: list[str]
+    draws: torch.Tensor
+    replaced: NotRequired[torch.Tensor]
+
+
+class Episode(Labels):
+    """A batch of episodes as frames; all that ``CLIPM2DF`` needs of a data module.
 
     Videos come as bytes and are scaled and normalised on the device. ``torch.utils.data.default_collate`` doesn't fit
     (``class_names`` belongs to the batch): :func:`clip_m2df.episodes.dataset.collate_episodes` stacks single episodes.
@@ -38,46 +59,57 @@ class Episode(TypedDict):
     Attributes:
         support: uint8 frames ``(episodes, n_way, n_shot, frames, 3, height, width)``.
         query: uint8 frames ``(episodes, n_queries, frames, 3, height, width)``, in any order.
-        query_labels: int64 ``(episodes, n_queries)``, each query's class as a place in the episode, 0 … n_way − 1.
-        class_indices: int64 ``(episodes, n_way)``, the episode's classes as places in ``class_names``.
-        class_names: what the prompts say, one text a class of the split, in the order of its class table.
-        draws: float32 ``(episodes, n_queries)``, uniforms in [0, 1) by which PPS samples (:func:`episode_draws`).
-        replaced: int64 ``(episodes)``, how many videos were unusable and had others put in their places; for the log.
         same: int64 ``(episodes, n_way · n_shot + n_queries)``, for each clip of the batch, the support before the query
-            in each episode, the place of the first that has the same frames: those need encoding once.
+            in each episode, the index of the first that has the same frames: those need encoding once.
     """
 
     support: torch.Tensor
     query: torch.Tensor
-    query_labels: torch.Tensor
-    class_indices: torch.Tensor
-    class_names: list[str]
-    draws: torch.Tensor
-    replaced: NotRequired[torch.Tensor]
     same: NotRequired[torch.Tensor]
 
 
-class IndexedEpisode(TypedDict):
-    """A batch of episodes whose videos are places in a table: what evaluation plays from features.
+class FeatureEpisode(Labels):
+    """A batch of episodes as features of frames; ``CLIPM2DF`` takes it too, where its tower is not to be asked.
 
     Attributes:
-        numbers: int64 ``(episodes)``, places in the table of all episodes that are played.
+        support: floating ``(episodes, n_way, n_shot, frames, dim)``.
+        query: floating ``(episodes, n_queries, frames, dim)``.
+    """
+
+    support: torch.Tensor
+    query: torch.Tensor
+
+
+class IndexedEpisode(Labels):
+    """A batch of episodes whose videos are indices in a table.
+
+    Attributes:
+        numbers: int64 ``(episodes)``, of the episodes, rising.
         support: int64 ``(episodes, n_way, n_shot)``.
         query: int64 ``(episodes, n_queries)``.
-        query_labels, class_indices, class_names, draws, replaced: see :class:`Episode`.
     """
 
     numbers: torch.Tensor
     support: torch.Tensor
     query: torch.Tensor
-    query_labels: torch.Tensor
-    class_indices: torch.Tensor
-    class_names: list[str]
-    draws: torch.Tensor
-    replaced: torch.Tensor
 
 
-def select_episodes(episodes: IndexedEpisode, rows: torch.Tensor) -> IndexedEpisode:
+class TableEpisodes(NamedTuple):
+    """A batch of episodes by their numbers in a table of videos.
+
+    Attributes:
+        table: what the episodes are made of.
+        numbers: int64 ``(episodes)``.
+    """
+
+    table: VideoTable
+    numbers: torch.Tensor
+
+
+Rows = TypeVar("Rows", Episode, FeatureEpisode, IndexedEpisode)
+
+
+def select_episodes(episodes: Rows, rows: torch.Tensor) -> Rows:
     """Some rows of a batch of episodes, or of a table of them."""
     chosen = episodes.copy()
     for key in set(episodes) - {"class_names"}:
@@ -89,52 +121,57 @@ class Clips(NamedTuple):
     """Videos that were read together.
 
     Attributes:
-        places: int64 ``(videos)``, those that could be read.
+        indices: int64 ``(videos)``, those that could be read.
         frames: uint8 ``(videos, frames, 3, height, width)``; None if there are none.
         unusable: why the others could not be read, by path.
     """
 
-    places: torch.Tensor
+    indices: torch.Tensor
     frames: torch.Tensor | None
     unusable: dict[str, str]
 
 
-@runtime_checkable
 class VideoTable(Protocol):
-    """Videos that are read once each, for however many episodes: the dataset of a loader of :class:`IndexedEpisode`.
+    """Videos that are read once each, for however many episodes, and the episodes that are made of them.
 
     Attributes:
-        videos: what the places of episodes mean.
         reading: how frames are read, in words.
         store: a folder for features, or None.
+        block: how many episodes make a batch.
     """
 
-    videos: Sequence[object]
     reading: str
     store: str | None
+    block: int
+
+    @property
+    def videos(self) -> Sequence[object]:
+        """What the indices of episodes mean."""
+
+    def __len__(self) -> int:
+        """How many episodes there are; 0 for an endless stream."""
+
+    def episodes(self, numbers: Sequence[int]) -> IndexedEpisode:
+        """Episodes by their numbers."""
 
     def named(self, numbers: Sequence[int]) -> list[int]:
-        """The places of the videos that episodes name, in order."""
+        """The indices of the videos that episodes name, in order."""
 
-    def identity(self, place: int) -> str:
+    def identity(self, index: int) -> str:
         """What tells a video, and the state that its file is in."""
 
+    def read(self, index: int) -> torch.Tensor:
+        """The frames of one video, uint8 ``(frames, 3, height, width)``.
+
+        Raises:
+            UserError: it can't be read.
+        """
+
     def clips(self, chunks: Sequence[Sequence[int]]) -> Iterator[Clips]:
-        """The clips of videos given by their places, as they come together."""
+        """The clips of videos given by their indices, as they come together, read by the table's workers."""
 
     def replace(self, unusable: Mapping[str, str]) -> None:
         """Put others in the places of videos that can't be read; these may be new in ``videos``."""
-
-
-@runtime_checkable
-class EpisodeTable(VideoTable, Protocol):
-    """A table of all episodes that an evaluation plays.
-
-    Attributes:
-        episodes: all of them.
-    """
-
-    episodes: IndexedEpisode
 
 
 def episode_generator(seed: int, stage: str, episode: int, stream: str, part: int = 0) -> np.random.Generator:

@@ -3,8 +3,6 @@
 What is exported is copies in evaluation mode: the model itself stays as it is, where it is.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import logging
@@ -17,7 +15,7 @@ from itertools import accumulate
 from keyword import iskeyword
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from safetensors.torch import save as save_tensors
@@ -26,16 +24,14 @@ from torch.export import ExportedProgram
 
 from clip_m2df.__about__ import __version__
 from clip_m2df.errors import UserError
-from clip_m2df.nn.head import fuse_text
-
-if TYPE_CHECKING:
-    from clip_m2df.clip.backbone import CLIPBackbone
-    from clip_m2df.nn.head import Head
-    from clip_m2df.training.module import CLIPM2DF
+from clip_m2df.nn.class_text import fuse_text
+from clip_m2df.nn.head import Head
+from clip_m2df.nn.m2df import Towers
+from clip_m2df.training.module import CLIPM2DF
 
 Format = Literal["onnx", "pt2"]
 FORMATS: tuple[str, ...] = get_args(Format)
-FORMAT, TABLE, PROMPTS = "clip-m2df export 1", "export.json", "prompts.safetensors"
+EXPORT_FORMAT, TABLE, PROMPTS = "clip-m2df export 1", "export.json", "prompts.safetensors"
 
 # The first ONNX operator set with GELU; onnxruntime has it since 1.17.
 OPSET = 20
@@ -84,43 +80,15 @@ def export_model(
         UserError: a shape that is no positive number; a head that samples; a folder that holds something already or
             can't be written; packages that are missing; or a program that can't be made, or differs from the model.
     """
-    _check_shapes(n_way=n_way, n_shot=n_shot, n_queries=n_queries, frames=frames, batch=batch)
-    _check_lists(formats, class_names)
-    folder = Path(folder)
-    _check_folder(folder)
-    prompts = model.encode_prompts(class_names).cpu() if class_names else None
-    programs = {
-        "tower": tower_program(model, batch=batch),
-        "head": head_program(model, n_way=n_way, n_shot=n_shot, n_queries=n_queries, frames=frames),
-    }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=folder) as draft:
-            differences: dict[str, float] = {}
-            for name, program in programs.items():
-                differences |= write_program(program, Path(draft) / name, formats)
-            if prompts is not None:
-                (Path(draft) / PROMPTS).write_bytes(save_tensors({"prompts": prompts.contiguous()}))
-            for file in sorted(Path(draft).iterdir()):
-                file.replace(folder / file.name)
-        (folder / TABLE).write_text(_table(model, programs, class_names, differences), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot export to {folder}: {error.strerror or error}; make room, or give another") from error
-    return differences
-
-
-def _check_shapes(**shapes: int) -> None:
-    for name, value in shapes.items():
+    for name, value in {
+        "n_way": n_way,
+        "n_shot": n_shot,
+        "n_queries": n_queries,
+        "frames": frames,
+        "batch": batch,
+    }.items():
         if type(value) is not int or value < 1:
             raise UserError(f"{name} is {value!r}; an export has fixed shapes, give a whole number of at least 1")
-
-
-def _check_folder(folder: Path) -> None:
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise UserError(f"{folder} holds something already: name an empty or a new folder for the export")
-
-
-def _check_lists(formats: Sequence[str], class_names: Sequence[str]) -> None:
     if isinstance(class_names, str):
         raise UserError(f"class_names is {class_names!r}; give a list of names")
     if isinstance(formats, str) or not formats or set(formats) - set(FORMATS):
@@ -129,42 +97,64 @@ def _check_lists(formats: Sequence[str], class_names: Sequence[str]) -> None:
         raise UserError(
             f"an export to ONNX needs {', '.join(missing)}: pip install clip-m2df[export], or give formats=['pt2']"
         )
+    folder = Path(folder)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise UserError(f"{folder} holds something already: name an empty or a new folder for the export")
 
-
-def _table(
-    model: CLIPM2DF, programs: dict[str, Program], class_names: Sequence[str], differences: dict[str, float]
-) -> str:
-    """What ``export.json`` says."""
-
-    def shapes(tensors: dict[str, Tensor]) -> dict[str, list[int]]:
-        return {name: list(tensor.shape) for name, tensor in tensors.items()}
-
-    table = {
-        "format": FORMAT,
-        "version": __version__,
-        "reading": model.reading,
-        "templates": model.model.templates,
-        "class_names": list(class_names),
-        "programs": {
-            name: {"inputs": shapes(inputs), "outputs": shapes(program.module(**inputs))}
-            for name, program in programs.items()
-            for inputs in [program.inputs(0)]
-        },
-        "differences": differences,
+    prompts = model.encode_prompts(class_names).cpu().contiguous() if class_names else None
+    programs = {
+        "tower": tower_program(model, batch=batch),
+        "head": head_program(model, n_way=n_way, n_shot=n_shot, n_queries=n_queries, frames=frames),
     }
-    return json.dumps(table, indent=2, ensure_ascii=False) + "\n"
+    differences: dict[str, float] = {}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder) as draft:
+            for name, program in programs.items():
+                differences |= write_program(program, Path(draft) / name, formats)
+            if prompts is not None:
+                (Path(draft) / PROMPTS).write_bytes(save_tensors({"prompts": prompts}))
+            for file in sorted(Path(draft).iterdir()):
+                file.replace(folder / file.name)
+        table = {
+            "format": EXPORT_FORMAT,
+            "version": __version__,
+            "reading": model.reading,
+            "templates": model.model.templates,
+            "class_names": list(class_names),
+            "programs": {name: {"inputs": p.shapes, "outputs": p.output_shapes()} for name, p in programs.items()},
+            "differences": differences,
+        }
+        (folder / TABLE).write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot export to {folder}: {error.strerror or error}; make room, or give another") from error
+    return differences
 
 
 class Program(NamedTuple):
-    """A module to be exported, and what it is fed to see that the export is right.
+    """A module to be exported, and the shapes that it is exported for.
 
     Attributes:
         module: from named tensors to a dictionary of them; in float32 on the CPU.
-        inputs: a seed to inputs by name, in the order of the module's; 0 gives zeros.
+        shapes: of its inputs, by name, in the order of the module's.
+        dtype: of its inputs.
     """
 
     module: nn.Module
-    inputs: Callable[[int], dict[str, Tensor]]
+    shapes: dict[str, tuple[int, ...]]
+    dtype: torch.dtype = torch.float32
+
+    def inputs(self, seed: int) -> dict[str, Tensor]:
+        """Random inputs; of seed 0, zeros."""
+        generator = torch.Generator().manual_seed(seed)
+        inputs = {name: torch.zeros(shape, dtype=self.dtype) for name, shape in self.shapes.items()}
+        for tensor in inputs.values() if seed else ():
+            tensor.normal_(generator=generator) if tensor.is_floating_point() else tensor.random_(generator=generator)
+        return inputs
+
+    def output_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of its outputs, by name."""
+        return {name: tuple(tensor.shape) for name, tensor in self.module(**self.inputs(0)).items()}
 
 
 class TowerModule(nn.Module):
@@ -174,7 +164,7 @@ class TowerModule(nn.Module):
         backbone: with a visual tower.
     """
 
-    def __init__(self, backbone: CLIPBackbone) -> None:
+    def __init__(self, backbone: Towers) -> None:
         super().__init__()
         self.backbone = backbone
 
@@ -199,7 +189,7 @@ class HeadModule(nn.Module):
     def forward(self, support: Tensor, query: Tensor, prompts: Tensor) -> dict[str, Tensor]:
         """See :meth:`clip_m2df.nn.head.Head.forward`; ``logits`` are the scores by which the model predicts."""
         output = self.head(support, query, prompts)
-        logits = fuse_text(self.head, self.text_fusion, output.logits, support, query, prompts)
+        logits = fuse_text(self.head, self.text_fusion, output.logits, query, prompts)
         return {"logits": logits, "prompt_probabilities": output.prompt_probabilities}
 
 
@@ -209,13 +199,7 @@ def tower_program(model: CLIPM2DF, *, batch: int) -> Program:
     # Whatever deepcopy finds in its memo it takes for copied.
     module = TowerModule(copy.deepcopy(backbone, {id(backbone.text): None}))
     shape = (batch, 3, backbone.image_size, backbone.image_size)
-
-    def inputs(seed: int) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(seed)
-        frames = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-        return {"frames": frames if seed else torch.zeros_like(frames)}
-
-    return Program(_settled(module), inputs)
+    return Program(_settled(module), {"frames": shape}, torch.uint8)
 
 
 def head_program(model: CLIPM2DF, *, n_way: int, n_shot: int, n_queries: int, frames: int) -> Program:
@@ -231,15 +215,7 @@ def head_program(model: CLIPM2DF, *, n_way: int, n_shot: int, n_queries: int, fr
             " selection='argmax' or 'expectation'"
         )
     shapes = {"support": (n_way, n_shot, frames, dim), "query": (n_queries, frames, dim), "prompts": (n_way, dim)}
-
-    def inputs(seed: int) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(seed)
-        return {
-            name: torch.randn(shape, generator=generator) if seed else torch.zeros(shape)
-            for name, shape in shapes.items()
-        }
-
-    return Program(_settled(HeadModule(copy.deepcopy(head), model.text_fusion)), inputs)
+    return Program(_settled(HeadModule(copy.deepcopy(head), model.text_fusion)), shapes)
 
 
 def _settled(module: nn.Module) -> nn.Module:
@@ -274,7 +250,7 @@ def write_program(program: Program, stem: Path, formats: Sequence[str]) -> dict[
                     _save_onnx(exported, program, path)
                 else:
                     torch.export.save(exported, path)
-                differences[path.name] = _check(program, _open(path), path.name)
+                differences[path.name] = _check(program, path)
     except (OSError, UserError):
         raise
     except Exception as error:  # what torch can't export, it says in many ways
@@ -291,7 +267,7 @@ def _trace(program: Program) -> ExportedProgram:
     exported = torch.export.export(module, (), kwargs=program.inputs(1))
     # Beside the two, this removes the regions without autocast, which a saved program can't hold.
     decomposed: ExportedProgram = exported.run_decompositions(
-        {torch.ops.aten.logaddexp.default: _logaddexp, torch.ops.aten.logcumsumexp.default: _logcumsumexp}
+        {torch.ops.aten.logaddexp.default: logaddexp, torch.ops.aten.logcumsumexp.default: logcumsumexp}
     )
     return decomposed
 
@@ -308,16 +284,17 @@ class _Renamed(nn.Module):
         return zip(self.names, self.parts, strict=True)
 
 
-# ONNX has neither of these. The exporter writes out exp and log, which underflow with long videos, strong costs or a
-# small smoothing.
+def logaddexp(x: Tensor, y: Tensor) -> Tensor:
+    """``log(exp(x) + exp(y))`` of operators that ONNX has.
 
-
-def _logaddexp(x: Tensor, y: Tensor) -> Tensor:
+    The exporter's own takes exp and log, which underflow with long videos, strong costs or a small smoothing.
+    """
     return torch.maximum(x, y) + torch.log1p(torch.exp(-(x - y).abs()))
 
 
-def _logcumsumexp(x: Tensor, dim: int) -> Tensor:
-    return torch.stack(list(accumulate(x.unbind(dim), _logaddexp)), dim)
+def logcumsumexp(x: Tensor, dim: int) -> Tensor:
+    """The same for ``torch.logcumsumexp``."""
+    return torch.stack(list(accumulate(x.unbind(dim), logaddexp)), dim)
 
 
 def _save_onnx(exported: ExportedProgram, program: Program, path: Path) -> None:
@@ -338,10 +315,7 @@ def _save_onnx(exported: ExportedProgram, program: Program, path: Path) -> None:
     converted.save(path, external_data=size > MOST_IN_ONE_FILE)
 
 
-Run = Callable[..., dict[str, Tensor]]
-
-
-def _open(path: Path) -> Run:
+def _open(path: Path) -> Callable[..., dict[str, Tensor]]:
     """A written program, to be called as the module is."""
     if path.suffix == ".pt2":
         return torch.export.load(path).module()
@@ -357,13 +331,13 @@ def _open(path: Path) -> Run:
     return run
 
 
-def _check(program: Program, run: Run, name: str) -> float:
+def _check(program: Program, path: Path) -> float:
     """The largest difference of a written program from the module, on zeros and on random inputs.
 
     Raises:
         UserError: it is above ``TOLERANCE``, or no number.
     """
-    largest = 0.0
+    run, largest = _open(path), 0.0
     for seed in range(4):
         inputs = program.inputs(seed)
         found = run(**inputs)
@@ -371,8 +345,8 @@ def _check(program: Program, run: Run, name: str) -> float:
             difference = ((found[key] - expected).abs() / expected.abs().clamp(min=1)).max().item()
             if not difference <= TOLERANCE:
                 raise UserError(
-                    f"{name} is not kept: its {key} are off the model's by {difference:.2g}, more than {TOLERANCE:g};"
-                    " try other versions of torch, onnxscript or onnxruntime, and tell us"
+                    f"{path.name} is not kept: its {key} are off the model's by {difference:.2g}, more than"
+                    f" {TOLERANCE:g}; try other versions of torch, onnxscript or onnxruntime, and tell us"
                 )
             largest = max(largest, difference)
     return largest

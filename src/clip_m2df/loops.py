@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 
 import lightning
+import torch
 
 from clip_m2df.errors import UserError
 
@@ -88,3 +90,28 @@ def count_in_steps(trainer: lightning.Trainer, episodes_per_step: int, batches: 
         raise UserError(
             f"trainer.limit_train_batches {limit} cuts an optimiser step of {batches} batches; give a multiple"
         )
+
+
+def batches_limit(trainer: lightning.Trainer, stage: str) -> int:
+    """How many batches of ``val`` or ``test`` a Trainer plays at most on each device, by its own options."""
+    limit = getattr(trainer, f"limit_{stage}_batches")
+    return limit if isinstance(limit, int) else sys.maxsize
+
+
+def episodes_played(trainer: lightning.Trainer, block: int, count: int) -> range:
+    """The numbers of the episodes that all devices together play in what is under way; empty for all that there are.
+
+    To be called on all devices: in an evaluation one may have a batch more than another.
+
+    Args:
+        trainer: in a training, a validation, a sanity check or a test.
+        block: episodes of a batch.
+        count: episodes of the whole evaluation.
+    """
+    if trainer.training:
+        trial = trainer.fast_dev_run  # type: ignore[attr-defined]
+        return range(int(trainer.num_training_batches) * block * trainer.world_size if trial else 0)
+    batches = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
+    most = torch.tensor(int((trainer.num_sanity_val_batches if trainer.sanity_checking else batches)[0]))
+    most = trainer.strategy.reduce(most.to(trainer.strategy.root_device), reduce_op="max")
+    return range(min(int(most) * block * trainer.world_size, count))

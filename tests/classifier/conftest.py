@@ -24,7 +24,7 @@ from tests.data import clips
 if TYPE_CHECKING:  # a worker process that imports a test's reader need not wait for the rest
     from clip_m2df import CLIPM2DF, FewShotClassifier
 
-SMALL = {"hidden_dim": 32, "heads": 4}
+SMALL = {"hidden_dim": 32, "num_heads": 4}
 # Options of the heads that are trained.
 HEAD_OPTIONS: dict[str, dict[str, Any]] = {"m2df": SMALL, "clip_fsar": SMALL}
 

@@ -228,7 +228,7 @@ def test_segments(
 def test_models_and_classifiers(tiny_clip_dir: Path, support: Path, folder: Path, tmp_path: Path) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        options = {"hidden_dim": 32, "heads": 4}
+        options = {"hidden_dim": 32, "num_heads": 4}
         model = CLIPM2DF(backbone=str(tiny_clip_dir), head_options=options, text_fusion=0.3).eval()
     model.save_pretrained(tmp_path / "model")
     trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)

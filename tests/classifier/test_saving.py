@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import load_file, save
 
 from clip_m2df import CLIPM2DF, FewShotClassifier, UserError
-from clip_m2df.classifier import saving
 from clip_m2df.classifier.saving import read_support
 from tests.classifier.conftest import make_model, noise
 from tests.damage import SCRAPS, Rng, alter, damage
@@ -168,7 +167,7 @@ def test_a_full_disk(folder: Path, videos: Path, monkeypatch: pytest.MonkeyPatch
     def no_room(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(saving, "write_support", no_room)
+    monkeypatch.setattr(Path, "write_bytes", no_room)
     with pytest.raises(UserError, match=r"the classifier can't be saved in .*classifier: No space left on device"):
         fitted(videos, "otam").save(folder)
 

@@ -178,7 +178,7 @@ def test_noise_and_overlap_play_the_usual_episodes() -> None:
 
 def test_the_bank_and_the_direct_path_agree_on_outliers(tiny_clip_dir: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = CLIPM2DF(backbone=str(tiny_clip_dir), head_options={"hidden_dim": 32, "heads": 4})
+    model = CLIPM2DF(backbone=str(tiny_clip_dir), head_options={"hidden_dim": 32, "num_heads": 4})
     quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = lightning.Trainer(accelerator="cpu", devices=1, default_root_dir=tmp_path, **quiet)
     ways: dict[str, dict[str, Any]] = {

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from clip_m2df.datasets.manifest import Manifest, Split
-from clip_m2df.episodes.dataset import EpisodeDataset
+from clip_m2df.episodes.dataset import EpisodeDataset, collate_episodes
 from clip_m2df.episodes.features import EvaluationTable
-from clip_m2df.episodes.loader import UnusableVideos, episode_loader
+from clip_m2df.episodes.loader import ReadingNow, UnusableVideos, VideoLoader
 from clip_m2df.episodes.plan import EpisodeSampler, EpisodeShape, plan_episode
 from clip_m2df.errors import UserError
 from clip_m2df.video.reader import VideoError
@@ -68,10 +68,11 @@ def split(tmp_path: Path) -> Split:
 
 
 def load(split: Split, reader: Reader, *, limit: float = 1.0, workers: int = 0, count: int = 40, **options: Any) -> Any:
-    dataset = EpisodeDataset(split, SHAPE, reader, seed=0, augment=True, replace=limit > 0)
-    unusable = UnusableVideos(split, limit)
-    options = {"stuck_after": 60.0, "batch_size": 2} | options
-    loader = episode_loader(dataset, unusable, sampler=EpisodeSampler(count), num_workers=workers, **options)
+    note, unusable = ReadingNow(workers), UnusableVideos(split, limit)
+    dataset = EpisodeDataset(split, SHAPE, reader, seed=0, augment=True, replace=limit > 0, note=note)
+    options = {"stuck_after": 60.0, "batch_size": 2, "collate_fn": collate_episodes} | options
+    sampler = EpisodeSampler(count)
+    loader = VideoLoader(dataset, note=note, receive=unusable.receive, sampler=sampler, num_workers=workers, **options)
     return loader, unusable
 
 
@@ -95,16 +96,16 @@ def test_an_unusable_video_is_replaced_by_another_of_its_class_and_said_once(spl
     assert sum("c0_v0 has 1 frames, fewer than wanted" in text for text in said) == 1
     replaced = 0
     for number in range(40):
-        batch, place = batches[number // 2], number % 2
+        batch, index = batches[number // 2], number % 2
         assert {"unusable", "short"}.isdisjoint(batch)
         support, query = planned(split, number)
-        got = names(batch["support"][place]) + names(batch["query"][place])
+        got = names(batch["support"][index]) + names(batch["query"][index])
         assert len(set(got)) == len(got)
         for name, instead in zip(support + query, got, strict=True):
             assert instead not in broken
             assert instead == name if name not in broken else instead[:2] == name[:2]
-        assert batch["replaced"][place] == sum(name in broken for name in support + query)
-        replaced += int(batch["replaced"][place])
+        assert batch["replaced"][index] == sum(name in broken for name in support + query)
+        replaced += int(batch["replaced"][index])
     assert replaced > 20
 
 
@@ -177,14 +178,14 @@ def test_a_table_reads_each_video_of_its_episodes_once(split: Split, workers: in
     assert episodes.named(range(3)) == list(range(len(expected)))
     first = episodes.named([0])
     support, query = planned(split, 0)
-    assert sorted(os.path.basename(episodes.videos[place].path) for place in first) == sorted(support + query)
+    assert sorted(os.path.basename(episodes.videos[index].path) for index in first) == sorted(support + query)
     with pytest.warns(UserWarning, match="c0_v0 has 1 frames") if "c0_v0" in expected else warnings.catch_warnings():
         read = list(episodes.clips([[0, 2], [1], [3, 4]]))
-    assert [clips.places.tolist() for clips in read] == [[0, 2], [1], [3, 4]]
+    assert [clips.indices.tolist() for clips in read] == [[0, 2], [1], [3, 4]]
     for clips in read:
         assert clips.frames is not None
         assert clips.frames.shape[1:] == (2, 3, 4, 4)
-        assert names(clips.frames) == [os.path.basename(episodes.videos[p].path) for p in clips.places]
+        assert names(clips.frames) == [os.path.basename(episodes.videos[p].path) for p in clips.indices]
         assert clips.unusable == {}
 
 
@@ -192,25 +193,25 @@ def test_a_table_reads_each_video_of_its_episodes_once(split: Split, workers: in
 def test_a_table_puts_the_same_stand_ins_as_reading_episode_by_episode(split: Split, broken: list[str]) -> None:
     reader = Reader(broken=broken)
     episodes = table(split, reader)
-    places = list(range(len(episodes.videos)))
-    (clips,) = episodes.clips([places])
-    assert clips.places.tolist() == [p for p in places if colour_of(episodes, p) not in map(colour, broken)]
+    indices = list(range(len(episodes.videos)))
+    (clips,) = episodes.clips([indices])
+    assert clips.indices.tolist() == [p for p in indices if colour_of(episodes, p) not in map(colour, broken)]
     with pytest.warns(UserWarning, match="takes its place"):
         episodes.replace(clips.unusable)
     with pytest.warns(UserWarning, match="takes its place"):
         batches = list(load(split, reader, batch_size=1)[0])
     for number, batch in enumerate(batches):
-        row = episodes.batch([number])
+        row = episodes.episodes([number])
         for role in ("support", "query"):
-            videos = [episodes.videos[place] for place in row[role].flatten().tolist()]
+            videos = [episodes.videos[index] for index in row[role].flatten().tolist()]
             assert [os.path.basename(v.path) for v in videos] == names(batch[role])
         assert row["replaced"].equal(batch["replaced"])
         assert row["draws"].equal(batch["draws"])
         assert row["query_labels"].equal(batch["query_labels"])
 
 
-def colour_of(episodes: EvaluationTable, place: int) -> int:
-    return colour(os.path.basename(episodes.videos[place].path))
+def colour_of(episodes: EvaluationTable, index: int) -> int:
+    return colour(os.path.basename(episodes.videos[index].path))
 
 
 def test_a_table_that_may_not_replace_videos_says_which_are_unusable(split: Split) -> None:

@@ -41,7 +41,7 @@ def episodes(n: int, n_way: int = 3, n_shot: int = 1, n_query: int = 2, seed: in
     )
 
 
-SIZES: dict[str, Any] = {"heads": 4, "hidden_dim": 24}
+SIZES: dict[str, Any] = {"num_heads": 4, "hidden_dim": 24}
 
 
 def make_head(head: str = "m2df", **options: Any) -> Head:

@@ -3,27 +3,26 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
-from clip_m2df.evaluation import explanation, sheet
-from clip_m2df.evaluation.explanation import Explanation, compared_classes, explain
+from clip_m2df.evaluation.explanation import ANSWER, Explanation, compared_classes, explain, parts
+from clip_m2df.evaluation.figures import GREY, WRONG, picture
 from clip_m2df.nn.baselines import OTAMHead
 from clip_m2df.nn.distillation import Distillation
 from clip_m2df.nn.head import Head, HeadOutput
 from clip_m2df.nn.m2df import M2DFHead
 from clip_m2df.nn.matching import cosine, frame_costs, otam_alignment
 from clip_m2df.nn.views import FusedSequence
+from tests.evaluation.drawn import colours, texts
 
 NAMES = ["a cat", "a car", "a tree"]
 
 
 def head(**options: object) -> M2DFHead:
     torch.manual_seed(0)
-    return M2DFHead(dim=16, hidden_dim=32, heads=4, **options).eval()  # type: ignore[arg-type]
+    return M2DFHead(dim=16, hidden_dim=32, num_heads=4, **options).eval()  # type: ignore[arg-type]
 
 
 def clip(frames: int, seed: int) -> Tensor:
@@ -92,25 +91,10 @@ def explained(
     return found, output, model
 
 
-def texts(found: Explanation, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The lines of the figure, none of which is cut off at the right."""
-    written: list[str] = []
-    text = sheet.Sheet.text
-
-    def noted(page: Any, place: Any, line: str, **options: Any) -> float:
-        written.append(line)
-        end = text(page, place, line, **options)
-        assert options.get("anchor", "la") not in ("la", "lm") or end <= page.image.width, line
-        return end
-
-    monkeypatch.setattr(sheet.Sheet, "text", noted)
-    found.figure()
-    return written
-
-
-def count(picture: Image.Image, colour: tuple[int, int, int]) -> int:
-    """How many pixels have a colour."""
-    return sum(n for n, found in picture.getcolors(maxcolors=1 << 24) or () if found == colour)
+def lines_of(found: Explanation) -> list[str]:
+    """The lines of the figure."""
+    left, right = parts(found)
+    return texts(*left, *right)
 
 
 @pytest.mark.parametrize("head_options", [{}, {"single_direction": True}, {"view_weights": [1.0, 3.0]}, {"top_k": 2}])
@@ -197,7 +181,7 @@ def test_no_one_prompt_is_chosen_without_pps_or_with_an_expectation() -> None:
         assert list(found.views) == ["local", "global"]
 
 
-def test_a_drawn_prompt_is_the_one_of_the_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_drawn_prompt_is_the_one_of_the_draw() -> None:
     options = {"selection": "sample", "temperature": 1.0}
     names = [f"class {c}" for c in range(14)]
     shown = set()
@@ -207,18 +191,17 @@ def test_a_drawn_prompt_is_the_one_of_the_draw(monkeypatch: pytest.MonkeyPatch) 
         )
         assert found.prompt == names[int(output.prompt_indices[0])]
         shown.add(found.prompt)
-        with monkeypatch.context() as patch:
-            assert sum(", chosen" in line for line in texts(found, patch)) == 1
+        assert sum(", chosen" in line for line in lines_of(found)) == 1
     assert len(shown) > 1
 
 
-def test_a_head_without_views_says_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_head_without_views_says_what_it_has() -> None:
     class Changed(M2DFHead):
         def forward(self, *args: Any, **kwargs: Any) -> HeadOutput:
             return super().forward(*args, **kwargs)
 
     support, query, prompts = features(5, (2, 2, 2))
-    heads: list[Head] = [OTAMHead(dim=16), Changed(dim=16, hidden_dim=32, heads=4).eval()]
+    heads: list[Head] = [OTAMHead(dim=16), Changed(dim=16, hidden_dim=32, num_heads=4).eval()]
     for model in heads:
         with torch.no_grad():
             output = model(torch.stack(support), query.unsqueeze(0), prompts)
@@ -240,26 +223,23 @@ def test_a_head_without_views_says_what_it_has(monkeypatch: pytest.MonkeyPatch) 
         assert found.teacher is None
         assert found.distance == pytest.approx(-output.logits.max().item())
         assert torch.allclose(found.frame_scores, cosine(prompts, query))
-        with monkeypatch.context() as patch:
-            lines = texts(found, patch)
-        assert lines[1].startswith(f"a clip: {found.label} (")
+        lines = lines_of(found)
+        assert any(line.startswith(f"a clip: {found.label} (") for line in lines)
         assert not any("alignment" in line or "view" in line for line in lines)
 
 
-def test_a_single_view_and_a_single_class(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_single_view_and_a_single_class() -> None:
     found, output, _ = explained(head_options={"views": ["global"]})
     assert list(found.views) == list(found.alignments) == ["global"]
     assert found.teacher is None
     assert found.views["global"].distances[found.compared[0]] == pytest.approx(-output.logits.max().item())
-    with monkeypatch.context() as patch:
-        assert not any("teach" in line for line in texts(found, patch))
+    assert not any("teach" in line for line in lines_of(found))
 
     alone, _, _ = explained(shots=[2], class_names=["only"])
     assert alone.compared == ["only"]
     assert alone.probabilities == {"only": pytest.approx(1)}
     assert [a.shape for a in alone.alignments.values()] == [(1, 5, 5)] * 2
-    with monkeypatch.context() as patch:
-        lines = texts(alone, patch)
+    lines = lines_of(alone)
     assert "x.mp4: only (100 %)" in lines
     assert not any("runner-up" in line for line in lines)
 
@@ -269,13 +249,12 @@ def test_compared_are_the_closest_and_the_next() -> None:
     assert compared_classes(torch.tensor([-3.0])) == [0]
 
 
-def test_the_title_tells_the_answer_and_a_rejection(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_title_tells_the_answer_and_a_rejection() -> None:
     probabilities = torch.tensor([0.125, 0.05, 0.825])  # as given, whatever the logits say
     found, output, _ = explained(label="a tree", probabilities=probabilities)
     nearest, distance = found.compared[0], -output.logits.max().item()
     assert found.probabilities == pytest.approx(dict(zip(NAMES, probabilities.tolist(), strict=True)))
-    with monkeypatch.context() as patch:
-        lines = texts(found, patch)
+    lines = lines_of(found)
     assert "x.mp4: a tree (82 %)" in lines
     assert f"distance {distance:.2f} from the closest class, {nearest}" in lines
     assert {"82.5 %", "12.5 %", "5.0 %"} < set(lines)
@@ -284,86 +263,88 @@ def test_the_title_tells_the_answer_and_a_rejection(monkeypatch: pytest.MonkeyPa
         label = "none of these" if said == "beyond" else nearest
         found, _, _ = explained(label=label, threshold=threshold)
         assert found.rejected == (said == "beyond")
-        with monkeypatch.context() as patch:
-            lines = texts(found, patch)
+        lines = lines_of(found)
         expected = f"distance {distance:.2f} from the closest class, {nearest}, {said} the threshold {threshold:.2f}"
         assert expected in lines
         assert ("x.mp4: none of these" in lines) == found.rejected
-    with monkeypatch.context() as patch:
-        assert "x.mp4: none of these" in texts(found._replace(label=""), patch)
+    assert "x.mp4: none of these" in lines_of(found._replace(label=""))
 
 
 def test_bars_are_as_long_as_the_probabilities() -> None:
-    names = {name: name for name in NAMES}
-    whole = explanation.BAR * 16
     for share in (0.25, 0.5, 0.75):
         found, _, _ = explained(label="a car", probabilities=torch.tensor([1 - share, share, 0.0]))
-        answer = explanation._probability_bars(found, names)
-        rejected = explanation._probability_bars(found._replace(label="none of these"), names)
-        assert count(answer, explanation.ANSWER) / whole == pytest.approx(share, abs=0.01)
-        assert count(answer, sheet.GREY) / whole == pytest.approx(1 - share, abs=0.01)
-        assert count(rejected, sheet.GREY) / whole == pytest.approx(1, abs=0.02)
+        answer = colours(picture(parts(found)[0][1]))
+        rejected = colours(picture(parts(found._replace(label="none of these"))[0][1]))
+        assert answer[ANSWER] / (answer[ANSWER] + answer[GREY]) == pytest.approx(share, abs=0.02)
+        assert ANSWER not in rejected
+        assert rejected[GREY] / (answer[ANSWER] + answer[GREY]) == pytest.approx(1, abs=0.02)
 
 
-def test_the_likeliest_classes_alone_have_bars(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_likeliest_classes_alone_have_bars() -> None:
     names = [f"number {c}" for c in range(13)]
     probabilities = torch.arange(1, 14).float() / 91
     found, _, _ = explained(shots=[1] * 13, class_names=names, label=names[-1], probabilities=probabilities)
-    with monkeypatch.context() as patch:
-        lines = texts(found, patch)
+    lines = lines_of(found)
     assert "and 3 more, 6.6 % together" in lines  # 1, 2 and 3 of 91
-    bars = lines[lines.index("probability of each class") + 1 :]
-    assert [line for line in bars if line in names][:10] == names[:2:-1]
+    assert [line for line in texts(parts(found)[0][1]) if line in names] == names[:2:-1]
 
 
-def test_counted_frames_are_framed_in_the_heat_map() -> None:
+def test_the_likeliest_prompts_come_first() -> None:
     found, _, _ = explained()
-    none = found._replace(counted=torch.zeros_like(found.counted))
-    framed = count(found.figure(), sheet.WRONG)
-    assert framed > 12 * 100
-    assert count(none.figure(), sheet.WRONG) == 0
-    # A row a class, the likeliest by PPS first.
-    found = found._replace(prompt_probabilities=dict(zip(NAMES, (0.2, 0.5, 0.3), strict=True)))
     order = ["a car", "a tree", "a cat"]
-    for place, name in enumerate(order):
-        only = torch.zeros_like(found.counted)
-        only[NAMES.index(name), 0] = True
-        picture = explanation._prompt_scores(found._replace(counted=only), {name: name for name in NAMES})
-        framed = (np.asarray(picture) == sheet.WRONG).all(-1).nonzero()[0]
-        assert (framed.mean() - picture.height) // 42 == place - len(NAMES)  # cells of 42 down to a margin
+    found = found._replace(prompt="a cat", prompt_probabilities=dict(zip(NAMES, (0.2, 0.5, 0.3), strict=True)))
+    scores = found.prompt_scores()
+    assert [score.class_name for score in scores] == order
+    for score in scores:
+        c = NAMES.index(score.class_name)
+        assert score.cosines == found.frame_scores[c].tolist()
+        assert score.counted == found.counted[c].tolist()
+        assert score.chosen == (score.class_name == "a cat")
+    assert [score.class_name for score in found.prompt_scores(2)] == ["a car", "a cat"]  # and what was chosen
+    assert [line for line in texts(parts(found)[0][-1]) if line in NAMES] == order
+    assert WRONG in colours(found.figure())
+    assert WRONG not in colours(found._replace(counted=torch.zeros_like(found.counted)).figure())
 
 
 def test_the_figure_has_the_frames_of_the_clip_and_the_examples() -> None:
     found, _, _ = explained()
-    reds = torch.tensor([255, 0, 0], dtype=torch.uint8).view(1, 3, 1, 1).expand(5, 3, 12, 12)
-    blues = torch.tensor([0, 0, 255], dtype=torch.uint8).view(1, 3, 1, 1).expand(5, 3, 12, 12)
-    picture = found._replace(frames=reds, examples={found.compared[1]: blues}).figure()
-    # The strip of the title, that of the heat map, beside each of the four alignments; below those of the runner-up.
-    assert count(picture, (255, 0, 0)) == 5 * (explanation.SIDE**2 + 42**2 + 4 * 32**2)
-    assert count(picture, (0, 0, 255)) == 5 * 2 * 32**2
+    red, blue = (torch.tensor(colour, dtype=torch.uint8).view(1, 3, 1, 1) for colour in ((255, 0, 0), (0, 0, 255)))
+    frames, example = red.expand(5, 3, 12, 12), blue.expand(5, 3, 12, 12)
+    shown = colours(found._replace(frames=frames, examples={found.compared[1]: example}).figure())
+    # The strip of the title, that of the prompts' map, beside each of the four alignments; below the runner-up's.
+    assert shown["#ff0000"] == pytest.approx(5 * (64**2 + 42**2 + 4 * 32**2), rel=0.02)
+    assert shown["#0000ff"] == pytest.approx(5 * 2 * 32**2, rel=0.1)  # but for the maps' outlines
 
 
-def test_names_are_cut_and_brought_to_ascii(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_names_are_cut_off() -> None:
     long = "a sentence about everything that can be seen in a video"
-    names = [long, "\u6253\u7bee\u7403", "caf\u00e9"]
-    found, _, _ = explained(class_names=names, label="\u6253\u7bee\u7403", video=f"{'v' * 60}.mp4")
-    with monkeypatch.context() as patch:
-        lines = texts(found, patch)
-    assert any(line.startswith(f"{'v' * 45}...: class 1 (") for line in lines)
-    assert {f"{long[:45]}...", "class 1", "cafe"} <= set(lines)
+    names = [long, "打篮球", "café"]
+    found, _, _ = explained(class_names=names, label="打篮球", video=f"{'v' * 60}.mp4")
+    lines = lines_of(found)
+    assert any(line.startswith(rf"{'v' * 47}…: \u6253\u7bee\u7403 (") for line in lines)
+    assert {f"{long[:47]}…", r"\u6253\u7bee\u7403", "café"} <= set(lines)
     assert long not in lines
 
 
-@pytest.mark.parametrize("frames", [1, 8, 30])
-@pytest.mark.parametrize("n_way", [1, 2, 11])
-@pytest.mark.parametrize("head_options", [{}, {"views": ["local"]}, {"pps": False}])
+@pytest.mark.parametrize(
+    ("frames", "n_way", "head_options"),
+    [
+        (1, 1, {}),
+        (8, 2, {}),
+        (30, 11, {}),
+        (1, 2, {"views": ["local"]}),
+        (8, 11, {"views": ["local"]}),
+        (30, 1, {"views": ["local"]}),
+        (1, 11, {"pps": False}),
+        (8, 1, {"pps": False}),
+        (30, 2, {"pps": False}),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:30 frames a video")
-def test_figures_of_any_setting_fit(
-    frames: int, n_way: int, head_options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_figures_of_any_setting_fit(frames: int, n_way: int, head_options: dict[str, Any]) -> None:
     names = [f"class with a name {c}" for c in range(n_way)]
     found, _, _ = explained(shots=[1] * n_way, frames=frames, class_names=names, head_options=head_options)
-    assert len(texts(found, monkeypatch)) > 10
-    picture = found.figure()
-    assert 300 < picture.width < 2200
-    assert 300 < picture.height < 1400
+    assert len(lines_of(found)) > 10
+    page = found.figure()
+    assert 300 < page.width < 2200
+    assert 300 < page.height < 1400

@@ -1,25 +1,24 @@
 """The pictures: their cells and bars hold the numbers' colours; the evidence is what the head did."""
 
+import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from clip_m2df.evaluation import figures, sheet
+from clip_m2df.evaluation import figures
 from clip_m2df.evaluation.evidence import HardEpisode, QueryEvidence, Reliabilities, ValidationEvidence, query_evidence
 from clip_m2df.nn.m2df import M2DFHead
 from clip_m2df.nn.matching import cosine
+from tests.evaluation.drawn import colours, texts
 
 NAMES = ["a cat", "a car", "a tree"]
-
-
-def colours(picture: Image.Image) -> dict[tuple[int, int, int], int]:
-    """How many pixels have each colour."""
-    found = picture.getcolors(maxcolors=1 << 24)
-    assert found is not None
-    return {colour: count for count, colour in found if isinstance(colour, tuple)}  # type: ignore[misc]
 
 
 def clips(*shape: int, seed: int = 0) -> Tensor:
@@ -28,7 +27,7 @@ def clips(*shape: int, seed: int = 0) -> Tensor:
 
 def head(**options: object) -> M2DFHead:
     torch.manual_seed(0)
-    return M2DFHead(dim=16, hidden_dim=32, heads=4, **options).eval()  # type: ignore[arg-type]
+    return M2DFHead(dim=16, hidden_dim=32, num_heads=4, **options).eval()  # type: ignore[arg-type]
 
 
 def played(frames: int = 5, n_shot: int = 2) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,21 +93,45 @@ def test_a_sampling_head_shows_the_prompt_that_was_drawn() -> None:
 
 def test_the_confusion_matrix_is_dark_where_queries_went() -> None:
     confusion = torch.tensor([[9, 1, 0], [0, 0, 0], [0, 5, 5]])
-    picture = figures.confusion_matrix(confusion, NAMES)
-    cell, left, top = 30, 12 + sheet.column_width(NAMES) + 6, picture.height - 12 - 90
+    figure = figures.confusion_matrix(confusion, NAMES)
+    lines = texts(figure)
+    assert [line for line in lines if line.isdigit()] == ["9", "1", "5", "5"]
+    assert [line for line in lines if line in NAMES] == 2 * NAMES
+    (image,) = figure.axes[0].images
+    shares = np.asarray(image.get_array())
+    assert shares == pytest.approx(np.array([[0.9, 0.1, 0], [0, 0, 0], [0, 0.5, 0.5]]))
+    found = colours(figures.picture(figure))
+    shades = image.to_rgba(np.array([0, 0.1, 0.5, 0.9]), bytes=True)[:, :3]
+    assert (np.diff(shades.sum(1, dtype=int)) < 0).all()
+    for shade, cells in zip(shades, (5, 1, 2, 1), strict=True):
+        assert 600 * cells < found["#" + bytes(shade).hex()] <= 900 * cells
 
-    def corner(row: int, column: int) -> int:
-        return sum(picture.getpixel((left + column * cell + 2, top + row * cell + 2)))  # type: ignore[arg-type]
 
-    assert corner(0, 0) < corner(2, 1) == corner(2, 2) < corner(0, 1) < corner(0, 2) == corner(1, 1) == 3 * 255
+@pytest.mark.parametrize("n", [5, 24, 100])
+def test_names_of_any_number_of_classes_can_be_read(n: int) -> None:
+    names = [f"a cyan circle moving somewhere {c}" for c in range(n)]
+    confusion = torch.full((n, n), 123)
+    for figure in (figures.confusion_matrix(confusion, names), figures.class_accuracies(confusion, names)):
+        lines = texts(figure)
+        assert set(names) < set(lines)
+        assert figures.picture(figure).width < 1200
+    counts = texts(figures.confusion_matrix(confusion, names)).count("123")
+    assert counts == (n * n if n <= 40 else 0)
 
 
 def test_bars_are_as_long_as_the_accuracies() -> None:
     right = torch.tensor([10, 5, 0])
     confusion = torch.diag(right) + torch.tensor([[0, 0, 0], [5, 0, 0], [0, 10, 0]])
-    found = colours(figures.class_accuracies(confusion, NAMES))
-    bars, rest = found[sheet.VIEW_COLOURS["local"]], found[sheet.LIGHT]
+    found = colours(figures.picture(figures.class_accuracies(confusion, NAMES)))
+    bars, rest = found[figures.VIEW_COLOURS["local"]], found[figures.LIGHT]
     assert bars / (bars + rest) == pytest.approx(0.5, abs=0.01)
+
+
+def test_classes_without_queries_come_last() -> None:
+    confusion = torch.tensor([[5, 2, 0], [0, 0, 0], [0, 0, 7]])
+    lines = texts(figures.class_accuracies(confusion, NAMES))
+    assert [line for line in lines if line in NAMES] == ["a cat", "a tree", "a car"]
+    assert {"71% of 7", "100% of 7", "no queries"} < set(lines)
 
 
 @pytest.mark.parametrize("with_frames", [True, False])
@@ -116,35 +139,67 @@ def test_an_episode_shows_its_queries_in_the_order_of_their_loss(with_frames: bo
     hard = episode(with_frames=with_frames)
     assert hard.loss == pytest.approx(1.2)
     assert hard.hardest == 1
-    found = colours(figures.hard_episode(hard))
-    assert found[sheet.WRONG]
-    assert found[sheet.RIGHT]
-    less = figures.hard_episode(hard, most_queries=2)
-    assert sheet.RIGHT not in colours(less)  # both that are left are wrong
+    lines = texts(figures.hard_episode(hard, rank=3))
+    losses = [f"cross-entropy {loss}" for loss in ("3.00", "1.50", "0.20", "0.10")]
+    assert [line for line in lines if line.startswith("cross")] == losses
+    assert lines[lines.index(losses[0]) :][:6] == [losses[0], "a tree", "a cat", losses[1], "a tree", "a car"]
+    assert lines.count("the same") == 2
+    assert "hardest episode no. 3: episode 7, cross-entropy 1.20" in lines
+    assert not any("0.10" in line for line in texts(figures.hard_episode(hard, most_queries=3)))
+
+
+def test_an_episode_shows_the_frames_of_queries_and_classes() -> None:
+    shades = torch.arange(7, dtype=torch.uint8).mul(30).view(7, 1, 1, 1, 1).expand(7, 5, 3, 16, 16)
+    hard = episode()._replace(support=shades[:3], query=shades[3:])
+    found = colours(figures.picture(figures.hard_episode(hard)))
+    # By class 0 to 2 and query 0 to 3: whose classes are 0, 2, 1, 2, and taken for 0, 0, 1, 1.
+    strips = [2, 2, 2, 1, 1, 1, 1]
+    # White and black have letters too.
+    shown = [found["#" + 3 * f"{30 * i:02x}"] for i in range(1, 7)]
+    assert shown == pytest.approx([40 * 40 * 5 * n for n in strips[1:]], rel=0.01)
 
 
 def test_strips_hold_the_frames() -> None:
     clip = torch.arange(12, dtype=torch.uint8).mul(20).view(12, 1, 1, 1).expand(12, 3, 4, 4)
-    shown = sheet.strip(clip, 4)
+    shown = figures.strip(clip, 4)
     assert shown.size == (32, 4)
     values: list[Any] = [shown.getpixel((4 * i + 1, 1)) for i in range(8)]
     assert values[0] == (0, 0, 0)
     assert values[-1] == (220, 220, 220)
     assert values == sorted(values)
-    upright = sheet.strip(clip, 4, most=None, upright=True)
+    upright = figures.strip(clip, 4, most=None, upright=True)
     assert upright.size == (4, 48)
     assert upright.getpixel((0, 47)) == (220, 220, 220)
+
+
+def pictures_of(hard: HardEpisode) -> tuple[Figure, Figure]:
+    clip = None if hard.query is None else hard.query[hard.hardest]
+    aligned = figures.alignment_maps(hard.alignments(), clip, "soft alignment")
+    return aligned, figures.prompt_map(hard.prompt_scores(), clip, "prompt selection", own=2)
 
 
 @pytest.mark.parametrize("frames", [1, 5, 40])
 @pytest.mark.parametrize("with_frames", [True, False])
 def test_alignments_and_prompt_scores_of_any_length_fit(frames: int, with_frames: bool) -> None:
-    hard = episode(with_frames=with_frames, frames=frames)
-    assert hard.evidence is not None
-    for picture in (figures.alignments(hard, hard.evidence), figures.prompt_scores(hard, hard.evidence)):
+    for figure in pictures_of(episode(with_frames=with_frames, frames=frames)):
+        assert {"1", str(frames)} < set(texts(figure))
+        picture = figures.picture(figure)
         assert 100 < picture.width < 2000
         assert 100 < picture.height < 2000
         assert len(colours(picture)) > 10
+
+
+def test_an_alignment_says_what_is_aligned_with_what() -> None:
+    hard = episode()
+    evidence = hard.evidence
+    assert evidence is not None
+    lines = texts(pictures_of(hard)[0])
+    for view, (own, rival) in evidence.distances.items():
+        for distance, caption in ((own, "its class: a tree"), (rival, "taken for: a cat")):
+            heading = lines.index(f"{view} view, distance {distance:.2f}")
+            assert lines[heading + 1] == caption
+    second = "runner-up: a cat"
+    assert texts(pictures_of(hard._replace(predicted=[0, 2, 1, 1]))[0]).count(second) == 2
 
 
 def test_evidence_aligns_with_as_many_classes_as_there_are_prototypes() -> None:
@@ -160,24 +215,44 @@ def test_evidence_aligns_with_as_many_classes_as_there_are_prototypes() -> None:
         assert every.distances[view] == pytest.approx(distances[view][1].tolist(), abs=1e-4)
 
 
+def rectangles(axes: Axes) -> list[Rectangle]:
+    return [patch for patch in axes.patches if isinstance(patch, Rectangle)]
+
+
 def test_the_frames_that_count_are_framed() -> None:
     hard = episode()
     assert hard.evidence is not None
-    framed = colours(figures.prompt_scores(hard, hard.evidence))[sheet.WRONG]
+    figure = pictures_of(hard)[1]
     none = hard.evidence._replace(counted=torch.zeros_like(hard.evidence.counted))
-    assert framed > 12 * 100
-    assert sheet.WRONG not in colours(figures.prompt_scores(hard, none))
+    bare = pictures_of(hard._replace(evidence=none))[1]
+    assert figures.WRONG in colours(figures.picture(figure))
+    assert figures.WRONG not in colours(figures.picture(bare))
+    frames = {patch.get_xy() for patch in rectangles(figure.axes[0]) if patch.get_edgecolor() == to_rgba(figures.WRONG)}
+    expected = {(t - 0.45, c - 0.45) for c, t in hard.evidence.counted.nonzero().tolist()}
+    assert frames == expected
+
+
+def test_the_chosen_prompt_is_named() -> None:
+    hard = episode()
+    assert hard.evidence is not None
+    lines = texts(pictures_of(hard)[1])
+    said = [
+        f"probability {p:.2f}" + ", chosen" * (c == hard.evidence.chosen)
+        for c, p in enumerate(hard.evidence.probabilities.tolist())
+    ]
+    assert [line for line in lines if line.startswith("probability")] == said
+    assert {f"{cosine:z.2f}" for row in hard.evidence.frame_scores.tolist() for cosine in row} < set(lines)
 
 
 def test_reliabilities_have_a_bar_for_each_bin_and_share() -> None:
     confidences = {"visual": {"local": torch.tensor([0.2, 0.2, 1.0]), "global": torch.tensor([0.2, 1.0, 1.0])}}
-    picture = figures.reliabilities(
-        Reliabilities(confidences, {"local_to_global": 1.0, "global_to_local": 0.0}), bins=2
-    )
-    found = colours(picture)
-    # Bars of 160 and of 80, each 7 wide, the sign of the view, and for local a whole share.
-    assert found[sheet.VIEW_COLOURS["global"]] == pytest.approx(7 * (80 + 160) + 121, abs=10)
-    assert found[sheet.VIEW_COLOURS["local"]] == pytest.approx(7 * (160 + 80) + 121 + 301 * 19, abs=10)
+    figure = figures.reliabilities(Reliabilities(confidences, {"local_to_global": 1.0, "global_to_local": 0.0}), bins=2)
+    histogram, shares = figure.axes
+    assert sorted(bar.get_height() for bar in rectangles(histogram)) == [1, 1, 2, 2]
+    assert [bar.get_width() for bar in rectangles(shares)] == [1, 1, 1, 0]
+    lines = texts(figure)
+    assert {"visual confidence", "local", "global", "local teaches global", "100.0% of the queries"} < set(lines)
+    (_,) = figures.reliabilities(Reliabilities(confidences, {})).axes
 
 
 def test_what_is_missing_is_left_out() -> None:
@@ -200,40 +275,19 @@ def test_what_is_not_a_number_is_borne_with() -> None:
     assert found.reliabilities == Reliabilities({}, {"local_to_global": 1.0})
 
 
-def test_names_come_in_letters_that_the_font_has() -> None:
-    assert sheet.ascii_letters("café é → 走") == "cafe e ? ?"
-    many = [f"class {i}" for i in range(120)]
-    picture = figures.confusion_matrix(torch.eye(120, dtype=torch.long), many)
-    assert picture.width < 1200
-
-
-def test_names_take_little_room_and_are_told_apart() -> None:
+def test_names_take_little_room_and_hold_no_equations() -> None:
     long = "a sentence about everything that can be seen in a video"
-    names = ["a cat", long, "\u6253\u7bee\u7403", "\u8e22\u8db3\u7403", "caf\u00e9"]
+    names = ["a cat", long, "打篮球", "café → $x^2$ and $y$", "two\nlines"]
+    shown = ["a cat", f"{long[:47]}…", r"\u6253\u7bee\u7403", "café → $x^2$ and $y$", r"two\u000alines"]
     hard = episode()._replace(class_names=names[1:4])
-    found = ValidationEvidence(names, torch.eye(5, dtype=torch.long), [hard], Reliabilities({}, {}))
-    short = figures._with_short_names(found)
-    cut = f"{long[:45]}..."
-    assert short.class_names == ["a cat", cut, "class 2", "class 3", "cafe"]
-    assert short.hardest[0].class_names == [cut, "class 2", "class 3"]
-
-
-def test_classes_without_queries_come_last_and_titles_are_whole() -> None:
-    confusion = torch.tensor([[5, 2, 0], [0, 0, 0], [0, 0, 7]])
-    written: list[str] = []
-    with pytest.MonkeyPatch.context() as patch:
-        text = sheet.Sheet.text
-
-        def noted(page: Any, place: Any, line: str, **options: Any) -> float:
-            written.append(line)
-            end = text(page, place, line, **options)
-            assert options.get("anchor", "la") != "la" or end <= page.image.width
-            return end
-
-        patch.setattr(sheet.Sheet, "text", noted)
-        figures.class_accuracies(confusion, NAMES)
-        assert [line for line in written if line in NAMES] == ["a cat", "a tree", "a car"]
-        figures.confusion_matrix(confusion, NAMES)
-        one_view = episode(views=["global"])
-        assert one_view.evidence is not None
-        figures.alignments(one_view, one_view.evidence)
+    confusion = torch.eye(5, dtype=torch.long)
+    for figure in (
+        figures.confusion_matrix(confusion, names),
+        figures.class_accuracies(confusion, names),
+    ):
+        assert [line for line in texts(figure) if line in shown][:5] == shown
+    for figure in (figures.hard_episode(hard), pictures_of(hard)[1]):
+        assert set(shown[1:4]) < set(texts(figure))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figures.validation_pictures(ValidationEvidence(names, confusion, [hard], Reliabilities({}, {})))

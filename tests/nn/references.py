@@ -132,7 +132,7 @@ def layer_norm(x: Sequence[float], norm: nn.LayerNorm) -> list[float]:
 
 def fusion_layer(layer: Any, query: list[list[float]], key_value: list[list[float]]) -> list[list[float]]:
     """Attention head by head, token by token, then the feed-forward part, for one video."""
-    heads = layer.heads
+    heads = layer.num_heads
     q = [linear(layer_norm(t, layer.norm), layer.to_q.weight) for t in query]
     k = [linear(layer_norm(t, layer.norm), layer.to_k.weight) for t in key_value]
     v = [linear(layer_norm(t, layer.norm), layer.to_v.weight) for t in key_value]

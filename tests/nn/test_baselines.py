@@ -28,7 +28,7 @@ from tests.nn import references
 from tests.test_module import NAMES, UsersEpisodes, make_episodes
 
 BASELINES = ["nearest_prototype", "otam", "zero_shot", "bi_mhm", "clip_fsar"]
-SIZES = {"heads": 2, "hidden_dim": 12}
+SIZES = {"num_heads": 2, "hidden_dim": 12}
 # Cosine and cost of two vectors of norm 1 that are the same; of two at a right angle they are 0 and 1.
 SAME = 1 / 1.01
 NEAR = 1 - SAME
@@ -126,7 +126,7 @@ def test_clip_fsar_without_its_transformer_is_otam() -> None:
 
 def averaging_head() -> CLIPFSARHead:
     """Its attention adds to each token the mean of all, as the norm makes them; the feed-forward part adds nothing."""
-    head = CLIPFSARHead(dim=2, heads=1, hidden_dim=4).eval()
+    head = CLIPFSARHead(dim=2, num_heads=1, hidden_dim=4).eval()
     (layer,) = head.transformer.layers
     state = layer.state_dict()
     state["to_q.weight"].zero_()
@@ -297,7 +297,7 @@ def test_heads_by_name() -> None:
         ("bi_mhm", {"top_k": 0}, "top_k 0: at least 1 frame must count"),
         ("clip_fsar", {"hidden_dim": 0}, "hidden_dim is 0; it must be positive"),
         ("clip_fsar", {"dropout": 1.0}, "dropout is 1.0; it must be from 0 to below 1"),
-        ("clip_fsar", {"heads": 3}, "dim 8 is no multiple of 3 attention heads"),
+        ("clip_fsar", {"num_heads": 3}, "dim 8 is no multiple of 3 attention heads"),
     ],
 )
 def test_options_out_of_range_are_refused_by_name(name: str, options: dict[str, Any], message: str) -> None:
@@ -310,7 +310,7 @@ def test_options_out_of_range_are_refused_by_name(name: str, options: dict[str, 
 
 def make(tiny_clip_dir: Path, head: str = "clip_fsar", **options: Any) -> CLIPM2DF:
     torch.manual_seed(0)
-    quiet = {"heads": 4, "hidden_dim": 32, "attention_dropout": 0.0, "dropout": 0.0} if head == "clip_fsar" else {}
+    quiet = {"num_heads": 4, "hidden_dim": 32, "attention_dropout": 0.0, "dropout": 0.0} if head == "clip_fsar" else {}
     return CLIPM2DF(backbone=str(tiny_clip_dir), head=head, head_options=quiet, **options)
 
 

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from clip_m2df.errors import UserError
 from clip_m2df.nn.baselines import build_head
-from clip_m2df.nn.m2df import M2DF, M2DFHead
+from clip_m2df.nn.m2df import M2DFHead
 from clip_m2df.nn.prompts import select_prompts
 from clip_m2df.nn.views import FusedSequence
+from clip_m2df.training.build import load_published
 from tests.nn import references
 
 GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("head_*.npz"))
@@ -280,7 +281,7 @@ def test_matching_and_losses_under_autocast_are_within_a_thousandth_of_a_float64
         ({"hidden_dim": 0}, "hidden_dim is 0"),
         ({"dropout": 1.5}, "dropout is 1.5; it must be from 0 to below 1"),
         ({"attention_dropout": -0.5}, "attention_dropout is -0.5"),
-        ({"heads": 0}, "no multiple of 0 attention heads"),
+        ({"num_heads": 0}, "no multiple of 0 attention heads"),
         ({"dim": 12}, "dim 12 is no multiple of 8"),
     ],
 )
@@ -291,7 +292,7 @@ def test_options_out_of_range_are_refused_by_name(options: dict[str, Any], messa
 
 def test_published_weights_of_another_model_are_refused_by_key() -> None:
     state = published_state(GOLDEN[0])
-    with pytest.raises(UserError, match=r"unknown keys classifier\.weight"):
+    with pytest.raises(UserError, match=r"unknown classifier\.weight"):
         M2DFHead.from_published(state | {"classifier.weight": torch.zeros(1)})
     with pytest.raises(UserError, match=r"missing views\.local\.context\.conv1\.weight"):
         M2DFHead.from_published({k: v for k, v in state.items() if k != "context_conv1.weight"})
@@ -353,7 +354,7 @@ def published_head(dim: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize("tower_prefix", ["visual.", ""])
 def test_a_published_checkpoint_file_gives_tower_and_head(tmp_path: Path, name: str, tower_prefix: str) -> None:
     clip = GOLDEN[0].with_name(f"{name}.npz")
-    model = M2DF.from_published(published_file(tmp_path, clip, tower_prefix), direction="mutual")
+    model = load_published(published_file(tmp_path, clip, tower_prefix), direction="mutual")
     assert not model.training
     arrays = np.load(clip)
     features = model.backbone.encode_frames(torch.from_numpy(arrays["image"]))
@@ -367,7 +368,7 @@ def test_a_published_checkpoint_file_gives_tower_and_head(tmp_path: Path, name: 
 
 
 def test_a_model_scores_raw_frames_as_its_head_scores_their_features(tmp_path: Path) -> None:
-    model = M2DF.from_published(published_file(tmp_path, GOLDEN[0].with_name("clip_vit.npz")))
+    model = load_published(published_file(tmp_path, GOLDEN[0].with_name("clip_vit.npz")))
     generator = torch.Generator().manual_seed(0)
     support = torch.randint(0, 256, (2, 3, 1, 4, 3, 32, 32), generator=generator, dtype=torch.uint8)
     query = torch.randint(0, 256, (2, 6, 4, 3, 32, 32), generator=generator, dtype=torch.uint8)
@@ -384,9 +385,9 @@ def test_files_that_are_no_published_checkpoint_are_refused(tmp_path: Path) -> N
     state = torch.load(file, weights_only=True)["model_state_dict"]
     torch.save({k: v for k, v in state.items() if not k.startswith("backbone.")}, tmp_path / "head.pt")
     with pytest.raises(UserError, match=r"head\.pt holds no tower under backbone\.\*"):
-        M2DF.from_published(tmp_path / "head.pt")
+        load_published(tmp_path / "head.pt")
     torch.save({"model_state_dict": 3}, tmp_path / "odd.pt")
     with pytest.raises(UserError, match=r"odd\.pt isn't a plain table of tensors"):
-        M2DF.from_published(tmp_path / "odd.pt")
+        load_published(tmp_path / "odd.pt")
     with pytest.raises(UserError, match="no such file"):
-        M2DF.from_published(tmp_path / "none.pt")
+        load_published(tmp_path / "none.pt")

@@ -98,7 +98,7 @@ def make_heads(n: int) -> list[M2DFHead]:
     for _ in range(n):
         torch.manual_seed(0)
         options = {option: rng.choice(values) for option, values in OPTIONS.items()}
-        heads.append(M2DFHead(dim=DIM, heads=2, hidden_dim=32, **options).train())
+        heads.append(M2DFHead(dim=DIM, num_heads=2, hidden_dim=32, **options).train())
     return heads
 
 

@@ -16,7 +16,7 @@ def features(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("depth", [1, 2])
 def test_fusion_encoder_equals_the_loop(depth: int) -> None:
     torch.manual_seed(0)
-    encoder = FusionEncoder(16, depth, heads=4, hidden_dim=24).double().eval()
+    encoder = FusionEncoder(16, depth, num_heads=4, hidden_dim=24).double().eval()
     prompt, frames, context = (
         features(2, 16).double(),
         features(2, 5, 16, seed=1).double(),

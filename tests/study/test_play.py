@@ -22,7 +22,7 @@ SHORT = {
     "data.validate_every": 1,
     "data.val_episodes": 10,
     "data.test_episodes": 20,
-    "data.train_views": 1,
+    "data.train_augmentations": 1,
     "data.batch_size": 2,
     "data.episodes_per_step": 2,
 }
@@ -43,7 +43,7 @@ TOWER = Part(
     ("scene",),
     (1,),
     (1e-3,),
-    SHORT | {"model.freeze_backbone": False, "data.train_views": 0},
+    SHORT | {"model.freeze_backbone": False, "data.train_augmentations": 0},
     {"CLIP-M²DF": Row(), "OTAM": Row({"model.head": "otam", "model.head_options": {}})},
 )
 SETTINGS = Settings((0, 1), 0, {"main": MAIN, "tower": TOWER})

@@ -29,7 +29,14 @@ from clip_m2df.classifier.clips import (
 )
 from clip_m2df.classifier.rejection import calibrate
 from clip_m2df.classifier.segments import Segment, Windows, find_segments
-from clip_m2df.classifier.support import NONE_OF_THESE, Scorer, SupportClass, check_disjoint, check_names, make_classes
+from clip_m2df.classifier.support import (
+    NONE_OF_THESE,
+    ClassScorer,
+    SupportClass,
+    check_disjoint,
+    check_names,
+    make_classes,
+)
 from clip_m2df.errors import UserError, some
 from clip_m2df.evaluation.explanation import Explanation, compared_classes, explain
 from clip_m2df.training.module import CLIPM2DF
@@ -37,6 +44,26 @@ from clip_m2df.training.module import CLIPM2DF
 
 class NotFittedError(UserError, AttributeError):
     """A classifier that knows no classes yet."""
+
+
+class Prediction(NamedTuple):
+    """The prediction for a clip.
+
+    Attributes:
+        video: its path, or "" for frames in memory.
+        label: its class, ``none of these``, or None where it can't be read.
+        probability: of that class; NaN where there is none.
+        probabilities: of every class; empty where the clip can't be read.
+        distance: to the closest class; NaN where the clip can't be read.
+        error: why it can't be read, or "".
+    """
+
+    video: str
+    label: str | None
+    probability: float
+    probabilities: dict[str, float]
+    distance: float
+    error: str = ""
 
 
 class FewShotClassifier:
@@ -74,12 +101,12 @@ class FewShotClassifier:
             raise UserError(
                 f"{model!r:.80} is no CLIPM2DF: FewShotClassifier.from_checkpoint takes a checkpoint's name"
             )
-        if getattr(model.model.head, "selection", "argmax") == "sample":
+        if model.model.head.selection == "sample":
             raise UserError("selection 'sample' draws prompts, so that predictions would not repeat; take 'argmax'")
         self.model = model.eval()
         self.encoder = ClipEncoder(model, frames=frames, resize=resize, workers=workers, timeout=timeout)
         self._classes: dict[str, SupportClass] = {}
-        self._scorer: Scorer | None = None
+        self._scorer: ClassScorer | None = None
         self._threshold: tuple[float | None] | None = None  # once it has been asked for
 
     @classmethod
@@ -200,11 +227,11 @@ class FewShotClassifier:
         return self
 
     def _take(self, classes: dict[str, SupportClass]) -> None:
-        self._scorer = Scorer(self.model, list(classes.values()))
+        self._scorer = ClassScorer(self.model, list(classes.values()))
         self._classes = classes
         self._threshold = None
 
-    def _check_fitted(self) -> Scorer:
+    def _check_fitted(self) -> ClassScorer:
         if self._scorer is None:
             raise NotFittedError("this classifier knows no classes yet: call fit with a few examples of each")
         self.model.eval()  # whoever has it may have trained it on
@@ -245,9 +272,9 @@ class FewShotClassifier:
 
     def _predict(self, clips: Clips, reject: bool) -> tuple[list[Prediction], bool]:
         listed, alone = list_clips(clips)
-        found = dict(self.classify(listed, reject=reject))
-        predictions = [found[place] for place in range(len(listed))]
-        broken = [f"{p.video or f'array {place}'} ({p.error})" for place, p in enumerate(predictions) if p.error]
+        found = dict(self._classify(listed, self._check_fitted(), self._rejecting(reject)))
+        predictions = [found[index] for index in range(len(listed))]
+        broken = [f"{p.video or f'array {index}'} ({p.error})" for index, p in enumerate(predictions) if p.error]
         if broken and alone:
             raise UserError(f"the clip can't be read: {broken[0]}")
         if broken:
@@ -255,21 +282,50 @@ class FewShotClassifier:
         return predictions, alone
 
     def classify(self, clips: Clips, *, reject: bool = False) -> Iterator[tuple[int, Prediction]]:
-        """Say what there is to say of many clips, as they are ready.
+        """Predict many clips, as they are ready.
 
         Args:
             clips: see :meth:`predict`.
             reject: the same.
 
         Yields:
-            The place of each clip, those of a folder in the order of their paths, and what is said of it; one that
-            can't be read has an ``error``.
+            The index of each clip, those of a folder in the order of their paths, and its prediction; that of a clip
+            that can't be read has an ``error``.
 
         Raises:
             UserError: there is no threshold.
         """
-        scorer, threshold = self._check_fitted(), self._rejecting(reject)
-        return label_clips(self.encoder, scorer, list(self._classes), list_clips(clips)[0], threshold=threshold)
+        return self._classify(list_clips(clips)[0], self._check_fitted(), self._rejecting(reject))
+
+    def _classify(
+        self, clips: Sequence[Clip], scorer: ClassScorer, threshold: float | None
+    ) -> Iterator[tuple[int, Prediction]]:
+        for batch in self.encoder.encode(clips):
+            readable = [(index, found.features) for index, found in batch if isinstance(found, Encoded)]
+            if readable:
+                paths = [name_of(clips[index]) for index, _ in readable]
+                predictions = self._label(scorer, paths, torch.stack([f for _, f in readable]), threshold)
+                yield from zip([index for index, _ in readable], predictions, strict=True)
+            for index, found in batch:
+                if isinstance(found, Unreadable):
+                    yield index, Prediction(name_of(clips[index]), None, math.nan, {}, math.nan, str(found))
+
+    @torch.no_grad()
+    def _label(
+        self, scorer: ClassScorer, paths: Sequence[str], features: Tensor, threshold: float | None
+    ) -> list[Prediction]:
+        """Predict clips by their features ``(n, frames, dim)``."""
+        log_probabilities, distances = scorer.label(features)
+        rows = zip(paths, log_probabilities.exp().tolist(), distances.amin(-1).tolist(), strict=True)
+        predictions = []
+        for path, row, distance in rows:
+            probabilities = dict(zip(self._classes, row, strict=True))
+            label = max(probabilities, key=probabilities.__getitem__)
+            if threshold is not None and distance > threshold:
+                predictions.append(Prediction(path, NONE_OF_THESE, math.nan, probabilities, distance))
+            else:
+                predictions.append(Prediction(path, label, probabilities[label], probabilities, distance))
+        return predictions
 
     def _rejecting(self, reject: bool) -> float | None:
         if reject and self.threshold_ is None:
@@ -314,26 +370,26 @@ class FewShotClassifier:
         return find_segments(self.encoder, scorer, list(self._classes), video, windows, fps=fps, threshold=threshold)
 
     @torch.no_grad()
-    def explain(self, clip: Clip, *, reject: bool = False) -> Explanation:
+    def explain(self, clip: Clip | Encoded, *, reject: bool = False) -> Explanation:
         """Why a clip is taken for what it is, as data; its ``figure()`` draws it.
 
         Args:
-            clip: a path, or uint8 frames ``(frames, height, width, 3)``.
+            clip: a path, uint8 frames ``(frames, height, width, 3)``, or what ``encoder`` makes of a clip.
             reject: see :meth:`predict`.
 
         Raises:
             UserError: the clip can't be read, or there is no threshold.
         """
         scorer, threshold = self._check_fitted(), self._rejecting(reject)
-        clip_encoded = self.encoder.encode_one(clip)
+        clip_encoded = clip if isinstance(clip, Encoded) else self.encoder.encode_one(clip)
         query = clip_encoded.features
-        prediction = label_features(scorer, list(self._classes), [name_of(clip)], query.unsqueeze(0), threshold)[0]
+        (prediction,) = self._label(scorer, [name_of(clip)], query.unsqueeze(0), threshold)
         output = scorer.score(query.unsqueeze(0))
-        compared = [list(self._classes.values())[place] for place in compared_classes(output.logits[0])]
+        compared = [list(self._classes.values())[index] for index in compared_classes(output.logits[0])]
         return explain(
             self.model.model.head,
             output,
-            scorer.prototype,
+            scorer.prototypes,
             query,
             scorer.prompts,
             class_names=list(self._classes),
@@ -346,8 +402,8 @@ class FewShotClassifier:
         )
 
     def _closest_example(self, own: SupportClass, query: Tensor) -> int:
-        """The place of the example that is closest to a clip, each taken for a class of its own."""
-        each = Scorer(self.model, [own.only([i]) for i in range(len(own.features))])
+        """The index of the example that is closest to a clip, each taken for a class of its own."""
+        each = ClassScorer(self.model, [own.only(self.model, [i]) for i in range(len(own.features))])
         return int(each.score(query.unsqueeze(0)).logits[0].argmax())
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -360,16 +416,12 @@ class FewShotClassifier:
             UserError: it holds something else, or can't be written.
         """
         self._check_fitted()
-        folder = Path(folder)
+        folder, reader = Path(folder), self.encoder.reader
         saving.check_folder(folder)
+        options = {"text_fusion": self.model.text_fusion, "selection": self.model.model.head.selection}
+        reading = saving.Reading(reader.frames, reader.resize, options)
         try:
-            reader = self.encoder.reader
-            checksum = saving.write_support(folder, list(self._classes.values()))
-            self.model.save_pretrained(folder)
-            selection = getattr(self.model.model.head, "selection", "argmax")
-            options = {"text_fusion": self.model.text_fusion, "selection": selection}
-            reading = saving.Reading(reader.frames, reader.resize, options)
-            saving.write_table(folder, list(self._classes.values()), reading, checksum)
+            saving.write_classifier(folder, self.model, list(self._classes.values()), reading)
         except OSError as error:
             raise UserError(f"the classifier can't be saved in {folder}: {error.strerror or error}") from error
 
@@ -403,66 +455,3 @@ class FewShotClassifier:
             raise UserError(f"the classifier in {folder} is damaged (its features are not of its model): fit it again")
         classifier._take({c.label: SupportClass.of(model, *c) for c in saved})
         return classifier
-
-
-class Prediction(NamedTuple):
-    """What is said of a clip.
-
-    Attributes:
-        video: its path, or "" for frames in memory.
-        label: its class, ``none of these``, or None where it can't be read.
-        probability: of that class; NaN where there is none.
-        probabilities: of every class; empty where the clip can't be read.
-        distance: to the closest class; NaN where the clip can't be read.
-        error: why it can't be read, or "".
-    """
-
-    video: str
-    label: str | None
-    probability: float
-    probabilities: dict[str, float]
-    distance: float
-    error: str = ""
-
-
-def label_clips(
-    encoder: ClipEncoder, scorer: Scorer, names: Sequence[str], clips: Sequence[Clip], *, threshold: float | None
-) -> Iterator[tuple[int, Prediction]]:
-    """Label many clips.
-
-    Args:
-        encoder: of the clips.
-        scorer: against the classes.
-        names: of the classes.
-        clips: what to label.
-        threshold: the distance beyond which a clip is none of the classes; None rejects nothing.
-
-    Yields:
-        The place of each clip and what is said of it, as they are ready.
-    """
-    for batch in encoder.encode(clips):
-        readable = [(place, found.features) for place, found in batch if isinstance(found, Encoded)]
-        if readable:
-            paths = [name_of(clips[place]) for place, _ in readable]
-            said = label_features(scorer, names, paths, torch.stack([f for _, f in readable]), threshold)
-            yield from zip([place for place, _ in readable], said, strict=True)
-        for place, found in batch:
-            if isinstance(found, Unreadable):
-                yield place, Prediction(name_of(clips[place]), None, math.nan, {}, math.nan, str(found))
-
-
-@torch.no_grad()
-def label_features(
-    scorer: Scorer, names: Sequence[str], paths: Sequence[str], features: Tensor, threshold: float | None
-) -> list[Prediction]:
-    """Label clips by their features ``(n, frames, dim)``; see :func:`label_clips`."""
-    log_probabilities, distances = scorer.label(features)
-    said = []
-    for path, row, distance in zip(paths, log_probabilities.exp().tolist(), distances.amin(-1).tolist(), strict=True):
-        probabilities = dict(zip(names, row, strict=True))
-        label = max(probabilities, key=probabilities.__getitem__)
-        if threshold is not None and distance > threshold:
-            said.append(Prediction(path, NONE_OF_THESE, math.nan, probabilities, distance))
-        else:
-            said.append(Prediction(path, label, probabilities[label], probabilities, distance))
-    return said

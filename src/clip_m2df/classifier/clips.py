@@ -126,8 +126,8 @@ def unique(clips: Sequence[Clip], known: Iterable[str] = ()) -> list[Clip]:
     return kept
 
 
-def name_of(clip: Clip) -> str:
-    """The path of a clip, or nothing for frames in memory."""
+def name_of(clip: object) -> str:
+    """The path of a clip, or nothing for what is in memory."""
     return os.fspath(clip) if isinstance(clip, str | os.PathLike) else ""
 
 
@@ -290,6 +290,10 @@ class ClipEncoder:
         if isinstance(found, Unreadable):
             raise UserError(f"the clip {name_of(clip) or 'in memory'} can't be read: {found}")
         return found
+
+    def encode_frames(self, frames: Tensor) -> Encoded:
+        """Encode a clip that has been read, uint8 ``(frames, 3, size, size)`` as :func:`read_clips` gives it."""
+        return Encoded(self.frames(frames), _small(frames))
 
     @torch.no_grad()
     def frames(self, frames: Tensor) -> Tensor:

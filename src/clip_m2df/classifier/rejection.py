@@ -6,15 +6,12 @@ says how the classes compare (docs/own_videos.md has the figures).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import cast
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from clip_m2df.classifier.support import Scorer, SupportClass, averages_shots
-from clip_m2df.nn.m2df import M2DFHead
-from clip_m2df.nn.views import FusedSequence
+from clip_m2df.classifier.support import ClassScorer, SupportClass
 from clip_m2df.training.module import CLIPM2DF
 
 
@@ -46,41 +43,14 @@ def calibrate(model: CLIPM2DF, classes: Sequence[SupportClass]) -> float | None:
 
 
 def _own_distances(model: CLIPM2DF, classes: Sequence[SupportClass]) -> Tensor | None:
-    """Of each example to its own class without it ``(n)``."""
+    """Of each example of a class with several to its own class without it ``(n)``."""
     found = []
-    for place, own in enumerate(classes):
-        if len(own.features) == 1:
-            continue
-        if own.fused is not None:
-            found.append(_fused_distances(model, own, torch.stack([c.prompt for c in classes])))
-        elif averages_shots(model):
-            others, n = _mean_of_others(own.features), len(own.features)
-            support, query = others.unflatten(0, (n, 1, 1)), own.features.unsqueeze(1)
-            found.append(-model.model.head(support, query, own.prompt.expand(n, 1, -1)).logits.flatten())
-        else:
-            for i in range(len(own.features)):
-                rest = own.only([j for j in range(len(own.features)) if j != i])
-                scorer = Scorer(model, [*classes[:place], rest, *classes[place + 1 :]])
-                found.append(-scorer.score(own.features[i : i + 1]).logits[0, place : place + 1])
+    for index, own in enumerate(classes):
+        for i in range(len(own.features) if len(own.features) > 1 else 0):
+            rest = own.only(model, [j for j in range(len(own.features)) if j != i])
+            scorer = ClassScorer(model, [*classes[:index], rest, *classes[index + 1 :]])
+            found.append(-scorer.score(own.features[i : i + 1]).logits[0, index : index + 1])
     return torch.cat(found) if found else None
-
-
-def _fused_distances(model: CLIPM2DF, own: SupportClass, prompts: Tensor) -> Tensor:
-    """Of each example to its own class without it ``(n)``, PPS choosing among all ``prompts (n_way, dim)``."""
-    head, fused = cast(M2DFHead, model.model.head), cast(Mapping[str, FusedSequence], own.fused)
-    probabilities = head.prompt_probabilities(head.prompt_scores(own.features, prompts))
-    query = head.fuse(own.features, head.select(probabilities, prompts).embeddings)
-    # Each with a prototype of its own: n episodes of one class and one query.
-    alone = {view: FusedSequence(*(part.unsqueeze(1) for part in parts)) for view, parts in query.items()}
-    others = {
-        view: FusedSequence(*(_mean_of_others(part).unsqueeze(1) for part in parts)) for view, parts in fused.items()
-    }
-    return head.fuse_distances(head.match(alone, others)).flatten()
-
-
-def _mean_of_others(rows: Tensor) -> Tensor:
-    """Of ``rows (n, …)``, for each the mean of all others."""
-    return (rows.sum(0) - rows) / (len(rows) - 1)
 
 
 def _strange_distances(model: CLIPM2DF, classes: Sequence[SupportClass]) -> Tensor | None:
@@ -88,8 +58,8 @@ def _strange_distances(model: CLIPM2DF, classes: Sequence[SupportClass]) -> Tens
     if len(classes) == 1:
         return None
     found = []
-    for place, own in enumerate(classes):
-        others = Scorer(model, [*classes[:place], *classes[place + 1 :]])
+    for index, own in enumerate(classes):
+        others = ClassScorer(model, [*classes[:index], *classes[index + 1 :]])
         found.append(others.label(own.features)[1].amin(-1))
     return torch.cat(found)
 

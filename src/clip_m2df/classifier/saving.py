@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
@@ -23,6 +22,7 @@ from clip_m2df.classifier.support import SupportClass, check_names
 from clip_m2df.errors import UserError
 from clip_m2df.files import read_bytes, whole_file
 from clip_m2df.hub import CONFIG
+from clip_m2df.training.module import CLIPM2DF
 
 TABLE, SUPPORT = "classifier.json", "support.safetensors"
 FORMAT = "clip-m2df classifier 1"
@@ -60,20 +60,23 @@ def check_folder(folder: Path) -> None:
     Raises:
         UserError: the folder holds something else.
     """
-    ours = any((folder / name).exists() for name in (TABLE, SUPPORT))  # the latter where a save was broken off
+    ours = any((folder / name).exists() for name in (TABLE, SUPPORT))  # the latter after an interrupted save
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not ours):
         raise UserError(f"{folder} holds something other than a classifier: name an empty or a new folder")
 
 
-def write_support(folder: Path, classes: Sequence[SupportClass]) -> str:
-    """Write the examples of a classifier: what is there first.
+def write_classifier(folder: Path, model: CLIPM2DF, classes: Sequence[SupportClass], reading: Reading) -> None:
+    """Write the examples, the model and, last, the classes of a classifier.
 
     Args:
-        folder: where.
+        folder: where; see :func:`check_folder`.
+        model: which goes by the examples.
         classes: at least one.
+        reading: how the classifier goes about a clip.
 
-    Returns:
-        The checksum.
+    Raises:
+        OSError: a file can't be written.
+        UserError: the same, of the model's.
     """
     tensors = {
         "features": torch.cat([c.features.cpu() for c in classes]).contiguous(),
@@ -82,18 +85,7 @@ def write_support(folder: Path, classes: Sequence[SupportClass]) -> str:
     content = save_tensors(tensors)
     with whole_file(folder / SUPPORT) as draft:
         draft.write_bytes(content)
-    return hashlib.sha256(content).hexdigest()
-
-
-def write_table(folder: Path, classes: Sequence[SupportClass], reading: Reading, checksum: str) -> None:
-    """Write the classes of a classifier: what is there last, beside its examples and its model.
-
-    Args:
-        folder: where.
-        classes: at least one.
-        reading: how it goes about a clip.
-        checksum: of the examples.
-    """
+    model.save_pretrained(folder)
     table = {
         "format": FORMAT,
         **reading._asdict(),
@@ -101,7 +93,7 @@ def write_table(folder: Path, classes: Sequence[SupportClass], reading: Reading,
             {"label": c.label, "text": c.text, "examples": [os.path.abspath(e) if e else "" for e in c.examples]}
             for c in classes
         ],
-        "sha256": checksum,
+        "sha256": hashlib.sha256(content).hexdigest(),
         "model": _checksum(folder / CONFIG),
     }
     with whole_file(folder / TABLE) as draft:
@@ -133,15 +125,7 @@ def read_support(folder: Path) -> tuple[list[SavedClass], Reading]:
         return _classes(table, load_tensors(content)), reading
     except UserError as error:
         raise UserError(f"the classifier in {folder} is damaged: {error}") from error
-    except (
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        ArithmeticError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:
+    except Exception as error:  # whatever damage leads to has no common class
         raise UserError(f"the classifier in {folder} is damaged ({error}): fit and save it again") from error
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clip_m2df.classifier.clips import Clip, ClipEncoder, as_frames, check_frames
-from clip_m2df.classifier.support import Scorer
+from clip_m2df.classifier.support import ClassScorer
 from clip_m2df.errors import UserError
 from clip_m2df.video.reader import sample_frames
 from clip_m2df.video.timing import count_samples, evenly_timed, exact_rate
@@ -90,7 +90,7 @@ class Windows(NamedTuple):
 @torch.no_grad()
 def find_segments(
     encoder: ClipEncoder,
-    scorer: Scorer,
+    scorer: ClassScorer,
     names: Sequence[str],
     video: Clip,
     windows: Windows,

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -16,17 +14,14 @@ from torch import Tensor
 from clip_m2df.classifier.clips import Clip, ClipEncoder, Encoded, Unreadable, name_of, unique
 from clip_m2df.datasets.manifest import class_key, readable
 from clip_m2df.errors import UserError, some
-from clip_m2df.nn.head import HeadOutput
-from clip_m2df.nn.m2df import M2DFHead, has_stages
-from clip_m2df.nn.views import FusedSequence
+from clip_m2df.nn.class_text import fuse_text
+from clip_m2df.nn.head import Embedded, HeadOutput
 from clip_m2df.training.module import CLIPM2DF
 
 # Said of a clip that is too far from every class.
 NONE_OF_THESE = "none of these"
 # How many clips are scored at once.
 QUERIES = 64
-# Examples, repeated to as many a class, that a head may be given.
-MOST_REPEATED = 10_000
 
 
 @dataclass(frozen=True)
@@ -40,7 +35,8 @@ class SupportClass:
         features: ``(n_shot, frames, dim)``.
         thumbnails: uint8 ``(n_shot, frames, 3, height, width)``, small frames of them.
         prompt: ``(dim)``, the embedding of the class's prompt.
-        fused: of a head with stages, the examples' fused sequences ``(n_shot, …)`` in each view.
+        embedded: what the head keeps of the examples, ``(n_shot, …)``.
+        prototype: what the class is to the head.
     """
 
     label: str
@@ -49,7 +45,8 @@ class SupportClass:
     features: Tensor
     thumbnails: Tensor
     prompt: Tensor
-    fused: Mapping[str, FusedSequence] | None
+    embedded: Embedded
+    prototype: Embedded
 
     @classmethod
     @torch.no_grad()
@@ -59,10 +56,9 @@ class SupportClass:
         """A class as a model sees it; see the attributes."""
         features = features.to(model.device)
         prompt = model.encode_prompts([text])[0]
-        fused = None
-        if has_stages(model.model.head):
-            fused = cast(M2DFHead, model.model.head).fuse(features, prompt.expand(len(features), -1))
-        return cls(label, text, tuple(examples), features, thumbnails, prompt, fused)
+        embedded = model.model.head.embed(features, prompt.expand(len(features), -1))
+        prototype = model.model.head.prototype(embedded, prompt)
+        return cls(label, text, tuple(examples), features, thumbnails, prompt, embedded, prototype)
 
     @classmethod
     def from_encoded(
@@ -87,8 +83,8 @@ class SupportClass:
         """
         named = list(zip(clips, encoded, strict=True))
         broken = [
-            f"{name_of(clip) or f'array {place}'} ({found})"
-            for place, (clip, found) in enumerate(named)
+            f"{name_of(clip) or f'array {number}'} ({found})"
+            for number, (clip, found) in enumerate(named)
             if isinstance(found, Unreadable)
         ]
         kept = [(name_of(clip), found) for clip, found in named if isinstance(found, Encoded)]
@@ -115,18 +111,17 @@ class SupportClass:
             torch.cat([part.thumbnails for part in parts]),
         )
 
-    def only(self, places: Sequence[int]) -> SupportClass:
+    def only(self, model: CLIPM2DF, indices: Sequence[int]) -> SupportClass:
         """The same class with some of its examples."""
-        kept = list(places)
-        fused = self.fused and {
-            view: FusedSequence(*(part[kept] for part in parts)) for view, parts in self.fused.items()
-        }
+        kept = list(indices)
+        embedded = self.embedded.map(lambda tensor: tensor[kept])
         return dataclasses.replace(
             self,
             examples=tuple(self.examples[i] for i in kept),
             features=self.features[kept],
             thumbnails=self.thumbnails[kept],
-            fused=fused,
+            embedded=embedded,
+            prototype=model.model.head.prototype(embedded, self.prompt),
         )
 
 
@@ -163,10 +158,10 @@ def make_classes(
         if not clips:
             raise UserError(f"the class {label!r} has no examples: give one or more")
     every = [clip for clips in examples.values() for clip in clips]
-    found = {place: encoded for batch in encoder.encode(every) for place, encoded in batch}
+    found = {index: encoded for batch in encoder.encode(every) for index, encoded in batch}
     classes, first = {}, 0
     for label, clips in examples.items():
-        encoded = [found[place] for place in range(first, first + len(clips))]
+        encoded = [found[index] for index in range(first, first + len(clips))]
         classes[label] = SupportClass.from_encoded(encoder.model, label, clips, encoded, texts.get(label))
         first += len(clips)
     return classes
@@ -188,17 +183,8 @@ def check_disjoint(classes: Iterable[SupportClass]) -> None:
                 raise UserError(f"{path} is an example of both {owner!r} and {c.label!r}: leave it to one of them")
 
 
-def averages_shots(model: CLIPM2DF) -> bool:
-    """Whether the model's head goes by the mean of a class's shots, and by each class alone."""
-    return bool(getattr(model.model.head, "averages_shots", False))
-
-
-class Scorer:
-    """Scores clips against classes, each with any number of examples.
-
-    The method's prototype is the mean over a class's own examples, and so is that of the baselines. Another head takes
-    as many examples of every class: each class's are repeated up to their least common multiple, so that each counts
-    the same.
+class ClassScorer:
+    """Scores clips against classes, each with its own number of examples.
 
     Args:
         model: in eval mode.
@@ -206,58 +192,25 @@ class Scorer:
 
     Attributes:
         prompts: ``(n_way, dim)``.
-        prototype: of a head with stages, ``(n_way, …)`` in each view.
-
-    Raises:
-        UserError: numbers of examples that have no reasonable common multiple, for a head that takes as many
-            of every class.
+        prototypes: ``(n_way, …)``.
     """
 
     def __init__(self, model: CLIPM2DF, classes: Sequence[SupportClass]) -> None:
         self.model = model
         self.prompts = torch.stack([c.prompt for c in classes])
-        self.prototype: dict[str, FusedSequence] | None = None
-        if has_stages(model.model.head):
-            head = cast(M2DFHead, model.model.head)
-            prototypes = [head.prototype(c.fused) for c in classes if c.fused]
-            self.prototype = {
-                view: FusedSequence(*map(torch.stack, zip(*(p[view] for p in prototypes), strict=True)))
-                for view in prototypes[0]
-            }
-        counts = [len(c.features) for c in classes]
-        if self.prototype is not None or averages_shots(model):
-            self.support = torch.stack([c.features.mean(0, keepdim=True) for c in classes])
-            return
-        shots = math.lcm(*counts)
-        if shots * len(classes) > MOST_REPEATED:
-            raise UserError(
-                f"the head {type(model.model.head).__name__} takes as many examples of every class, and"
-                f" {', '.join(map(str, sorted(set(counts))))} have no common multiple that is small enough: give the"
-                " classes the same number of examples"
-            )
-        self.support = torch.stack([c.features.repeat(shots // len(c.features), 1, 1) for c in classes])
+        self.prototypes = Embedded.stack([c.prototype for c in classes])
 
     def score(self, query: Tensor) -> HeadOutput:
-        """What the head says of clips, ``query (n, frames, dim)``."""
-        head = cast(M2DFHead, self.model.model.head)
-        if self.prototype is None:
-            output: HeadOutput = head(self.support, query, self.prompts)
-            return output
-        probabilities = head.prompt_probabilities(head.prompt_scores(query, self.prompts))
-        selected = head.select(probabilities, self.prompts)
-        evidence = head.match(head.fuse(query, selected.embeddings), self.prototype)
-        return head.conclude(evidence, probabilities, selected.indices)
-
-    def log_probabilities(self, output: HeadOutput, query: Tensor) -> Tensor:
-        """Logarithms of the classes' probabilities ``(n, n_way)``, from what :meth:`score` said of ``query``."""
-        scores = self.model.fuse_text(output.logits, self.support, query, self.prompts)
-        return scores.float().log_softmax(-1)
+        """The head's output on clips, ``query (n, frames, dim)``."""
+        return self.model.model.head.score(query, self.prompts, self.prototypes)
 
     def label(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities ``(n, n_way)`` and distances ``(n, n_way)`` of many clips, ``query (n, frames, dim)``."""
+        head, share = self.model.model.head, self.model.text_fusion
         scored = []
         for chunk in query.split(QUERIES):
-            output = self.score(chunk)
-            scored.append((self.log_probabilities(output, chunk), -output.logits))
+            logits = self.score(chunk).logits
+            scores = fuse_text(head, share, logits, chunk, self.prompts)
+            scored.append((scores.float().log_softmax(-1), -logits))
         log_probabilities, distances = (torch.cat(column) for column in zip(*scored, strict=True))
         return log_probabilities, distances

@@ -17,33 +17,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from clip_m2df.clip.formats import (
-    CLIP_MEAN,
-    CLIP_STD,
-    MODEL_FILES,
-    RN50_FILE,
-    RN50_REPOSITORY,
-    STANDARD_TOKENIZER,
-    TEXT_FIELDS,
-    VISUAL_FIELDS,
-    fetch,
-    load_weights,
-    looks_like_a_path,
-    openai_names,
-    openai_text_config,
-    openai_visual_config,
-    read_folder,
-    read_preprocessing,
-    read_weights,
-    transformers_name,
-)
+from clip_m2df.clip import formats
+from clip_m2df.clip.formats import CLIP_MEAN, CLIP_STD, STANDARD_TOKENIZER
 from clip_m2df.clip.resnet import Bottleneck, ModifiedResNet
-from clip_m2df.clip.tokenizer import fit_tokenizer, has_tokenizer, read_tokenizer, tokenizer_from_json
+from clip_m2df.clip.tokenizer import has_tokenizer, read_tokenizer
 from clip_m2df.errors import UserError, some
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-
 
 TINY_CLIP = Path(__file__).parent.parent / "assets" / "tiny_clip"
 
@@ -96,7 +77,11 @@ class CLIPBackbone(nn.Module):
         self.source = source
         self.freeze_batch_norm = freeze_batch_norm
 
-        self._tokenizer = None if tokenizer is None else tokenizer_from_json(tokenizer)
+        self._tokenizer: Tokenizer | None = None
+        if tokenizer is not None:
+            from tokenizers import Tokenizer
+
+            self._tokenizer = Tokenizer.from_str(tokenizer)
         self._tokenizer_repository: str | None = None  # where to fetch it from once a text has to be read
 
         # Not in the state dict: they belong to the description, and weights from elsewhere don't have them.
@@ -120,18 +105,16 @@ class CLIPBackbone(nn.Module):
         Raises:
             UserError: There is no such thing, it can't be fetched, or it isn't CLIP.
         """
-        if name == "tiny":
-            backbone = cls.from_pretrained(str(TINY_CLIP))
-        elif name == "rn50":
-            backbone = cls.from_openai(str(fetch(RN50_REPOSITORY, [[RN50_FILE]]) / RN50_FILE))
+        if name == "rn50":
+            folder = formats.fetch(formats.RN50_REPOSITORY, [[formats.RN50_FILE]])
+            backbone = cls.from_openai(str(folder / formats.RN50_FILE))
         elif Path(name).expanduser().is_file():
             backbone = cls.from_openai(name)
         else:
-            backbone = cls.from_pretrained(name)
+            backbone = cls.from_pretrained(str(TINY_CLIP) if name == "tiny" else name)
         backbone.source = name
         backbone.freeze_batch_norm = freeze_batch_norm
-        backbone.train()
-        return backbone
+        return backbone.train()
 
     @classmethod
     def from_pretrained(cls, name_or_dir: str) -> Self:
@@ -146,25 +129,14 @@ class CLIPBackbone(nn.Module):
         """
         folder = Path(name_or_dir).expanduser()
         if not folder.is_dir():
-            if looks_like_a_path(name_or_dir):
+            if formats.looks_like_a_path(name_or_dir):
                 raise UserError(f"backbone {name_or_dir!r}: no such file or folder")
-            folder = fetch(name_or_dir, MODEL_FILES)
-        config, state = read_folder(folder, name_or_dir)
-        mean, std = read_preprocessing(folder)
-
-        backbone = cls._build(
-            {
-                "visual_config": {"kind": "vit", **config["vision_config"]},
-                "text_config": config["text_config"],
-                "mean": mean,
-                "std": std,
-                "source": name_or_dir,
-            }
-        )
-        names = {key: transformers_name(key) for key in backbone.state_dict()}
+            folder = formats.fetch(name_or_dir, formats.MODEL_FILES)
+        description, state = formats.read_folder(folder, name_or_dir)
+        backbone = cls._build({**description, "source": name_or_dir})
         # What else such a file may hold, its logit scale and older versions' position numbers, isn't needed.
-        load_weights(backbone, names, state, name_or_dir, strict=False)
-        backbone._use(read_tokenizer(folder), name_or_dir)
+        formats.load_weights(backbone, state, formats.transformers_name, name_or_dir, strict=False)
+        backbone._read_tokenizer(folder, name_or_dir)
         return backbone
 
     @classmethod
@@ -190,19 +162,15 @@ class CLIPBackbone(nn.Module):
         """
         if isinstance(state_dict_or_file, str):
             file = Path(state_dict_or_file).expanduser()
-            source, state = state_dict_or_file, read_weights(file)
+            source, state = state_dict_or_file, formats.read_weights(file)
             if tokenizer is None and has_tokenizer(file.parent):
                 tokenizer = str(file.parent)
         else:
             source, state = "a state dict", dict(state_dict_or_file)
         for constant in ("input_resolution", "context_length", "vocab_size", "logit_scale"):
             state.pop(constant, None)
-
         try:
-            visual_config = openai_visual_config(state)
-            text_config = None
-            if any(not key.startswith("visual.") for key in state):
-                text_config = openai_text_config(state)
+            visual_config, text_config = formats.openai_configs(state)
         except KeyError as error:
             raise UserError(
                 f"{source} isn't CLIP in OpenAI's layout: {error.args[0]} is missing; "
@@ -210,12 +178,11 @@ class CLIPBackbone(nn.Module):
             ) from error
 
         backbone = cls(visual_config, text_config, source=source, freeze_batch_norm=freeze_batch_norm)
-        resnet = visual_config["kind"] == "resnet"
-        load_weights(backbone, openai_names(backbone.state_dict(), resnet=resnet), state, source)
+        formats.load_weights(backbone, state, formats.openai_name, source)
         if tokenizer is None:
             backbone._tokenizer_repository = STANDARD_TOKENIZER
         elif backbone.text is not None:
-            backbone._use(read_tokenizer(Path(tokenizer).expanduser()), tokenizer)
+            backbone._read_tokenizer(Path(tokenizer).expanduser(), tokenizer)
         return backbone
 
     @classmethod
@@ -226,8 +193,8 @@ class CLIPBackbone(nn.Module):
             UserError: It is not what ``description`` makes; or its values make no towers.
         """
         source = description.get("source")
-        for name, fields in (("visual_config", VISUAL_FIELDS), ("text_config", TEXT_FIELDS)):
-            # transformers' configurations take many more, down to the address of code to fetch and run.
+        # transformers' configurations take many more fields, down to the address of code to fetch and run.
+        for name, fields in (("visual_config", formats.VISUAL_FIELDS), ("text_config", formats.TEXT_FIELDS)):
             config = description.get(name)
             if config is None and name == "text_config":
                 continue
@@ -379,14 +346,12 @@ class CLIPBackbone(nn.Module):
                 f"backbone {self.source!r} was saved without its tokenizer: load it from its own weights where "
                 f"{STANDARD_TOKENIZER} is on the machine or can be fetched"
             )
-        folder = fetch(self._tokenizer_repository, [["tokenizer.json"]], offline=offline)
-        return self._use(read_tokenizer(folder), self._tokenizer_repository)
+        folder = formats.fetch(self._tokenizer_repository, [["tokenizer.json"]], offline=offline)
+        return self._read_tokenizer(folder, self._tokenizer_repository)
 
-    def _use(self, tokenizer: Tokenizer, source: str) -> Tokenizer:
-        """Check that the tokenizer is this text tower's, and let it pad and truncate to the tower's length."""
-        fit_tokenizer(tokenizer, self._text_values(), source)
-        self._tokenizer = tokenizer
-        return tokenizer
+    def _read_tokenizer(self, folder: Path, source: str) -> Tokenizer:
+        self._tokenizer = read_tokenizer(folder, self._text_values(), source)
+        return self._tokenizer
 
 
 class _Tower(nn.Module):

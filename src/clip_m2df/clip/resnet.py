@@ -44,18 +44,18 @@ class Bottleneck(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """Pools a feature map by attention, with the mean of all places as the one query.
+    """Pools a feature map by attention, with the mean of all positions as the one query.
 
     Args:
         grid: Height and width of the feature map.
         width: Channels of the feature map.
-        heads: Attention heads.
+        num_heads: Attention heads.
         dim: Width of the embedding that comes out.
     """
 
-    def __init__(self, grid: int, width: int, heads: int, dim: int) -> None:
+    def __init__(self, grid: int, width: int, num_heads: int, dim: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.num_heads = num_heads
         self.positional_embedding = nn.Parameter(torch.randn(grid * grid + 1, width) / width**0.5)
         self.q_proj = nn.Linear(width, width)
         self.k_proj = nn.Linear(width, width)
@@ -64,10 +64,10 @@ class AttentionPool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(n, width, grid, grid)`` to ``(n, dim)``."""
-        places = rearrange(x, "n c h w -> n (h w) c")
-        tokens = torch.cat([places.mean(dim=1, keepdim=True), places], dim=1) + self.positional_embedding
+        positions = rearrange(x, "n c h w -> n (h w) c")
+        tokens = torch.cat([positions.mean(dim=1, keepdim=True), positions], dim=1) + self.positional_embedding
         q, k, v = (
-            rearrange(t, "n l (heads d) -> n heads l d", heads=self.heads)
+            rearrange(t, "n l (heads d) -> n heads l d", heads=self.num_heads)
             for t in (self.q_proj(tokens[:, :1]), self.k_proj(tokens), self.v_proj(tokens))
         )
         pooled = F.scaled_dot_product_attention(q, k, v)

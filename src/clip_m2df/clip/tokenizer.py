@@ -17,16 +17,22 @@ if TYPE_CHECKING:
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether a folder has a tokenizer, in either of its forms."""
-    return (folder / "tokenizer.json").is_file() or all(
-        (folder / name).is_file() for name in ("vocab.json", "merges.txt")
-    )
+    forms = (["tokenizer.json"], ["vocab.json", "merges.txt"])
+    return any(all((folder / name).is_file() for name in files) for files in forms)
 
 
-def read_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a folder, bare: it does all that is needed, and one string rebuilds it.
+def read_tokenizer(folder: Path, config: Mapping[str, Any], source: str) -> Tokenizer:
+    """The tokenizer of a folder, which pads and truncates to the length of the text tower.
+
+    It is the bare one, without transformers around it: it does all that is needed, and one string rebuilds it.
+
+    Args:
+        folder: Where it lies.
+        config: The text tower's.
+        source: Where the tokenizer comes from, for messages.
 
     Raises:
-        UserError: There is none, or it can't be read.
+        UserError: There is none, it can't be read, or it is another tower's.
     """
     from tokenizers import Tokenizer
     from transformers import CLIPTokenizer
@@ -35,32 +41,13 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     if not has_tokenizer(folder):
         raise UserError(f"{folder} has no tokenizer: neither tokenizer.json, nor vocab.json and merges.txt")
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-        return Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        whole = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = Tokenizer.from_str(whole.backend_tokenizer.to_str())
     except Exception as error:  # whatever a damaged file leads to
         raise UserError(f"the tokenizer in {folder} can't be read: {error}") from error
 
-
-def tokenizer_from_json(text: str) -> Tokenizer:
-    """The tokenizer that a ``tokenizer.json`` describes."""
-    from tokenizers import Tokenizer
-
-    return Tokenizer.from_str(text)
-
-
-def fit_tokenizer(tokenizer: Tokenizer, config: Mapping[str, Any], source: str) -> None:
-    """Let a tokenizer pad and truncate to the length of the text tower, whose own it has to be.
-
-    Args:
-        tokenizer: It is changed.
-        config: The text tower's.
-        source: Where the tokenizer comes from, for messages.
-
-    Raises:
-        UserError: It is another tower's.
-    """
-    # Also what a two-token tokenizer saved to a folder is caught by.
-    size, expected = tokenizer.get_vocab_size(), config["vocab_size"]
+    # The size also gives away a tokenizer of two tokens that was saved to a folder.
+    size, expected, length = tokenizer.get_vocab_size(), config["vocab_size"], config["max_position_embeddings"]
     if size != expected:
         raise UserError(
             f"the tokenizer of {source} has {size} tokens and the text tower {expected}: give the one that it was "
@@ -72,6 +59,7 @@ def fit_tokenizer(tokenizer: Tokenizer, config: Mapping[str, Any], source: str) 
     if ids[-1:] != [end]:
         raise UserError(f"the tokenizer of {source} makes {ids} of an empty text, where {end} has to be the last")
 
-    tokenizer.enable_truncation(config["max_position_embeddings"])
+    tokenizer.enable_truncation(length)
     # What follows the end of text is never read: attention is causal, and the first end of text is the one pooled.
-    tokenizer.enable_padding(length=config["max_position_embeddings"], pad_id=end, pad_token=tokenizer.id_to_token(end))
+    tokenizer.enable_padding(length=length, pad_id=end, pad_token=tokenizer.id_to_token(end))
+    return tokenizer

@@ -31,10 +31,20 @@ from clip_m2df.errors import Stopped, UserError
 from clip_m2df.motion_shapes import NO_KNOBS
 from clip_m2df.nn.baselines import head_class
 from clip_m2df.report.evaluation import EvaluationPage
+from clip_m2df.training.build import saved_options
 from clip_m2df.training.callbacks import RunConfig, RunProgressBar, RunReport
-from clip_m2df.training.checkpoints import BEST, FOLDER, LAST, PREVIOUS, RunCheckpoint, RunCheckpointIO, find_last
+from clip_m2df.training.checkpoints import (
+    BEST,
+    FOLDER,
+    LAST,
+    PREVIOUS,
+    RunCheckpoint,
+    RunCheckpointIO,
+    read_checkpoint,
+    read_last,
+)
 from clip_m2df.training.dashboard import Dashboard
-from clip_m2df.training.module import CLIPM2DF, checkpoint_options
+from clip_m2df.training.module import CLIPM2DF
 from clip_m2df.training.wandb_run import go_on_with_run
 
 # What gloo and NCCL say when a process at the other end is gone.
@@ -55,6 +65,7 @@ class CLI(LightningCLI):
     def __init__(self, args: Sequence[str]) -> None:
         self.args = list(args)
         self.goes_on = False
+        self.checkpoint: dict[str, Any] | None = None  # read once; the Trainer's plugin takes it over
         super().__init__(
             CLIPM2DF,
             EpisodeDataModule,
@@ -114,7 +125,8 @@ class CLI(LightningCLI):
         trainer_options.callbacks = [*_listed(trainer_options.callbacks), RunReport()]
         plugins = _listed(trainer_options.plugins)
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-            plugins.append(RunCheckpointIO())
+            plugins.append(RunCheckpointIO(self.config[str(self.subcommand)].ckpt_path or "", self.checkpoint))
+        self.checkpoint = None
         by_slurm = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
         if by_slurm and not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
             # Lightning would save wherever a signal comes, into a file that later runs take without being asked.
@@ -126,9 +138,6 @@ class CLI(LightningCLI):
             trainer_options.logger = CSVLogger(trainer_options.default_root_dir or ".")
         if self.goes_on:
             go_on_with_run(trainer_options.logger, Path(trainer_options.default_root_dir or "."))
-        if self.subcommand == "fit":  # for the loggers, in plain types
-            text = self._parser("fit").dump(self.config.fit, skip_unset=False)
-            self.config_init.fit.dashboard.config = yaml.safe_load(text)
         if self.subcommand == "test" and self.config_init.test.report is not None:
             text = self._parser("test").dump(self.config.test, skip_unset=False)
             trainer_options.callbacks.append(EvaluationPage(Path(self.config.test.report), yaml.safe_load(text)))
@@ -163,7 +172,8 @@ class CLI(LightningCLI):
         run_folder = Path(config.trainer.default_root_dir or ".")
         folder = run_folder / FOLDER
         if config.ckpt_path == "last":
-            config.ckpt_path = str(find_last(run_folder))
+            path, self.checkpoint = read_last(run_folder)
+            config.ckpt_path = str(path)
         elif config.ckpt_path == "best":
             config.ckpt_path = str(folder / BEST)
         if self.subcommand == "fit":
@@ -183,7 +193,8 @@ class CLI(LightningCLI):
                 " with nothing to train does without, and --model.freeze_backbone true"
             )
         if config.ckpt_path is not None:
-            self._take_options_from(config)
+            self.checkpoint = self.checkpoint or read_checkpoint(config.ckpt_path)
+            self._take_options_from(self.checkpoint, config)
             self.parser.add_instantiator(self._build_model, CLIPM2DF, subclasses=False)
 
     def after_instantiate_classes(self) -> None:
@@ -201,8 +212,9 @@ class CLI(LightningCLI):
                 f" --data.resize {wanted} or more"
             )
 
-    def _take_options_from(self, config: Namespace) -> None:
-        saved = checkpoint_options(config.ckpt_path, head=config.model.head)
+    def _take_options_from(self, checkpoint: dict[str, Any], config: Namespace) -> None:
+        saved = checkpoint.get(CLIPM2DF.CHECKPOINT_HYPER_PARAMS_KEY)
+        saved = saved_options(config.ckpt_path, saved, CLIPM2DF, head=config.model.head)
         given = self.parser.parse_args(self.args, defaults=False)[str(self.subcommand)].get("model")
         kept = saved | {"backbone": saved["backbone"]["source"]}
         asked = given.as_dict() if given else {}
@@ -221,13 +233,15 @@ class CLI(LightningCLI):
                     f"model.{option} is {value!r}, but {kept[option]!r} in {config.ckpt_path}: a checkpoint keeps the"
                     f" options that it was trained with; leave it out{hint}"
                 )
-        if "head_options.selection" in asked:
-            raise UserError(
-                "head_options: selection is an option of the model itself, --model.selection; move it there"
-            )
+            if option.startswith("head_options.") and option not in kept:
+                own = ", ".join(name.removeprefix("head_options.") for name in kept if name.startswith("head_options."))
+                raise UserError(
+                    f"model.{option} is no option of the head in {config.ckpt_path}, which has {own}; selection is an"
+                    " option of the model itself, --model.selection"
+                )
         self.saved_options = saved
-        for option, value in saved.items():
-            config.model[option] = value["source"] if option == "backbone" else value
+        for option in saved:
+            config.model[option] = kept[option]
 
     def _build_model(self, cls: type[CLIPM2DF], *args: Any, **kwargs: Any) -> CLIPM2DF:
         """With the towers' description that a checkpoint holds: as an option it would be parsed once more."""

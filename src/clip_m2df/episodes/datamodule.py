@@ -7,24 +7,23 @@ import importlib.util
 import itertools
 import os
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import lightning
 import torch
 from torch.utils.data import DataLoader
 
-from clip_m2df import motion_shapes
+import clip_m2df.motion_shapes as motion_shapes
 from clip_m2df.datasets.manifest import Manifest, Split, Video
 from clip_m2df.episode import episode_generator
-from clip_m2df.episodes.dataset import EpisodeDataset
+from clip_m2df.episodes.dataset import EpisodeDataset, collate_episodes
 from clip_m2df.episodes.features import EvaluationTable, TrainingTable
 from clip_m2df.episodes.files import read_episodes_file
-from clip_m2df.episodes.loader import UnusableVideos, episode_loader
+from clip_m2df.episodes.loader import ReadingNow, UnusableVideos, VideoLoader
 from clip_m2df.episodes.plan import EpisodePlan, EpisodeSampler, EpisodeShape, plan_episode, with_outliers
-from clip_m2df.errors import UserError
-from clip_m2df.loops import batches_of_step, check_goes_on, count_in_steps
+from clip_m2df.errors import UserError, require
+from clip_m2df.loops import batches_limit, batches_of_step, check_goes_on, count_in_steps
 from clip_m2df.video.frame_cache import FrameCache
 from clip_m2df.video.reader import Decoder
 from clip_m2df.video.transforms import ClipReader
@@ -37,7 +36,26 @@ TRAINING_UNUSABLE = 0.05
 MOST_PLAYED, MOST_DEVICES = 64, 64
 
 
-class EpisodeDataModule(lightning.LightningDataModule):
+# The embedded benchmark's families by the names under which they stand for a manifest.
+EMBEDDED = {"motion_shapes": "demo", "motion_shapes_scene": "scene", "motion_shapes_order": "order"}
+
+
+KNOBS = tuple(field.name for field in dataclasses.fields(motion_shapes.Knobs))
+
+
+Evaluation = Literal["bank", "direct"]
+
+
+class _FormerOptions:
+    """Names today's option to whoever gives a former one; a base class, so that ``__init__`` says what there is."""
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        if "train_views" in options:
+            raise UserError(f"{cls.__name__} has no option 'train_views' any more: it is train_augmentations")
+        return super().__new__(cls)
+
+
+class EpisodeDataModule(_FormerOptions, lightning.LightningDataModule):
     """Deals episodes to a Trainer: an endless stream for training, the same ones each time at evaluation.
 
     Runs are counted in whole optimiser steps: it sets the Trainer's gradient accumulation, and when to validate, from
@@ -65,8 +83,9 @@ class EpisodeDataModule(lightning.LightningDataModule):
             encodes a video as often as it comes. The numbers are the same.
         store: a folder in which the features of a bank are kept for the next evaluation: another way, shot or seed of
             the same weights takes seconds. What has changed is never used.
-        train_views: how many augmented views of each training video are encoded before the training, which then takes
-            features and no frames: for a frozen tower, on a laptop. 0: frames are read and encoded for each episode.
+        train_augmentations: how many augmentations of each training video are encoded before the training, which then
+            takes features and no frames: for a frozen tower, on a laptop. 0: frames are read and encoded for each
+            episode.
         seed: of the training episodes.
         eval_seed: of the validation and test episodes.
         frames: frames a video.
@@ -106,7 +125,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
         episodes_file: str | None = None,
         evaluation: Evaluation = "bank",
         store: str | None = None,
-        train_views: int = 0,
+        train_augmentations: int = 0,
         seed: int = 0,
         eval_seed: int = 0,
         frames: int = 8,
@@ -122,24 +141,31 @@ class EpisodeDataModule(lightning.LightningDataModule):
         max_unusable: float | None = None,
     ) -> None:
         super().__init__()
-        check_at_least_one(
-            n_shot=n_shot,
-            train_n_shot=1 if train_n_shot is None else train_n_shot,
-            n_query=n_query,
-            n_query_eval=n_query_eval,
-            val_episodes=val_episodes,
-            test_episodes=test_episodes,
-            frames=frames,
-            size=size,
-            batch_size=batch_size,
-            episodes_per_step=episodes_per_step,
-            validate_every=validate_every,
-        )
-        check_not_negative(seed=seed, eval_seed=eval_seed, num_workers=num_workers, train_views=train_views)
-        check_sizes(n_way, resize, size)
-        check_patience(stuck_after, max_unusable)
-        check_ways(store, evaluation, decoder)
-        check_knobs(knobs, manifest, episodes_file)
+        require(least=1, n_shot=n_shot, train_n_shot=train_n_shot, n_query=n_query, n_query_eval=n_query_eval)
+        require(least=1, val_episodes=val_episodes, test_episodes=test_episodes, frames=frames, size=size)
+        require(least=1, batch_size=batch_size, episodes_per_step=episodes_per_step, validate_every=validate_every)
+        require(least=0, seed=seed, eval_seed=eval_seed, num_workers=num_workers)
+        require(least=0, train_augmentations=train_augmentations)
+        require(least=2, n_way=n_way)
+        require(above=0, stuck_after=stuck_after)
+        require(least=0, most=1, max_unusable=max_unusable)
+        if resize < size:
+            raise UserError(f"resize {resize} is smaller than size {size}, the crop; give at least {size}")
+        if store is not None and os.path.exists(store) and not os.path.isdir(store):
+            raise UserError(f"store {store} is no folder; name one, which is made if need be")
+        if decoder in ("decord", "torchcodec") and importlib.util.find_spec(decoder) is None:
+            raise UserError(f"decoder {decoder} is not installed; install it, or take auto")
+        for option, value, choices in (
+            ("evaluation", evaluation, get_args(Evaluation)),
+            ("decoder", decoder, get_args(Decoder)),
+            *(("knobs", name, KNOBS) for name in knobs or ()),
+        ):
+            if value not in choices:
+                raise UserError(f"{option}: there is no {value!r}; there are {', '.join(choices)}")
+        if knobs and manifest not in EMBEDDED:
+            raise UserError(f"knobs are those of the embedded benchmark ({', '.join(EMBEDDED)}), not of {manifest}")
+        if knobs and episodes_file is not None:
+            raise UserError("knobs and episodes_file both say what a test plays; leave out one of them")
 
         self.manifest_path = manifest
         self.knobs = motion_shapes.Knobs(**knobs or {})
@@ -153,7 +179,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
         self.episodes_file = episodes_file
         self.evaluation = evaluation
         self.store = store
-        self.train_views = train_views
+        self.train_augmentations = train_augmentations
         self.seed = seed
         self.eval_seed = eval_seed
         self.reader = ClipReader(frames, resize, size, flip, decoder)
@@ -165,9 +191,9 @@ class EpisodeDataModule(lightning.LightningDataModule):
         self.max_unusable = max_unusable
         self.manifest: Manifest | None = None
         self._datasets: dict[str, EpisodeDataset] = {}
+        self._notes: dict[str, ReadingNow] = {}
         self._unusable: dict[str, UnusableVideos] = {}
-        self._tables: dict[str, EvaluationTable] = {}
-        self._train_table: TrainingTable | None = None
+        self._tables: dict[str, EvaluationTable | TrainingTable] = {}
         self._checked: set[Video] = set()
         self.accumulation(world_size=1)
 
@@ -204,21 +230,25 @@ class EpisodeDataModule(lightning.LightningDataModule):
             raise UserError("data.knobs makes test episodes harder; leave it out for anything but a test")
         if self.manifest is None:
             self._read_manifest()
-        check_one_a_device(self.world_size, val_episodes=self.val_episodes, test_episodes=self.test_episodes)
+        for option in ("val_episodes", "test_episodes"):
+            if getattr(self, option) < self.world_size:
+                raise UserError(
+                    f"{option} is {getattr(self, option)} on {self.world_size} devices; give at least one a device"
+                )
         if stage == "fit":
-            self._add_dataset("train", self.train_shape, self.seed)
+            self._add_dataset("train")
             if self.trainer:
                 count_in_steps(
                     self.trainer, self.episodes_per_step, self.accumulation(self.world_size), self.validate_every
                 )
         if stage == "test":
-            self._add_dataset("test", self.eval_shape, self.eval_seed)
+            self._add_dataset("test")
         elif stage == "validate" or not self.trainer or self.trainer.limit_val_batches:
-            self._add_dataset("val", self.eval_shape, self.eval_seed)
+            self._add_dataset("val")
         # A bank reads its videos before it plays: only in fit is that long after the start.
-        if self.evaluation == "direct" or stage == "fit":
-            for name in ["test"] if stage == "test" else ["val"] if "val" in self._tables else []:
-                self._check_videos(name)
+        name = "test" if stage == "test" else "val"
+        if name in self._tables and (self.evaluation == "direct" or stage == "fit"):
+            self._check_videos(name)
 
     def test_plans(self) -> tuple[Split, list[EpisodePlan]]:
         """The test split and the videos of its episodes; from the manifest alone, no video is needed."""
@@ -226,8 +256,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
             self._read_manifest(check_files=False)
         assert self.manifest is not None
         split = self.manifest.split("test")
-        plans = self._plans(split)
-        return split, self._drawn_plans(split) if plans is None else plans
+        return split, self._test_plans(split)
 
     def state_dict(self) -> dict[str, int]:
         """How a run counts, and how far it is, for its checkpoints."""
@@ -269,72 +298,66 @@ class EpisodeDataModule(lightning.LightningDataModule):
             self.reader = read_from_cache(self.cache, manifest, self.reader, str(path), check_files=check_files)
         self.manifest = manifest if self.class_texts is None else manifest.with_texts(self.class_texts)
 
-    def _add_dataset(self, name: str, shape: EpisodeShape, seed: int) -> None:
+    def _add_dataset(self, name: str) -> None:
         if name in self._datasets:
             return
         assert self.manifest is not None
-        split = self.manifest.split(name)
-        train = name == "train"
+        split, train = self.manifest.split(name), name == "train"
         limit = (TRAINING_UNUSABLE if train else 0.0) if self.max_unusable is None else self.max_unusable
-        dataset = EpisodeDataset(
+        plans = self._test_plans(split) if name == "test" and (self.knobs.outliers or self.episodes_file) else None
+        self._notes[name] = ReadingNow(self.num_workers)
+        self._unusable[name] = UnusableVideos(split, limit)
+        dataset = self._datasets[name] = EpisodeDataset(
             split,
-            shape,
+            self.train_shape if train else self.eval_shape,
             self.reader,
-            seed=seed,
+            seed=self.seed if train else self.eval_seed,
             augment=train,
             replace=limit > 0,
-            plans=self._plans(split) if name == "test" else None,
+            plans=plans,
             step=self.episodes_per_step,
+            note=self._notes[name],
         )
-        self._datasets[name] = dataset
-        self._unusable[name] = UnusableVideos(split, limit)
-        options: dict[str, Any] = {
-            "num_workers": self.num_workers,
-            "stuck_after": self.stuck_after,
-            "progress": self.rank == 0 and bool(self.trainer and self.trainer.progress_bar_callback),
-            "root": self.manifest.root,
-            "store": self.store,
-        }
+        progress = self.rank == 0 and bool(self.trainer and self.trainer.progress_bar_callback)
+        options: dict[str, Any] = {"progress": progress, "root": self.manifest.root, "store": self.store}
+        options |= {"num_workers": self.num_workers, "stuck_after": self.stuck_after}
         if not train:
-            self._tables[name] = EvaluationTable(dataset, self._count(name), self._unusable[name], **options)
-        elif self.train_views:
-            self._train_table = TrainingTable(dataset, self.train_views, self._unusable[name], **options)
+            count = len(plans) if plans is not None else self.val_episodes if name == "val" else self.test_episodes
+            # Episodes that are played together: a number that doesn't depend on the devices.
+            options["block"] = min(max(count // MOST_DEVICES, 1), MOST_PLAYED)
+            self._tables[name] = EvaluationTable(dataset, count, self._unusable[name], **options)
+        elif self.train_augmentations:
+            options["block"] = self.batch_size
+            self._tables[name] = TrainingTable(dataset, self.train_augmentations, self._unusable[name], **options)
 
-    def _plans(self, split: Split) -> list[EpisodePlan] | None:
-        """The test episodes of a file, if one is given, which has the last word on how many there are; or outliers."""
-        if self.knobs.outliers:
-            generators = (
-                episode_generator(self.eval_seed, split.name, i, "outliers") for i in range(self.test_episodes)
-            )
-            drawn = zip(self._drawn_plans(split), generators, strict=True)
-            return [with_outliers(plan, self.knobs.outliers, rng) for plan, rng in drawn]
-        if self.episodes_file is None:
-            return None
-        assert self.manifest is not None
-        plans = read_episodes_file(self.episodes_file, split, self.manifest.root, self.eval_shape)
-        if len(plans) < self.test_episodes:
-            warnings.warn(f"{self.episodes_file} has {len(plans)} episodes, fewer than test_episodes", stacklevel=2)
-            self.test_episodes = len(plans)
-        return plans[: self.test_episodes]
-
-    def _drawn_plans(self, split: Split) -> list[EpisodePlan]:
-        """The usual test episodes."""
+    def _test_plans(self, split: Split) -> list[EpisodePlan]:
+        """The test episodes: those of a file, if one is given, which has the last word on how many there are."""
+        if self.episodes_file is not None:
+            assert self.manifest is not None
+            plans = read_episodes_file(self.episodes_file, split, self.manifest.root, self.eval_shape)
+            if len(plans) < self.test_episodes:
+                warnings.warn(f"{self.episodes_file} has {len(plans)} episodes, fewer than test_episodes", stacklevel=2)
+            return plans[: self.test_episodes]
         self.eval_shape.check(split)
         numbers = range(self.test_episodes)
-        return [plan_episode(split, self.eval_shape, seed=self.eval_seed, episode=number) for number in numbers]
+        plans = [plan_episode(split, self.eval_shape, seed=self.eval_seed, episode=number) for number in numbers]
+        if self.knobs.outliers:
+            generators = (episode_generator(self.eval_seed, split.name, number, "outliers") for number in numbers)
+            share = self.knobs.outliers
+            plans = [with_outliers(plan, share, rng) for plan, rng in zip(plans, generators, strict=True)]
+        return plans
 
     def _check_videos(self, name: str) -> None:
         """Refuse to start an evaluation in which too many videos turn out unusable; every rank with the same words."""
         table = self._tables[name]
-        limit = getattr(self.trainer, f"limit_{name}_batches", 1.0)
         count = len(table)
-        if isinstance(limit, int):
-            batch = self._block(name) if self.evaluation == "bank" else self.batch_size
-            count = min(count, limit * batch * self.world_size)
-        places = [place for place in table.named(range(count)) if table.videos[place] not in self._checked]
-        read = table.clips([[place] for place in places[self.rank :: self.world_size]])
-        table.unusable.add(self._of_all_ranks({p: reason for clips in read for p, reason in clips.unusable.items()}))
-        self._checked.update(table.videos[place] for place in places)
+        if self.trainer:
+            block = table.block if self.evaluation == "bank" else self.batch_size
+            count = min(count, batches_limit(self.trainer, name) * block * self.world_size)
+        indices = [i for i in table.named(range(count)) if table.videos[i] not in self._checked]
+        read = table.clips([[index] for index in indices[self.rank :: self.world_size]])
+        self._unusable[name].add(self._of_all_ranks({p: why for clips in read for p, why in clips.unusable.items()}))
+        self._checked.update(table.videos[index] for index in indices)
 
     def share_unusable(self) -> None:
         """Count the training videos that any rank found unusable; to be called on all ranks.
@@ -353,29 +376,26 @@ class EpisodeDataModule(lightning.LightningDataModule):
             torch.distributed.all_gather_object(found, unusable)
         return dict(itertools.chain(*(of_rank.items() for of_rank in found)))
 
-    def _count(self, name: str) -> int:
-        return self.val_episodes if name == "val" else self.test_episodes
-
-    def _block(self, name: str) -> int:
-        """Episodes of an evaluation that are played together: a number that doesn't depend on the devices."""
-        return min(max(self._count(name) // MOST_DEVICES, 1), MOST_PLAYED)
-
-    def _sampler(self, name: str, block: int = 1) -> EpisodeSampler:
-        count = None if name == "train" else self._count(name)
-        return EpisodeSampler(count, block=block, first=self._first_episode, rank=self.rank, world_size=self.world_size)
-
     def _loader(self, name: str) -> DataLoader[Any]:
-        if name == "train" and self._train_table is not None:
-            views = self._train_table
-            return DataLoader(views, self.batch_size, sampler=self._sampler(name), collate_fn=views.collate)
-        if name != "train" and self.evaluation == "bank":
-            table, block = self._tables[name], self._block(name)
-            return DataLoader(table, block, sampler=self._sampler(name, block), collate_fn=table.batch)
-        return episode_loader(
+        """The loader of a stage: here it is decided whether its batches are episodes of a table, or frames."""
+        table = self._tables.get(name)
+        from_table = table is not None and (name == "train" or self.evaluation == "bank")
+        sampler = EpisodeSampler(
+            None if name == "train" or table is None else len(table),
+            block=table.block if table is not None and from_table and name != "train" else 1,
+            first=self._first_episode,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+        if table is not None and from_table:
+            return DataLoader(table, table.block, sampler=sampler, collate_fn=table.batch)
+        return VideoLoader(
             self._datasets[name],
-            self._unusable[name],
+            note=self._notes[name],
+            receive=self._unusable[name].receive,
+            collate_fn=collate_episodes,
             batch_size=self.batch_size,
-            sampler=self._sampler(name),
+            sampler=sampler,
             num_workers=self.num_workers,
             stuck_after=self.stuck_after,
             pin_memory=torch.cuda.is_available(),
@@ -385,103 +405,6 @@ class EpisodeDataModule(lightning.LightningDataModule):
     def _first_episode(self) -> int:
         """How many training episodes the optimiser has had: a resumed run goes on there, with no loader state."""
         return self.trainer.global_step * self.episodes_per_step if self.trainer else 0
-
-
-# The embedded benchmark's families by the names under which they stand for a manifest.
-EMBEDDED = {"motion_shapes": "demo", "motion_shapes_scene": "scene", "motion_shapes_order": "order"}
-
-
-KNOBS = tuple(field.name for field in dataclasses.fields(motion_shapes.Knobs))
-
-
-Evaluation = Literal["bank", "direct"]
-
-
-def check_at_least_one(**options: int) -> None:
-    """Refuse numbers of things of which there have to be some.
-
-    Raises:
-        UserError: names the first.
-    """
-    for option, value in options.items():
-        if value < 1:
-            raise UserError(f"{option} is {value}; it must be at least 1")
-
-
-def check_not_negative(**options: int) -> None:
-    """Refuse numbers below 0.
-
-    Raises:
-        UserError: names the first.
-    """
-    for option, value in options.items():
-        if value < 0:
-            raise UserError(f"{option} is {value}; it must not be negative")
-
-
-def check_one_a_device(world_size: int, **options: int) -> None:
-    """Refuse numbers of episodes that leave a device without any.
-
-    Raises:
-        UserError: names the first.
-    """
-    for option, value in options.items():
-        if value < world_size:
-            raise UserError(f"{option} is {value} on {world_size} devices; give at least one a device")
-
-
-def check_sizes(n_way: int, resize: int, size: int) -> None:
-    """Refuse episodes of one class, and crops larger than the frames.
-
-    Raises:
-        UserError: says what to give.
-    """
-    if n_way < 2:
-        raise UserError(f"n_way is {n_way}: there is nothing to tell apart; give at least 2")
-    if resize < size:
-        raise UserError(f"resize {resize} is smaller than size {size}, the crop; give at least {size}")
-
-
-def check_patience(stuck_after: float, max_unusable: float | None) -> None:
-    """Refuse limits that nothing could keep to, or everything.
-
-    Raises:
-        UserError: says between what they have to be.
-    """
-    if not stuck_after > 0:
-        raise UserError(f"stuck_after is {stuck_after}; it must be positive")
-    if max_unusable is not None and not 0 <= max_unusable <= 1:
-        raise UserError(f"max_unusable is {max_unusable}, a share; it must be between 0 and 1")
-
-
-def check_ways(store: str | None, evaluation: str, decoder: str) -> None:
-    """Refuse a store that is no folder, and ways to evaluate and to decode that don't exist or aren't installed.
-
-    Raises:
-        UserError: says which there are.
-    """
-    if store is not None and os.path.exists(store) and not os.path.isdir(store):
-        raise UserError(f"store {store} is no folder; name one, which is made if need be")
-    if evaluation not in get_args(Evaluation):
-        raise UserError(f"evaluation is {evaluation!r}; it can be {', '.join(get_args(Evaluation))}")
-    if decoder not in get_args(Decoder):
-        raise UserError(f"decoder is {decoder!r}; it can be {', '.join(get_args(Decoder))}")
-    if decoder in ("decord", "torchcodec") and importlib.util.find_spec(decoder) is None:
-        raise UserError(f"decoder {decoder} is not installed; install it, or take auto")
-
-
-def check_knobs(knobs: Iterable[str] | None, manifest: str, episodes_file: str | None) -> None:
-    """Refuse knobs that don't exist, or that there is nothing to turn by.
-
-    Raises:
-        UserError: says which there are, or what to leave out.
-    """
-    if unknown := [name for name in knobs or {} if name not in KNOBS]:
-        raise UserError(f"knobs: there is no {unknown[0]!r}; there are {', '.join(KNOBS)}")
-    if knobs and manifest not in EMBEDDED:
-        raise UserError(f"knobs are those of the embedded benchmark ({', '.join(EMBEDDED)}), not of {manifest}")
-    if knobs and episodes_file is not None:
-        raise UserError("knobs and episodes_file both say what a test plays; leave out one of them")
 
 
 def read_from_cache(folder: str, manifest: Manifest, reader: ClipReader, name: str, *, check_files: bool) -> ClipReader:

@@ -1,9 +1,9 @@
-"""Episodes whose videos are read once each: tables for evaluation, and for training from features."""
+"""Episodes whose videos are read and encoded once each: tables for evaluation, and for training from features."""
 
 from __future__ import annotations
 
-import itertools
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,20 +13,28 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from clip_m2df.datasets.manifest import Video
-from clip_m2df.episode import Clips, IndexedEpisode, episode_draws, episode_generator, select_episodes
+from clip_m2df.episode import (
+    Clips,
+    IndexedEpisode,
+    TableEpisodes,
+    episode_draws,
+    episode_generator,
+    select_episodes,
+)
 from clip_m2df.episodes.dataset import EpisodeDataset
-from clip_m2df.episodes.loader import UnusableVideos, VideoLoader
+from clip_m2df.episodes.loader import ReadingNow, UnusableVideos, VideoLoader
 from clip_m2df.episodes.plan import EpisodePlan
 from clip_m2df.files import fingerprint, relative_path
 from clip_m2df.video.reader import VideoError
 
 
-class _VideoTable:
-    """Videos that are read once each.
+class EpisodeTable(Dataset[int], ABC):
+    """Episodes by number, and videos that are read once each, for however many episodes.
 
     Args:
         dataset: tells the videos of each episode, and how a video is read.
         unusable: keeps count of unusable videos.
+        block: episodes of a batch.
         num_workers: processes that decode.
         stuck_after: see :class:`clip_m2df.episodes.loader.VideoLoader`.
         progress: whether to show a progress bar.
@@ -34,7 +42,7 @@ class _VideoTable:
         store: a folder for features.
 
     Attributes:
-        videos: what the places of episodes mean.
+        videos: what the indices of episodes mean.
         reading: how frames are read, in words.
     """
 
@@ -43,49 +51,83 @@ class _VideoTable:
         dataset: EpisodeDataset,
         unusable: UnusableVideos,
         *,
-        num_workers: int,
-        stuck_after: float,
-        progress: bool,
+        block: int = 1,
+        progress: bool = False,
         root: str | None = None,
         store: str | None = None,
+        num_workers: int = 0,
+        stuck_after: float = 300.0,
     ) -> None:
-        self.dataset = dataset
-        self.unusable = unusable
-        self.num_workers = num_workers
-        self.stuck_after = stuck_after
+        self.dataset, self.unusable = dataset, unusable
+        self.block = block
         self.progress = progress
-        self.root = root
-        self.store = store
+        self.root, self.store = root, store
+        self.num_workers, self.stuck_after = num_workers, stuck_after
         self.reading = repr(dataset.reader)
         self.videos: list[Video] = []
 
-    def identity(self, place: int) -> str:
+    @abstractmethod
+    def __len__(self) -> int:
+        """How many episodes there are; 0 for an endless stream."""
+
+    @abstractmethod
+    def episodes(self, numbers: Sequence[int]) -> IndexedEpisode:
+        """Episodes by their numbers."""
+
+    @abstractmethod
+    def named(self, numbers: Sequence[int]) -> list[int]:
+        """The indices of the videos that episodes name, in order."""
+
+    @abstractmethod
+    def replace(self, unusable: Mapping[str, str]) -> None:
+        """Put others in the places of videos that can't be read; the reasons by path, of those that are new."""
+
+    def __getitem__(self, number: int) -> int:
+        """The number itself, for :meth:`batch`: its videos are looked up when they have been read."""
+        return number
+
+    def batch(self, numbers: Sequence[int]) -> TableEpisodes:
+        """A batch of episodes."""
+        return TableEpisodes(self, torch.tensor(numbers))
+
+    def identity(self, index: int) -> str:
         """The video's path from the root, and what changes with its file; that of its cached frames if it is gone."""
-        path = self.videos[place].path
+        path = self.videos[index].path
         try:
             state = ":".join(map(str, fingerprint(path)))
         except OSError:
             state = "not there"
         return f"{relative_path(path, self.root)} {state}"
 
-    def uniforms(self, place: int) -> Tensor | None:
+    def uniforms(self, index: int) -> Tensor | None:
         """What the frames, the crop and the flip of a clip are drawn by; None for the middle ones."""
         return None
+
+    def read(self, index: int) -> Tensor:
+        """The frames of one video, read in this process: uint8 ``(frames, 3, size, size)``.
+
+        Raises:
+            VideoError: it can't be read.
+        """
+        return self.dataset.reader.read(self.videos[index].path, self.uniforms(index))[0]
 
     def clips(self, chunks: Sequence[Sequence[int]]) -> Iterator[Clips]:
         """Read videos.
 
         Args:
-            chunks: the places of videos that come together.
+            chunks: the indices of videos that come together.
 
         Yields:
             A batch of clips for each chunk, in order.
         """
+        workers = min(self.num_workers, len(chunks))
+        note = ReadingNow(workers)
         loader: Iterable[Clips] = VideoLoader(
-            _Reader(self),
+            _VideoDataset(self, note),
+            note=note,
             receive=self._receive,
             stuck_after=self.stuck_after,
-            num_workers=min(self.num_workers, len(chunks)),
+            num_workers=workers,
             batch_sampler=chunks,
             collate_fn=list,
         )
@@ -96,53 +138,67 @@ class _VideoTable:
         frames = self.dataset.reader.frames
         self.unusable.say_short({item.path: item.length for item in read if item.length < frames})
         return Clips(
-            torch.tensor([item.place for item in read], dtype=torch.long),
+            torch.tensor([item.video for item in read], dtype=torch.long),
             torch.stack([item.clip for item in read if item.clip is not None]) if read else None,
             {item.path: item.reason for item in items if item.clip is None},
         )
 
+    def _rows(
+        self, numbers: Sequence[int], plans: Sequence[EpisodePlan], replaced: Sequence[int], videos: Tensor
+    ) -> IndexedEpisode:
+        """Episodes by the indices of their ``videos (episodes, n)``, the support before the query."""
+        split, labels = self.dataset.split, [plan.query_labels for plan in plans]
+        n_support = videos.shape[1] - len(labels[0])
+        draws = [
+            episode_draws(self.dataset.seed, split.name, number, len(row))
+            for number, row in zip(numbers, labels, strict=True)
+        ]
+        return IndexedEpisode(
+            numbers=torch.tensor(numbers),
+            support=videos[:, :n_support].unflatten(1, (len(plans[0].classes), -1)),
+            query=videos[:, n_support:],
+            query_labels=torch.tensor(labels),
+            class_indices=torch.tensor([plan.classes for plan in plans]),
+            class_names=list(split.class_texts),
+            draws=torch.stack(draws),
+            replaced=torch.tensor(replaced),
+        )
 
-class EvaluationTable(_VideoTable, Dataset[int]):
-    """The episodes of an evaluation by number, and the videos that they name.
+
+class EvaluationTable(EpisodeTable):
+    """The episodes of an evaluation.
 
     Args:
-        dataset: see :class:`_VideoTable`.
+        dataset: see :class:`EpisodeTable`.
         count: how many episodes.
-        unusable: see :class:`_VideoTable`.
+        unusable: see :class:`EpisodeTable`.
         **options: the same.
 
     Attributes:
-        episodes: all of them; videos are places in ``videos``.
         videos: those that the episodes name, in the manifest's order, then stand-ins as they were needed.
     """
 
     def __init__(self, dataset: EpisodeDataset, count: int, unusable: UnusableVideos, **options: Any) -> None:
         super().__init__(dataset, unusable, **options)
-        self._drawn = self._plans = [dataset.plan(number) for number in range(count)]
-        self._replaced = [0] * count
-        named = {video.path: video for plan in self._plans for video in _videos(plan)}
+        self._drawn = [dataset.plan(number) for number in range(count)]
+        named = {video.path: video for plan in self._drawn for video in plan.videos}
         own = [video for row in dataset.split.videos for video in row if video.path in named]
         # An episode may name others than the split's.
-        self.videos = list({video.path: video for video in [*own, *named.values()]}.values())
-        self._index()
-
-    def __getitem__(self, number: int) -> int:
-        """The number itself, for :meth:`batch` to look up."""
-        return number
+        self._index([*own, *named.values()], self._drawn, [0] * count)
 
     def __len__(self) -> int:
-        """How many episodes there are."""
-        return len(self._plans)
+        """See :class:`EpisodeTable`."""
+        return len(self._drawn)
 
-    def batch(self, numbers: Sequence[int]) -> IndexedEpisode:
-        """Some of the episodes."""
-        return select_episodes(self.episodes, torch.tensor(numbers))
+    def episodes(self, numbers: Sequence[int]) -> IndexedEpisode:
+        """See :class:`EpisodeTable`."""
+        return select_episodes(self._all, torch.tensor(numbers, dtype=torch.long))
 
     def named(self, numbers: Sequence[int]) -> list[int]:
-        """The places of the videos that episodes name, in order."""
-        rows = select_episodes(self.episodes, torch.tensor(numbers, dtype=torch.long))
-        places: list[int] = torch.cat((rows["support"].flatten(), rows["query"].flatten())).unique().tolist()
-        return places
+        """See :class:`EpisodeTable`."""
+        rows = self.episodes(numbers)
+        indices: list[int] = torch.cat((rows["support"].flatten(), rows["query"].flatten())).unique().tolist()
+        return indices
 
     def replace(self, unusable: Mapping[str, str]) -> None:
         """Put stand-ins in the places of unusable videos, as :class:`EpisodeDataset` does.
@@ -156,101 +212,76 @@ class EvaluationTable(_VideoTable, Dataset[int]):
         self.unusable.add(unusable)
         known = self.unusable.reasons
         replanned = [
-            self.dataset.replan(number, plan, known)
-            if any(video.path in known for video in _videos(plan))
-            else (plan, 0)
+            self.dataset.replan(number, plan, lambda path: path not in known)
+            if any(video.path in known for video in plan.videos)
+            else (plan, [])
             for number, plan in enumerate(self._drawn)
         ]
-        self._plans, self._replaced = [plan for plan, _ in replanned], [count for _, count in replanned]
-        self.videos = list(
-            {video.path: video for video in [*self.videos, *itertools.chain(*map(_videos, self._plans))]}.values()
-        )
-        self._index()
+        plans = [plan for plan, _ in replanned]
+        named = [video for plan in plans for video in plan.videos]
+        self._index([*self.videos, *named], plans, [len(passed_over) for _, passed_over in replanned])
 
-    def _index(self) -> None:
-        """Put the places of videos into ``episodes``."""
-        place = {video.path: place for place, video in enumerate(self.videos)}
-        split = self.dataset.split
-        labels = [[label for label, row in enumerate(plan.query) for _ in row] for plan in self._plans]
-        self.episodes = IndexedEpisode(
-            numbers=torch.arange(len(self)),
-            support=torch.tensor([[[place[v.path] for v in row] for row in plan.support] for plan in self._plans]),
-            query=torch.tensor([[place[v.path] for row in plan.query for v in row] for plan in self._plans]),
-            query_labels=torch.tensor(labels),
-            class_indices=torch.tensor([plan.classes for plan in self._plans]),
-            class_names=list(split.class_texts),
-            draws=torch.stack(
-                [episode_draws(self.dataset.seed, split.name, i, len(row)) for i, row in enumerate(labels)]
-            ),
-            replaced=torch.tensor(self._replaced),
-        )
+    def _index(self, videos: Iterable[Video], plans: Sequence[EpisodePlan], replaced: Sequence[int]) -> None:
+        self.videos = list({video.path: video for video in videos}.values())
+        index = {video.path: i for i, video in enumerate(self.videos)}
+        indices = torch.tensor([[index[video.path] for video in plan.videos] for plan in plans])
+        self._all = self._rows(range(len(plans)), plans, replaced, indices)
 
 
-class TrainingTable(_VideoTable, Dataset[IndexedEpisode]):
-    """Training episodes by number, from a few augmented views of each video that are read before the training.
+class TrainingTable(EpisodeTable):
+    """Training episodes, from a few augmentations of each video that are read before the training.
 
     Args:
-        dataset: see :class:`_VideoTable`.
-        views: how many views a video has.
-        unusable: see :class:`_VideoTable`.
+        dataset: see :class:`EpisodeTable`.
+        augmentations: how many a video has.
+        unusable: see :class:`EpisodeTable`.
         **options: the same.
 
     Attributes:
-        videos: that of each place: the views of a video follow one another.
+        videos: that of each index: the augmentations of a video follow one another.
     """
 
-    def __init__(self, dataset: EpisodeDataset, views: int, unusable: UnusableVideos, **options: Any) -> None:
+    def __init__(self, dataset: EpisodeDataset, augmentations: int, unusable: UnusableVideos, **options: Any) -> None:
         super().__init__(dataset, unusable, **options)
-        self.views = views
-        self.videos = [video for row in dataset.split.videos for video in row for _ in range(views)]
-        self._first = {video.path: views * place for place, video in enumerate(self.videos[::views])}
+        self.augmentations = augmentations
+        self.videos = [video for row in dataset.split.videos for video in row for _ in range(augmentations)]
+        self._first = {video.path: augmentations * i for i, video in enumerate(self.videos[::augmentations])}
 
-    def __getitem__(self, number: int) -> IndexedEpisode:
-        """Episode number ``number``, with one leading axis of size 1; which view of a video comes is its own draw."""
-        plan, replaced = self.dataset.plan(number), 0
-        if self.unusable.reasons:
-            plan, replaced = self.dataset.replan(number, plan, self.unusable.reasons)
-        stage, labels = self.dataset.split.name, [label for label, row in enumerate(plan.query) for _ in row]
-        rng = episode_generator(self.dataset.seed, stage, number, "augmentation")
-        places = [self._first[video.path] + int(rng.integers(self.views)) for video in _videos(plan)]
-        n_support = len(places) - len(labels)
-        return IndexedEpisode(
-            numbers=torch.tensor([number]),
-            support=torch.tensor(places[:n_support]).view(1, len(plan.classes), -1),
-            query=torch.tensor([places[n_support:]]),
-            query_labels=torch.tensor([labels]),
-            class_indices=torch.tensor([plan.classes]),
-            class_names=list(self.dataset.split.class_texts),
-            draws=episode_draws(self.dataset.seed, stage, number, len(labels)).unsqueeze(0),
-            replaced=torch.tensor([replaced]),
-        )
+    def __len__(self) -> int:
+        """See :class:`EpisodeTable`."""
+        return 0
 
-    def collate(self, episodes: Sequence[IndexedEpisode]) -> IndexedEpisode:
-        """Join episodes along their leading axis."""
-        joined = episodes[0].copy()
-        for key in set(joined) - {"class_names"}:
-            joined[key] = torch.cat([episode[key] for episode in episodes])  # type: ignore[literal-required]
-        return joined
+    def episodes(self, numbers: Sequence[int]) -> IndexedEpisode:
+        """See :class:`EpisodeTable`; which augmentation of a video comes is the episode's own draw."""
+        seed, stage, known = self.dataset.seed, self.dataset.split.name, self.unusable.reasons
+        replanned = [self.dataset.replan(i, self.dataset.plan(i), lambda path: path not in known) for i in numbers]
+        videos = []
+        for number, (plan, _) in zip(numbers, replanned, strict=True):
+            rng = episode_generator(seed, stage, number, "augmentation")
+            videos.append([self._first[v.path] + int(rng.integers(self.augmentations)) for v in plan.videos])
+        plans, replaced = [plan for plan, _ in replanned], [len(passed_over) for _, passed_over in replanned]
+        return self._rows(numbers, plans, replaced, torch.tensor(videos))
 
     def named(self, numbers: Sequence[int]) -> list[int]:
-        """The places of all views of the videos that episodes name; of all usable videos if none is given."""
-        paths = {video.path for number in numbers for video in _videos(self.dataset.plan(number))}
+        """All augmentations of the videos that episodes name; of all usable videos if none is given."""
+        paths = {video.path for number in numbers for video in self.dataset.plan(number).videos}
         return [
-            place
-            for place, video in enumerate(self.videos)
+            index
+            for index, video in enumerate(self.videos)
             if video.path not in self.unusable.reasons and (not numbers or video.path in paths)
         ]
 
-    def identity(self, place: int) -> str:
-        """The video and the view."""
-        return f"{super().identity(place)} view {place % self.views} of seed {self.dataset.seed}"
+    def identity(self, index: int) -> str:
+        """The video and the augmentation, which files of features call a view."""
+        return f"{super().identity(index)} view {index % self.augmentations} of seed {self.dataset.seed}"
 
-    def uniforms(self, place: int) -> Tensor:
-        """A view's own, which depend on the seed, the video's path and the view's number alone."""
-        path = relative_path(self.videos[place].path, self.root)
+    def uniforms(self, index: int) -> Tensor:
+        """An augmentation's own, which depend on the seed, the video's path and its own number alone."""
+        path = relative_path(self.videos[index].path, self.root)
         number = zlib.crc32(path.encode(errors="surrogateescape"))
-        rng = episode_generator(self.dataset.seed, self.dataset.split.name, number, "views")
-        return torch.from_numpy(rng.random((self.views, self.dataset.reader.frames + 3)))[place % self.views]
+        rng = episode_generator(self.dataset.seed, self.dataset.split.name, number, "stored augmentation")
+        every = rng.random((self.augmentations, self.dataset.reader.frames + 3))
+        return torch.from_numpy(every)[index % self.augmentations]
 
     def replace(self, unusable: Mapping[str, str]) -> None:
         """Leave unusable videos out of the episodes.
@@ -267,32 +298,28 @@ class TrainingTable(_VideoTable, Dataset[IndexedEpisode]):
 class _Read(NamedTuple):
     """What came of reading a video."""
 
-    place: int
+    video: int
     path: str
     clip: Tensor | None = None
     length: int = 0
     reason: str = ""
 
 
-class _Reader(Dataset[_Read]):
-    """The clips of a table's videos by place."""
+class _VideoDataset(Dataset[_Read]):
+    """The clips of a table's videos by index."""
 
-    def __init__(self, table: _VideoTable) -> None:
+    def __init__(self, table: EpisodeTable, note: Callable[[str], object]) -> None:
         self.paths = [video.path for video in table.videos]
         self.reader = table.dataset.reader
         self.uniforms = table.uniforms
-        self.reading: Callable[[str], object] = str
+        self.note = note
 
-    def __getitem__(self, place: int) -> _Read:
-        path = self.paths[place]
-        self.reading(path)
+    def __getitem__(self, index: int) -> _Read:
+        path = self.paths[index]
+        self.note(path)
         try:
-            return _Read(place, path, *self.reader.read(path, self.uniforms(place)))
+            return _Read(index, path, *self.reader.read(path, self.uniforms(index)))
         except VideoError as error:
-            return _Read(place, path, reason=str(error))
+            return _Read(index, path, reason=str(error))
         finally:
-            self.reading("")
-
-
-def _videos(plan: EpisodePlan) -> Iterator[Video]:
-    return (video for rows in (plan.support, plan.query) for row in rows for video in row)
+            self.note("")

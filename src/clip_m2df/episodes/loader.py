@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from clip_m2df.datasets.manifest import Split
 from clip_m2df.episode import Episode
-from clip_m2df.episodes.dataset import EpisodeDataset, ReadEpisode, collate_episodes
+from clip_m2df.episodes.dataset import ReadEpisode
 from clip_m2df.errors import UserError, some
 
 # Of the message of a run that stops; each video has been named when it turned up.
@@ -56,7 +56,8 @@ class VideoLoader(DataLoader[Any]):
     """A ``DataLoader`` that ends with the video's name where a worker is stuck or killed.
 
     Args:
-        dataset: it calls its attribute ``reading`` with the path of each video, and with an empty one after it.
+        dataset: it calls ``note`` with the path of each video, and with an empty one after it.
+        note: what keeps these paths.
         receive: what to make of a batch in the main process.
         stuck_after: seconds without a batch after which a worker counts as stuck.
         num_workers: processes that decode.
@@ -67,6 +68,7 @@ class VideoLoader(DataLoader[Any]):
         self,
         dataset: Dataset[Any],
         *,
+        note: ReadingNow,
         receive: Callable[[Any], Any],
         stuck_after: float,
         num_workers: int,
@@ -80,7 +82,7 @@ class VideoLoader(DataLoader[Any]):
             **options,
         )
         self.receive = receive
-        self.reading = dataset.reading = ReadingNow(num_workers)  # type: ignore[attr-defined]
+        self.note = note
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """The batches, as ``receive`` returns them.
@@ -107,10 +109,10 @@ class VideoLoader(DataLoader[Any]):
     def _lost(self, message: str) -> str:
         """What became of a worker, from torch's own message; nothing if that is of something else."""
         if message.startswith("DataLoader timed out"):
-            paths = self.reading.paths()
+            paths = self.note.paths()
             what, remedy = f"hangs: nothing came for {self.timeout:g} s", "raise data.stuck_after if it is only slow"
         elif message.startswith("DataLoader worker (pid"):
-            paths = self.reading.paths([int(number) for number in re.findall(r"\d+", message)])
+            paths = self.note.paths([int(number) for number in re.findall(r"\d+", message)])
             what, remedy = "was killed", "lower data.num_workers if memory ran out"
         else:
             return ""
@@ -195,14 +197,3 @@ class UnusableVideos:
             )
         for reason in new.values() if say else ():
             warnings.warn(f"{reason}; another video of its class takes its place", stacklevel=2)
-
-
-def episode_loader(dataset: EpisodeDataset, unusable: UnusableVideos, **options: Any) -> VideoLoader:
-    """A loader of batches of :class:`clip_m2df.episode.Episode`.
-
-    Args:
-        dataset: the episodes.
-        unusable: what keeps count of unusable videos.
-        **options: of :class:`VideoLoader`.
-    """
-    return VideoLoader(dataset, receive=unusable.receive, collate_fn=collate_episodes, **options)

@@ -1,4 +1,4 @@
-"""Which videos make up episode i, and the frames that stand for them.
+"""Which videos make up episode i, and which rank plays it.
 
 Episodes are *addressable*: episode i is a pure function of (seed, stage, i), whatever the number of workers, ranks and
 restarts. Numbers are dealt to ranks by :class:`EpisodeSampler`; everything random in an episode is drawn from its own
@@ -26,7 +26,7 @@ class EpisodePlan(NamedTuple):
     """The videos of an episode.
 
     Attributes:
-        classes: places in the split's class table, ``n_way`` of them.
+        classes: indices in the split's class table, ``n_way`` of them.
         support: a row of ``n_shot`` videos a class.
         query: a row of query videos a class; ``n_query`` of them where they are drawn.
     """
@@ -34,6 +34,24 @@ class EpisodePlan(NamedTuple):
     classes: tuple[int, ...]
     support: tuple[tuple[Video, ...], ...]
     query: tuple[tuple[Video, ...], ...]
+
+    @property
+    def videos(self) -> list[Video]:
+        """All of them, the support before the query."""
+        return [video for rows in (self.support, self.query) for row in rows for video in row]
+
+    @property
+    def query_labels(self) -> list[int]:
+        """Of each query, the index of its class in the episode."""
+        return [label for label, row in enumerate(self.query) for _ in row]
+
+    def replaced(self, replace: Callable[[int, Video], Video]) -> EpisodePlan:
+        """The same with each video replaced by what a function makes of the index of its class and the video."""
+        support, query = (
+            tuple(tuple(replace(c, video) for video in row) for c, row in zip(self.classes, rows, strict=True))
+            for rows in (self.support, self.query)
+        )
+        return EpisodePlan(self.classes, support, query)
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,67 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from clip_m2df.nn.head import Head, HeadOutput
-from clip_m2df.nn.m2df import M2DFHead
-from clip_m2df.nn.matching import at_least_float32, cosine, frame_costs, otam_alignment
-from clip_m2df.nn.prompts import closest_frames
-from clip_m2df.nn.views import FusedSequence
+from clip_m2df.episode import FeatureEpisode
+from clip_m2df.nn.head import Embedded, Head, HeadOutput
+from clip_m2df.nn.matching import at_least_float32
+
+
+class Alignment(NamedTuple):
+    """How OTAM aligns a clip with a class.
+
+    Attributes:
+        role: what the class is to the clip.
+        class_name: its name.
+        weights: of each view, ``(frames, frames)``, the clip's frames first.
+        distances: of each view.
+        example: frames of a video of the class, uint8 ``(frames, 3, height, width)``; None where there are none.
+    """
+
+    role: str
+    class_name: str
+    weights: dict[str, Tensor]
+    distances: dict[str, float]
+    example: Tensor | None
+
+    @property
+    def largest(self) -> float:
+        """The largest weight of all views."""
+        return max(float(weights.nan_to_num(0).max()) for weights in self.weights.values())
+
+
+class PromptScore(NamedTuple):
+    """How much the frames of a clip look like a class's prompt.
+
+    Attributes:
+        class_name: of the class.
+        probability: PPS's.
+        cosines: of each frame.
+        counted: whether the prompt's score has the frame in its mean.
+        chosen: whether the clip got this prompt.
+    """
+
+    class_name: str
+    probability: float
+    cosines: list[float]
+    counted: list[bool]
+    chosen: bool
+
+
+class HardQuery(NamedTuple):
+    """A query of a hard episode.
+
+    Attributes:
+        loss: its cross-entropy.
+        right: whether its class was predicted.
+        class_names: of its own class and of the predicted one.
+        clips: frames of the query, of its class's first shot and of the predicted class's; None where they can't be
+            had.
+    """
+
+    loss: float
+    right: bool
+    class_names: tuple[str, str]
+    clips: tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 class QueryEvidence(NamedTuple):
@@ -45,14 +101,14 @@ class HardEpisode(NamedTuple):
     Attributes:
         number: of the episode.
         class_names: its classes.
-        labels: of each query, its class as a place in ``class_names``.
+        labels: of each query, its class as an index in ``class_names``.
         predicted: of each query, the class that it was taken for.
         rivals: of each query, the likeliest class but its own.
         losses: cross-entropy of each query.
         support: uint8 frames ``(n_way, frames, 3, height, width)``, the first shot of each class; None where they can't
             be had.
         query: the same of the queries, ``(n_queries, frames, 3, height, width)``.
-        evidence: on the query of the highest loss, if the head goes through the method's stages.
+        evidence: on the query of the highest loss, if the head has views.
     """
 
     number: int
@@ -74,6 +130,44 @@ class HardEpisode(NamedTuple):
     def hardest(self) -> int:
         """The query of the highest loss."""
         return self.losses.index(max(self.losses))
+
+    def queries(self) -> list[HardQuery]:
+        """The queries, that of the highest loss first."""
+        support = self.support if self.support is not None else [None] * len(self.class_names)
+        query = self.query if self.query is not None else [None] * len(self.labels)
+        found = []
+        for q in sorted(range(len(self.labels)), key=lambda q: -self.losses[q]):
+            own, predicted = self.labels[q], self.predicted[q]
+            names = (self.class_names[own], self.class_names[predicted])
+            found.append(
+                HardQuery(self.losses[q], own == predicted, names, (query[q], support[own], support[predicted]))
+            )
+        return found
+
+    def alignments(self) -> list[Alignment]:
+        """Those of the hardest query with its own class and with the rival; empty without evidence."""
+        if self.evidence is None:
+            return []
+        own, rival = self.labels[self.hardest], self.rivals[self.hardest]
+        role = "taken for" if self.predicted[self.hardest] == rival else "runner-up"
+        return [
+            Alignment(
+                role,
+                self.class_names[c],
+                {view: weights[i] for view, weights in self.evidence.alignments.items()},
+                {view: distances[i] for view, distances in self.evidence.distances.items()},
+                None if self.support is None else self.support[c],
+            )
+            for i, (role, c) in enumerate({"its class": own, role: rival}.items())
+        ]
+
+    def prompt_scores(self) -> list[PromptScore]:
+        """Those of the hardest query with the prompts of all classes; empty without evidence, or without PPS."""
+        found = self.evidence
+        if found is None or found.chosen is None:
+            return []
+        columns = (self.class_names, found.probabilities.tolist(), found.frame_scores.tolist(), found.counted.tolist())
+        return [PromptScore(*row, c == found.chosen) for c, row in enumerate(zip(*columns, strict=True))]
 
 
 class Reliabilities(NamedTuple):
@@ -120,9 +214,9 @@ class ValidationEvidence(NamedTuple):
 
 def reliability_columns(output: HeadOutput) -> dict[str, Tensor]:
     """The confidences of each view, and whom it teaches, a float32 column ``(n)`` each, as far as the head has them."""
-    columns = {f"visual {view}": value for view, value in output.visual_confidences.items()}
-    columns |= {f"text {view}": value for view, value in output.text_confidences.items()}
-    if len(output.distances) == 2:
+    columns = {f"visual {name}": view.visual_confidence for name, view in output.views.items()}
+    columns |= {f"text {name}": view.text_confidence for name, view in output.views.items()}
+    if len(output.views) == 2:
         columns["teaches local_to_global"] = output.distillation.local_to_global
         columns["teaches global_to_local"] = output.distillation.global_to_local
     return {name: column.flatten().float().cpu() for name, column in columns.items()}
@@ -130,75 +224,42 @@ def reliability_columns(output: HeadOutput) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def query_evidence(
-    head: M2DFHead,
-    prototype: Mapping[str, FusedSequence],
-    query: Tensor,
-    prompts: Tensor,
-    draws: Tensor | None = None,
+    head: Head, prototypes: Embedded, query: Tensor, prompts: Tensor, draws: Tensor | None = None
 ) -> QueryEvidence:
-    """Run the stages of a head once more on one query, and keep what they don't return.
+    """Score one query once more, and keep what its output doesn't hold.
 
     Args:
         head: in eval mode.
-        prototype: the fused prototypes ``(n, …)`` in each view, of the classes to align the query with.
+        prototypes: ``(n, …)``, of the classes to align the query with.
         query: features ``(frames, dim)``.
         prompts: ``(n_way, dim)``, of all classes that PPS chooses among.
         draws: ``(1)``, where PPS samples.
     """
-    of_query = query.unsqueeze(0)
-    probabilities = head.prompt_probabilities(head.prompt_scores(of_query, prompts))
-    selected = head.select(probabilities, prompts, draws)
-    fused = head.fuse(of_query, selected.embeddings)
-    alignments = {
-        view: otam_alignment(
-            frame_costs(parts.visual, prototype[view].visual),
-            smoothing=head.smoothing,
-            single_direction=head.single_direction,
-        )[0].cpu()
-        for view, parts in fused.items()
-    }
-    scores, counted = frame_evidence(head, query, prompts)
+    embedded, selected = head.embed_queries(query.unsqueeze(0), prompts, draws)
+    views = head.match(embedded, prototypes, selected).views
+    scores, counted = head.frame_scores(query, prompts)
+    chosen = {"none": None, "mixture": -1, "class": int(selected.indices[0])}
     return QueryEvidence(
-        alignments=alignments,
-        distances={view: tuple(e.distances[0].tolist()) for view, e in head.match(fused, prototype).items()},
-        frame_scores=scores,
-        counted=counted,
-        probabilities=at_least_float32(probabilities[0]).cpu(),
-        chosen=None if not head.pps else -1 if head.selection == "expectation" else int(selected.indices[0]),
+        alignments={view: alignment[0].cpu() for view, alignment in head.align(embedded, prototypes).items()},
+        distances={name: tuple(view.distances[0].tolist()) for name, view in views.items()},
+        frame_scores=at_least_float32(scores).cpu(),
+        counted=counted.cpu(),
+        probabilities=at_least_float32(selected.probabilities[0]).cpu(),
+        chosen=chosen[head.query_prompt],
     )
 
 
-@torch.no_grad()
-def frame_evidence(head: Head, query: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor]:
-    """How much each frame of a query looks like each prompt, and which frames count.
-
-    Args:
-        head: any, it says how many count.
-        query: features ``(frames, dim)``.
-        prompts: ``(n_way, dim)``.
-
-    Returns:
-        Cosines and a bool, both ``(n_way, frames)``.
-    """
-    scores = cosine(prompts, query)
-    places = closest_frames(query, prompts, head.top_k)[1]
-    counted = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, places, True)
-    return at_least_float32(scores).cpu(), counted.cpu()
-
-
 class Played(NamedTuple):
-    """A batch of episodes as the head saw it, and what came of it.
+    """A batch of episodes as the head saw it, and its output.
 
     Attributes:
-        support: features ``(episodes, n_way, n_shot, frames, dim)``.
-        query: features ``(episodes, n_queries, frames, dim)``.
+        episode: the batch, as features.
         prompts: ``(episodes, n_way, dim)``.
-        output: what the head said.
+        output: the head's.
         scores: ``(episodes, n_queries, n_way)``, by which the classes are predicted.
     """
 
-    support: Tensor
-    query: Tensor
+    episode: FeatureEpisode
     prompts: Tensor
     output: HeadOutput
     scores: Tensor

@@ -4,35 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple
 
 from PIL import Image
 from torch import Tensor
 
-from clip_m2df.evaluation.evidence import QueryEvidence, frame_evidence, query_evidence
-from clip_m2df.evaluation.figures import alignment_maps, prompt_map
-from clip_m2df.evaluation.sheet import (
+from clip_m2df.evaluation.evidence import Alignment, PromptScore, query_evidence
+from clip_m2df.evaluation.figures import (
+    BLACK,
     GREY,
-    MARGIN,
-    TEXT,
     VIEW_COLOURS,
     WRONG,
-    Sheet,
-    column_width,
-    join,
-    short_names,
+    alignment_maps,
+    chart,
+    draw_shares,
+    picture,
+    prompt_map,
     shortened,
     strip,
 )
-from clip_m2df.nn.head import Head, HeadOutput
-from clip_m2df.nn.m2df import M2DFHead, has_stages
-from clip_m2df.nn.views import FusedSequence
+from clip_m2df.nn.head import Embedded, Head, HeadOutput
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # More classes than this are counted, not drawn.
 MOST_CLASSES = 10
-# Pixels: of a frame's side and of the longest bar; letters of the title.
-SIDE, BAR, TITLE = 64, 300, 18
-ANSWER = (8, 48, 107)
+# Pixels: of a frame's side and of the longest bar.
+SIDE, BAR = 64, 300
+ANSWER = "#08306b"
 
 
 class ViewVote(NamedTuple):
@@ -97,28 +97,50 @@ class Explanation(NamedTuple):
         """Whether the closest class is too far away."""
         return self.threshold is not None and self.distance > self.threshold
 
+    def compared_alignments(self) -> list[Alignment]:
+        """With the closest class, and with the runner-up if there is one; empty for a head without views."""
+        if not self.alignments:
+            return []
+        return [
+            Alignment(
+                role,
+                name,
+                {view: weights[i] for view, weights in self.alignments.items()},
+                {view: vote.distances[name] for view, vote in self.views.items()},
+                self.examples.get(name),
+            )
+            for i, (role, name) in enumerate(zip(("closest class", "runner-up"), self.compared, strict=False))
+        ]
+
+    def prompt_scores(self, most: int = MOST_CLASSES) -> list[PromptScore]:
+        """Those of the classes that PPS finds likeliest; the chosen prompt's is always among them."""
+        shown = likeliest(self.prompt_probabilities)[:most]
+        if self.prompt is not None and self.prompt not in shown:
+            shown[-1] = self.prompt
+        rows = zip(self.prompt_probabilities, self.frame_scores.tolist(), self.counted.tolist(), strict=True)
+        scores = {
+            name: PromptScore(name, self.prompt_probabilities[name], cosines, counted, name == self.prompt)
+            for name, cosines, counted in rows
+        }
+        return [scores[name] for name in shown]
+
     def figure(self) -> Image.Image:
         """All of it on one page."""
-        names = short_names(list(self.probabilities))
-        left = [_answer(self, names), _probability_bars(self, names)]
-        if self.views:
-            left.append(_votes(self, names))
-        left.append(_prompt_scores(self, names))
-        if not self.alignments:
-            return join(left)
-        return join([join(left), _alignments(self, names)], beside=True)
+        left, right = parts(self)
+        page = _join([picture(part) for part in left])
+        return _join([page, *map(picture, right)], beside=True)
 
 
 def compared_classes(logits: Tensor) -> list[int]:
-    """The places of the closest class and of the runner-up, if there is one, by a query's ``logits (n_way)``."""
-    places: list[int] = logits.topk(min(2, len(logits))).indices.tolist()
-    return places
+    """The indices of the closest class and of the runner-up, if there is one, by a query's ``logits (n_way)``."""
+    indices: list[int] = logits.topk(min(2, len(logits))).indices.tolist()
+    return indices
 
 
 def explain(
     head: Head,
     output: HeadOutput,
-    prototype: Mapping[str, FusedSequence] | None,
+    prototypes: Embedded,
     query: Tensor,
     prompts: Tensor,
     draws: Tensor | None = None,
@@ -134,9 +156,9 @@ def explain(
     """Collect why a clip got its label.
 
     Args:
-        head: in eval mode. Its views are looked at only where it goes through the method's stages.
+        head: in eval mode.
         output: what it says of this one query: ``n_queries`` is 1, and there are no leading axes.
-        prototype: the fused prototypes ``(n_way, …)`` in each view; None for a head that has none.
+        prototypes: ``(n_way, …)``.
         query: features ``(frames, dim)``.
         prompts: ``(n_way, dim)``.
         draws: ``(1)``, where PPS samples.
@@ -150,48 +172,38 @@ def explain(
     """
     names = list(class_names)
     logits = output.logits[0]
-    places = compared_classes(logits)
-    compared = [names[c] for c in places]
-    scores, counted = frame_evidence(head, query, prompts)
-    evidence: QueryEvidence | None = None
-    if has_stages(head) and prototype is not None:
-        of_compared = {view: FusedSequence(*(part[places] for part in parts)) for view, parts in prototype.items()}
-        evidence = query_evidence(cast(M2DFHead, head), of_compared, query, prompts, draws)
-    chosen = None if evidence is None or evidence.chosen == -1 else evidence.chosen
+    compared = compared_classes(logits)
+    evidence = query_evidence(head, prototypes.map(lambda kept: kept[compared]), query, prompts, draws)
     return Explanation(
         video=video,
         label=label,
         probabilities=_by_class(names, probabilities),
         threshold=threshold,
         distance=-float(logits.max()),
-        prompt=None if chosen is None else names[chosen],
+        prompt=None if evidence.chosen in (None, -1) else names[evidence.chosen],
         prompt_probabilities=_by_class(names, output.prompt_probabilities[0]),
-        frame_scores=scores,
-        counted=counted,
-        views={} if evidence is None else _view_votes(output, names),
-        teacher=None if evidence is None else _teacher(output),
-        alignments={} if evidence is None else evidence.alignments,
-        compared=compared,
+        frame_scores=evidence.frame_scores,
+        counted=evidence.counted,
+        views={
+            name: ViewVote(
+                label=names[int(view.distances[0].argmin())],
+                distances=_by_class(names, view.distances[0]),
+                text_similarities=_by_class(names, view.text_similarities[0]),
+                visual_confidence=float(view.visual_confidence[0]),
+                text_confidence=float(view.text_confidence[0]),
+            )
+            for name, view in output.views.items()
+        },
+        teacher=_teacher(output),
+        alignments=evidence.alignments,
+        compared=[names[c] for c in compared],
         frames=frames.cpu(),
-        examples={name: examples[name].cpu() for name in compared if name in examples},
+        examples={names[c]: examples[names[c]].cpu() for c in compared if names[c] in examples},
     )
 
 
 def _by_class(names: Sequence[str], values: Tensor) -> dict[str, float]:
     return dict(zip(names, values.tolist(), strict=True))
-
-
-def _view_votes(output: HeadOutput, names: Sequence[str]) -> dict[str, ViewVote]:
-    return {
-        view: ViewVote(
-            label=names[int(distances[0].argmin())],
-            distances=_by_class(names, distances[0]),
-            text_similarities=_by_class(names, output.text_similarities[view][0]),
-            visual_confidence=float(output.visual_confidences[view][0]),
-            text_confidence=float(output.text_confidences[view][0]),
-        )
-        for view, distances in output.distances.items()
-    }
 
 
 def _teacher(output: HeadOutput) -> str | None:
@@ -201,108 +213,92 @@ def _teacher(output: HeadOutput) -> str | None:
     return "local" if local else "global"
 
 
+def likeliest(probabilities: Mapping[str, float]) -> list[str]:
+    """The classes, the likeliest first."""
+    return sorted(probabilities, key=lambda name: -probabilities[name])
+
+
 # ---------------------------------------------------------------------------------------- the parts of the figure
 
 
-def _answer(found: Explanation, names: Mapping[str, str]) -> Image.Image:
-    """The title, how far the clip is from the closest class, and the clip."""
-    answer = names.get(found.label, shortened(found.label or "none of these"))
-    title = f"{shortened(Path(found.video).name) or 'a clip'}: {answer}"
+def parts(found: Explanation) -> tuple[list[Figure], list[Figure]]:
+    """The figures of an explanation: those of the left column, and of the right one."""
+    chosen = "no single prompt was chosen"
+    if found.prompt is not None:
+        chosen = f"that of {shortened(found.prompt)} ({100 * found.prompt_probabilities[found.prompt]:.0f} %)"
+    title = f"prompt selection: {chosen};\ncosines of frames with prompts, framed where they count"
+    left = [_answer(found), _probabilities(found)]
+    if found.views:
+        left.append(_votes(found))
+    left.append(prompt_map(found.prompt_scores(), found.frames, title))
+    aligned = found.compared_alignments()
+    shots = " (its closest example)" if found.examples else ""
+    title = f"soft alignment: rows are the clip's frames, columns those of the class{shots}"
+    return left, [alignment_maps(aligned, found.frames, title)] if aligned else []
+
+
+def _answer(found: Explanation) -> Figure:
+    """The answer, how far the clip is from the closest class, and the clip."""
+    title = f"{shortened(Path(found.video).name) or 'a clip'}: {shortened(found.label or 'none of these')}"
     if found.label in found.probabilities:
         title += f" ({100 * found.probabilities[found.label]:.0f} %)"
-    said = f"distance {found.distance:.2f} from the closest class, {names[found.compared[0]]}"
+    said = f"distance {found.distance:.2f} from the closest class, {shortened(found.compared[0])}"
     if found.threshold is not None:
         said += f", {'beyond' if found.rejected else 'within'} the threshold {found.threshold:.2f}"
     clip = strip(found.frames, SIDE)
-    width = 2 * MARGIN + max(column_width([title], TITLE), column_width([said]), clip.width)
-    top = 3 * MARGIN + TITLE + TEXT
-    sheet = Sheet(width, top + SIDE + MARGIN)
-    sheet.text((MARGIN, MARGIN), title, size=TITLE)
-    sheet.text((MARGIN, 2 * MARGIN + TITLE), said, colour=WRONG if found.rejected else GREY)
-    sheet.paste((MARGIN, top), clip)
-    return sheet.image
+    figure, axes = chart(clip.width, clip.height, "")
+    axes.set_title(title, size=14, loc="left", pad=24)
+    axes.text(0, -8, said, color=WRONG if found.rejected else GREY)
+    axes.imshow(clip)
+    axes.set_axis_off()
+    return figure
 
 
-def _probability_bars(found: Explanation, names: Mapping[str, str]) -> Image.Image:
+def _probabilities(found: Explanation) -> Figure:
     """The likeliest classes, the answer darker than the others."""
-    shown = _likeliest(found.probabilities)
-    more = len(found.probabilities) - len(shown)
-    rest = sum(share for name, share in found.probabilities.items() if name not in shown)
-    row, top, left = TEXT + 6, 2 * MARGIN + TEXT, 2 * MARGIN + max(column_width([names[n] for n in shown]), 60)
-    sheet = Sheet(left + BAR + 70, top + (len(shown) + bool(more)) * row + MARGIN, "probability of each class")
-    for place, name in enumerate(shown):
-        y, share = top + place * row, found.probabilities[name]
-        sheet.text((left - MARGIN, y + row / 2), names[name], anchor="rm")
-        sheet.bar((left, y + 2), BAR, row - 4, share, ANSWER if name == found.label else GREY)
-        sheet.text((left + BAR + 6, y + row / 2), f"{100 * share:.1f} %", anchor="lm")
-    if more:
-        said = f"and {more} more, {100 * rest:.1f} % together"
-        sheet.text((left, top + (len(shown) + 0.5) * row), said, colour=GREY, anchor="lm")
-    return sheet.image
+    order = likeliest(found.probabilities)
+    shares = {name: found.probabilities[name] for name in order[:MOST_CLASSES]}
+    figure, axes = chart(BAR, 19 * len(shares), "probability of each class")
+    colours = {found.label: ANSWER}
+    draw_shares(axes, [(name, p, colours.get(name, GREY), f"{100 * p:.1f} %") for name, p in shares.items()])
+    if rest := [found.probabilities[name] for name in order[MOST_CLASSES:]]:
+        said = f"and {len(rest)} more, {100 * sum(rest):.1f} % together"
+        axes.text(0, len(shares), said, color=GREY, va="center")
+    return figure
 
 
-def _votes(found: Explanation, names: Mapping[str, str]) -> Image.Image:
-    """A line a view, and which one would teach the other."""
-    row, top = TEXT + 6, 2 * MARGIN + TEXT
-    first = MARGIN + 70
-    room = max(column_width([names[vote.label] for vote in found.views.values()]), 90) + 2 * MARGIN
-    columns = [first, first + room, first + room + 80, first + room + 210]
-    sheet = Sheet(columns[-1] + 120, top + (len(found.views) + 2) * row + MARGIN, "what each view says")
-    for x, head in zip(columns, ("closest class", "distance", "visual confidence", "text confidence"), strict=True):
-        sheet.text((x, top), head, colour=GREY)
-    for place, (view, vote) in enumerate(found.views.items(), 1):
-        y = top + place * row
-        sheet.text((MARGIN, y), view, colour=VIEW_COLOURS.get(view, GREY))
-        numbers = (f"{vote.distances[vote.label]:.2f}", f"{vote.visual_confidence:.3f}", f"{vote.text_confidence:.3f}")
-        for x, text in zip(columns, (names[vote.label], *numbers), strict=True):
-            sheet.text((x, y), text)
-    if len(found.views) == 2:
+def _votes(found: Explanation) -> Figure:
+    """A row a view, and which one would teach the other."""
+    votes = found.views.values()
+    columns = {
+        "": list(found.views),
+        "closest class": [shortened(vote.label) for vote in votes],
+        "distance": [f"{vote.distances[vote.label]:.2f}" for vote in votes],
+        "visual confidence": [f"{vote.visual_confidence:.3f}" for vote in votes],
+        "text confidence": [f"{vote.text_confidence:.3f}" for vote in votes],
+    }
+    figure, axes = chart(BAR, 18 * (len(votes) + 1), "what each view says")
+    axes.set(xlim=(0, BAR), ylim=(len(votes) + 1, 0))
+    axes.set_axis_off()
+    x = 0
+    for head, cells in columns.items():
+        axes.text(x, 0.5, head, color=GREY, va="center")
+        for row, cell in enumerate(cells):
+            axes.text(x, row + 1.5, cell, va="center", color=BLACK if head else VIEW_COLOURS.get(cell, GREY))
+        x += 8 * max(map(len, (head, *cells))) + 8
+    if len(votes) == 2:
         said = "in a training, no single view would be the teacher"
         if found.teacher is not None:
             student = "global" if found.teacher == "local" else "local"
             said = f"in a training, the {found.teacher} view would teach the {student} one"
-        sheet.text((MARGIN, top + (len(found.views) + 1) * row), said, colour=GREY)
-    return sheet.image
+        axes.text(0, len(votes) + 1.5, said, color=GREY, va="center")
+    return figure
 
 
-def _prompt_scores(found: Explanation, names: Mapping[str, str]) -> Image.Image:
-    """The frames' cosines with the prompts of the classes that PPS finds likeliest."""
-    shown = _likeliest(found.prompt_probabilities)
-    if found.prompt is None:
-        said = "no single prompt was chosen"
-    else:
-        said = f"that of {names[found.prompt]} ({100 * found.prompt_probabilities[found.prompt]:.0f} %)"
-        if found.prompt not in shown:  # an unlikely draw
-            shown[-1] = found.prompt
-    every = list(found.prompt_probabilities)
-    rows = [every.index(name) for name in shown]
-    return prompt_map(
-        found.frame_scores[rows],
-        found.counted[rows],
-        [found.prompt_probabilities[name] for name in shown],
-        [names[name] for name in shown],
-        title=f"prompt selection: {said}; cosines of frames with prompts, framed where they count",
-        clip=found.frames,
-        chosen=None if found.prompt is None else shown.index(found.prompt),
-    )
-
-
-def _alignments(found: Explanation, names: Mapping[str, str]) -> Image.Image:
-    """How the clip is aligned with the closest class and the runner-up, in each view."""
-    captions = [
-        f"{role}: {names[name]}" for role, name in zip(("closest class", "runner-up"), found.compared, strict=False)
-    ]
-    shots = " (its closest example)" if found.examples else ""
-    return alignment_maps(
-        found.alignments,
-        {view: [vote.distances[name] for name in found.compared] for view, vote in found.views.items()},
-        captions,
-        title=f"soft alignment: rows are the clip's frames, columns those of the class{shots}",
-        room=column_width(captions),
-        clip=found.frames,
-        examples=[found.examples.get(name) for name in found.compared],
-    )
-
-
-def _likeliest(probabilities: Mapping[str, float]) -> list[str]:
-    return sorted(probabilities, key=lambda name: -probabilities[name])[:MOST_CLASSES]
+def _join(pictures: Sequence[Image.Image], *, beside: bool = False) -> Image.Image:
+    """Pictures on one white page, below one another or beside one another."""
+    widths, heights = [p.width for p in pictures], [p.height for p in pictures]
+    page = Image.new("RGB", (sum(widths), max(heights)) if beside else (max(widths), sum(heights)), "white")
+    for i, part in enumerate(pictures):
+        page.paste(part, (sum(widths[:i]), 0) if beside else (0, sum(heights[:i])))
+    return page

@@ -79,20 +79,19 @@ def encode_videos(
         (kept,) = box
     encoded: dict[int, Tensor] = {}
     fresh: dict[str, Tensor] = {}
-    while places := [place for place in table.named(numbers) if place not in encoded]:
-        encoded |= {place: kept[name] for place in places if (name := table.identity(place)) in kept}
-        places = [place for place in places if place not in encoded]
-        mine, unusable = _encode(model, table, places, rank, world_size)
+    while indices := [index for index in table.named(numbers) if index not in encoded]:
+        encoded |= {index: kept[name] for index in indices if (name := table.identity(index)) in kept}
+        mine, unusable = _encode(model, table, [i for i in indices if i not in encoded], rank, world_size)
         encoded |= mine
-        fresh |= {table.identity(place): feature for place, feature in mine.items()}
+        fresh |= {table.identity(index): feature for index, feature in mine.items()}
         if unusable:
             table.replace(unusable)
     if store and fresh and rank == 0:
         store.write(kept | fresh)
     some = next(iter(encoded.values()))
     features = torch.zeros((len(table.videos), *some.shape), dtype=some.dtype, device=model.device)
-    for place, feature in encoded.items():
-        features[place] = feature.to(model.device)
+    for index, feature in encoded.items():
+        features[index] = feature.to(model.device)
     return features
 
 
@@ -104,20 +103,20 @@ def _open_store(model: M2DF, table: VideoTable, precision: str) -> FeatureStore:
 
 
 def _encode(
-    model: M2DF, table: VideoTable, places: Sequence[int], rank: int, world_size: int
+    model: M2DF, table: VideoTable, indices: Sequence[int], rank: int, world_size: int
 ) -> tuple[dict[int, Tensor], dict[str, str]]:
-    """Features by place, and why other videos can't be read, by path; of all ranks, each of which does its share."""
+    """Features by index, and why other videos can't be read, by path; of all ranks, each of which does its share."""
     mine: dict[int, Tensor] = {}
     unusable: dict[str, str] = {}
-    chunks = [places[k : k + VIDEOS] for k in range(rank * VIDEOS, len(places), world_size * VIDEOS)]
+    chunks = [indices[k : k + VIDEOS] for k in range(rank * VIDEOS, len(indices), world_size * VIDEOS)]
     for clips in table.clips(chunks):
         unusable |= clips.unusable
         if clips.frames is not None:
             features = model.encode_frames(clips.frames.to(model.device))
-            mine |= dict(zip(clips.places.tolist(), features, strict=True))
+            mine |= dict(zip(clips.indices.tolist(), features, strict=True))
     if world_size > 1:
         everything: list[Any] = [None] * world_size
-        torch.distributed.all_gather_object(everything, ({place: f.cpu() for place, f in mine.items()}, unusable))
+        torch.distributed.all_gather_object(everything, ({index: f.cpu() for index, f in mine.items()}, unusable))
         for features_of_rank, reasons in everything:
             mine |= features_of_rank
             unusable |= reasons
@@ -135,15 +134,15 @@ def play_episodes(
     *,
     batch_size: int = 64,
 ) -> dict[str, float]:
-    """Accuracy over episodes given by the places of their videos.
+    """Accuracy over episodes given by the indices of their videos.
 
     Args:
         scorer: what is measured.
         features: ``(videos, frames, dim)``.
         prompt_table: ``(n_classes, dim)``.
-        support: int64 ``(episodes, n_way, n_shot)``, places in ``features``.
+        support: int64 ``(episodes, n_way, n_shot)``, indices in ``features``.
         query: int64 ``(episodes, n_way, n_query)``.
-        classes: int64 ``(episodes, n_way)``, places in ``prompt_table``.
+        classes: int64 ``(episodes, n_way)``, indices in ``prompt_table``.
         batch_size: episodes at once.
 
     Returns:

@@ -1,52 +1,82 @@
-"""Pictures of a validation. Pure functions: numbers in, an image out."""
+"""Figures of a validation, and strips of video frames.
+
+Note: matplotlib is imported where something is drawn, so that nothing else waits for it. No state of pyplot is touched.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import io
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from clip_m2df.evaluation.evidence import HardEpisode, QueryEvidence, Reliabilities, ValidationEvidence
-from clip_m2df.evaluation.sheet import (
-    BLACK,
-    GREY,
-    MARGIN,
-    RIGHT,
-    TEXT,
-    VIEW_COLOURS,
-    WRONG,
-    Sheet,
-    column_width,
-    short_names,
-    shown_frames,
-    strip,
-)
+from clip_m2df.evaluation.evidence import Alignment, HardEpisode, PromptScore, Reliabilities, ValidationEvidence
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# At this resolution text of matplotlib's usual size, 10 points, is 12.5 pixels high.
+DPI = 90
+BLACK, GREY, LIGHT = "#191919", "#7d7d7d", "#e4e4e4"
+RIGHT, WRONG = "#1e873c", "#c82328"
+VIEW_COLOURS = {"local": "#2369b9", "global": "#f08714"}
 # More classes than this, and counts would be too small to read.
 MOST_COUNTED = 40
+# Longer class names are cut off.
+MOST_LETTERS = 48
+# Coordinate systems take the whole figure; what is written around them comes on top.
+WHOLE = {"left": 0.0, "right": 1.0, "bottom": 0.0, "top": 1.0}
 
 
 def validation_pictures(found: ValidationEvidence) -> dict[str, Image.Image]:
     """All pictures of a validation by name, as far as there is something to show."""
-    found = _with_short_names(found)
     pictures: dict[str, Image.Image] = {}
     if found.confusion.numel():
-        pictures["confusion_matrix"] = confusion_matrix(found.confusion, found.class_names)
-        pictures["class_accuracy"] = class_accuracies(found.confusion, found.class_names)
+        pictures["confusion_matrix"] = picture(confusion_matrix(found.confusion, found.class_names))
+        pictures["class_accuracy"] = picture(class_accuracies(found.confusion, found.class_names))
     for rank, episode in enumerate(found.hardest, 1):
-        pictures[f"hardest_episode_{rank}"] = hard_episode(episode, rank=rank)
-        if episode.evidence is not None:
-            pictures["alignment"] = alignments(episode, episode.evidence)
-            if episode.evidence.chosen is not None:
-                pictures["prompt_scores"] = prompt_scores(episode, episode.evidence)
+        pictures[f"hardest_episode_{rank}"] = picture(hard_episode(episode, rank=rank))
+        clip = None if episode.query is None else episode.query[episode.hardest]
+        if aligned := episode.alignments():
+            title = "soft alignment: rows are the query's frames, columns those of the class (first shot)"
+            pictures["alignment"] = picture(alignment_maps(aligned, clip, title))
+        if scores := episode.prompt_scores():
+            title = "prompt selection: cosine of each frame with each class's prompt"
+            own = episode.labels[episode.hardest]
+            pictures["prompt_scores"] = picture(prompt_map(scores, clip, title, own=own))
     if found.reliabilities.confidences:
-        pictures["reliability"] = reliabilities(found.reliabilities)
+        pictures["reliability"] = picture(reliabilities(found.reliabilities))
     return pictures
 
 
-def confusion_matrix(confusion: Tensor, class_names: Sequence[str]) -> Image.Image:
+def picture(figure: Figure) -> Image.Image:
+    """Draw a figure, whatever room its texts take beside the coordinate systems."""
+    drawn = io.BytesIO()
+    bounds = figure.get_tightbbox().padded(0.12)  # inches
+    figure.savefig(drawn, format="tiff", bbox_inches=bounds)  # nothing is compressed, which takes time
+    return Image.open(drawn).convert("RGB")
+
+
+def chart(width: float, height: float, title: str) -> tuple[Figure, Axes]:
+    """A figure with a single coordinate system.
+
+    Args:
+        width: of the coordinate system in pixels; labels come on top.
+        height: the same.
+        title: above it.
+    """
+    figure = _figure(width, height)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_title(title, size=10, loc="left")
+    return figure, axes
+
+
+def confusion_matrix(confusion: Tensor, class_names: Sequence[str]) -> Figure:
     """Queries by their own class, a row each, and by the class that they were taken for.
 
     Args:
@@ -54,249 +84,230 @@ def confusion_matrix(confusion: Tensor, class_names: Sequence[str]) -> Image.Ima
         class_names: in the same order.
     """
     n = len(class_names)
-    cell = max(7, min(30, 900 // n))
-    size = min(TEXT, cell)
-    names = column_width(class_names, size)
-    left, top = MARGIN + names + 6, 3 * MARGIN + TEXT + names + 6
-    title = "queries by their class (rows) and by what they were taken for (columns)"
-    sheet = Sheet(left + n * cell + MARGIN, top + n * cell + MARGIN, title)
-    shares = confusion.double() / confusion.sum(1, keepdim=True).clamp(min=1)
-    counts = [[str(count or "") for count in row] for row in confusion.tolist()] if n <= MOST_COUNTED else None
-    sheet.heat_map((left, top), shares, cell, counts)
-    for c, name in enumerate(class_names):
-        sheet.text((left - 6, top + (c + 0.5) * cell), name, size=size, anchor="rm")
-        sheet.upright((left + (c + 0.5) * cell, top - 6), name, size=size)
-    return sheet.image
+    cell = max(8, min(30, 900 // n))
+    figure, axes = chart(n * cell, n * cell, "queries by their class (rows) and by what they were taken for (columns)")
+    counts = [[str(count or "") for count in row] for row in confusion.tolist()] if n <= MOST_COUNTED else []
+    _heat_map(axes, confusion / confusion.sum(1, keepdim=True).clamp(min=1), cell, counts)
+    names = [shortened(name) for name in class_names]
+    axes.set_xticks(range(n), names, rotation=90, size=min(10, 0.7 * cell))
+    axes.set_yticks(range(n), names, size=min(10, 0.7 * cell))
+    return figure
 
 
-def class_accuracies(confusion: Tensor, class_names: Sequence[str]) -> Image.Image:
+def class_accuracies(confusion: Tensor, class_names: Sequence[str]) -> Figure:
     """The share of each class's queries that were recognised, the hardest class first.
 
     Args:
         confusion: see :func:`confusion_matrix`.
         class_names: the same.
     """
-    queries, right = confusion.sum(1).tolist(), confusion.diagonal().tolist()
-    shares = [r / q if q else 0.0 for r, q in zip(right, queries, strict=True)]
-    row, width, left = TEXT + 6, 320, 2 * MARGIN + column_width(class_names)
-    top = 2 * MARGIN + TEXT
-    sheet = Sheet(left + width + 130, top + len(class_names) * row + MARGIN, "accuracy of each class")
+    queries, shares = confusion.sum(1).tolist(), (confusion.diagonal() / confusion.sum(1).clamp(min=1)).tolist()
     order = sorted(range(len(class_names)), key=lambda c: (not queries[c], shares[c]))
-    for place, c in enumerate(order):
-        y = top + place * row
-        sheet.text((left - MARGIN, y + row / 2), class_names[c], anchor="rm")
-        sheet.bar((left, y + 2), width, row - 4, shares[c], VIEW_COLOURS["local"])
-        said = f"{shares[c]:.0%} of {queries[c]}" if queries[c] else "no queries"
-        sheet.text((left + width + 6, y + row / 2), said, anchor="lm")
-    return sheet.image
+    figure, axes = chart(320, 19 * len(order), "accuracy of each class")
+    said = [f"{share:.0%} of {n}" if n else "no queries" for share, n in zip(shares, queries, strict=True)]
+    draw_shares(axes, [(class_names[c], shares[c], VIEW_COLOURS["local"], said[c]) for c in order])
+    return figure
 
 
-def hard_episode(episode: HardEpisode, *, rank: int = 1, most_queries: int = 10) -> Image.Image:
+def draw_shares(axes: Axes, shares: Sequence[tuple[str, float, str, str]]) -> None:
+    """Draw shares of a whole as bars, one below the other.
+
+    Args:
+        axes: where to.
+        shares: what is written at the left of each bar, the share, the bar's colour, and what is written at its right.
+    """
+    names, lengths, colours, texts = zip(*shares, strict=True)
+    rows = range(len(shares))
+    axes.bar_label(axes.barh(rows, 1, color=LIGHT), texts, padding=6)
+    axes.barh(rows, lengths, color=colours)
+    axes.set_yticks(rows, [shortened(name) for name in names])
+    axes.set(xlim=(0, 1), ylim=(len(shares) - 0.5, -0.5), xticks=[])
+    axes.tick_params(length=0)
+    axes.set_frame_on(False)
+
+
+def hard_episode(episode: HardEpisode, *, rank: int = 1, most_queries: int = 10) -> Figure:
     """The queries of an episode, each beside videos of its own class and of the one that it was taken for.
 
     Args:
         episode: with its frames or without.
-        rank: its place among the hardest.
+        rank: its number among the hardest.
         most_queries: show those of the highest losses only.
     """
-    order = sorted(range(len(episode.labels)), key=lambda q: -episode.losses[q])[:most_queries]
-    side, gap, label = 40, 16, TEXT + 7
+    queries = episode.queries()[:most_queries]
+    side, line = 40, 20  # pixels of a frame's side and of a line of text
     frames = 0 if episode.query is None else len(shown_frames(episode.query[0]))
-    width = max(frames * side, column_width(episode.class_names) + 90)
-    row, top = label + (side if frames else 0) + 8, 3 * MARGIN + 2 * TEXT
+    column = max(frames * side, 8 * max(len(shortened(name)) for name in episode.class_names), 200) + 16
+    row = line + side + 8 if frames else line
+    page = np.full((line + len(queries) * row, 3 * column, 3), 255, np.uint8)
     title = f"hardest episode no. {rank}: episode {episode.number}, cross-entropy {episode.loss:.2f}"
-    sheet = Sheet(2 * MARGIN + 3 * width + 2 * gap, top + len(order) * row + 4, title)
-    columns = [MARGIN + place * (width + gap) for place in range(3)]
-    for x, head in zip(columns, ("query", "its own class (first shot)", "what it was taken for"), strict=True):
-        sheet.text((x, 2 * MARGIN + TEXT), head, colour=GREY)
-    for place, q in enumerate(order):
-        y = top + place * row
-        own, taken = episode.labels[q], episode.predicted[q]
-        colour = RIGHT if own == taken else WRONG
-        sheet.text((columns[0], y), f"cross-entropy {episode.losses[q]:.2f}", colour=colour)
-        sheet.text((columns[1], y), episode.class_names[own], colour=colour)
-        sheet.text((columns[2], y), "the same" if own == taken else episode.class_names[taken], colour=colour)
-        if episode.query is not None and episode.support is not None:
-            clips = [episode.query[q], episode.support[own], episode.support[taken]]
-            for x, clip in zip(columns, clips if own != taken else clips[:2], strict=False):
-                sheet.paste((x, y + label), strip(clip, side))
-    return sheet.image
+    figure, axes = chart(page.shape[1], page.shape[0], title)
+    for i, head in enumerate(("query", "its own class (first shot)", "what it was taken for")):
+        axes.text(i * column, line / 2, head, color=GREY, va="center")
+    for y, query in zip(range(line, len(page), row), queries, strict=True):
+        own, predicted = map(shortened, query.class_names)
+        texts = (f"cross-entropy {query.loss:.2f}", own, "the same" if query.right else predicted)
+        for i, (text, clip) in enumerate(zip(texts, query.clips, strict=True)):
+            axes.text(i * column, y + line / 2, text, color=RIGHT if query.right else WRONG, va="center")
+            if clip is not None and not (query.right and i == 2):
+                at = (slice(y + line, y + line + side), slice(i * column, i * column + frames * side))
+                page[at] = np.asarray(strip(clip, side))
+    axes.imshow(page)
+    axes.set_axis_off()
+    return figure
 
 
-def alignments(episode: HardEpisode, evidence: QueryEvidence) -> Image.Image:
-    """How OTAM aligns the hardest query of an episode with its own class and with the rival, in each view.
-
-    Args:
-        episode: whose hardest query it is.
-        evidence: on that query.
-    """
-    q = episode.hardest
-    own, rival = episode.labels[q], episode.rivals[q]
-    rival_role = "taken for" if episode.predicted[q] == rival else "runner-up"
-    return alignment_maps(
-        evidence.alignments,
-        evidence.distances,
-        [f"its class: {episode.class_names[own]}", f"{rival_role}: {episode.class_names[rival]}"],
-        title="soft alignment: rows are the query's frames, columns those of the class (first shot)",
-        room=column_width(episode.class_names),
-        clip=None if episode.query is None else episode.query[q],
-        examples=[None if episode.support is None else episode.support[c] for c in (own, rival)],
-    )
-
-
-def alignment_maps(
-    alignments: Mapping[str, Tensor],
-    distances: Mapping[str, Sequence[float]],
-    captions: Sequence[str],
-    *,
-    title: str,
-    room: int,
-    clip: Tensor | None,
-    examples: Sequence[Tensor | None],
-) -> Image.Image:
+def alignment_maps(alignments: Sequence[Alignment], clip: Tensor | None, title: str) -> Figure:
     """How OTAM aligns a clip with some classes, a row each, in each view, a column each.
 
     Args:
-        alignments: by view, ``(n, frames, frames)``, the clip's frames first.
-        distances: by view, OTAM's to the same classes.
-        captions: what to say of each class.
-        title: of all.
-        room: pixels to leave for a caption.
+        alignments: with each class.
         clip: its frames, uint8 ``(frames, 3, height, width)``.
-        examples: frames of a video of each class, where they are known.
+        title: of all.
     """
-    rows, columns = next(iter(alignments.values())).shape[1:]
+    views = alignments[0].weights
+    rows, columns = next(iter(views.values())).shape
     cell = max(11, min(32, 400 // max(rows, columns)))
-    # Of a panel: numbers and frames of the clip on its left, of the class below.
-    side = cell if clip is not None else 0
-    left, head = 22 + side, 2 * (TEXT + 6)
-    width = left + max(columns * cell, room - 22) + 2 * MARGIN
-    height = head + rows * cell + side + 22 + MARGIN
-    sheet = Sheet(MARGIN + len(alignments) * width, 2 * MARGIN + TEXT + len(captions) * height, title)
-    darkest = max(float(a.max()) for a in alignments.values())
-    for place, (caption, example) in enumerate(zip(captions, examples, strict=True)):
-        for column, (view, of_classes) in enumerate(alignments.items()):
-            x, y = MARGIN + column * width, 2 * MARGIN + TEXT + place * height
-            distance = f"{view} view, distance {distances[view][place]:.2f}"
-            sheet.text((x, y), distance, colour=VIEW_COLOURS.get(view, GREY))
-            sheet.text((x, y + TEXT + 5), caption)
-            x, y = x + left, y + head
-            numbers = [[f"{v:.1f}" if v >= 0.05 else "" for v in line] for line in of_classes[place].tolist()]
-            sheet.heat_map((x, y), of_classes[place] / darkest, cell, numbers if cell >= 24 else None)
-            sheet.numbers((x - side - 6, y), rows, (0, cell), anchor="rm")
-            sheet.numbers((x, y + rows * cell + side + 4), columns, (cell, 0), anchor="mt")
+    captions = [f"{found.role}: {shortened(found.class_name)}" for found in alignments]
+    # Pixels of a map with the frames beside and below it, and of the room for what is written around it.
+    width, height, around = (columns + 1) * cell, (rows + 1) * cell, 70
+    beside = max(40, 8 * max(28, *map(len, captions)) - width)
+    figure = _figure(len(views) * (width + beside) - beside, len(captions) * (height + around) - around)
+    spaces = WHOLE | {"wspace": beside / width, "hspace": around / height}
+    grid = figure.subplots(len(captions), len(views), squeeze=False, gridspec_kw=spaces)
+    figure.text(0, 1 + 50 / figure.bbox.height, title)
+    largest = max(found.largest for found in alignments)
+    for line, found, caption in zip(grid, alignments, captions, strict=True):
+        for axes, (view, weights) in zip(line, found.weights.items(), strict=True):
+            heading = f"{view} view, distance {found.distances[view]:.2f}\n{caption}"
+            axes.set_title(heading, size=10, loc="left", color=VIEW_COLOURS.get(view, GREY))
+            texts = [[f"{v:.1f}" if v >= 0.05 else "" for v in row] for row in weights.tolist()]
+            _heat_map(axes, weights / largest, cell, texts if cell >= 24 else [])
+            _number(axes.set_yticks, rows, cell)
+            _number(axes.set_xticks, columns, cell)
             if clip is not None:
-                sheet.paste((x - side, y), strip(clip, cell, most=None, upright=True))
-                if example is not None:
-                    sheet.paste((x, y + rows * cell), strip(example, cell, most=None))
-    return sheet.image
+                axes.imshow(strip(clip, cell, most=None, upright=True), extent=(-1.5, -0.5, rows - 0.5, -0.5))
+            if found.example is not None:
+                extent = (-0.5, columns - 0.5, rows + 0.5, rows - 0.5)
+                axes.imshow(strip(found.example, cell, most=None), extent=extent)
+            axes.set(xlim=(-1.5, columns - 0.5), ylim=(rows + 0.5, -0.5))
+    return figure
 
 
-def prompt_scores(episode: HardEpisode, evidence: QueryEvidence) -> Image.Image:
-    """How much each frame of the hardest query looks like each class's prompt; the frames that count are framed.
-
-    Args:
-        episode: whose hardest query it is.
-        evidence: on that query.
-    """
-    return prompt_map(
-        evidence.frame_scores,
-        evidence.counted,
-        evidence.probabilities.tolist(),
-        episode.class_names,
-        title="prompt selection: cosine of each frame with each class's prompt",
-        clip=None if episode.query is None else episode.query[episode.hardest],
-        chosen=evidence.chosen,
-        own=episode.labels[episode.hardest],
-    )
-
-
-def prompt_map(
-    frame_scores: Tensor,
-    counted: Tensor,
-    probabilities: Sequence[float],
-    class_names: Sequence[str],
-    *,
-    title: str,
-    clip: Tensor | None,
-    chosen: int | None,
-    own: int | None = None,
-) -> Image.Image:
+def prompt_map(scores: Sequence[PromptScore], clip: Tensor | None, title: str, *, own: int | None = None) -> Figure:
     """How much each frame of a clip looks like the prompts of some classes; the frames that count are framed.
 
     Args:
-        frame_scores: ``(n, frames)``, cosines.
-        counted: bool ``(n, frames)``.
-        probabilities: PPS's, of each class.
-        class_names: the same classes.
-        title: of all.
+        scores: of each class.
         clip: its frames, uint8 ``(frames, 3, height, width)``.
-        chosen: the class whose prompt the clip got, if it got one's.
-        own: the class that it is of, where that is known.
+        title: of all.
+        own: the index of the class that it is of, where that is known.
     """
-    n_way, frames = frame_scores.shape
+    from matplotlib.patches import Rectangle
+
+    cosines = torch.tensor([score.cosines for score in scores])
+    n_way, frames = cosines.shape
     cell = max(14, min(42, 500 // frames))
-    left = 2 * MARGIN + max(column_width(class_names), 60)
-    side = cell if clip is not None else 0
-    top = 2 * MARGIN + TEXT + side + 20
-    sheet = Sheet(left + frames * cell + 210, top + n_way * cell + MARGIN, title)
-    if clip is not None:
-        sheet.paste((left, top - side - 18), strip(clip, cell, most=None))
-    sheet.numbers((left, top - 16), frames, (cell, 0), anchor="mt")
-    low, high = frame_scores.min(), frame_scores.max()
-    numbers = [[f"{v:z.2f}" for v in row] for row in frame_scores.tolist()] if cell >= 30 else None
-    sheet.heat_map((left, top), (frame_scores - low) / (high - low).clamp(min=1e-6), cell, numbers)
-    for c in range(n_way):
-        y = top + c * cell
-        for t in counted[c].nonzero().flatten().tolist():
-            sheet.draw.rectangle(
-                (left + t * cell + 1, y + 1, left + (t + 1) * cell - 2, y + cell - 2), outline=WRONG, width=2
-            )
+    figure, axes = chart(frames * cell, (n_way + 1) * cell, title)
+    low, high = cosines.min(), cosines.max()
+    texts = [[f"{v:z.2f}" for v in score.cosines] for score in scores] if cell >= 30 else []
+    _heat_map(axes, (cosines - low) / (high - low).clamp(min=1e-6), cell, texts)
+    _number(axes.set_xticks, frames, cell)
+    axes.set_yticks(range(n_way), [shortened(score.class_name) for score in scores])
+    for c, (score, label) in enumerate(zip(scores, axes.get_yticklabels(), strict=True)):
+        for t in np.flatnonzero(score.counted):
+            axes.add_patch(Rectangle((t - 0.45, c - 0.45), 0.9, 0.9, fill=False, edgecolor=WRONG, linewidth=1.5))
         colour = RIGHT if c == own else BLACK
-        sheet.text((left - MARGIN, y + cell / 2), class_names[c], colour=colour, anchor="rm")
-        said = f"probability {probabilities[c]:.2f}{', chosen' if c == chosen else ''}"
-        sheet.text((left + frames * cell + 8, y + cell / 2), said, colour=colour, anchor="lm")
-    return sheet.image
+        label.set_color(colour)
+        said = f"probability {score.probability:.2f}{', chosen' if score.chosen else ''}"
+        axes.text(frames - 0.3, c, said, va="center", color=colour)
+    if clip is not None:
+        axes.imshow(strip(clip, cell, most=None), extent=(-0.5, frames - 0.5, -0.5, -1.5))
+    axes.set(xlim=(-0.5, frames - 0.5), ylim=(n_way - 0.5, -1.5))
+    return figure
 
 
-def reliabilities(found: Reliabilities, *, bins: int = 24) -> Image.Image:
+def reliabilities(found: Reliabilities, *, bins: int = 24) -> Figure:
     """Histograms of the views' confidences, and how often each view teaches the other."""
-    bar, height, gap = 7, 160, 46
-    width = len(VIEW_COLOURS) * bar * bins
-    panels = list(found.confidences.items())
-    top = 3 * MARGIN + 2 * TEXT
-    bottom = top + height + 2 * MARGIN + TEXT
-    sheet = Sheet(2 * MARGIN + max(len(panels) * (width + gap) - gap, 620), bottom + len(found.teaches) * 24 + MARGIN)
-    x: float = MARGIN
-    for view in panels[0][1] if panels else ():
-        sheet.draw.rectangle((x, MARGIN + 2, x + 10, MARGIN + 12), fill=VIEW_COLOURS.get(view, GREY))
-        x = sheet.text((x + 16, MARGIN), f"{view} view") + 2 * MARGIN
-    for place, (kind, by_view) in enumerate(panels):
-        x = MARGIN + place * (width + gap)
-        low, high = (float(limit) for limit in torch.cat(list(by_view.values())).aminmax())
-        high = max(high, low + 1e-4)
-        counts = {view: torch.histc(column, bins, low, high).tolist() for view, column in by_view.items()}
-        most = max(max(column) for column in counts.values())
-        sheet.text((x, 2 * MARGIN + TEXT), f"{kind} confidence, most in a bin {most:.0f}")
-        for shift, (view, column) in enumerate(counts.items()):
-            for b, count in enumerate(column):
-                at, tall = x + (b * len(VIEW_COLOURS) + shift) * bar, round(count / most * height)
-                if tall:
-                    sheet.draw.rectangle(
-                        (at, top + height - tall, at + bar - 1, top + height - 1), fill=VIEW_COLOURS.get(view, GREY)
-                    )
-        sheet.draw.line((x, top + height, x + width, top + height), fill=BLACK)
-        sheet.text((x, top + height + 5), f"{low:.3f}")
-        sheet.text((x + width, top + height + 5), f"{high:.3f}", anchor="ra")
-    for place, (name, share) in enumerate(found.teaches.items()):
-        y, view = bottom + place * 24, name.partition("_")[0]
-        sheet.text((MARGIN, y + 9), f"{name.replace('_to_', ' teaches ')} on {share:.1%} of the queries", anchor="lm")
-        sheet.bar((MARGIN + 300, y), 300, 18, share, VIEW_COLOURS.get(view, GREY))
-    return sheet.image
+    kinds = list(found.confidences)
+    layout: Any = [kinds]
+    heights = [160]  # pixels of each row
+    if found.teaches:
+        layout.append(["teaches"] * len(kinds))
+        heights.append(20 * len(found.teaches))
+    figure = _figure(380 * len(kinds) - 60, sum(heights) + 35 * (len(heights) - 1))
+    spaces = WHOLE | {"wspace": 60 / 320, "hspace": 35 * len(heights) / sum(heights)}
+    grid = figure.subplot_mosaic(layout, height_ratios=heights, gridspec_kw=spaces)
+    for kind, by_view in found.confidences.items():
+        axes = grid[kind]
+        colours = [VIEW_COLOURS.get(view, GREY) for view in by_view]
+        axes.hist([column.numpy() for column in by_view.values()], bins, color=colours, label=list(by_view))
+        axes.set_title(f"{kind} confidence", size=10, loc="left")
+        axes.legend(title="view")
+    if found.teaches:
+        shares = []
+        for direction, share in found.teaches.items():
+            teacher, student = direction.split("_to_")
+            shares.append((f"{teacher} teaches {student}", share, VIEW_COLOURS[teacher], f"{share:.1%} of the queries"))
+        draw_shares(grid["teaches"], shares)
+    return figure
 
 
-def _with_short_names(found: ValidationEvidence) -> ValidationEvidence:
-    """With class names that take little room."""
-    shown = short_names(found.class_names)
-    hardest = [episode._replace(class_names=[shown[name] for name in episode.class_names]) for episode in found.hardest]
-    return found._replace(class_names=[shown[name] for name in found.class_names], hardest=hardest)
+def strip(clip: Tensor, side: int, *, most: int | None = 8, upright: bool = False) -> Image.Image:
+    """The frames of a clip beside one another.
+
+    Args:
+        clip: uint8 ``(frames, 3, height, width)``.
+        side: of each frame, in pixels.
+        most: evenly chosen ones of more; None: all.
+        upright: put them below one another.
+    """
+    frames = [Image.fromarray(frame) for frame in shown_frames(clip, most).permute(0, 2, 3, 1).cpu().numpy()]
+    small = [np.asarray(frame.resize((side, side), Image.Resampling.BILINEAR)) for frame in frames]
+    return Image.fromarray(np.concatenate(small, axis=0 if upright else 1))
+
+
+def shown_frames(clip: Tensor, most: int | None = 8) -> Tensor:
+    """At most so many frames of a clip ``(frames, …)``, evenly chosen, the first and the last among them."""
+    if most is None or len(clip) <= most:
+        return clip
+    return clip[torch.linspace(0, len(clip) - 1, most).round().long()]
+
+
+def shortened(text: str) -> str:
+    """A text as figures show it: cut off where it is long, letters that matplotlib's font lacks by their numbers."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    font = get_font(findfont(FontProperties()))
+    text = "".join(x if font.get_char_index(ord(x)) else f"\\u{ord(x):04x}" for x in text)
+    if len(text) > MOST_LETTERS:
+        text = f"{text[: MOST_LETTERS - 1]}\N{HORIZONTAL ELLIPSIS}"
+    return text.replace("$", r"\$")  # between two of them would be an equation
+
+
+def _figure(width: float, height: float) -> Figure:
+    """An empty figure of so many pixels."""
+    from matplotlib.figure import Figure
+
+    return Figure((width / DPI, height / DPI), DPI)
+
+
+def _heat_map(axes: Axes, values: Tensor, cell: int, texts: Sequence[Sequence[str]]) -> None:
+    """Colour a cell a value, from 0, white, to 1; write in them if wanted."""
+    from matplotlib.patches import Rectangle
+
+    axes.imshow(values.nan_to_num(0).numpy(), cmap="Blues", vmin=0, vmax=1)
+    size = (values.shape[1], len(values))
+    axes.add_patch(Rectangle((-0.5, -0.5), *size, fill=False, edgecolor=GREY, clip_on=False))
+    for i, row in enumerate(texts):
+        for j, text in enumerate(row):
+            if text:
+                colour = "white" if values[i, j] > 0.55 else BLACK
+                axes.text(j, i, text, ha="center", va="center", size=min(8, 0.35 * cell), color=colour)
+    axes.tick_params(length=0)
+    axes.set_frame_on(False)
+
+
+def _number(set_ticks: Callable[..., Any], count: int, cell: int) -> None:
+    """Number frames along an axis, from 1."""
+    set_ticks(range(count), range(1, count + 1), size=min(8, 0.5 * cell), color=GREY)

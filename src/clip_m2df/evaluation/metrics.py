@@ -12,9 +12,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
+from torchmetrics import MeanMetric, Metric, SumMetric
 
-from clip_m2df.episode import Episode, IndexedEpisode
+from clip_m2df.episode import Labels
 from clip_m2df.nn.head import HeadOutput
 
 # Two-sided 95 % of a normal distribution, as the field reports it.
@@ -71,32 +71,6 @@ class EpisodeAccuracy(Metric):
         return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
 
 
-class Share(Metric):
-    """The share of things of which something is true."""
-
-    full_state_update = False
-    hits: Tensor
-    total: Tensor
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        for name in ("hits", "total"):
-            self.add_state(name, torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
-
-    def update(self, hits: Tensor) -> None:
-        """Count.
-
-        Args:
-            hits: bool, any shape.
-        """
-        self.hits = self.hits + hits.sum()
-        self.total = self.total + hits.numel()
-
-    def compute(self) -> Tensor:
-        """Float64; not a number where nothing was counted."""
-        return torch.tensor(int(self.hits) / int(self.total) if self.total else math.nan, dtype=torch.float64)
-
-
 class Confusion(Metric):
     """Queries by their own class and by the one that was predicted.
 
@@ -125,29 +99,6 @@ class Confusion(Metric):
     def compute(self) -> Tensor:
         """int64 ``(n_classes, n_classes)``."""
         return self.counts
-
-
-class Sum(Metric):
-    """How many there were of something."""
-
-    full_state_update = False
-    total: Tensor
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_state("total", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
-
-    def update(self, counts: Tensor) -> None:
-        """Add.
-
-        Args:
-            counts: integers, any shape.
-        """
-        self.total = self.total + counts.sum()
-
-    def compute(self) -> Tensor:
-        """An integer."""
-        return self.total
 
 
 class Mean(Metric):
@@ -187,8 +138,6 @@ class Mean(Metric):
 
 
 SHARES = ("pps_accuracy", "local_accuracy", "global_accuracy", "view_agreement", "local_to_global", "global_to_local")
-
-
 LOSSES = ("total", "match", "distill", "class")
 
 
@@ -196,22 +145,24 @@ class StageMetrics(nn.ModuleDict):
     """The metrics of a stage, by the names under which they are logged (``loss_x`` as ``loss/x``)."""
 
     def __init__(self) -> None:
-        metrics: dict[str, nn.Module] = {
-            "accuracy": EpisodeAccuracy(),
-            "replaced_videos": Sum(),
-            "confusion": Confusion(),
-        }
-        metrics |= {name: Share() for name in SHARES} | {f"loss_{name}": Mean() for name in LOSSES}
-        super().__init__(metrics)
+        # torchmetrics' own count in float32: exactly, as long as there are less than 16 million queries.
+        shares = {name: MeanMetric(nan_strategy="disable") for name in SHARES}
+        super().__init__(
+            {
+                "accuracy": EpisodeAccuracy(),
+                "replaced_videos": SumMetric(nan_strategy="disable"),
+                "confusion": Confusion(),
+                **shares,
+                **{f"loss_{name}": Mean() for name in LOSSES},
+            }
+        )
 
-    def count(
-        self, output: HeadOutput, predicted: Tensor, batch: Episode | IndexedEpisode, losses: Mapping[str, Tensor]
-    ) -> None:
+    def count(self, output: HeadOutput, predicted: Tensor, batch: Labels, losses: Mapping[str, Tensor]) -> None:
         """Count a batch of episodes.
 
         Args:
-            output: what the head said.
-            predicted: int64 ``(episodes, n_queries)``, classes as places in the episode.
+            output: the head's.
+            predicted: int64 ``(episodes, n_queries)``, classes as indices in the episode.
             batch: the episodes.
             losses: by name, means over the episodes.
         """
@@ -219,10 +170,10 @@ class StageMetrics(nn.ModuleDict):
         metrics["accuracy"].update(predicted == labels)
         metrics["pps_accuracy"].update(output.prompt_indices == labels)
         # By the class table of the split.
-        own, taken_for = (batch["class_indices"].gather(1, places) for places in (labels, predicted))
+        own, taken_for = (batch["class_indices"].gather(1, indices) for indices in (labels, predicted))
         metrics["confusion"].update(own, taken_for, len(batch["class_names"]))
-        if len(output.distances) == 2:
-            local, global_ = (d.argmin(-1) for d in output.distances.values())
+        if len(output.views) == 2:
+            local, global_ = (view.distances.argmin(-1) for view in output.views.values())
             metrics["local_accuracy"].update(local == labels)
             metrics["global_accuracy"].update(global_ == labels)
             metrics["view_agreement"].update(local == global_)
@@ -249,5 +200,6 @@ class StageMetrics(nn.ModuleDict):
                     confusion = value
                 else:
                     numbers |= value if isinstance(value, dict) else {name.replace("loss_", "loss/"): value}
-            metric.reset()
+            with torch.inference_mode(False):  # what inference mode makes can't be written outside of it
+                metric.reset()
         return numbers, confusion

@@ -1,4 +1,4 @@
-"""Baselines behind the interface of a head: simpler ways to score the same episodes from the same features."""
+"""Baselines behind the interface of a head, simpler ways to score the same episodes; and every head by its name."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import importlib
 import inspect
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from clip_m2df.errors import UserError
-from clip_m2df.nn.distillation import Distillation
-from clip_m2df.nn.head import Head, HeadOutput, check_positive, check_shares
+from clip_m2df.errors import UserError, require
+from clip_m2df.nn.head import Embedded, Head, HeadOutput
 from clip_m2df.nn.matching import cosine, frame_costs, full_precision, otam
+from clip_m2df.nn.prompts import SelectedPrompts
 from clip_m2df.nn.views import FusionEncoder
 
 
 class Baseline(Head):
-    """A head without views: it gives scores, and nothing to distil. PPS runs for the log alone.
+    """A head without views: it keeps frames as they are and averages shots. PPS runs for the log alone.
 
     Args:
         dim: see :class:`clip_m2df.nn.head.Head`.
@@ -29,32 +29,26 @@ class Baseline(Head):
     """
 
     trained = False
-    averages_shots = True
 
-    def forward(self, support: Tensor, query: Tensor, prompts: Tensor, draws: Tensor | None = None) -> HeadOutput:
-        """Score the queries of an episode, see :meth:`clip_m2df.nn.head.Head.forward`; nothing is drawn."""
-        logits = self.score(support, query, prompts)
-        probabilities = self.prompt_probabilities(self.prompt_scores(query, prompts))
-        nobody = torch.zeros(logits.shape[:-1], dtype=torch.bool, device=logits.device)
-        return HeadOutput(
-            logits=logits,
-            distances={},
-            text_similarities={},
-            visual_confidences={},
-            text_confidences={},
-            prompt_probabilities=probabilities,
-            prompt_indices=probabilities.argmax(-1),
-            distillation=Distillation(logits.new_zeros(logits.shape[:-2]), nobody, nobody),
-        )
+    def embed(self, videos: Tensor, prompt: Tensor | None) -> Embedded:
+        """The frame features themselves."""
+        return Embedded(frames=videos)
+
+    def prototype(self, embedded: Embedded, prompts: Tensor) -> Embedded:
+        """The mean of the shots, frame by frame."""
+        return embedded.map(lambda frames: frames.mean(-3))
+
+    def match(self, query: Embedded, prototypes: Embedded, selected: SelectedPrompts) -> HeadOutput:
+        """Score the queries; there is nothing to distil."""
+        return HeadOutput.of(self.compare(query["frames"], prototypes["frames"]), selected)
 
     @abstractmethod
-    def score(self, support: Tensor, query: Tensor, prompts: Tensor) -> Tensor:
-        """Logits ``(…, n_queries, n_way)``.
+    def compare(self, query: Tensor, prototypes: Tensor) -> Tensor:
+        """Logits ``(…, n_queries, n_way)`` of ``query (…, n_queries, frames, dim)``.
 
         Args:
-            support: ``(…, n_way, n_shot, frames, dim)``, frame features.
-            query: ``(…, n_queries, frames, dim)``.
-            prompts: ``(…, n_way, dim)``.
+            query: the queries' frames.
+            prototypes: ``(…, n_way, frames, dim)``, or as the head's own ``prototype`` makes them.
         """
 
 
@@ -71,9 +65,9 @@ class NearestPrototypeHead(Baseline):
     logit_scale = 10.0
 
     @full_precision
-    def score(self, support: Tensor, query: Tensor, prompts: Tensor) -> Tensor:
-        """See :meth:`Baseline.score`; prompts don't count."""
-        return self.logit_scale * cosine(query.mean(-2), support.mean((-3, -2)))
+    def compare(self, query: Tensor, prototypes: Tensor) -> Tensor:
+        """See :meth:`Baseline.compare`."""
+        return self.logit_scale * cosine(query.mean(-2), prototypes.mean(-2))
 
 
 class OTAMHead(Baseline):
@@ -104,14 +98,13 @@ class OTAMHead(Baseline):
         temperature: float = 200.0,
     ) -> None:
         super().__init__(dim=dim, top_k=top_k, temperature=temperature)
-        check_positive(smoothing=smoothing)
+        require(above=0, smoothing=smoothing)
         self.smoothing = smoothing
         self.single_direction = single_direction
 
-    @full_precision
-    def score(self, support: Tensor, query: Tensor, prompts: Tensor) -> Tensor:
-        """See :meth:`Baseline.score`; prompts don't count."""
-        costs = frame_costs(query, support.mean(-3))
+    def compare(self, query: Tensor, prototypes: Tensor) -> Tensor:
+        """Minus OTAM's distances, see :meth:`Baseline.compare`."""
+        costs = frame_costs(query, prototypes)
         return -otam(costs, smoothing=self.smoothing, single_direction=self.single_direction)
 
 
@@ -124,10 +117,14 @@ class ZeroShotHead(Baseline):
     # CLIP's own: its temperature was learnt up to the bound of 1/100.
     logit_scale = 100.0
 
+    def prototype(self, embedded: Embedded, prompts: Tensor) -> Embedded:
+        """The class's prompt ``(…, 1, dim)``; its shots do not count."""
+        return Embedded(frames=prompts.unsqueeze(-2))
+
     @full_precision
-    def score(self, support: Tensor, query: Tensor, prompts: Tensor) -> Tensor:
-        """See :meth:`Baseline.score`; the support does not count."""
-        return self.logit_scale * cosine(query, prompts.unsqueeze(-3)).mean(-2)
+    def compare(self, query: Tensor, prototypes: Tensor) -> Tensor:
+        """See :meth:`Baseline.compare`."""
+        return self.logit_scale * cosine(query, prototypes.transpose(-2, -3)).mean(-2)
 
 
 class BiMHMHead(Baseline):
@@ -139,23 +136,24 @@ class BiMHMHead(Baseline):
     """
 
     @full_precision
-    def score(self, support: Tensor, query: Tensor, prompts: Tensor) -> Tensor:
-        """See :meth:`Baseline.score`; prompts don't count."""
-        costs = frame_costs(query, support.mean(-3))
+    def compare(self, query: Tensor, prototypes: Tensor) -> Tensor:
+        """See :meth:`Baseline.compare`."""
+        costs = frame_costs(query, prototypes)
         return -(costs.amin(-1).mean(-1) + costs.amin(-2).mean(-1))
 
 
-class CLIPFSARHead(Baseline):
+class CLIPFSARHead(OTAMHead):
     """CLIP-FSAR on frame features and prompt embeddings (Wang et al., IJCV 2023, arXiv 2303.02982).
 
-    Its video-text loss is the model's ``class_weight``, its fusion with the text's probabilities ``text_fusion``.
+    One transformer over prompt and frames, then OTAM. Its video-text loss is the model's ``class_weight``, its fusion
+    with the text's probabilities ``text_fusion``.
     Note: the published code fuses with ``softmax(−d/8)`` and an exact cosine; the model does so with ``softmax(−d)``
     and the cosine of the training, the same for every head. The best β is therefore another.
 
     Args:
-        dim: width of the features, a multiple of ``heads``.
+        dim: width of the features, a multiple of ``num_heads``.
         depth: layers of the transformer.
-        heads: its attention heads.
+        num_heads: its attention heads.
         hidden_dim: width inside its feed-forward parts.
         attention_dropout: dropout after its attention.
         dropout: dropout in its feed-forward parts.
@@ -175,7 +173,7 @@ class CLIPFSARHead(Baseline):
         *,
         dim: int,
         depth: int = 1,
-        heads: int = 8,
+        num_heads: int = 8,
         hidden_dim: int = 2048,
         attention_dropout: float = 0.2,
         dropout: float = 0.05,
@@ -184,23 +182,24 @@ class CLIPFSARHead(Baseline):
         top_k: int = 4,
         temperature: float = 200.0,
     ) -> None:
-        super().__init__(dim=dim, top_k=top_k, temperature=temperature)
-        check_positive(smoothing=smoothing, hidden_dim=hidden_dim)
-        check_shares(attention_dropout=attention_dropout, dropout=dropout)
-        self.smoothing = smoothing
-        self.single_direction = single_direction
-        self.transformer = FusionEncoder(dim, depth, heads, hidden_dim, attention_dropout, dropout)
+        super().__init__(
+            dim=dim, smoothing=smoothing, single_direction=single_direction, top_k=top_k, temperature=temperature
+        )
+        require(above=0, hidden_dim=hidden_dim)
+        require(least=0, below=1, attention_dropout=attention_dropout, dropout=dropout)
+        self.transformer = FusionEncoder(dim, depth, num_heads, hidden_dim, attention_dropout, dropout)
 
-    def score(self, support: Tensor, query: Tensor, prompts: Tensor) -> Tensor:
-        """Minus OTAM's distances, see :meth:`clip_m2df.nn.baselines.Baseline.score`."""
+    def embed(self, videos: Tensor, prompt: Tensor | None) -> Embedded:
+        """A query, whose class nobody knows, goes through the transformer by itself; shots are averaged before it."""
+        return Embedded(frames=self.attend(videos) if prompt is None else videos)
+
+    def prototype(self, embedded: Embedded, prompts: Tensor) -> Embedded:
+        """The mean of the shots, beside the class's prompt through the transformer."""
         # Note: shots are averaged before the transformer, as the published 5-shot configs have it (MERGE_BEFORE); their
         # code can do so after it too. With one shot both are the same.
-        frames = support.mean(-3)
-        # A class beside its prompt; a query, whose class nobody knows, without
+        frames = embedded["frames"].mean(-3)
         token = prompts.to(frames.dtype).unsqueeze(-2)
-        prototype = self.attend(torch.cat((token, frames), -2))[..., 1:, :]
-        costs = frame_costs(self.attend(query), prototype)
-        return -otam(costs, smoothing=self.smoothing, single_direction=self.single_direction)
+        return Embedded(frames=self.attend(torch.cat((token, frames), -2))[..., 1:, :])
 
     def attend(self, tokens: Tensor) -> Tensor:
         """Self-attention among ``tokens (…, tokens, dim)``, which have no positions: the same shape."""
@@ -211,15 +210,9 @@ class CLIPFSARHead(Baseline):
         unflattened: Tensor = tokens.unflatten(0, leading)
         return unflattened
 
-    def class_logits(
-        self, support: Tensor, query: Tensor, prompts: Tensor, prompt_table: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The same as :meth:`clip_m2df.nn.head.Head.class_logits`, but a video stands by the mean of all its frames."""
-        return self._scaled_cosine(support, prompt_table.unsqueeze(-3)), self._scaled_cosine(query, prompt_table)
-
-
-if TYPE_CHECKING:
-    from clip_m2df.nn.head import Head
+    def class_logits(self, videos: Tensor, prompts: Tensor, prompt_table: Tensor) -> Tensor:
+        """As :meth:`clip_m2df.nn.head.Head.class_logits`, but a video stands by the mean of all its frames."""
+        return self.scaled_cosine(videos, prompt_table)
 
 
 HEADS = {
@@ -232,14 +225,14 @@ HEADS = {
 }
 
 
-def head_class(name: str) -> type[nn.Module]:
+def head_class(name: str) -> type[Head]:
     """The class of a head.
 
     Args:
         name: a key of ``HEADS``, or a class path ``package.module.Class``.
 
     Raises:
-        UserError: there is no such head, or it is not a ``torch.nn.Module``.
+        UserError: there is no such head, or its class is not what a head's has to be.
     """
     path = HEADS.get(name, name)
     module, _, attribute = path.rpartition(".")
@@ -251,8 +244,13 @@ def head_class(name: str) -> type[nn.Module]:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise UserError(f"head: {name!r} can't be imported ({error}); check the class path") from error
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise UserError(f"head: {name!r} is not a class derived from torch.nn.Module")
+    what = "derive it from clip_m2df.nn.head.Head and write its steps, embed, prototype and match"
+    if not (isinstance(found, type) and issubclass(found, Head)):
+        raise UserError(f"head: {name!r} is no head: {what}")
+    if found.forward is not Head.forward:
+        raise UserError(f"head: {name!r} has a forward of its own, which a bank would pass over: leave it out, {what}")
+    if missing := sorted(found.__abstractmethods__):
+        raise UserError(f"head: {name!r} has no {' and no '.join(missing)}: {what}")
     return found
 
 
@@ -274,13 +272,13 @@ def build_head(name: str, options: Mapping[str, Any]) -> Head:
             hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
             raise UserError(f"head_options: {cls.__name__} has no option {option!r}; {hint}")
     try:
-        return cast("Head", cls(**options))  # or what has its interface
+        return cls(**options)
     except UserError:
         raise
     except (TypeError, ValueError) as error:
         raise UserError(f"head_options: {cls.__name__} does not take {dict(options)}: {error}") from error
 
 
-def options_of(cls: type[nn.Module]) -> tuple[str, ...]:
+def options_of(cls: type[Head]) -> tuple[str, ...]:
     """Names of the options of a head's class."""
     return tuple(inspect.signature(cls).parameters)

@@ -17,18 +17,6 @@ CONDITIONS: tuple[str, ...] = get_args(Condition)
 DIRECTIONS: tuple[str, ...] = get_args(Direction)
 
 
-class ViewEvidence(NamedTuple):
-    """What one view says of the queries.
-
-    Attributes:
-        distances: ``(…, n_queries, n_way)``, OTAM distances to the prototypes.
-        text_similarities: ``(…, n_queries, n_way)``, cosines of the text parts.
-    """
-
-    distances: Tensor
-    text_similarities: Tensor
-
-
 class Distillation(NamedTuple):
     """The distillation term and which queries took part.
 
@@ -42,21 +30,43 @@ class Distillation(NamedTuple):
     local_to_global: Tensor
     global_to_local: Tensor
 
+    @classmethod
+    def none(cls, logits: Tensor) -> Distillation:
+        """No distillation on the queries of ``logits (…, n_queries, n_way)``: a loss of zero, and no query."""
+        nobody = torch.zeros(logits.shape[:-1], dtype=torch.bool, device=logits.device)
+        return cls(logits.new_zeros(logits.shape[:-2]), nobody, nobody)
+
 
 @full_precision
-def visual_confidence(distances: Tensor) -> Tensor:
-    """``max_c softmax(−d)``: ``(…, n_queries, n_way)`` to ``(…, n_queries)``."""
-    return (-distances).softmax(-1).amax(-1)
+def max_softmax(logits: Tensor) -> Tensor:
+    """``max_c softmax(logits)``: ``(…, n_queries, n_way)`` to ``(…, n_queries)``."""
+    return logits.softmax(-1).amax(-1)
 
 
-@full_precision
-def text_confidence(text_similarities: Tensor) -> Tensor:
-    """``max_c softmax(t)``: ``(…, n_queries, n_way)`` to ``(…, n_queries)``."""
-    return text_similarities.softmax(-1).amax(-1)
+class ViewOutput(NamedTuple):
+    """How one view compares the queries with the classes.
+
+    Attributes:
+        distances: ``(…, n_queries, n_way)``, OTAM distances to the prototypes.
+        text_similarities: ``(…, n_queries, n_way)``, cosines of the text parts; no part of the logits.
+    """
+
+    distances: Tensor
+    text_similarities: Tensor
+
+    @property
+    def visual_confidence(self) -> Tensor:
+        """``max_c softmax(−d)``, ``(…, n_queries)``, in float32 at least."""
+        return max_softmax(-self.distances)
+
+    @property
+    def text_confidence(self) -> Tensor:
+        """``max_c softmax(t)``, ``(…, n_queries)``, in float32 at least."""
+        return max_softmax(self.text_similarities)
 
 
 def reliable_groups(
-    local: ViewEvidence, global_: ViewEvidence, conditions: Sequence[str] = ("text",)
+    local: ViewOutput, global_: ViewOutput, conditions: Sequence[str] = ("text",)
 ) -> tuple[Tensor, Tensor]:
     """On which queries each view is the reliable one.
 
@@ -64,8 +74,8 @@ def reliable_groups(
     conditions differ are in neither group. Without conditions every query is in both.
 
     Args:
-        local: evidence of the local view.
-        global_: evidence of the global view.
+        local: the local view's comparison.
+        global_: the global view's comparison.
         conditions: any of ``text`` and ``visual``.
 
     Returns:
@@ -73,9 +83,9 @@ def reliable_groups(
     """
     says_local = []
     if "text" in conditions:
-        says_local.append(text_confidence(local.text_similarities) >= text_confidence(global_.text_similarities))
+        says_local.append(local.text_confidence >= global_.text_confidence)
     if "visual" in conditions:
-        says_local.append(visual_confidence(local.distances) >= visual_confidence(global_.distances))
+        says_local.append(local.visual_confidence >= global_.visual_confidence)
     if not says_local:
         everyone = torch.ones(local.distances.shape[:-1], dtype=torch.bool, device=local.distances.device)
         return everyone, everyone
@@ -84,8 +94,8 @@ def reliable_groups(
 
 
 def mutual_distillation(
-    local: ViewEvidence,
-    global_: ViewEvidence,
+    local: ViewOutput,
+    global_: ViewOutput,
     *,
     conditions: Sequence[str] = ("text",),
     direction: Direction = "global_to_local",
@@ -94,8 +104,8 @@ def mutual_distillation(
     """The reliable view teaches the other.
 
     Args:
-        local: evidence of the local view.
-        global_: evidence of the global view.
+        local: the local view's comparison.
+        global_: the global view's comparison.
         conditions: what decides reliability, any of ``text`` and ``visual``. With none, every query is used in each
             direction chosen, unweighted and summed.
         direction: who may teach.
@@ -112,12 +122,12 @@ def mutual_distillation(
     return Distillation(loss, local_teaches, global_teaches)
 
 
-def _teach(teacher: ViewEvidence, student: ViewEvidence, group: Tensor, weighted: bool, detach: bool) -> Tensor:
+def _teach(teacher: ViewOutput, student: ViewOutput, group: Tensor, weighted: bool, detach: bool) -> Tensor:
     """``KL(teacher ‖ student)`` over a group of queries: a mean weighted by the teacher's confidence, or a sum."""
     divergence = kl_divergence(-teacher.distances.detach() if detach else -teacher.distances, -student.distances)
     weights = group.to(divergence.dtype)
     if weighted:
-        confidence = visual_confidence(teacher.distances) + text_confidence(teacher.text_similarities)
+        confidence = teacher.visual_confidence + teacher.text_confidence
         weights = weights * (confidence.detach() if detach else confidence)
         # An empty group divides by 1, not by 0: torch.where around the quotient would leave its gradient undefined.
         weights = weights / torch.where(group.any(-1), weights.sum(-1), 1.0).unsqueeze(-1)

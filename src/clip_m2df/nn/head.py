@@ -1,41 +1,94 @@
-"""What every head is (:class:`Head`): frame features and prompt embeddings in, a :class:`HeadOutput` out."""
+"""What every head is: frame features and prompt embeddings in, a :class:`HeadOutput` out, by way of the same steps.
+
+A head writes what it keeps of a video (``embed``), what a class is from its own shots (``prototype``) and how queries
+are compared with classes (``match``). Training, banks, classifiers, explanations and exports call these steps, in the
+order that :class:`Scoring` gives them.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clip_m2df.errors import UserError
-from clip_m2df.nn.distillation import Distillation
+from clip_m2df.errors import require
+from clip_m2df.nn.distillation import Distillation, ViewOutput
 from clip_m2df.nn.matching import cosine, full_precision
-from clip_m2df.nn.prompts import closest_frames, prompt_probabilities, prompt_scores
+from clip_m2df.nn.prompts import (
+    SelectedPrompts,
+    Selection,
+    closest_frames,
+    prompt_probabilities,
+    prompt_scores,
+    select_prompts,
+)
+
+QueryPrompt = Literal["class", "mixture", "none"]
+
+
+class Embedded(dict[str, Tensor]):
+    """What a head keeps of some videos or classes: tensors by name, all with the same leading axes."""
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Embedded:
+        """The same with each tensor put through a function."""
+        return Embedded({name: function(tensor) for name, tensor in self.items()})
+
+    @classmethod
+    def cat(cls, parts: Sequence[Embedded]) -> Embedded:
+        """Join along the first axis."""
+        return cls({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+
+    @classmethod
+    def stack(cls, parts: Sequence[Embedded]) -> Embedded:
+        """Join along a new first axis.
+
+        Prototypes whose size depends on the number of shots are padded to the largest, with zeros; a head that makes
+        such prototypes keeps a bool tensor beside them, which is False where there is padding.
+        """
+        return cls({name: _stack([part[name] for part in parts]) for name in parts[0]})
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    largest = [max(sizes) for sizes in zip(*(tensor.shape for tensor in tensors), strict=True)]
+    padded = []
+    for tensor in tensors:
+        missing = [n for size, most in zip(tensor.shape, largest, strict=True) for n in (most - size, 0)][::-1]
+        padded.append(F.pad(tensor, missing) if any(missing) else tensor)
+    return torch.stack(padded)
 
 
 class HeadOutput(NamedTuple):
-    """What a head says of the queries. Mappings are keyed by view (``local``, ``global``), those in use only.
+    """What a head makes of the queries.
 
     Attributes:
         logits: ``(…, n_queries, n_way)``; of a head that measures distances, minus the (fused) distance.
-        distances: OTAM distances of each view ``(…, n_queries, n_way)``.
-        text_similarities: cosines of the text parts in each view ``(…, n_queries, n_way)``; no part of the logits.
-        visual_confidences: ``max softmax(−d)`` of each view ``(…, n_queries)``.
-        text_confidences: ``max softmax(t)`` of each view ``(…, n_queries)``.
+        views: what each view in use (``local``, ``global``) makes of them; empty for a head without views.
         prompt_probabilities: PPS's distribution π ``(…, n_queries, n_way)``.
         prompt_indices: int64 ``(…, n_queries)``, whose prompt each query got (``expectation``: the likeliest).
         distillation: the term's value ``(…)`` and the queries ``(…, n_queries)`` distilled each way.
     """
 
     logits: Tensor
-    distances: dict[str, Tensor]
-    text_similarities: dict[str, Tensor]
-    visual_confidences: dict[str, Tensor]
-    text_confidences: dict[str, Tensor]
+    views: Mapping[str, ViewOutput]
     prompt_probabilities: Tensor
     prompt_indices: Tensor
     distillation: Distillation
+
+    @classmethod
+    def of(
+        cls,
+        logits: Tensor,
+        selected: SelectedPrompts,
+        views: Mapping[str, ViewOutput] | None = None,
+        distillation: Distillation | None = None,
+    ) -> HeadOutput:
+        """From the logits and the prompts that were selected; without ``distillation`` nothing is distilled."""
+        distillation = Distillation.none(logits) if distillation is None else distillation
+        return cls(logits, views or {}, selected.probabilities, selected.indices, distillation)
 
     @property
     def distillation_loss(self) -> Tensor:
@@ -43,8 +96,93 @@ class HeadOutput(NamedTuple):
         return self.distillation.loss
 
 
-class Head(nn.Module, ABC):
+class Scoring(ABC):
+    """The steps by which the queries of an episode are scored, and their order, which is written here alone.
+
+    Any leading axes ``…``: B episodes at once. To a :class:`Head` a video is its frame features ``(…, frames, dim)``
+    and a prompt its embedding ``(…, dim)``; to a bank both are row numbers
+    (:class:`clip_m2df.evaluation.bank.EpisodeBank`).
+    """
+
+    @property
+    @abstractmethod
+    def query_prompt(self) -> QueryPrompt:
+        """What a query is embedded with: the prompt of one class, a mixture of several, or none.
+
+        A bank keeps queries embedded with one class's prompt or with none from one episode to the next.
+        """
+
+    @abstractmethod
+    def select_prompts(self, query: Tensor, prompts: Tensor, draws: Tensor | None = None) -> SelectedPrompts:
+        """Give each query a prompt.
+
+        Args:
+            query: ``(…, n_queries, frames, dim)``.
+            prompts: ``(…, n_way, dim)``, those of the episode's classes.
+            draws: ``(…, n_queries)``, uniforms in [0, 1) for a head that samples.
+        """
+
+    @abstractmethod
+    def embed(self, videos: Tensor, prompt: Tensor | None) -> Embedded:
+        """What is kept of each video by itself.
+
+        Args:
+            videos: ``(…, frames, dim)``.
+            prompt: ``(…, dim)``: a support video's is that of its class, a query's the one that was selected. None for
+                queries where ``query_prompt`` is ``none``.
+        """
+
+    @abstractmethod
+    def prototype(self, embedded: Embedded, prompts: Tensor) -> Embedded:
+        """What each class is, from its own shots.
+
+        Args:
+            embedded: of the support, ``(…, n_shot, …)``. Classes may have different numbers of shots: then each comes
+                by itself, and their prototypes are joined by :meth:`Embedded.stack`.
+            prompts: ``(…, dim)``, those of the classes.
+        """
+
+    @abstractmethod
+    def match(self, query: Embedded, prototypes: Embedded, selected: SelectedPrompts) -> HeadOutput:
+        """Compare queries ``(…, n_queries, …)`` with prototypes ``(…, n_way, …)``.
+
+        Args:
+            query: the queries, embedded.
+            prototypes: of the classes.
+            selected: the queries' prompts, for :meth:`HeadOutput.of`.
+        """
+
+    def prototypes(self, support: Tensor, prompts: Tensor) -> Embedded:
+        """The prototypes ``(…, n_way, …)`` of ``support (…, n_way, n_shot, frames, dim)`` with ``prompts (…, dim)``."""
+        n_shot = support.shape[prompts.ndim - 1]
+        own = prompts.unsqueeze(-2).expand(*prompts.shape[:-1], n_shot, -1)
+        return self.prototype(self.embed(support, own), prompts)
+
+    def embed_queries(
+        self, query: Tensor, prompts: Tensor, draws: Tensor | None = None
+    ) -> tuple[Embedded, SelectedPrompts]:
+        """Select prompts for queries, and embed the queries with them; see :meth:`score`."""
+        selected = self.select_prompts(query, prompts, draws)
+        return self.embed(query, None if self.query_prompt == "none" else selected.embeddings), selected
+
+    def score(self, query: Tensor, prompts: Tensor, prototypes: Embedded, draws: Tensor | None = None) -> HeadOutput:
+        """Score queries against prototypes.
+
+        Args:
+            query: ``(…, n_queries, frames, dim)``.
+            prompts: ``(…, n_way, dim)``.
+            prototypes: ``(…, n_way, …)``.
+            draws: ``(…, n_queries)``, uniforms in [0, 1) for a head that samples.
+        """
+        embedded, selected = self.embed_queries(query, prompts, draws)
+        return self.match(embedded, prototypes, selected)
+
+
+class Head(nn.Module, Scoring):
     """Scores the queries of episodes on frame features and prompt embeddings. Any leading axes: B episodes at once.
+
+    A head of one's own derives from it and writes ``embed``, ``prototype`` and ``match``. Where it embeds a query with
+    a prompt, it says so in ``query_prompt``.
 
     Args:
         dim: width of the features.
@@ -53,27 +191,27 @@ class Head(nn.Module, ABC):
 
     Attributes:
         trained: whether it has anything to train; one that has not is measured without a checkpoint.
-        averages_shots: whether the shots of a class count by their mean alone, and each class by itself.
+        selection: how PPS picks at evaluation.
+        train_selection: how it picks in training.
 
     Raises:
         UserError: an option out of its range, with what it may be.
     """
 
     trained: ClassVar[bool] = True
-    averages_shots: ClassVar[bool] = False
+    selection: Selection = "argmax"
+    train_selection: Selection = "argmax"
 
     def __init__(self, *, dim: int, top_k: int = 4, temperature: float = 200.0) -> None:
         super().__init__()
-        if top_k < 1:
-            raise UserError(f"top_k {top_k}: at least 1 frame must count")
-        check_positive(temperature=temperature)
+        require(least=1, top_k=top_k)
+        require(above=0, temperature=temperature)
         self.dim = dim
         self.top_k = top_k
         self.temperature = temperature
         # Scale of the class logits, learnt where their loss is used.
         self.scale = nn.Parameter(torch.ones(1))
 
-    @abstractmethod
     def forward(self, support: Tensor, query: Tensor, prompts: Tensor, draws: Tensor | None = None) -> HeadOutput:
         """Score the queries of an episode.
 
@@ -82,91 +220,65 @@ class Head(nn.Module, ABC):
             query: ``(…, n_queries, frames, dim)``.
             prompts: ``(…, n_way, dim)``, the prompt embeddings of the episode's classes.
             draws: ``(…, n_queries)``, uniforms in [0, 1) for a head that samples.
+
+        Raises:
+            UserError: the head samples and there are no draws.
         """
+        return self.score(query, prompts, self.prototypes(support, prompts), draws)
 
-    def prompt_scores(self, query: Tensor, prompts: Tensor) -> Tensor:
-        """Scores of ``query (…, n_queries, frames, dim)`` by ``prompts (…, n_way, dim)``: ``(…, n_queries, n_way)``."""
-        return prompt_scores(query, prompts, self.top_k)
+    @property
+    def query_prompt(self) -> QueryPrompt:
+        """A query is embedded without a prompt, unless a head says otherwise."""
+        return "none"
 
-    def prompt_probabilities(self, scores: Tensor) -> Tensor:
-        """PPS's distribution over an episode's classes, from their scores ``(…, n_queries, n_way)``."""
-        return prompt_probabilities(scores, self.temperature)
+    def select_prompts(self, query: Tensor, prompts: Tensor, draws: Tensor | None = None) -> SelectedPrompts:
+        """PPS, see :meth:`Scoring.select_prompts`.
 
-    def class_logits(
-        self, support: Tensor, query: Tensor, prompts: Tensor, prompt_table: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """How each video's raw features compare with the prompts of all classes of the split (METHOD, section 7).
+        Raises:
+            UserError: PPS samples and there are no draws.
+        """
+        probabilities = prompt_probabilities(prompt_scores(query, prompts, self.top_k), self.temperature)
+        selection = self.train_selection if self.training else self.selection
+        return select_prompts(probabilities, prompts, selection, draws)
 
-        A video stands by the mean of its ``top_k`` frames closest to a prompt: a support video's own, for a query that
-        of the highest score.
+    def align(self, query: Embedded, prototypes: Embedded) -> dict[str, Tensor]:
+        """By view, which frames of queries and prototypes are aligned: ``(…, n_queries, n_way, frames, frames)``.
+
+        For explanations; empty for a head without views.
+        """
+        return {}
+
+    def frame_scores(self, query: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor]:
+        """How much each frame looks like each prompt, and which frames count in PPS.
 
         Args:
-            support: ``(…, n_way, n_shot, frames, dim)``.
-            query: ``(…, n_queries, frames, dim)``.
-            prompts: ``(…, n_way, dim)``.
-            prompt_table: ``(…, n_classes, dim)``.
+            query: features ``(frames, dim)``.
+            prompts: ``(n_way, dim)``.
 
         Returns:
-            ``(…, n_way, n_shot, n_classes)`` and ``(…, n_queries, n_classes)``.
+            Cosines and a bool, both ``(n_way, frames)``.
         """
-        likeliest = self.prompt_scores(query, prompts).argmax(-1, keepdim=True)
-        query_prompts = torch.take_along_dim(prompts, likeliest, dim=-2)
-        support_prompts = prompts.unsqueeze(-2).expand(*support.shape[:-2], -1)
-        table = prompt_table.unsqueeze(-3)
-        return (
-            self._class_logits(support, support_prompts, table),
-            self._class_logits(query, query_prompts, prompt_table),
-        )
+        scores = cosine(prompts, query)
+        counting = closest_frames(query, prompts, self.top_k)[1]
+        return scores, torch.zeros_like(scores, dtype=torch.bool).scatter(-1, counting, True)
 
-    def _class_logits(self, videos: Tensor, prompts: Tensor, prompt_table: Tensor) -> Tensor:
-        """``videos (…, n, frames, dim)`` with a prompt each ``(…, n, dim)``: ``(…, n, n_classes)``."""
-        places = closest_frames(videos, prompts.unsqueeze(-2), self.top_k)[1].squeeze(-2)
-        best = torch.take_along_dim(videos, places.unsqueeze(-1), dim=-2)
-        return self._scaled_cosine(best, prompt_table)
+    def class_logits(self, videos: Tensor, prompts: Tensor, prompt_table: Tensor) -> Tensor:
+        """How the raw features of videos compare with the prompts of all classes of a split (METHOD, section 7).
+
+        A video stands by the mean of its ``top_k`` frames closest to a prompt.
+
+        Args:
+            videos: ``(…, n, frames, dim)``.
+            prompts: ``(…, n, dim)``, the prompt of each.
+            prompt_table: ``(n_classes, dim)``, or with the same leading axes.
+
+        Returns:
+            ``(…, n, n_classes)``.
+        """
+        closest = closest_frames(videos, prompts.unsqueeze(-2), self.top_k)[1].squeeze(-2)
+        return self.scaled_cosine(torch.take_along_dim(videos, closest.unsqueeze(-1), dim=-2), prompt_table)
 
     @full_precision
-    def _scaled_cosine(self, frames: Tensor, prompt_table: Tensor) -> Tensor:
-        """The mean of ``frames (…, n, frames, dim)`` with each prompt: ``(…, n, n_classes)``."""
+    def scaled_cosine(self, frames: Tensor, prompt_table: Tensor) -> Tensor:
+        """The scale times the cosine of the mean of ``frames (…, n, frames, dim)`` with each prompt."""
         return self.scale * cosine(frames.mean(-2), prompt_table)
-
-
-def fuse_text(head: Head, share: float, logits: Tensor, support: Tensor, query: Tensor, prompts: Tensor) -> Tensor:
-    """The scores by which classes are predicted, with a share of the text in them (CLIP-FSAR's evaluation).
-
-    Args:
-        head: whose class logits are the text's.
-        share: β of ``p = p_text^β · p_visual^(1−β)``.
-        logits: the head's ``(…, n_queries, n_way)``.
-        support: features ``(…, n_way, n_shot, frames, dim)``.
-        query: features ``(…, n_queries, frames, dim)``.
-        prompts: ``(…, n_way, dim)``.
-
-    Returns:
-        The logits if the share is 0; else the logarithm of p, not normalised.
-    """
-    if not share:
-        return logits
-    text = head.class_logits(support, query, prompts, prompts)[1].log_softmax(-1)
-    return share * text + (1 - share) * logits.log_softmax(-1)
-
-
-def check_positive(**options: float) -> None:
-    """Refuse options that are not above 0.
-
-    Raises:
-        UserError: names the first.
-    """
-    for option, value in options.items():
-        if not value > 0:
-            raise UserError(f"{option} is {value}; it must be positive")
-
-
-def check_shares(**options: float) -> None:
-    """Refuse options that are no share of a whole, or all of it.
-
-    Raises:
-        UserError: names the first.
-    """
-    for option, value in options.items():
-        if not 0 <= value < 1:
-            raise UserError(f"{option} is {value}; it must be from 0 to below 1")

@@ -1,29 +1,17 @@
-"""CLIP-M²DF: the head (:class:`M2DFHead`), stage by stage as in the paper, and the whole model (:class:`M2DF`)."""
+"""CLIP-M²DF: the head (:class:`M2DFHead`), step by step as in the paper, and the whole model (:class:`M2DF`)."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from clip_m2df.clip.formats import read_weights
-from clip_m2df.errors import UserError
-from clip_m2df.nn.distillation import (
-    CONDITIONS,
-    DIRECTIONS,
-    Direction,
-    Distillation,
-    ViewEvidence,
-    mutual_distillation,
-    text_confidence,
-    visual_confidence,
-)
-from clip_m2df.nn.head import Head, HeadOutput, check_positive, check_shares
-from clip_m2df.nn.matching import at_least_float32, cosine, frame_costs, otam
+from clip_m2df.errors import UserError, require
+from clip_m2df.nn.distillation import CONDITIONS, DIRECTIONS, Direction, ViewOutput, mutual_distillation
+from clip_m2df.nn.head import Embedded, Head, HeadOutput, QueryPrompt
+from clip_m2df.nn.matching import at_least_float32, cosine, frame_costs, otam, otam_alignment
 from clip_m2df.nn.prompts import (
     DEFAULT_TEMPLATE,
     SELECTIONS,
@@ -32,13 +20,11 @@ from clip_m2df.nn.prompts import (
     check_templates,
     ensemble,
     fill_template,
-    select_prompts,
 )
-from clip_m2df.nn.views import FusedSequence, FusionEncoder, GlobalTemporalContext, LocalTemporalContext, View
+from clip_m2df.nn.views import FusionEncoder, GlobalTemporalContext, LocalTemporalContext, View
 from clip_m2df.nn.weights import check_weights, published_head
 
 if TYPE_CHECKING:
-    from clip_m2df.clip.backbone import CLIPBackbone
     from clip_m2df.episode import Episode
 
 CONTEXTS: dict[str, type[nn.Module]] = {"local": LocalTemporalContext, "global": GlobalTemporalContext}
@@ -48,11 +34,10 @@ VIEWS = tuple(CONTEXTS)
 class M2DFHead(Head):
     """CLIP-M²DF on frame features and prompt embeddings (Guo et al., arXiv 2401.08345, section 3).
 
-    Any leading axes: B episodes run at once. The stages are methods, to be called one by one where only some are
-    wanted.
+    Any leading axes: B episodes run at once.
 
     Args:
-        dim: width of the features, a multiple of ``heads``.
+        dim: width of the features, a multiple of ``num_heads``.
         depth: layers of each fusion encoder.
         views: ``("local", "global")``, or one of them (an ablation).
         view_weights: α, the weight of each view's distance, in the order of ``views``; 1 each by default.
@@ -67,7 +52,7 @@ class M2DFHead(Head):
         top_k: frames that count in a prompt's score.
         temperature: of PPS's softmax.
         smoothing: λ of OTAM's soft minimum.
-        heads: attention heads of the fusion encoders.
+        num_heads: attention heads of the fusion encoders.
         hidden_dim: width inside their feed-forward parts.
         context_dropout: dropout of the global temporal context.
         attention_dropout: dropout after the fusion encoders' attention.
@@ -94,7 +79,7 @@ class M2DFHead(Head):
         top_k: int = 4,
         temperature: float = 200.0,
         smoothing: float = 0.5,
-        heads: int = 8,
+        num_heads: int = 8,
         hidden_dim: int = 2048,
         context_dropout: float = 0.1,
         attention_dropout: float = 0.2,
@@ -111,8 +96,8 @@ class M2DFHead(Head):
         weights = [1.0] * len(views) if view_weights is None else list(view_weights)
         if len(weights) != len(views):
             raise UserError(f"view_weights has {len(weights)} numbers for {len(views)} views; give one a view")
-        check_positive(smoothing=smoothing, hidden_dim=hidden_dim)
-        check_shares(context_dropout=context_dropout, attention_dropout=attention_dropout, dropout=dropout)
+        require(above=0, smoothing=smoothing, hidden_dim=hidden_dim)
+        require(least=0, below=1, context_dropout=context_dropout, attention_dropout=attention_dropout, dropout=dropout)
 
         self.view_weights = dict(zip(views, weights, strict=True))
         self.pps = pps
@@ -127,103 +112,64 @@ class M2DFHead(Head):
         self.views = nn.ModuleDict()
         for view in views:
             context = GlobalTemporalContext(dim, context_dropout) if view == "global" else LocalTemporalContext(dim)
-            encoder = FusionEncoder(dim, depth, heads, hidden_dim, attention_dropout, dropout)
+            encoder = FusionEncoder(dim, depth, num_heads, hidden_dim, attention_dropout, dropout)
             self.views[view] = View(context, encoder)
 
-    def forward(self, support: Tensor, query: Tensor, prompts: Tensor, draws: Tensor | None = None) -> HeadOutput:
-        """Score the queries of an episode.
-
-        Args:
-            support: ``(…, n_way, n_shot, frames, dim)``, frame features.
-            query: ``(…, n_queries, frames, dim)``.
-            prompts: ``(…, n_way, dim)``, the prompt embeddings of the episode's classes.
-            draws: ``(…, n_queries)``, uniforms in [0, 1) by which PPS samples.
-
-        Raises:
-            UserError: PPS samples and there are no draws.
-        """
-        # Probability prompt selector: a prompt for each query
-        probabilities = self.prompt_probabilities(self.prompt_scores(query, prompts))
-        selected = self.select(probabilities, prompts, draws)
-
-        # Two views, each fusing prompt, frames and temporal context; a prototype a class
-        support_prompts = prompts.unsqueeze(-2).expand(*support.shape[:-2], -1)
-        prototype = self.prototype(self.fuse(support, support_prompts))
-        evidence = self.match(self.fuse(query, selected.embeddings), prototype)
-
-        # Distance fusion, and the more reliable view teaches the other
-        return self.conclude(evidence, probabilities, selected.indices)
-
-    def select(self, probabilities: Tensor, prompts: Tensor, draws: Tensor | None = None) -> SelectedPrompts:
-        """Give each query a prompt embedding ``(…, n_queries, dim)``: zero without PPS.
-
-        Raises:
-            UserError: PPS samples and there are no draws.
-        """
+    @property
+    def query_prompt(self) -> QueryPrompt:
+        """The chosen class's prompt, or the expectation over all; without PPS a query has none, and token 0 is zero."""
         selection = self.train_selection if self.training else self.selection
-        selected = select_prompts(probabilities, prompts, selection, draws)
-        return selected if self.pps else selected._replace(embeddings=torch.zeros_like(selected.embeddings))
+        return "none" if not self.pps else "mixture" if selection == "expectation" else "class"
 
-    def fuse(self, frames: Tensor, prompt: Tensor) -> dict[str, FusedSequence]:
-        """The text and visual parts of each view, for ``frames (…, frames, dim)`` with ``prompt (…, dim)``."""
-        return {name: view(frames, prompt) for name, view in self.views.items()}
+    def embed(self, videos: Tensor, prompt: Tensor | None) -> Embedded:
+        """The fused sequence ``(…, 1 + frames, dim)`` of each view: token 0 is the text part, the others the visual."""
+        prompt = torch.zeros_like(videos[..., 0, :]) if prompt is None else prompt
+        return Embedded({name: view(videos, prompt) for name, view in self.views.items()})
 
-    def prototype(self, support: Mapping[str, FusedSequence]) -> dict[str, FusedSequence]:
-        """The mean over the shots, ``(…, n_way, n_shot, …)`` to ``(…, n_way, …)``, in each view."""
-        return {
-            view: FusedSequence(text=fused.text.mean(-2), visual=fused.visual.mean(-3))
-            for view, fused in support.items()
-        }
+    def prototype(self, embedded: Embedded, prompts: Tensor) -> Embedded:
+        """The mean over the shots' fused sequences, in each view."""
+        return embedded.map(lambda fused: fused.mean(-3))
 
-    def match(
-        self, query: Mapping[str, FusedSequence], prototype: Mapping[str, FusedSequence]
-    ) -> dict[str, ViewEvidence]:
-        """Compare fused queries ``(…, n_queries, …)`` with prototypes ``(…, n_way, …)`` in each view."""
-        return {
-            view: ViewEvidence(
-                distances=otam(
-                    frame_costs(fused.visual, prototype[view].visual),
-                    smoothing=self.smoothing,
-                    single_direction=self.single_direction,
-                ),
-                text_similarities=cosine(fused.text, prototype[view].text),
+    def match(self, query: Embedded, prototypes: Embedded, selected: SelectedPrompts) -> HeadOutput:
+        """Compare fused sequences in each view, fuse the distances, and let the more reliable view teach the other."""
+        views = {
+            view: ViewOutput(
+                distances=self.distance(self._frame_costs(query, prototypes, view)),
+                text_similarities=cosine(query[view][..., 0, :], prototypes[view][..., 0, :]),
             )
-            for view, fused in query.items()
+            for view in self.views
+        }
+        # d = Σ α_v d_v
+        distances = torch.stack([self.view_weights[name] * view.distances for name, view in views.items()]).sum(0)
+        distillation = None
+        if len(views) == 2:
+            distillation = mutual_distillation(
+                views["local"],
+                views["global"],
+                conditions=self.reliability,
+                direction=self.direction,
+                detach_teacher=self.detach_teacher,
+            )
+        return HeadOutput.of(-distances, selected, views, distillation)
+
+    def distance(self, costs: Tensor) -> Tensor:
+        """The OTAM distance of ``costs (…, frames, frames)``: ``(…)``."""
+        return otam(costs, smoothing=self.smoothing, single_direction=self.single_direction)
+
+    def align(self, query: Embedded, prototypes: Embedded) -> dict[str, Tensor]:
+        """How OTAM aligns queries with prototypes in each view, see :meth:`clip_m2df.nn.head.Head.align`."""
+        return {
+            view: otam_alignment(
+                self._frame_costs(query, prototypes, view),
+                smoothing=self.smoothing,
+                single_direction=self.single_direction,
+            )
+            for view in self.views
         }
 
-    def conclude(
-        self, evidence: Mapping[str, ViewEvidence], probabilities: Tensor, prompt_indices: Tensor
-    ) -> HeadOutput:
-        """What both views and PPS together say of the queries."""
-        return HeadOutput(
-            logits=-self.fuse_distances(evidence),
-            distances={view: e.distances for view, e in evidence.items()},
-            text_similarities={view: e.text_similarities for view, e in evidence.items()},
-            visual_confidences={view: visual_confidence(e.distances) for view, e in evidence.items()},
-            text_confidences={view: text_confidence(e.text_similarities) for view, e in evidence.items()},
-            prompt_probabilities=probabilities,
-            prompt_indices=prompt_indices,
-            distillation=self.distill(evidence),
-        )
-
-    def fuse_distances(self, evidence: Mapping[str, ViewEvidence]) -> Tensor:
-        """``d = Σ α_v d_v``, ``(…, n_queries, n_way)``."""
-        weighted = [self.view_weights[view] * e.distances for view, e in evidence.items()]
-        return torch.stack(weighted).sum(0)
-
-    def distill(self, evidence: Mapping[str, ViewEvidence]) -> Distillation:
-        """The mutual distillation term; zero with a single view."""
-        if len(evidence) < 2:
-            (only,) = evidence.values()
-            nobody = torch.zeros(only.distances.shape[:-1], dtype=torch.bool, device=only.distances.device)
-            return Distillation(only.distances.new_zeros(only.distances.shape[:-2]), nobody, nobody)
-        return mutual_distillation(
-            evidence["local"],
-            evidence["global"],
-            conditions=self.reliability,
-            direction=self.direction,
-            detach_teacher=self.detach_teacher,
-        )
+    @staticmethod
+    def _frame_costs(query: Embedded, prototypes: Embedded, view: str) -> Tensor:
+        return frame_costs(query[view][..., 1:, :], prototypes[view][..., 1:, :])
 
     @classmethod
     def from_published(cls, state_dict: Mapping[str, Tensor], **options: Any) -> M2DFHead:
@@ -247,9 +193,46 @@ class M2DFHead(Head):
         return head.eval()
 
 
-def has_stages(head: nn.Module) -> bool:
-    """Whether a head goes through the stages of :class:`M2DFHead`; who changes ``forward`` means something else."""
-    return getattr(type(head), "forward", None) is M2DFHead.forward
+class Towers(Protocol):
+    """What :class:`M2DF` takes of a visual and a text tower: a module such as :class:`clip_m2df.CLIPBackbone`.
+
+    Attributes:
+        visual: the visual tower.
+        text: the text tower, if there is one.
+        dim: width of the features and of the prompt embeddings.
+        image_size: height and width of the frames.
+        mean: what :meth:`normalise` subtracts.
+        std: what it divides by.
+        visual_config: what describes the visual tower, in plain types.
+        source: where the weights came from.
+    """
+
+    visual: nn.Module
+    text: nn.Module | None
+    dim: int
+    image_size: int
+    mean: Tensor
+    std: Tensor
+    visual_config: dict[str, Any]
+    source: str
+
+    def normalise(self, images: Tensor, /) -> Tensor:
+        """Bring uint8 images ``(…, 3, height, width)`` to what the visual tower was trained on."""
+
+    def encode_frames(self, images: Tensor, /) -> Tensor:
+        """Embed normalised images: ``(…, dim)``, not L2-normalised."""
+
+    def tokenize(self, texts: Sequence[str], /) -> Tensor:
+        """Turn n texts into tokens ``(n, length)``."""
+
+    def encode_text(self, tokens: Tensor, /) -> Tensor:
+        """Embed tokens: ``(n, dim)``, not L2-normalised."""
+
+    def description(self) -> dict[str, Any]:
+        """All but the weights, in plain types."""
+
+    def eval(self) -> object:
+        """Set evaluation mode."""
 
 
 class M2DF(nn.Module):
@@ -264,7 +247,7 @@ class M2DF(nn.Module):
 
     def __init__(
         self,
-        backbone: CLIPBackbone,
+        backbone: Towers,
         head: Head,
         template: str | Sequence[str] = DEFAULT_TEMPLATE,
         freeze_backbone: bool = False,
@@ -289,18 +272,6 @@ class M2DF(nn.Module):
         elif self.backbone.text is not None:
             self.backbone.text.eval()
         return self
-
-    def forward(self, support: Tensor, query: Tensor, prompts: Tensor, draws: Tensor | None = None) -> HeadOutput:
-        """Score the queries of an episode.
-
-        Args:
-            support: uint8 ``(…, n_way, n_shot, frames, 3, height, width)``.
-            query: uint8 ``(…, n_queries, frames, 3, height, width)``.
-            prompts: ``(…, n_way, dim)``, from :meth:`encode_prompts`.
-            draws: ``(…, n_queries)``, uniforms in [0, 1) by which PPS samples.
-        """
-        output: HeadOutput = self.head(self.encode_frames(support), self.encode_frames(query), prompts, draws)
-        return output
 
     def encode_frames(self, frames: Tensor) -> Tensor:
         """Features of uint8 ``frames (…, 3, height, width)``: ``(…, dim)``, not L2-normalised."""
@@ -336,31 +307,6 @@ class M2DF(nn.Module):
     def device(self) -> torch.device:
         """Where the model lies."""
         return self.backbone.mean.device
-
-    @classmethod
-    def from_published(cls, file: str | os.PathLike[str], *, tokenizer: str | None = None, **options: Any) -> M2DF:
-        """The model in a published checkpoint file, in eval mode.
-
-        Args:
-            file: the checkpoint, with the weights under ``model_state_dict`` and the tower under ``backbone.*``.
-            tokenizer: see :meth:`CLIPBackbone.from_openai`.
-            **options: of the head, see :meth:`M2DFHead.from_published`.
-
-        Raises:
-            UserError: a file that can't be read safely, or of another model.
-        """
-        from clip_m2df.clip.backbone import CLIPBackbone
-
-        state = read_weights(Path(file), inside="model_state_dict")
-        tower = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
-        if not tower:
-            raise UserError(f"{file} holds no tower under backbone.*; M2DFHead.from_published reads a head alone")
-        if not any(
-            key.startswith("visual.") for key in tower
-        ):  # the visual tower alone, as the published code saves it
-            tower = {f"visual.{key}": value for key, value in tower.items()}
-        backbone = CLIPBackbone.from_openai(tower, tokenizer=tokenizer)
-        return cls(backbone, M2DFHead.from_published(state, **options)).eval()
 
 
 def _forget_prompts(model: M2DF, incompatible_keys: object) -> None:

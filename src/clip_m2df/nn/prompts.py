@@ -23,11 +23,13 @@ class SelectedPrompts(NamedTuple):
 
     Attributes:
         embeddings: ``(…, n_queries, dim)``, each query's probability prompt embedding.
-        indices: int64 ``(…, n_queries)``, the chosen classes as places in the episode (``expectation``: the likeliest).
+        indices: int64 ``(…, n_queries)``, of the chosen classes in the episode (``expectation``: the likeliest).
+        probabilities: ``(…, n_queries, n_way)``, PPS's distribution π over the episode's classes.
     """
 
     embeddings: Tensor
     indices: Tensor
+    probabilities: Tensor
 
 
 def check_templates(templates: str | Sequence[str]) -> list[str]:
@@ -88,10 +90,10 @@ def closest_frames(frames: Tensor, prompts: Tensor, top_k: int) -> tuple[Tensor,
         top_k: how many frames; all of them where there are fewer.
 
     Returns:
-        Their cosines and their places, both ``(…, n, min(top_k, frames))``.
+        Their cosines and their indices, both ``(…, n, min(top_k, frames))``.
     """
-    values, places = cosine(prompts, frames).topk(min(top_k, frames.shape[-2]), dim=-1)
-    return values, places
+    values, indices = cosine(prompts, frames).topk(min(top_k, frames.shape[-2]), dim=-1)
+    return values, indices
 
 
 def prompt_scores(query: Tensor, prompts: Tensor, top_k: int = 4) -> Tensor:
@@ -130,8 +132,8 @@ def draw_classes(probabilities: Tensor, draws: Tensor) -> Tensor:
     cumulative = probabilities.cumsum(-1)
     drawn = (cumulative <= draws.unsqueeze(-1) * cumulative[..., -1:]).sum(-1)
     # A draw next to 1 may round to the whole sum, and so pass every class.
-    places = torch.arange(probabilities.shape[-1], device=probabilities.device)
-    return drawn.minimum((places * (probabilities > 0)).amax(-1))
+    indices = torch.arange(probabilities.shape[-1], device=probabilities.device)
+    return drawn.minimum((indices * (probabilities > 0)).amax(-1))
 
 
 @full_precision
@@ -158,5 +160,7 @@ def select_prompts(
     else:
         indices = probabilities.argmax(-1)
     if selection == "expectation":
-        return SelectedPrompts(probabilities.to(prompts.dtype) @ prompts, indices)
-    return SelectedPrompts(torch.take_along_dim(prompts, indices.unsqueeze(-1), dim=-2), indices)
+        embeddings = probabilities.to(prompts.dtype) @ prompts
+    else:
+        embeddings = torch.take_along_dim(prompts, indices.unsqueeze(-1), dim=-2)
+    return SelectedPrompts(embeddings, indices, probabilities)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,18 +11,6 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from clip_m2df.errors import UserError
-
-
-class FusedSequence(NamedTuple):
-    """What the fusion encoder makes of a video and its prompt.
-
-    Attributes:
-        text: ``(…, dim)``, token 0, where the prompt went in.
-        visual: ``(…, frames, dim)``, the other tokens.
-    """
-
-    text: Tensor
-    visual: Tensor
 
 
 class LocalTemporalContext(nn.Module):
@@ -103,15 +90,15 @@ class FusionLayer(nn.Module):
 
     Args:
         dim: width of the tokens.
-        heads: attention heads, contiguous in the width.
+        num_heads: attention heads, contiguous in the width.
         hidden_dim: width inside the feed-forward part.
         attention_dropout: share dropped after the attention's output map.
         dropout: share dropped in the feed-forward part.
     """
 
-    def __init__(self, dim: int, heads: int, hidden_dim: int, attention_dropout: float, dropout: float) -> None:
+    def __init__(self, dim: int, num_heads: int, hidden_dim: int, attention_dropout: float, dropout: float) -> None:
         super().__init__()
-        self.heads = heads
+        self.num_heads = num_heads
         self.norm = nn.LayerNorm(dim)
         self.to_q = nn.Linear(dim, dim, bias=False)
         self.to_k = nn.Linear(dim, dim, bias=False)
@@ -126,7 +113,8 @@ class FusionLayer(nn.Module):
         # One norm serves both, and the residual is the query before it.
         x, y = self.norm(query), self.norm(key_value)
         q, k, v = (
-            rearrange(part, "n t (h d) -> n h t d", h=self.heads) for part in (self.to_q(x), self.to_k(y), self.to_v(y))
+            rearrange(part, "n t (h d) -> n h t d", h=self.num_heads)
+            for part in (self.to_q(x), self.to_k(y), self.to_v(y))
         )
         attended = rearrange(F.scaled_dot_product_attention(q, k, v), "n h t d -> n t (h d)")
         fused: Tensor = query + self.to_out(attended)
@@ -138,51 +126,55 @@ class FusionEncoder(nn.Module):
     """MMFE: fuses a video's prompt, its frames and their temporal context.
 
     Args:
-        dim: width of the tokens, a multiple of ``heads``.
+        dim: width of the tokens, a multiple of ``num_heads``.
         depth: layers; those after the first are self-attention.
-        heads: attention heads.
+        num_heads: attention heads.
         hidden_dim: width inside the feed-forward part.
         attention_dropout: share dropped after the attention's output map.
         dropout: share dropped in the feed-forward part.
 
     Raises:
-        UserError: ``dim`` is no multiple of ``heads``, or ``depth`` is less than 1.
+        UserError: ``dim`` is no multiple of ``num_heads``, or ``depth`` is less than 1.
     """
 
     def __init__(
         self,
         dim: int,
         depth: int = 1,
-        heads: int = 8,
+        num_heads: int = 8,
         hidden_dim: int = 2048,
         attention_dropout: float = 0.2,
         dropout: float = 0.05,
     ) -> None:
         super().__init__()
-        if heads < 1 or dim % heads:
-            raise UserError(f"dim {dim} is no multiple of {heads} attention heads; give heads that divide it")
+        if num_heads < 1 or dim % num_heads:
+            raise UserError(
+                f"dim {dim} is no multiple of {num_heads} attention heads; give a num_heads that divides it"
+            )
         if depth < 1:
             raise UserError(f"depth {depth}: the fusion encoder needs at least 1 layer")
         self.layers = nn.ModuleList(
-            FusionLayer(dim, heads, hidden_dim, attention_dropout, dropout) for _ in range(depth)
+            FusionLayer(dim, num_heads, hidden_dim, attention_dropout, dropout) for _ in range(depth)
         )
 
-    def forward(self, prompt: Tensor, frames: Tensor, context: Tensor) -> FusedSequence:
+    def forward(self, prompt: Tensor, frames: Tensor, context: Tensor) -> Tensor:
         """Fuse.
 
         Args:
             prompt: ``(videos, dim)``.
             frames: ``(videos, frames, dim)``.
             context: ``(videos, frames, dim)``.
+
+        Returns:
+            The fused sequence ``(videos, 1 + frames, dim)``: token 0, where the prompt went in, is the text part, the
+            others are the visual part.
         """
         token = rearrange(prompt, "n d -> n 1 d")
-        tokens = torch.cat((token, context), 1)
-        key_value = torch.cat((token, frames), 1)
         first, *further = self.layers
-        tokens = first(tokens, key_value)
+        tokens: Tensor = first(torch.cat((token, context), 1), torch.cat((token, frames), 1))
         for layer in further:
             tokens = layer(tokens, tokens)
-        return FusedSequence(text=tokens[:, 0], visual=tokens[:, 1:])
+        return tokens
 
 
 class View(nn.Module):
@@ -198,9 +190,9 @@ class View(nn.Module):
         self.context = context
         self.encoder = encoder
 
-    def forward(self, frames: Tensor, prompt: Tensor) -> FusedSequence:
-        """``frames (…, frames, dim)`` with ``prompt (…, dim)``, any leading axes, to their fused sequence."""
+    def forward(self, frames: Tensor, prompt: Tensor) -> Tensor:
+        """``frames (…, frames, dim)`` with ``prompt (…, dim)`` to the fused sequence ``(…, 1 + frames, dim)``."""
         leading = frames.shape[:-2]
         frames, prompt = frames.flatten(0, -3), prompt.to(frames.dtype).flatten(0, -2)
-        fused = self.encoder(prompt, frames, self.context(frames))
-        return FusedSequence(*(part.unflatten(0, leading) for part in fused))
+        fused: Tensor = self.encoder(prompt, frames, self.context(frames)).unflatten(0, leading)
+        return fused

@@ -1,6 +1,4 @@
-"""The published checkpoints: their names of the head's weights, and the options that their shapes tell."""
-
-from __future__ import annotations
+"""Weights from elsewhere: those of the published checkpoints by our names, and a check that weights are a module's."""
 
 import re
 from collections.abc import Mapping
@@ -9,33 +7,20 @@ from torch import Tensor, nn
 
 from clip_m2df.errors import UserError, some
 
-# Published names that hold no weights of their own or none that are used.
+# Published weights that belong to the tower, are there twice, or are never used.
 _PASSED_OVER = re.compile(r"backbone\.|context_conv(11|22)\.|tcn\.network\.\d+\.net\.")
 
-
-# Published names and ours, in the order in which they are tried.
+# From published names to ours, one substitution after the other.
 _RENAMED = (
-    (r"scale", "scale"),
-    (r"context_conv([12])\.(weight|bias)", r"views.local.context.conv\1.\2"),
-    (r"tcn\.network\.(\d)\.conv([12])\.bias", r"views.global.context.blocks.\1.conv\2.bias"),
-    (
-        r"tcn\.network\.(\d)\.conv([12])\.weight_g",
-        r"views.global.context.blocks.\1.conv\2.parametrizations.weight.original0",
-    ),
-    (
-        r"tcn\.network\.(\d)\.conv([12])\.weight_v",
-        r"views.global.context.blocks.\1.conv\2.parametrizations.weight.original1",
-    ),
-    # The published names have it crosswise: context2 is the local view's encoder, context_local the global view's.
-    (r"context2\.layers\.(\d+)\.(.+)", r"views.local.encoder.layers.\1.\2"),
-    (r"context_local\.layers\.(\d+)\.(.+)", r"views.global.encoder.layers.\1.\2"),
-)
-
-
-_RENAMED_IN_LAYER = (
-    (r"\.0\.norm\.(weight|bias)$", r".norm.\1"),
-    (r"\.0\.fn\.(to_[qkv]\.weight|to_out\.0\.(?:weight|bias))$", r".\1"),
-    (r"\.1\.net\.([03])\.(weight|bias)$", r".feed_forward.\1.\2"),
+    (r"^context_conv([12])\.", r"views.local.context.conv\1."),
+    (r"^tcn\.network\.", "views.global.context.blocks."),
+    (r"\.weight_g$", ".parametrizations.weight.original0"),
+    (r"\.weight_v$", ".parametrizations.weight.original1"),
+    # The published names are crosswise: context2 is the local view's encoder, context_local the global view's.
+    (r"^context2\.", "views.local.encoder."),
+    (r"^context_local\.", "views.global.encoder."),
+    (r"(\.encoder\.layers\.\d+)\.0\.(?:fn\.)?", r"\1."),
+    (r"(\.encoder\.layers\.\d+)\.1\.net\.", r"\1.feed_forward."),
 )
 
 
@@ -46,39 +31,20 @@ def published_head(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor],
         state_dict: the checkpoint's ``model_state_dict``, or the head's part of it.
 
     Raises:
-        UserError: keys that are not known, named, or none that tells the shapes.
+        UserError: there is no weight that tells the shapes.
     """
-    renamed, unknown = {}, []
+    renamed = {}
     for key, value in state_dict.items():
-        name = _own_name(key)
-        if name is None:
-            unknown.append(key)
-        elif name:
-            renamed[name] = value
-    if unknown:
-        raise UserError(f"not a published CLIP-M²DF checkpoint: unknown keys {some(unknown)}")
+        if not _PASSED_OVER.match(key):
+            for pattern, ours in _RENAMED:
+                key = re.sub(pattern, ours, key)
+            renamed[key] = value
     try:
         hidden_dim, dim = renamed["views.local.encoder.layers.0.feed_forward.0.weight"].shape
-    except KeyError:
+    except (KeyError, ValueError):
         raise UserError("not a published CLIP-M²DF checkpoint: no key context2.layers.0.1.net.0.weight") from None
-    depths = {int(match[1]) for key in renamed if (match := re.search(r"encoder\.layers\.(\d+)\.", key))}
-    return renamed, {"dim": dim, "depth": max(depths) + 1, "hidden_dim": hidden_dim}
-
-
-def _own_name(key: str) -> str | None:
-    """Our name of a published key; empty for one that is passed over, None for one that is not known."""
-    if _PASSED_OVER.match(key):
-        return ""
-    for pattern, ours in _RENAMED:
-        if match := re.fullmatch(pattern, key):
-            name = match.expand(ours)
-            if ".encoder." not in name:
-                return name
-            for layer_pattern, layer_ours in _RENAMED_IN_LAYER:
-                renamed, count = re.subn(layer_pattern, layer_ours, name)
-                if count:
-                    return renamed
-    return None
+    layers = [int(match[1]) for key in renamed if (match := re.search(r"\.encoder\.layers\.(\d+)\.", key))]
+    return renamed, {"dim": dim, "depth": max(layers) + 1, "hidden_dim": hidden_dim}
 
 
 def check_weights(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cache
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from clip_m2df.__about__ import __version__
 from clip_m2df.errors import UserError
-from clip_m2df.evaluation.sheet import shown_frames, strip
+from clip_m2df.evaluation.figures import shown_frames, strip
 from clip_m2df.files import whole_file
 
 # Steps from white to the darkest; each has a class of its own in the style sheet, which the policy of the page demands.
@@ -94,60 +95,6 @@ def strip_picture(clip: Tensor, *, upright: bool = False, most: int | None = Non
     return _as_uri(strip(clip, SMALL, most=most, upright=upright))
 
 
-def prompt_rows(
-    names: Sequence[str], probabilities: Sequence[float], scores: Tensor, counted: Tensor, *, chosen: str | None
-) -> list[dict[str, object]]:
-    """A row a class of how much frames look like its prompt, for the table of PPS.
-
-    Args:
-        names: of the classes.
-        probabilities: PPS's, of each.
-        scores: cosines ``(n, frames)``.
-        counted: bool ``(n, frames)``, those that count.
-        chosen: the class whose prompt was chosen, if one's was.
-    """
-    low, high = float(scores.min()), float(scores.max())
-    return [
-        {
-            "name": name,
-            "probability": percent(probability),
-            "chosen": name == chosen,
-            "cells": [
-                {"text": f"{value:.2f}", "shade": shade((value - low) / max(high - low, 1e-6)), "counted": counts}
-                for value, counts in zip(values, marks, strict=True)
-            ],
-        }
-        for name, probability, values, marks in zip(
-            names, probabilities, scores.tolist(), counted.tolist(), strict=True
-        )
-    ]
-
-
-def alignment_cells(alignments: Mapping[str, Tensor], distances: Mapping[str, float]) -> list[dict[str, object]]:
-    """By view how a clip is aligned with a class, for the template's maps.
-
-    Args:
-        alignments: by view, ``(frames, frames)``: the clip's frames are the rows.
-        distances: by view.
-    """
-    darkest = max((float(a.max()) for a in alignments.values()), default=1.0)
-    return [
-        {
-            "view": view,
-            "distance": f"{distances[view]:.2f}",
-            "rows": len(weights),
-            "columns": weights.shape[1],
-            "cells": [
-                (column, row, f"{value / darkest:.2f}")
-                for row, values in enumerate(weights.tolist())
-                for column, value in enumerate(values)
-                if value > 0.01 * darkest
-            ],
-        }
-        for view, weights in alignments.items()
-    ]
-
-
 def _as_uri(picture: Image.Image) -> str:
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=_QUALITY, optimize=True)
@@ -163,7 +110,9 @@ def _templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters["percent"] = percent
+    templates.filters |= {"percent": percent, "shade": shade, "strip": strip_picture}
+    templates.filters["basename"] = lambda path: os.path.basename(os.path.normpath(path))
+    templates.globals["zip"] = zip
     return templates
 
 

@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import copy
-import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor
 
 from clip_m2df.classifier.classifier import FewShotClassifier
-from clip_m2df.classifier.clips import ClipEncoder, Unreadable, read_clips
-from clip_m2df.evaluation.explanation import Explanation
+from clip_m2df.classifier.clips import Unreadable, read_clips
+from clip_m2df.evaluation.explanation import likeliest
 from clip_m2df.files import plain
-from clip_m2df.report.page import alignment_cells, frame_pictures, percent, prompt_rows, strip_picture, write_page
+from clip_m2df.report.page import frame_pictures, write_page
 
 # Videos that are explained; of more the least certain ones.
 MOST_EXPLAINED = 200
-# Classes that a video's bars and its table of prompts name.
-MOST_CLASSES = 5
-# Colours of segments, in the style sheet.
-COLOURS = 12
 
 # A row of the table by its columns, but for the path: text, numbers as they are printed, or None.
 Row: TypeAlias = "dict[str, Any]"
-_Content: TypeAlias = "dict[str, Any]"
 
 
 def write_predictions(
@@ -58,175 +50,62 @@ def write_predictions(
     """
     counts = Counter(row["label"] for rows in videos.values() for row in rows if row["label"] is not None)
     labels = [label for label, _ in counts.most_common()]
-    contents = [
-        _video(number, path, rows, labels, segments=segments) for number, (path, rows) in enumerate(videos.items(), 1)
+    contents: list[dict[str, Any]] = [
+        {
+            "path": path,
+            "rows": rows,
+            "error": next((row["error"] for row in rows if row["error"]), None),
+            # By number: names may hold whatever separates names.
+            "labels": sorted({labels.index(row["label"]) for row in rows if row["label"] is not None}),
+            "frames": [],
+            "why": None,
+        }
+        for path, rows in videos.items()
     ]
-    explained = _least_certain(videos)
-    paths = list(videos)
-    for place, frames in _read(classifier, [paths[place] for place in explained]):
-        content = contents[explained[place]]
-        content["frames"] = frame_pictures(frames)
-        if not segments:
-            content["why"] = _why(_explain(classifier, frames, reject=reject), content["id"])
-    readable = sum(not content["error"] for content in contents)
+    readable = [content for content in contents if not content["error"]]
+    explained = sorted(readable, key=_certainty)[:MOST_EXPLAINED]
+    encoder = classifier.encoder
+    read = read_clips(
+        [content["path"] for content in explained], encoder.reader, workers=encoder.workers, timeout=encoder.timeout
+    )
+    with closing(read) as clips:  # type: ignore[type-var]
+        for i, frames in track(clips, "reporting", len(explained), console=Console(stderr=True), disable=not explained):
+            if isinstance(frames, Unreadable):  # since it was labelled
+                continue
+            explained[i]["frames"] = frame_pictures(frames)
+            if not segments:
+                explained[i]["why"] = classifier.explain(encoder.encode_frames(frames), reject=reject)
     write_page(
         page,
         "predictions.html.j2",
         {
             "title": "Segments of videos" if segments else "Predictions",
             "segments": segments,
-            "facts": _facts(classifier, model, support, reject=reject),
+            "facts": {
+                "model": model,
+                "head": classifier.model.hparams["head"],
+                "support": support or "of the saved classifier",
+                "classes": len(classifier.classes_),
+                "frames of a clip": encoder.reader.frames,
+                "none of these": f"beyond a distance of {classifier.threshold_:.2f}" if reject else "not asked for",
+            },
             "videos": contents,
             "labels": labels,
-            "counts": [(label, count, count / counts.total()) for label, count in counts.most_common()],
-            "n_labelled": readable,
-            "n_broken": len(contents) - readable,
+            "counts": counts,
+            "n_labelled": len(readable),
             "n_explained": len(explained),
+            "probabilities": _probabilities,
         },
     )
     print(f"the report is {plain(str(page))}")
 
 
-def _facts(classifier: FewShotClassifier, model: str, support: Path | None, *, reject: bool) -> dict[str, str]:
-    """What was run."""
-    return {
-        "model": model,
-        "head": str(classifier.model.hparams["head"]),
-        "support": "of the saved classifier" if support is None else str(support),
-        "classes": str(len(classifier.classes_)),
-        "frames of a clip": str(classifier.encoder.reader.frames),
-        "none of these": f"beyond a distance of {classifier.threshold_:.2f}" if reject else "not asked for",
-    }
+def _probabilities(row: Row) -> list[tuple[str, float]]:
+    """Those of the classes, the likeliest first."""
+    probabilities = {name.removeprefix("p_"): value for name, value in row.items() if name.startswith("p_")}
+    return [(name, probabilities[name]) for name in likeliest(probabilities)]
 
 
-def _least_certain(videos: Mapping[str, Sequence[Row]]) -> list[int]:
-    """The places of the videos to explain, in the order of the table."""
-    certainties = {
-        place: min((max(_probabilities(row).values()) for row in rows), default=0.0)
-        for place, rows in enumerate(videos.values())
-        if not any(row["error"] for row in rows)
-    }
-    return sorted(sorted(certainties, key=certainties.__getitem__)[:MOST_EXPLAINED])
-
-
-def _probabilities(row: Row) -> dict[str, float]:
-    return {name.removeprefix("p_"): value for name, value in row.items() if name.startswith("p_")}
-
-
-def _read(classifier: FewShotClassifier, paths: Sequence[str]) -> Iterator[tuple[int, Tensor]]:
-    """The frames of videos as the model sees them; what has become unreadable meanwhile is passed over."""
-    encoder = classifier.encoder
-    read = read_clips(paths, encoder.reader, workers=encoder.workers, timeout=encoder.timeout)
-    with closing(read) as results:  # type: ignore[type-var]
-        bar = track(results, "reporting", total=len(paths), console=Console(stderr=True), disable=not paths)
-        for place, frames in bar:
-            if not isinstance(frames, Unreadable):
-                yield place, frames
-
-
-def _explain(classifier: FewShotClassifier, frames: Tensor, *, reject: bool) -> Explanation:
-    """Explain frames that are of the tower's size already, and are not to be resized once more."""
-    explainer, reader = copy.copy(classifier), classifier.encoder.reader
-    explainer.encoder = ClipEncoder(
-        classifier.model, frames=reader.frames, resize=reader.size, workers=0, timeout=classifier.encoder.timeout
-    )
-    return explainer.explain(frames.permute(0, 2, 3, 1), reject=reject)
-
-
-def _video(number: int, path: str, rows: Sequence[Row], labels: Sequence[str], *, segments: bool) -> _Content:
-    """What the page says of a video without looking at it again."""
-    error = next((row["error"] for row in rows if row["error"]), None)
-    content = {
-        "id": f"video-{number}",
-        "name": os.path.basename(os.path.normpath(path)),
-        "path": path,
-        "error": error,
-        "label": rows[0]["label"] if rows and not segments else None,
-        "probability": rows[0]["probability"] if rows and not segments else None,
-        # By number: names may hold whatever separates names.
-        "labels": sorted({labels.index(row["label"]) for row in rows if row["label"] is not None}),
-        "frames": [],
-        "why": None,
-        "bars": [],
-        "timeline": None,
-    }
-    if error is None and rows and segments:
-        content["timeline"] = _timeline(rows, labels)
-    elif error is None and rows:
-        content |= _bars(_probabilities(rows[0]), rows[0]["label"])
-    return content
-
-
-def _bars(probabilities: Mapping[str, float], label: str) -> _Content:
-    order = sorted(probabilities, key=lambda name: -probabilities[name])
-    rest = order[MOST_CLASSES:]
-    return {
-        "bars": [(name, probabilities[name], name == label) for name in order[:MOST_CLASSES]],
-        "n_more": len(rest),
-        "rest": sum(probabilities[name] for name in rest),
-    }
-
-
-def _timeline(rows: Sequence[Row], labels: Sequence[str]) -> _Content:
-    """Segments by their places on a line that ends with the last of them."""
-    end = max(row["end"] for row in rows)
-    return {
-        "end": f"{end:.1f}",
-        "segments": [
-            {
-                "x": f"{100 * row['start'] / end:.3f}",
-                "width": f"{100 * (row['end'] - row['start']) / end:.3f}",
-                "colour": labels.index(row["label"]) % COLOURS,
-                "label": row["label"],
-                "start": f"{row['start']:.3f}",
-                "end": f"{row['end']:.3f}",
-                "probability": row["probability"],
-            }
-            for row in rows
-        ],
-    }
-
-
-def _why(found: Explanation, video: str) -> _Content:
-    """An explanation in the words and pictures of the template."""
-    likeliest = sorted(found.prompt_probabilities, key=lambda name: -found.prompt_probabilities[name])[:MOST_CLASSES]
-    if found.prompt is not None and found.prompt not in likeliest:
-        likeliest[-1] = found.prompt
-    places = [list(found.prompt_probabilities).index(name) for name in likeliest]
-    closest = found.compared[0]
-    example = found.examples.get(closest)
-    distances = {view: vote.distances[closest] for view, vote in found.views.items()}
-    return {
-        "closest": closest,
-        "distance": f"{found.distance:.2f}",
-        "threshold": None if found.threshold is None else f"{found.threshold:.2f}",
-        "rejected": found.rejected,
-        "prompt": found.prompt,
-        "prompt_probability": None if found.prompt is None else percent(found.prompt_probabilities[found.prompt]),
-        "prompts": prompt_rows(
-            likeliest,
-            [found.prompt_probabilities[name] for name in likeliest],
-            found.frame_scores[places],
-            found.counted[places],
-            chosen=found.prompt,
-        ),
-        "votes": [
-            {
-                "view": view,
-                "label": vote.label,
-                "distance": f"{vote.distances[vote.label]:.2f}",
-                "visual": f"{vote.visual_confidence:.3f}",
-                "text": f"{vote.text_confidence:.3f}",
-            }
-            for view, vote in found.views.items()
-        ],
-        "teacher": found.teacher,
-        "alignment": {
-            "id": f"{video}-alignment",
-            "clip": strip_picture(found.frames, upright=True),
-            "example": None if example is None else strip_picture(example),
-            "maps": alignment_cells({view: maps[0] for view, maps in found.alignments.items()}, distances),
-        }
-        if found.alignments
-        else None,
-    }
+def _certainty(content: Mapping[str, Any]) -> float:
+    """The probability of the likeliest class, of segments that of the least certain one."""
+    return min((_probabilities(row)[0][1] for row in content["rows"]), default=0.0)

@@ -1,52 +1,21 @@
-"""What the options of :class:`clip_m2df.training.module.CLIPM2DF` may be, and the model that they make."""
+"""The model that options describe: options of a person, those that a file has, and published checkpoints."""
 
-from __future__ import annotations
-
+import inspect
+import os
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from clip_m2df.clip.backbone import CLIPBackbone
+from clip_m2df.clip.formats import read_weights
 from clip_m2df.errors import UserError
-from clip_m2df.nn import baselines as heads
-from clip_m2df.nn.m2df import M2DF
+from clip_m2df.nn.baselines import HEADS, build_head, head_class, options_of
+from clip_m2df.nn.m2df import M2DF, M2DFHead
 from clip_m2df.nn.prompts import Selection
 
-
-def check_adam(*, weight_decay: float, **rates: float) -> None:
-    """Refuse learning rates that are not above 0, and a negative weight decay.
-
-    Raises:
-        UserError: names the first.
-    """
-    for option, value in rates.items():
-        if not value > 0:
-            raise UserError(f"{option} is {value}; it must be positive")
-    if not weight_decay >= 0:
-        raise UserError(f"weight_decay is {weight_decay}; it must not be negative")
-
-
-def check_evaluation(bank_memory: float, text_fusion: float) -> None:
-    """Refuse a negative size of the bank, and a share of the text that is none.
-
-    Raises:
-        UserError: says what it may be.
-    """
-    if not bank_memory >= 0:
-        raise UserError(f"bank_memory is {bank_memory}; it must not be negative")
-    if not 0 <= text_fusion <= 1:
-        raise UserError(f"text_fusion is {text_fusion}; it must be between 0 and 1")
-
-
-def check_warmup(warmup_steps: int, warmup_start: float) -> None:
-    """Refuse a warm-up that takes a negative time, or starts at no share of the peak.
-
-    Raises:
-        UserError: says what they may be.
-    """
-    if warmup_steps < 0 or not 0 < warmup_start <= 1:
-        raise UserError(
-            f"warmup_steps {warmup_steps} must not be negative, and warmup_start {warmup_start} between 0 and 1"
-        )
+# Options of a head by the names that they had when checkpoints and models were saved, and by those of today.
+RENAMED_HEAD_OPTIONS = {"heads": "num_heads"}
 
 
 def build_model(
@@ -72,14 +41,73 @@ def build_model(
         raise UserError("head_options: selection is an option of the model itself, --model.selection; move it there")
     if "dim" in options:
         raise UserError("head_options: dim follows from the backbone; leave it out")
-    if "selection" in heads.options_of(heads.head_class(head)):
+    if "selection" in options_of(head_class(head)):
         options["selection"] = selection
     tower = CLIPBackbone.from_description(backbone) if isinstance(backbone, Mapping) else CLIPBackbone.load(backbone)
     tower.freeze_batch_norm = freeze_batch_norm
     if gradient_checkpointing:
         tower.enable_gradient_checkpointing()
-    model = M2DF(tower, heads.build_head(head, {"dim": tower.dim, **options}), template, freeze_backbone)
+    model = M2DF(tower, build_head(head, {"dim": tower.dim, **options}), template, freeze_backbone)
     if compile:  # in place, so that the weights keep their names
         tower.visual.compile()
         model.head.compile()
     return model
+
+
+def saved_options(
+    source: str | os.PathLike[str], saved: Any, model: type, *, head: str | None = None
+) -> dict[str, Any]:
+    """The options of a model that a file has, by the names of today.
+
+    Args:
+        source: the file, for messages.
+        saved: its options.
+        model: the model's class.
+        head: the head that a person asked for: no other code is imported because a file names it.
+
+    Raises:
+        UserError: they are not those of such a model, or name other people's code.
+    """
+    options = dict(saved) if isinstance(saved, dict) else {}
+    name = options.get("head")
+    if not isinstance(options.get("backbone"), dict) or not isinstance(name, str):
+        raise UserError(
+            f"{source} is damaged or of another model: it has no options with head and backbone; give one that"
+            f" clip-m2df fit or {model.__name__} wrote"
+        )
+    if unknown := [option for option in options if option not in inspect.signature(model).parameters]:
+        raise UserError(
+            f"{source} has the option {unknown[0]!r}, which {model.__name__} has not; give one of this version"
+        )
+    # What is imported already has been trusted.
+    if name not in HEADS and name != head and name.rpartition(".")[0] not in sys.modules:
+        raise UserError(
+            f"{source} takes the head {name!r}, code that is not this package's: if you trust it, name it yourself, by"
+            f" --model.head {name} or head={name!r}"
+        )
+    if isinstance(options.get("head_options"), dict):
+        known = options_of(head_class(name))
+        renamed = {old: new for old, new in RENAMED_HEAD_OPTIONS.items() if old not in known and new in known}
+        options["head_options"] = {renamed.get(key, key): value for key, value in options["head_options"].items()}
+    return options
+
+
+def load_published(file: str | os.PathLike[str], *, tokenizer: str | None = None, **options: Any) -> M2DF:
+    """Load the model, tower and head, in a checkpoint file of the published code; it is in eval mode.
+
+    Args:
+        file: the checkpoint, with the weights under ``model_state_dict`` and the tower under ``backbone.*``.
+        tokenizer: see :meth:`clip_m2df.CLIPBackbone.from_openai`.
+        **options: of the head, see :meth:`clip_m2df.M2DFHead.from_published`.
+
+    Raises:
+        UserError: a file that can't be read safely, or of another model.
+    """
+    state = read_weights(Path(file), inside="model_state_dict")
+    tower = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
+    if not tower:
+        raise UserError(f"{file} holds no tower under backbone.*; M2DFHead.from_published reads a head alone")
+    if not any(key.startswith("visual.") for key in tower):  # the published code saves the visual tower alone
+        tower = {f"visual.{key}": value for key, value in tower.items()}
+    backbone = CLIPBackbone.from_openai(tower, tokenizer=tokenizer)
+    return M2DF(backbone, M2DFHead.from_published(state, **options)).eval()

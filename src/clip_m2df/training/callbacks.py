@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-import torch
+import yaml
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import SaveConfigCallback
 from rich.console import Console
@@ -39,14 +39,16 @@ class RunConfig(SaveConfigCallback):
         super().__init__(*args, **(kwargs | {"save_to_log_dir": False}))
 
     def save_config(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Write ``<run folder>/config.yaml``, for ``fit`` only."""
-        if stage == "fit":
-            folder = Path(trainer.default_root_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            config = self.config.clone()
-            config.ckpt_path = None  # the run's, not that of whoever starts from its configuration
-            text = self.parser.dump(config, skip_unset=False)
-            (folder / "config.yaml").write_text(text, encoding="utf-8")
+        """Write ``<run folder>/config.yaml`` for ``fit``, and give the loggers the whole configuration."""
+        if stage != "fit":
+            return
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        for logger in trainer.loggers:
+            logger.log_hyperparams(yaml.safe_load(self.parser.dump(self.config, skip_unset=False)))
+        config = self.config.clone()
+        config.ckpt_path = None  # the run's, not that of whoever starts from its configuration
+        (folder / "config.yaml").write_text(self.parser.dump(config, skip_unset=False), encoding="utf-8")
 
 
 class RunReport(lightning.Callback):
@@ -74,11 +76,12 @@ class RunReport(lightning.Callback):
             self._write("val", trainer, pl_module)
 
     def _write(self, split: str, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        confusion, data = pl_module.confusion, trainer.datamodule  # type: ignore[attr-defined]
-        if trainer.is_global_zero and isinstance(confusion, torch.Tensor) and confusion.numel():
+        evaluated, data = getattr(pl_module, "evaluated", None), trainer.datamodule  # type: ignore[attr-defined]
+        if trainer.is_global_zero and evaluated is not None and evaluated.confusion.numel():
+            confusion = evaluated.confusion.cpu()
             class_names = data.manifest.split(split).class_names
-            files = write_report(Path(trainer.default_root_dir), split, class_names, confusion.cpu())
-            Console().print(hardest_classes(class_names, confusion.cpu()))
+            files = write_report(Path(trainer.default_root_dir), split, class_names, confusion)
+            Console().print(hardest_classes(class_names, confusion))
             print(f"all classes are in {' and '.join(map(str, files))}")
 
 

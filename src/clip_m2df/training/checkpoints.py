@@ -17,21 +17,18 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 
-from clip_m2df.errors import Stopped, UserError
+from clip_m2df.errors import Stopped, UserError, require
 from clip_m2df.files import check_archive, whole_file
 
 FOLDER = "checkpoints"
-
-
 BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
-
 
 # Ctrl-C; what ends a process in order; what batch systems send some time before the end.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
 
 
 def read_checkpoint(path: str | os.PathLike[str], *, map_location: Any = "cpu", mmap: bool = False) -> dict[str, Any]:
-    """Read a checkpoint without executing anything in it.
+    """Verify a checkpoint by its checksums, and read it without executing anything in it.
 
     Args:
         path: the file.
@@ -53,45 +50,50 @@ def read_checkpoint(path: str | os.PathLike[str], *, map_location: Any = "cpu", 
     return checkpoint
 
 
-def find_last(folder: Path) -> Path:
-    """The last checkpoint of a run, or the one before if that is damaged, which is said.
+def read_last(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Read the last checkpoint of a run, or the one before if that is damaged or missing, which is said.
 
     Args:
         folder: the run's.
 
+    Returns:
+        The file, and what it holds.
+
     Raises:
         UserError: there is neither.
     """
-    damaged = []
-    for name in (LAST, PREVIOUS):
-        path = folder / FOLDER / name
-        if not path.exists():
-            continue
-        try:
-            step = read_checkpoint(path).get("global_step")
-        except UserError:
-            damaged.append(str(path))
-            continue
-        if name != LAST:
-            why = f"{damaged[0]} is damaged" if damaged else f"there is no {folder / FOLDER / LAST}"
-            warnings.warn(f"{why}: going on with {path}, of step {step}", stacklevel=2)
-        return path
+    last, damaged = folder / FOLDER / LAST, []
+    for path in (last, last.with_name(PREVIOUS)):
+        if path.exists():
+            try:
+                checkpoint = read_checkpoint(path)
+            except UserError:
+                damaged.append(str(path))
+                continue
+            if path != last:
+                why = f"{last} is damaged" if damaged else f"there is no {last}"
+                warnings.warn(f"{why}: going on with {path}, of step {checkpoint.get('global_step')}", stacklevel=2)
+            return path, checkpoint
     if damaged:
         raise UserError(f"{' and '.join(damaged)}: damaged; give --ckpt_path best, or start anew in another folder")
-    raise UserError(
-        f"there is no {folder / FOLDER / LAST}: fit has saved nothing there yet, and starts without --ckpt_path"
-    )
+    raise UserError(f"there is no {last}: fit has saved nothing there yet, and starts without --ckpt_path")
 
 
 class RunCheckpointIO(TorchCheckpointIO):
-    """Writes checkpoints whole or not at all, and keeps the one before the last; reads without executing anything."""
+    """Writes checkpoints atomically, and keeps the one before the last; reads without executing anything.
 
-    def __init__(self) -> None:
+    Args:
+        path: a checkpoint that has been read already.
+        checkpoint: what it holds; it is kept until it is loaded.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] = "", checkpoint: dict[str, Any] | None = None) -> None:
         super().__init__()
+        self._read = {} if checkpoint is None else {Path(path): checkpoint}
         self._whole: set[Path] = set()  # files known to be so
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write a checkpoint in its file's place at one blow.
+        """Replace a checkpoint's file atomically.
 
         Raises:
             UserError: it can't be written; what was there still is.
@@ -115,9 +117,12 @@ class RunCheckpointIO(TorchCheckpointIO):
         self._whole.add(path)
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
-        """See :func:`read_checkpoint`."""
-        checkpoint = read_checkpoint(path, map_location=map_location or "cpu")
-        self._whole.add(Path(path))
+        """Give what has been read already, once, or read it: see :func:`read_checkpoint`."""
+        path = Path(path)
+        checkpoint = self._read.pop(path, None)
+        if checkpoint is None:
+            checkpoint = read_checkpoint(path, map_location=map_location or "cpu")
+        self._whole.add(path)
         return checkpoint
 
 
@@ -136,8 +141,7 @@ class RunCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, monitor: str = "val/accuracy", mode: str = "max", every: int | None = None) -> None:
-        if every is not None and every < 1:
-            raise UserError(f"checkpoint.every is {every}; it must be at least 1")
+        require(least=1, **{"checkpoint.every": every})
         super().__init__(filename="best", monitor=monitor, mode=mode, save_top_k=1, enable_version_counter=False)
         self.every = every
         self._validated = 0  # the step of the last validation that came to its end

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import os
 import subprocess
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import lightning
 import numpy as np
@@ -18,8 +16,8 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 
 from clip_m2df.__about__ import __version__
-from clip_m2df.episodes.features import EvaluationTable
-from clip_m2df.errors import UserError
+from clip_m2df.episode import TableEpisodes, VideoTable
+from clip_m2df.errors import UserError, require
 from clip_m2df.evaluation.evidence import (
     HardEpisode,
     Played,
@@ -31,22 +29,118 @@ from clip_m2df.evaluation.evidence import (
 )
 from clip_m2df.evaluation.figures import validation_pictures
 from clip_m2df.files import whole_file
-from clip_m2df.nn.m2df import has_stages
 from clip_m2df.training import wandb_run
+from clip_m2df.training.module import CLIPM2DF
 
 T = TypeVar("T")
 
-
 # Pixels of a frame's side, at most: what pictures show is smaller still.
-THUMBNAIL = 48
-
-
-# Videos whose small frames are kept from one validation to the next.
+SIDE = 48
+# Videos whose small frames are kept from one evaluation to the next.
 MOST_KEPT = 200
 
 
+class EvidenceCollector:
+    """Collects what is shown of an evaluation beside its numbers: reliabilities of views, and its hardest episodes.
+
+    Args:
+        episodes: how many of the hardest.
+    """
+
+    def __init__(self, episodes: int) -> None:
+        self.episodes = episodes
+        self._frames: dict[str, Tensor] = {}
+        self.start()
+
+    def start(self) -> None:
+        """Start anew."""
+        self._seen = 0
+        self._class_names: list[str] = []
+        self._hardest: list[_Candidate] = []
+        self._columns: dict[str, list[Tensor]] = {}
+        if len(self._frames) > MOST_KEPT:
+            self._frames.clear()
+
+    def add(self, trainer: lightning.Trainer, batch: Any, played: Played) -> None:
+        """Keep the reliabilities of a batch, and its episodes that are among the hardest so far."""
+        labels = played.episode["query_labels"]
+        logits = played.output.logits.float()
+        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+        losses = losses.nan_to_num(torch.inf, posinf=torch.inf)  # of a training that diverged
+        for name, column in reliability_columns(played.output).items():
+            self._columns.setdefault(name, []).append(column)
+        hardest, rows = losses.mean(1).topk(min(self.episodes, len(labels)))
+        for loss, row in zip(hardest.tolist(), rows.tolist(), strict=True):
+            if len(self._hardest) < self.episodes or loss > self._hardest[-1].loss:
+                # Without a number of its own, an episode has that of its turn: ranks take turns.
+                turn = (self._seen + row) * trainer.world_size + trainer.global_rank
+                number = int(batch.numbers[row]) if isinstance(batch, TableEpisodes) else turn
+                self._hardest.append(_Candidate.of(row, loss, number, losses, batch, played))
+                self._hardest = sorted(self._hardest, key=_Candidate.order)[: self.episodes]
+        self._class_names = list(played.episode["class_names"])
+        self._seen += len(labels)
+
+    def gather(self, trainer: lightning.Trainer, model: CLIPM2DF) -> ValidationEvidence | None:
+        """What all ranks have collected; to be called on all of them. None where nothing was played."""
+        # First which episodes, then what is shown of those alone: frames are much to send.
+        orders = sorted(itertools.chain(*_of_ranks(trainer, [candidate.order() for candidate in self._hardest])))
+        winners = [candidate for candidate in self._hardest if candidate.order() in orders[: self.episodes]]
+        shown = [(c.order(), self._show(c, trainer, model, with_evidence=c.order() == orders[0])) for c in winners]
+        columns = {name: torch.cat(parts) for name, parts in self._columns.items()}
+        found = _of_ranks(trainer, (shown, columns))
+        class_names = self._class_names
+        self.start()
+        if not orders or model.evaluated is None:
+            return None
+        return ValidationEvidence(
+            class_names=class_names,
+            confusion=model.evaluated.confusion.cpu(),
+            hardest=[episode for _, episode in sorted(itertools.chain(*(s for s, _ in found)), key=lambda s: s[0])],
+            reliabilities=Reliabilities.of({n: torch.cat([c[n] for _, c in found if n in c]) for n in columns}),
+        )
+
+    def _show(
+        self, candidate: _Candidate, trainer: lightning.Trainer, model: CLIPM2DF, *, with_evidence: bool
+    ) -> HardEpisode:
+        support, query = candidate.support, candidate.query
+        if candidate.table is not None:
+            support, query = self._read(candidate.table, support), self._read(candidate.table, query)
+        episode, scores = candidate.episode, candidate.scores.cpu()
+        labels: Tensor = episode["query_labels"].cpu()
+        hard = HardEpisode(
+            number=candidate.number,
+            class_names=[episode["class_names"][c] for c in episode["class_indices"].tolist()],
+            labels=labels.tolist(),
+            predicted=scores.argmax(-1).tolist(),
+            rivals=scores.scatter(-1, labels.unsqueeze(-1), -torch.inf).argmax(-1).tolist(),
+            losses=candidate.losses.tolist(),
+            support=support,
+            query=query,
+        )
+        if not (with_evidence and candidate.has_views):
+            return hard
+        head, prompts, q = model.model.head, candidate.prompts, hard.hardest
+        pair = torch.tensor([hard.labels[q], hard.rivals[q]], device=prompts.device)
+        draws = episode["draws"][q : q + 1] if "draws" in episode else None
+        with trainer.precision_plugin.val_step_context(), torch.no_grad():
+            prototypes = head.prototypes(episode["support"][pair], prompts[pair])
+            evidence: QueryEvidence = query_evidence(head, prototypes, episode["query"][q], prompts, draws)
+        return hard._replace(evidence=evidence)
+
+    def _read(self, table: VideoTable, indices: Tensor | None) -> Tensor | None:
+        """Small frames of videos; None if one can't be read."""
+        names = {} if indices is None else {index: table.identity(index) for index in indices.tolist()}
+        try:
+            for index, name in names.items():
+                if name not in self._frames:  # hard episodes have videos in common, and so have evaluations
+                    self._frames[name] = _small(table.read(index))
+        except (UserError, OSError):  # a damaged cache too
+            return None
+        return torch.stack([self._frames[name] for name in names.values()])
+
+
 class Dashboard(lightning.Callback):
-    """Gives the trainer's loggers the whole configuration of a training, and pictures of each validation.
+    """Gives the trainer's loggers pictures of each validation, and what a training depends on beside its options.
 
     W&B gets images and tables, TensorBoard images; with other loggers, or none, the pictures are PNG files in
     ``<run folder>/figures/step-000123``. The W&B run is closed at the end, and also where an exception ends the
@@ -57,25 +151,16 @@ class Dashboard(lightning.Callback):
         episodes: how many of a validation's hardest episodes they show.
         upload_best: give the best checkpoint to W&B at the end, as an artifact.
 
-    Attributes:
-        config: what the run was configured with, in nested plain types.
-
     Raises:
         UserError: ``episodes`` below 1; in ``setup``, ``upload_best`` without a W&B logger.
     """
 
     def __init__(self, figures: bool = True, episodes: int = 4, upload_best: bool = False) -> None:
-        if episodes < 1:
-            raise UserError(f"dashboard.episodes is {episodes}; give at least 1, or set dashboard.figures to false")
+        require(least=1, **{"dashboard.episodes": episodes})
         self.figures = figures
         self.episodes = episodes
         self.upload_best = upload_best
-        self.config: Mapping[str, Any] = {}
-        self._seen = 0
-        self._class_names: list[str] = []
-        self._hardest: list[_Candidate] = []
-        self._columns: dict[str, list[Tensor]] = {}
-        self._frames: dict[str, Tensor] = {}
+        self._collector = EvidenceCollector(episodes)
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Refuse to upload to nowhere."""
@@ -87,18 +172,13 @@ class Dashboard(lightning.Callback):
             )
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Tell the loggers what is run, and keep the id of the W&B run."""
+        """Tell the loggers what the training depends on beside its options, and keep the id of the W&B run."""
         if not trainer.is_global_zero or _is_trial(trainer):
             return
         manifest = getattr(trainer.datamodule, "manifest", None)  # type: ignore[attr-defined]
-        record = {
-            **self.config,
-            "version": __version__,
-            "git_revision": _git_revision(),
-            "manifest_digest": None if manifest is None else manifest.digest,
-        }
+        digest = None if manifest is None else manifest.digest
         for logger in trainer.loggers:
-            logger.log_hyperparams(record)
+            logger.log_hyperparams({"version": __version__, "git_revision": git_revision(), "manifest_digest": digest})
         for wandb_logger in _wandb_loggers(trainer)[:1]:
             wandb_run.note_run(wandb_logger, Path(trainer.default_root_dir))
 
@@ -127,11 +207,9 @@ class Dashboard(lightning.Callback):
                 logger.finalize("success")  # with its own uploads, for which Lightning's turn comes too late
             wandb_run.close_runs(loggers, exit_code=0)
 
-    # ------------------------------------------------------------------------------------ at a validation
-
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Start anew."""
-        self._forget()
+        self._collector.start()
 
     def on_validation_batch_end(
         self,
@@ -142,108 +220,24 @@ class Dashboard(lightning.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep the reliabilities of the batch, and its episodes that are among the hardest so far."""
-        if not self._draws(trainer) or not isinstance(outputs, Played):
-            return
-        labels = batch["query_labels"]
-        logits = outputs.output.logits.float()
-        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
-        losses = losses.nan_to_num(torch.inf, posinf=torch.inf)  # of a training that came apart
-        for name, column in reliability_columns(outputs.output).items():
-            self._columns.setdefault(name, []).append(column)
-        hardest, rows = losses.mean(1).topk(min(self.episodes, len(labels)))
-        for loss, row in zip(hardest.tolist(), rows.tolist(), strict=True):
-            if len(self._hardest) < self.episodes or loss > self._hardest[-1].loss:
-                # Without a number of its own, an episode has that of its turn: ranks take turns.
-                turn = (self._seen + row) * trainer.world_size + trainer.global_rank
-                number = int(batch["numbers"][row]) if "numbers" in batch else turn
-                self._hardest.append(_Candidate.take(row, loss, number, losses, batch, outputs))
-                self._hardest = sorted(self._hardest, key=_Candidate.order)[: self.episodes]
-        self._class_names = list(batch["class_names"])
-        self._seen += len(labels)
+        """Collect what the pictures show."""
+        if self._draws(trainer) and isinstance(outputs, Played):
+            self._collector.add(trainer, batch, outputs)
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Draw, and give the pictures to the loggers."""
-        if not self._draws(trainer):
+        if not self._draws(trainer) or not isinstance(pl_module, CLIPM2DF):
             return
-        # First which episodes, then what is shown of those alone: frames are much to send.
-        orders = sorted(itertools.chain(*_of_ranks(trainer, [candidate.order() for candidate in self._hardest])))
-        winners = [candidate for candidate in self._hardest if candidate.order() in orders[: self.episodes]]
-        shown = [(c.order(), self._show(c, trainer, pl_module, with_evidence=c.order() == orders[0])) for c in winners]
-        columns = {name: torch.cat(parts) for name, parts in self._columns.items()}
-        found = _of_ranks(trainer, (shown, columns))
-        if trainer.is_global_zero and orders:
-            evidence = ValidationEvidence(
-                class_names=self._class_names,
-                confusion=cast(Tensor, pl_module.confusion).cpu(),
-                hardest=[episode for _, episode in sorted(itertools.chain(*(s for s, _ in found)), key=lambda s: s[0])],
-                reliabilities=Reliabilities.of({n: torch.cat([c[n] for _, c in found if n in c]) for n in columns}),
-            )
+        evidence = self._collector.gather(trainer, pl_module)
+        if trainer.is_global_zero and evidence is not None:
             try:
                 self._give(trainer, evidence)
             except Exception as error:  # a full disk, say: the training itself is worth more
-                said = f"the pictures of a validation can't be given: {type(error).__name__}: {error}"
-                warnings.warn(said, stacklevel=2)
-        self._forget()
-
-    def _forget(self) -> None:
-        self._seen = 0
-        self._hardest, self._columns = [], {}
-        if len(self._frames) > MOST_KEPT:
-            self._frames.clear()
+                reason = f"{type(error).__name__}: {error}"
+                warnings.warn(f"the pictures of a validation can't be given: {reason}", stacklevel=2)
 
     def _draws(self, trainer: lightning.Trainer) -> bool:
         return self.figures and trainer.state.fn == "fit" and not trainer.sanity_checking and not _is_trial(trainer)
-
-    def _show(
-        self, candidate: _Candidate, trainer: lightning.Trainer, pl_module: Any, *, with_evidence: bool
-    ) -> HardEpisode:
-        support: Tensor | None = candidate.support
-        query: Tensor | None = candidate.query
-        if candidate.support.dtype != torch.uint8:  # places in a table of videos
-            support, query = self._read(trainer, candidate.support), self._read(trainer, candidate.query)
-        scores = candidate.scores.cpu()
-        rivals = scores.scatter(-1, candidate.labels.unsqueeze(-1), -torch.inf).argmax(-1)
-        episode = HardEpisode(
-            number=candidate.number,
-            class_names=candidate.class_names,
-            labels=candidate.labels.tolist(),
-            predicted=scores.argmax(-1).tolist(),
-            rivals=rivals.tolist(),
-            losses=candidate.losses.tolist(),
-            support=support,
-            query=query,
-        )
-        head = pl_module.model.head
-        if not with_evidence or not has_stages(head):
-            return episode
-        q = episode.hardest
-        support_features, prompts = candidate.features[0], candidate.prompts
-        pair = torch.tensor([episode.labels[q], episode.rivals[q]], device=prompts.device)
-        support_prompts = prompts[pair].unsqueeze(-2).expand(*support_features[pair].shape[:-2], -1)
-        with trainer.precision_plugin.val_step_context():
-            evidence: QueryEvidence = query_evidence(
-                head,
-                head.prototype(head.fuse(support_features[pair], support_prompts)),
-                candidate.features[1][q],
-                prompts,
-                None if candidate.draws is None else candidate.draws[q : q + 1],
-            )
-        return episode._replace(evidence=evidence)
-
-    def _read(self, trainer: lightning.Trainer, places: Tensor) -> Tensor | None:
-        """Small frames of videos; None if one can't be read, or is not known."""
-        table = getattr(trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders, "dataset", None)
-        if not isinstance(table, EvaluationTable):
-            return None
-        paths = [table.videos[place].path for place in places.tolist()]
-        try:
-            for path in paths:
-                if path not in self._frames:  # hard episodes have videos in common, and so have validations
-                    self._frames[path] = _thumbnails(table.dataset.reader.read(path)[0])
-        except (UserError, OSError):  # a damaged cache too
-            return None
-        return torch.stack([self._frames[path] for path in paths])
 
     def _give(self, trainer: lightning.Trainer, evidence: ValidationEvidence) -> None:
         pictures = validation_pictures(evidence)
@@ -266,53 +260,61 @@ class Dashboard(lightning.Callback):
 
 
 class _Candidate(NamedTuple):
-    """An episode that may be among the hardest: its row of a batch."""
+    """An episode that may be among the hardest: its row of a batch, without the batch's axis.
+
+    Attributes:
+        support: small frames of each class's first shot, or its index in ``table``.
+        query: the same of the queries.
+    """
 
     loss: float
     number: int
-    class_names: list[str]
-    labels: Tensor
     losses: Tensor
     scores: Tensor
-    support: Tensor
-    query: Tensor
-    features: tuple[Tensor, Tensor]
     prompts: Tensor
-    draws: Tensor | None
+    has_views: bool
+    episode: dict[str, Any]
+    table: VideoTable | None
+    support: Tensor | None
+    query: Tensor | None
 
     def order(self) -> tuple[float, int]:
-        """Its place among others: the hardest first."""
+        """Where it stands among others: the hardest first."""
         return -self.loss, self.number
 
     @classmethod
-    def take(cls, row: int, loss: float, number: int, losses: Tensor, batch: Any, played: Played) -> _Candidate:
+    def of(cls, row: int, loss: float, number: int, losses: Tensor, batch: Any, played: Played) -> _Candidate:
         """Copy what is needed of a row, so that the batch itself can go."""
-        # The first shot alone, and frames small.
-        support, query = batch["support"][row, :, 0], batch["query"][row]
-        if support.dtype == torch.uint8:
-            support, query = _thumbnails(support), _thumbnails(query)
+        table, support, query = None, None, None
+        if isinstance(batch, TableEpisodes):
+            table, videos = batch.table, batch.table.episodes([number])
+            support, query = videos["support"][0, :, 0], videos["query"][0]
+        elif batch["support"].dtype == torch.uint8:
+            support, query = _small(batch["support"][row, :, 0]).cpu(), _small(batch["query"][row]).cpu()
         return cls(
             loss=loss,
             number=number,
-            class_names=[batch["class_names"][c] for c in batch["class_indices"][row].tolist()],
-            labels=batch["query_labels"][row].cpu(),
             losses=losses[row].cpu(),
             scores=played.scores[row].float(),
-            support=support.cpu(),
-            query=query.cpu(),
-            features=(played.support[row].clone(), played.query[row].clone()),
             prompts=played.prompts[row].clone(),
-            draws=batch["draws"][row].clone() if "draws" in batch else None,
+            has_views=bool(played.output.views),
+            episode={
+                key: value[row].clone() if isinstance(value, Tensor) else value
+                for key, value in played.episode.items()
+                if key != "same"
+            },
+            table=table,
+            support=support,
+            query=query,
         )
 
 
-def _thumbnails(clips: Tensor) -> Tensor:
+def _small(clips: Tensor) -> Tensor:
     """uint8 frames ``(…, 3, height, width)``, made small."""
-    height, width = clips.shape[-2:]
-    if max(height, width) <= THUMBNAIL:
+    if max(clips.shape[-2:]) <= SIDE:
         return clips.clone()
-    small = F.interpolate(clips.flatten(0, -4).float(), (THUMBNAIL, THUMBNAIL), mode="area")
-    return small.round().to(torch.uint8).view(*clips.shape[:-2], THUMBNAIL, THUMBNAIL)
+    small = F.interpolate(clips.flatten(0, -4).float(), (SIDE, SIDE), mode="area")
+    return small.round().to(torch.uint8).view(*clips.shape[:-2], SIDE, SIDE)
 
 
 def _of_ranks(trainer: lightning.Trainer, mine: T) -> list[T]:
@@ -333,11 +335,11 @@ def _is_trial(trainer: lightning.Trainer) -> bool:
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
 
 
-def _git_revision() -> str | None:
-    """The commit that is checked out here, if one is."""
+def git_revision() -> str | None:
+    """The commit that is checked out in the working directory, if one is."""
     try:
         command = ["git", "rev-parse", "HEAD"]
-        said = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True, cwd=os.getcwd())
+        revision = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return said.stdout.strip() or None
+    return revision or None

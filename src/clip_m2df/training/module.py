@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, NamedTuple, Self, TypeAlias, cast
 
 import lightning
 import numpy as np
@@ -16,30 +17,66 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from clip_m2df.episode import Episode, IndexedEpisode, select_episodes
-from clip_m2df.errors import UserError
+from clip_m2df.episode import Episode, FeatureEpisode, TableEpisodes, VideoTable
+from clip_m2df.errors import UserError, require
+from clip_m2df.evaluation.bank import EpisodeBank
 from clip_m2df.evaluation.evidence import Played
+from clip_m2df.evaluation.features import encode_videos
 from clip_m2df.evaluation.metrics import StageMetrics
-from clip_m2df.hub import HubModel, check_options
-from clip_m2df.nn.class_text import class_text_loss
-from clip_m2df.nn.head import Head, HeadOutput, fuse_text
-from clip_m2df.nn.m2df import M2DF
+from clip_m2df.hub import find_model, push_model, read_model, write_model
+from clip_m2df.loops import episodes_played
+from clip_m2df.nn.class_text import class_text_loss, fuse_text
+from clip_m2df.nn.head import HeadOutput
 from clip_m2df.nn.prompts import DEFAULT_TEMPLATE, Selection
 from clip_m2df.nn.weights import check_weights
-from clip_m2df.training.build import build_model, check_adam, check_evaluation, check_warmup
+from clip_m2df.training.build import build_model, saved_options
 from clip_m2df.training.checkpoints import read_checkpoint
-from clip_m2df.training.features import SANITY_EPISODES, RunFeatures
 
 # Options that a person may change from run to run. They stay out of the checkpoint, so that what is asked for wins.
 RUN_OPTIONS = ("selection", "text_fusion", "gradient_checkpointing", "bank_memory", "compile")
 
 
-class CLIPM2DF(lightning.LightningModule, HubModel):
+# Of each batch, in the sanity check before a training: it is to be quick.
+SANITY_EPISODES = 2
+
+Batch: TypeAlias = Episode | FeatureEpisode | TableEpisodes
+
+
+class EncodedTable(NamedTuple):
+    """The features of a table's videos, and what they depend on.
+
+    Attributes:
+        table: of the videos.
+        numbers: the episodes whose videos are encoded; none: all videos.
+        tower: its weights, and its precision.
+        features: ``(videos, frames, dim)``.
+    """
+
+    table: VideoTable
+    numbers: Sequence[int]
+    tower: object
+    features: Tensor
+
+
+class Evaluated(NamedTuple):
+    """What a validation or a test counted, for callbacks.
+
+    Attributes:
+        numbers: by the names under which they are logged, without the stage.
+        confusion: int64 ``(n_classes, n_classes)``, queries by their own and by the predicted class.
+    """
+
+    numbers: dict[str, Tensor]
+    confusion: Tensor
+
+
+class CLIPM2DF(lightning.LightningModule):
     """CLIP-M²DF for a Lightning Trainer (Guo et al., arXiv 2401.08345).
 
-    Takes batches of :class:`clip_m2df.episode.Episode`, from :class:`clip_m2df.EpisodeDataModule` or any other data
-    module. Its checkpoints are enough: towers' configuration, tokenizer and preprocessing are in them. So are the
-    folders of ``save_pretrained``, which ``push_to_hub`` puts on the hub and ``from_pretrained`` loads.
+    Takes batches of :class:`clip_m2df.episode.Episode` or :class:`clip_m2df.episode.FeatureEpisode`, from
+    :class:`clip_m2df.EpisodeDataModule` or any other data module. Its checkpoints are enough: towers' configuration,
+    tokenizer and preprocessing are in them. So are the folders of ``save_pretrained``, which ``push_to_hub`` puts on
+    the hub and ``from_pretrained`` loads.
 
     Args:
         backbone: CLIP's weights: a name on the hub or a folder in transformers' format (ViT), a file in OpenAI's
@@ -70,6 +107,9 @@ class CLIPM2DF(lightning.LightningModule, HubModel):
         text_fusion: β of ``p = p_text^β · p_visual^(1−β)`` at evaluation, the text's probabilities from the class
             logits of the episode's classes; 0 leaves the text out.
 
+    Attributes:
+        evaluated: what the last validation or test counted, for callbacks.
+
     Raises:
         UserError: an option out of its range, weights that can't be had, a head that does not exist.
     """
@@ -98,12 +138,13 @@ class CLIPM2DF(lightning.LightningModule, HubModel):
         selection: Selection = "argmax",
         text_fusion: float = 0.0,
     ) -> None:
+        given = locals().items()
+        options = {name: value for name, value in given if name not in ("self", "__class__", *RUN_OPTIONS)}
         super().__init__()
-        self.lr = lr
-        self.backbone_lr = lr if backbone_lr is None else backbone_lr
-        check_adam(lr=lr, backbone_lr=self.backbone_lr, weight_decay=weight_decay)
-        check_evaluation(bank_memory, text_fusion)
-        check_warmup(warmup_steps, warmup_start)
+        require(above=0, lr=lr, backbone_lr=backbone_lr)
+        require(least=0, weight_decay=weight_decay, bank_memory=bank_memory, warmup_steps=warmup_steps)
+        require(least=0, most=1, text_fusion=text_fusion)
+        require(above=0, most=1, warmup_start=warmup_start)
         self.model = build_model(
             backbone,
             head,
@@ -115,10 +156,12 @@ class CLIPM2DF(lightning.LightningModule, HubModel):
             gradient_checkpointing=gradient_checkpointing,
             compile=compile,
         )
-        if not class_weight and isinstance(self.model.head, Head):
+        if not class_weight:
             # Without its loss the scale has no gradient, which DDP would wait for.
             self.model.head.scale.requires_grad_(False)
 
+        self.lr = lr
+        self.backbone_lr = lr if backbone_lr is None else backbone_lr
         self.weight_decay = weight_decay
         self.warmup_steps = warmup_steps
         self.warmup_start = warmup_start
@@ -129,43 +172,26 @@ class CLIPM2DF(lightning.LightningModule, HubModel):
         self.class_weight = class_weight
         self.text_fusion = text_fusion
         self.bank_memory = bank_memory
-        self.save_hyperparameters(
-            {
-                # The tower's name; its description, of megabytes, goes into checkpoints only, not into logs.
-                "backbone": self.model.backbone.source,
-                "head": head,
-                "head_options": head_options,
-                "template": template,
-                "freeze_backbone": freeze_backbone,
-                "freeze_batch_norm": freeze_batch_norm,
-                "lr": lr,
-                "backbone_lr": backbone_lr,
-                "weight_decay": weight_decay,
-                "warmup_steps": warmup_steps,
-                "warmup_start": warmup_start,
-                "milestones": milestones,
-                "gamma": gamma,
-                "match_weight": match_weight,
-                "distill_weight": distill_weight,
-                "class_weight": class_weight,
-            }
-        )
+        # The tower's name; its description, of megabytes, goes into checkpoints only, not into logs.
+        self.save_hyperparameters(options | {"backbone": self.model.backbone.source})
         # How the videos of its training were read, ``{"frames": T, "resize": short side}``, where that is known.
         self.reading: dict[str, int] | None = None
-        # Of the last evaluation: int64 (n_classes, n_classes), queries by their own and by the predicted class.
-        self.confusion: Tensor | None = None
+        self.evaluated: Evaluated | None = None
         self._draws_seed: int | None = None
-        self._ahead = RunFeatures()
+        # Of tables of videos: what has been encoded at each stage, and what the evaluation under way is played from.
+        self._encoded: dict[str, EncodedTable] = {}
+        self._bank: EpisodeBank | None = None
         # ModuleDict refuses the name "train", a method of its own.
         self.metrics = nn.ModuleDict({f"{stage}_metrics": StageMetrics() for stage in ("train", "val", "test")})
 
     # ---------------------------------------------------------------------------------------------- use
 
-    def forward(self, episode: Episode) -> HeadOutput:
+    def forward(self, episode: Episode | FeatureEpisode) -> HeadOutput:
         """Score the queries of a batch of episodes."""
-        table = self.encode_prompts(episode["class_names"])
-        support, query = self.model.encode_episode(episode)
-        return self._head(support, query, table[episode["class_indices"]], episode)
+        features = self._features(episode, "test")
+        prompts = self.encode_prompts(episode["class_names"])[episode["class_indices"]]
+        output: HeadOutput = self.model.head(features["support"], features["query"], prompts, episode.get("draws"))
+        return output
 
     def encode_prompts(self, class_names: Sequence[str]) -> Tensor:
         """The prompt table ``(n_classes, dim)`` of any class names, new ones too."""
@@ -173,19 +199,16 @@ class CLIPM2DF(lightning.LightningModule, HubModel):
 
     # ------------------------------------------------------------------------------------------- steps
 
-    def training_step(self, batch: Episode | IndexedEpisode, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of a batch, a mean over its episodes."""
         with self._own_draws(batch_idx):
             return self._step(batch, "train")[0]
 
-    def validation_step(self, batch: Episode | IndexedEpisode, batch_idx: int) -> Played:  # type: ignore[override]
+    def validation_step(self, batch: Batch, batch_idx: int) -> Played:  # type: ignore[override]
         """Count a batch of validation episodes; what was played is for callbacks."""
-        if self._ahead.bank is not None and self.trainer.sanity_checking:
-            indexed = cast(IndexedEpisode, batch)
-            batch = select_episodes(indexed, torch.arange(min(SANITY_EPISODES, len(indexed["numbers"]))))
         return self._step(batch, "val")[1]
 
-    def test_step(self, batch: Episode | IndexedEpisode, batch_idx: int) -> Played:  # type: ignore[override]
+    def test_step(self, batch: Batch, batch_idx: int) -> Played:  # type: ignore[override]
         """Count a batch of test episodes; what was played is for callbacks."""
         return self._step(batch, "test")[1]
 
@@ -193,28 +216,26 @@ class CLIPM2DF(lightning.LightningModule, HubModel):
     def _own_draws(self, batch_idx: int) -> Iterator[None]:
         """Draw dropout from (seed, optimiser step, batch, rank): a resumed run draws what it would have drawn."""
         trainer = self._trainer
-        place = batch_idx % trainer.accumulate_grad_batches if trainer else batch_idx
+        index = batch_idx % trainer.accumulate_grad_batches if trainer else batch_idx
         # That of seed_everything or of whoever set torch's; of a resumed run, that of its start.
         self._draws_seed = torch.initial_seed() if self._draws_seed is None else self._draws_seed
-        source = np.random.SeedSequence([self._draws_seed, self.global_step, place, self.global_rank])
+        source = np.random.SeedSequence([self._draws_seed, self.global_step, index, self.global_rank])
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(int(source.generate_state(1)[0]))
             yield
 
-    def _step(self, batch: Episode | IndexedEpisode, stage: str) -> tuple[Tensor, Played]:
-        labels, classes = batch["query_labels"], batch["class_indices"]
-        table = self.encode_prompts(batch["class_names"])
+    def _step(self, batch: Batch, stage: str) -> tuple[Tensor, Played]:
+        if isinstance(batch, TableEpisodes) and stage == "val" and self.trainer.sanity_checking:
+            batch = batch._replace(numbers=batch.numbers[:SANITY_EPISODES])
+        episode = self._features(batch, stage)
+        support, query, labels = episode["support"], episode["query"], episode["query_labels"]
+        classes = episode["class_indices"]
+        table = self.encode_prompts(episode["class_names"])
         prompts = table[classes]
-        if stage == "train" and self._ahead.views is not None:
-            support, query = self._ahead.views[batch["support"]], self._ahead.views[batch["query"]]
-            output = self._head(support, query, prompts, batch)
-        elif stage != "train" and self._ahead.bank is not None:
-            bank = self._ahead.bank
-            support, query = bank.features[batch["support"]], bank.features[batch["query"]]
-            output = bank.play(cast(IndexedEpisode, batch)["numbers"])
+        if isinstance(batch, TableEpisodes) and self._bank is not None:
+            output = self._bank.play(batch.numbers)
         else:
-            support, query = self.model.encode_episode(cast(Episode, batch))
-            output = self._head(support, query, prompts, batch)
+            output = self.model.head(support, query, prompts, episode.get("draws"))
 
         # L = λ_match Σ_q CE + λ_distill L_distill + λ_class Σ CE, sums within an episode, a mean over episodes
         match = F.cross_entropy(output.logits.flatten(0, 1), labels.flatten(), reduction="sum") / len(labels)
@@ -226,27 +247,69 @@ class CLIPM2DF(lightning.LightningModule, HubModel):
             loss = loss + self.class_weight * losses["class"]
         losses["total"] = loss
 
-        scores = output.logits if stage == "train" else self.fuse_text(output.logits, support, query, prompts)
-        self._metrics_of(stage).count(output, scores.argmax(-1), batch, losses)
-        return loss, Played(support, query, prompts, output, scores)
+        share = 0.0 if stage == "train" else self.text_fusion
+        scores = fuse_text(self.model.head, share, output.logits, query, prompts)
+        self._metrics_of(stage).count(output, scores.argmax(-1), episode, losses)
+        return loss, Played(episode, prompts, output, scores)
 
-    def _head(self, support: Tensor, query: Tensor, prompts: Tensor, batch: Episode | IndexedEpisode) -> HeadOutput:
-        output: HeadOutput = self.model.head(support, query, prompts, batch.get("draws"))
-        return output
+    # ---------------------------------------------------------------------------------------- features
 
-    def fuse_text(self, logits: Tensor, support: Tensor, query: Tensor, prompts: Tensor) -> Tensor:
-        """The scores by which classes are predicted; see :func:`clip_m2df.nn.head.fuse_text`."""
-        return fuse_text(self.model.head, self.text_fusion, logits, support, query, prompts)
+    def _features(self, batch: Batch, stage: str) -> FeatureEpisode:
+        """A batch as features, whatever it carries."""
+        if isinstance(batch, TableEpisodes):
+            features = self._encode(batch.table, stage)
+            rows = batch.table.episodes(batch.numbers.tolist())
+            rows = self.transfer_batch_to_device(rows, self.device, 0)
+            support, query = features[rows["support"]], features[rows["query"]]
+            return cast(FeatureEpisode, {**rows, "support": support, "query": query})
+        if batch["support"].is_floating_point():
+            return batch
+        support, query = self.model.encode_episode(cast(Episode, batch))
+        return cast(FeatureEpisode, {**batch, "support": support, "query": query})
 
-    # -------------------------------------------------------------------------------------------- bank
-
-    def on_train_start(self) -> None:
-        """Encode the views of the training videos, if its episodes come from a table.
+    def _encode(self, table: VideoTable, stage: str) -> Tensor:
+        """The features of a table's videos; encoded at the first batch of a training, or of an evaluation's epoch.
 
         Raises:
-            UserError: the tower is not frozen.
+            UserError: a training goes by features of a tower that is not frozen.
         """
-        self._ahead.encode_views(self.model, self.trainer)
+        known = self._encoded.get(stage)
+        if known is not None and known.table is table and (stage == "train" or self._bank is not None):
+            return known.features
+        if stage == "train" and not self.model.freeze_backbone:
+            raise UserError(
+                "data.train_augmentations trains from features, which a tower that learns would leave behind: set"
+                " model.freeze_backbone, or data.train_augmentations to 0"
+            )
+        numbers: Sequence[int] = episodes_played(self.trainer, table.block, len(table))
+        if self.trainer.sanity_checking:
+            numbers = [number for number in numbers if number % table.block < SANITY_EPISODES]
+        weights = self.model.backbone.visual.state_dict(keep_vars=True).values()
+        tower = (str(self.trainer.precision), self.device, [(w.data_ptr(), w._version) for w in weights])
+        if known is None or not self.model.freeze_backbone or known[:3] != (table, numbers, tower):
+            known = EncodedTable(table, numbers, tower, self._encode_videos(table, numbers))
+            self._encoded[stage] = known
+        if stage != "train":
+            episodes = table.episodes(numbers)
+            prompts = self.encode_prompts(episodes["class_names"])
+            episodes = self.transfer_batch_to_device(episodes, self.device, 0)
+            memory = self.bank_memory * 2**30
+            self._bank = EpisodeBank(self.model.head, known.features, prompts, episodes, memory=memory)
+        return known.features
+
+    @torch.no_grad()
+    def _encode_videos(self, table: VideoTable, numbers: Sequence[int]) -> Tensor:
+        trainer = self.trainer
+        return encode_videos(
+            self.model,
+            table,
+            numbers,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+            precision=str(trainer.precision),
+            # Features of a tower that learns are of use to nobody later.
+            keep=self.model.freeze_backbone or trainer.state.fn != "fit",
+        )
 
     def on_fit_start(self) -> None:
         """Remember how videos are read: whoever uses the model later has to read theirs in the same way."""
@@ -254,22 +317,19 @@ class CLIPM2DF(lightning.LightningModule, HubModel):
         frames, resize = getattr(reader, "frames", None), getattr(reader, "resize", None)
         if isinstance(frames, int) and isinstance(resize, int):  # other people's readers may be anything
             self.reading = {"frames": frames, "resize": resize}
+        self._encoded.pop("train", None)  # of a training that was interrupted
 
     def on_train_end(self) -> None:
         """Let the features go."""
-        self._ahead.views = None
+        self._encoded.pop("train", None)
 
     def on_validation_epoch_start(self) -> None:
-        """Encode the videos that the validation names, if its episodes come from a table."""
-        trainer = self.trainer
-        batches = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
-        self._ahead.open_bank(self.model, trainer, trainer.val_dataloaders, batches, memory=self.bank_memory)
+        """Let the weights of this epoch play."""
+        self._bank = None
 
     def on_test_epoch_start(self) -> None:
-        """Encode the videos that the test names, if its episodes come from a table."""
-        trainer = self.trainer
-        batches = trainer.num_test_batches
-        self._ahead.open_bank(self.model, trainer, trainer.test_dataloaders, batches, memory=self.bank_memory)
+        """The same."""
+        self._bank = None
 
     # ----------------------------------------------------------------------------------------- metrics
 
@@ -278,7 +338,7 @@ class CLIPM2DF(lightning.LightningModule, HubModel):
 
     def _log_metrics(self, stage: str) -> None:
         """Log what has been counted since the last time, and start anew."""
-        numbers, self.confusion = self._metrics_of(stage).take()
+        numbers, confusion = self._metrics_of(stage).take()
         for name, number in numbers.items():
             # Already the sum over all ranks.
             self.log(
@@ -288,8 +348,11 @@ class CLIPM2DF(lightning.LightningModule, HubModel):
                 rank_zero_only=False,
                 sync_dist=False,
             )
+        if stage != "train":
+            self.evaluated = Evaluated(numbers, confusion)
+            self._bank = None
 
-    def on_train_batch_end(self, outputs: Any, batch: Episode, batch_idx: int) -> None:
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log over whole optimiser steps, as often as the Trainer logs."""
         stepped = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -298,19 +361,33 @@ class CLIPM2DF(lightning.LightningModule, HubModel):
 
     def on_validation_epoch_end(self) -> None:
         """Log what the validation counted."""
-        self._ahead.bank = None
         self._log_metrics("val")
 
     def on_test_epoch_end(self) -> None:
         """Log what the test counted."""
-        self._ahead.bank = None
         self._log_metrics("test")
 
     # --------------------------------------------------------------------------------------- optimiser
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Adam, a learning rate each for head and tower; linear warm-up, then steps; counted in optimiser steps."""
-        optimizer = adam(self.model, self.lr, self.backbone_lr, self.weight_decay)
+        """Adam, a learning rate each for head and tower; linear warm-up, then steps; counted in optimiser steps.
+
+        Raises:
+            UserError: nothing is trained.
+        """
+        parts = (("head", self.model.head, self.lr), ("backbone", self.model.backbone.visual, self.backbone_lr))
+        groups = [
+            {"params": [p for p in part.parameters() if p.requires_grad], "lr": lr, "name": name}
+            for name, part, lr in parts
+        ]
+        groups = [group for group in groups if group["params"]]
+        if not groups:
+            raise UserError(
+                "nothing to train: the tower is frozen and the head has no parameters; measure it as it is, by"
+                " clip-m2df test without --ckpt_path"
+            )
+        fused = self.device.type == "cuda" or None
+        optimizer = torch.optim.Adam(groups, weight_decay=self.weight_decay, fused=fused)
         scheduler = LambdaLR(optimizer, self._lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -324,9 +401,8 @@ class CLIPM2DF(lightning.LightningModule, HubModel):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put the towers' description in the place of their name: a checkpoint needs no network and no files."""
-        hparams = dict(checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}))
-        hparams["backbone"] = self.model.backbone.description()
-        checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = hparams
+        description = self.model.backbone.description()
+        checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = {**self.hparams, "backbone": description}
         checkpoint["draws_seed"] = self._draws_seed
         checkpoint["reading"] = self.reading
 
@@ -342,62 +418,146 @@ class CLIPM2DF(lightning.LightningModule, HubModel):
             self._draws_seed = checkpoint.get("draws_seed")
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> CLIPM2DF:
+    def load_from_checkpoint(cls, checkpoint_path: Any, map_location: Any = None, **options: Any) -> Self:  # type: ignore[override]
         """Load a model with its options, tower, tokenizer and preprocessing; needs no network.
 
         Args:
             checkpoint_path: the file.
-            *args: see ``lightning.LightningModule.load_from_checkpoint``.
-            **kwargs: the same; options of the model among them win over the checkpoint's.
+            map_location: where the model goes, as ``torch.load`` takes it; by default where it was saved from, or the
+                CPU on a machine that has no accelerator.
+            **options: of the model; they win over the checkpoint's.
 
         Raises:
-            UserError: there is no such file, it is damaged or no checkpoint of this model, or it takes a head that is
-                other people's code and was not asked for by ``head=``.
+            UserError: there is no such file, it is damaged or no checkpoint of this model, it takes a head that is
+                other people's code and was not asked for by ``head=``, or an option that the model doesn't have.
         """
-        checkpoint_options(checkpoint_path, head=kwargs.get("head"))
-        known = {*inspect.signature(cls).parameters, "map_location", "hparams_file", "strict", "weights_only"}
-        if unknown := [option for option in kwargs if option not in known]:
-            raise UserError(f"CLIPM2DF has no option {unknown[0]!r}; its options are {', '.join(sorted(known))}")
+        if map_location is None and not torch.accelerator.is_available():
+            map_location = "cpu"
+        checkpoint = read_checkpoint(checkpoint_path, map_location=map_location)
+        return cls._restore(checkpoint_path, checkpoint, options)
+
+    @classmethod
+    def _restore(cls, source: str | os.PathLike[str], checkpoint: dict[str, Any], given: dict[str, Any]) -> Self:
+        """The model in a checkpoint that has been read from a file; options that are given win over its own."""
+        known = inspect.signature(cls).parameters
+        if unknown := [option for option in given if option not in known]:
+            raise UserError(f"{cls.__name__} has no option {unknown[0]!r}; its options are {', '.join(sorted(known))}")
+        options = saved_options(source, checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_KEY), cls, head=given.get("head"))
         try:
-            loaded: CLIPM2DF = super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
-        except UserError:
-            raise
+            model = cls(**(options | given))
+            model.on_load_checkpoint(checkpoint)
+            model.load_state_dict(checkpoint["state_dict"])
         except Exception as error:  # whatever values of other types lead to
-            raise UserError(f"no model can be made of {checkpoint_path}: {error}") from error
-        return loaded
+            raise UserError(f"no model can be made of {source}: {error}") from error
+        return model.to(next(iter(checkpoint["state_dict"].values())).device)
 
+    # ---------------------------------------------------------------------------------- folders and hub
 
-def checkpoint_options(path: str | os.PathLike[str], *, head: str | None = None) -> dict[str, Any]:
-    """The model options in a checkpoint, read without its weights and without executing anything in it.
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        measured: Mapping[str, str] | None = None,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        model_card_kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> str | None:
+        """Save the model as a folder; a card that is there already is kept, as somebody may have written in it.
 
-    Args:
-        path: the file.
-        head: the head that a person asked for: no other code is imported because a file names it.
+        Args:
+            save_directory: the folder; made if need be.
+            measured: figures for the card's table, by what was measured:
+                ``{"motion_shapes test, 5-way 1-shot": "83.2 ± 0.8"}``.
+            push_to_hub: push it too.
+            repo_id: its name on the hub; that of the folder by default.
+            model_card_kwargs: options of :func:`clip_m2df.hub.model_card`.
+            **options: of :meth:`push_to_hub`.
 
-    Raises:
-        UserError: there is no such file, it is no checkpoint of :class:`CLIPM2DF`, or it names other people's code.
-    """
-    checkpoint = read_checkpoint(path, mmap=True)
-    options = checkpoint.get(CLIPM2DF.CHECKPOINT_HYPER_PARAMS_KEY)
-    if not isinstance(options, dict) or not isinstance(options.get("backbone"), dict) or "head" not in options:
-        raise UserError(f"{path} is a checkpoint of another model; give one that clip-m2df fit or CLIPM2DF wrote")
-    return check_options(path, options, CLIPM2DF, head=head)
+        Returns:
+            The address of the commit, if it was pushed too.
 
+        Raises:
+            UserError: the folder can't be written, an option can't be saved as JSON, or there is a card already that
+                what was measured can't go into.
+        """
+        card = {"measured": measured, **(model_card_kwargs or {})}
+        write_model(save_directory, self._saved(), **card)
+        if not push_to_hub:
+            return None
+        return self.push_to_hub(repo_id or Path(save_directory).name, model_card_kwargs=card, **options)
 
-def adam(model: M2DF, lr: float, backbone_lr: float, weight_decay: float) -> torch.optim.Adam:
-    """Adam on what is trained of a model, with a learning rate each for head and tower.
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        measured: Mapping[str, str] | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        model_card_kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> str:
+        """Save the model on the hub; its card says how to use it from there.
 
-    Raises:
-        UserError: nothing is trained.
-    """
-    tower = [p for p in model.backbone.parameters() if p.requires_grad]
-    head = [p for p in model.head.parameters() if p.requires_grad]
-    groups = [{"params": head, "lr": lr, "name": "head"}] if head else []
-    if tower:
-        groups.append({"params": tower, "lr": backbone_lr, "name": "backbone"})
-    if not groups:
-        raise UserError(
-            "nothing to train: the tower is frozen and the head has no parameters; measure it as it is, by"
-            " clip-m2df test without --ckpt_path"
+        Args:
+            repo_id: its name there, ``user/name``; made if need be.
+            measured: see :meth:`save_pretrained`.
+            private: whether others may see it, if it is made.
+            token: what the hub knows you by; that of ``hf auth login`` by default.
+            model_card_kwargs: options of :func:`clip_m2df.hub.model_card`.
+            **options: ``branch``, and those of ``huggingface_hub.HfApi.upload_folder``, such as ``commit_message``.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            UserError: there is no network, or the hub refuses to make it; or the model can't be saved. What goes wrong
+                with the upload itself comes from huggingface_hub as it is.
+        """
+        card = {"measured": measured, **(model_card_kwargs or {})}
+        return push_model(repo_id, self._saved(), card, private=private, token=token, **options)
+
+    def _saved(self) -> dict[str, Any]:
+        """A checkpoint of the model alone, without a run."""
+        checkpoint = {"state_dict": self.state_dict()}
+        self.on_save_checkpoint(checkpoint)
+        return checkpoint
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        force_download: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        revision: str | None = None,
+        **model_kwargs: Any,
+    ) -> Self:
+        """Load a model that :meth:`save_pretrained` or :meth:`push_to_hub` saved, in evaluation mode.
+
+        A folder needs no network. What comes from the hub is the latest, or else what this machine has of it.
+
+        Args:
+            pretrained_model_name_or_path: the folder, or the model's name on the hub, ``user/name``.
+            force_download: fetch from the hub what is on this machine already.
+            token: what the hub knows you by, for private models; that of ``hf auth login`` by default.
+            cache_dir: where files of the hub are kept; huggingface_hub's own folder by default.
+            local_files_only: do without the network.
+            revision: a branch, tag or commit of the model on the hub; the latest by default.
+            **model_kwargs: options of the model, which win over the saved ones.
+
+        Raises:
+            UserError: there is no such model, it can't be fetched, it is damaged, or it takes a head that is other
+                people's code and was not asked for by ``head=``; or an option that the model doesn't have.
+        """
+        folder = find_model(
+            pretrained_model_name_or_path,
+            force_download=force_download,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            revision=revision,
         )
-    return torch.optim.Adam(groups, weight_decay=weight_decay, fused=model.device.type == "cuda" or None)
+        return cls._restore(folder, read_model(folder), model_kwargs).eval()

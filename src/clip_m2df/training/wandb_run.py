@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.loggers import WandbLogger
 
 from clip_m2df.evaluation.evidence import HardEpisode, ValidationEvidence
-from clip_m2df.evaluation.sheet import strip
+from clip_m2df.evaluation.figures import strip
 from clip_m2df.files import whole_file
 from clip_m2df.training.checkpoints import read_checkpoint
 

@@ -35,13 +35,13 @@ def test_rn50_has_openais_weights() -> None:
     assert sum(parameter.numel() for parameter in resnet.parameters()) == 38_316_896
     assert state["layer4.0.downsample.0.weight"].shape == (2048, 1024, 1, 1)
     assert state["attnpool.positional_embedding"].shape == (50, 2048)
-    assert resnet.attnpool.heads == 32
+    assert resnet.attnpool.num_heads == 32
     assert features.shape == (2, 1024)
 
 
 def test_attention_pool_is_multi_head_attention_of_the_mean() -> None:
     torch.manual_seed(0)
-    pool = AttentionPool(grid=3, width=16, heads=4, dim=6)
+    pool = AttentionPool(grid=3, width=16, num_heads=4, dim=6)
     reference = nn.MultiheadAttention(16, 4, batch_first=True)
     projections = (pool.q_proj, pool.k_proj, pool.v_proj)
     with torch.no_grad():

@@ -16,7 +16,7 @@ import clip_m2df
 from clip_m2df.motion_shapes import CLASSES, appearances_of
 
 FOLDER = Path(clip_m2df.__file__).parent / "assets" / "tiny_clip"
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "train_tiny_clip.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "train_tiny_clip.py"
 
 
 @pytest.fixture(scope="module")
