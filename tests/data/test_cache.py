@@ -429,7 +429,9 @@ def test_the_output_is_a_file(tiny: Path) -> None:
 
 
 def test_not_one_video(tmp_path: Path, no_processes: None) -> None:
-    with pytest.raises(UserError, match=r"not one video of the manifest .* for example .*none\.mp4: there is no such file"):
+    with pytest.raises(
+        UserError, match=r"not one video of the manifest .* for example .*none\.mp4: there is no such file"
+    ):
         make(write_manifest(tmp_path, ["none.mp4"]))
 
 
