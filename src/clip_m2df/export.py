@@ -280,6 +280,12 @@ class _Renamed(nn.Module):
         self.names = tuple(modules)
         self.parts = nn.ModuleList(modules.values())
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __getitem__(self, name: str) -> nn.Module:
+        return self.parts[self.names.index(name)]
+
     def items(self) -> Iterator[tuple[str, nn.Module]]:
         return zip(self.names, self.parts, strict=True)
 
