@@ -49,7 +49,7 @@ def read_checkpoint(path: str | os.PathLike[str], *, map_location: Any = "cpu", 
 
 
 def read_last(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """Read the last checkpoint of a run, or the one before if that is damaged or missing, which is said.
+    """Read the last checkpoint of a run; where it is damaged or missing, the one before it, with a warning.
 
     Args:
         folder: the run's.
