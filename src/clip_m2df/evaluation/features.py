@@ -116,11 +116,7 @@ class FeatureStore:
     """
 
     def __init__(self, folder: str | Path, tower: nn.Module, how: str) -> None:
-        state = hashlib.sha256(how.encode())
-        for name, weight in tower.state_dict().items():
-            state.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-            state.update(_bytes(weight.detach().cpu()))
-        self.key = state.hexdigest()
+        self.key = digest_of(how, tower)
         self.path = Path(folder) / f"features-{self.key[:16]}.safetensors"
 
     def read(self) -> dict[str, Tensor]:
@@ -150,6 +146,15 @@ class FeatureStore:
                 save_file({"features": rows}, draft, metadata)
         except (OSError, SafetensorError) as error:  # the evaluation itself is worth more
             warnings.warn(f"the features can't be kept in {self.path}: {error}", stacklevel=2)
+
+
+def digest_of(text: str, module: nn.Module) -> str:
+    """SHA-256 of a text and of all weights of a module, in hexadecimal."""
+    state = hashlib.sha256(text.encode())
+    for name, weight in module.state_dict().items():
+        state.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        state.update(_bytes(weight.detach().cpu()))
+    return state.hexdigest()
 
 
 def _checksum(videos: str, features: Tensor) -> str:
