@@ -1,11 +1,11 @@
-"""Episodes played from features, for frozen weights: a video is encoded once, however many episodes it is in."""
+"""Features of the videos that episodes name: with frozen weights each is encoded once, and can be kept on disk."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from clip_m2df.episode import VideoTable
-from clip_m2df.evaluation.metrics import EpisodeAccuracy
 from clip_m2df.files import whole_file
 from clip_m2df.nn.m2df import M2DF
 
-# ``support (…, n_way, n_shot, frames, dim)``, ``query (…, n_queries, frames, dim)`` and ``prompts (…, n_way, dim)`` to
-# logits ``(…, n_queries, n_way)``.
-Scorer = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
 # How many are read and encoded together.
 VIDEOS = 16
-
-
-@torch.no_grad()
-def encode_clips(model: M2DF, clips: Iterable[Tensor]) -> Tensor:
-    """Features of many clips.
-
-    Args:
-        model: in eval mode.
-        clips: uint8 ``(n, frames, 3, size, size)``, n as large as goes through at once.
-
-    Returns:
-        ``(videos, frames, dim)``, on the model's device.
-    """
-    return torch.cat([model.encode_frames(batch.to(model.device)) for batch in clips])
 
 
 def encode_videos(
@@ -123,43 +103,6 @@ def _encode(
     return mine, unusable
 
 
-@torch.no_grad()
-def play_episodes(
-    scorer: Scorer,
-    features: Tensor,
-    prompt_table: Tensor,
-    support: Tensor,
-    query: Tensor,
-    classes: Tensor,
-    *,
-    batch_size: int = 64,
-) -> dict[str, float]:
-    """Accuracy over episodes given by the indices of their videos.
-
-    Args:
-        scorer: what is measured.
-        features: ``(videos, frames, dim)``.
-        prompt_table: ``(n_classes, dim)``.
-        support: int64 ``(episodes, n_way, n_shot)``, indices in ``features``.
-        query: int64 ``(episodes, n_way, n_query)``.
-        classes: int64 ``(episodes, n_way)``, indices in ``prompt_table``.
-        batch_size: episodes at once.
-
-    Returns:
-        ``accuracy`` and ``interval``, the half-width of its 95 % interval.
-    """
-    metric = EpisodeAccuracy().to(features.device)
-    n_way, n_query = query.shape[1:]
-    labels = torch.arange(n_way, device=features.device).repeat_interleave(n_query)
-    batches: Sequence[tuple[Tensor, ...]] = list(
-        zip(support.split(batch_size), query.split(batch_size), classes.split(batch_size), strict=True)
-    )
-    for s, q, c in batches:
-        logits = scorer(features[s], features[q.flatten(1)], prompt_table[c])
-        metric.update(logits.argmax(-1) == labels)
-    return {name: float(value) for name, value in metric.compute().items()}
-
-
 FORMAT = "clip-m2df features 1"
 
 
@@ -173,11 +116,7 @@ class FeatureStore:
     """
 
     def __init__(self, folder: str | Path, tower: nn.Module, how: str) -> None:
-        state = hashlib.sha256(how.encode())
-        for name, weight in tower.state_dict().items():
-            state.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-            state.update(_bytes(weight.detach().cpu()))
-        self.key = state.hexdigest()
+        self.key = digest_of(how, tower)
         self.path = Path(folder) / f"features-{self.key[:16]}.safetensors"
 
     def read(self) -> dict[str, Tensor]:
@@ -207,6 +146,15 @@ class FeatureStore:
                 save_file({"features": rows}, draft, metadata)
         except (OSError, SafetensorError) as error:  # the evaluation itself is worth more
             warnings.warn(f"the features can't be kept in {self.path}: {error}", stacklevel=2)
+
+
+def digest_of(text: str, module: nn.Module) -> str:
+    """SHA-256 of a text and of all weights of a module, in hexadecimal."""
+    state = hashlib.sha256(text.encode())
+    for name, weight in module.state_dict().items():
+        state.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        state.update(_bytes(weight.detach().cpu()))
+    return state.hexdigest()
 
 
 def _checksum(videos: str, features: Tensor) -> str:
