@@ -38,13 +38,9 @@ def features(frames: int, shots: Sequence[int], seed: int = 3) -> tuple[list[Ten
 
 @torch.no_grad()
 def prototypes(model: Head, support: Sequence[Tensor], prompts: Tensor) -> Embedded:
-    """Of classes with a number of examples each, one class after the other."""
-    return Embedded.stack(
-        [
-            model.prototype(model.embed(videos, prompt.expand(len(videos), -1)), prompt)
-            for videos, prompt in zip(support, prompts, strict=True)
-        ]
-    )
+    """Of classes with a number of examples each."""
+    each = zip(support, prompts, strict=True)
+    return Embedded.cat([model.prototypes(videos.unsqueeze(0), prompt.unsqueeze(0)) for videos, prompt in each])
 
 
 def explained(
@@ -98,18 +94,18 @@ def test_the_numbers_are_those_of_the_steps(head_options: dict[str, Any]) -> Non
     mean = (found.frame_scores * found.counted).sum(-1) / model.top_k
     assert torch.allclose(mean, prompt_scores(query.unsqueeze(0), prompts, model.top_k)[0], atol=1e-6)
 
-    fused, _ = model.embed_queries(query.unsqueeze(0), prompts)
+    fused = model.embed_queries(query.unsqueeze(0), prompts)[0]
     assert list(found.views) == list(found.alignments) == ["local", "global"]
     for view, vote in found.views.items():
-        distances, similarities = (rows[0] for rows in output.views[view])
-        assert vote.label == NAMES[int(distances.argmin())]
-        assert list(vote.distances.values()) == pytest.approx(distances.tolist())
-        assert list(vote.text_similarities.values()) == pytest.approx(similarities.tolist())
-        assert vote.visual_confidence == pytest.approx((-distances).softmax(-1).max().item())
-        assert vote.text_confidence == pytest.approx(similarities.softmax(-1).max().item())
+        own = output.views[view]
+        assert vote.label == NAMES[int(own.distances[0].argmin())]
+        assert list(vote.distances.values()) == pytest.approx(own.distances[0].tolist())
+        assert list(vote.text_similarities.values()) == pytest.approx(own.text_similarities[0].tolist())
+        assert vote.visual_confidence == pytest.approx((-own.distances[0]).softmax(-1).max().item())
+        assert vote.text_confidence == pytest.approx(own.text_similarities[0].softmax(-1).max().item())
         for i, c in enumerate(order[:2]):  # one class at a time
             expected = otam_alignment(
-                frame_costs(fused[view][:, 1:], prototype[view][c : c + 1, 1:]),
+                frame_costs(fused[view][..., 1:, :], prototype[view][c : c + 1, 1:]),
                 smoothing=model.smoothing,
                 single_direction=model.single_direction,
             )
@@ -178,14 +174,14 @@ def test_a_drawn_prompt_is_the_one_of_the_draw() -> None:
 
 
 def test_a_head_without_views_says_what_it_has() -> None:
-    support, query, prompts = features(5, (2, 1, 3))
+    support, query, prompts = features(5, (2, 2, 2))
     model = OTAMHead(dim=16)
-    prototype = prototypes(model, support, prompts)
-    output = model.score(query.unsqueeze(0), prompts, prototype)
+    with torch.no_grad():
+        output = model(torch.stack(support), query.unsqueeze(0), prompts)
     found = explain(
         model,
         output,
-        prototype,
+        prototypes(model, support, prompts),
         query,
         prompts,
         class_names=NAMES,
