@@ -241,7 +241,7 @@ class _Labeller:
 
     def digest(self, support: object) -> str:
         """SHA-256 of all that a row depends on, but for the video; ``support`` tells the examples from others."""
-        from clip_m2df.evaluation.features import digest_of
+        from clip_m2df.evaluation.bank import digest_of
 
         model, reader = self.classifier.model, self.classifier.encoder.reader
         facts = {

@@ -17,9 +17,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from clip_m2df.episode import Episode, FeatureEpisode, TableEpisodes, VideoTable
 from clip_m2df.errors import UserError, require
-from clip_m2df.evaluation.bank import EpisodeBank
+from clip_m2df.evaluation.bank import EpisodeBank, encode_videos
 from clip_m2df.evaluation.evidence import Played
-from clip_m2df.evaluation.features import encode_videos
 from clip_m2df.evaluation.metrics import StageMetrics
 from clip_m2df.hub import find_model, push_model, read_model, write_model
 from clip_m2df.loops import episodes_played, logs_step
