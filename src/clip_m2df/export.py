@@ -283,9 +283,6 @@ class _Renamed(nn.Module):
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
 
-    def __getitem__(self, name: str) -> nn.Module:
-        return self.parts[self.names.index(name)]
-
     def items(self) -> Iterator[tuple[str, nn.Module]]:
         return zip(self.names, self.parts, strict=True)
 
