@@ -12,7 +12,7 @@ import docstring_parser
 import yaml
 
 from clip_m2df import CLIPM2DF, EpisodeDataModule
-from clip_m2df.commands.configs import shipped_configs
+from clip_m2df.commands.configs import headline, shipped_configs
 from clip_m2df.nn.baselines import HEADS, head_class
 from clip_m2df.training.checkpoints import RunCheckpoint
 from clip_m2df.training.dashboard import Dashboard
@@ -45,7 +45,6 @@ options, and `test` also `report`; what a checkpoint was trained with can't be c
 | `seed_everything` | `int` or `bool` | `0` | of the first weights and of dropout; `true` draws one |
 | `ckpt_path` | `str` | `null` | `best`, `last` or a file: `fit` goes on from it, `validate` and `test` measure it |
 | `weights_only` | `bool` | `null` | Lightning's; whatever it says, no code in a checkpoint is run |
-| `profile` | `bool` | `false` | print at the end where the time went, and the achieved share of the device's peak |
 | `report` | `str` | `null` | of `test`: a page for a browser, .html ([reports](report.md)) |
 | `trainer.*` | | | Lightning's Trainer, its `max_steps` in optimiser steps; `default_root_dir` is the run's folder |
 
@@ -74,11 +73,11 @@ def reference() -> str:
             parts.extend(_head(name) for name in HEADS)
     configs = shipped_configs()
     recipes = {name: path for name, path in configs.items() if name.startswith("recipes/")}
-    complete = [f"| `{name}` | {_headline(path)} |" for name, path in configs.items() if name not in recipes]
+    complete = [f"| `{name}` | {headline(path)} |" for name, path in configs.items() if name not in recipes]
     parts.append("## Shipped configs\n\nA complete file a run; `clip-m2df configs` lists them.\n")
     parts.append("\n".join(["| | |", "|---|---|", *complete]) + "\n")
     parts.append("## Recipes\n\nLayered on a config with a second `--config`. What each of them sets:\n")
-    parts.extend(f"`{name}`: {_headline(path)}\n\n{_settings(path)}" for name, path in recipes.items())
+    parts.extend(f"`{name}`: {headline(path)}\n\n{_settings(path)}" for name, path in recipes.items())
     return "\n".join(parts)
 
 
@@ -141,11 +140,6 @@ def _markdown(text: str) -> str:
 def _table(options: Mapping[str, tuple[str, str, str]], prefix: str) -> str:
     rows = [f"| `{prefix}{name}` | {kind} | {default} | {text} |" for name, (kind, default, text) in options.items()]
     return "\n".join(["| option | type | default | |", "|---|---|---|---|", *rows]) + "\n"
-
-
-def _headline(config: Path) -> str:
-    """The first comment of a config."""
-    return config.read_text(encoding="utf-8").partition("\n")[0].removeprefix("#").strip()
 
 
 def _settings(recipe: Path) -> str:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import yaml
 
-from clip_m2df.commands.configs import shipped_configs
+from clip_m2df.commands.configs import resolve_configs, shipped_configs
 from clip_m2df.errors import UserError
 from clip_m2df.video.isolation import Lost, isolated_map
 from clip_m2df.video.reader import probe
@@ -55,7 +55,8 @@ def config(samples: Path, scratch: Path, rng: Rng) -> str:
         text = yaml.safe_dump(tree, allow_unicode=rng.random() < 0.5).encode(errors="surrogatepass")
     (scratch / "c.yaml").write_bytes(text)
     try:
-        lightning_cli._run(_made(), ["fit", f"--config={scratch / 'c.yaml'}", "--model.backbone=tiny"])
+        args = resolve_configs(["fit", f"--config={scratch / 'c.yaml'}", "--model.backbone=tiny"])
+        lightning_cli.run(args, _made())
     except OSError as error:  # a file name that is too long, which the command prints as it stands
         raise UserError(str(error)) from error
     return "read"
@@ -176,7 +177,7 @@ def weights(samples: Path, scratch: Path, rng: Rng) -> str:
 
 def features(samples: Path, scratch: Path, rng: Rng) -> str:
     """A file of a bank's features: what is damaged is not used."""
-    from clip_m2df.evaluation.features import FeatureStore
+    from clip_m2df.evaluation.bank import FeatureStore
 
     store = FeatureStore(scratch, torch.nn.Linear(2, 2, bias=False).requires_grad_(False), "frames 2")
     kept = {f"{k}.mp4 1:2:3": torch.full((2, 4), float(k)) for k in range(5)}

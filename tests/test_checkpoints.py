@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from clip_m2df import CLIPM2DF, EpisodeDataModule, UserError
+from clip_m2df import CLIPM2DF, UserError
 from clip_m2df.cli import main
 from clip_m2df.nn.m2df import M2DFHead
 from clip_m2df.training.checkpoints import FOLDER, LAST, RunCheckpointIO, read_checkpoint
@@ -123,8 +123,6 @@ def test_former_names_given_in_python_are_errors_that_name_those_of_today(tiny_c
     for head in ("m2df", "clip_fsar"):
         with pytest.raises(UserError, match=r"'heads'.*num_heads"):
             CLIPM2DF(backbone=str(tiny_clip_dir), head=head, head_options=FORMER)
-    with pytest.raises(UserError, match=r"train_views.*train_augmentations"):
-        EpisodeDataModule("m.csv", train_views=4)  # type: ignore[call-arg]
 
 
 class OwnHead(M2DFHead):

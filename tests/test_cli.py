@@ -1,3 +1,4 @@
+import importlib
 import math
 import os
 import subprocess
@@ -6,7 +7,7 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import lightning
 import pytest
@@ -14,8 +15,8 @@ import torch
 import yaml
 
 from clip_m2df import __version__
-from clip_m2df.cli import main
-from clip_m2df.commands.configs import find_config, shipped_configs
+from clip_m2df.cli import COMMANDS, command_parser, main
+from clip_m2df.commands.configs import find_config, resolve_configs, shipped_configs
 from clip_m2df.commands.trainer import run
 from clip_m2df.episodes.datamodule import EpisodeDataModule
 from clip_m2df.training.callbacks import RunProgressBar
@@ -283,17 +284,30 @@ def test_configs_are_found_here_first_and_among_the_shipped_second(
     assert "demo_5way1shot.yaml" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("args", [["--help"], ["--version"], ["configs"], []])
-def test_the_top_level_answers_without_torch_or_lightning(args: list[str]) -> None:
+@pytest.mark.parametrize(
+    "args",
+    [
+        [],
+        ["--help"],
+        ["--version"],
+        ["configs"],
+        ["fit", "--profile"],
+        *([command, "--help"] for command in ("demo", "configs", "prepare", "check", "cache", "predict")),
+    ],
+    ids=" ".join,
+)
+def test_help_comes_without_torch_or_lightning(args: list[str]) -> None:
+    # What takes long to import, and at the top level even what reads signatures.
+    heavy = {"torch", "lightning", "transformers", "av", "numpy", "jsonargparse"}
+    heavy |= {"docstring_parser", "yaml", "rich"} if args[:1] in ([], ["--help"], ["--version"]) else set()
     script = (
         "import sys\nfrom clip_m2df.cli import main\n"
         f"try:\n    status = main({args!r})\nexcept SystemExit as end:\n    status = end.code\n"
-        "assert status == 0, status\n"
-        "heavy = {'torch', 'lightning', 'transformers', 'av', 'numpy'} & set(sys.modules)\nassert not heavy, heavy\n"
+        f"heavy = {heavy!r} & set(sys.modules)\nassert not heavy, heavy\nsys.exit(status)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert (__version__ if args == ["--version"] else "fit") in done.stdout or args == ["configs"]
+    assert done.returncode == (2 if "--profile" in args else 0), done.stderr
+    assert (__version__ if args == ["--version"] else "fit") in done.stdout or args[0] in COMMANDS
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:
@@ -306,6 +320,157 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def parse(command: str, *args: str) -> dict[str, Any]:
+    """What a command's function is called with."""
+    home, name = COMMANDS[command][0].split(".")
+    function = getattr(importlib.import_module(f"clip_m2df.commands.{home}"), name)
+    return vars(command_parser(command, function).parse_args(args))
+
+
+def test_commands_take_what_people_type() -> None:
+    root: dict[str, Any] = {"root": Path("V"), "output": Path("m.csv")}
+    prepared = {"dataset": "hmdb51", "lists": None, "annotations": [Path("a"), Path("b")], "report": Path("r.csv")}
+    typed = ["--root", "V", "--annotations", "a", "b", "--output=m.csv", "--report", "r.csv"]
+    assert parse("prepare", "hmdb51", *typed) == parse("prepare", *typed, "hmdb51") == root | prepared
+    bare = parse("prepare", "folder", "--root=V", "--output=m.csv", "--lists=l")
+    assert bare == root | {"dataset": "folder", "lists": Path("l"), "annotations": (), "report": None}
+    assert parse("demo") == {"output": Path("runs/demo"), "episodes": 2000}
+    checked = parse("check", "--manifest", "m.csv", "--workers", "3")
+    own: dict[str, Any] = {"manifest": Path("m.csv"), "root": None, "output": None, "fix": None}
+    assert checked == own | {"frames": 8, "workers": 3, "timeout": 60.0}
+    cached = parse("cache", "--manifest=m.csv", "--output=c", "--timeout=5")
+    own = {"manifest": Path("m.csv"), "root": None, "output": Path("c"), "short_side": 256, "frames": 24}
+    assert cached == own | {"workers": cached["workers"], "timeout": 5.0}
+    found = parse("predict", "--backbone=tiny", "--videos", "a", "b", "--output=t.csv", "--reject", "--fps=9")
+    assert found["videos"] == ["a", "b"]
+    assert (found["reject"], found["segments"], found["fps"], found["window"]) == (True, False, 9.0, None)
+
+
+@pytest.mark.parametrize(
+    ("args", "at_fault"),
+    [
+        (["prepare"], "required: dataset, --root, --output"),
+        (
+            ["prepare", "hmdb", "--root=V", "--output=m.csv"],
+            "invalid choice: 'hmdb' (choose from 'kinetics100', 'ssv2'",
+        ),
+        (["check"], "required: --manifest"),
+        (["cache", "--manifest=m.csv"], "required: --output"),
+        (["predict", "--backbone=tiny", "--output=t.csv"], "required: --videos"),
+        (["predict", "--backbone=tiny", "--videos=a", "--output=t.csv", "--fps=x"], "--fps: invalid float value: 'x'"),
+        (["demo", "--epochs=3"], "unrecognized arguments: --epochs=3"),
+    ],
+)
+def test_wrong_usage_is_named(args: list[str], at_fault: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(args)
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert at_fault in said
+    assert said.startswith(f"usage: clip-m2df {args[0]} [-h]")
+
+
+def test_a_parser_is_made_from_a_documented_signature(capsys: pytest.CaptureFixture[str]) -> None:
+    def measure(
+        what: Literal["a", "b"],
+        *extra: str,
+        size: int,
+        share: float | None = None,
+        names: Sequence[str] = (),
+        half: bool = False,
+        times: int = 3,
+    ) -> None:
+        """Measure something.
+
+        More of it.
+
+        Args:
+            what: The ``thing``
+                itself.
+            *extra: Not typed.
+            size: In pixels.
+            share: In %.
+            names: Any.
+            half: One half only.
+            times: How often.
+        """
+
+    parser = command_parser("measure", measure)
+    given = vars(parser.parse_args(["b", "--size=2", "--names", "x", "y", "--half"]))
+    assert given == {"what": "b", "size": 2, "share": None, "names": ["x", "y"], "half": True, "times": 3}
+    said = " ".join(parser.format_help().split())
+    for words in (
+        "clip-m2df measure",
+        "Measure something.",
+        "{a,b} The thing itself.",
+        "--share SHARE In %.",
+        "How often. (default: 3)",
+    ):
+        assert words in said
+    assert "More of it" not in said
+    assert said.count("default") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "instead"),
+    [
+        ("profile", "profile: true", "--trainer.profiler simple"),
+        ("data.train_views", "data: {train_views: 2}", "--data.train_augmentations"),
+    ],
+)
+def test_options_of_earlier_versions_name_what_to_write(
+    name: str, config: str, instead: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own.yaml").write_text(config)
+    said = fails(["test", "--config=demo_5way1shot.yaml", f"--config={tmp_path / 'own.yaml'}"], capsys)
+    assert f"config {tmp_path / 'own.yaml'}: " in said
+    assert instead in said
+    for typed in ([f"--{name}=1"], [f"--{name}", "1"]):
+        said = fails(["fit", *typed], capsys)
+        assert f"no option {name} " in said
+        assert instead in said
+
+
+def test_a_former_option_of_a_head_names_that_of_today(
+    manifest: Path, tiny_clip_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["fit", *options(manifest, tiny_clip_dir, tmp_path)]
+    assert "'num_heads'" in fails([*args, "--model.head_options.heads=4"], capsys)
+    (tmp_path / "own.yaml").write_text("model: {head_options: {heads: 4}}")
+    assert "'num_heads'" in fails([*args, f"--config={tmp_path / 'own.yaml'}"], capsys)
+
+
+def test_what_is_named_in_the_place_of_profile_tells_where_the_time_went(
+    manifest: Path, tiny_clip_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    profiler = ["--trainer.profiler", "simple", "--trainer.limit_val_batches=0"]
+    with caplog.at_level("INFO", "lightning.pytorch"):
+        assert main(["fit", *options(manifest, tiny_clip_dir, tmp_path, *profiler)]) == 0
+    for part in ("train_dataloader_next", "run_training_batch"):
+        assert part in caplog.text
+
+
+def test_a_config_that_a_run_of_an_earlier_version_wrote_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    text = "# lightning.pytorch==2.6.6\nprofile: true\ndata: {train_views: 2, n_way: 3}\n"
+    path.write_text(text + "model: {head: m2df, head_options: {heads: 4}}\ntrainer: {default_root_dir: über}\n")
+    for typed in (["--config", str(path)], [f"--config={path}"], ["-c", str(path)]):
+        (resolved,) = resolve_configs(typed)
+        assert yaml.safe_load(resolved.removeprefix("--config=")) == {
+            "data": {"train_augmentations": 2, "n_way": 3},
+            "model": {"head": "m2df", "head_options": {"num_heads": 4}},
+            "trainer": {"default_root_dir": "über"},
+        }
+    # Heads of others may have any options; and what is of today is left as it is.
+    path.write_text("# lightning.pytorch==2.6.6\nmodel: {head: own.Head, head_options: {heads: 4}}\n")
+    assert resolve_configs([f"--config={path}"]) == [f"--config={path}"]
+    assert resolve_configs(["fit", "--config", "demo_5way1shot.yaml", "--data.n_way=3"]) == [
+        "fit",
+        f"--config={find_config('demo_5way1shot.yaml')}",
+        "--data.n_way=3",
+    ]
 
 
 def test_unknown_commands_end_with_status_2(capsys: pytest.CaptureFixture[str]) -> None:
@@ -391,8 +556,9 @@ def test_weights_and_biases_logs_offline_without_an_account(
 
 def test_the_progress_bar_ends_where_the_run_does() -> None:
     bar = RunProgressBar()
-    state: Any = SimpleNamespace(max_steps=10, global_step=4, accumulate_grad_batches=3, num_training_batches=math.inf)
-    bar._trainer = state
+    trainer: Any = SimpleNamespace(is_global_zero=True, global_step=4, accumulate_grad_batches=3)
+    bar.setup(trainer, CLIPM2DF, "fit")  # type: ignore[arg-type]
+    trainer.max_steps, trainer.num_training_batches = 10, math.inf
     assert bar.total_train_batches == 30
-    state.max_steps, state.num_training_batches = -1, 7
+    trainer.max_steps, trainer.num_training_batches = -1, 7
     assert bar.total_train_batches == 7

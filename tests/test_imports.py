@@ -1,9 +1,8 @@
-"""Which part of the package may import which, and how long its files and functions may be."""
-
-from __future__ import annotations
+"""Which part of the package may import which: at the top of a file, in a function, and for annotations alike."""
 
 import ast
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -11,117 +10,115 @@ import pytest
 import clip_m2df
 
 ROOT = Path(clip_m2df.__file__).parent
-FILES = sorted(ROOT.rglob("*.py"))
-MOST_LINES, MOST_LINES_OF_FUNCTION = 400, 60
-
-# Up to the model, and what each part may import besides itself.
-MAY: dict[str, set[str]] = {
-    "__init__": set(),  # what it gives is imported when it is first asked for
+# A part is a folder or a file right under the package. Each may import itself, and these.
+ANY = {"errors", "files", "episode", "__about__"}
+MODEL = ANY | {"nn", "evaluation", "clip", "hub", "loops"}
+DATA = ANY | {"video", "datasets", "motion_shapes", "loops"}
+TRAINING = MODEL | DATA | {"episodes", "training"}
+COMMANDS = TRAINING | {"classifier", "report", "export", "commands"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "__about__": set(),
     "errors": set(),
-    "archive": set(),
-    "shipped": {"errors"},
     "files": {"errors"},
-    "checkpoints": {"archive", "errors", "files"},
-    "episode": set(),
-    "data": {"episode", "errors", "files"},
-    "nn": {"archive", "episode", "errors"},
-    "evaluation": {"episode", "errors", "files", "nn"},
-    "optimiser": {"errors", "nn"},
-    "model_options": {"errors", "nn"},
-    "hub": {"errors", "files", "nn"},
-    "module": {"checkpoints", "episode", "errors", "evaluation", "hub", "model_options", "nn", "optimiser"},
+    "episode": {"errors"},
+    # The method.
+    "nn": ANY,
+    "evaluation": ANY | {"nn"},
+    # The towers, beside the method; what builds both from names and files.
+    "clip": {"errors", "files"},
+    "hub": ANY | {"nn", "clip"},
+    # Videos and episodes.
+    "motion_shapes": {"errors", "files"},
+    "video": ANY,
+    "datasets": ANY | {"video"},
+    "loops": {"errors"},
+    "episodes": DATA,
+    # What makes use of all that.
+    "training": MODEL | DATA | {"episodes"},
+    "export": TRAINING,
+    "classifier": TRAINING,
+    "report": TRAINING | {"classifier"},
+    "commands": COMMANDS,
+    "cli": COMMANDS,
+    "__main__": {"cli"},
+    # The public names; imported by nobody.
+    "__init__": COMMANDS,
 }
-# All else makes use of a model, and may import any of these and one another, but no command; of commands, each those
-# that stand before it.
-COMMANDS = ["lightning_cli", "demo", "cli", "__main__"]
-# What annotations alone may name beyond that: the model is derived from HubModel.
-TYPES = {("hub", "module")} | {
-    ("__init__", part) for part in ("classifier", "data", "episode", "errors", "module", "nn")
-}
+
+
+def module_of(path: Path) -> str:
+    """The name of a file's module, ``clip_m2df.…``; that of a folder for its ``__init__.py``."""
+    names = path.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(names[:-1] if names[-1] == "__init__" else names)
+
+
+MODULES = {module_of(path): path.read_text(encoding="utf-8") for path in sorted(ROOT.rglob("*.py"))}
 
 
 def part_of(module: str) -> str:
-    """The package or file, right under the top, of ``clip_m2df.….…``; nothing for others' modules."""
-    names = module.split(".")
-    return names[1] if names[0] == "clip_m2df" and len(names) > 1 else ""
+    return module.split(".")[1] if "." in module else "__init__"
 
 
-def imported(tree: ast.AST, *, types: bool = False) -> Iterator[tuple[str, bool]]:
-    """The parts of the package that a file imports, and whether for annotations alone."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            for child in node.body:
-                yield from imported(ast.Module([child], []), types=True)
-            continue
+def imports_of(source: str) -> Iterator[str]:
+    """The modules of the package that a file imports, wherever it does."""
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            yield from ((part_of(alias.name), types) for alias in node.names)
+            names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0
-            if node.module == "clip_m2df":  # a file of it, or a name that stands for one
-                homes = {alias.name: clip_m2df._HOMES.get(alias.name, alias.name) for alias in node.names}
-                yield from ((home.split(".")[0], types) for home in homes.values() if home != "__version__")
-            else:
-                yield part_of(str(node.module)), types
-        yield from imported(node, types=types)
+            assert node.level == 0, "an import relative to a folder"
+            # A module in a folder, or a name in a module.
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if name in MODULES else str(node.module) for name in names]
+        else:
+            continue
+        yield from (name for name in names if name.split(".")[0] == "clip_m2df")
 
 
-def may_import(part: str, other: str, *, types: bool) -> bool:
-    if types and (part, other) in TYPES:
-        return True
-    if part in MAY:
-        return other in MAY[part]
-    commands = COMMANDS[: COMMANDS.index(part)] if part in COMMANDS else []
-    return other not in COMMANDS or other in commands
+def wrong_imports(module: str, source: str) -> set[str]:
+    part = part_of(module)
+    return {name for name in imports_of(source) if part_of(name) not in MAY_IMPORT[part] | ({part} - {"__init__"})}
 
 
-def refused(part: str, source: str) -> list[str]:
-    found = dict.fromkeys(imported(ast.parse(source)))
-    return [other for other, types in found if other not in ("", part) and not may_import(part, other, types=types)]
+def find_circle(graph: dict[str, set[str]]) -> list[str]:
+    """Nodes each of which leads to the next, the last of which is the first; none if there is no such circle."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_go_one_way(path: Path) -> None:
-    part = path.relative_to(ROOT).parts[0].removesuffix(".py")
-    assert refused(part, path.read_text(encoding="utf-8")) == []
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_one_way(module: str) -> None:
+    assert wrong_imports(module, MODULES[module]) == set()
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    assert find_circle({module: {*imports_of(source)} - {module} for module, source in MODULES.items()}) == []
+
+
+def test_the_order_of_the_parts_is_one() -> None:
+    assert find_circle({part: others - {part} for part, others in MAY_IMPORT.items()}) == []
+    assert set(MAY_IMPORT) == {part_of(module) for module in MODULES}
 
 
 @pytest.mark.parametrize(
-    ("part", "source", "parts"),
+    ("module", "source", "wrong"),
     [
-        ("nn", "from clip_m2df.video.reader import probe", ["data"]),
-        ("data", "def f():\n    if x:\n        import clip_m2df.nn.head", ["nn"]),
-        (
-            "evaluation",
-            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from clip_m2df import CLIPM2DF",
-            ["module"],
-        ),
-        ("hub", "if TYPE_CHECKING:\n    from clip_m2df.training.module import CLIPM2DF", []),
-        ("hub", "from clip_m2df.training.module import CLIPM2DF", ["module"]),
-        ("module", "from clip_m2df import EpisodeDataModule, __version__", ["data"]),
-        (
-            "classifier",
-            "from clip_m2df import dashboard\nfrom clip_m2df.commands.trainer import run",
-            ["lightning_cli"],
-        ),
-        ("demo", "from clip_m2df.commands.trainer import run\nfrom clip_m2df.cli import main", ["cli"]),
-        ("nn", "import torch\nfrom clip_m2df.nn.head import Head\nfrom clip_m2df.errors import UserError", []),
+        ("nn.m2df", "from clip_m2df.video.reader import probe", {"clip_m2df.video.reader"}),
+        ("nn.m2df", "from clip_m2df.clip import backbone", {"clip_m2df.clip.backbone"}),
+        ("datasets.tree", "def f():\n    if x:\n        import clip_m2df.nn.head", {"clip_m2df.nn.head"}),
+        ("hub", "if TYPE_CHECKING:\n    from clip_m2df.training.module import CLIPM2DF", {"clip_m2df.training.module"}),
+        ("export", "from clip_m2df import CLIPM2DF, __version__", {"clip_m2df"}),
+        ("commands.demo", "import clip_m2df\nfrom clip_m2df.cli import main", {"clip_m2df", "clip_m2df.cli"}),
+        ("training.module", "from clip_m2df import loops\nfrom clip_m2df.training.build import build_model", set()),
+        ("nn.m2df", "import torch\nfrom clip_m2df.nn.head import Head\nfrom clip_m2df.errors import UserError", set()),
     ],
 )
-def test_a_wrong_way_would_be_found(part: str, source: str, parts: list[str]) -> None:
-    assert refused(part, source) == parts
+def test_a_wrong_way_would_be_found(module: str, source: str, wrong: set[str]) -> None:
+    assert wrong_imports(f"clip_m2df.{module}", source) == wrong
 
 
-def test_what_is_named_here_exists() -> None:
-    assert {*MAY, *COMMANDS} <= {path.relative_to(ROOT).parts[0].removesuffix(".py") for path in FILES}
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_file_or_function_is_too_long(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= MOST_LINES
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef):
-            # A constructor's signature is as long as it has options.
-            first = node.body[0].lineno if node.name == "__init__" else node.lineno
-            assert node.end_lineno is not None
-            assert node.end_lineno - first < MOST_LINES_OF_FUNCTION, node.name
+def test_a_circle_would_be_found() -> None:
+    assert set(find_circle({"a": {"b"}, "b": {"c"}, "c": {"b"}})) == {"b", "c"}
+    assert find_circle({"a": {"b", "c"}, "b": {"c"}}) == []

@@ -3,6 +3,13 @@
 import signal
 from collections.abc import Iterable
 
+# Options by the names that they had in earlier versions, and by those of today. What these versions saved is read by
+# this table; a person who gives a former name is told the new one.
+RENAMED_OPTIONS = {
+    "data.train_views": "data.train_augmentations",
+    "model.head_options.heads": "model.head_options.num_heads",
+}
+
 
 class UserError(ValueError):
     """Something that the person running the program can mend.
@@ -17,17 +24,14 @@ class Stopped(BaseException):
 
     Args:
         signum: the signal that asked.
-        step: the optimiser step that was saved, if any.
+        saved: what is kept, and how to go on.
         silent: leave it to another process to say so, and to tell by its status.
 
     Attributes:
         status: what the process should end with: 128 and the signal's number, or 0.
     """
 
-    def __init__(self, signum: int, step: int | None = None, *, silent: bool = False) -> None:
-        saved = (
-            "nothing has been saved" if step is None else f"optimiser step {step} is saved, --ckpt_path last goes on"
-        )
+    def __init__(self, signum: int, saved: str = "nothing has been saved", *, silent: bool = False) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}; {saved}")
         self.silent = silent
         self.status = 0 if silent else 128 + signum

@@ -1,6 +1,8 @@
-"""A run counted in whole optimiser steps: what follows from them for a Trainer, and for a run that goes on."""
+"""Runs counted in whole optimiser steps, and every touch of Lightning's own loops that this takes.
 
-from __future__ import annotations
+What a function relies on is in its docstring, and checked against the installed Lightning in ``tests/test_loops.py``.
+Reading what the Trainer documents, such as ``global_step`` and ``should_stop``, is no touch of a loop.
+"""
 
 import sys
 from collections.abc import Mapping
@@ -39,10 +41,7 @@ def check_goes_on(saved: Mapping[str, int], own: Mapping[str, int], *, most: int
     """
     episodes, batches, steps = (saved[key] for key in ("episodes_per_step", "batches_per_step", "steps"))
     if steps > most > 0:
-        raise UserError(
-            f"the checkpoint has made {steps} optimiser steps already; to go on, give more than that with"
-            f" trainer.max_steps, which is {most}"
-        )
+        raise no_steps_left(steps, most)
     if saved.get("seed", own["seed"]) != own["seed"]:
         raise UserError(f"the run's episodes are those of seed {saved['seed']}: set data.seed to that")
     if (episodes, batches) != (own["episodes_per_step"], own["batches_per_step"]):
@@ -52,8 +51,19 @@ def check_goes_on(saved: Mapping[str, int], own: Mapping[str, int], *, most: int
         )
 
 
+def no_steps_left(steps: int, most: int) -> UserError:
+    """The error of a run that has nothing left to train."""
+    return UserError(
+        f"the checkpoint has made {steps} optimiser steps already; to go on, give more than that with"
+        f" trainer.max_steps, which is {most}"
+    )
+
+
 def count_in_steps(trainer: lightning.Trainer, episodes_per_step: int, batches: int, validate_every: int) -> None:
     """Let a Trainer accumulate the batches of a step, and validate after whole steps.
+
+    Relies on: the fit loop reads ``accumulate_grad_batches``, ``val_check_interval`` and ``check_val_every_n_epoch``
+    after ``LightningDataModule.setup``; the last as None makes it count batches over all epochs.
 
     Args:
         trainer: its options are changed.
@@ -92,8 +102,69 @@ def count_in_steps(trainer: lightning.Trainer, episodes_per_step: int, batches: 
         )
 
 
+def ends_step(trainer: lightning.Trainer, batch_idx: int) -> bool:
+    """Whether a training batch is the last of an optimiser step.
+
+    Relies on: an endless stream is one epoch, so that ``batch_idx`` counts from the start of the run or, after a
+    checkpoint of a whole step, goes on from there.
+    """
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+
+
+def logs_step(trainer: lightning.Trainer, batch_idx: int) -> bool:
+    """Whether a training batch is the last of an optimiser step after which the Trainer logs.
+
+    Relies on: ``global_step`` has been increased when the hooks ``on_train_batch_end`` are called.
+    """
+    every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return bool(ends_step(trainer, batch_idx) and every and trainer.global_step % every == 0)
+
+
+def ends_interval(trainer: lightning.Trainer, step: int) -> bool:
+    """Whether a validation follows an optimiser step, if any validations are wanted.
+
+    Relies on: the epoch loop validates after each ``val_check_interval`` batches, see :func:`count_in_steps`.
+    """
+    return step > 0 and step * trainer.accumulate_grad_batches % trainer.val_check_interval == 0
+
+
+def ended_with_step(trainer: lightning.Trainer) -> bool:
+    """Whether a training that is at its end stopped after a whole optimiser step.
+
+    Relies on: ``epoch_loop.batch_idx`` is the last batch that was trained on when ``on_train_end`` is called.
+    """
+    return ends_step(trainer, trainer.fit_loop.epoch_loop.batch_idx)
+
+
+def validate_now(trainer: lightning.Trainer) -> None:
+    """Run a validation at the start of a training that goes on.
+
+    Relies on: at ``on_train_start`` the epoch loop's ``val_loop`` can be run as between two batches, with the Trainer's
+    state set to validating; it would skip batches if it were ``restarting``.
+    """
+    trainer.validating = True
+    trainer.fit_loop.epoch_loop.val_loop.restarting = False
+    trainer.fit_loop.epoch_loop.val_loop.run()
+    trainer.training = True
+
+
+def move_end(trainer: lightning.Trainer, steps: int) -> None:
+    """Move the end of a training by some optimiser steps.
+
+    A training that goes on from its last step would end before ``on_train_start``; one step more lets it begin, and one
+    less there ends it before a batch is trained on.
+
+    Relies on: the loops compare ``global_step`` with ``epoch_loop.max_steps``, first after ``on_load_checkpoint``, then
+    after ``on_train_start``; and the epoch loop does not train where ``val_loop`` has been run.
+    """
+    trainer.fit_loop.epoch_loop.max_steps += steps
+
+
 def batches_limit(trainer: lightning.Trainer, stage: str) -> int:
-    """How many batches of ``val`` or ``test`` a Trainer plays at most on each device, by its own options."""
+    """How many batches of ``val`` or ``test`` a Trainer plays at most on each device, by its own options.
+
+    Relies on: ``limit_val_batches`` and ``limit_test_batches`` are counts where they are integers, otherwise shares.
+    """
     limit = getattr(trainer, f"limit_{stage}_batches")
     return limit if isinstance(limit, int) else sys.maxsize
 
@@ -102,6 +173,10 @@ def episodes_played(trainer: lightning.Trainer, block: int, count: int) -> range
     """The numbers of the episodes that all devices together play in what is under way; empty for all that there are.
 
     To be called on all devices: in an evaluation one may have a batch more than another.
+
+    Relies on: ``num_training_batches`` is known when ``on_train_start`` is called; ``num_val_batches``,
+    ``num_sanity_val_batches`` and ``num_test_batches`` have a number for each loader when ``on_validation_epoch_start``
+    or ``on_test_epoch_start`` is.
 
     Args:
         trainer: in a training, a validation, a sanity check or a test.

@@ -1,4 +1,4 @@
-"""``clip-m2df predict`` where it is broken off, and where it goes on."""
+"""``clip-m2df predict`` where it is interrupted, and where it goes on."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -27,7 +28,7 @@ from tests.classifier.conftest import LABELS, Labelled, fails, paint, predict_ar
 # Going on
 
 
-def test_a_run_that_was_broken_off_goes_on_where_it_was(
+def test_a_run_that_was_interrupted_goes_on_where_it_was(
     support: Path, folder: Path, tmp_path: Path, labelled: Labelled, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table, part = tmp_path / "labels.csv", tmp_path / "labels.csv.part"
@@ -85,7 +86,7 @@ def test_segments_go_on_too(
     assert table.read_bytes() == whole
 
 
-def broken_off(run: Sequence[str], labelled: Labelled) -> None:
+def interrupt(run: Sequence[str], labelled: Labelled) -> None:
     """Run until four videos are labelled."""
     labelled.most = 4
     assert main(run) == 130
@@ -99,7 +100,7 @@ def test_a_video_that_has_changed_is_labelled_again(
     own = tmp_path / "clips"
     shutil.copytree(folder, own)
     run = predict_args(support, [own], tmp_path / "labels.csv")
-    broken_off(run, labelled)
+    interrupt(run, labelled)
     paint(own / "1.mp4", 0, 7, frames=20)
     (own / "0.mp4").unlink()
     paint(own / "new.mp4", 0, 8)
@@ -126,7 +127,7 @@ def test_another_question_starts_anew(
 ) -> None:
     own = tmp_path / "support"
     shutil.copytree(support, own)
-    broken_off(predict_args(own, [folder], tmp_path / "labels.csv"), labelled)
+    interrupt(predict_args(own, [folder], tmp_path / "labels.csv"), labelled)
     run = predict_args(own, [folder], tmp_path / "labels.csv", *(more if more[0].startswith("--") else []))
     if more == ["example"]:
         paint(own / LABELS[1] / "1.mp4", 1, 77)
@@ -145,7 +146,7 @@ def test_another_question_starts_anew(
 def test_what_makes_no_difference_goes_on(
     support: Path, folder: Path, tmp_path: Path, labelled: Labelled, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broken_off(predict_args(support, [folder], tmp_path / "labels.csv"), labelled)
+    interrupt(predict_args(support, [folder], tmp_path / "labels.csv"), labelled)
     monkeypatch.chdir(folder.parent)
     names = [f"{folder.name}/4.mp4", f"{folder.name}/2.mp4"]
     here = Path(os.path.relpath(support))
@@ -205,23 +206,37 @@ def test_a_part_that_is_removed_meanwhile(
     assert [path.name for path in tmp_path.iterdir()] == ["labels.csv"]
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no locks there")
 def test_only_one_run_at_a_time(
     support: Path, folder: Path, tmp_path: Path, labelled: Labelled, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table, part = tmp_path / "labels.csv", tmp_path / "labels.csv.part"
     run = predict_args(support, [folder], table)
-    broken_off(run, labelled)
+    interrupt(run, labelled)
     before = part.read_bytes()
     with open_part(table):
         said = fails(run, capsys)
-        assert f"another run is at work on the predictions {table}: wait for its end, or name another file" in said
+        assert f"another run writes the predictions {table}: " in said
         assert part.read_bytes() == before
         assert main(predict_args(support, [folder / "0.mp4"], tmp_path / "other.csv")) == 0
     labelled.forget()
     assert main(run) == 0
     assert len(labelled.forget()) == 2
     assert not part.exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL there")
+def test_a_run_that_was_killed_leaves_no_lock(tmp_path: Path) -> None:
+    script = (
+        "import os, signal\nfrom pathlib import Path\nfrom clip_m2df.commands.predict import open_part\n"
+        f"with open_part(Path({str(tmp_path / 'labels.csv')!r})) as part:\n"
+        "    part.take_over('digest', {}, [])\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -signal.SIGKILL
+    assert [path.name for path in tmp_path.iterdir()] == ["labels.csv.part"]
+    with open_part(tmp_path / "labels.csv") as part:
+        assert part.take_over("digest", {}, []) == {}
+        part.clear()
+    assert list(tmp_path.iterdir()) == []
 
 
 # SIGTERM

@@ -11,10 +11,10 @@ from clip_m2df.evaluation.explanation import ANSWER, Explanation, compared_class
 from clip_m2df.evaluation.figures import GREY, WRONG, picture
 from clip_m2df.nn.baselines import OTAMHead
 from clip_m2df.nn.distillation import Distillation
-from clip_m2df.nn.head import Head, HeadOutput
+from clip_m2df.nn.head import Embedded, Head, HeadOutput
 from clip_m2df.nn.m2df import M2DFHead
 from clip_m2df.nn.matching import cosine, frame_costs, otam_alignment
-from clip_m2df.nn.views import FusedSequence
+from clip_m2df.nn.prompts import prompt_scores
 from tests.evaluation.drawn import colours, texts
 
 NAMES = ["a cat", "a car", "a tree"]
@@ -37,33 +37,10 @@ def features(frames: int, shots: Sequence[int], seed: int = 3) -> tuple[list[Ten
 
 
 @torch.no_grad()
-def prototypes(model: M2DFHead, support: Sequence[Tensor], prompts: Tensor) -> dict[str, FusedSequence]:
-    """Of classes with a number of examples each: the mean of each class's own fused sequences."""
-    fused = [
-        model.fuse(videos, prompt.expand(len(videos), -1)) for videos, prompt in zip(support, prompts, strict=True)
-    ]
-    return {
-        view: FusedSequence(
-            torch.stack([of_class[view].text.mean(0) for of_class in fused]),
-            torch.stack([of_class[view].visual.mean(0) for of_class in fused]),
-        )
-        for view in model.views
-    }
-
-
-@torch.no_grad()
-def output_of(
-    model: M2DFHead,
-    prototype: dict[str, FusedSequence],
-    query: Tensor,
-    prompts: Tensor,
-    draws: Tensor | None = None,
-) -> HeadOutput:
-    """The head's stages one by one."""
-    probabilities = model.prompt_probabilities(model.prompt_scores(query.unsqueeze(0), prompts))
-    selected = model.select(probabilities, prompts, draws)
-    evidence = model.match(model.fuse(query.unsqueeze(0), selected.embeddings), prototype)
-    return model.conclude(evidence, probabilities, selected.indices)
+def prototypes(model: Head, support: Sequence[Tensor], prompts: Tensor) -> Embedded:
+    """Of classes with a number of examples each."""
+    each = zip(support, prompts, strict=True)
+    return Embedded.cat([model.prototypes(videos.unsqueeze(0), prompt.unsqueeze(0)) for videos, prompt in each])
 
 
 def explained(
@@ -78,7 +55,8 @@ def explained(
     model = head(**(head_options or {}))
     support, query, prompts = features(frames, shots)
     prototype = prototypes(model, support, prompts)
-    output = output_of(model, prototype, query, prompts, draws)
+    with torch.no_grad():
+        output = model.score(query.unsqueeze(0), prompts, prototype, draws)
     probabilities = output.logits[0].softmax(-1)
     given = {
         "label": class_names[int(probabilities.argmax())],
@@ -98,7 +76,7 @@ def lines_of(found: Explanation) -> list[str]:
 
 
 @pytest.mark.parametrize("head_options", [{}, {"single_direction": True}, {"view_weights": [1.0, 3.0]}, {"top_k": 2}])
-def test_the_numbers_are_those_of_the_stages(head_options: dict[str, Any]) -> None:
+def test_the_numbers_are_those_of_the_steps(head_options: dict[str, Any]) -> None:
     found, output, model = explained(head_options=head_options, threshold=4.0)
     support, query, prompts = features(5, (1, 2, 3))
     prototype = prototypes(model, support, prompts)
@@ -114,24 +92,24 @@ def test_the_numbers_are_those_of_the_stages(head_options: dict[str, Any]) -> No
     assert torch.allclose(found.frame_scores, cosine(prompts, query))
     assert found.counted.sum(-1).tolist() == [model.top_k] * 3
     mean = (found.frame_scores * found.counted).sum(-1) / model.top_k
-    assert torch.allclose(mean, model.prompt_scores(query.unsqueeze(0), prompts)[0], atol=1e-6)
+    assert torch.allclose(mean, prompt_scores(query.unsqueeze(0), prompts, model.top_k)[0], atol=1e-6)
 
-    selected = model.select(output.prompt_probabilities, prompts)
-    fused = model.fuse(query.unsqueeze(0), selected.embeddings)
+    fused = model.embed_queries(query.unsqueeze(0), prompts)[0]
     assert list(found.views) == list(found.alignments) == ["local", "global"]
     for view, vote in found.views.items():
-        assert vote.label == NAMES[int(output.distances[view][0].argmin())]
-        assert list(vote.distances.values()) == pytest.approx(output.distances[view][0].tolist())
-        assert list(vote.text_similarities.values()) == pytest.approx(output.text_similarities[view][0].tolist())
-        assert vote.visual_confidence == pytest.approx((-output.distances[view][0]).softmax(-1).max().item())
-        assert vote.text_confidence == pytest.approx(output.text_similarities[view][0].softmax(-1).max().item())
-        for place, c in enumerate(order[:2]):  # one class at a time
+        own = output.views[view]
+        assert vote.label == NAMES[int(own.distances[0].argmin())]
+        assert list(vote.distances.values()) == pytest.approx(own.distances[0].tolist())
+        assert list(vote.text_similarities.values()) == pytest.approx(own.text_similarities[0].tolist())
+        assert vote.visual_confidence == pytest.approx((-own.distances[0]).softmax(-1).max().item())
+        assert vote.text_confidence == pytest.approx(own.text_similarities[0].softmax(-1).max().item())
+        for i, c in enumerate(order[:2]):  # one class at a time
             expected = otam_alignment(
-                frame_costs(fused[view].visual, prototype[view].visual[c : c + 1]),
+                frame_costs(fused[view][..., 1:, :], prototype[view][c : c + 1, 1:]),
                 smoothing=model.smoothing,
                 single_direction=model.single_direction,
             )
-            assert torch.allclose(found.alignments[view][place], expected[0, 0], atol=1e-5)
+            assert torch.allclose(found.alignments[view][i], expected[0, 0], atol=1e-5)
 
 
 def test_shots_may_differ_and_count_alike() -> None:
@@ -196,36 +174,30 @@ def test_a_drawn_prompt_is_the_one_of_the_draw() -> None:
 
 
 def test_a_head_without_views_says_what_it_has() -> None:
-    class Changed(M2DFHead):
-        def forward(self, *args: Any, **kwargs: Any) -> HeadOutput:
-            return super().forward(*args, **kwargs)
-
     support, query, prompts = features(5, (2, 2, 2))
-    heads: list[Head] = [OTAMHead(dim=16), Changed(dim=16, hidden_dim=32, num_heads=4).eval()]
-    for model in heads:
-        with torch.no_grad():
-            output = model(torch.stack(support), query.unsqueeze(0), prompts)
-        prototype = prototypes(model, support, prompts) if isinstance(model, M2DFHead) else None
-        found = explain(
-            model,
-            output,
-            prototype,
-            query,
-            prompts,
-            class_names=NAMES,
-            label=NAMES[int(output.logits.argmax())],
-            probabilities=output.logits[0].softmax(-1),
-            frames=clip(5, 0),
-            examples={},
-        )
-        assert found.views == found.alignments == {}
-        assert found.prompt is None
-        assert found.teacher is None
-        assert found.distance == pytest.approx(-output.logits.max().item())
-        assert torch.allclose(found.frame_scores, cosine(prompts, query))
-        lines = lines_of(found)
-        assert any(line.startswith(f"a clip: {found.label} (") for line in lines)
-        assert not any("alignment" in line or "view" in line for line in lines)
+    model = OTAMHead(dim=16)
+    with torch.no_grad():
+        output = model(torch.stack(support), query.unsqueeze(0), prompts)
+    found = explain(
+        model,
+        output,
+        prototypes(model, support, prompts),
+        query,
+        prompts,
+        class_names=NAMES,
+        label=NAMES[int(output.logits.argmax())],
+        probabilities=output.logits[0].softmax(-1),
+        frames=clip(5, 0),
+        examples={},
+    )
+    assert found.views == found.alignments == {}
+    assert found.prompt is None
+    assert found.teacher is None
+    assert found.distance == pytest.approx(-output.logits.max().item())
+    assert torch.allclose(found.frame_scores, cosine(prompts, query))
+    lines = lines_of(found)
+    assert any(line.startswith(f"a clip: {found.label} (") for line in lines)
+    assert not any("alignment" in line or "view" in line for line in lines)
 
 
 def test_a_single_view_and_a_single_class() -> None:

@@ -16,6 +16,7 @@ from clip_m2df.evaluation import figures
 from clip_m2df.evaluation.evidence import HardEpisode, QueryEvidence, Reliabilities, ValidationEvidence, query_evidence
 from clip_m2df.nn.m2df import M2DFHead
 from clip_m2df.nn.matching import cosine
+from clip_m2df.nn.prompts import prompt_scores
 from tests.evaluation.drawn import colours, texts
 
 NAMES = ["a cat", "a car", "a tree"]
@@ -42,8 +43,7 @@ def evidence_of(
 ) -> QueryEvidence:
     """On a query of class 2, whose rival is class 0."""
     pair = torch.tensor([2, 0])
-    own_prompts = prompts[pair].unsqueeze(-2).expand(*support[pair].shape[:-2], -1)
-    return query_evidence(model, model.prototype(model.fuse(support[pair], own_prompts)), query, prompts, draws)
+    return query_evidence(model, model.prototypes(support[pair], prompts[pair]), query, prompts, draws)
 
 
 def episode(*, with_frames: bool = True, frames: int = 5, **options: object) -> HardEpisode:
@@ -68,8 +68,9 @@ def test_evidence_is_what_the_head_did(options: dict[str, object]) -> None:
     model = head(**options)
     output = model(support, query, prompts)
     evidence = evidence_of(model, support, query[1], prompts)
-    assert evidence.alignments.keys() == evidence.distances.keys() == output.distances.keys()
-    for view, distances in output.distances.items():
+    assert evidence.alignments.keys() == evidence.distances.keys() == output.views.keys()
+    for view, own in output.views.items():
+        distances = own.distances
         assert evidence.distances[view] == pytest.approx((distances[1, 2].item(), distances[1, 0].item()), abs=1e-4)
         # Each frame of the class is aligned, and with both directions each one of the query.
         assert (evidence.alignments[view].sum(-2) > 1 - 1e-4).all()
@@ -78,7 +79,7 @@ def test_evidence_is_what_the_head_did(options: dict[str, object]) -> None:
     assert evidence.chosen == (int(output.prompt_indices[1]) if model.pps else None)
     assert torch.allclose(evidence.frame_scores, cosine(prompts, query[1]))
     assert evidence.counted.sum(-1).tolist() == [4, 4, 4]
-    score = model.prompt_scores(query[1:2], prompts)[0]
+    score = prompt_scores(query[1:2], prompts, model.top_k)[0]
     assert torch.allclose((evidence.frame_scores * evidence.counted).sum(-1) / 4, score, atol=1e-6)
 
 
@@ -205,14 +206,13 @@ def test_an_alignment_says_what_is_aligned_with_what() -> None:
 def test_evidence_aligns_with_as_many_classes_as_there_are_prototypes() -> None:
     support, query, prompts = played()
     model = head()
-    prototype = model.prototype(model.fuse(support, prompts.unsqueeze(-2).expand(*support.shape[:-2], -1)))
-    every = query_evidence(model, prototype, query[1], prompts)
+    every = query_evidence(model, model.prototypes(support, prompts), query[1], prompts)
     pair = evidence_of(model, support, query[1], prompts)
-    distances = model(support, query, prompts).distances
+    views = model(support, query, prompts).views
     for view, found in every.alignments.items():
         assert found.shape == (3, 5, 5)
         assert torch.allclose(found[[2, 0]], pair.alignments[view], atol=1e-5)
-        assert every.distances[view] == pytest.approx(distances[view][1].tolist(), abs=1e-4)
+        assert every.distances[view] == pytest.approx(views[view].distances[1].tolist(), abs=1e-4)
 
 
 def rectangles(axes: Axes) -> list[Rectangle]:

@@ -23,7 +23,8 @@ from clip_m2df.nn.baselines import (
     build_head,
     head_class,
 )
-from clip_m2df.nn.head import Head
+from clip_m2df.nn.class_text import class_text_logits
+from clip_m2df.nn.head import Embedded, Head
 from tests.nn import references
 from tests.test_module import NAMES, UsersEpisodes, make_episodes
 
@@ -203,7 +204,7 @@ def test_clip_fsar_compares_the_mean_of_all_frames_with_prompts() -> None:
     def logits(video: Tensor) -> list[float]:
         return [3 * references.cosine(video.mean(0).tolist(), prompt.tolist()) for prompt in table]
 
-    of_support, of_query = head.class_logits(support, query, prompts, table)
+    of_support, of_query = class_text_logits(head, support, query, prompts, table)
     torch.testing.assert_close(of_support, torch.tensor([[logits(shot) for shot in shots] for shots in support]))
     torch.testing.assert_close(of_query, torch.tensor([logits(video) for video in query]))
 
@@ -236,8 +237,7 @@ def test_what_there_is_beside_the_scores(name: str) -> None:
         expected = torch.tensor(references.prompt_probabilities(query[i], prompts[i], 2, 20.0))
         torch.testing.assert_close(output.prompt_probabilities[i], expected)
         assert output.prompt_indices[i].equal(expected.argmax(-1))
-    views = (output.distances, output.text_similarities, output.visual_confidences, output.text_confidences)
-    assert views == ({}, {}, {}, {})
+    assert output.views == {}
     assert output.distillation_loss.tolist() == [0, 0]
     for taught in output.distillation[1:]:
         assert taught.tolist() == [[False] * 4] * 2
@@ -254,7 +254,7 @@ def test_gradients_reach_all_that_counts(name: str) -> None:
         assert part.grad is None or (part.grad.isfinite().all() and part.grad.abs().sum() > 0)
     without = [parameter for parameter, p in head.named_parameters() if p.grad is None]
     assert without == ["scale"]
-    of_support, of_query = head.class_logits(support, query, prompts, prompts)
+    of_support, of_query = class_text_logits(head, support, query, prompts, prompts)
     (of_support.diagonal(dim1=0, dim2=2).sum() + of_query.sum()).backward()
     assert head.scale.grad is not None
     assert head.scale.grad.abs().item() > 0
@@ -280,23 +280,51 @@ def test_heads_by_name() -> None:
     assert list(HEADS) == ["m2df", *BASELINES]
     for name in HEADS:
         assert isinstance(make_head(name), Head)
-        assert head_class(name).trained is (name in ("m2df", "clip_fsar"))  # type: ignore[attr-defined]
+        assert head_class(name).trained is (name in ("m2df", "clip_fsar"))
         has_weights = [parameter for parameter, _ in make_head(name).named_parameters()] != ["scale"]
-        assert has_weights is head_class(name).trained  # type: ignore[attr-defined]
+        assert has_weights is head_class(name).trained
     with pytest.raises(UserError, match=r"OTAMHead has no option 'smothing'; did you mean 'smoothing'"):
         make_head("otam", smothing=1.0)
-    with pytest.raises(UserError, match="Head does not take"):
-        build_head("clip_m2df.nn.head.Head", {"dim": 8})
+    with pytest.raises(UserError, match="head_options: OTAMHead does not take"):
+        make_head("otam", smoothing="much")
+
+
+class Bare(nn.Module):
+    """No head at all."""
+
+
+class WithForward(OTAMHead):
+    """A head with a forward of its own, as heads once were written."""
+
+    def forward(self, *inputs: Any) -> Any:
+        return super().forward(*inputs)
+
+
+class WithoutSteps(Head):
+    """A head that lacks most steps."""
+
+    def embed(self, videos: Tensor, prompt: Tensor | None) -> Embedded:
+        return Embedded(frames=videos)
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [("Bare", "no head"), ("WithForward", "forward of its own"), ("WithoutSteps", "no match and no prototype")],
+)
+def test_a_head_without_the_steps_of_one_is_refused_with_what_to_write(name: str, fault: str) -> None:
+    path, remedy = f"{__name__}.{name}", r"clip_m2df\.nn\.head\.Head .*embed, prototype and match"
+    with pytest.raises(UserError, match=f"head: '{path}' .*{fault}.*{remedy}"):
+        head_class(path)
 
 
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("otam", {"smoothing": -1.0}, "smoothing is -1.0; it must be positive"),
-        ("zero_shot", {"temperature": 0.0}, "temperature is 0.0; it must be positive"),
-        ("bi_mhm", {"top_k": 0}, "top_k 0: at least 1 frame must count"),
-        ("clip_fsar", {"hidden_dim": 0}, "hidden_dim is 0; it must be positive"),
-        ("clip_fsar", {"dropout": 1.0}, "dropout is 1.0; it must be from 0 to below 1"),
+        ("otam", {"smoothing": -1.0}, "smoothing is -1.0"),
+        ("zero_shot", {"temperature": 0.0}, "temperature is 0.0"),
+        ("bi_mhm", {"top_k": 0}, "top_k is 0"),
+        ("clip_fsar", {"hidden_dim": 0}, "hidden_dim is 0"),
+        ("clip_fsar", {"dropout": 1.0}, "dropout is 1.0"),
         ("clip_fsar", {"num_heads": 3}, "dim 8 is no multiple of 3 attention heads"),
     ],
 )
@@ -329,7 +357,7 @@ def test_a_tower_trains_behind_each_of_them(tiny_clip_dir: Path, name: str, clas
         classes, labels = batch["class_indices"][i], batch["query_labels"][i]
         logits = model.model.head(support, query, table[classes]).logits
         expected += 0.7 * F.cross_entropy(logits, labels, reduction="sum").item()
-        of_support, of_query = model.model.head.class_logits(support, query, table[classes], table)
+        of_support, of_query = class_text_logits(model.model.head, support, query, table[classes], table)
         expected += class_weight * F.cross_entropy(of_support[:, 0], classes, reduction="sum").item()
         expected += class_weight * F.cross_entropy(of_query, classes[labels], reduction="sum").item()
     assert loss.item() == pytest.approx(expected / 2, rel=1e-5)

@@ -7,7 +7,7 @@ import torch
 from clip_m2df.nn.distillation import (
     DIRECTIONS,
     Direction,
-    ViewEvidence,
+    ViewOutput,
     kl_divergence,
     mutual_distillation,
     reliable_groups,
@@ -17,16 +17,16 @@ from tests.nn import references
 CONDITIONS: list[tuple[str, ...]] = [(), ("text",), ("visual",), ("text", "visual")]
 
 
-def evidence(*shape: int, seed: int) -> ViewEvidence:
+def view_output(*shape: int, seed: int) -> ViewOutput:
     generator = torch.Generator().manual_seed(seed)
     distances = 6 * torch.rand(shape, generator=generator)
-    return ViewEvidence(distances, 2 * torch.rand(shape, generator=generator) - 1)
+    return ViewOutput(distances, 2 * torch.rand(shape, generator=generator) - 1)
 
 
 @pytest.mark.parametrize("conditions", CONDITIONS)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_distillation_equals_the_loop(conditions: tuple[str, ...], direction: Direction) -> None:
-    local, global_ = evidence(4, 10, 5, seed=0), evidence(4, 10, 5, seed=1)
+    local, global_ = view_output(4, 10, 5, seed=0), view_output(4, 10, 5, seed=1)
     term = mutual_distillation(local, global_, conditions=conditions, direction=direction)
     for b in range(4):
         loss, local_teaches, global_teaches = references.distillation(
@@ -41,7 +41,7 @@ def test_distillation_equals_the_loop(conditions: tuple[str, ...], direction: Di
 
 
 def test_groups_part_the_queries_under_one_condition_and_leave_out_the_disputed_under_two() -> None:
-    local, global_ = evidence(50, 5, seed=0), evidence(50, 5, seed=1)
+    local, global_ = view_output(50, 5, seed=0), view_output(50, 5, seed=1)
     text_local, text_global = reliable_groups(local, global_, ["text"])
     visual_local, visual_global = reliable_groups(local, global_, ["visual"])
     assert torch.equal(text_local, ~text_global)
@@ -53,7 +53,7 @@ def test_groups_part_the_queries_under_one_condition_and_leave_out_the_disputed_
 
 
 def test_equally_confident_views_make_local_the_reliable_one() -> None:
-    same = evidence(3, 5, seed=0)
+    same = view_output(3, 5, seed=0)
     local, global_ = reliable_groups(same, same, ["text", "visual"])
     assert local.all()
     assert not global_.any()
@@ -61,9 +61,9 @@ def test_equally_confident_views_make_local_the_reliable_one() -> None:
 
 @pytest.mark.parametrize("conditions", CONDITIONS[1:])
 def test_an_empty_group_is_exactly_zero_with_gradients_defined(conditions: Sequence[str]) -> None:
-    leaf = evidence(3, 5, seed=0).distances.requires_grad_()
-    # The same evidence twice: local is reliable everywhere, and nobody is left to be taught by the global view.
-    same = ViewEvidence(leaf, leaf.detach())
+    leaf = view_output(3, 5, seed=0).distances.requires_grad_()
+    # The same output twice: local is reliable everywhere, and nobody is left to be taught by the global view.
+    same = ViewOutput(leaf, leaf.detach())
     term = mutual_distillation(same, same, conditions=conditions, direction="global_to_local")
     assert term.loss.item() == 0
     term.loss.backward()
@@ -72,19 +72,19 @@ def test_an_empty_group_is_exactly_zero_with_gradients_defined(conditions: Seque
 
 
 def test_episodes_have_groups_and_weights_of_their_own() -> None:
-    local, global_ = evidence(4, 10, 5, seed=0), evidence(4, 10, 5, seed=1)
+    local, global_ = view_output(4, 10, 5, seed=0), view_output(4, 10, 5, seed=1)
     together = mutual_distillation(local, global_, direction="mutual").loss
     for b in range(4):
         alone = mutual_distillation(
-            ViewEvidence(*(x[b] for x in local)), ViewEvidence(*(x[b] for x in global_)), direction="mutual"
+            ViewOutput(*(x[b] for x in local)), ViewOutput(*(x[b] for x in global_)), direction="mutual"
         )
         torch.testing.assert_close(together[b], alone.loss)
 
 
 @pytest.mark.parametrize(("direction", "detach_teacher"), list(itertools.product(DIRECTIONS[:2], [False, True])))
 def test_detaching_keeps_the_teacher_out_of_the_gradients(direction: Direction, detach_teacher: bool) -> None:
-    leaves = [evidence(10, 5, seed=s) for s in (0, 1)]
-    leaves = [ViewEvidence(*(x.requires_grad_() for x in leaf)) for leaf in leaves]
+    leaves = [view_output(10, 5, seed=s) for s in (0, 1)]
+    leaves = [ViewOutput(*(x.requires_grad_() for x in leaf)) for leaf in leaves]
     local, global_ = leaves
     term = mutual_distillation(local, global_, direction=direction, detach_teacher=detach_teacher)
     teacher, student = (local, global_) if direction == "local_to_global" else (global_, local)
@@ -101,7 +101,7 @@ def test_detaching_keeps_the_teacher_out_of_the_gradients(direction: Direction, 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("conditions", CONDITIONS)
 def test_under_autocast_within_a_thousandth_of_float64(dtype: torch.dtype, conditions: tuple[str, ...]) -> None:
-    given = [ViewEvidence(*((x * 10).to(dtype) for x in evidence(10, 5, seed=s))) for s in (0, 1)]
+    given = [ViewOutput(*((x * 10).to(dtype) for x in view_output(10, 5, seed=s))) for s in (0, 1)]
     with torch.autocast("cpu", dtype=dtype):
         loss = mutual_distillation(*given, conditions=conditions, direction="mutual").loss
     expected = references.distillation(

@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clip_m2df.errors import UserError
-from clip_m2df.nn.baselines import build_head
+from clip_m2df.nn.baselines import OTAMHead, build_head
+from clip_m2df.nn.class_text import class_text_logits
+from clip_m2df.nn.distillation import mutual_distillation
+from clip_m2df.nn.head import Embedded
 from clip_m2df.nn.m2df import M2DFHead
-from clip_m2df.nn.prompts import select_prompts
-from clip_m2df.nn.views import FusedSequence
+from clip_m2df.nn.prompts import SelectedPrompts, select_prompts
 from clip_m2df.training.build import load_published
 from tests.nn import references
 
@@ -62,7 +64,7 @@ def test_golden_numbers(file: Path) -> None:
     output = head(shaped, query, prompts)
     match = F.cross_entropy(output.logits, golden["query_labels"], reduction="sum")
     (match + output.distillation_loss).backward()
-    of_support, of_query = head.class_logits(shaped, query, prompts, table)
+    of_support, of_query = class_text_logits(head, shaped, query, prompts, table)
     in_file_order = of_support.flatten(0, 1)[by_class.argsort()]
 
     close: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
@@ -85,39 +87,78 @@ def test_a_batch_of_episodes_equals_one_at_a_time(options: dict[str, Any]) -> No
     head = make_head(**options)
     support, query, prompts = episode(0, 2, 3)
     together = head(support, query, prompts)
-    tables = head.class_logits(support, query, prompts, prompts)
+    tables = class_text_logits(head, support, query, prompts, prompts)
     for i in range(2):
         for j in range(3):
             alone = head(support[i, j], query[i, j], prompts[i, j])
             torch.testing.assert_close(together.logits[i, j], alone.logits)
             torch.testing.assert_close(together.distillation_loss[i, j], alone.distillation_loss)
             assert torch.equal(together.prompt_indices[i, j], alone.prompt_indices)
-            expected = head.class_logits(support[i, j], query[i, j], prompts[i, j], prompts[i, j])
+            expected = class_text_logits(head, support[i, j], query[i, j], prompts[i, j], prompts[i, j])
             for table, one in zip(tables, expected, strict=True):
                 torch.testing.assert_close(table[i, j], one)
 
 
-def test_stages_compose_to_the_head() -> None:
+def test_steps_compose_to_the_head() -> None:
     head = make_head(view_weights=[0.5, 2.0])
     support, query, prompts = episode()
     output = head(support, query, prompts)
-    prototype = head.prototype(head.fuse(support, prompts[:, None].expand(3, 2, 16)))
-    evidence = head.match(head.fuse(query, prompts[output.prompt_indices]), prototype)
-    torch.testing.assert_close(output.distances["local"], evidence["local"].distances)
-    torch.testing.assert_close(
-        output.text_confidences["global"], evidence["global"].text_similarities.softmax(-1).amax(-1)
-    )
-    torch.testing.assert_close(output.logits, -(0.5 * evidence["local"].distances + 2 * evidence["global"].distances))
-    torch.testing.assert_close(output.distillation_loss, head.distill(evidence).loss)
+    selected = head.select_prompts(query, prompts)
+    assert selected.indices.equal(output.prompt_indices)
+    assert selected.embeddings.equal(prompts[selected.indices])
+    prototypes = head.prototype(head.embed(support, prompts[:, None].expand(3, 2, 16)), prompts)
+    matched = head.match(head.embed(query, selected.embeddings), prototypes, selected)
+    for found in (matched, head.score(query, prompts, head.prototypes(support, prompts))):
+        torch.testing.assert_close(found.logits, output.logits)
+        for view, compared in output.views.items():
+            torch.testing.assert_close(found.views[view], compared)
+        torch.testing.assert_close(found.distillation, output.distillation)
+    local, global_ = output.views["local"], output.views["global"]
+    torch.testing.assert_close(global_.text_confidence, global_.text_similarities.softmax(-1).amax(-1))
+    torch.testing.assert_close(output.logits, -(0.5 * local.distances + 2 * global_.distances))
+    torch.testing.assert_close(output.distillation_loss, mutual_distillation(local, global_).loss)
 
 
 def test_a_prototype_is_the_mean_over_the_shots() -> None:
     head = make_head()
     support, _, prompts = episode()
-    fused = head.fuse(support, prompts[:, None].expand(3, 2, 16))
-    prototype = head.prototype(fused)["global"]
-    torch.testing.assert_close(prototype.visual[1], (fused["global"].visual[1, 0] + fused["global"].visual[1, 1]) / 2)
-    torch.testing.assert_close(prototype.text[2], (fused["global"].text[2, 0] + fused["global"].text[2, 1]) / 2)
+    fused = head.embed(support, prompts[:, None].expand(3, 2, 16))
+    prototypes = head.prototype(fused, prompts)
+    assert prototypes.keys() == {"local", "global"}
+    for view, tokens in prototypes.items():
+        assert tokens.shape == (3, 1 + 8, 16)
+        torch.testing.assert_close(tokens[1], (fused[view][1, 0] + fused[view][1, 1]) / 2)
+
+
+def test_a_class_is_what_it_is_by_itself_whatever_the_shots_of_the_others() -> None:
+    head = make_head()
+    support, query, prompts = episode(n_shot=3)
+    shots = (1, 3, 2)
+    alone = [
+        head.prototypes(videos[None, :n], prompt[None]).map(lambda tokens: tokens[0])
+        for videos, prompt, n in zip(support, prompts, shots, strict=True)
+    ]
+    output = head.score(query, prompts, Embedded.stack(alone))
+    for c, n in enumerate(shots):
+        expected = head(support[:, :n], query, prompts)
+        torch.testing.assert_close(output.logits[:, c], expected.logits[:, c])
+
+
+@pytest.mark.parametrize(
+    ("options", "training", "evaluation"),
+    [
+        ({}, "class", "class"),
+        ({"selection": "expectation"}, "class", "mixture"),
+        ({"train_selection": "expectation", "selection": "sample"}, "mixture", "class"),
+        ({"pps": False, "selection": "expectation"}, "none", "none"),
+    ],
+)
+def test_a_head_says_what_its_queries_are_embedded_with(
+    options: dict[str, Any], training: str, evaluation: str
+) -> None:
+    head = make_head(**options)
+    assert head.query_prompt == evaluation
+    assert head.train().query_prompt == training
 
 
 def test_training_draws_prompts_and_evaluation_takes_the_likeliest() -> None:
@@ -135,21 +176,19 @@ def test_without_pps_the_queries_prompts_are_zero_and_the_probabilities_remain()
     support, query, prompts = episode()
     with_pps, without = make_head()(support, query, prompts), make_head(pps=False)(support, query, prompts)
     head = make_head()
-    evidence = head.match(
-        head.fuse(query, torch.zeros(6, 16)),
-        head.prototype(head.fuse(support, prompts[:, None].expand(3, 2, 16))),
-    )
-    torch.testing.assert_close(without.distances["local"], evidence["local"].distances)
+    selected = head.select_prompts(query, prompts)
+    matched = head.match(head.embed(query, torch.zeros(6, 16)), head.prototypes(support, prompts), selected)
+    torch.testing.assert_close(without.views["local"].distances, matched.views["local"].distances)
     assert torch.equal(with_pps.prompt_probabilities, without.prompt_probabilities)
 
 
 def test_a_single_view_has_its_own_weights_only_and_no_distillation() -> None:
     head = make_head(views=["local"])
     output = head(*episode())
-    assert list(output.distances) == ["local"]
+    assert list(output.views) == ["local"]
     assert output.distillation_loss.item() == 0
     assert not any("global" in name for name in head.state_dict())
-    torch.testing.assert_close(output.logits, -output.distances["local"])
+    torch.testing.assert_close(output.logits, -output.views["local"].distances)
 
 
 def test_every_option_of_matching_and_distillation_reaches_its_stage() -> None:
@@ -205,23 +244,18 @@ def test_matching_and_losses_under_autocast_are_within_a_thousandth_of_a_float64
     head = make_head(direction="mutual", reliability=["text", "visual"])
     generator = torch.Generator().manual_seed(0)
 
-    def fused(*leading: int) -> dict[str, FusedSequence]:
-        return {
-            view: FusedSequence(
-                torch.randn(*leading, 16, generator=generator).to(dtype),
-                torch.randn(*leading, frames, 16, generator=generator).to(dtype),
-            )
-            for view in ("local", "global")
-        }
+    def fused(n: int) -> Embedded:
+        shape = (n, 1 + frames, 16)
+        return Embedded({view: torch.randn(shape, generator=generator).to(dtype) for view in ("local", "global")})
 
-    query, prototype, labels = fused(4), fused(3), torch.tensor([0, 1, 2, 0])
+    query, prototypes, labels = fused(4), fused(3), torch.tensor([0, 1, 2, 0])
     prompts = torch.randn(3, 16, generator=generator).to(dtype)
-    raw = query["local"].visual
+    raw = query["local"][:, 1:]
+    nothing = SelectedPrompts(prompts[labels], labels, torch.zeros(4, 3))  # of which matching makes no use
     with torch.autocast("cpu", dtype=dtype):
-        evidence = head.match(query, prototype)
-        match = F.cross_entropy(-head.fuse_distances(evidence), labels, reduction="sum")
-        distill = head.distill(evidence).loss
-        class_logits = head.class_logits(raw[:3].unsqueeze(1), raw, prompts, prompts)[1]
+        output = head.match(query, prototypes, nothing)
+        match = F.cross_entropy(output.logits, labels, reduction="sum")
+        class_logits = class_text_logits(head, raw[:3].unsqueeze(1), raw, prompts, prompts)[1]
         class_loss = F.cross_entropy(class_logits, labels, reduction="sum")
 
     distances, texts = {}, {}
@@ -233,25 +267,25 @@ def test_matching_and_losses_under_autocast_are_within_a_thousandth_of_a_float64
                         references.otam([[1 - references.cosine(a, b) for b in y] for a in x])
                         for x, y in ((q, p), (p, q))
                     )
-                    for p in prototype[view].visual.double().tolist()
+                    for p in prototypes[view][:, 1:].double().tolist()
                 ]
-                for q in query[view].visual.double().tolist()
+                for q in query[view][:, 1:].double().tolist()
             ],
             dtype=torch.float64,
         )
         texts[view] = torch.tensor(
             [
-                [references.cosine(q, p) for p in prototype[view].text.double().tolist()]
-                for q in query[view].text.double().tolist()
+                [references.cosine(q, p) for p in prototypes[view][:, 0].double().tolist()]
+                for q in query[view][:, 0].double().tolist()
             ],
             dtype=torch.float64,
         )
-        assert (evidence[view].distances - distances[view]).abs().max() < 1e-3
+        assert (output.views[view].distances - distances[view]).abs().max() < 1e-3
     fused_rows = (-(distances["local"] + distances["global"])).tolist()
     expected = -sum(math.log(references.softmax(row)[c]) for row, c in zip(fused_rows, labels.tolist(), strict=True))
     assert match.item() == pytest.approx(expected, abs=1e-3)
     taught = references.distillation(distances, texts, ["text", "visual"], "mutual")[0]
-    assert distill.item() == pytest.approx(taught, abs=1e-3)
+    assert output.distillation_loss.item() == pytest.approx(taught, abs=1e-3)
     expected = 0.0
     for video, c in zip(raw.double().tolist(), labels.tolist(), strict=True):
         cosines = [[references.cosine(p, f) for f in video] for p in prompts.double().tolist()]
@@ -275,11 +309,11 @@ def test_matching_and_losses_under_autocast_are_within_a_thousandth_of_a_float64
         ({"direction": "both"}, "direction: 'both' is not one of local_to_global, global_to_local, mutual"),
         ({"selection": "max"}, "selection: 'max' is not one of argmax, sample, expectation"),
         ({"train_selection": "max"}, "train_selection: 'max'"),
-        ({"top_k": 0}, "top_k 0"),
-        ({"smoothing": 0.0}, "smoothing is 0.0; it must be positive"),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"smoothing": 0.0}, "smoothing is 0.0"),
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"hidden_dim": 0}, "hidden_dim is 0"),
-        ({"dropout": 1.5}, "dropout is 1.5; it must be from 0 to below 1"),
+        ({"dropout": 1.5}, "dropout is 1.5"),
         ({"attention_dropout": -0.5}, "attention_dropout is -0.5"),
         ({"num_heads": 0}, "no multiple of 0 attention heads"),
         ({"dim": 12}, "dim 12 is no multiple of 8"),
@@ -311,20 +345,21 @@ def test_published_tower_and_unused_keys_are_passed_over() -> None:
     )
 
 
-class OtherHead(torch.nn.Module):
+class OtherHead(OTAMHead):
     def __init__(self, *, dim: int, width: int = 3) -> None:
-        super().__init__()
+        super().__init__(dim=dim)
         self.width = width
 
 
 def test_heads_by_name_and_class_path() -> None:
     assert isinstance(build_head("m2df", {"dim": 16}), M2DFHead)
     other = build_head(f"{__name__}.OtherHead", {"dim": 16, "width": 5})
+    assert isinstance(other, OtherHead)
     assert other.width == 5
     for name, message in (
         ("m2dff", "head: 'm2dff' is neither one of m2df, .*, clip_fsar nor a class path"),
         ("no.such.Head", "'no.such.Head' can't be imported"),
-        ("os.path.join", "'os.path.join' is not a class derived from torch.nn.Module"),
+        ("os.path.join", "'os.path.join' is no head"),
     ):
         with pytest.raises(UserError, match=message):
             build_head(name, {"dim": 16})
@@ -367,17 +402,16 @@ def test_a_published_checkpoint_file_gives_tower_and_head(tmp_path: Path, name: 
         model.encode_prompts(["a cat"])
 
 
-def test_a_model_scores_raw_frames_as_its_head_scores_their_features(tmp_path: Path) -> None:
+def test_a_model_encodes_raw_frames_as_its_tower_encodes_them_normalised(tmp_path: Path) -> None:
     model = load_published(published_file(tmp_path, GOLDEN[0].with_name("clip_vit.npz")))
     generator = torch.Generator().manual_seed(0)
     support = torch.randint(0, 256, (2, 3, 1, 4, 3, 32, 32), generator=generator, dtype=torch.uint8)
     query = torch.randint(0, 256, (2, 6, 4, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    prompts = torch.randn(2, 3, 32, generator=generator)
+    episode: Any = {"support": support, "query": query}
     with torch.no_grad():
-        logits = model(support, query, prompts).logits
         mean, std = model.backbone.mean, model.backbone.std
-        encoded = [model.backbone.encode_frames((x / 255 - mean) / std) for x in (support, query)]
-        torch.testing.assert_close(logits, model.head(*encoded, prompts).logits)
+        expected = [model.backbone.encode_frames((x / 255 - mean) / std) for x in (support, query)]
+        torch.testing.assert_close(model.encode_episode(episode), tuple(expected))
 
 
 def test_files_that_are_no_published_checkpoint_are_refused(tmp_path: Path) -> None:

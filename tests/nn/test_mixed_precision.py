@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clip_m2df.clip.backbone import CLIPBackbone
+from clip_m2df.nn.class_text import class_text_logits
 from clip_m2df.nn.m2df import M2DFHead
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -108,7 +109,7 @@ def losses(head: M2DFHead, episodes: Episodes, dtype: torch.dtype) -> Tensor:
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         support, query = support.to(dtype), query.to(dtype)  # as the tower gives them
         output = head(support, query, prompts, draws)
-        of_support, of_query = head.class_logits(support, query, prompts, prompts)
+        of_support, of_query = class_text_logits(head, support, query, prompts, prompts)
         labels = LABELS.expand(len(support), -1)
         classes = torch.arange(N_WAY).repeat_interleave(N_SHOT).expand(len(support), -1)
         sums = [
@@ -151,7 +152,7 @@ def test_float16_cannot_hold_the_gradient_of_a_zero_vector_beside_a_huge_prompt(
     for norm, fits in ((10.0, True), (1e4, False)):
         videos = torch.zeros(1, N_WAY, 1, FRAMES, DIM, dtype=torch.float16, requires_grad=True)
         prompts = F.one_hot(torch.arange(N_WAY), DIM).float().unsqueeze(0) * norm
-        head.class_logits(videos, videos[:, :, 0], prompts, prompts)[0].diagonal(dim1=1, dim2=3).sum().backward()
+        class_text_logits(head, videos, videos[:, :, 0], prompts, prompts)[0].diagonal(dim1=1, dim2=3).sum().backward()
         assert videos.grad is not None
         assert videos.grad.isfinite().all() == fits
 

@@ -161,7 +161,7 @@ def run_test(manifest: Path, tiny_clip_dir: Path, folder: Path, *more: str) -> M
     """Run ``clip-m2df test`` on a run folder, with a page."""
     page = folder / "report.html"
     cli = run(["test", *_resolved(options(manifest, tiny_clip_dir, folder, f"--report={page}", *more))])
-    return Measured(page, cli.trainer, cli.model.confusion)
+    return Measured(page, cli.trainer, cli.model.evaluated.confusion)
 
 
 def _resolved(args: list[str]) -> list[str]:

@@ -11,19 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from jinja2 import UndefinedError
 from PIL import Image
 
 from clip_m2df.errors import UserError
-from clip_m2df.report.page import (
-    alignment_cells,
-    check_page,
-    frame_pictures,
-    percent,
-    prompt_rows,
-    shade,
-    strip_picture,
-    write_page,
-)
+from clip_m2df.evaluation.evidence import Alignment, PromptScore
+from clip_m2df.report.page import check_page, frame_pictures, percent, shade, strip_picture, templates, write_page
 from tests.report.conftest import Measured, Node, read
 
 
@@ -50,27 +43,38 @@ def test_pictures_are_the_frames() -> None:
     assert abs(int(np.asarray(down)[460, 20, 0]) - 220) < 4
 
 
-def test_the_table_of_prompts() -> None:
-    scores = torch.tensor([[0.1, 0.5], [0.3, 0.2]])
-    counted = torch.tensor([[False, True], [True, False]])
-    first, second = prompt_rows(["a", "b"], [0.75, 0.25], scores, counted, chosen="b")
-    assert (first["name"], first["probability"], first["chosen"], second["chosen"]) == ("a", "75.0 %", False, True)
-    assert first["cells"] == [
-        {"text": "0.10", "shade": 0, "counted": False},
-        {"text": "0.50", "shade": 10, "counted": True},
-    ]
-    same = prompt_rows(["a"], [1.0], torch.full((1, 2), 0.4), torch.ones(1, 2, dtype=torch.bool), chosen=None)
-    assert [cell["shade"] for cell in same[0]["cells"]] == [0, 0]  # type: ignore[attr-defined]
+def part(name: str, *arguments: object, tmp_path: Path) -> Node:
+    """What a macro of the pages' parts makes."""
+    path = tmp_path / "part.html"
+    path.write_text(getattr(templates().get_template("parts.html.j2").module, name)(*arguments), encoding="utf-8")
+    return read(path)
 
 
-def test_the_maps_of_an_alignment_share_a_scale() -> None:
-    maps = alignment_cells(
-        {"local": torch.tensor([[2.0, 0.0], [0.5, 1.0]]), "global": torch.tensor([[1.0, 0.0], [0.001, 1.0]])},
-        {"local": 0.123, "global": 4.0},
-    )
-    assert [m["distance"] for m in maps] == ["0.12", "4.00"]
-    assert maps[0]["cells"] == [(0, 0, "1.00"), (0, 1, "0.25"), (1, 1, "0.50")]  # column, row
-    assert maps[1]["cells"] == [(0, 0, "0.50"), (1, 1, "0.50")]
+def test_the_table_of_prompts(tmp_path: Path) -> None:
+    first = PromptScore("a", 0.75, [0.1, 0.5], [False, True], chosen=False)
+    second = PromptScore("b", 0.25, [0.3, 0.2], [True, False], chosen=True)
+    page = part("prompt_table", [first, second], tmp_path=tmp_path)
+    (table,) = page.all("table")
+    assert table.rows() == [["a", "75.0 %", "0.10", "0.50"], ["b (chosen)", "25.0 %", "0.30", "0.20"]]
+    cells = [cell.attributes["class"] for row in list(table.all("tr"))[1:] for cell in row.all("td")]
+    assert cells == ["number", "s0", "s10 counted", "number", "s5 counted", "s2"]
+    same = part("prompt_table", [PromptScore("a", 1.0, [0.4, 0.4], [True, True], chosen=False)], tmp_path=tmp_path)
+    assert len(list(same.all("td", class_="s0"))) == 2
+
+
+def test_the_maps_of_an_alignment_share_a_scale(tmp_path: Path) -> None:
+    maps = {"local": torch.tensor([[2.0, 0.0], [0.5, 1.0]]), "global": torch.tensor([[1.0, 0.0], [0.001, 1.0]])}
+    found = Alignment("its class", "a <cat>", maps, {"local": 0.123, "global": 4.0}, None)
+    local, global_ = part("alignment_figures", found, None, "id", tmp_path=tmp_path).all("svg")
+    assert local.attributes["aria-label"] == "Alignment with a <cat>, local view, distance 0.12"
+    assert global_.attributes["aria-label"].endswith("global view, distance 4.00")
+
+    def cells(picture: Node) -> list[tuple[str, ...]]:
+        names = ("x", "y", "fill-opacity")
+        return [tuple(r.attributes[n] for n in names) for r in picture.all("rect") if "fill-opacity" in r.attributes]
+
+    assert cells(local) == [("1", "1", "1.00"), ("1", "2", "0.25"), ("2", "2", "0.50")]
+    assert cells(global_) == [("1", "1", "0.50"), ("2", "2", "0.50")]
 
 
 def test_a_page_that_cannot_be_written(tmp_path: Path) -> None:
@@ -90,7 +94,7 @@ def test_a_page_that_cannot_be_written(tmp_path: Path) -> None:
 def test_an_error_leaves_the_page_that_was_there(tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     page.write_text("before")
-    with pytest.raises(Exception, match="n_labelled"):
+    with pytest.raises(UndefinedError, match="is undefined"):
         write_page(page, "predictions.html.j2", {"title": "without the rest"})
     assert page.read_text() == "before"
     assert list(tmp_path.iterdir()) == [page]

@@ -199,7 +199,7 @@ def test_a_video_that_is_gone_by_then_has_its_numbers(
         (tmp_path / "videos" / "0.mp4").unlink()
         own(*args, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("clip_m2df.commands.predict.write_predictions", write)
+    monkeypatch.setattr(module, "write_predictions", write)
     assert predict(saved, tmp_path / "videos", tmp_path / "report.html") == 1
     page = cards(read(tmp_path / "report.html"))
     assert list(page["0.mp4"].all("table", class_="bars"))

@@ -1,7 +1,5 @@
 """What may be given as a clip, and how its frames are read."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -15,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clip_m2df.datasets.tree import VIDEO_EXTENSIONS, scan
-from clip_m2df.errors import UserError, some
+from clip_m2df.errors import UserError, require, some
 from clip_m2df.training.module import CLIPM2DF
 from clip_m2df.video.isolation import Lost, isolated_map
 from clip_m2df.video.reader import VideoError
@@ -23,10 +21,13 @@ from clip_m2df.video.transforms import ClipReader, resize_and_crop, segment_indi
 
 # A video file, a folder of numbered images, or uint8 RGB frames (frames, height, width, 3).
 Clip: TypeAlias = "str | os.PathLike[str] | NDArray[np.uint8] | Tensor"
-
-
 # One clip, a folder of clips, or several of either; also an array (clips, frames, height, width, 3).
 Clips: TypeAlias = "Clip | Iterable[Clip]"
+
+# Clips that are encoded together.
+TOGETHER = 16
+# Side of the small frames that are kept of a clip, in pixels.
+SMALL_SIDE = 64
 
 
 class Unreadable(str):
@@ -182,24 +183,22 @@ def read_clips(
         timeout: seconds after which a file is given up, with workers.
 
     Yields:
-        The place of each clip with its frames, uint8 ``(frames, 3, size, size)``, or why there are none, as they are
+        The index of each clip with its frames, uint8 ``(frames, 3, size, size)``, or why there are none, as they are
         ready.
     """
-    paths = {place: os.fspath(c) for place, c in enumerate(clips) if workers and isinstance(c, str | os.PathLike)}
-    for place, clip in enumerate(clips):
-        if place not in paths:
-            yield place, _read((reader, clip))
-    tasks = [(reader, path, place) for place, path in paths.items()]
+    tasks = []
+    for index, clip in enumerate(clips):
+        if workers and name_of(clip):
+            tasks.append((reader, clip, index))
+        else:
+            yield index, _read((reader, clip, index))
     with closing(isolated_map(_read_in_worker, tasks, workers=max(workers, 1), timeout=timeout)) as results:
-        for (_, _, place), result in results:
-            if isinstance(result, Lost):
-                yield place, Unreadable(result)
-            else:
-                yield place, result if isinstance(result, Unreadable) else torch.from_numpy(result)
+        for (_, _, index), found in results:
+            yield index, Unreadable(found) if isinstance(found, Lost | Unreadable) else torch.from_numpy(found)
 
 
-def _read(task: tuple[ClipReader, Clip]) -> Tensor | Unreadable:
-    reader, clip = task
+def _read(task: tuple[ClipReader, Clip, int]) -> Tensor | Unreadable:
+    reader, clip, _ = task
     try:
         return read_clip(clip, reader)
     except VideoError as error:
@@ -208,17 +207,9 @@ def _read(task: tuple[ClipReader, Clip]) -> Tensor | Unreadable:
         return Unreadable(error)
 
 
-def _read_in_worker(task: tuple[ClipReader, str, int]) -> NDArray[np.uint8] | Unreadable:
-    frames = _read(task[:2])
+def _read_in_worker(task: tuple[ClipReader, Clip, int]) -> NDArray[np.uint8] | Unreadable:
+    frames = _read(task)
     return frames if isinstance(frames, Unreadable) else frames.numpy()
-
-
-# Clips that are encoded together.
-CLIPS = 16
-
-
-# Side of the small frames that are kept of a clip, in pixels.
-THUMBNAIL = 64
 
 
 class Encoded(NamedTuple):
@@ -259,26 +250,26 @@ class ClipEncoder:
                 f"frames is {frames} and resize {resize}: set them to whole numbers, frames to 1 or more, and resize to"
                 f" {size}, the side that the tower takes, or more"
             )
-        if workers < 0 or not timeout > 0:
-            raise UserError(f"workers is {workers} and timeout {timeout}: set them to 0 or more, and to more than 0")
+        require(least=0, workers=workers)
+        require(above=0, timeout=timeout)
         self.model = model
         self.reader = ClipReader(frames=frames, resize=resize, size=size)
         self.workers = workers
         self.timeout = timeout
 
     def encode(self, clips: Sequence[Clip]) -> Iterator[list[tuple[int, Encoded | Unreadable]]]:
-        """The place of each clip with what it looks like to the model, or why it can't be read; some at once."""
+        """The index of each clip with what it looks like to the model, or why it can't be read; some at once."""
         held: list[tuple[int, Tensor]] = []
-        for place, found in read_clips(clips, self.reader, workers=self.workers, timeout=self.timeout):
+        read = read_clips(clips, self.reader, workers=self.workers, timeout=self.timeout)
+        for number, (index, found) in enumerate(read, 1):
             if isinstance(found, Unreadable):
-                yield [(place, found)]
-                continue
-            held.append((place, found))
-            if len(held) == CLIPS:
-                yield self._together(held)
+                yield [(index, found)]
+            else:
+                held.append((index, found))
+            if held and (len(held) == TOGETHER or number == len(clips)):
+                features = self.frames(torch.stack([frames for _, frames in held]))
+                yield [(i, Encoded(f, _small(frames))) for (i, frames), f in zip(held, features, strict=True)]
                 held = []
-        if held:
-            yield self._together(held)
 
     def encode_one(self, clip: Clip) -> Encoded:
         """The same of one clip.
@@ -300,16 +291,12 @@ class ClipEncoder:
         """Features of uint8 frames ``(…, 3, size, size)``: ``(…, dim)``, on the model's device."""
         return self.model.model.encode_frames(frames.to(self.model.device))
 
-    def _together(self, clips: Sequence[tuple[int, Tensor]]) -> list[tuple[int, Encoded | Unreadable]]:
-        features = self.frames(torch.stack([frames for _, frames in clips]))
-        return [(place, Encoded(f, _small(frames))) for (place, frames), f in zip(clips, features, strict=True)]
-
 
 def _small(frames: Tensor) -> Tensor:
-    """Frames ``(n, 3, size, size)`` of at most ``THUMBNAIL`` pixels a side."""
-    if frames.shape[-1] <= THUMBNAIL:
+    """Frames ``(n, 3, size, size)`` of at most ``SMALL_SIDE`` pixels a side."""
+    if frames.shape[-1] <= SMALL_SIDE:
         return frames
-    return F.interpolate(frames, size=(THUMBNAIL, THUMBNAIL), mode="bilinear", antialias=True)
+    return F.interpolate(frames, size=(SMALL_SIDE, SMALL_SIDE), mode="bilinear", antialias=True)
 
 
 def placed(model: CLIPM2DF, device: str | None) -> CLIPM2DF:

@@ -4,8 +4,6 @@ A clip of a class of its own is told from one of a known class by its distance b
 says how the classes compare (docs/own_videos.md has the figures).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

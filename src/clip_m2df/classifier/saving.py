@@ -4,8 +4,6 @@
 small frames of them; the checksum of the one is in the other.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -4,54 +4,50 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import lightning
-import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import Tensor
 
 from clip_m2df.commands.configs import find_config
-from clip_m2df.commands.trainer import run
-from clip_m2df.datasets.manifest import Manifest, Split, Video
-from clip_m2df.episodes.plan import EpisodeShape, plan_episode
-from clip_m2df.errors import UserError
-from clip_m2df.evaluation.features import Scorer, encode_clips, play_episodes
-from clip_m2df.motion_shapes import render, shared_appearance_classes
-from clip_m2df.nn.baselines import OTAMHead
-from clip_m2df.training.module import CLIPM2DF
-from clip_m2df.video.transforms import ClipReader
+from clip_m2df.errors import UserError, require
+
+if TYPE_CHECKING:
+    from clip_m2df.episodes.datamodule import EpisodeDataModule
+    from clip_m2df.training.module import CLIPM2DF
 
 CONFIG = "demo_5way1shot.yaml"
-
-
 # Tells a demo's folder, which the next one may replace, from a run that somebody wants to keep.
 MARKER = ".demo"
 
 
-def run_demo(output: Path, episodes: int, overrides: Sequence[str] = ()) -> None:
-    """Render, train, and print one table over shared test episodes.
+def run_demo(*overrides: str, output: Path = Path("runs/demo"), episodes: int = 2000) -> None:
+    """Render the embedded benchmark, train on it, and print a table of accuracies over shared test episodes.
 
     Args:
-        output: folder of the run; an earlier demo's there is replaced.
-        episodes: test episodes of each cell.
-        overrides: further options of ``fit``.
+        *overrides: Further options of ``fit``.
+        output: Folder of the run, replaced if an earlier demo made it.
+        episodes: Test episodes of each row.
 
     Raises:
-        UserError: ``output`` is there and is no earlier demo's.
+        UserError: ``output`` is there and is no earlier demo's, or there are too few episodes for an interval.
     """
-    if episodes < 2:
-        raise UserError(f"episodes {episodes}: an interval needs at least 2")
+    import lightning
+    import torch
+
+    from clip_m2df.commands.trainer import run
+    from clip_m2df.motion_shapes import render
+    from clip_m2df.training.module import CLIPM2DF
+
+    require(least=2, episodes=episodes)
     if output.exists() and not (output / MARKER).is_file():
         raise UserError(f"{output} is there already, and no earlier demo; give another --output")
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
     (output / MARKER).touch()
     started = time.perf_counter()
-    console = Console()
 
     render()
     rendered = time.perf_counter()
@@ -64,9 +60,9 @@ def run_demo(output: Path, episodes: int, overrides: Sequence[str] = ()) -> None
     after = CLIPM2DF.load_from_checkpoint(output / "checkpoints" / "best.ckpt", map_location="cpu").eval()
     lightning.seed_everything(config.seed_everything, verbose=False)
     before = CLIPM2DF(**config.model.as_dict()).eval()
-    data = fit.datamodule
-    assert data.manifest is not None
-    console.print(compare(before, after, data.manifest, data.reader, data.eval_shape, episodes, data.eval_seed))
+    console = Console()
+    with torch.no_grad():
+        console.print(compare(before, after, fit.datamodule, episodes))
     tested = time.perf_counter()
     console.print(
         f"rendering {rendered - started:.0f} s, training {trained - rendered:.0f} s, testing {tested - trained:.0f} s;"
@@ -74,75 +70,55 @@ def run_demo(output: Path, episodes: int, overrides: Sequence[str] = ()) -> None
     )
 
 
-def compare(
-    before: CLIPM2DF,
-    after: CLIPM2DF,
-    manifest: Manifest,
-    reader: ClipReader,
-    shape: EpisodeShape,
-    episodes: int,
-    seed: int,
-) -> Table:
+def compare(before: CLIPM2DF, after: CLIPM2DF, data: EpisodeDataModule, episodes: int) -> Table:
     """A table of accuracies on the same test episodes: OTAM on raw features, the head before and after training.
 
     Args:
-        before: the model with the weights that training started from.
-        after: the model after it; its tower may have been trained too.
-        manifest: the benchmark's.
-        reader: how videos are read.
-        shape: of the episodes.
-        episodes: how many.
-        seed: of the episodes.
+        before: The model with the weights that training started from.
+        after: The model after it; its tower may have been trained too.
+        data: The benchmark, and what its test episodes are.
+        episodes: How many.
     """
-    everything = manifest.split("test")
-    shared = _restrict(everything, shared_appearance_classes("test"))
-    columns = {f"all {len(everything.class_names)} classes": everything}
-    columns[f"the {len(shared.class_names)} that share their appearance"] = shared
+    import torch
 
-    videos = [video for row in everything.videos for video in row]
-    places = {video.path: place for place, video in enumerate(videos)}
-    clips = torch.cat(list(_read_clips(videos, reader)))
-    features = {model: encode_clips(model.model, clips.split(64)) for model in (before, after)}
-    otam = OTAMHead(dim=before.model.backbone.dim)
-    rows: list[tuple[str, CLIPM2DF, Scorer]] = [
-        ("OTAM on the tower's features", before, lambda *inputs: otam(*inputs).logits),
-        ("CLIP-M²DF before training", before, lambda *inputs: before.model.head(*inputs).logits),
-        ("CLIP-M²DF after training", after, lambda *inputs: after.model.head(*inputs).logits),
-    ]
+    from clip_m2df.datasets.manifest import Split
+    from clip_m2df.episodes.dataset import EpisodeDataset
+    from clip_m2df.episodes.features import EvaluationTable
+    from clip_m2df.episodes.loader import UnusableVideos
+    from clip_m2df.evaluation.bank import EpisodeBank
+    from clip_m2df.evaluation.metrics import EpisodeAccuracy
+    from clip_m2df.motion_shapes import shared_appearance_classes
+    from clip_m2df.nn.baselines import OTAMHead
+
+    assert data.manifest is not None
+    every, shape = data.manifest.split("test"), data.eval_shape
+    shared = [c for c, name in enumerate(every.class_names) if name in shared_appearance_classes("test")]
+    fields: tuple[tuple[Any, ...], ...] = (every.class_names, every.class_texts, every.videos)
+    splits = {
+        f"all {len(every.class_names)} classes": every,
+        f"the {len(shared)} that share their appearance": Split("test", *(tuple(f[c] for c in shared) for f in fields)),
+    }
+    paths = [video.path for of_class in every.videos for video in of_class]
+    frames = torch.stack([data.reader.read(path)[0] for path in track(paths, "Reading test videos", transient=True)])
+    rows = {
+        "OTAM on the tower's features": (before, OTAMHead(dim=before.model.backbone.dim)),
+        "CLIP-M²DF before training": (before, before.model.head),
+        "CLIP-M²DF after training": (after, after.model.head),
+    }
     title = f"{shape.n_way}-way {shape.n_shot}-shot, accuracy in % over {episodes} episodes of classes never trained on"
-    table = Table("", *columns, title=title, title_justify="left")
-    for name, model, scorer in rows:
+    table = Table("", *splits, title=title, title_justify="left")
+    for name, (model, head) in rows.items():
+        features = torch.cat([model.model.encode_frames(batch) for batch in frames.split(64)])
         cells = []
-        for split in columns.values():
-            plans = [plan_episode(split, shape, seed=seed, episode=i) for i in range(episodes)]
-            result = play_episodes(
-                scorer,
-                features[model],
-                model.encode_prompts(split.class_texts),
-                support=_places([plan.support for plan in plans], places),
-                query=_places([plan.query for plan in plans], places),
-                classes=torch.tensor([plan.classes for plan in plans]),
-            )
+        for split in splits.values():
+            dataset = EpisodeDataset(split, shape, data.reader, seed=data.eval_seed, augment=False)
+            videos = EvaluationTable(dataset, episodes, UnusableVideos(split, 0.0))
+            played, prompts = videos.episodes(range(episodes)), model.encode_prompts(split.class_texts)
+            bank = EpisodeBank(head, features[[paths.index(v.path) for v in videos.videos]], prompts, played)
+            accuracy = EpisodeAccuracy()
+            for numbers in torch.arange(episodes).split(64):
+                accuracy.update(bank.play(numbers).logits.argmax(-1) == played["query_labels"][numbers])
+            result = accuracy.compute()
             cells.append(f"{100 * result['accuracy']:.1f} ± {100 * result['interval']:.1f}")
         table.add_row(name, *cells)
     return table
-
-
-def _restrict(split: Split, labels: Sequence[str]) -> Split:
-    """The same split with these classes only."""
-    kept = [place for place, name in enumerate(split.class_names) if name in labels]
-    return Split(
-        split.name,
-        tuple(split.class_names[place] for place in kept),
-        tuple(split.class_texts[place] for place in kept),
-        tuple(split.videos[place] for place in kept),
-    )
-
-
-def _read_clips(videos: Sequence[Video], reader: ClipReader) -> Iterator[Tensor]:
-    for video in track(videos, "Reading test videos", transient=True):
-        yield reader.read(video.path)[0].unsqueeze(0)
-
-
-def _places(rows: Sequence[tuple[tuple[Video, ...], ...]], places: dict[str, int]) -> Tensor:
-    return torch.tensor([[[places[video.path] for video in row] for row in episode] for episode in rows])

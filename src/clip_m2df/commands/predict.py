@@ -1,9 +1,7 @@
-"""Labels many videos and writes a table of what is in them; a run that was broken off goes on where it was."""
+"""``clip-m2df predict``: labels videos and writes a table; a run that was interrupted goes on where it was."""
 
 from __future__ import annotations
 
-import csv
-import hashlib
 import json
 import math
 import os
@@ -12,158 +10,131 @@ import sys
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 from types import FrameType
-from typing import Any, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
-import torch
+from filelock import lock_descriptor
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
 from clip_m2df.__about__ import __version__
-from clip_m2df.classifier.classifier import FewShotClassifier
-from clip_m2df.classifier.clips import list_examples, name_of, placed, videos_in
-from clip_m2df.classifier.saving import TABLE
-from clip_m2df.classifier.segments import Windows
 from clip_m2df.errors import Stopped, UserError, some
-from clip_m2df.files import fingerprint_text, plain, whole_file
-from clip_m2df.report.page import check_page
-from clip_m2df.report.predictions import Row, write_predictions
-from clip_m2df.training.module import CLIPM2DF
-from clip_m2df.video.reader import VideoError
-from clip_m2df.video.timing import exact_rate
+from clip_m2df.files import fingerprint_text, plain, sha256_of, whole_file, write_table, writing
 
-FORMATS = (".csv", ".jsonl")
+if TYPE_CHECKING:
+    from clip_m2df.classifier.classifier import FewShotClassifier, Prediction
+    from clip_m2df.classifier.segments import Segment
+    from clip_m2df.report.predictions import Row
 
-
-_NAMED = 5  # of the broken videos, in print
-
-
-class Question(NamedTuple):
-    """What is asked of the videos.
-
-    Attributes:
-        reject: whether they may show none of the classes.
-        sliding: options of ``FewShotClassifier.segments``, where segments are wanted.
-    """
-
-    reject: bool
-    sliding: dict[str, float] | None
-
-    def columns(self, classes: Sequence[str]) -> tuple[str, ...]:
-        """Of the table."""
-        times = () if self.sliding is None else ("start", "end")
-        return ("path", *times, "label", "probability", *(f"p_{plain(name)}" for name in classes), "error")
-
-    def broken_row(self, classes: Sequence[str], error: str) -> Row:
-        """Of what can't be read."""
-        times = {} if self.sliding is None else {"start": None, "end": None}
-        return times | _row(classes, None, math.nan, {}, error)
-
-    def check(self, classifier: FewShotClassifier) -> None:
-        """Refuse what would fail on each video.
-
-        Raises:
-            UserError: an option out of its range, or nothing to reject by.
-        """
-        if self.sliding is not None:
-            lengths = {name: self.sliding.get(name) for name in ("stride", "smoothing")}
-            Windows.of(classifier.encoder.reader.frames, self.sliding["window"], **lengths)
-            if "fps" in self.sliding:
-                exact_rate("fps", self.sliding["fps"])
-        if self.reject and classifier.threshold_ is None:
-            raise UserError("--reject can't tell by one example of one class: give it more examples, or another class")
+# How a clip is compared with the examples where nothing is trained.
+UntrainedHead = Literal["otam", "nearest_prototype", "bi_mhm", "zero_shot"]
+TABLE_FORMATS = (".csv", ".jsonl")
+# Of the broken videos that are named in print.
+MOST_NAMED = 5
+# What the first line of a part says.
+PART_FORMAT = "clip-m2df predictions 1"
 
 
 def predict_videos(
     *,
-    ckpt_path: str | None,
-    backbone: str | None,
-    head: str | None,
-    support: Path | None,
+    ckpt_path: str | None = None,
+    backbone: str | None = None,
+    head: UntrainedHead | None = None,
+    support: Path | None = None,
     videos: Sequence[str],
     output: Path,
-    reject: bool,
-    segments: bool,
-    window: float | None,
-    stride: float | None,
-    smoothing: float | None,
-    fps: float | None,
-    workers: int,
-    timeout: float,
     report: Path | None = None,
+    reject: bool = False,
+    segments: bool = False,
+    window: float | None = None,
+    stride: float | None = None,
+    smoothing: float | None = None,
+    fps: float | None = None,
+    workers: int | None = None,
+    timeout: float = 60.0,
 ) -> int:
-    """Label videos, write a table and print a summary.
+    """Label videos from a few examples of each class.
 
     Rows are added to ``<output>.part`` as they come, those of clips that the model sees together at once, and the next
-    run of the same goes on from there.
+    run of the same goes on from there. At the end the table is written and a summary printed.
 
     Args:
-        ckpt_path: a checkpoint, a folder of ``save_pretrained``, a name on the hub, or a saved classifier.
-        backbone: CLIP's weights in its place, for a head that has nothing to train.
-        head: that head; ``otam`` by default.
-        support: a folder with a folder of examples for each class; not with a saved classifier.
-        videos: files, folders of videos, folders of numbered images.
-        output: the table, ``.csv`` or ``.jsonl``.
-        reject: say ``none of these`` of what is too far from every class.
-        segments: what happens when, instead of one label a video.
-        window: see :meth:`FewShotClassifier.segments`; only with segments, as the next three.
-        stride: the same.
-        smoothing: the same.
-        fps: the same.
-        workers: processes that read files; 0 reads in this one.
-        timeout: seconds after which a video is given up, with workers.
-        report: a page of it for a browser, if one is wanted.
+        ckpt_path: A trained model: a .ckpt file, a folder that save_pretrained wrote, or a name on the hub; or a folder
+            that FewShotClassifier.save wrote, which has its classes. Either this or --backbone.
+        backbone: CLIP's own weights instead, nothing trained: a name on the hub, a folder, rn50 or tiny.
+        head: How a clip is compared with the examples, with --backbone; otam by default.
+        support: A folder with a folder of examples for each class; not with a saved classifier.
+        videos: Files, folders with videos at any depth, folders of numbered images.
+        output: The table, .csv or .jsonl; a run that was interrupted goes on.
+        report: A page for a browser, .html: each video with its frames, and why.
+        reject: Say "none of these" of what is too far from every class.
+        segments: What happens when in long videos, which are read in this process.
+        window: With --segments: length of a window in seconds, about that of the examples; 2 by default.
+        stride: With --segments: seconds from one window to the next; a quarter of the window by default.
+        smoothing: With --segments: seconds over which scores are averaged; half the window by default.
+        fps: With --segments: frames a second; folders of images need it, a file's own times give way to it.
+        workers: Processes that decode, as many as there are cores by default; 0: this one, which a broken file may take
+            with it.
+        timeout: Seconds after which a video is given up, with workers.
 
     Returns:
         The exit status: 0, or 1 if a video can't be read or a folder has none.
 
     Raises:
-        UserError: options that don't go together or are out of range, no model or support, no file of its own to write.
-        Terminated: by SIGTERM.
+        UserError: Options that don't go together or are out of range, no model or support, no file of its own to write.
+        Stopped: By SIGTERM; what has been found is kept.
     """
-    _check_options(output, report, ckpt_path, head)
-    question = Question(reject, _sliding(segments, window=window, stride=stride, smoothing=smoothing, fps=fps))
-    listed, empty = _list_videos(videos)
-    with _terminable(), open_part(output) as part:
-        classifier, known_by = _make_classifier(ckpt_path, backbone, head, support, workers=workers, timeout=timeout)
-        question.check(classifier)
-        found = _find(classifier, question, listed, empty, output, part, _digest(classifier, known_by, question))
-        _write_table(output, question.columns(classifier.classes_.tolist()), found)
-        if report is not None:
-            model = str(ckpt_path or backbone)
-            write_predictions(report, classifier, found, model, support, reject=reject, segments=segments)
-        part.clear()
-    return _print_summary(found, segments, output)
+    from clip_m2df.report.page import check_page
+    from clip_m2df.report.predictions import write_predictions
 
-
-def _sliding(segments: bool, **given: float | None) -> dict[str, float] | None:
-    """Options of ``FewShotClassifier.segments``, where segments are wanted."""
+    if (ckpt_path is None) == (backbone is None):
+        raise UserError("give either --ckpt_path, a trained model, or --backbone, CLIP's own weights")
+    if head is not None and ckpt_path is not None:
+        raise UserError("--head goes with --backbone: a trained model has a head of its own; leave it out")
+    if output.suffix not in TABLE_FORMATS:
+        raise UserError(f"--output is {output}: give it a name that ends in {' or '.join(TABLE_FORMATS)}")
+    if report is not None:
+        check_page(report)
+    given = {"window": window, "stride": stride, "smoothing": smoothing, "fps": fps}
     sliding = {name: value for name, value in given.items() if value is not None}
     if sliding and not segments:
         raise UserError(f"--{next(iter(sliding))} is of --segments: give that too, or leave it out")
-    for name, value in sliding.items():
-        if not math.isfinite(value):
-            raise UserError(f"--{name} is {value}: give a number that is not infinite")
-    return {"window": 2.0, **sliding} if segments else None
-
-
-def _check_options(output: Path, report: Path | None, ckpt_path: str | None, head: str | None) -> None:
-    if output.suffix not in FORMATS:
-        raise UserError(f"--output is {output}: give it a name that ends in {' or '.join(FORMATS)}")
-    if report is not None:
-        check_page(report)
-    if head is not None and ckpt_path is not None:
-        raise UserError("--head goes with --backbone: a trained model has a head of its own; leave it out")
+    paths, empty = _list_videos(videos)
+    reading = {"workers": os.cpu_count() if workers is None else workers, "timeout": timeout}
+    with _terminable(), open_part(output) as part:
+        classifier, support_facts = _make_classifier(ckpt_path, backbone, head or "otam", support, **reading)
+        labeller = _Labeller(classifier, reject, {"window": 2.0, **sliding} if segments else None)
+        fingerprints = {key: fingerprint_text(path) for key, path in paths.items()}
+        found = part.take_over(labeller.digest(support_facts), fingerprints, list(labeller.blank))
+        if found:
+            print(f"{len(found)} of {len(paths)} videos were labelled before the last run was interrupted")
+        found |= {key: [labeller.broken_row("the folder has no videos")] for key in empty}
+        left = [key for key in paths if key not in found]
+        # Closed, so that workers end at once when the run does.
+        with closing(labeller.label([paths[key] for key in left])) as results:
+            bar = track(results, "labelling", total=len(left), console=Console(stderr=True), disable=not left)
+            for index, rows in bar:
+                found[left[index]] = rows
+                part.add(left[index], fingerprints[left[index]], rows)
+        table = {path: found[key] for key, path in paths.items()}
+        _write_predictions(output, ["path", *labeller.blank], table)
+        if report is not None:
+            model = str(ckpt_path or backbone)
+            write_predictions(report, classifier, table, model, support, reject=reject, segments=segments)
+        part.clear()
+    return _print_summary(table, "segments" if segments else "videos", output)
 
 
 def _list_videos(arguments: Sequence[str]) -> tuple[dict[str, str], set[str]]:
     """The videos by their absolute paths, each as it was named first, and the folders among them that have none."""
+    from clip_m2df.classifier.clips import videos_in
+
     listed: dict[str, str] = {}
     empty = set()
     for argument in arguments:
@@ -178,141 +149,113 @@ def _list_videos(arguments: Sequence[str]) -> tuple[dict[str, str], set[str]]:
 
 
 def _make_classifier(
-    ckpt_path: str | None, backbone: str | None, head: str | None, support: Path | None, **reading: Any
+    ckpt_path: str | None, backbone: str | None, head: str, support: Path | None, **reading: Any
 ) -> tuple[FewShotClassifier, object]:
-    """The classifier that is asked for, and what its support is known by.
+    """The classifier that is asked for, and what tells its support from another.
 
     That is the files and not their features, whose last digits depend on the batches in which they happened to be
     encoded.
     """
+    from clip_m2df.classifier.classifier import FewShotClassifier
+    from clip_m2df.classifier.clips import list_examples, name_of, placed
+    from clip_m2df.classifier.saving import TABLE
+    from clip_m2df.training.module import CLIPM2DF
+
     if ckpt_path is not None and (table := Path(ckpt_path, TABLE)).is_file():
         if support is not None:
             raise UserError(f"{ckpt_path} is a saved classifier, which has its classes: leave --support out")
-        return FewShotClassifier.load(ckpt_path, **reading), hashlib.sha256(table.read_bytes()).hexdigest()
+        return FewShotClassifier.load(ckpt_path, **reading), sha256_of(table)
     if support is None:
         raise UserError(
             f"{ckpt_path or backbone} knows no classes: give --support, a folder with a folder of examples for each"
         )
-    with _plain_warnings():
-        examples = list_examples(support)  # before the model, which takes longer
+    examples = list_examples(support)  # before the model, which takes longer
     names = [(label, name_of(clip)) for label, clips in examples.items() for clip in clips]
     marks = [(label, os.path.relpath(name, support), fingerprint_text(name)) for label, name in names]
     if ckpt_path is not None:
         classifier = FewShotClassifier.from_checkpoint(ckpt_path, **reading)
     else:
-        model = CLIPM2DF(backbone=str(backbone), head=head or "otam", freeze_backbone=True)
+        model = CLIPM2DF(backbone=str(backbone), head=head, freeze_backbone=True)
         classifier = FewShotClassifier(placed(model, None), **reading)
-    with _plain_warnings() as said:
-        classifier.fit(examples)
-    return classifier, [marks, said]  # examples that were left out are among what was said
-
-
-def _digest(classifier: FewShotClassifier, known_by: object, question: Question) -> str:
-    """SHA-256 of all that a prediction depends on, but for the video."""
-    model, reader = classifier.model, classifier.encoder.reader
-    facts = {
-        "version": __version__,
-        "model": {name: model.hparams[name] for name in ("head", "head_options", "template")},
-        "tower": model.model.backbone.description(),
-        "text_fusion": model.text_fusion,
-        "selection": getattr(model.model.head, "selection", None),
-        "classes": classifier.classes_.tolist(),
-        "support": known_by,
-        "reader": [reader.frames, reader.resize, reader.size],
-        "question": question,
-    }
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    for name, weights in model.model.state_dict().items():
-        digest.update(f"{name} {weights.dtype} {tuple(weights.shape)}".encode())
-        digest.update(weights.detach().cpu().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def _find(
-    classifier: FewShotClassifier,
-    question: Question,
-    listed: Mapping[str, str],
-    empty: Collection[str],
-    output: Path,
-    part: PartFile,
-    digest: str,
-) -> dict[str, list[Row]]:
-    """The rows of each video by its path; what the part knows already is taken over."""
-    names = classifier.classes_.tolist()
-    marks = {key: fingerprint_text(path) for key, path in listed.items()}
-    found = part.take_over(digest, marks, question.columns(names)[1:])
-    if found is None:
-        print(f"{plain(str(output))}.part is of a run with another model, support or options: starting anew")
-        found = {}
-    elif found:
-        print(f"{len(found)} of {len(listed)} videos were labelled before the last run was broken off")
-    found |= {key: [question.broken_row(names, "the folder has no videos")] for key in empty}
-    left = [key for key in listed if key not in found]
-    # Closed, so that workers end at once when the run does.
-    with closing(_label(classifier, question, [listed[key] for key in left])) as results:
-        bar = track(results, "labelling", total=len(left), console=Console(stderr=True), disable=not left)
-        for place, rows in bar:
-            found[left[place]] = rows
-            part.add(left[place], marks[left[place]], rows)
-    return {path: found[key] for key, path in listed.items()}
-
-
-def _label(
-    classifier: FewShotClassifier, question: Question, paths: Sequence[str]
-) -> Generator[tuple[int, list[Row]], None, None]:
-    """The place of each video and its rows, as they are ready."""
-    names = classifier.classes_.tolist()
-    if question.sliding is None:
-        for place, p in classifier.classify(paths, reject=question.reject):
-            yield place, [_row(names, p.label, p.probability, p.probabilities, p.error)]
-        return
-    for place, path in enumerate(paths):
-        try:
-            found = classifier.segments(path, reject=question.reject, **question.sliding)
-        except UserError as error:
-            reason = error.reason_for(path) if isinstance(error, VideoError) else str(error)
-            yield place, [question.broken_row(names, reason)]
-        else:
-            times = [{"start": round(s.start, 3), "end": round(s.end, 3)} for s in found]
-            rows = [_row(names, s.label, s.probability, s.probabilities) for s in found]
-            yield place, [time | row for time, row in zip(times, rows, strict=True)]
-
-
-def _row(
-    names: Sequence[str], label: str | None, probability: float, probabilities: Mapping[str, float], error: str = ""
-) -> Row:
-    return {
-        "label": None if label is None else plain(label),
-        "probability": _rounded(probability),
-        **{f"p_{plain(name)}": _rounded(probabilities.get(name, math.nan)) for name in names},
-        "error": plain(" ".join(error.split())) or None,
-    }
-
-
-def _rounded(probability: float) -> float | None:
-    return None if math.isnan(probability) else round(probability, 6)
-
-
-@contextmanager
-def _plain_warnings() -> Iterator[list[str]]:
-    """Say warnings as the command line says errors, and give what was said."""
-    said: list[str] = []
-
-    def say(message: Warning | str, *_: object, **__: object) -> None:
-        said.append(str(message))
-        print(f"clip-m2df: warning: {message}", file=sys.stderr)
-
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        warnings.showwarning = say
-        yield said
+        classifier.fit(examples)
+    left_out = [str(warning.message) for warning in caught]
+    for message in left_out:
+        print(f"clip-m2df: warning: {message}", file=sys.stderr)
+    return classifier, [marks, left_out]
 
 
-class Terminated(Stopped):
-    """A run was asked to end by SIGTERM; what it has found is kept."""
+class _Labeller:
+    """Labels videos, as rows of the table without their path.
 
-    def __str__(self) -> str:
-        return "stopped by SIGTERM; the same command goes on where it was"
+    Args:
+        classifier: What labels them.
+        reject: Whether they may show none of the classes.
+        sliding: Options of ``FewShotClassifier.segments``, where segments are wanted.
+
+    Raises:
+        UserError: An option is out of its range, or there is nothing to reject by; each video would fail.
+    """
+
+    def __init__(self, classifier: FewShotClassifier, reject: bool, sliding: dict[str, float] | None) -> None:
+        from clip_m2df.classifier.segments import Windows
+        from clip_m2df.video.timing import exact_rate
+
+        if sliding is not None:
+            lengths = [sliding.get(name) for name in ("stride", "smoothing")]
+            Windows.of(classifier.encoder.reader.frames, sliding["window"], *lengths)
+            exact_rate("fps", sliding.get("fps", 1.0))
+        if reject and classifier.threshold_ is None:
+            raise UserError("--reject can't tell by one example of one class: give it more examples, or another class")
+        self.classifier, self.reject, self.sliding = classifier, reject, sliding
+        times = [] if sliding is None else ["start", "end"]
+        columns = [f"p_{plain(name)}" for name in classifier.classes_.tolist()]
+        self.blank: Row = dict.fromkeys([*times, "label", "probability", *columns, "error"])
+
+    def label(self, paths: Sequence[str]) -> Generator[tuple[int, list[Row]], None, None]:
+        """The index of each video and its rows, as they are ready."""
+        from clip_m2df.video.reader import VideoError
+
+        if self.sliding is None:
+            for index, found in self.classifier.classify(paths, reject=self.reject):
+                yield index, [self.broken_row(found.error) if found.label is None else self._row(found)]
+            return
+        for index, path in enumerate(paths):
+            try:
+                segments = self.classifier.segments(path, reject=self.reject, **self.sliding)
+            except UserError as error:
+                reason = error.reason_for(path) if isinstance(error, VideoError) else str(error)
+                yield index, [self.broken_row(reason)]
+            else:
+                yield index, [self._row(s) | {"start": round(s.start, 3), "end": round(s.end, 3)} for s in segments]
+
+    def broken_row(self, error: str) -> Row:
+        """Of what can't be read."""
+        return self.blank | {"error": plain(" ".join(error.split()))}
+
+    def _row(self, found: Prediction | Segment) -> Row:
+        probabilities = {f"p_{plain(name)}": round(value, 6) for name, value in found.probabilities.items()}
+        probability = None if math.isnan(found.probability) else round(found.probability, 6)
+        return self.blank | probabilities | {"label": plain(str(found.label)), "probability": probability}
+
+    def digest(self, support: object) -> str:
+        """SHA-256 of all that a row depends on, but for the video; ``support`` tells the examples from others."""
+        from clip_m2df.evaluation.bank import digest_of
+
+        model, reader = self.classifier.model, self.classifier.encoder.reader
+        facts = {
+            "version": __version__,
+            "model": {name: model.hparams[name] for name in ("head", "head_options", "template")},
+            "tower": model.model.backbone.description(),
+            "text_fusion": model.text_fusion,
+            "selection": getattr(model.model.head, "selection", None),
+            "classes": self.classifier.classes_.tolist(),
+            "support": support,
+            "reader": [reader.frames, reader.resize, reader.size],
+            "question": [self.reject, self.sliding],
+        }
+        return digest_of(json.dumps(facts, sort_keys=True), model.model)
 
 
 @contextmanager
@@ -320,7 +263,7 @@ def _terminable() -> Iterator[None]:
     """End at SIGTERM as at Ctrl-C: by way of all that is to be closed, workers among it."""
 
     def handle(number: int, frame: FrameType | None) -> None:
-        raise Terminated(number)
+        raise Stopped(number, "the same command goes on where it was")
 
     if threading.current_thread() is not threading.main_thread():  # where no handler may be set
         yield
@@ -332,172 +275,141 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None where it was not set by Python
 
 
-def _write_table(output: Path, columns: Sequence[str], found: Mapping[str, Sequence[Row]]) -> None:
-    rows = [{"path": plain(path), **row} for path, of_video in found.items() for row in of_video]
-    with writing(output), whole_file(output) as draft, open(draft, "w", encoding="utf-8", newline="") as file:
-        if output.suffix == ".jsonl":
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            return
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(columns)
-        table.writerows([_cell(name, row[name]) for name in columns] for row in rows)
+def _write_predictions(output: Path, columns: Sequence[str], table: Mapping[str, Sequence[Row]]) -> None:
+    rows = [{"path": plain(path), **row} for path, of_video in table.items() for row in of_video]
+    if output.suffix == ".jsonl":
+        with writing(output, "predictions"), whole_file(output) as draft:
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            draft.write_text(lines, encoding="utf-8", newline="")
+        return
+    digits = {"start": 3, "end": 3}
+    cells = (
+        [f"{v:.{digits.get(name, 6)}f}" if isinstance(v, int | float) else v for name, v in row.items()] for row in rows
+    )
+    write_table(output, "predictions", [columns, *cells])
 
 
-def _cell(column: str, value: str | float | None) -> str:
-    if isinstance(value, int | float):
-        return f"{value:.3f}" if column in ("start", "end") else f"{value:.6f}"
-    return value or ""
-
-
-def _print_summary(found: Mapping[str, Sequence[Row]], segments: bool, output: Path) -> int:
+def _print_summary(table: Mapping[str, Sequence[Row]], counted: str, output: Path) -> int:
     """Print how much there is of each label and what can't be read; the exit status."""
-    counts = Counter(row["label"] for rows in found.values() for row in rows if row["label"] is not None)
-    table = Table("label", "segments" if segments else "videos")
+    counts = Counter(row["label"] for rows in table.values() for row in rows if row["label"] is not None)
+    summary = Table("label", counted)
     for label, count in counts.most_common():
-        table.add_row(Text(label), str(count))
-    Console().print(table)
-    if nothing := [plain(path) for path, rows in found.items() if not rows]:
-        print(f"none of these from beginning to end, and no row: {some(nothing, _NAMED)}")
-    broken = [f"{plain(path)}: {row['error']}" for path, rows in found.items() for row in rows if row["error"]]
+        summary.add_row(Text(label), str(count))
+    Console().print(summary)
+    if nothing := [plain(path) for path, rows in table.items() if not rows]:
+        print(f"none of these from beginning to end, and no row: {some(nothing, MOST_NAMED)}")
+    broken = [f"{plain(path)}: {row['error']}" for path, rows in table.items() for row in rows if row["error"]]
     if broken:
-        print(f"{len(broken)} of {len(found)} videos can't be read:", *broken[:_NAMED], sep="\n  ")
-        if len(broken) > _NAMED:
-            print(f"  and {len(broken) - _NAMED} more")
+        more = [f"and {len(broken) - MOST_NAMED} more"] if len(broken) > MOST_NAMED else []
+        print(f"{len(broken)} of {len(table)} videos can't be read:", *broken[:MOST_NAMED], *more, sep="\n  ")
     print(f"the predictions are in {plain(str(output))}")
     return int(bool(broken))
-
-
-if sys.platform != "win32":
-    import fcntl
-
-
-# First in the file.
-FORMAT = "clip-m2df predictions 1"
-
-
-class PartFile:
-    """A line of JSON that says which run it is of, and then one for each video; see :func:`open_part`.
-
-    Args:
-        output: the table.
-        file: opened to be read and added to.
-    """
-
-    def __init__(self, output: Path, file: TextIO) -> None:
-        self._output = output
-        self._file = file
-
-    def take_over(self, digest: str, marks: Mapping[str, str], columns: Sequence[str]) -> dict[str, list[Row]] | None:
-        """Begin, with the rows of videos that an earlier run of the same has labelled and that haven't changed since.
-
-        Lines that are torn are passed over. Videos that could not be read are tried again: with more time they may be.
-
-        Args:
-            digest: of all that a prediction depends on, but for the video.
-            marks: by video, what changes when it does; empty if it is not there.
-            columns: of a row.
-
-        Returns:
-            The rows by video; None where the file was of another run, whose rows are gone.
-
-        Raises:
-            UserError: the file can't be read or written.
-        """
-        header = {"format": FORMAT, "digest": digest}
-        with writing(self._output):
-            self._file.seek(0)
-            text = list(self._file)
-            lines = list(map(_parsed, text))
-            if not lines or lines[0] != header:
-                self._file.truncate(0)
-                self._add(header)
-                return None if lines else {}
-            if not text[-1].endswith("\n"):  # the next line is to stand alone
-                self._file.write("\n")
-        found: dict[str, list[Row]] = {}
-        for line in lines[1:]:
-            key, rows = str(line.get("video")), line.get("rows", ())
-            if not marks.get(key) or line.get("mark") != marks[key]:  # of another run's videos, or changed
-                continue
-            if all(tuple(row) == tuple(columns) and row["error"] is None for row in rows):
-                found[key] = rows
-        return found
-
-    def add(self, video: str, mark: str, rows: Sequence[Row]) -> None:
-        """Keep the rows of a video.
-
-        Raises:
-            UserError: they can't be written.
-        """
-        with writing(self._output):
-            self._add({"video": video, "mark": mark, "rows": rows})
-
-    def clear(self) -> None:
-        """Forget everything: the table is written."""
-        with writing(self._output):
-            self._file.truncate(0)
-
-    def _add(self, content: Mapping[str, Any]) -> None:
-        # All in ASCII: a name with bytes that are no UTF-8 can be read back.
-        self._file.write(json.dumps(content) + "\n")
-        self._file.flush()
 
 
 @contextmanager
 def open_part(output: Path) -> Iterator[PartFile]:
     """Open ``<output>.part`` for one run alone; at the end it is left behind if there is something in it.
 
+    The file itself is locked, and the system lets go of it when the process dies: no lock is ever left behind.
+
     Args:
-        output: the table, which is held to be written beside it.
+        output: The table, which is to be written beside it.
 
     Raises:
-        UserError: it can't be written, or another run has it open.
+        UserError: It can't be written, or another run has it open.
     """
     path = Path(f"{output}.part")
-    if output.is_dir():
-        raise UserError(f"cannot write the predictions {output}: it is a folder; name a file in it")
-    if path.is_dir():
-        raise UserError(f"cannot write the predictions {output}: {path} is a folder; name another file")
+    for taken in (output, path):
+        if taken.is_dir():
+            raise UserError(f"cannot write the predictions {output}: {taken} is a folder; name another file")
     with ExitStack() as stack:
-        with writing(output):
+        with writing(output, "predictions"):
             path.parent.mkdir(parents=True, exist_ok=True)
             TemporaryFile(dir=path.parent).close()
             file = stack.enter_context(open(path, "a+", encoding="utf-8", errors="replace"))
-        _lock(file, output)
+        locked = True
+        with suppress(OSError):  # a file system without locks
+            locked = lock_descriptor(file.fileno(), blocking=False)
+        if not locked:
+            raise UserError(f"another run writes the predictions {output}: wait for its end, or name another file")
         try:
             yield PartFile(output, file)
         finally:
-            with writing(output):
+            with writing(output, "predictions"):
                 empty = os.fstat(file.fileno()).st_size == 0
                 file.close()
                 if empty:
                     path.unlink(missing_ok=True)
 
 
-def _lock(file: TextIO, output: Path) -> None:
-    """Hold the file until it is closed; the system lets go of it too when the process dies."""
-    if sys.platform == "win32":
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(
-            f"another run is at work on the predictions {output}: wait for its end, or name another file"
-        ) from error
-    except OSError:  # a file system without locks
-        pass
+class PartFile:
+    """A line of JSON that says which run it is of, and then one for each video; see :func:`open_part`.
 
+    Args:
+        output: The table.
+        file: Opened to be read and added to.
+    """
 
-@contextmanager
-def writing(output: Path) -> Iterator[None]:
-    """Turn the operating system's refusals into errors that name the table."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"cannot write the predictions {output}: {error.strerror or error}; name a file in a folder that can be"
-            " written"
-        ) from error
+    def __init__(self, output: Path, file: TextIO) -> None:
+        self._output = output
+        self._file = file
+
+    def take_over(self, digest: str, fingerprints: Mapping[str, str], columns: Sequence[str]) -> dict[str, list[Row]]:
+        """Begin, with the rows of videos that an earlier run of the same has labelled and that haven't changed since.
+
+        Lines that are torn are passed over. Videos that could not be read are tried again: with more time they may be.
+        What another run left is dropped, which is said.
+
+        Args:
+            digest: Of all that a row depends on, but for the video.
+            fingerprints: By video, what changes when it does; empty if it is not there.
+            columns: Of a row.
+
+        Returns:
+            The rows by video.
+
+        Raises:
+            UserError: The file can't be read or written.
+        """
+        header = {"format": PART_FORMAT, "digest": digest}
+        with writing(self._output, "predictions"):
+            self._file.seek(0)
+            text = self._file.read()
+            lines = [_parsed(line) for line in text.splitlines()]
+            if not lines or lines[0] != header:
+                if lines:
+                    print(f"{plain(self._file.name)} is of a run with another model, support or options: starting anew")
+                self._file.truncate(0)
+                self._add(header)
+                return {}
+            if not text.endswith("\n"):  # the next line is to stand alone
+                self._file.write("\n")
+        found = {}
+        for line in lines[1:]:
+            video, rows = str(line.get("video")), line.get("rows", ())
+            unchanged = fingerprints.get(video) and line.get("mark") == fingerprints[video]
+            if unchanged and all(list(row) == columns and row["error"] is None for row in rows):
+                found[video] = rows
+        return found
+
+    def add(self, video: str, fingerprint: str, rows: Sequence[Row]) -> None:
+        """Keep the rows of a video.
+
+        Raises:
+            UserError: They can't be written.
+        """
+        with writing(self._output, "predictions"):
+            self._add({"video": video, "mark": fingerprint, "rows": rows})
+
+    def clear(self) -> None:
+        """Forget everything: the table is written."""
+        with writing(self._output, "predictions"):
+            self._file.truncate(0)
+
+    def _add(self, content: Mapping[str, Any]) -> None:
+        # All in ASCII: a name with bytes that are no UTF-8 can be read back.
+        self._file.write(json.dumps(content) + "\n")
+        self._file.flush()
 
 
 def _parsed(line: str) -> dict[str, Any]:

@@ -1,6 +1,4 @@
-"""``fit``, ``validate`` and ``test`` through one LightningCLI."""
-
-from __future__ import annotations
+"""``fit``, ``validate``, ``test`` and ``episodes`` through one LightningCLI."""
 
 import inspect
 import logging
@@ -31,28 +29,23 @@ from clip_m2df.errors import Stopped, UserError
 from clip_m2df.motion_shapes import NO_KNOBS
 from clip_m2df.nn.baselines import head_class
 from clip_m2df.report.evaluation import EvaluationPage
+from clip_m2df.training import checkpoints
 from clip_m2df.training.build import saved_options
 from clip_m2df.training.callbacks import RunConfig, RunProgressBar, RunReport
-from clip_m2df.training.checkpoints import (
-    BEST,
-    FOLDER,
-    LAST,
-    PREVIOUS,
-    RunCheckpoint,
-    RunCheckpointIO,
-    read_checkpoint,
-    read_last,
-)
 from clip_m2df.training.dashboard import Dashboard
 from clip_m2df.training.module import CLIPM2DF
 from clip_m2df.training.wandb_run import go_on_with_run
 
 # What gloo and NCCL say when a process at the other end is gone.
 LOST = "closed by peer|reset by peer|remote process exited|communicator was aborted|broken pipe"
-
-
-# Of a config; a few lines of aliases of aliases stand for as many as one likes, all of which the parser would visit.
-MOST_VALUES = 10_000
+# Warnings that nobody can act on.
+IGNORED_WARNINGS = (
+    "LeafSpec",  # a deprecation inside Lightning
+    "tensorboardX",  # an advertisement
+    "exists and is not empty",  # the folder of a run that goes on
+    "in eval mode at the start of training",  # a frozen tower is so on purpose
+    "sync_dist=True",  # the metrics that are logged have been summed over ranks already
+)
 
 
 class CLI(LightningCLI):
@@ -70,9 +63,11 @@ class CLI(LightningCLI):
             CLIPM2DF,
             EpisodeDataModule,
             save_config_callback=RunConfig,
+            save_config_kwargs={"save_to_log_dir": False},
             seed_everything_default=0,
             trainer_defaults={"default_root_dir": "runs"},
-            parser_kwargs={"exit_on_error": False} | {c: {"exit_on_error": False} for c in self.subcommands()},
+            parser_kwargs={"prog": "clip-m2df", "exit_on_error": False}
+            | {name: {"exit_on_error": False} for name in self.subcommands()},
             # Otherwise any ``optimizer:`` group would replace the model's own two learning rates.
             auto_configure_optimizers=False,
             # Otherwise checkpoints made here could be loaded by the command line only.
@@ -83,22 +78,12 @@ class CLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """The commands, and what of the Trainer's methods is not an option."""
-        return {
-            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
-            "validate": {"model", "dataloaders", "datamodule"},
-            "test": {"model", "dataloaders", "datamodule"},
-        }
+        return {name: left_out for name, left_out in LightningCLI.subcommands().items() if name != "predict"}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the options of :class:`RunCheckpoint` and :class:`Dashboard`, and ``profile``."""
-        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        """Add the options of :class:`clip_m2df.training.checkpoints.RunCheckpoint` and :class:`Dashboard`."""
+        parser.add_lightning_class_args(checkpoints.RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(Dashboard, "dashboard")
-        parser.add_argument(
-            "--profile",
-            type=bool,
-            default=False,
-            help="print at the end where the time of the training went, and the achieved share of the device's peak",
-        )
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
@@ -121,26 +106,29 @@ class CLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
         """Make the trainer, with the run's report, and its progress bar unless none is wanted."""
-        trainer_options = self.config_init[str(self.subcommand)].trainer
-        trainer_options.callbacks = [*_listed(trainer_options.callbacks), RunReport()]
-        plugins = _listed(trainer_options.plugins)
-        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-            plugins.append(RunCheckpointIO(self.config[str(self.subcommand)].ckpt_path or "", self.checkpoint))
+        subcommand = str(self.subcommand)
+        options = self.config_init[subcommand].trainer
+        folder = Path(options.default_root_dir or ".")
+        options.callbacks = [*_listed(options.callbacks), RunReport()]
+        if options.enable_progress_bar is not False:
+            options.callbacks.append(RunProgressBar())
+        options.plugins = _listed(options.plugins)
+        if not any(isinstance(plugin, CheckpointIO) for plugin in options.plugins):
+            options.plugins.append(
+                checkpoints.RunCheckpointIO(self.config[subcommand].ckpt_path or "", self.checkpoint)
+            )
         self.checkpoint = None
-        by_slurm = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
-        if by_slurm and not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
+        told = TorchElasticEnvironment.detect() or any(isinstance(p, ClusterEnvironment) for p in options.plugins)
+        if SLURMEnvironment.detect() and not told:
             # Lightning would save wherever a signal comes, into a file that later runs take without being asked.
-            plugins.append(SLURMEnvironment(auto_requeue=False))
-        trainer_options.plugins = plugins
-        if trainer_options.enable_progress_bar is not False:
-            trainer_options.callbacks.append(RunProgressBar())
-        if trainer_options.logger in (None, True):  # Lightning's own choice depends on what happens to be installed
-            trainer_options.logger = CSVLogger(trainer_options.default_root_dir or ".")
+            options.plugins.append(SLURMEnvironment(auto_requeue=False))
+        if options.logger in (None, True):  # Lightning's own choice depends on what happens to be installed
+            options.logger = CSVLogger(folder)
         if self.goes_on:
-            go_on_with_run(trainer_options.logger, Path(trainer_options.default_root_dir or "."))
-        if self.subcommand == "test" and self.config_init.test.report is not None:
+            go_on_with_run(options.logger, folder)
+        if subcommand == "test" and self.config.test.report is not None:
             text = self._parser("test").dump(self.config.test, skip_unset=False)
-            trainer_options.callbacks.append(EvaluationPage(Path(self.config.test.report), yaml.safe_load(text)))
+            options.callbacks.append(EvaluationPage(Path(self.config.test.report), yaml.safe_load(text)))
         return super().instantiate_trainer(**kwargs)
 
     def _set_seed(self) -> None:
@@ -170,30 +158,27 @@ class CLI(LightningCLI):
         """
         config = self.config[str(self.subcommand)]
         run_folder = Path(config.trainer.default_root_dir or ".")
-        folder = run_folder / FOLDER
+        folder = run_folder / checkpoints.FOLDER
         if config.ckpt_path == "last":
-            path, self.checkpoint = read_last(run_folder)
+            path, self.checkpoint = checkpoints.read_last(run_folder)
             config.ckpt_path = str(path)
         elif config.ckpt_path == "best":
-            config.ckpt_path = str(folder / BEST)
+            config.ckpt_path = str(folder / checkpoints.BEST)
         if self.subcommand == "fit":
-            goes_on = config.ckpt_path is not None and Path(config.ckpt_path).resolve().parent == folder.resolve()
-            held = any((folder / name).exists() for name in (LAST, PREVIOUS))
-            if held and not goes_on and not config.trainer.fast_dev_run:
+            self.goes_on = config.ckpt_path is not None and Path(config.ckpt_path).resolve().parent == folder.resolve()
+            held = any((folder / name).exists() for name in (checkpoints.LAST, checkpoints.PREVIOUS))
+            if held and not self.goes_on and not config.trainer.fast_dev_run:
                 raise UserError(
                     f"the run folder {run_folder} holds a run already: go on with it by --ckpt_path last, or give"
                     " another --trainer.default_root_dir"
                 )
-            self.goes_on = goes_on
-        elif config.ckpt_path is None and (
-            getattr(head_class(config.model.head), "trained", True) or not config.model.freeze_backbone
-        ):
+        elif config.ckpt_path is None and (head_class(config.model.head).trained or not config.model.freeze_backbone):
             raise UserError(
                 f"{self.subcommand} measures a checkpoint: give --ckpt_path best, last, or a .ckpt file; only a head"
                 " with nothing to train does without, and --model.freeze_backbone true"
             )
         if config.ckpt_path is not None:
-            self.checkpoint = self.checkpoint or read_checkpoint(config.ckpt_path)
+            self.checkpoint = self.checkpoint or checkpoints.read_checkpoint(config.ckpt_path)
             self._take_options_from(self.checkpoint, config)
             self.parser.add_instantiator(self._build_model, CLIPM2DF, subclasses=False)
 
@@ -248,29 +233,63 @@ class CLI(LightningCLI):
         return cls(*args, **kwargs | self.saved_options)
 
 
-def run(args: Sequence[str]) -> CLI:
-    """Run ``fit``, ``validate`` or ``test``.
+class EpisodesCLI(CLI):
+    """Makes the data module alone, from the options of ``test``, and writes its test episodes.
+
+    Args:
+        args: ``episodes`` and the options.
+    """
+
+    def __init__(self, args: Sequence[str]) -> None:
+        super().__init__(["test", *args[1:]])
+
+    def setup_parser(self, *args: Any) -> None:
+        """Make the parser, whose help names the command as it was typed."""
+        super().setup_parser(*args)
+        parser = self._subcommand_parsers["test"]
+        parser.prog, parser.description = "clip-m2df episodes", "Write the test episodes of a config."
+        parser.add_argument("--output", type=str, required=True, help="the file to write, a JSON line an episode")
+
+    def before_instantiate_classes(self) -> None:
+        """Nothing: there is no checkpoint."""
+
+    def instantiate_classes(self) -> None:
+        """Make the data module."""
+        self.datamodule = EpisodeDataModule(**self.config.test.data.as_dict())
+
+    def after_instantiate_classes(self) -> None:
+        """Nothing: there is no tower whose size the frames could miss."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        data, output = self.datamodule, self.config.test.output
+        if data.knobs != NO_KNOBS:
+            raise UserError(
+                "an episodes file names the usual videos, and can't hold what data.knobs changes; leave data.knobs out:"
+                " a test with the same knobs and data.eval_seed plays the same episodes without a file"
+            )
+        split, plans = data.test_plans()
+        write_episodes_file(output, plans, split, data.manifest.root)
+        print(f"{len(plans)} test episodes are in {output}; --data.episodes_file {output} reads them back")
+
+
+def run(args: Sequence[str], cli: type[CLI] | None = None) -> CLI:
+    """Run ``fit``, ``validate``, ``test`` or ``episodes``.
+
+    Args:
+        args: The command and its options; configs by the paths of their files.
+        cli: What runs it; by default what belongs to the command.
 
     Returns:
         Model, data module and trainer, as they are at the end.
 
     Raises:
-        UserError: whatever a person can mend in the options.
+        UserError: Whatever a person can mend in the options.
+        Stopped: A signal asked the command to end.
     """
-    return _run(CLI, args)
-
-
-def _run(cli: type[CLI], args: Sequence[str]) -> CLI:
-    _check_configs(args)
-    # Advertisements, and a deprecation inside Lightning that nobody here can mend.
+    cli = cli or (EpisodesCLI if args[0] == "episodes" else CLI)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    warnings.filterwarnings("ignore", message=".*tensorboardX.*")
-    warnings.filterwarnings("ignore", message=".*exists and is not empty.*")  # that of a run that goes on
-    # Towers that are frozen are so on purpose.
-    warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
-    # The metrics that are logged have been summed over ranks already.
-    warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
+    for message in IGNORED_WARNINGS:
+        warnings.filterwarnings("ignore", message=f".*{message}")
     try:
         return cli(args)
     except ArgumentError as error:
@@ -283,72 +302,6 @@ def _run(cli: type[CLI], args: Sequence[str]) -> CLI:
         raise
     except SIGTERMException as error:  # Lightning's own, where nothing is trained
         raise Stopped(signal.SIGTERM) from error
-
-
-class EpisodesCLI(CLI):
-    """Makes the data module alone: for the commands that need no model."""
-
-    def before_instantiate_classes(self) -> None:
-        """Nothing: there is no checkpoint."""
-
-    def instantiate_classes(self) -> None:
-        """Make the data module."""
-        self.datamodule = EpisodeDataModule(**self.config[str(self.subcommand)].data.as_dict())
-
-    def after_instantiate_classes(self) -> None:
-        """Nothing: there is no tower whose size the frames could miss."""
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        pass
-
-
-def write_episodes(args: Sequence[str], output: Path) -> None:
-    """Write the test episodes of a config (see :mod:`clip_m2df.episodes.files`).
-
-    Args:
-        args: ``test`` and its options; those of the data count.
-        output: the file.
-
-    Raises:
-        UserError: the config or the manifest is at fault, has knobs, or the file can't be written.
-    """
-    data = _run(EpisodesCLI, args).datamodule
-    if data.knobs != NO_KNOBS:
-        raise UserError(
-            "an episodes file names the usual videos, and can't hold what data.knobs changes; leave data.knobs out: a"
-            " test with the same knobs and data.eval_seed plays the same episodes without a file"
-        )
-    split, plans = data.test_plans()
-    write_episodes_file(output, plans, split, data.manifest.root)
-    print(f"{len(plans)} test episodes are in {output}; --data.episodes_file {output} reads them back")
-
-
-def _check_configs(args: Sequence[str]) -> None:
-    """Name the file where a config is no YAML, which the parser's message doesn't."""
-    for flag, value in zip(args, [*args[1:], ""], strict=True):
-        name, equals, inline = flag.partition("=")
-        if name in ("--config", "-c"):
-            path = Path(inline if equals else value)
-            try:
-                content = yaml.safe_load(path.read_text(encoding="utf-8"))
-                if _count(content, {}) > MOST_VALUES:
-                    raise ValueError(f"with its aliases written out, it has more than {MOST_VALUES} values")
-            except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-                raise UserError(f"config {path} can't be read: {' '.join(str(error).split())}") from error
-            if not isinstance(content, dict | None):
-                raise UserError(f"config {path} is not a table of options; start from one that clip-m2df configs lists")
-            sections = {name: (content or {}).get(name, {}) for name in ("model", "data", "trainer", "checkpoint")}
-            for name, section in sections.items():
-                if not isinstance(section, dict):
-                    raise UserError(f"config {path}: {name} is {section!r} and no table of options")
-
-
-def _count(node: Any, known: dict[int, int]) -> int:
-    """Count the values of a tree, what stands in several places in each of them."""
-    if id(node) not in known:
-        children = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
-        known[id(node)] = 1 + sum(_count(child, known) for child in children)
-    return known[id(node)]
 
 
 def _listed(option: Any) -> list[Any]:

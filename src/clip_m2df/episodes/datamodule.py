@@ -1,14 +1,12 @@
 """EpisodeDataModule: N-way K-shot episodes from the videos of a manifest."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.util
 import itertools
 import os
 import warnings
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, get_args
 
 import lightning
 import torch
@@ -46,16 +44,7 @@ KNOBS = tuple(field.name for field in dataclasses.fields(motion_shapes.Knobs))
 Evaluation = Literal["bank", "direct"]
 
 
-class _FormerOptions:
-    """Names today's option to whoever gives a former one; a base class, so that ``__init__`` says what there is."""
-
-    def __new__(cls, *args: Any, **options: Any) -> Self:
-        if "train_views" in options:
-            raise UserError(f"{cls.__name__} has no option 'train_views' any more: it is train_augmentations")
-        return super().__new__(cls)
-
-
-class EpisodeDataModule(_FormerOptions, lightning.LightningDataModule):
+class EpisodeDataModule(lightning.LightningDataModule):
     """Deals episodes to a Trainer: an endless stream for training, the same ones each time at evaluation.
 
     Runs are counted in whole optimiser steps: it sets the Trainer's gradient accumulation, and when to validate, from

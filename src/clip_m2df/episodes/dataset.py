@@ -1,7 +1,5 @@
 """Episodes by number as the frames of their videos, read in worker processes."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 

@@ -6,8 +6,6 @@ manifest's folder or absolute. The order of the classes is that of ``support``. 
     {"support": {"open_door": ["a.mp4"], "wave": ["b.mp4"]}, "query": {"open_door": ["c.mp4"], "wave": ["d.mp4"]}}
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterable, Mapping

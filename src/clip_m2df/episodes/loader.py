@@ -1,7 +1,5 @@
 """Loads episodes in worker processes, and says which video it was where something goes wrong there."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal

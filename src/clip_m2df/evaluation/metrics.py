@@ -4,8 +4,6 @@ What is counted is kept in integers, so that sums over ranks are exact: any numb
 for bit. No state is written in place: what a validation under inference mode left could not be outside of it.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any, cast

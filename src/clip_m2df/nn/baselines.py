@@ -1,7 +1,5 @@
 """Baselines behind the interface of a head, simpler ways to score the same episodes; and every head by its name."""
 
-from __future__ import annotations
-
 import difflib
 import importlib
 import inspect
@@ -14,7 +12,7 @@ from torch import Tensor
 
 from clip_m2df.errors import UserError, require
 from clip_m2df.nn.head import Embedded, Head, HeadOutput
-from clip_m2df.nn.matching import cosine, frame_costs, full_precision, otam
+from clip_m2df.nn.matching import at_least_float32, cosine, frame_costs, full_precision, otam
 from clip_m2df.nn.prompts import SelectedPrompts
 from clip_m2df.nn.views import FusionEncoder
 
@@ -36,7 +34,8 @@ class Baseline(Head):
 
     def prototype(self, embedded: Embedded, prompts: Tensor) -> Embedded:
         """The mean of the shots, frame by frame."""
-        return embedded.map(lambda frames: frames.mean(-3))
+        # In float32: what comes of bfloat16 features is not rounded again.
+        return embedded.map(lambda frames: at_least_float32(frames).mean(-3))
 
     def match(self, query: Embedded, prototypes: Embedded, selected: SelectedPrompts) -> HeadOutput:
         """Score the queries; there is nothing to distil."""
@@ -203,12 +202,10 @@ class CLIPFSARHead(OTAMHead):
 
     def attend(self, tokens: Tensor) -> Tensor:
         """Self-attention among ``tokens (…, tokens, dim)``, which have no positions: the same shape."""
-        leading = tokens.shape[:-2]
-        tokens = tokens.flatten(0, -3)
+        attended = tokens.reshape(-1, *tokens.shape[-2:])
         for layer in self.transformer.layers:
-            tokens = layer(tokens, tokens)
-        unflattened: Tensor = tokens.unflatten(0, leading)
-        return unflattened
+            attended = layer(attended, attended)
+        return attended.reshape(tokens.shape)
 
     def class_logits(self, videos: Tensor, prompts: Tensor, prompt_table: Tensor) -> Tensor:
         """As :meth:`clip_m2df.nn.head.Head.class_logits`, but a video stands by the mean of all its frames."""

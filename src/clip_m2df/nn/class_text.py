@@ -18,13 +18,13 @@ def class_text_logits(
         support: features ``(…, n_way, n_shot, frames, dim)``.
         query: features ``(…, n_queries, frames, dim)``.
         prompts: ``(…, n_way, dim)``.
-        table: ``(n_classes, dim)``, the prompts of all classes.
+        table: ``(…, n_classes, dim)``, the prompts of all classes.
 
     Returns:
         ``(…, n_way, n_shot, n_classes)`` and ``(…, n_queries, n_classes)``.
     """
     own = prompts.unsqueeze(-2).expand(*support.shape[:-2], -1)
-    return head.class_logits(support, own, table), query_class_logits(head, query, prompts, table)
+    return head.class_logits(support, own, table.unsqueeze(-3)), query_class_logits(head, query, prompts, table)
 
 
 def query_class_logits(head: Head, query: Tensor, prompts: Tensor, table: Tensor) -> Tensor:

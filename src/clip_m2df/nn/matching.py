@@ -4,8 +4,6 @@ Everything here runs in float32 whatever the autocast (float64 stays): in bfloat
 and the cosine of two parallel float16 vectors of norm 452 is not a number.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from functools import wraps

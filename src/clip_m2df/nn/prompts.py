@@ -1,7 +1,5 @@
 """Prompts: templates, and the probability prompt selector, PPS (paper, section 3.2)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 

@@ -1,7 +1,5 @@
 """The two views: local and global temporal context, and the multi-modal fusion encoder (paper, section 3.3)."""
 
-from __future__ import annotations
-
 import warnings
 
 import torch

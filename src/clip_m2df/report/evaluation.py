@@ -1,7 +1,5 @@
 """The page of ``clip-m2df test``: how well a model did, on which classes, and where it went wrong."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from pathlib import Path

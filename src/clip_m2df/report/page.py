@@ -1,7 +1,5 @@
 """A page that is one file: styles, script and pictures are in it, and it fetches nothing."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import io
@@ -57,17 +55,20 @@ def write_page(path: Path, template: str, content: Mapping[str, object]) -> None
         UserError: it can't be written.
     """
     style, script = _own_text("page.css"), _own_text("page.js")
-    page = _templates().get_template(template)
-    text = page.render(
-        **content,
-        style=Markup(style),
-        script=Markup(script),
-        policy=(
-            "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none';"
-            f" style-src '{_digest(style)}'; script-src '{_digest(script)}'"
-        ),
-        version=__version__,
-        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    text = (
+        templates()
+        .get_template(template)
+        .render(
+            **content,
+            style=Markup(style),
+            script=Markup(script),
+            policy=(
+                "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none';"
+                f" style-src '{_digest(style)}'; script-src '{_digest(script)}'"
+            ),
+            version=__version__,
+            written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        )
     )
     with writing(path, "report"), whole_file(path) as draft:
         # Names of files may have bytes that are no text.
@@ -101,18 +102,19 @@ def _as_uri(picture: Image.Image) -> str:
 
 
 @cache
-def _templates() -> Environment:
-    templates = Environment(
+def templates() -> Environment:
+    """The templates of pages, with filters for shares, shades and frames of a clip."""
+    environment = Environment(
         loader=PackageLoader("clip_m2df.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters |= {"percent": percent, "shade": shade, "strip": strip_picture}
-    templates.filters["basename"] = lambda path: os.path.basename(os.path.normpath(path))
-    templates.globals["zip"] = zip
-    return templates
+    environment.filters |= {"percent": percent, "shade": shade, "strip": strip_picture}
+    environment.filters["basename"] = lambda path: os.path.basename(os.path.normpath(path))
+    environment.globals["zip"] = zip
+    return environment
 
 
 def _own_text(name: str) -> str:

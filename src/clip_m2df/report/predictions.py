@@ -1,7 +1,5 @@
 """The page of ``clip-m2df predict``: what each video was taken for, and why."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing

@@ -9,13 +9,10 @@ from typing import Any
 
 from clip_m2df.clip.backbone import CLIPBackbone
 from clip_m2df.clip.formats import read_weights
-from clip_m2df.errors import UserError
+from clip_m2df.errors import RENAMED_OPTIONS, UserError
 from clip_m2df.nn.baselines import HEADS, build_head, head_class, options_of
 from clip_m2df.nn.m2df import M2DF, M2DFHead
 from clip_m2df.nn.prompts import Selection
-
-# Options of a head by the names that they had when checkpoints and models were saved, and by those of today.
-RENAMED_HEAD_OPTIONS = {"heads": "num_heads"}
 
 
 def build_model(
@@ -86,9 +83,11 @@ def saved_options(
             f" --model.head {name} or head={name!r}"
         )
     if isinstance(options.get("head_options"), dict):
-        known = options_of(head_class(name))
-        renamed = {old: new for old, new in RENAMED_HEAD_OPTIONS.items() if old not in known and new in known}
-        options["head_options"] = {renamed.get(key, key): value for key, value in options["head_options"].items()}
+        known, prefix = options_of(head_class(name)), "model.head_options."
+        former = {old.removeprefix(prefix): new.removeprefix(prefix) for old, new in RENAMED_OPTIONS.items()}
+        options["head_options"] = {
+            key if key in known else former.get(key, key): value for key, value in options["head_options"].items()
+        }
     return options
 
 

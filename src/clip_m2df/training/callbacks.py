@@ -1,8 +1,5 @@
-"""What a run of the command line shows and leaves in its folder: the progress bar, its configuration, its report."""
+"""What a run of the command line shows and leaves in its folder: progress, configuration, tables of an evaluation."""
 
-from __future__ import annotations
-
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from clip_m2df.files import whole_file
+from clip_m2df.files import write_table
+from clip_m2df.loops import logs_step
 
 
 class RunProgressBar(RichProgressBar):
@@ -34,9 +32,6 @@ class RunProgressBar(RichProgressBar):
 
 class RunConfig(SaveConfigCallback):
     """Writes the configuration of a run into its folder, not beside a logger's files."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **(kwargs | {"save_to_log_dir": False}))
 
     def save_config(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Write ``<run folder>/config.yaml`` for ``fit``, and give the loggers the whole configuration."""
@@ -61,9 +56,7 @@ class RunReport(lightning.Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Let ranks know of each other's unusable videos."""
-        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if stepped and every and trainer.global_step % every == 0:
+        if logs_step(trainer, batch_idx):
             trainer.datamodule.share_unusable()  # type: ignore[attr-defined]
 
     def on_test_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -97,18 +90,18 @@ def write_report(folder: Path, stage: str, class_names: Sequence[str], confusion
     Returns:
         The files.
     """
-    classes, matrix = folder / f"{stage}_classes.csv", folder / f"{stage}_confusion.csv"
-    with whole_file(classes) as draft, draft.open("w", encoding="utf-8", newline="") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(["class", "queries", "correct", "accuracy"])
-        for c, name in enumerate(class_names):
-            queries, correct = int(confusion[c].sum()), int(confusion[c, c])
-            table.writerow([name, queries, correct, f"{correct / queries:.4f}" if queries else ""])
-    with whole_file(matrix) as draft, draft.open("w", encoding="utf-8", newline="") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(["class", *class_names])
-        table.writerows([name, *row] for name, row in zip(class_names, confusion.tolist(), strict=True))
-    return [classes, matrix]
+    rows = zip(class_names, confusion.sum(1).tolist(), confusion.diagonal().tolist(), strict=True)
+    accuracies = [[name, queries, right, f"{right / queries:.4f}" if queries else ""] for name, queries, right in rows]
+    tables = {
+        folder / f"{stage}_classes.csv": [["class", "queries", "correct", "accuracy"], *accuracies],
+        folder / f"{stage}_confusion.csv": [
+            ["class", *class_names],
+            *([name, *row] for name, row in zip(class_names, confusion.tolist(), strict=True)),
+        ],
+    }
+    for path, content in tables.items():
+        write_table(path, "table", content)
+    return list(tables)
 
 
 def hardest_classes(class_names: Sequence[str], confusion: Tensor, most: int = 5) -> Table:

@@ -1,12 +1,9 @@
 """The checkpoints of a run: written whole or not at all, the best and the last two kept; saved when it is stopped."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 
+from clip_m2df import loops
 from clip_m2df.errors import Stopped, UserError, require
 from clip_m2df.files import check_archive, whole_file
 
@@ -51,7 +49,7 @@ def read_checkpoint(path: str | os.PathLike[str], *, map_location: Any = "cpu", 
 
 
 def read_last(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """Read the last checkpoint of a run, or the one before if that is damaged or missing, which is said.
+    """Read the last checkpoint of a run; where it is damaged or missing, the one before it, with a warning.
 
     Args:
         folder: the run's.
@@ -96,7 +94,7 @@ class RunCheckpointIO(TorchCheckpointIO):
         """Replace a checkpoint's file atomically.
 
         Raises:
-            UserError: it can't be written; what was there still is.
+            UserError: It can't be written; what was there still is.
         """
         path = Path(path)
         try:
@@ -130,7 +128,7 @@ class RunCheckpoint(ModelCheckpoint):
     """Keeps the best checkpoint on val and the last two, under stable names in ``<run folder>/checkpoints``.
 
     The last one is saved before each validation and every so many steps, always after a whole optimiser step: with it a
-    run that was killed goes on as if nothing had happened. A validation that was cut short is made up for then.
+    run that was killed goes on as if nothing had happened. A validation that was interrupted is made up for then.
 
     SIGINT (Ctrl-C), SIGTERM and SIGUSR1 save at the next optimiser step and end the run; a second one ends it at once.
 
@@ -145,12 +143,12 @@ class RunCheckpoint(ModelCheckpoint):
         super().__init__(filename="best", monitor=monitor, mode=mode, save_top_k=1, enable_version_counter=False)
         self.every = every
         self._validated = 0  # the step of the last validation that came to its end
-        self._saved: int | None = None  # the step of the last checkpoint
+        self._saved = "nothing has been saved"  # what is said of a run that is stopped
         self._signal = 0  # came to this rank
-        self._ending = 0  # all ranks know of it
-        self._put_off = False  # somebody wants the run to stop, in the middle of a step
+        self._ending = 0  # the signal that all ranks know of
+        self._stop_asked = False  # in the middle of a step
         self._training = False
-        self._one_more = False  # the last step is made, its validation isn't
+        self._one_more = False  # the end is moved: the last step is made, its validation isn't
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Find the folder: that of the run, not that of a logger, which is another each time."""
@@ -168,16 +166,11 @@ class RunCheckpoint(ModelCheckpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the best so far, also where the run's folder has been moved."""
-        state = dict(state_dict)
-        state.pop("validated", None)
         best = os.path.join(str(self.dirpath), BEST)
-        if state["best_model_path"] and os.path.exists(best):
-            state |= {"best_model_path": best, "kth_best_model_path": best}
-            state["best_k_models"] = dict.fromkeys([best], state["best_model_score"])
-        else:  # a checkpoint from elsewhere: the best here is yet to come
-            state |= {"best_model_path": "", "best_model_score": None, "best_k_models": {}}
-            state |= {"kth_best_model_path": "", "kth_value": self.kth_value}
-        super().load_state_dict(state | {"dirpath": self.dirpath, "last_model_path": ""})
+        if state_dict["best_model_path"] and os.path.exists(best):  # otherwise the best here is yet to come
+            self.best_model_path = self.kth_best_model_path = best
+            self.best_model_score = self.kth_value = state_dict["best_model_score"]
+            self.best_k_models = {best: state_dict["best_model_score"]}
 
     def on_load_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
@@ -185,36 +178,29 @@ class RunCheckpoint(ModelCheckpoint):
         """See whether a validation is still to be made, the last one too.
 
         Raises:
-            UserError: the run has come to its end.
+            UserError: The run has come to its end.
         """
         self._validated = checkpoint["callbacks"].get(self.state_key, {}).get("validated", 0)
-        step = checkpoint["global_step"]
-        if trainer.state.fn != "fit" or step != trainer.max_steps:
+        if trainer.state.fn != "fit" or checkpoint["global_step"] != trainer.max_steps:
             return
-        if not self._wants_validation(trainer, step):
-            raise UserError(
-                f"the checkpoint has made {step} optimiser steps already; to go on, give more than that with"
-                f" trainer.max_steps, which is {trainer.max_steps}"
-            )
+        if not self._wants_validation(trainer, trainer.max_steps):
+            raise loops.no_steps_left(trainer.max_steps, trainer.max_steps)
         # Otherwise Lightning would end before it begins.
         self._one_more = True
-        trainer.fit_loop.epoch_loop.max_steps += 1
+        loops.move_end(trainer, 1)
 
     def on_sanity_check_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Listen to signals."""
         self._listen(trainer)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Listen to signals, and make up for a validation that was cut short."""
+        """Listen to signals, and make up for a validation that was interrupted."""
         super().on_train_start(trainer, pl_module)
         self._listen(trainer)
         if self._wants_validation(trainer, trainer.global_step):
-            trainer.validating = True
-            trainer.fit_loop.epoch_loop.val_loop.restarting = False
-            trainer.fit_loop.epoch_loop.val_loop.run()
-            trainer.training = True
+            loops.validate_now(trainer)
         if self._one_more:
-            trainer.fit_loop.epoch_loop.max_steps -= 1
+            loops.move_end(trainer, -1)
         self._training = True
 
     # --------------------------------------------------------------------------------------------- saving
@@ -225,15 +211,14 @@ class RunCheckpoint(ModelCheckpoint):
         """Save the last checkpoint where that is due, or the run is to end."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
-            # A run that is to stop (max_time, say) stops after a whole step.
-            self._put_off = self._put_off or trainer.should_stop
-            trainer.should_stop = False
+        # A run that is to stop (max_time, say) stops after a whole step.
+        self._stop_asked = self._stop_asked or trainer.should_stop
+        trainer.should_stop = self._stop_asked and loops.ends_step(trainer, batch_idx)
+        if not loops.ends_step(trainer, batch_idx):
             return
-        trainer.should_stop = self._put_off or trainer.should_stop
         step = trainer.global_step
         self._ending = self._agree(trainer)
-        if self._ending or self._ends_interval(trainer, step) or (self.every is not None and step % self.every == 0):
+        if self._ending or loops.ends_interval(trainer, step) or (self.every is not None and step % self.every == 0):
             self._save_last(trainer)
             self._ending = self._agree(trainer)  # writing takes a while
 
@@ -255,32 +240,22 @@ class RunCheckpoint(ModelCheckpoint):
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Keep the last step, with what its validation found."""
-        whole = (trainer.fit_loop.epoch_loop.batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if whole and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if loops.ended_with_step(trainer) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._save_last(trainer)
 
     def _save_last(self, trainer: lightning.Trainer) -> None:
         self.last_model_path = os.path.join(str(self.dirpath), LAST)
         trainer.save_checkpoint(self.last_model_path, weights_only=False)
-        self._saved = trainer.global_step
+        self._saved = f"optimiser step {trainer.global_step} is saved, --ckpt_path last goes on"
 
     def _wants_validation(self, trainer: lightning.Trainer, step: int) -> bool:
         """Whether the validation that belongs to a step has not been made."""
-        return bool(trainer.limit_val_batches and self._validated != step and self._ends_interval(trainer, step))
-
-    @staticmethod
-    def _ends_interval(trainer: lightning.Trainer, step: int) -> bool:
-        """Whether a validation belongs to a step, if any are wanted."""
-        return step > 0 and step * trainer.accumulate_grad_batches % trainer.val_check_interval == 0
+        due = trainer.limit_val_batches and self._validated != step
+        return bool(due and loops.ends_interval(trainer, step))
 
     # -------------------------------------------------------------------------------------------- signals
 
     def _listen(self, trainer: lightning.Trainer) -> None:
-        if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:  # Lightning puts back what was there before
-                signal.signal(number, self._handler(trainer))
-
-    def _handler(self, trainer: lightning.Trainer) -> Callable[[int, FrameType | None], None]:
         def handle(number: int, frame: FrameType | None) -> None:
             again, self._signal = bool(self._signal), number
             # Before a validation the step is saved; before the training there is none to save.
@@ -289,7 +264,9 @@ class RunCheckpoint(ModelCheckpoint):
             name = signal.Signals(number).name
             rank_zero_info(f"{name}: the run ends after this optimiser step; once more ends it at once")
 
-        return handle
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:  # Lightning puts back what was there before
+                signal.signal(number, handle)
 
     def _agree(self, trainer: lightning.Trainer) -> int:
         """The signal that came to any rank, or 0: all have to end after the same step."""

@@ -1,7 +1,5 @@
 """CLIPM2DF: the LightningModule around :class:`clip_m2df.nn.m2df.M2DF`; steps, metrics, optimiser, schedule."""
 
-from __future__ import annotations
-
 import inspect
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,12 +17,11 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from clip_m2df.episode import Episode, FeatureEpisode, TableEpisodes, VideoTable
 from clip_m2df.errors import UserError, require
-from clip_m2df.evaluation.bank import EpisodeBank
+from clip_m2df.evaluation.bank import EpisodeBank, encode_videos
 from clip_m2df.evaluation.evidence import Played
-from clip_m2df.evaluation.features import encode_videos
 from clip_m2df.evaluation.metrics import StageMetrics
 from clip_m2df.hub import find_model, push_model, read_model, write_model
-from clip_m2df.loops import episodes_played
+from clip_m2df.loops import episodes_played, logs_step
 from clip_m2df.nn.class_text import class_text_loss, fuse_text
 from clip_m2df.nn.head import HeadOutput
 from clip_m2df.nn.prompts import DEFAULT_TEMPLATE, Selection
@@ -201,6 +198,9 @@ class CLIPM2DF(lightning.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of a batch, a mean over its episodes."""
+        if isinstance(batch, TableEpisodes):
+            # Reading videos draws too: the first step of a run that goes on would not be that of one left alone.
+            batch = self._features(batch, "train")
         with self._own_draws(batch_idx):
             return self._step(batch, "train")[0]
 
@@ -354,9 +354,7 @@ class CLIPM2DF(lightning.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log over whole optimiser steps, as often as the Trainer logs."""
-        stepped = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
-        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if stepped and every and self.trainer.global_step % every == 0:
+        if logs_step(self.trainer, batch_idx):
             self._log_metrics("train")
 
     def on_validation_epoch_end(self) -> None:
