@@ -94,8 +94,10 @@ class RandomCLIP(CLIPM2DF):
 class OneByOne(RandomCLIP):
     """The same with one video at a time through the tower."""
 
-    def _features(self, batch: Episode) -> tuple[Tensor, Tensor]:
-        return self._one_by_one(batch["support"]), self._one_by_one(batch["query"])
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Step on the features of a batch."""
+        support, query = self._one_by_one(batch["support"]), self._one_by_one(batch["query"])
+        return super().training_step(batch | {"support": support, "query": query}, batch_idx)
 
     def _one_by_one(self, videos: Tensor) -> Tensor:
         features: Tensor = torch.stack([self.model.encode_frames(video) for video in videos.flatten(0, -5)])

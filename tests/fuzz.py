@@ -177,7 +177,7 @@ def weights(samples: Path, scratch: Path, rng: Rng) -> str:
 
 def features(samples: Path, scratch: Path, rng: Rng) -> str:
     """A file of a bank's features: what is damaged is not used."""
-    from clip_m2df.evaluation.features import FeatureStore
+    from clip_m2df.evaluation.bank import FeatureStore
 
     store = FeatureStore(scratch, torch.nn.Linear(2, 2, bias=False).requires_grad_(False), "frames 2")
     kept = {f"{k}.mp4 1:2:3": torch.full((2, 4), float(k)) for k in range(5)}

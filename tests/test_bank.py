@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from clip_m2df import CLIPM2DF, EpisodeDataModule, UserError
-from clip_m2df.evaluation.features import FeatureStore
+from clip_m2df.evaluation.bank import FeatureStore
 from clip_m2df.nn.head import HeadOutput
 from clip_m2df.nn.m2df import M2DFHead
 from tests.data import clips

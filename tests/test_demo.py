@@ -1,14 +1,10 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 from clip_m2df import CLIPM2DF
 from clip_m2df.cli import main
-from clip_m2df.evaluation.features import play_episodes
 from clip_m2df.motion_shapes import rendering
-from clip_m2df.nn.baselines import OTAMHead
-from tests.nn import references
 
 
 @pytest.mark.slow
@@ -51,35 +47,3 @@ def test_the_demo_goes_from_rendering_to_a_table(
 def test_the_demo_wants_episodes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--episodes=1"]) == 2
     assert "episodes is 1; it must be at least 2" in capsys.readouterr().err
-
-
-def test_episodes_are_played_by_the_places_of_their_videos() -> None:
-    generator = torch.Generator().manual_seed(0)
-    features = torch.randn(12, 4, 8, generator=generator)
-    support = torch.tensor([[[0, 1], [2, 3]], [[4, 5], [6, 7]], [[8, 9], [0, 4]]])
-    query = torch.tensor([[[10], [11]], [[10], [11]], [[11], [10]]])
-    classes = torch.tensor([[0, 1], [1, 2], [2, 0]])
-    correct = []
-    for s, q in zip(support, query, strict=True):
-        for place in range(2):
-            costs = []
-            for c in range(2):
-                prototype = (features[s[c, 0]] + features[s[c, 1]]) / 2
-                frames = features[q[place, 0]]
-                costs.append([[1 - references.cosine(a, b) for b in prototype.tolist()] for a in frames.tolist()])
-            distances = [references.otam(c) + references.otam([list(r) for r in zip(*c, strict=True)]) for c in costs]
-            correct.append(distances.index(min(distances)) == place)
-    table = torch.randn(3, 8, generator=generator)
-    head = OTAMHead(dim=8)
-    result = play_episodes(lambda *inputs: head(*inputs).logits, features, table, support, query, classes, batch_size=2)
-    assert result["accuracy"] == pytest.approx(sum(correct) / 6)
-    seen = []
-
-    def scorer(support: torch.Tensor, query: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
-        seen.append((support, query, prompts))
-        return torch.zeros(len(support), 2, 2)
-
-    play_episodes(scorer, features, table, support, query, classes, batch_size=2)
-    assert torch.equal(seen[1][0], features[support[2:]])
-    assert torch.equal(seen[0][1][1, 0], features[10])
-    assert torch.equal(seen[0][2][1], table[[1, 2]])

@@ -111,7 +111,7 @@ def test_the_order_of_the_parts_is_one() -> None:
         ("hub", "if TYPE_CHECKING:\n    from clip_m2df.training.module import CLIPM2DF", {"clip_m2df.training.module"}),
         ("export", "from clip_m2df import CLIPM2DF, __version__", {"clip_m2df"}),
         ("commands.demo", "import clip_m2df\nfrom clip_m2df.cli import main", {"clip_m2df", "clip_m2df.cli"}),
-        ("training.module", "from clip_m2df import loops\nfrom clip_m2df.training.build import build_model", set()),
+        ("training.module", "from clip_m2df import loops\nfrom clip_m2df.training.build import saved_options", set()),
         ("nn.m2df", "import torch\nfrom clip_m2df.nn.head import Head\nfrom clip_m2df.errors import UserError", set()),
     ],
 )

@@ -28,8 +28,8 @@ from clip_m2df.episodes.datamodule import EpisodeDataModule
 from clip_m2df.episodes.files import read_episodes_file
 from clip_m2df.episodes.plan import EpisodeShape
 from clip_m2df.errors import UserError
-from clip_m2df.evaluation import features as feature_store
-from clip_m2df.evaluation.features import FeatureStore
+from clip_m2df.evaluation import bank as feature_store
+from clip_m2df.evaluation.bank import FeatureStore
 from clip_m2df.files import Fingerprint, fingerprint
 from clip_m2df.training.checkpoints import RunCheckpoint
 from clip_m2df.video import frame_cache

@@ -19,7 +19,7 @@ A batch's type says what it carries: :class:`Episode` frames, :class:`FeatureEpi
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple, NotRequired, Protocol, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, Protocol, TypedDict, TypeVar
 
 import numpy as np
 
@@ -135,18 +135,16 @@ class VideoTable(Protocol):
     """Videos that are read once each, for however many episodes, and the episodes that are made of them.
 
     Attributes:
+        videos: what the indices of episodes mean.
         reading: how frames are read, in words.
         store: a folder for features, or None.
         block: how many episodes make a batch.
     """
 
+    videos: Sequence[Any]
     reading: str
     store: str | None
     block: int
-
-    @property
-    def videos(self) -> Sequence[object]:
-        """What the indices of episodes mean."""
 
     def __len__(self) -> int:
         """How many episodes there are; 0 for an endless stream."""

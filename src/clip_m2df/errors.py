@@ -24,17 +24,14 @@ class Stopped(BaseException):
 
     Args:
         signum: the signal that asked.
-        step: the optimiser step that was saved, if any.
+        saved: what is kept, and how to go on.
         silent: leave it to another process to say so, and to tell by its status.
 
     Attributes:
         status: what the process should end with: 128 and the signal's number, or 0.
     """
 
-    def __init__(self, signum: int, step: int | None = None, *, silent: bool = False) -> None:
-        saved = (
-            "nothing has been saved" if step is None else f"optimiser step {step} is saved, --ckpt_path last goes on"
-        )
+    def __init__(self, signum: int, saved: str = "nothing has been saved", *, silent: bool = False) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}; {saved}")
         self.silent = silent
         self.status = 0 if silent else 128 + signum

@@ -1,4 +1,4 @@
-"""Tower and head as programs of fixed shapes, for ONNX runtimes and ``torch.export``; each is held against the model.
+"""Tower and head as programs of fixed shapes, for ONNX runtimes and ``torch.export``; each is compared with the model.
 
 What is exported is copies in evaluation mode: the model itself stays as it is, where it is.
 """
@@ -227,7 +227,7 @@ def _settled(module: nn.Module) -> nn.Module:
 
 
 def write_program(program: Program, stem: Path, formats: Sequence[str]) -> dict[str, float]:
-    """Write a program in each format, and hold what was written against the module.
+    """Write a program in each format, and compare what was written with the module.
 
     Args:
         program: what to export.
@@ -279,6 +279,9 @@ class _Renamed(nn.Module):
         super().__init__()
         self.names = tuple(modules)
         self.parts = nn.ModuleList(modules.values())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
 
     def items(self) -> Iterator[tuple[str, nn.Module]]:
         return zip(self.names, self.parts, strict=True)

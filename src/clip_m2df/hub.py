@@ -24,7 +24,7 @@ from clip_m2df.files import sha256_of, whole_file
 
 MODEL_FORMAT = "clip-m2df model 1"
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
-REMEDY = "give a folder that save_pretrained wrote, or fetch it anew"
+REMEDY = "give a folder that save_pretrained wrote, or fetch the model anew"
 TEMPLATE = Path(__file__).parent / "assets" / "model_card.md.jinja"
 
 
@@ -127,14 +127,14 @@ def find_model(name_or_folder: str | os.PathLike[str], **options: Any) -> Path:
         **options: of ``huggingface_hub.snapshot_download``.
 
     Raises:
-        UserError: there is no such model, it can't be fetched, or it is not whole.
+        UserError: there is no such model, or it can't be fetched.
     """
     name = os.fspath(name_or_folder)
     if (folder := Path(name).expanduser()).is_dir():
         return folder
     try:
         # Two files, in one go: asked for a single one, the client takes 23 s to find out that there is no network.
-        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS], **options))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS], **options))
     except (HFValidationError, RepositoryNotFoundError) as error:
         raise UserError(
             f"{name!r} is neither a folder here nor a model of the hub that you may see: check the name, or give token="
@@ -146,12 +146,6 @@ def find_model(name_or_folder: str | os.PathLike[str], **options: Any) -> Path:
             f"{name!r} is no folder here, and as a model of the hub it is not on this machine and can't be fetched:"
             f" connect once, or download {CONFIG} and {WEIGHTS} from https://huggingface.co/{name} and give the folder"
         ) from error
-    for file in (CONFIG, WEIGHTS):
-        if not (folder / file).is_file():
-            raise UserError(
-                f"{name!r} has no {file}, or it has not been fetched: connect, or give a model that push_to_hub wrote"
-            )
-    return folder
 
 
 def read_model(folder: Path) -> dict[str, Any]:

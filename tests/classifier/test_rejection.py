@@ -16,7 +16,7 @@ from torch import Tensor
 
 from clip_m2df import FewShotClassifier, UserError
 from clip_m2df.classifier.rejection import calibrate
-from clip_m2df.classifier.support import NONE_OF_THESE, Scorer, SupportClass
+from clip_m2df.classifier.support import NONE_OF_THESE, ClassScorer, SupportClass
 from clip_m2df.nn.baselines import Baseline
 from clip_m2df.training.module import CLIPM2DF
 from tests.classifier.conftest import Make, make_model, noise, plain_model
@@ -27,9 +27,9 @@ DIM, FRAMES = 64, 6
 class Ruler(Baseline):
     """A class lies where its examples are on average, on a line: their first feature."""
 
-    def score(self, support: Tensor, query: Tensor, prompts: Tensor) -> Tensor:
-        places = support[..., 0].mean((-2, -1))
-        return -(query[..., 0].mean(-1).unsqueeze(-1) - places.unsqueeze(-2)).abs()
+    def compare(self, query: Tensor, prototypes: Tensor) -> Tensor:
+        positions = prototypes[..., 0].mean(-1)
+        return -(query[..., 0].mean(-1).unsqueeze(-1) - positions.unsqueeze(-2)).abs()
 
 
 RULER = f"{__name__}.Ruler"
@@ -66,12 +66,12 @@ def distances_by_loops(model: CLIPM2DF, classes: Sequence[SupportClass]) -> tupl
         for i, example in enumerate(own.features):
             others = [make_class(model, c.label, c.features) for c in classes if c.label != own.label]
             if others:
-                strange.append(min((-Scorer(model, others).score(example[None]).logits[0]).tolist()))
+                strange.append(min((-ClassScorer(model, others).score(example[None]).logits[0]).tolist()))
             rest = [features for j, features in enumerate(own.features) if j != i]
             if rest:
                 without = list(classes)
                 without[k] = make_class(model, own.label, torch.stack(rest))
-                belongs.append(-float(Scorer(model, without).score(example[None]).logits[0, k]))
+                belongs.append(-float(ClassScorer(model, without).score(example[None]).logits[0, k]))
     return belongs, strange
 
 
@@ -164,14 +164,6 @@ def test_one_example_tells_nothing(make: Make) -> None:
         classifier.segments(noise(1, 40), fps=8, reject=True)
     with pytest.raises(UserError, match="one example of one class"):
         next(classifier.classify([noise(1)], reject=True))
-
-
-def test_as_many_examples_of_every_class_never_lack_a_threshold() -> None:
-    model = plain_model("nearest_prototype")
-    generator = torch.Generator().manual_seed(0)
-    classes = [make_class(model, f"class {k}", torch.randn((34, FRAMES, DIM), generator=generator)) for k in range(9)]
-    Scorer(model, classes)
-    assert calibrate(model, classes) is not None
 
 
 # What is rejected

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clip_m2df import CLIPM2DF, UserError
-from clip_m2df.classifier.support import QUERIES, Scorer, SupportClass, check_disjoint
-from clip_m2df.nn.distillation import Distillation
-from clip_m2df.nn.head import Head, HeadOutput
-from clip_m2df.nn.m2df import M2DFHead, has_stages
+from clip_m2df.classifier.support import QUERIES, ClassScorer, SupportClass, check_disjoint
+from clip_m2df.nn.head import Embedded, Head, HeadOutput
+from clip_m2df.nn.m2df import M2DFHead
 from clip_m2df.nn.matching import cosine, frame_costs, otam
+from clip_m2df.nn.prompts import SelectedPrompts
 from tests.classifier.conftest import make_model, plain_model
 
 DIM, FRAMES = 64, 6
@@ -35,20 +35,24 @@ BASELINES = ["clip_fsar", "otam", "bi_mhm", "nearest_prototype", "zero_shot"]
 class MeanOfDistances(Head):
     """A person's own head: a class is as far as its examples are on average, each by its own frames' mean."""
 
-    def forward(self, support: Tensor, query: Tensor, prompts: Tensor, draws: Tensor | None = None) -> HeadOutput:
-        of_shots = (query.mean(-2)[..., :, None, None, :] - support.mean(-2)[..., None, :, :, :]).norm(dim=-1)
-        logits = -of_shots.mean(-1)
-        probabilities = self.prompt_probabilities(self.prompt_scores(query, prompts))
-        nobody = torch.zeros(logits.shape[:-1], dtype=torch.bool)
-        distillation = Distillation(logits.new_zeros(logits.shape[:-2]), nobody, nobody)
-        return HeadOutput(logits, {}, {}, {}, {}, probabilities, probabilities.argmax(-1), distillation)
+    def embed(self, videos: Tensor, prompt: Tensor | None) -> Embedded:
+        return Embedded(mean=videos.mean(-2))
+
+    def prototype(self, embedded: Embedded, prompts: Tensor) -> Embedded:
+        shots = embedded["mean"]
+        return Embedded(shots=shots, real=torch.ones(shots.shape[:-1], dtype=torch.bool))
+
+    def match(self, query: Embedded, prototypes: Embedded, selected: SelectedPrompts) -> HeadOutput:
+        of_shots = (query["mean"][..., :, None, None, :] - prototypes["shots"][..., None, :, :, :]).norm(dim=-1)
+        real = prototypes["real"].unsqueeze(-3)
+        return HeadOutput.of(-(of_shots * real).sum(-1) / real.sum(-1), selected)
 
 
 class Doubled(M2DFHead):
-    """A person's own change of the method, of which its stages know nothing."""
+    """A person's own change of one step of the method."""
 
-    def forward(self, support: Tensor, query: Tensor, prompts: Tensor, draws: Tensor | None = None) -> HeadOutput:
-        output = super().forward(support, query, prompts, draws)
+    def match(self, query: Embedded, prototypes: Embedded, selected: SelectedPrompts) -> HeadOutput:
+        output = super().match(query, prototypes, selected)
         return output._replace(logits=2 * output.logits)
 
 
@@ -76,12 +80,13 @@ def assert_same_as_an_episode(model: CLIPM2DF, shots: int) -> None:
     classes, query = make_classes(model, [shots] * 3), make_queries(5)
     prompts = model.encode_prompts(LABELS)
     expected = model.model.head(torch.stack([c.features for c in classes]), query, prompts)
-    found = Scorer(model, classes).score(query)
+    found = ClassScorer(model, classes).score(query)
     torch.testing.assert_close(found.logits, expected.logits, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(found.prompt_probabilities, expected.prompt_probabilities, atol=1e-5, rtol=1e-5)
     assert found.prompt_indices.equal(expected.prompt_indices)
-    for one, other in zip(found[1:5], expected[1:5], strict=True):  # of the views
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    assert found.views.keys() == expected.views.keys()
+    for view, compared in expected.views.items():
+        torch.testing.assert_close(found.views[view], compared, atol=1e-5, rtol=1e-5)
     assert expected.logits.std() > 1e-4  # or the comparison would say nothing
 
 
@@ -99,11 +104,11 @@ def m2df_by_loops(model: CLIPM2DF, classes: Sequence[SupportClass], query: Tenso
             chosen = torch.zeros_like(chosen)
         for c, own in enumerate(classes):
             for name, view in head.views.items():
-                of_examples = [view(example[None], prompts[c][None]).visual[0] for example in own.features]
+                of_examples = [view(example[None], prompts[c][None])[0, 1:] for example in own.features]
                 prototype = torch.zeros_like(of_examples[0])
                 for visual in of_examples:
                     prototype += visual / len(of_examples)
-                costs = frame_costs(view(frames[None], chosen[None]).visual, prototype[None])
+                costs = frame_costs(view(frames[None], chosen[None])[:, 1:], prototype[None])
                 distance = otam(costs, smoothing=head.smoothing, single_direction=head.single_direction)
                 logits[q, c] -= head.view_weights[name] * distance[0, 0]
     return logits
@@ -126,9 +131,7 @@ def test_other_heads_give_what_an_episode_gives(head: str, shots: int) -> None:
 
 @pytest.mark.parametrize("head", ["MeanOfDistances", "Doubled"])
 def test_a_persons_own_head_gives_what_an_episode_gives(head: str) -> None:
-    model = make_model(f"{__name__}.{head}")
-    assert not has_stages(model.model.head)
-    assert_same_as_an_episode(model, 3)
+    assert_same_as_an_episode(make_model(f"{__name__}.{head}"), 3)
 
 
 # Other numbers of them
@@ -140,41 +143,38 @@ def test_m2df_takes_the_mean_of_each_classs_own_fused_sequences(name: str, shots
     model = m2df(name)
     classes, query = make_classes(model, shots), make_queries(3)
     with torch.no_grad():
-        found = Scorer(model, classes).score(query).logits
+        found = ClassScorer(model, classes).score(query).logits
     torch.testing.assert_close(found, m2df_by_loops(model, classes, query), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("head", BASELINES)
-def test_heads_that_average_shots_take_the_mean_of_each_classs_own(head: str) -> None:
+@pytest.mark.parametrize("head", ["m2df", *BASELINES])
+@torch.no_grad()
+def test_each_class_is_what_it_is_by_itself(head: str) -> None:
     model = plain_model(head)
+    own = model.model.head
     classes, query = make_classes(model, (4, 1, 3)), make_queries(5)
-    means = torch.stack([torch.stack(list(c.features)).mean(0)[None] for c in classes])
-    with torch.no_grad():
-        expected = model.model.head(means, query, model.encode_prompts(LABELS)).logits
-        found = Scorer(model, classes).score(query).logits
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    embedded, selected = own.embed_queries(query, model.encode_prompts(LABELS))
+    columns = [own.match(embedded, own.prototypes(c.features[None], c.prompt[None]), selected).logits for c in classes]
+    found = ClassScorer(model, classes).score(query).logits
+    torch.testing.assert_close(found, torch.cat(columns, -1), atol=1e-5, rtol=1e-5)
+    if head != "m2df":  # whose mean is that of fused sequences, above
+        means = torch.stack([torch.stack(list(c.features)).mean(0)[None] for c in classes])
+        of_means = own(means, query, model.encode_prompts(LABELS)).logits
+        torch.testing.assert_close(found, of_means, atol=1e-5, rtol=1e-5)
     if head != "zero_shot":  # the numbers of examples matter
-        fewer = Scorer(model, [c.only([0]) for c in classes]).score(query).logits
-        assert (fewer - expected).abs().max() > 1e-3
+        fewer = ClassScorer(model, [c.only(model, [0]) for c in classes]).score(query).logits
+        assert (fewer - found).abs().max() > 1e-3
 
 
-def test_each_example_of_a_class_counts_the_same_for_a_persons_own_head() -> None:
+@pytest.mark.parametrize("shots", [(4, 1, 3), (89, 97)])
+def test_each_example_of_a_class_counts_the_same_for_a_persons_own_head(shots: tuple[int, ...]) -> None:
     model = make_model(f"{__name__}.MeanOfDistances")
-    classes, query = make_classes(model, (4, 1, 3)), make_queries(5)
-    found = Scorer(model, classes).score(query).logits
+    classes, query = make_classes(model, shots), make_queries(5)
+    found = ClassScorer(model, classes).score(query).logits
     for q, frames in enumerate(query):
         for c, own in enumerate(classes):
             distances = [float((frames.mean(0) - example.mean(0)).norm()) for example in own.features]
             assert float(found[q, c]) == pytest.approx(-sum(distances) / len(distances), abs=1e-5)
-
-
-def test_numbers_without_a_reasonable_common_multiple_are_refused() -> None:
-    model = plain_model(f"{__name__}.MeanOfDistances")
-    classes = make_classes(model, (89, 97))
-    with pytest.raises(UserError, match=r"MeanOfDistances .* and 89, 97 have no common multiple .* the same number"):
-        Scorer(model, classes)
-    for head in ("m2df", "otam"):
-        Scorer(plain_model(head), make_classes(plain_model(head), (89, 97)))
 
 
 # Probabilities
@@ -185,7 +185,7 @@ def test_a_class_alone_has_all_of_the_probability(head: str) -> None:
     model = plain_model(head)
     (only,), query = make_classes(model, (2,)), make_queries(4)
     with torch.no_grad():
-        log_probabilities, distances = Scorer(model, [only]).label(query)
+        log_probabilities, distances = ClassScorer(model, [only]).label(query)
         expected = -model.model.head(only.features[None], query, only.prompt[None]).logits
     assert log_probabilities.equal(torch.zeros(4, 1))
     torch.testing.assert_close(distances, expected, atol=1e-5, rtol=1e-5)
@@ -211,7 +211,7 @@ def test_the_texts_share(head: str, share: float) -> None:
         model.model.head.scale.fill_(20.0)  # so that the text has something to say
     classes, query = make_classes(model, (1, 3, 2)), make_queries(5)
     with torch.no_grad():
-        scorer = Scorer(model, classes)
+        scorer = ClassScorer(model, classes)
         log_probabilities, distances = scorer.label(query)
         visual = scorer.score(query).logits
     text = text_logits_by_loops(model, query, model.encode_prompts(LABELS))
@@ -226,7 +226,7 @@ def test_many_clips_are_scored_as_one_by_one(head: str) -> None:
     model = plain_model(head)
     query = make_queries(QUERIES + 3)
     with torch.no_grad():
-        scorer = Scorer(model, make_classes(model, (2, 1, 3)))
+        scorer = ClassScorer(model, make_classes(model, (2, 1, 3)))
         log_probabilities, distances = scorer.label(query)
         assert log_probabilities.shape == distances.shape == (QUERIES + 3, 3)
         for k in (0, QUERIES - 1, QUERIES, QUERIES + 2):
@@ -241,17 +241,14 @@ def test_many_clips_are_scored_as_one_by_one(head: str) -> None:
 def test_some_of_the_examples_are_a_class_made_of_those() -> None:
     model = plain_model("m2df")
     whole = make_classes(model, (4,))[0]
-    some = whole.only([3, 1])
+    some = whole.only(model, [3, 1])
     anew = SupportClass.of(
         model, whole.label, whole.text, some.examples, whole.features[[3, 1]], whole.thumbnails[[3, 1]]
     )
     assert some.examples == ("running fast 3.mp4", "running fast 1.mp4")
     assert some.features.equal(anew.features)
-    assert some.fused is not None
-    assert anew.fused is not None
-    for view, parts in anew.fused.items():
-        torch.testing.assert_close(some.fused[view].text, parts.text, atol=1e-6, rtol=1e-6)
-        torch.testing.assert_close(some.fused[view].visual, parts.visual, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(dict(some.embedded), dict(anew.embedded), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(dict(some.prototype), dict(anew.prototype), atol=1e-6, rtol=1e-6)
 
 
 def test_an_example_of_two_classes_is_refused_however_its_path_is_written() -> None:

@@ -253,7 +253,7 @@ def test_what_is_printed(videos: Path, capsys: pytest.CaptureFixture[str], no_pr
     assert len(shards) == 1
     assert lines[0] == "videos that could not be read, and are not in the cache: 2"
     assert lines[1].startswith("  broken.mp4: it is not a video that FFmpeg knows")
-    assert lines[2] == "  missing.mp4: No such file or directory"
+    assert lines[2] == "  missing.mp4: there is no such file"
     assert lines[3] == "videos in the cache: 7 of the manifest's 9; shards: 1"
     assert lines[4] == f"size: {size / 1000:.1f} kB of videos, {shards[0].stat().st_size / 1000:.1f} kB of frames"
     assert lines[5].startswith("reading 8 frames: ")
@@ -429,7 +429,9 @@ def test_the_output_is_a_file(tiny: Path) -> None:
 
 
 def test_not_one_video(tmp_path: Path, no_processes: None) -> None:
-    with pytest.raises(UserError, match=r"not one video of the manifest .* for example .*none\.mp4: No such file"):
+    with pytest.raises(
+        UserError, match=r"not one video of the manifest .* for example .*none\.mp4: there is no such file"
+    ):
         make(write_manifest(tmp_path, ["none.mp4"]))
 
 

@@ -233,7 +233,7 @@ def test_every_kind_of_video(tmp_path: Path, workers: Workers, capsys: pytest.Ca
         "crash.mp4": ("unusable", "the decoder crashed (SIGSEGV)"),
         "images": ("ok", ""),
         "broken": ("unusable", "1.png: it is not a video that FFmpeg knows (Invalid data found when processing input)"),
-        "none.webm": ("unusable", "No such file or directory"),
+        "none.webm": ("unusable", "there is no such file"),
     }
     columns = ("label", "split", "frames", "promised", "width", "height", "fps", "rotation", "variable_rate", "sampled")
     assert [table["turned.mp4"][c] for c in columns] == ["t, x", "val", "16", "16", "32", "48", "12.0", "90", "0", "8"]

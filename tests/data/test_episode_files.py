@@ -89,7 +89,7 @@ def test_files_that_cannot_be_read_or_written(tmp_path: Path, split: Split) -> N
     with pytest.raises(UserError, match=r"there is no episodes file .*nowhere\.jsonl: check the name"):
         read_episodes_file(tmp_path / "nowhere.jsonl", split, ROOT, SHAPE)
     (tmp_path / "latin.jsonl").write_bytes("é".encode("latin-1"))
-    with pytest.raises(UserError, match="line 1 of the episodes file .* is not UTF-8"):
+    with pytest.raises(UserError, match=r"line 1 of the episodes file .* is not UTF-8"):
         read_episodes_file(tmp_path / "latin.jsonl", split, ROOT, SHAPE)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write the episodes file"):

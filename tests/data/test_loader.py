@@ -70,7 +70,7 @@ def split(tmp_path: Path) -> Split:
 def load(split: Split, reader: Reader, *, limit: float = 1.0, workers: int = 0, count: int = 40, **options: Any) -> Any:
     note, unusable = ReadingNow(workers), UnusableVideos(split, limit)
     dataset = EpisodeDataset(split, SHAPE, reader, seed=0, augment=True, replace=limit > 0, note=note)
-    options = {"stuck_after": 60.0, "batch_size": 2, "collate_fn": collate_episodes} | options
+    options = {"stuck_after": 60.0, "batch_size": 2, "collate_fn": collate_episodes, **options}
     sampler = EpisodeSampler(count)
     loader = VideoLoader(dataset, note=note, receive=unusable.receive, sampler=sampler, num_workers=workers, **options)
     return loader, unusable

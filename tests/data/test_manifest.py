@@ -451,7 +451,7 @@ def test_no_shots_or_no_queries(n_shot: int, n_query: int, option: str) -> None:
 
 def test_too_few_classes_for_the_way() -> None:
     split = manifest_of({"run": 3, "jump": 3, "hug": 3}, "val").split("val")
-    with pytest.raises(UserError, match="classes in the val split is 3, too few for n_way 5: lower n_way, or add"):
+    with pytest.raises(UserError, match="the val split has 3 classes, too few for n_way 5: lower n_way, or add"):
         split.check_episodes(n_way=5, n_shot=1, n_query=1)
 
 

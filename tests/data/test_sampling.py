@@ -313,7 +313,7 @@ def test_what_is_no_video(tmp_path: Path) -> None:
     near = render(tmp_path / "near.ts", 4)
     path.write_text(f"ffconcat version 1.0\nfile {near.name}\n")
     assert "text, sound or a playlist" in refusal(path)
-    assert "No such file" in refusal(tmp_path / "missing.mp4")
+    assert "there is no such file" in refusal(tmp_path / "missing.mp4")
     (tmp_path / "folder").mkdir()
     assert "the folder has no images" in refusal(tmp_path / "folder", fps=5)
 

@@ -8,8 +8,7 @@ from clip_m2df.episode import IndexedEpisode
 from clip_m2df.evaluation import bank as module
 from clip_m2df.evaluation.bank import EpisodeBank
 from clip_m2df.nn.baselines import build_head
-from clip_m2df.nn.head import Head, HeadOutput
-from clip_m2df.nn.m2df import M2DFHead
+from clip_m2df.nn.head import Embedded, Head, HeadOutput
 
 VIDEOS_A_CLASS, N_CLASSES, T, DIM = 9, 7, 4, 16
 
@@ -97,9 +96,10 @@ def test_each_episode_is_scored_as_by_the_head_itself(name: str, n_shot: int) ->
         assert output.logits.argmax(-1).equal(expected.logits.argmax(-1))
         assert output.prompt_indices.equal(expected.prompt_indices)
         torch.testing.assert_close(output.prompt_probabilities, expected.prompt_probabilities)
-        for view, distances in expected.distances.items():
-            torch.testing.assert_close(output.distances[view], distances, atol=1e-4, rtol=0)
-            torch.testing.assert_close(output.text_similarities[view], expected.text_similarities[view])
+        assert output.views.keys() == expected.views.keys()
+        for view, compared in expected.views.items():
+            torch.testing.assert_close(output.views[view].distances, compared.distances, atol=1e-4, rtol=0)
+            torch.testing.assert_close(output.views[view].text_similarities, compared.text_similarities)
         torch.testing.assert_close(output.distillation.loss, expected.distillation.loss, atol=1e-4, rtol=1e-4)
         assert output.distillation.local_to_global.equal(expected.distillation.local_to_global)
         assert output.distillation.global_to_local.equal(expected.distillation.global_to_local)
@@ -107,30 +107,48 @@ def test_each_episode_is_scored_as_by_the_head_itself(name: str, n_shot: int) ->
         assert bank.probabilities.amax(-1).min() < 0.9
 
 
-class Counted(M2DFHead):
-    """Counts the videos that it fuses."""
+def count_embedded(head: Head, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Notes how many videos a head embeds, call by call."""
+    calls: list[int] = []
+    embed = head.embed
 
-    fused = 0
+    def noted(videos: Tensor, prompt: Tensor | None) -> Embedded:
+        calls.append(videos[..., 0, 0].numel())
+        return embed(videos, prompt)
 
-    def fuse(self, frames: Tensor, prompt: Tensor) -> Any:
-        self.fused += len(frames)
-        return super().fuse(frames, prompt)
+    monkeypatch.setattr(head, "embed", noted)
+    return calls
 
 
+def support_pairs(played: IndexedEpisode) -> set[tuple[int, int]]:
+    """Each video as support, with its class."""
+    rows = zip(played["support"].tolist(), played["class_indices"].tolist(), strict=True)
+    return {(video, c) for row, classes in rows for shots, c in zip(row, classes, strict=True) for video in shots}
+
+
+@pytest.mark.parametrize("name", ["as published", "sample", "expectation", "without PPS", "OTAM", "CLIP-FSAR"])
 @torch.no_grad()
-def test_each_pair_of_a_video_and_a_prompt_is_fused_once() -> None:
-    head = Counted(dim=DIM, **SIZES).eval()
+def test_each_pair_of_a_video_and_a_prompt_is_embedded_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = make_head(**OPTIONS[name])
     features, prompts = videos()
     played = episodes(300)
+    calls = count_embedded(head, monkeypatch)
     bank = EpisodeBank(head, features, prompts, played)
-    for numbers in played["numbers"].split(50):
-        bank.play(numbers)
-    chosen = played["class_indices"].gather(1, bank.chosen)
-    pairs = {(int(v), int(c)) for v, c in zip(played["query"].flatten(), chosen.flatten(), strict=True)}
-    for row, classes in zip(played["support"], played["class_indices"], strict=True):
-        pairs |= {(int(v), int(c)) for videos_, c in zip(row, classes, strict=True) for v in videos_}
-    assert len(pairs) > len(features)
-    assert head.fused == len(bank.pairs) == len(pairs)
+    indices = torch.cat([bank.play(numbers).prompt_indices for numbers in played["numbers"].split(50)])
+    query = played["query"].flatten().tolist()
+    support = support_pairs(played)
+    of_episodes = 0
+    if head.query_prompt == "class":
+        chosen = played["class_indices"].gather(1, indices).flatten().tolist()
+        pairs = len(support | set(zip(query, chosen, strict=True)))
+    elif head.query_prompt == "none":
+        pairs = len(support) + len(set(query))
+    else:  # a mixture is an episode's own
+        pairs, of_episodes = len(support), len(query)
+    assert pairs >= len(features)
+    assert len(bank.pairs) == pairs
+    # The first few are embedded twice: once to see how much room all take.
+    assert sum(calls) == min(module.PAIRS, pairs) + pairs + of_episodes
 
 
 @torch.no_grad()
@@ -149,33 +167,20 @@ def test_bits_do_not_depend_on_who_plays_what() -> None:
 
 
 @torch.no_grad()
-def test_where_memory_is_short_each_batch_fuses_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    head = Counted(dim=DIM, **SIZES).eval()
+def test_where_memory_is_short_each_batch_embeds_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    head = make_head()
+    calls = count_embedded(head, monkeypatch)
     features, prompts = videos()
     played = episodes(64)
     ample, short = (EpisodeBank(head, features, prompts, played, memory=memory) for memory in (1e9, 1e4))
-    for numbers in played["numbers"].split(16):
-        torch.testing.assert_close(short.play(numbers).logits, ample.play(numbers).logits, atol=1e-5, rtol=0)
-    assert not short._fused
-    assert head.fused > 1.5 * len(ample.pairs)
+    embedded = []
+    for bank in (ample, short):
+        logits = torch.cat([bank.play(numbers).logits for numbers in played["numbers"].split(16)])
+        embedded.append(sum(calls))
+        torch.testing.assert_close(logits, ample.play(played["numbers"]).logits, atol=1e-5, rtol=0)
+        calls.clear()
+    assert embedded[1] > 1.5 * embedded[0]
     expected = ample.play(played["numbers"]).logits
     monkeypatch.setattr(module, "PAIRS", 5)
     few = EpisodeBank(head, features, prompts, played)
     torch.testing.assert_close(few.play(played["numbers"]).logits, expected)
-
-
-class Whole(torch.nn.Module):
-    """A head without stages."""
-
-    def forward(self, support: Tensor, query: Tensor, prompts: Tensor, draws: Tensor) -> Tensor:
-        distances: Tensor = (query.mean(-2).unsqueeze(-2) - support.mean((-3, -2)).unsqueeze(-3)).norm(dim=-1)
-        return -distances
-
-
-def test_a_head_without_stages_is_called_whole() -> None:
-    features, prompts = videos()
-    played = episodes(5)
-    head: Any = Whole()
-    numbers = torch.tensor([3, 1])
-    scores: Any = EpisodeBank(head, features, prompts, played).play(numbers)
-    assert scores.equal(direct(head, features, prompts, played, numbers))

@@ -1,10 +1,17 @@
+import itertools
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from clip_m2df.evaluation.metrics import EpisodeAccuracy, Mean, Share, Sum
+from clip_m2df.episode import select_episodes
+from clip_m2df.evaluation.metrics import EpisodeAccuracy, Mean, StageMetrics
+from clip_m2df.nn.distillation import Distillation, ViewOutput
+from clip_m2df.nn.head import HeadOutput
 
 
 def random_episodes(n: int, n_queries: int, seed: int = 0) -> torch.Tensor:
@@ -30,13 +37,9 @@ def test_ranks_add_up_to_the_bit_whatever_their_number() -> None:
         ranks = [EpisodeAccuracy() for _ in range(world_size)]
         for rank, metric in enumerate(ranks):
             metric.update(correct[rank::world_size])
-        # What torchmetrics does over processes, by each state's own reduction.
-        merged = EpisodeAccuracy()
-        for name in ("correct", "correct_squared", "episodes"):
-            setattr(merged, name, torch.stack([getattr(metric, name) for metric in ranks]).sum(0))
-        merged.n_queries = torch.stack([metric.n_queries for metric in ranks]).amax(0)
-        merged._update_count = 1
-        assert merged.compute() == one.compute()
+        for metric in ranks[1:]:  # as torchmetrics does over processes, by each state's own reduction
+            ranks[0].merge_state(metric)
+        assert ranks[0].compute() == one.compute()
 
 
 def test_no_episode_has_no_accuracy_and_equal_ones_no_interval() -> None:
@@ -55,31 +58,11 @@ def test_episodes_of_another_size_are_refused() -> None:
         metric.update(random_episodes(2, 4))
 
 
-def test_share() -> None:
-    share = Share()
-    share.update(torch.tensor([True, False, False]))
-    share.update(torch.tensor([[True]]))
-    assert share.compute().item() == 0.5
-
-
 def test_mean_weighs_batches_by_their_episodes() -> None:
     mean = Mean()
     mean.update(torch.tensor(1.0), 3)
     mean.update(torch.tensor(5.0), 1)
     assert mean.compute().item() == 2
-
-
-def test_metrics_go_on_after_inference_mode() -> None:
-    for metric, update in (
-        (EpisodeAccuracy(), (torch.tensor([[True]]),)),
-        (Share(), (torch.tensor([True]),)),
-        (Mean(), (torch.tensor(1.0), 1)),
-    ):
-        with torch.inference_mode():
-            metric.update(*update)
-            metric.reset()
-        metric.update(*update)
-        metric.compute()
 
 
 def test_a_mean_is_the_same_to_the_bit_in_whatever_order() -> None:
@@ -107,8 +90,100 @@ def test_a_mean_of_what_is_no_number_is_none() -> None:
         assert mean.compute() == 3
 
 
-def test_a_sum_counts() -> None:
-    count = Sum()
-    count.update(torch.tensor([1, 2]))
-    count.update(torch.tensor(4))
-    assert count.compute() == 7
+# Those of a stage
+
+
+def stage_of(output: HeadOutput, predicted: Tensor, batch: Any, n: int, ranks: int = 1, rank: int = 0) -> StageMetrics:
+    """What a rank counts, in batches of n episodes; the loss ``match`` is the mean of the episodes' numbers."""
+    stage = StageMetrics()
+    for rows in torch.arange(len(predicted))[rank::ranks].split(n):
+        views = {name: ViewOutput(*(part[rows] for part in view)) for name, view in output.views.items()}
+        part = HeadOutput(
+            output.logits[rows],
+            views,
+            output.prompt_probabilities[rows],
+            output.prompt_indices[rows],
+            Distillation(*(part[rows] for part in output.distillation)),
+        )
+        stage.count(part, predicted[rows], select_episodes(batch, rows), {"match": rows.double().mean()})
+    return stage
+
+
+def outcome(n: int, views: Sequence[str] = ("local", "global")) -> tuple[HeadOutput, Tensor, Any]:
+    """Of n episodes, 3-way with 4 queries, of a split of 5 classes."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.rand(n, *shape, generator=generator)
+
+    seen = {view: ViewOutput(drawn(4, 3), drawn(4, 3)) for view in views}
+    distillation = Distillation(drawn(), drawn(4) < 0.4, drawn(4) < 0.2)
+    indices = drawn(4, 3).argmax(-1)
+    output = HeadOutput(drawn(4, 3), seen, drawn(4, 3), indices, distillation)
+    batch = {
+        "query_labels": drawn(4, 3).argmax(-1),
+        "class_indices": drawn(5).argsort(-1)[:, :3],
+        "class_names": [f"class {c}" for c in range(5)],
+        "replaced": (3 * drawn()).long(),
+    }
+    return output, output.logits.argmax(-1), batch
+
+
+def test_a_stage_counts_what_its_names_say() -> None:
+    output, predicted, batch = outcome(40)
+    numbers, confusion = stage_of(output, predicted, batch, 16).take()
+    labels, classes = batch["query_labels"], batch["class_indices"]
+    local, global_ = (output.views[view].distances.argmin(-1) for view in ("local", "global"))
+    expected = {
+        "accuracy": predicted == labels,
+        "pps_accuracy": output.prompt_indices == labels,
+        "local_accuracy": local == labels,
+        "global_accuracy": global_ == labels,
+        "view_agreement": local == global_,
+        "local_to_global": output.distillation.local_to_global,
+        "global_to_local": output.distillation.global_to_local,
+    }
+    for name, queries in expected.items():
+        assert numbers.pop(name).item() == pytest.approx(queries.sum().item() / 160, abs=1e-7), name
+    accuracies = (predicted == labels).double().mean(-1)
+    assert numbers.pop("interval").item() == pytest.approx(1.96 * accuracies.std(correction=0).item() / math.sqrt(40))
+    assert numbers.pop("replaced_videos").item() == batch["replaced"].sum()
+    assert numbers.pop("loss/match").item() == pytest.approx(39 / 2)
+    assert numbers == {}
+    counted = [[0] * 5 for _ in range(5)]
+    for e, q in itertools.product(range(40), range(4)):
+        counted[classes[e, labels[e, q]]][classes[e, predicted[e, q]]] += 1
+    assert confusion.tolist() == counted
+
+
+def test_a_stage_without_two_views_says_nothing_of_them() -> None:
+    output, predicted, batch = outcome(5, ["local"])
+    del batch["replaced"]
+    numbers, _ = stage_of(output, predicted, batch, 5).take()
+    assert numbers.keys() == {"accuracy", "interval", "pps_accuracy", "loss/match"}
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 7])
+def test_a_stage_is_the_same_to_the_bit_whatever_the_number_of_ranks(ranks: int) -> None:
+    output, predicted, batch = outcome(1000)
+    numbers, confusion = stage_of(output, predicted, batch, 8).take()
+    merged, *others = (stage_of(output, predicted, batch, 8, ranks, rank) for rank in range(ranks))
+    for other in others:
+        for name, metric in other.items():
+            counted: Any = merged[name]
+            counted.merge_state(metric)
+    shared, shared_confusion = merged.take()
+    assert shared == numbers
+    assert shared_confusion.equal(confusion)
+
+
+def test_a_stage_starts_anew_outside_the_inference_mode_that_it_was_used_in() -> None:
+    output, predicted, batch = outcome(10)
+    with torch.inference_mode():
+        stage = stage_of(output, predicted, batch, 5)
+        first, _ = stage.take()
+    assert stage.take()[0] == {}
+    stage.count(output, predicted, batch, {"match": torch.tensor(4.5)})
+    again, confusion = stage.take()
+    assert again == first
+    assert confusion.sum() == 40

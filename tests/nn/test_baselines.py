@@ -312,10 +312,8 @@ class WithoutSteps(Head):
     [("Bare", "no head"), ("WithForward", "forward of its own"), ("WithoutSteps", "no match and no prototype")],
 )
 def test_a_head_without_the_steps_of_one_is_refused_with_what_to_write(name: str, fault: str) -> None:
-    path = f"{__name__}.{name}"
-    with pytest.raises(
-        UserError, match=f"head: '{path}' .*{fault}.* clip_m2df.nn.head.Head .*embed, prototype and match"
-    ):
+    path, remedy = f"{__name__}.{name}", r"clip_m2df\.nn\.head\.Head .*embed, prototype and match"
+    with pytest.raises(UserError, match=f"head: '{path}' .*{fault}.*{remedy}"):
         head_class(path)
 
 

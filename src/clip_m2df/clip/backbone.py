@@ -133,7 +133,7 @@ class CLIPBackbone(nn.Module):
                 raise UserError(f"backbone {name_or_dir!r}: no such file or folder")
             folder = formats.fetch(name_or_dir, formats.MODEL_FILES)
         description, state = formats.read_folder(folder, name_or_dir)
-        backbone = cls._build({**description, "source": name_or_dir})
+        backbone = cls.from_description({**description, "source": name_or_dir})
         # What else such a file may hold, its logit scale and older versions' position numbers, isn't needed.
         formats.load_weights(backbone, state, formats.transformers_name, name_or_dir, strict=False)
         backbone._read_tokenizer(folder, name_or_dir)
@@ -187,7 +187,7 @@ class CLIPBackbone(nn.Module):
 
     @classmethod
     def from_description(cls, description: Mapping[str, Any]) -> Self:
-        """Build what ``description`` described, from nothing but it; the weights come with a state dict.
+        """Build what ``description`` describes, from nothing else; the weights come with a state dict.
 
         Raises:
             UserError: It is not what ``description`` makes; or its values make no towers.
@@ -204,16 +204,10 @@ class CLIPBackbone(nn.Module):
                 )
             if unknown := [field for field in config if field not in fields]:
                 raise UserError(f"the {name} of {source!r} has {some(map(repr, unknown))}, which no backbone saves")
-        return cls._build(description)
-
-    @classmethod
-    def _build(cls, description: Mapping[str, Any]) -> Self:
         try:
             return cls(**description)
-        except UserError:
-            raise
         except Exception as error:  # that values make no tower, torch and transformers say in many ways
-            raise UserError(f"the towers of {description.get('source')!r} can't be built: {error}") from error
+            raise UserError(f"the towers of {source!r} can't be built: {error}") from error
 
     def description(self) -> dict[str, Any]:
         """All but the weights, in plain types that a weights-only ``torch.load`` reads.

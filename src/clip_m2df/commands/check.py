@@ -70,11 +70,7 @@ class Finding:
 
 
 # The columns of the table that are facts of a finding, and the types of their cells.
-_FACTS = {
-    field.name: (get_args(field.type) or (field.type,))[0]
-    for field in dataclasses.fields(Finding)
-    if field.name != "failure"
-}
+_FACTS = {f.name: (get_args(f.type) or (f.type,))[0] for f in dataclasses.fields(Finding) if f.name != "failure"}
 
 COLUMNS = ("path", "label", "split", "status", "reason", *_FACTS)
 """Of the table."""
@@ -219,20 +215,20 @@ def read_findings(table: Path) -> dict[str, Finding]:
     return findings
 
 
-def _parse(row: Mapping[str, str | None]) -> Finding | None:
+def _parse(row: Mapping[str, Any]) -> Finding | None:
+    """Make a finding of a row of the table; None if the row is damaged."""
     if tuple(row) != COLUMNS or None in row.values():
         return None
-    cells = {name: cell or "" for name, cell in row.items()}
-    usable = cells["status"] in ("ok", "warning")
+    usable = row["status"] in ("ok", "warning")
     digest = "[0-9a-f]{64}" if usable else ""
     forms = {"status": "|".join(STATUSES), "digest": digest, "sampled": ".+", "fingerprint": r"\d+(:\d+)+"}
-    if not all(re.fullmatch(form, cells[name]) for name, form in forms.items()):
+    if not all(re.fullmatch(form, row[name]) for name, form in forms.items()):
         return None
     try:
-        facts = {name: cell_type(cells[name]) for name, cell_type in _FACTS.items() if cells[name]}
+        facts = {name: cell_type(row[name]) for name, cell_type in _FACTS.items() if row[name]}
     except ValueError:
         return None
-    return Finding(failure="" if usable else cells["reason"], **facts)
+    return Finding(failure="" if usable else row["reason"], **facts)
 
 
 def _row(name: str, video: Video, finding: Finding, more: Sequence[str] = ()) -> dict[str, Any]:

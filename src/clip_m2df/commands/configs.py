@@ -1,7 +1,8 @@
 """Configs: those that come with the package, and those that a person names on the command line."""
 
+import copy
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from clip_m2df.errors import RENAMED_OPTIONS, UserError
 
 # Of a config; a few lines of aliases of aliases stand for as many as one likes, all of which the parser would visit.
 MOST_VALUES = 10_000
-# Options of earlier versions, with what to write instead.
-FORMER_OPTIONS = {**RENAMED_OPTIONS, "profile": "trainer.profiler simple"}
+# Options of earlier versions, and what to write instead. Those of heads are left to the head: others may have any.
+FORMER_OPTIONS = {name: today for name, today in RENAMED_OPTIONS.items() if not name.startswith("model.head_options.")}
+FORMER_OPTIONS["profile"] = "trainer.profiler simple"
 # What Lightning writes first into the config of a run.
 RUN_HEADER = "# lightning.pytorch=="
 
@@ -93,27 +95,32 @@ def _check_config(path: Path) -> str:
     for section in ("model", "data", "trainer", "checkpoint"):
         if not isinstance(content.get(section, {}), dict):
             raise UserError(f"config {path}: {section} is {content[section]!r} and no table of options")
-    former = {name: found for name in FORMER_OPTIONS if (found := _table_of(content, name)) is not None}
-    for name, table in former.items():
-        if not text.startswith(RUN_HEADER):
-            raise UserError(f"config {path}: {_instead_of(name)}")
-        value = table.pop(name.rpartition(".")[2])
-        if name in RENAMED_OPTIONS:
-            table[RENAMED_OPTIONS[name].rpartition(".")[2]] = value
-    return yaml.safe_dump(content) if former else str(path)
+    if text.startswith(RUN_HEADER):
+        updated = _update(content)
+        return str(path) if updated == content else yaml.safe_dump(updated)
+    names = {*content, *(f"data.{name}" for name in content.get("data", {}))}
+    if former := sorted(FORMER_OPTIONS.keys() & names):
+        raise UserError(f"config {path}: {_instead_of(former[0])}")
+    return str(path)
+
+
+def _update(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a run, with today's names in the place of those of earlier versions."""
+    config = copy.deepcopy(dict(content))
+    config.pop("profile", None)
+    of_others = "." in str(config.get("model", {}).get("head"))  # a head by its class path
+    for name, today in RENAMED_OPTIONS.items():
+        *sections, option = name.split(".")
+        table: Any = config
+        for section in sections:
+            table = table.get(section) if isinstance(table, dict) else None
+        if isinstance(table, dict) and option in table and not (of_others and "head_options" in sections):
+            table[today.rpartition(".")[2]] = table.pop(option)
+    return config
 
 
 def _instead_of(name: str) -> str:
     return f"there is no option {name} any more: write --{FORMER_OPTIONS[name]} instead"
-
-
-def _table_of(content: dict[str, Any], name: str) -> dict[str, Any] | None:
-    """The table in which an option stands, if it does."""
-    *sections, option = name.split(".")
-    table: Any = content
-    for section in sections:
-        table = table.get(section) if isinstance(table, dict) else None
-    return table if isinstance(table, dict) and option in table else None
 
 
 def _count(node: Any, known: dict[int, int]) -> int:

@@ -35,6 +35,7 @@ def run_demo(*overrides: str, output: Path = Path("runs/demo"), episodes: int = 
         UserError: ``output`` is there and is no earlier demo's, or there are too few episodes for an interval.
     """
     import lightning
+    import torch
 
     from clip_m2df.commands.trainer import run
     from clip_m2df.motion_shapes import render
@@ -60,7 +61,8 @@ def run_demo(*overrides: str, output: Path = Path("runs/demo"), episodes: int = 
     lightning.seed_everything(config.seed_everything, verbose=False)
     before = CLIPM2DF(**config.model.as_dict()).eval()
     console = Console()
-    console.print(compare(before, after, fit.datamodule, episodes))
+    with torch.no_grad():
+        console.print(compare(before, after, fit.datamodule, episodes))
     tested = time.perf_counter()
     console.print(
         f"rendering {rendered - started:.0f} s, training {trained - rendered:.0f} s, testing {tested - trained:.0f} s;"
@@ -80,8 +82,11 @@ def compare(before: CLIPM2DF, after: CLIPM2DF, data: EpisodeDataModule, episodes
     import torch
 
     from clip_m2df.datasets.manifest import Split
-    from clip_m2df.episodes.plan import plan_episode
-    from clip_m2df.evaluation.features import encode_clips, play_episodes
+    from clip_m2df.episodes.dataset import EpisodeDataset
+    from clip_m2df.episodes.features import EvaluationTable
+    from clip_m2df.episodes.loader import UnusableVideos
+    from clip_m2df.evaluation.bank import EpisodeBank
+    from clip_m2df.evaluation.metrics import EpisodeAccuracy
     from clip_m2df.motion_shapes import shared_appearance_classes
     from clip_m2df.nn.baselines import OTAMHead
 
@@ -93,10 +98,8 @@ def compare(before: CLIPM2DF, after: CLIPM2DF, data: EpisodeDataModule, episodes
         f"all {len(every.class_names)} classes": every,
         f"the {len(shared)} that share their appearance": Split("test", *(tuple(f[c] for c in shared) for f in fields)),
     }
-    videos = [video for of_class in every.videos for video in of_class]
-    index = {video: i for i, video in enumerate(videos)}
-    frames = [data.reader.read(video.path)[0] for video in track(videos, "Reading test videos", transient=True)]
-    features = {model: encode_clips(model.model, torch.stack(frames).split(64)) for model in (before, after)}
+    paths = [video.path for of_class in every.videos for video in of_class]
+    frames = torch.stack([data.reader.read(path)[0] for path in track(paths, "Reading test videos", transient=True)])
     rows = {
         "OTAM on the tower's features": (before, OTAMHead(dim=before.model.backbone.dim)),
         "CLIP-M²DF before training": (before, before.model.head),
@@ -105,21 +108,17 @@ def compare(before: CLIPM2DF, after: CLIPM2DF, data: EpisodeDataModule, episodes
     title = f"{shape.n_way}-way {shape.n_shot}-shot, accuracy in % over {episodes} episodes of classes never trained on"
     table = Table("", *splits, title=title, title_justify="left")
     for name, (model, head) in rows.items():
+        features = torch.cat([model.model.encode_frames(batch) for batch in frames.split(64)])
         cells = []
         for split in splits.values():
-            plans = [plan_episode(split, shape, seed=data.eval_seed, episode=i) for i in range(episodes)]
-            support, query = (
-                torch.tensor([[[index[video] for video in of_class] for of_class in chosen] for chosen in role])
-                for role in ([plan.support for plan in plans], [plan.query for plan in plans])
-            )
-            result = play_episodes(
-                lambda *inputs, head=head: head(*inputs).logits,
-                features[model],
-                model.encode_prompts(split.class_texts),
-                support,
-                query,
-                classes=torch.tensor([plan.classes for plan in plans]),
-            )
+            dataset = EpisodeDataset(split, shape, data.reader, seed=data.eval_seed, augment=False)
+            videos = EvaluationTable(dataset, episodes, UnusableVideos(split, 0.0))
+            played, prompts = videos.episodes(range(episodes)), model.encode_prompts(split.class_texts)
+            bank = EpisodeBank(head, features[[paths.index(v.path) for v in videos.videos]], prompts, played)
+            accuracy = EpisodeAccuracy()
+            for numbers in torch.arange(episodes).split(64):
+                accuracy.update(bank.play(numbers).logits.argmax(-1) == played["query_labels"][numbers])
+            result = accuracy.compute()
             cells.append(f"{100 * result['accuracy']:.1f} ± {100 * result['interval']:.1f}")
         table.add_row(name, *cells)
     return table

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -26,7 +25,7 @@ from rich.text import Text
 
 from clip_m2df.__about__ import __version__
 from clip_m2df.errors import Stopped, UserError, some
-from clip_m2df.files import fingerprint_text, plain, whole_file, write_table, writing
+from clip_m2df.files import fingerprint_text, plain, sha256_of, whole_file, write_table, writing
 
 if TYPE_CHECKING:
     from clip_m2df.classifier.classifier import FewShotClassifier, Prediction
@@ -89,7 +88,7 @@ def predict_videos(
 
     Raises:
         UserError: Options that don't go together or are out of range, no model or support, no file of its own to write.
-        Terminated: By SIGTERM.
+        Stopped: By SIGTERM; what has been found is kept.
     """
     from clip_m2df.report.page import check_page
     from clip_m2df.report.predictions import write_predictions
@@ -117,15 +116,10 @@ def predict_videos(
             print(f"{len(found)} of {len(paths)} videos were labelled before the last run was interrupted")
         found |= {key: [labeller.broken_row("the folder has no videos")] for key in empty}
         left = [key for key in paths if key not in found]
-        bar: dict[str, Any] = {
-            "description": "labelling",
-            "total": len(left),
-            "console": Console(stderr=True),
-            "disable": not left,
-        }
         # Closed, so that workers end at once when the run does.
         with closing(labeller.label([paths[key] for key in left])) as results:
-            for index, rows in track(results, **bar):
+            bar = track(results, "labelling", total=len(left), console=Console(stderr=True), disable=not left)
+            for index, rows in bar:
                 found[left[index]] = rows
                 part.add(left[index], fingerprints[left[index]], rows)
         table = {path: found[key] for key, path in paths.items()}
@@ -170,7 +164,7 @@ def _make_classifier(
     if ckpt_path is not None and (table := Path(ckpt_path, TABLE)).is_file():
         if support is not None:
             raise UserError(f"{ckpt_path} is a saved classifier, which has its classes: leave --support out")
-        return FewShotClassifier.load(ckpt_path, **reading), hashlib.sha256(table.read_bytes()).hexdigest()
+        return FewShotClassifier.load(ckpt_path, **reading), sha256_of(table)
     if support is None:
         raise UserError(
             f"{ckpt_path or backbone} knows no classes: give --support, a folder with a folder of examples for each"
@@ -247,7 +241,7 @@ class _Labeller:
 
     def digest(self, support: object) -> str:
         """SHA-256 of all that a row depends on, but for the video; ``support`` tells the examples from others."""
-        import torch
+        from clip_m2df.evaluation.bank import digest_of
 
         model, reader = self.classifier.model, self.classifier.encoder.reader
         facts = {
@@ -261,18 +255,7 @@ class _Labeller:
             "reader": [reader.frames, reader.resize, reader.size],
             "question": [self.reject, self.sliding],
         }
-        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-        for name, weights in model.model.state_dict().items():
-            digest.update(f"{name} {weights.dtype} {tuple(weights.shape)}".encode())
-            digest.update(weights.detach().cpu().reshape(-1).view(torch.uint8).numpy())
-        return digest.hexdigest()
-
-
-class Terminated(Stopped):
-    """SIGTERM asked a run to end; what it has found is kept."""
-
-    def __str__(self) -> str:
-        return "stopped by SIGTERM; the same command goes on where it was"
+        return digest_of(json.dumps(facts, sort_keys=True), model.model)
 
 
 @contextmanager
@@ -280,7 +263,7 @@ def _terminable() -> Iterator[None]:
     """End at SIGTERM as at Ctrl-C: by way of all that is to be closed, workers among it."""
 
     def handle(number: int, frame: FrameType | None) -> None:
-        raise Terminated(number)
+        raise Stopped(number, "the same command goes on where it was")
 
     if threading.current_thread() is not threading.main_thread():  # where no handler may be set
         yield

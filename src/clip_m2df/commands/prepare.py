@@ -45,8 +45,10 @@ def prepare(
     """
     from rich.console import Console
 
-    for path in filter(None, (output, report)):
-        _check_writable(path)
+    for path in filter(None, (output, report)):  # before the work
+        parent = next(folder for folder in path.absolute().parents if folder.exists())
+        if path.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise UserError(f"cannot write {path}: name a file in a folder that can be written")
     if report is not None and report.absolute() == output.absolute():
         raise UserError(f"--output and --report are both {output}: give them two names")
     if not root.is_dir():
@@ -98,13 +100,6 @@ def _match(dataset: str, known: SplitLists | None, tree: Tree, root: Path) -> Ou
     return match_entries(known, tree.files, home, kinetics=dataset == "kinetics100")
 
 
-def _check_writable(path: Path) -> None:
-    """Find out before the work whether a file can be written."""
-    folder = next(folder for folder in path.absolute().parents if folder.exists())
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UserError(f"cannot write {path}: name a file in a folder that can be written")
-
-
 def _check_found(outcome: Outcome, tree: Tree, root: Path) -> None:
     """Refuse a tree in which not one video could be used."""
     if outcome.found:
@@ -118,11 +113,10 @@ def _check_found(outcome: Outcome, tree: Tree, root: Path) -> None:
             f"not one video under {root} could be used: {ambiguous[0].entry!r} fits {names}; "
             "name a --root that holds each video once"
         )
-    wanted = [problem.entry for problem in outcome.problems] or [
-        f"{label}/…" for labels in outcome.classes.values() for label in labels
-    ]
+    wanted = [problem.entry for problem in outcome.problems]
+    wanted += [f"{label}/…" for labels in outcome.classes.values() for label in labels] or ["train/…"]
     raise UserError(
-        f"none of the videos looked for is under {root}: looked for such as {wanted[0] if wanted else 'train/…'!r}, "
+        f"none of the videos looked for is under {root}: looked for such as {wanted[0]!r}, "
         f"found such as {tree.files[0].inner_path!r}; name the folder with the data set's videos as --root"
     )
 

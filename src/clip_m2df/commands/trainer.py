@@ -29,18 +29,9 @@ from clip_m2df.errors import Stopped, UserError
 from clip_m2df.motion_shapes import NO_KNOBS
 from clip_m2df.nn.baselines import head_class
 from clip_m2df.report.evaluation import EvaluationPage
+from clip_m2df.training import checkpoints
 from clip_m2df.training.build import saved_options
 from clip_m2df.training.callbacks import RunConfig, RunProgressBar, RunReport
-from clip_m2df.training.checkpoints import (
-    BEST,
-    FOLDER,
-    LAST,
-    PREVIOUS,
-    RunCheckpoint,
-    RunCheckpointIO,
-    read_checkpoint,
-    read_last,
-)
 from clip_m2df.training.dashboard import Dashboard
 from clip_m2df.training.module import CLIPM2DF
 from clip_m2df.training.wandb_run import go_on_with_run
@@ -90,8 +81,8 @@ class CLI(LightningCLI):
         return {name: left_out for name, left_out in LightningCLI.subcommands().items() if name != "predict"}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the options of :class:`RunCheckpoint` and :class:`Dashboard`."""
-        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        """Add the options of :class:`clip_m2df.training.checkpoints.RunCheckpoint` and :class:`Dashboard`."""
+        parser.add_lightning_class_args(checkpoints.RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(Dashboard, "dashboard")
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
@@ -123,7 +114,9 @@ class CLI(LightningCLI):
             options.callbacks.append(RunProgressBar())
         options.plugins = _listed(options.plugins)
         if not any(isinstance(plugin, CheckpointIO) for plugin in options.plugins):
-            options.plugins.append(RunCheckpointIO(self.config[subcommand].ckpt_path or "", self.checkpoint))
+            options.plugins.append(
+                checkpoints.RunCheckpointIO(self.config[subcommand].ckpt_path or "", self.checkpoint)
+            )
         self.checkpoint = None
         told = TorchElasticEnvironment.detect() or any(isinstance(p, ClusterEnvironment) for p in options.plugins)
         if SLURMEnvironment.detect() and not told:
@@ -165,30 +158,27 @@ class CLI(LightningCLI):
         """
         config = self.config[str(self.subcommand)]
         run_folder = Path(config.trainer.default_root_dir or ".")
-        folder = run_folder / FOLDER
+        folder = run_folder / checkpoints.FOLDER
         if config.ckpt_path == "last":
-            path, self.checkpoint = read_last(run_folder)
+            path, self.checkpoint = checkpoints.read_last(run_folder)
             config.ckpt_path = str(path)
         elif config.ckpt_path == "best":
-            config.ckpt_path = str(folder / BEST)
+            config.ckpt_path = str(folder / checkpoints.BEST)
         if self.subcommand == "fit":
-            goes_on = config.ckpt_path is not None and Path(config.ckpt_path).resolve().parent == folder.resolve()
-            held = any((folder / name).exists() for name in (LAST, PREVIOUS))
-            if held and not goes_on and not config.trainer.fast_dev_run:
+            self.goes_on = config.ckpt_path is not None and Path(config.ckpt_path).resolve().parent == folder.resolve()
+            held = any((folder / name).exists() for name in (checkpoints.LAST, checkpoints.PREVIOUS))
+            if held and not self.goes_on and not config.trainer.fast_dev_run:
                 raise UserError(
                     f"the run folder {run_folder} holds a run already: go on with it by --ckpt_path last, or give"
                     " another --trainer.default_root_dir"
                 )
-            self.goes_on = goes_on
-        elif config.ckpt_path is None and (
-            getattr(head_class(config.model.head), "trained", True) or not config.model.freeze_backbone
-        ):
+        elif config.ckpt_path is None and (head_class(config.model.head).trained or not config.model.freeze_backbone):
             raise UserError(
                 f"{self.subcommand} measures a checkpoint: give --ckpt_path best, last, or a .ckpt file; only a head"
                 " with nothing to train does without, and --model.freeze_backbone true"
             )
         if config.ckpt_path is not None:
-            self.checkpoint = self.checkpoint or read_checkpoint(config.ckpt_path)
+            self.checkpoint = self.checkpoint or checkpoints.read_checkpoint(config.ckpt_path)
             self._take_options_from(self.checkpoint, config)
             self.parser.add_instantiator(self._build_model, CLIPM2DF, subclasses=False)
 

@@ -71,9 +71,10 @@ class Split:
         require(least=1, n_shot=n_shot, n_query=n_query)
         n_classes = len(self.class_names)
         if n_classes < n_way:
+            classes = f"{n_classes} class{'' if n_classes == 1 else 'es'}"
             raise UserError(
-                f"the number of classes in the {self.name} split is {n_classes}, too few for n_way {n_way}: "
-                "lower n_way, or add classes to the manifest"
+                f"the {self.name} split has {classes}, too few for n_way {n_way}: lower n_way, or add classes to the"
+                " manifest"
             )
         needed = n_shot + n_query
         counts = {name: len(videos) for name, videos in zip(self.class_names, self.videos, strict=True)}
@@ -119,17 +120,12 @@ class Manifest:
         _check(self.videos, rows, source)
         self._source = source
         classes: dict[str, dict[str, list[Video]]] = {name: {} for name in SPLITS}
-        for video in self.videos:
+        for video in sorted(self.videos, key=lambda video: video.label):
             classes[video.split].setdefault(video.label, []).append(video)
         self._splits = {
-            name: Split(
-                name=name,
-                class_names=tuple(sorted(by_class)),
-                class_texts=tuple(by_class[label][0].text for label in sorted(by_class)),
-                videos=tuple(tuple(by_class[label]) for label in sorted(by_class)),
-            )
-            for name, by_class in classes.items()
-            if by_class
+            name: Split(name, tuple(own), tuple(rows[0].text for rows in own.values()), tuple(map(tuple, own.values())))
+            for name, own in classes.items()
+            if own
         }
 
     @classmethod

@@ -249,11 +249,8 @@ def _is_sound(text: str) -> bool:
 # Classes
 def _labels(lines: Sequence[_Line], dataset: str, names: Mapping[str, str]) -> list[str]:
     """The class of each line, spelled as the benchmark does or else as first in the lists."""
-    canonical = {
-        class_key(label): label
-        for labels in (BENCHMARKS[dataset].class_split.values() if dataset in BENCHMARKS else ())
-        for label in labels
-    }
+    splits = BENCHMARKS[dataset].class_split.values() if dataset in BENCHMARKS else ()
+    canonical = {class_key(label): label for labels in splits for label in labels}
     label_of_id = _labels_of_ids(lines, dataset, names)
     first: dict[str, tuple[str, _Line]] = {}
     labels = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from clip_m2df.episode import (
     Clips,
     IndexedEpisode,
     TableEpisodes,
+    VideoTable,
     episode_draws,
     episode_generator,
     select_episodes,
@@ -28,7 +28,7 @@ from clip_m2df.files import fingerprint, relative_path
 from clip_m2df.video.reader import VideoError
 
 
-class EpisodeTable(Dataset[int], ABC):
+class EpisodeTable(Dataset[int], VideoTable):
     """Episodes by number, and videos that are read once each, for however many episodes.
 
     Args:
@@ -65,22 +65,6 @@ class EpisodeTable(Dataset[int], ABC):
         self.num_workers, self.stuck_after = num_workers, stuck_after
         self.reading = repr(dataset.reader)
         self.videos: list[Video] = []
-
-    @abstractmethod
-    def __len__(self) -> int:
-        """How many episodes there are; 0 for an endless stream."""
-
-    @abstractmethod
-    def episodes(self, numbers: Sequence[int]) -> IndexedEpisode:
-        """Episodes by their numbers."""
-
-    @abstractmethod
-    def named(self, numbers: Sequence[int]) -> list[int]:
-        """The indices of the videos that episodes name, in order."""
-
-    @abstractmethod
-    def replace(self, unusable: Mapping[str, str]) -> None:
-        """Put others in the places of videos that can't be read; the reasons by path, of those that are new."""
 
     def __getitem__(self, number: int) -> int:
         """The number itself, for :meth:`batch`: its videos are looked up when they have been read."""
@@ -187,15 +171,15 @@ class EvaluationTable(EpisodeTable):
         self._index([*own, *named.values()], self._drawn, [0] * count)
 
     def __len__(self) -> int:
-        """See :class:`EpisodeTable`."""
+        """See :class:`clip_m2df.episode.VideoTable`."""
         return len(self._drawn)
 
     def episodes(self, numbers: Sequence[int]) -> IndexedEpisode:
-        """See :class:`EpisodeTable`."""
+        """See :class:`clip_m2df.episode.VideoTable`."""
         return select_episodes(self._all, torch.tensor(numbers, dtype=torch.long))
 
     def named(self, numbers: Sequence[int]) -> list[int]:
-        """See :class:`EpisodeTable`."""
+        """See :class:`clip_m2df.episode.VideoTable`."""
         rows = self.episodes(numbers)
         indices: list[int] = torch.cat((rows["support"].flatten(), rows["query"].flatten())).unique().tolist()
         return indices
@@ -248,11 +232,11 @@ class TrainingTable(EpisodeTable):
         self._first = {video.path: augmentations * i for i, video in enumerate(self.videos[::augmentations])}
 
     def __len__(self) -> int:
-        """See :class:`EpisodeTable`."""
+        """See :class:`clip_m2df.episode.VideoTable`."""
         return 0
 
     def episodes(self, numbers: Sequence[int]) -> IndexedEpisode:
-        """See :class:`EpisodeTable`; which augmentation of a video comes is the episode's own draw."""
+        """See :class:`clip_m2df.episode.VideoTable`; which augmentation of a video comes is the episode's own draw."""
         seed, stage, known = self.dataset.seed, self.dataset.split.name, self.unusable.reasons
         replanned = [self.dataset.replan(i, self.dataset.plan(i), lambda path: path not in known) for i in numbers]
         videos = []

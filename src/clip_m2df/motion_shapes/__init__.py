@@ -10,41 +10,23 @@ No appearance of the val or test videos occurs in a training video, nor in what 
 ``clip_m2df/assets/tiny_clip`` was trained on.
 """
 
-from clip_m2df.motion_shapes.classes import (
-    CLASSES,
-    COLOURS,
-    FAMILIES,
-    MOTIONS,
-    OF_TWO_SHAPES,
-    SHAPES,
-    MotionClass,
-    appearances_of,
-    noun_phrase,
-    shared_appearance_classes,
-)
-from clip_m2df.motion_shapes.long_videos import Action, render_long
-from clip_m2df.motion_shapes.rendering import NO_KNOBS, Knobs, render
-from clip_m2df.motion_shapes.scenes import FPS, SIZE, draw_scene, paint, render_clip
-
-__all__ = [
-    "CLASSES",
-    "COLOURS",
-    "FAMILIES",
-    "FPS",
-    "MOTIONS",
-    "NO_KNOBS",
-    "OF_TWO_SHAPES",
-    "SHAPES",
-    "SIZE",
-    "Action",
-    "Knobs",
-    "MotionClass",
-    "appearances_of",
-    "draw_scene",
-    "noun_phrase",
-    "paint",
-    "render",
-    "render_clip",
-    "render_long",
-    "shared_appearance_classes",
-]
+from clip_m2df.motion_shapes.classes import CLASSES as CLASSES
+from clip_m2df.motion_shapes.classes import COLOURS as COLOURS
+from clip_m2df.motion_shapes.classes import FAMILIES as FAMILIES
+from clip_m2df.motion_shapes.classes import MOTIONS as MOTIONS
+from clip_m2df.motion_shapes.classes import OF_TWO_SHAPES as OF_TWO_SHAPES
+from clip_m2df.motion_shapes.classes import SHAPES as SHAPES
+from clip_m2df.motion_shapes.classes import MotionClass as MotionClass
+from clip_m2df.motion_shapes.classes import appearances_of as appearances_of
+from clip_m2df.motion_shapes.classes import noun_phrase as noun_phrase
+from clip_m2df.motion_shapes.classes import shared_appearance_classes as shared_appearance_classes
+from clip_m2df.motion_shapes.long_videos import Action as Action
+from clip_m2df.motion_shapes.long_videos import render_long as render_long
+from clip_m2df.motion_shapes.rendering import NO_KNOBS as NO_KNOBS
+from clip_m2df.motion_shapes.rendering import Knobs as Knobs
+from clip_m2df.motion_shapes.rendering import render as render
+from clip_m2df.motion_shapes.scenes import FPS as FPS
+from clip_m2df.motion_shapes.scenes import SIZE as SIZE
+from clip_m2df.motion_shapes.scenes import draw_scene as draw_scene
+from clip_m2df.motion_shapes.scenes import paint as paint
+from clip_m2df.motion_shapes.scenes import render_clip as render_clip

@@ -172,40 +172,20 @@ def _scene() -> _Table:
     singles = (LEFT, UP, GROWING, APPEARING, BOUNCING, RIGHT, DOWN, SHRINKING, VANISHING)
     opposites = (*_PAIRS[:3], (APPEARING, VANISHING))
     train = appearances_of("train")
+    val = ((UP, DOWN), (LEFT, RIGHT), (GROWING,), (APPEARING,), (SHRINKING,), (BOUNCING,))
+    test = (*opposites, (BOUNCING,), (UP,), (LEFT,), (GROWING,))
     return {
         "train": {a: opposites[k % 4] if k < 8 else (singles[k % 9],) for k, a in enumerate(train[::2] + train[1:6:2])},
-        "val": {
-            ("orange", "star"): (UP, DOWN),
-            ("cyan", "circle"): (LEFT, RIGHT),
-            ("red", "ring"): (GROWING,),
-            ("white", "cross"): (APPEARING,),
-            ("yellow", "square"): (SHRINKING,),
-            ("blue", "triangle"): (BOUNCING,),
-        },
-        "test": {
-            ("red", "star"): (LEFT, RIGHT),
-            ("green", "square"): (UP, DOWN),
-            ("blue", "ring"): (GROWING, SHRINKING),
-            ("orange", "circle"): (APPEARING, VANISHING),
-            ("yellow", "cross"): (BOUNCING,),
-            ("purple", "crescent"): (UP,),
-            ("cyan", "triangle"): (LEFT,),
-            ("white", "circle"): (GROWING,),
-        },
+        # With the appearances of the demo.
+        "val": dict(zip(_DEMO["val"], val, strict=True)),
+        "test": dict(zip(_DEMO["test"], test, strict=True)),
     }
 
 
 # One of each pair of twins; all other pairs are for training.
 _ORDER = {
     "val": (UP, LEFT + THEN + GROWING, APPEARING + THEN + GROWING, SHRINKING + THEN + CIRCLING),
-    "test": (
-        LEFT,
-        GROWING,
-        UP + THEN + RIGHT,
-        GROWING + THEN + UP,
-        CIRCLING + THEN + DOWN,
-        APPEARING + THEN + RIGHT,
-    ),
+    "test": (LEFT, GROWING, UP + THEN + RIGHT, GROWING + THEN + UP, CIRCLING + THEN + DOWN, APPEARING + THEN + RIGHT),
 }
 
 

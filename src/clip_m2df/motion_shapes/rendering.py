@@ -14,7 +14,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePath
-from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,11 +25,10 @@ from clip_m2df.motion_shapes.scenes import FPS, JITTER, OUTLIERS, SECONDS, SIZE,
 
 RENDERER_VERSION = 1  # raise it whenever a pixel changes: it is part of the cache's key
 
-_THIRTY: Mapping[str, int] = MappingProxyType(dict.fromkeys(SPLITS, 30))
 VIDEOS_PER_CLASS: dict[str, Mapping[str, int]] = {
-    "demo": MappingProxyType({"train": 20, "val": 12, "test": 16}),
-    "scene": _THIRTY,
-    "order": _THIRTY,
+    "demo": {"train": 20, "val": 12, "test": 16},
+    "scene": dict.fromkeys(SPLITS, 30),
+    "order": dict.fromkeys(SPLITS, 30),
 }
 
 

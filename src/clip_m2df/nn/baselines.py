@@ -202,12 +202,10 @@ class CLIPFSARHead(OTAMHead):
 
     def attend(self, tokens: Tensor) -> Tensor:
         """Self-attention among ``tokens (…, tokens, dim)``, which have no positions: the same shape."""
-        leading = tokens.shape[:-2]
-        tokens = tokens.flatten(0, -3)
+        attended = tokens.reshape(-1, *tokens.shape[-2:])
         for layer in self.transformer.layers:
-            tokens = layer(tokens, tokens)
-        unflattened: Tensor = tokens.unflatten(0, leading)
-        return unflattened
+            attended = layer(attended, attended)
+        return attended.reshape(tokens.shape)
 
     def class_logits(self, videos: Tensor, prompts: Tensor, prompt_table: Tensor) -> Tensor:
         """As :meth:`clip_m2df.nn.head.Head.class_logits`, but a video stands by the mean of all its frames."""

@@ -92,14 +92,11 @@ class EvaluationPage(lightning.Callback):
 
     def on_test_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Gather what all ranks have, and write the page."""
-        found = self._collector.gather(trainer, cast(CLIPM2DF, pl_module))
-        if not trainer.is_global_zero or found is None:
+        model = cast(CLIPM2DF, pl_module)
+        found = self._collector.gather(trainer, model)
+        if not trainer.is_global_zero or found is None or model.evaluated is None:
             return
-        numbers = {
-            name.removeprefix("test/"): float(value)
-            for name, value in trainer.callback_metrics.items()
-            if not math.isnan(value)
-        }
+        numbers = {name: float(value) for name, value in model.evaluated.numbers.items() if not math.isnan(value)}
         # By their labels, as in the tables.
         class_names = trainer.datamodule.manifest.split("test").class_names  # type: ignore[attr-defined]
         content = evaluation_content(self.config, numbers, found._replace(class_names=class_names))

@@ -4,8 +4,7 @@ import base64
 import hashlib
 import io
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import cache
 from importlib import resources
@@ -20,7 +19,7 @@ from torch import Tensor
 from clip_m2df.__about__ import __version__
 from clip_m2df.errors import UserError
 from clip_m2df.evaluation.figures import shown_frames, strip
-from clip_m2df.files import whole_file
+from clip_m2df.files import whole_file, writing
 
 # Steps from white to the darkest; each has a class of its own in the style sheet, which the policy of the page demands.
 SHADES = 10
@@ -39,7 +38,7 @@ def check_page(path: Path) -> None:
         raise UserError(f"--report is {path}: give it a name that ends in .html")
     if path.is_dir():
         raise UserError(f"cannot write the report {path}: it is a folder; name a file in it")
-    with _writing(path):
+    with writing(path, "report"):
         path.parent.mkdir(parents=True, exist_ok=True)
         TemporaryFile(dir=path.parent).close()
 
@@ -71,7 +70,7 @@ def write_page(path: Path, template: str, content: Mapping[str, object]) -> None
             written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         )
     )
-    with _writing(path), whole_file(path) as draft:
+    with writing(path, "report"), whole_file(path) as draft:
         # Names of files may have bytes that are no text.
         draft.write_bytes(text.encode(errors="backslashreplace"))
 
@@ -125,13 +124,3 @@ def _own_text(name: str) -> str:
 def _digest(text: str) -> str:
     """What the policy knows an inline style or script by."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"cannot write the report {path}: {error.strerror or error}; name a file in a folder that can be written"
-        ) from error

@@ -3,52 +3,14 @@
 import inspect
 import os
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from clip_m2df.clip.backbone import CLIPBackbone
 from clip_m2df.clip.formats import read_weights
 from clip_m2df.errors import RENAMED_OPTIONS, UserError
-from clip_m2df.nn.baselines import HEADS, build_head, head_class, options_of
+from clip_m2df.nn.baselines import HEADS, head_class, options_of
 from clip_m2df.nn.m2df import M2DF, M2DFHead
-from clip_m2df.nn.prompts import Selection
-
-
-def build_model(
-    backbone: str | Mapping[str, Any],
-    head: str,
-    head_options: Mapping[str, Any] | None,
-    template: str | Sequence[str],
-    *,
-    selection: Selection,
-    freeze_backbone: bool,
-    freeze_batch_norm: bool,
-    gradient_checkpointing: bool,
-    compile: bool,
-) -> M2DF:
-    """Load the tower, make the head, and put them together; the options are those of ``CLIPM2DF``.
-
-    Raises:
-        UserError: an option that the head doesn't have, weights that can't be had, or a head that does not exist.
-    """
-    # What is asked of the head is checked before a tower is loaded, which takes longer.
-    options = dict(head_options or {})
-    if "selection" in options:
-        raise UserError("head_options: selection is an option of the model itself, --model.selection; move it there")
-    if "dim" in options:
-        raise UserError("head_options: dim follows from the backbone; leave it out")
-    if "selection" in options_of(head_class(head)):
-        options["selection"] = selection
-    tower = CLIPBackbone.from_description(backbone) if isinstance(backbone, Mapping) else CLIPBackbone.load(backbone)
-    tower.freeze_batch_norm = freeze_batch_norm
-    if gradient_checkpointing:
-        tower.enable_gradient_checkpointing()
-    model = M2DF(tower, build_head(head, {"dim": tower.dim, **options}), template, freeze_backbone)
-    if compile:  # in place, so that the weights keep their names
-        tower.visual.compile()
-        model.head.compile()
-    return model
 
 
 def saved_options(

@@ -49,7 +49,7 @@ def read_checkpoint(path: str | os.PathLike[str], *, map_location: Any = "cpu", 
 
 
 def read_last(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """Read the last checkpoint of a run, or the one before if that is damaged or missing, which is said.
+    """Read the last checkpoint of a run; where it is damaged or missing, the one before it, with a warning.
 
     Args:
         folder: the run's.
@@ -143,7 +143,7 @@ class RunCheckpoint(ModelCheckpoint):
         super().__init__(filename="best", monitor=monitor, mode=mode, save_top_k=1, enable_version_counter=False)
         self.every = every
         self._validated = 0  # the step of the last validation that came to its end
-        self._saved: int | None = None  # the step of the last checkpoint
+        self._saved = "nothing has been saved"  # what is said of a run that is stopped
         self._signal = 0  # came to this rank
         self._ending = 0  # the signal that all ranks know of
         self._stop_asked = False  # in the middle of a step
@@ -246,7 +246,7 @@ class RunCheckpoint(ModelCheckpoint):
     def _save_last(self, trainer: lightning.Trainer) -> None:
         self.last_model_path = os.path.join(str(self.dirpath), LAST)
         trainer.save_checkpoint(self.last_model_path, weights_only=False)
-        self._saved = trainer.global_step
+        self._saved = f"optimiser step {trainer.global_step} is saved, --ckpt_path last goes on"
 
     def _wants_validation(self, trainer: lightning.Trainer, step: int) -> bool:
         """Whether the validation that belongs to a step has not been made."""

@@ -15,19 +15,21 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from clip_m2df.clip.backbone import CLIPBackbone
 from clip_m2df.episode import Episode, FeatureEpisode, TableEpisodes, VideoTable
 from clip_m2df.errors import UserError, require
-from clip_m2df.evaluation.bank import EpisodeBank
+from clip_m2df.evaluation.bank import EpisodeBank, encode_videos
 from clip_m2df.evaluation.evidence import Played
-from clip_m2df.evaluation.features import encode_videos
 from clip_m2df.evaluation.metrics import StageMetrics
 from clip_m2df.hub import find_model, push_model, read_model, write_model
 from clip_m2df.loops import episodes_played, logs_step
+from clip_m2df.nn.baselines import build_head, head_class, options_of
 from clip_m2df.nn.class_text import class_text_loss, fuse_text
 from clip_m2df.nn.head import HeadOutput
+from clip_m2df.nn.m2df import M2DF
 from clip_m2df.nn.prompts import DEFAULT_TEMPLATE, Selection
 from clip_m2df.nn.weights import check_weights
-from clip_m2df.training.build import build_model, saved_options
+from clip_m2df.training.build import saved_options
 from clip_m2df.training.checkpoints import read_checkpoint
 
 # Options that a person may change from run to run. They stay out of the checkpoint, so that what is asked for wins.
@@ -143,17 +145,24 @@ class CLIPM2DF(lightning.LightningModule):
         require(least=0, weight_decay=weight_decay, bank_memory=bank_memory, warmup_steps=warmup_steps)
         require(least=0, most=1, text_fusion=text_fusion)
         require(above=0, most=1, warmup_start=warmup_start)
-        self.model = build_model(
-            backbone,
-            head,
-            head_options,
-            template,
-            selection=selection,
-            freeze_backbone=freeze_backbone,
-            freeze_batch_norm=freeze_batch_norm,
-            gradient_checkpointing=gradient_checkpointing,
-            compile=compile,
-        )
+        # What is asked of the head is checked before a tower is loaded, which takes longer.
+        own = dict(head_options or {})
+        if "selection" in own:
+            raise UserError(
+                "head_options: selection is an option of the model itself, --model.selection; move it there"
+            )
+        if "dim" in own:
+            raise UserError("head_options: dim follows from the backbone; leave it out")
+        if "selection" in options_of(head_class(head)):
+            own["selection"] = selection
+        tower = CLIPBackbone.load(backbone) if isinstance(backbone, str) else CLIPBackbone.from_description(backbone)
+        tower.freeze_batch_norm = freeze_batch_norm
+        if gradient_checkpointing:
+            tower.enable_gradient_checkpointing()
+        self.model = M2DF(tower, build_head(head, {"dim": tower.dim, **own}), template, freeze_backbone)
+        if compile:  # in place, so that the weights keep their names
+            tower.visual.compile()
+            self.model.head.compile()
         if not class_weight:
             # Without its loss the scale has no gradient, which DDP would wait for.
             self.model.head.scale.requires_grad_(False)

@@ -185,7 +185,9 @@ class FrameCache:
             raise DamagedCacheError(
                 f"the frames of {path} in the cache's shard {video.shard} are damaged: {REMEDY}"
             ) from error
-        return clip[[numbers.index(number) for number in wanted]], n_kept
+        if wanted != numbers:
+            clip = clip[[numbers.index(number) for number in wanted]]
+        return clip, n_kept
 
     def __repr__(self) -> str:
         """What decides the frames, for what is kept of them elsewhere."""

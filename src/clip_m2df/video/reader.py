@@ -9,12 +9,14 @@ abort the whole process.
 
 import importlib
 import io
+import itertools
 import os
 import re
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fractions import Fraction
+from pathlib import Path
 from typing import IO, Any, Literal
 
 import av
@@ -72,7 +74,7 @@ def read_frames(path: str, choose: Choose, *, decoder: Decoder = "auto") -> tupl
         raise UserError(f"there is no decoder {decoder!r}: choose from {', '.join(_READERS)}")
     path = _find(path)
     read = _READERS[decoder]
-    with as_video_error(path, "reading it" if read is _read_pyav else decoder):
+    with as_video_error(path, "" if read is _read_pyav else decoder):
         if os.path.isdir(path):
             return _read_images(path, choose)
         if read is not _read_pyav:
@@ -242,10 +244,8 @@ def _list_images(folder: str) -> list[str]:
 
 def _read_image(path: str, size: tuple[int, int] | None) -> tuple[_Picture, tuple[int, int]]:
     """Read an image, scaled to a width and height if given; return it with its size."""
-    with as_video_error(path), open(path, "rb") as file:
-        # From memory: FFmpeg would take a name such as "img_%d.jpg" for a pattern.
-        data = io.BytesIO(file.read())
-    with _open(data, path) as (container, stream):
+    # From memory: FFmpeg would take a name such as "img_%d.jpg" for a pattern.
+    with as_video_error(path), _open(io.BytesIO(Path(path).read_bytes()), path) as (container, stream):
         frame = next(_frames(container, stream), None)
         if frame is None:
             raise unreadable(path, "the image does not decode")
@@ -307,16 +307,13 @@ def _decode(path: str, numbers: set[int]) -> tuple[dict[int, _Picture], int]:
     """Decode up to the last of the numbered frames; return those that there are, and how many were decoded."""
     pictures: dict[int, _Picture] = {}
     decoded = 0
-    last = max(numbers)
     with _open(path, path) as (container, stream):
-        for frame in _frames(container, stream):
-            if decoded == 0:
+        for number, frame in enumerate(itertools.islice(_frames(container, stream), max(numbers) + 1)):
+            decoded = number + 1
+            if number == 0:
                 size = _size(frame)
-            if decoded in numbers:
-                pictures[decoded] = _picture(frame, size)
-            decoded += 1
-            if decoded > last:
-                break
+            if number in numbers:
+                pictures[number] = _picture(frame, size)
     return pictures, decoded
 
 
@@ -396,12 +393,12 @@ def unreadable(path: str, reason: str) -> VideoError:
 
 
 @contextmanager
-def as_video_error(path: str, action: str = "reading it") -> Iterator[None]:
+def as_video_error(path: str, decoder: str = "") -> Iterator[None]:
     """Turn what the system refuses, and whatever a damaged file does to a decoder, into an error of the video.
 
     Args:
         path: The video.
-        action: What the message says to have failed.
+        decoder: A library whose messages are for its authors, and are left out.
 
     Raises:
         VideoError: In the place of any error but the package's own.
@@ -410,8 +407,11 @@ def as_video_error(path: str, action: str = "reading it") -> Iterator[None]:
         yield
     except (UserError, ChoiceError):
         raise
+    except FileNotFoundError as error:
+        raise unreadable(path, "there is no such file") from error
     except OSError as error:
         raise unreadable(path, error.strerror or str(error)) from error
     except Exception as error:
-        what = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise unreadable(path, f"{action} fails: {what}") from error
+        kind = type(error).__name__
+        reason = f"{decoder} cannot read it ({kind})" if decoder else f"reading it fails: {kind}: {error}"
+        raise unreadable(path, reason.partition("\n")[0]) from error
