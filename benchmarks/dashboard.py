@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.timing import Case, report
 
-BAR = 0.02
+BAR = 0.05
 CONFIGS = {"folder": [], "W&B, offline": ["--config=recipes/wandb_offline.yaml"]}
 
 
