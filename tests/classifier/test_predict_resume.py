@@ -188,7 +188,7 @@ def test_what_the_model_has_seen_is_kept_while_the_next_is_read(
     support: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(encoding, "ClipReader", Impatient)
-    monkeypatch.setattr(encoding, "CLIPS", 2)
+    monkeypatch.setattr(encoding, "TOGETHER", 2)
     assert main(predict_args(support, [folder], tmp_path / "labels.csv")) == 130
     _, *lines = [json.loads(line) for line in (tmp_path / "labels.csv.part").read_text().splitlines()]
     assert [line["video"] for line in lines] == videos_of(folder)[:4]
