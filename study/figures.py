@@ -10,7 +10,6 @@ from typing import Any
 import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -19,10 +18,9 @@ from study.results import (
     CLEAN,
     REFERENCE,
     Cell,
-    Estimate,
-    NotMeasuredError,
     Record,
     accuracy,
+    if_measured,
     knobs,
     level,
     measured,
@@ -90,7 +88,7 @@ def accuracy_against(records: Sequence[Record], knob: str) -> Figure | None:
     for axes, family, n_shot in panels:
         for row, look in zip(rows, _looks(rows), strict=True):
             cell = Cell("main", family, n_shot, row)
-            points = {test: e for test in tests if (e := _accuracy(records, cell, test)) is not None}
+            points = {test: e for test in tests if (e := if_measured(accuracy, records, cell, test)) is not None}
             if points.keys() - {CLEAN}:
                 x = [100 * level(test) for test in points]
                 middle = np.array([100 * e.mean for e in points.values()])
@@ -115,7 +113,11 @@ def views_and_prompts(records: Sequence[Record]) -> Figure | None:
         for j, (knob, tests) in enumerate(by_knob.items()):
             grid[-1][j].set_xlabel(_label(knob))
             for cell in cells:
-                points = {test: s for test in (CLEAN, *tests) if (s := _share(records, cell, name, test)) is not None}
+                points = {
+                    test: s
+                    for test in (CLEAN, *tests)
+                    if (s := if_measured(share, records, cell, name, test)) is not None
+                }
                 if points.keys() - {CLEAN}:
                     look = {
                         "color": COLOURS[families.index(cell.family) % len(COLOURS)],
@@ -187,25 +189,10 @@ def _with_legend(figure: Figure, lines: dict[str, Any]) -> Figure | None:
 def _save(figure: Figure, path: Path) -> None:
     """As a PNG of few colours, and without the name of what drew it."""
     drawn = io.BytesIO()
-    FigureCanvasAgg(figure)
     figure.savefig(drawn, format="png", dpi=DPI, metadata={"Software": None})
     picture = Image.open(drawn).convert("RGB").quantize(96, dither=Image.Dither.NONE)
     with whole_file(path) as draft:
         picture.save(draft, format="png", optimize=True)
-
-
-def _accuracy(records: Sequence[Record], cell: Cell, test: str) -> Estimate | None:
-    try:
-        return accuracy(records, cell, test)
-    except NotMeasuredError:
-        return None
-
-
-def _share(records: Sequence[Record], cell: Cell, name: str, test: str) -> float | None:
-    try:
-        return share(records, cell, name, test)
-    except NotMeasuredError:
-        return None
 
 
 def _label(knob: str) -> str:

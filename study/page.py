@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from tabulate import tabulate
+
 from clip_m2df.errors import UserError
 from clip_m2df.evaluation.metrics import Z_95
 from clip_m2df.files import whole_file
@@ -17,11 +19,11 @@ from study.results import (
     SHARES,
     Cell,
     Estimate,
-    NotMeasuredError,
     Record,
     accuracy,
     chosen_rate,
     difference,
+    if_measured,
     knobs,
     measured,
     rates,
@@ -300,10 +302,8 @@ def _grid(records: Sequence[Record]) -> list[float]:
 
 def _shown(text: Callable[..., str], *what: object) -> str:
     """A cell of a table: a text of it, or a dash where something was not measured."""
-    try:
-        return text(*what)
-    except NotMeasuredError:
-        return NOTHING
+    shown = if_measured(text, *what)
+    return NOTHING if shown is None else shown
 
 
 def _accuracy(results: Sequence[Record], cell: Cell, test: str) -> str:
@@ -342,9 +342,5 @@ def _image(name: str, said: str) -> str:
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """In Markdown; the columns are as wide as they need to be."""
-    lines = [[cell.replace("|", "\\|") for cell in line] for line in (header, *rows)]
-    widths = [max(3, *(len(cell) for cell in column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(
-        f"| {' | '.join(f'{cell:{width}}' for cell, width in zip(line, widths, strict=True))} |" for line in lines
-    )
+    escaped = [[cell.replace("|", "\\|") for cell in line] for line in (header, *rows)]
+    return tabulate(escaped, headers="firstrow", tablefmt="github", disable_numparse=True)

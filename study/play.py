@@ -61,7 +61,7 @@ class Counts(lightning.Callback):
     ) -> None:
         """Count a batch."""
         played: Played = outputs
-        self.correct += (played.scores.argmax(-1) == batch["query_labels"]).sum(-1).tolist()
+        self.correct += (played.scores.argmax(-1) == played.episode["query_labels"]).sum(-1).tolist()
 
 
 def play(run: Run, settings: Settings, store: Path) -> list[Record]:

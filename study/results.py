@@ -10,25 +10,27 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import sem, t
 
 from clip_m2df.errors import UserError
 from clip_m2df.evaluation.metrics import Z_95
 from clip_m2df.files import read_bytes
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 PARTS = {"main": "frozen tower", "tower": "tower trained too"}
 PURPOSES = ("choose", "measure")
 CLEAN = "clean"
 # What all differences are against.
 REFERENCE = "CLIP-M²DF"
-# Two-sided 95 % of Student's distribution, by the number of seeds; few more are ever run.
-T_95 = {1: 0.0, 2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 SHARES = ("pps_accuracy", "view_agreement", "local_accuracy", "global_accuracy")
 
 
@@ -290,10 +292,11 @@ def difference(records: Sequence[Record], cell: Cell, reference: str = REFERENCE
             f"{theirs.shape[1]} of {of_theirs}: remove the lines of one of them, and run the study again"
         )
     found = _estimate(ours - theirs, n_queries)
-    of_seeds = (ours - theirs).mean(1) / n_queries
-    spread = float(of_seeds.std(ddof=1)) if found.seeds > 1 else 0.0
-    of_chance = T_95[min(found.seeds, max(T_95))] * spread / math.sqrt(found.seeds)
-    return found._replace(interval=math.hypot(found.interval, of_chance))
+    if found.seeds == 1:
+        return found
+    # Two-sided 95 % of Student's distribution.
+    over_seeds = t.ppf(0.975, found.seeds - 1) * sem((ours - theirs).mean(1) / n_queries)
+    return found._replace(interval=math.hypot(found.interval, over_seeds))
 
 
 def share(records: Sequence[Record], cell: Cell, name: str, test: str = CLEAN) -> float:
@@ -307,6 +310,14 @@ def share(records: Sequence[Record], cell: Cell, name: str, test: str = CLEAN) -
     if len(known) < len(values):
         raise NotMeasuredError(f"{cell} has no {name} in the test {test!r}: ask for a row that has")
     return sum(known) / len(known)
+
+
+def if_measured(estimate: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+    """An estimate; None where something that it needs was not measured."""
+    try:
+        return estimate(*args, **kwargs)
+    except NotMeasuredError:
+        return None
 
 
 def knobs(records: Iterable[Record]) -> dict[str, list[str]]:

@@ -34,7 +34,7 @@ from clip_m2df.training.build import saved_options
 from clip_m2df.training.callbacks import RunConfig, RunProgressBar, RunReport
 from clip_m2df.training.dashboard import Dashboard
 from clip_m2df.training.module import CLIPM2DF
-from clip_m2df.training.wandb_run import go_on_with_run
+from clip_m2df.training.wandb_run import resume_run
 
 # What gloo and NCCL say when a process at the other end is gone.
 LOST = "closed by peer|reset by peer|remote process exited|communicator was aborted|broken pipe"
@@ -125,7 +125,7 @@ class CLI(LightningCLI):
         if options.logger in (None, True):  # Lightning's own choice depends on what happens to be installed
             options.logger = CSVLogger(folder)
         if self.goes_on:
-            go_on_with_run(options.logger, folder)
+            resume_run(options.logger, folder)
         if subcommand == "test" and self.config.test.report is not None:
             text = self._parser("test").dump(self.config.test, skip_unset=False)
             options.callbacks.append(EvaluationPage(Path(self.config.test.report), yaml.safe_load(text)))

@@ -133,8 +133,8 @@ class HardEpisode(NamedTuple):
 
     def queries(self) -> list[HardQuery]:
         """The queries, that of the highest loss first."""
-        support = self.support if self.support is not None else [None] * len(self.class_names)
-        query = self.query if self.query is not None else [None] * len(self.labels)
+        support = [None] * len(self.class_names) if self.support is None else list(self.support)
+        query = [None] * len(self.labels) if self.query is None else list(self.query)
         found = []
         for q in sorted(range(len(self.labels)), key=lambda q: -self.losses[q]):
             own, predicted = self.labels[q], self.predicted[q]

@@ -180,7 +180,7 @@ class Dashboard(lightning.Callback):
         for logger in trainer.loggers:
             logger.log_hyperparams({"version": __version__, "git_revision": git_revision(), "manifest_digest": digest})
         for wandb_logger in _wandb_loggers(trainer)[:1]:
-            wandb_run.note_run(wandb_logger, Path(trainer.default_root_dir))
+            wandb_run.save_run_id(wandb_logger, Path(trainer.default_root_dir))
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Upload the best checkpoint, if wanted."""

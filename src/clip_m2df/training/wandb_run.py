@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.loggers import WandbLogger
+from torch import Tensor
 
 from clip_m2df.evaluation.evidence import HardEpisode, ValidationEvidence
 from clip_m2df.evaluation.figures import strip
@@ -16,23 +18,20 @@ from clip_m2df.training.checkpoints import read_checkpoint
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-
-# In the run folder: the W&B run that it is.
+# In the run folder: the id of its W&B run.
 ID_FILE = "wandb_id"
-
-
-# Pixels of a frame in the table of episodes.
+# Pixels of a frame's side in the table of episodes.
 SIDE = 48
 
 
-def note_run(logger: WandbLogger, folder: Path) -> None:
-    """Write into a run folder which W&B run it is."""
+def save_run_id(logger: WandbLogger, folder: Path) -> None:
+    """Write the id of a W&B run into its run folder."""
     with whole_file(folder / ID_FILE) as draft:
         draft.write_text(f"{logger.experiment.id}\n", encoding="utf-8")
 
 
-def go_on_with_run(loggers: Any, folder: Path) -> None:
-    """Let a training that goes on log to the W&B run of its first start, unless the configuration names one.
+def resume_run(loggers: Any, folder: Path) -> None:
+    """Let a training that is resumed log to the W&B run of its first start, unless the configuration names one.
 
     Args:
         loggers: the trainer's option, one or a list. The loggers are changed, not the configuration, which others may
@@ -93,15 +92,15 @@ def _episode_table(hardest: Sequence[HardEpisode]) -> Any:
     """A row a query, with the frames of it, and of the first shots of its class and of the one it was taken for."""
     import wandb
 
+    @cache  # videos of the support are in several rows
+    def image(clip: Tensor | None) -> Any:
+        return None if clip is None else wandb.Image(strip(clip, SIDE), file_type="jpg")
+
     columns: list[str | int] = ["rank", "episode", "cross-entropy", "class", "predicted"]
     columns += ["query", "support of class", "support of predicted"]
-    rows = []
-    for rank, episode in enumerate(hardest, 1):
-        support: list[Any] = [None] * len(episode.class_names)
-        if episode.support is not None:
-            support = [wandb.Image(strip(clip, SIDE), file_type="jpg") for clip in episode.support]
-        for q, (own, taken) in enumerate(zip(episode.labels, episode.predicted, strict=True)):
-            query = None if episode.query is None else wandb.Image(strip(episode.query[q], SIDE), file_type="jpg")
-            classes = [episode.class_names[own], episode.class_names[taken]]
-            rows.append([rank, episode.number, episode.losses[q], *classes, query, support[own], support[taken]])
+    rows = [
+        [rank, episode.number, query.loss, *query.class_names, *map(image, query.clips)]
+        for rank, episode in enumerate(hardest, 1)
+        for query in episode.queries()
+    ]
     return wandb.Table(columns=columns, data=rows)
