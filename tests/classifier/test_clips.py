@@ -19,7 +19,6 @@ from torch import Tensor
 
 from clip_m2df import UserError
 from clip_m2df.classifier.clips import (
-    Unreadable,
     as_frames,
     check_frames,
     list_clips,
@@ -29,6 +28,7 @@ from clip_m2df.classifier.clips import (
     read_clips,
     videos_in,
 )
+from clip_m2df.video.isolation import Unreadable
 from clip_m2df.video.transforms import ClipReader, resize_and_crop
 from tests.classifier.conftest import noise
 from tests.data import clips
