@@ -27,7 +27,7 @@ import yaml
 
 from clip_m2df.commands.configs import resolve_configs, shipped_configs
 from clip_m2df.errors import UserError
-from clip_m2df.video.isolation import Lost, isolated_map
+from clip_m2df.video.isolation import Unreadable, isolated_map
 from clip_m2df.video.reader import probe
 from clip_m2df.video.transforms import ClipReader
 from tests.damage import SCRAPS, Rng, alter, damage, damaged_archive
@@ -307,8 +307,8 @@ def fuzz(kind: str, *, seed: int, inputs: int, workers: int = 1, first: int = 0)
             prepare(Path(samples))
         tasks = [(kind, samples, seed, number) for number in range(first, first + inputs)]
         for task, result in isolated_map(_work, tasks, workers=workers, timeout=TIMEOUT):
-            if isinstance(result, Lost) or result.startswith(BUG):
-                outcomes["lost" if isinstance(result, Lost) else BUG] += 1
+            if isinstance(result, Unreadable) or result.startswith(BUG):
+                outcomes["lost" if isinstance(result, Unreadable) else BUG] += 1
                 bugs.append(f"input {task[3]}: {result}")
                 print(bugs[-1], file=sys.stderr, flush=True)
             else:

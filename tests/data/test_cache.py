@@ -24,7 +24,7 @@ from clip_m2df.errors import UserError
 from clip_m2df.files import fingerprint
 from clip_m2df.video import reader
 from clip_m2df.video.frame_cache import DamagedCacheError, FrameCache, decode_jpegs, encode_jpeg
-from clip_m2df.video.isolation import Lost
+from clip_m2df.video.isolation import Unreadable
 from clip_m2df.video.reader import Choose, read_frames
 from clip_m2df.video.transforms import resize_and_crop, resize_short_side, segment_indices
 from tests.data.clips import numbers, render, save_image
@@ -273,7 +273,7 @@ def test_a_decoder_that_crashes_costs_its_video(
     def crashing(function: Callable[[str], Any], items: Iterable[str], **options: Any) -> Iterator[tuple[str, Any]]:
         assert options == {"workers": 3, "timeout": 7.0}
         for path, result in in_process(function, items):
-            yield path, Lost("the decoder crashed (SIGSEGV)") if path.endswith("2.mp4") else result
+            yield path, Unreadable("the decoder crashed (SIGSEGV)") if path.endswith("2.mp4") else result
 
     monkeypatch.setattr(module, "isolated_map", crashing)
     cache = make(copy, workers=3, timeout=7.0)

@@ -17,7 +17,7 @@ from clip_m2df.commands.check import COLUMNS, Finding, check_videos, examine, re
 from clip_m2df.datasets.manifest import Manifest
 from clip_m2df.errors import UserError
 from clip_m2df.video import reader as video
-from clip_m2df.video.isolation import Lost
+from clip_m2df.video.isolation import Unreadable
 from clip_m2df.video.reader import VideoError, read_frames
 from clip_m2df.video.transforms import segment_indices
 from tests.data.clips import Damaged, damage, render, rotate, save_image
@@ -48,12 +48,14 @@ class Workers:
         self.done: list[str] = []
         self.fails_at: Callable[[str], None] = lambda name: None
 
-    def __call__(self, function: object, tasks: Iterable[Any], **_: object) -> Iterator[tuple[Any, Finding | Lost]]:
+    def __call__(
+        self, function: object, tasks: Iterable[Any], **_: object
+    ) -> Iterator[tuple[Any, Finding | Unreadable]]:
         for task in tasks:
             name = os.path.basename(task[0])
             self.fails_at(name)
             self.done.append(name)
-            yield task, Lost("the decoder crashed (SIGSEGV)") if name == "crash.mp4" else examine(task)
+            yield task, Unreadable("the decoder crashed (SIGSEGV)") if name == "crash.mp4" else examine(task)
 
     def forget(self) -> list[str]:
         done, self.done = self.done, []

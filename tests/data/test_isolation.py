@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from clip_m2df.video.isolation import Lost, isolated_map
+from clip_m2df.video.isolation import Unreadable, isolated_map
 
 
 def double(item: int) -> int:
@@ -57,7 +57,7 @@ def test_nothing_to_do() -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL there")
 def test_what_crashes_or_hangs_costs_that_item_only() -> None:
     results = dict(isolated_map(double_or_worse, range(12), workers=2, timeout=1))
-    lost = {item: str(result) for item, result in results.items() if isinstance(result, Lost)}
+    lost = {item: str(result) for item, result in results.items() if isinstance(result, Unreadable)}
     assert lost == {
         3: "the decoder crashed (SIGKILL)",
         5: "the decoder hangs: not done after 1 s",

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from clip_m2df.datasets.manifest import SPLITS, Manifest, Video
+from clip_m2df.episodes.plan import EpisodeShape
 from clip_m2df.errors import UserError
 
 VALID = """\
@@ -432,33 +433,33 @@ def test_class_texts_at_fault(tmp_path: Path, lines: list[str], message: str) ->
 
 def test_episodes_that_the_split_can_supply() -> None:
     split = manifest_of({"run": 3, "jump": 2}).split("train")
-    split.check_episodes(n_way=2, n_shot=1, n_query=1)
+    EpisodeShape(n_way=2, n_shot=1, n_query=1).check(split)
 
 
 @pytest.mark.parametrize("n_way", [1, 0, -3])
 def test_n_way_1(n_way: int) -> None:
     split = manifest_of({"run": 3, "jump": 2}).split("train")
     with pytest.raises(UserError, match=f"n_way is {n_way}; it must be at least 2"):
-        split.check_episodes(n_way=n_way, n_shot=1, n_query=1)
+        EpisodeShape(n_way=n_way, n_shot=1, n_query=1).check(split)
 
 
 @pytest.mark.parametrize(("n_shot", "n_query", "option"), [(0, 1, "n_shot"), (1, 0, "n_query"), (1, -1, "n_query")])
 def test_no_shots_or_no_queries(n_shot: int, n_query: int, option: str) -> None:
     split = manifest_of({"run": 3, "jump": 2}).split("train")
     with pytest.raises(UserError, match=rf"{option} is -?\d; it must be at least 1"):
-        split.check_episodes(n_way=2, n_shot=n_shot, n_query=n_query)
+        EpisodeShape(n_way=2, n_shot=n_shot, n_query=n_query).check(split)
 
 
 def test_too_few_classes_for_the_way() -> None:
     split = manifest_of({"run": 3, "jump": 3, "hug": 3}, "val").split("val")
     with pytest.raises(UserError, match="the val split has 3 classes, too few for n_way 5: lower n_way, or add"):
-        split.check_episodes(n_way=5, n_shot=1, n_query=1)
+        EpisodeShape(n_way=5, n_shot=1, n_query=1).check(split)
 
 
 def test_too_few_videos_for_the_shots_and_queries() -> None:
     split = manifest_of({"run": 9, "jump": 3, "hug": 2}).split("train")
     with pytest.raises(UserError) as caught:
-        split.check_episodes(n_way=2, n_shot=3, n_query=1)
+        EpisodeShape(n_way=2, n_shot=3, n_query=1).check(split)
     message = str(caught.value)
     assert "2 of the 3 classes of the train split have fewer videos than the 4 that n_shot 3 and n_query 1" in message
     assert "'hug' has 2, 'jump' has 3; lower n_shot or n_query, add videos" in message
@@ -467,4 +468,4 @@ def test_too_few_videos_for_the_shots_and_queries() -> None:
 def test_many_classes_with_too_few_videos() -> None:
     split = manifest_of({f"class {k}": 1 for k in range(7)}).split("train")
     with pytest.raises(UserError, match=r"'class 4' has 1 and 2 more; lower n_shot"):
-        split.check_episodes(n_way=2, n_shot=1, n_query=1)
+        EpisodeShape(n_way=2, n_shot=1, n_query=1).check(split)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from clip_m2df.datasets.manifest import Manifest
 from clip_m2df.errors import UserError, require
 from clip_m2df.files import fingerprint, relative_path
-from clip_m2df.video.isolation import isolated_map
+from clip_m2df.video.isolation import Unreadable, isolated_map
 
 if TYPE_CHECKING:
     from clip_m2df.video.frame_cache import CachedVideo, FrameCache
@@ -78,7 +78,7 @@ def cache_frames(
     keep = partial(keep_frames, short_side=short_side, frames=frames)
     results = isolated_map(keep, missing, workers=workers, timeout=timeout)
     for path, result in track(results, "Caching frames", total=len(missing), disable=not missing):
-        if isinstance(result, str):
+        if isinstance(result, Unreadable):
             unread[path] = result
             continue
         waiting.append(result)
@@ -93,7 +93,7 @@ def cache_frames(
     _print_summary(videos, unread, output, folder)
 
 
-def keep_frames(path: str, *, short_side: int, frames: int) -> tuple[CachedVideo, list[bytes]] | str:
+def keep_frames(path: str, *, short_side: int, frames: int) -> tuple[CachedVideo, list[bytes]] | Unreadable:
     """Read, resize and compress the frames of a video; or tell why that can't be done."""
     from clip_m2df.video.frame_cache import CachedVideo, encode_jpeg
     from clip_m2df.video.reader import VideoError, as_video_error, read_frames
@@ -108,7 +108,7 @@ def keep_frames(path: str, *, short_side: int, frames: int) -> tuple[CachedVideo
                 clip = resize_short_side(clip, short_side)
             return CachedVideo(path, key, n_frames, *clip.shape[-2:]), [encode_jpeg(frame, QUALITY) for frame in clip]
     except VideoError as error:
-        return error.reason_for(path)
+        return Unreadable(error.reason_for(path))
 
 
 def _print_summary(videos: Sequence[str], unread: dict[str, str], output: Path, root: str) -> None:

@@ -17,7 +17,7 @@ from clip_m2df.datasets.benchmarks import NEEDED
 from clip_m2df.datasets.manifest import SPLITS, Manifest, Video
 from clip_m2df.errors import UserError, require, some
 from clip_m2df.files import fingerprint_text, plain, relative_path, write_table, writing
-from clip_m2df.video.isolation import Lost, isolated_map
+from clip_m2df.video.isolation import Unreadable, isolated_map
 
 STATUSES = ("ok", "warning", "unusable")
 MOST_NAMES = 20  # of the unusable, in print
@@ -191,7 +191,7 @@ def _find(
         bar = track(results, "checking", total=len(tasks), console=Console(stderr=True), disable=not tasks)
         for task, result in bar:
             # Without a fingerprint: another time, or with more of it, the video may well be read.
-            finding = Finding(failure=str(result), sampled=frames) if isinstance(result, Lost) else result
+            finding = Finding(failure=str(result), sampled=frames) if isinstance(result, Unreadable) else result
             findings[task[0]] = finding
             table.writerow(_row(*tasks[task], finding).values())
             file.flush()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from clip_m2df.errors import UserError, require, some
+from clip_m2df.errors import UserError, some
 from clip_m2df.files import lies_under, read_text, relative_path, write_table
 
 SPLITS = ("train", "val", "test")
@@ -55,35 +55,6 @@ class Split:
     class_names: tuple[str, ...]
     class_texts: tuple[str, ...]
     videos: tuple[tuple[Video, ...], ...]
-
-    def check_episodes(self, *, n_way: int, n_shot: int, n_query: int) -> None:
-        """Check that the split can supply episodes of this shape.
-
-        Args:
-            n_way: Classes in an episode.
-            n_shot: Support videos of each class.
-            n_query: Query videos of each class.
-
-        Raises:
-            UserError: If the shape makes no sense, or the split has too few classes or videos for it.
-        """
-        require(least=2, n_way=n_way)  # an episode tells classes apart
-        require(least=1, n_shot=n_shot, n_query=n_query)
-        n_classes = len(self.class_names)
-        if n_classes < n_way:
-            classes = f"{n_classes} class{'' if n_classes == 1 else 'es'}"
-            raise UserError(
-                f"the {self.name} split has {classes}, too few for n_way {n_way}: lower n_way, or add classes to the"
-                " manifest"
-            )
-        needed = n_shot + n_query
-        counts = {name: len(videos) for name, videos in zip(self.class_names, self.videos, strict=True)}
-        if short := [f"{name!r} has {count}" for name, count in counts.items() if count < needed]:
-            raise UserError(
-                f"{len(short)} of the {n_classes} classes of the {self.name} split have fewer videos than the {needed}"
-                f" that n_shot {n_shot} and n_query {n_query} take: {some(short)}; lower n_shot or n_query, add videos"
-                " of these classes to the manifest, or remove the classes"
-            )
 
 
 class Manifest:

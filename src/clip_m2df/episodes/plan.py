@@ -19,6 +19,7 @@ from torch.utils.data import DistributedSampler
 
 from clip_m2df.datasets.manifest import Split, Video
 from clip_m2df.episode import episode_generator
+from clip_m2df.errors import UserError, require, some
 from clip_m2df.motion_shapes.rendering import outlier_path
 
 
@@ -69,8 +70,28 @@ class EpisodeShape:
     n_query: int
 
     def check(self, split: Split) -> None:
-        """Raise ``UserError`` where ``split`` can't supply such episodes."""
-        split.check_episodes(n_way=self.n_way, n_shot=self.n_shot, n_query=self.n_query)
+        """Check that a split can supply such episodes.
+
+        Raises:
+            UserError: If the shape makes no sense, or the split has too few classes or videos for it.
+        """
+        require(least=2, n_way=self.n_way)  # an episode tells classes apart
+        require(least=1, n_shot=self.n_shot, n_query=self.n_query)
+        n_classes = len(split.class_names)
+        if n_classes < self.n_way:
+            classes = f"{n_classes} class{'' if n_classes == 1 else 'es'}"
+            raise UserError(
+                f"the {split.name} split has {classes}, too few for n_way {self.n_way}: lower n_way, or add classes to"
+                " the manifest"
+            )
+        needed = self.n_shot + self.n_query
+        counts = {name: len(videos) for name, videos in zip(split.class_names, split.videos, strict=True)}
+        if short := [f"{name!r} has {count}" for name, count in counts.items() if count < needed]:
+            raise UserError(
+                f"{len(short)} of the {n_classes} classes of the {split.name} split have fewer videos than the {needed}"
+                f" that n_shot {self.n_shot} and n_query {self.n_query} take: {some(short)}; lower n_shot or n_query,"
+                " add videos of these classes to the manifest, or remove the classes"
+            )
 
 
 def plan_episode(split: Split, shape: EpisodeShape, *, seed: int, episode: int) -> EpisodePlan:

@@ -96,20 +96,13 @@ def count_samples(frames: Iterable[Timed[Item]], rate: Fraction) -> Iterator[tup
     Yields:
         Each frame, in order, with its count, which may be 0; it is known when the next one comes.
     """
-    held: Timed[Item] | None = None
     passed = 0
-    for frame in frames:
-        if held is not None:
-            before, passed = passed, _times_before(frame.start, rate)
-            yield held.item, passed - before
-        held = frame
-    if held is not None:
-        yield held.item, _times_before(held.end, rate) - passed
-
-
-def _times_before(time: Fraction, rate: Fraction) -> int:
-    """Count the k from 0 on with (k + 0.5) / rate < time."""
-    return math.ceil(time * rate - Fraction(1, 2))
+    for frame, following in itertools.pairwise(itertools.chain(frames, [None])):
+        assert frame is not None
+        end = frame.end if following is None else following.start
+        # The k from 0 on with (k + 0.5) / rate < end.
+        before, passed = passed, math.ceil(end * rate - Fraction(1, 2))
+        yield frame.item, passed - before
 
 
 @dataclass(frozen=True)
