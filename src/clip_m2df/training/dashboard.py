@@ -71,11 +71,11 @@ class EvidenceCollector:
             self._columns.setdefault(name, []).append(column)
         hardest, rows = losses.mean(1).topk(min(self.episodes, len(labels)))
         for loss, row in zip(hardest.tolist(), rows.tolist(), strict=True):
-            if len(self._hardest) < self.episodes or loss > self._hardest[-1].loss:
+            if len(self._hardest) < self.episodes or loss > self._hardest[-1].shown.loss:
                 # Without a number of its own, an episode has that of its turn: ranks take turns.
                 turn = (self._seen + row) * trainer.world_size + trainer.global_rank
                 number = int(batch.numbers[row]) if isinstance(batch, TableEpisodes) else turn
-                self._hardest.append(_Candidate.of(row, loss, number, losses, batch, played))
+                self._hardest.append(_Candidate.of(row, number, losses, batch, played))
                 self._hardest = sorted(self._hardest, key=_Candidate.order)[: self.episodes]
         self._class_names = list(played.episode["class_names"])
         self._seen += len(labels)
@@ -102,21 +102,11 @@ class EvidenceCollector:
     def _show(
         self, candidate: _Candidate, trainer: lightning.Trainer, model: CLIPM2DF, *, with_evidence: bool
     ) -> HardEpisode:
-        support, query = candidate.support, candidate.query
+        hard, episode = candidate.shown, candidate.episode
         if candidate.table is not None:
-            support, query = self._read(candidate.table, support), self._read(candidate.table, query)
-        episode, scores = candidate.episode, candidate.scores.cpu()
-        labels: Tensor = episode["query_labels"].cpu()
-        hard = HardEpisode(
-            number=candidate.number,
-            class_names=[episode["class_names"][c] for c in episode["class_indices"].tolist()],
-            labels=labels.tolist(),
-            predicted=scores.argmax(-1).tolist(),
-            rivals=scores.scatter(-1, labels.unsqueeze(-1), -torch.inf).argmax(-1).tolist(),
-            losses=candidate.losses.tolist(),
-            support=support,
-            query=query,
-        )
+            videos = candidate.table.episodes([hard.number])
+            support, query = videos["support"][0, :, 0], videos["query"][0]
+            hard = hard._replace(support=self._read(candidate.table, support), query=self._read(candidate.table, query))
         if not (with_evidence and candidate.has_views):
             return hard
         head, prompts, q = model.model.head, candidate.prompts, hard.hardest
@@ -127,9 +117,9 @@ class EvidenceCollector:
             evidence: QueryEvidence = query_evidence(head, prototypes, episode["query"][q], prompts, draws)
         return hard._replace(evidence=evidence)
 
-    def _read(self, table: VideoTable, indices: Tensor | None) -> Tensor | None:
+    def _read(self, table: VideoTable, indices: Tensor) -> Tensor | None:
         """Small frames of videos; None if one can't be read."""
-        names = {} if indices is None else {index: table.identity(index) for index in indices.tolist()}
+        names = {index: table.identity(index) for index in indices.tolist()}
         try:
             for index, name in names.items():
                 if name not in self._frames:  # hard episodes have videos in common, and so have evaluations
@@ -260,53 +250,46 @@ class Dashboard(lightning.Callback):
 
 
 class _Candidate(NamedTuple):
-    """An episode that may be among the hardest: its row of a batch, without the batch's axis.
+    """An episode that may be among the hardest.
 
     Attributes:
-        support: small frames of each class's first shot, or its index in ``table``.
-        query: the same of the queries.
+        shown: what is shown of it; frames of a table's videos, and evidence, only if it is among the hardest.
+        episode: its row of the batch, as features, without the batch's axis.
+        prompts: ``(n_way, dim)``.
+        has_views: whether the head has any.
+        table: of its videos; None for a batch of frames.
     """
 
-    loss: float
-    number: int
-    losses: Tensor
-    scores: Tensor
+    shown: HardEpisode
+    episode: dict[str, Any]
     prompts: Tensor
     has_views: bool
-    episode: dict[str, Any]
     table: VideoTable | None
-    support: Tensor | None
-    query: Tensor | None
 
     def order(self) -> tuple[float, int]:
         """Where it stands among others: the hardest first."""
-        return -self.loss, self.number
+        return -self.shown.loss, self.shown.number
 
     @classmethod
-    def of(cls, row: int, loss: float, number: int, losses: Tensor, batch: Any, played: Played) -> _Candidate:
+    def of(cls, row: int, number: int, losses: Tensor, batch: Any, played: Played) -> _Candidate:
         """Copy what is needed of a row, so that the batch itself can go."""
-        table, support, query = None, None, None
-        if isinstance(batch, TableEpisodes):
-            table, videos = batch.table, batch.table.episodes([number])
-            support, query = videos["support"][0, :, 0], videos["query"][0]
-        elif batch["support"].dtype == torch.uint8:
-            support, query = _small(batch["support"][row, :, 0]).cpu(), _small(batch["query"][row]).cpu()
-        return cls(
-            loss=loss,
+        episode: dict[str, Any] = {
+            key: value[row].clone() if isinstance(value, Tensor) else value for key, value in played.episode.items()
+        }
+        labels, scores = episode["query_labels"], played.scores[row].float()
+        shown = HardEpisode(
             number=number,
-            losses=losses[row].cpu(),
-            scores=played.scores[row].float(),
-            prompts=played.prompts[row].clone(),
-            has_views=bool(played.output.views),
-            episode={
-                key: value[row].clone() if isinstance(value, Tensor) else value
-                for key, value in played.episode.items()
-                if key != "same"
-            },
-            table=table,
-            support=support,
-            query=query,
+            class_names=[episode["class_names"][c] for c in episode["class_indices"].tolist()],
+            labels=labels.tolist(),
+            predicted=scores.argmax(-1).tolist(),
+            rivals=scores.scatter(-1, labels.unsqueeze(-1), -torch.inf).argmax(-1).tolist(),
+            losses=losses[row].tolist(),
         )
+        table = batch.table if isinstance(batch, TableEpisodes) else None
+        if table is None and batch["support"].dtype == torch.uint8:
+            support, query = _small(batch["support"][row, :, 0]).cpu(), _small(batch["query"][row]).cpu()
+            shown = shown._replace(support=support, query=query)
+        return cls(shown, episode, played.prompts[row].clone(), bool(played.output.views), table)
 
 
 def _small(clips: Tensor) -> Tensor:
