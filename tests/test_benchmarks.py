@@ -42,8 +42,8 @@ def test_matching_is_equal() -> None:
 def test_the_bank_is_equal() -> None:
     (case,) = evaluation_head.cases(30, dim=16, sample=3, repeat=1)
     assert case["off"] < evaluation_head.MOST_OFF
-    # Each of the 5 x 30 queries and supports is fused once at most.
-    assert 0 < case["fused"] <= 300
+    # Each of the 5 x 30 queries and supports is embedded once at most.
+    assert 0 < case["embedded"] <= 300
 
 
 @pytest.mark.slow
