@@ -20,7 +20,7 @@ def save_tokenizer(folder: Path, letters: Iterable[str], words: Iterable[str] = 
 @pytest.fixture
 def offline_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Weights & Biases without an account, its files in the test's folder, and no run of another test."""
-    from tests.wandb_file import end_wandb
+    from tests.training.wandb_file import end_wandb
 
     for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "wandb_files"))
@@ -54,7 +54,7 @@ def tiny_clip_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A manifest of H.264 videos, 48 x 32 pixels: train 4 classes of 4, val 3 of 3, test 3 of 3; texts for test."""
-    from tests.data import clips
+    from tests import clips
 
     folder = tmp_path_factory.mktemp("videos")
     lines = ["path,label,split,text"]

@@ -30,8 +30,8 @@ from clip_m2df.classifier.clips import (
 )
 from clip_m2df.video.isolation import Unreadable
 from clip_m2df.video.transforms import ClipReader, resize_and_crop
+from tests import clips
 from tests.classifier.conftest import noise
-from tests.data import clips
 
 READER = ClipReader(frames=4, resize=24, size=16)
 

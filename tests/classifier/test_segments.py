@@ -16,8 +16,8 @@ from torch import Tensor
 from clip_m2df import FewShotClassifier, UserError
 from clip_m2df.classifier.segments import Windows, join, smooth
 from clip_m2df.motion_shapes import FAMILIES, render_long
+from tests import clips
 from tests.classifier.conftest import Make, make_model, noise, plain_model
-from tests.data import clips
 
 RED, BLUE, GREEN = (220, 30, 20), (20, 40, 230), (20, 200, 40)
 

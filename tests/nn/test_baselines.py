@@ -26,7 +26,7 @@ from clip_m2df.nn.baselines import (
 from clip_m2df.nn.class_text import class_text_logits
 from clip_m2df.nn.head import Embedded, Head
 from tests.nn import references
-from tests.test_module import NAMES, UsersEpisodes, make_episodes
+from tests.training.test_module import NAMES, UsersEpisodes, make_episodes
 
 BASELINES = ["nearest_prototype", "otam", "zero_shot", "bi_mhm", "clip_fsar"]
 SIZES = {"num_heads": 2, "hidden_dim": 12}

@@ -207,8 +207,7 @@ def read_findings(table: Path) -> dict[str, Finding]:
     try:
         with open(table, encoding="utf-8", errors="replace", newline="") as file:
             for row in csv.DictReader(file):
-                finding = _parse(row)
-                if finding is not None:
+                if finding := _parse(row):
                     findings[row["path"]] = finding
     except (FileNotFoundError, csv.Error):
         pass

@@ -256,15 +256,19 @@ def _check(videos: Sequence[Video], rows: Sequence[str], source: str) -> None:
             raise UserError(f"{source} lists the video {video.path} twice, on {earlier} and on {row}: remove one")
         known, where = first_of_class.setdefault(video.label, (video, row))
         if known.split != video.split:
-            raise UserError(
-                f"the class {video.label!r} is in two splits of {source}, {known.split} on {where} and {video.split} "
-                f"on {row}: few-shot splits share no class, so keep it in one"
-            )
+            raise two_splits(video.label, f"{known.split} on {where}", f"{video.split} on {row} of {source}")
         if known.text != video.text:
             raise UserError(
                 f"the class {video.label!r} has two texts in {source}, {known.text!r} on {where} and {video.text!r} "
                 f"on {row}: give it one"
             )
+
+
+def two_splits(label: str, first: str, second: str) -> UserError:
+    """The error of a class that lies in two splits; ``first`` and ``second`` say in which, and where."""
+    return UserError(
+        f"the class {label!r} is in two splits, {first} and {second}: few-shot splits share no class, so keep it in one"
+    )
 
 
 def read_rows(path: str | Path, what: str, required: Sequence[str]) -> dict[int, dict[str, str]]:

@@ -2,13 +2,13 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from clip_m2df.datasets.benchmarks import BENCHMARKS
-from clip_m2df.datasets.manifest import SPLITS, class_key
+from clip_m2df.datasets.manifest import SPLITS, class_key, two_splits
 from clip_m2df.datasets.tree import VIDEO_EXTENSIONS, stem_of
 from clip_m2df.errors import UserError, some
 from clip_m2df.files import read_text
@@ -145,7 +145,7 @@ def read_annotations(paths: Iterable[Path], dataset: str) -> dict[str, str]:
         except (ValueError, RecursionError) as error:
             raise UserError(f"the annotations {path} are no JSON ({error}): give {_SSV2_FILES}") from error
         if isinstance(content, list):
-            found = _templates(content, path)
+            found = iter(_templates(content, path))
         elif isinstance(content, dict) and all(isinstance(value, dict) for value in content.values()):
             found = _numbered_names(content, dataset, path)
         else:
@@ -264,10 +264,7 @@ def _labels(lines: Sequence[_Line], dataset: str, names: Mapping[str, str]) -> l
             )
         spelled, earlier = first.setdefault(key, (canonical.get(key, label), line))
         if earlier.split != line.split:
-            raise UserError(
-                f"the class {label!r} is in two splits, {earlier.split} on {earlier} and {line.split} on "
-                f"{line}: few-shot splits share no class, so keep it in one"
-            )
+            raise two_splits(label, f"{earlier.split} on {earlier}", f"{line.split} on {line}")
         if earlier.class_id != line.class_id:
             raise UserError(
                 f"the class {label!r} has two numbers, {earlier.class_id} on {earlier} and {line.class_id} on "
@@ -317,17 +314,15 @@ def _templates(content: Sequence[Any], path: Path) -> list[tuple[str, str]]:
     return found
 
 
-def _numbered_names(content: Mapping[str, Any], dataset: str, path: Path) -> list[tuple[str, str]]:
+def _numbered_names(content: Mapping[str, Any], dataset: str, path: Path) -> Iterator[tuple[str, str]]:
     """The (number, name) pairs of a data set in a ``class_names.json``, where ``ssv2`` is called ``ssv2_full``."""
     splits = content.get(dataset) or content.get(f"{dataset}_full") or {}
-    found = []
     for split, labels in splits.items():
         if not isinstance(labels, list):
             raise UserError(f"{split!r} of {dataset} in the annotations {path} is no list: give a list of class names")
         for number, label in enumerate(labels):
             where = f"name {number} of {split!r} of {dataset} in the annotations {path}"
-            found.append((f"{split}{number}", _sound_label(label, where)))
-    return found
+            yield f"{split}{number}", _sound_label(label, where)
 
 
 def _sound_label(label: Any, where: str) -> str:

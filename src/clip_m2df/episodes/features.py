@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -25,15 +25,14 @@ from clip_m2df.episode import (
 from clip_m2df.episodes.dataset import EpisodeDataset
 from clip_m2df.episodes.loader import ReadingNow, UnusableVideos, VideoLoader
 from clip_m2df.episodes.plan import EpisodePlan
-from clip_m2df.files import fingerprint, relative_path
+from clip_m2df.files import fingerprint_text, relative_path
 from clip_m2df.video.reader import VideoError
 
 
-@dataclass(eq=False)
 class EpisodeTable(Dataset[int], VideoTable):
     """Episodes by number, and videos that are read once each, for however many episodes.
 
-    Attributes:
+    Args:
         dataset: tells the videos of each episode, and how a video is read.
         unusable: keeps count of unusable videos.
         block: episodes of a batch.
@@ -42,22 +41,31 @@ class EpisodeTable(Dataset[int], VideoTable):
         progress: whether to show a progress bar.
         root: the manifest's folder.
         store: a folder for features.
+
+    Attributes:
         videos: what the indices of episodes mean.
         reading: how frames are read, in words.
     """
 
-    dataset: EpisodeDataset
-    unusable: UnusableVideos
-    _: KW_ONLY
-    block: int = 1
-    progress: bool = False
-    root: str | None = None
-    store: str | None = None
-    num_workers: int = 0
-    stuck_after: float = 300.0
-
-    def __post_init__(self) -> None:
-        self.reading = repr(self.dataset.reader)
+    # No dataclass: Lightning would copy the fields of one, with the batches that name it, to the device.
+    def __init__(
+        self,
+        dataset: EpisodeDataset,
+        unusable: UnusableVideos,
+        *,
+        block: int = 1,
+        progress: bool = False,
+        root: str | None = None,
+        store: str | None = None,
+        num_workers: int = 0,
+        stuck_after: float = 300.0,
+    ) -> None:
+        self.dataset, self.unusable = dataset, unusable
+        self.block = block
+        self.progress = progress
+        self.root, self.store = root, store
+        self.num_workers, self.stuck_after = num_workers, stuck_after
+        self.reading = repr(dataset.reader)
         self.videos: list[Video] = []
 
     def __getitem__(self, number: int) -> int:
@@ -71,11 +79,7 @@ class EpisodeTable(Dataset[int], VideoTable):
     def identity(self, index: int) -> str:
         """The video's path from the root, and what changes with its file; that of its cached frames if it is gone."""
         path = self.videos[index].path
-        try:
-            state = ":".join(map(str, fingerprint(path)))
-        except OSError:
-            state = "not there"
-        return f"{relative_path(path, self.root)} {state}"
+        return f"{relative_path(path, self.root)} {fingerprint_text(path) or 'not there'}"
 
     def uniforms(self, index: int) -> Tensor | None:
         """What the frames, the crop and the flip of a clip are drawn by; None for the middle ones."""
@@ -165,15 +169,15 @@ class EvaluationTable(EpisodeTable):
         self._index([*own, *named.values()], self._drawn, [0] * count)
 
     def __len__(self) -> int:
-        """See :class:`clip_m2df.episode.VideoTable`."""
+        """See :class:`EpisodeTable`."""
         return len(self._drawn)
 
     def episodes(self, numbers: Sequence[int]) -> IndexedEpisode:
-        """See :class:`clip_m2df.episode.VideoTable`."""
+        """See :class:`EpisodeTable`."""
         return select_episodes(self._all, torch.tensor(numbers, dtype=torch.long))
 
     def named(self, numbers: Sequence[int]) -> list[int]:
-        """See :class:`clip_m2df.episode.VideoTable`."""
+        """See :class:`EpisodeTable`."""
         rows = self.episodes(numbers)
         indices: list[int] = torch.cat((rows["support"].flatten(), rows["query"].flatten())).unique().tolist()
         return indices
@@ -223,11 +227,11 @@ class TrainingTable(EpisodeTable):
         self._first = {video.path: augmentations * i for i, video in enumerate(self.videos[::augmentations])}
 
     def __len__(self) -> int:
-        """See :class:`clip_m2df.episode.VideoTable`."""
+        """See :class:`EpisodeTable`."""
         return 0
 
     def episodes(self, numbers: Sequence[int]) -> IndexedEpisode:
-        """See :class:`clip_m2df.episode.VideoTable`; which augmentation of a video comes is the episode's own draw."""
+        """See :class:`EpisodeTable`; which augmentation of a video comes is the episode's own draw."""
         seed, stage, known = self.dataset.seed, self.dataset.split.name, self.unusable.reasons
         replanned = [self.dataset.replan(i, self.dataset.plan(i), lambda path: path not in known) for i in numbers]
         videos = []
@@ -280,20 +284,18 @@ class _Read(NamedTuple):
     reason: str = ""
 
 
+@dataclass(eq=False)
 class _VideoDataset(Dataset[_Read]):
     """The clips of a table's videos by index."""
 
-    def __init__(self, table: EpisodeTable, note: Callable[[str], object]) -> None:
-        self.paths = [video.path for video in table.videos]
-        self.reader = table.dataset.reader
-        self.uniforms = table.uniforms
-        self.note = note
+    table: EpisodeTable
+    note: Callable[[str], object]
 
     def __getitem__(self, index: int) -> _Read:
-        path = self.paths[index]
+        path = self.table.videos[index].path
         self.note(path)
         try:
-            return _Read(index, path, *self.reader.read(path, self.uniforms(index)))
+            return _Read(index, path, *self.table.dataset.reader.read(path, self.table.uniforms(index)))
         except VideoError as error:
             return _Read(index, path, reason=str(error))
         finally:

@@ -161,13 +161,9 @@ class EpisodeSampler(DistributedSampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         """The numbers of this rank, in order."""
-        start = 0 if self.count is not None else self.first()
-        blocks = itertools.count(start + self.rank * self.block, self.num_replicas * self.block)
-        numbers = (number for block in blocks for number in range(block, block + self.block))
-        if self.count is None:
-            return numbers
-        # The numbers of a rank rise, so all beyond the first too large one are too large.
-        return itertools.takewhile(self.count.__gt__, numbers)
+        numbers = range(self.count) if self.count is not None else itertools.count(self.first())
+        blocks = itertools.groupby(enumerate(numbers), lambda item: item[0] // self.block % self.num_replicas)
+        return (number for rank, items in blocks if rank == self.rank for _, number in items)
 
     def __len__(self) -> int:
         """How many numbers this rank gets.
@@ -177,5 +173,4 @@ class EpisodeSampler(DistributedSampler[int]):
         """
         if self.count is None:
             raise TypeError("an endless stream of episodes has no length")
-        starts = range(self.rank * self.block, self.count, self.num_replicas * self.block)
-        return sum(min(self.block, self.count - start) for start in starts)
+        return sum(1 for _ in self)

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePath
@@ -158,11 +158,10 @@ def _count(family: str, knobs: Knobs, videos_per_class: Mapping[str, int] | None
     """How many videos a class has, by split."""
     if videos_per_class is None:
         videos_per_class = VIDEOS_PER_CLASS[family]
-    counts = {split: int(videos_per_class.get(split, 0)) for split in SPLITS}
+    rendered = SPLITS if knobs == NO_KNOBS else ("test",)
+    counts = {split: int(videos_per_class.get(split, 0)) if split in rendered else 0 for split in SPLITS}
     if unknown := set(videos_per_class) - set(SPLITS):
         raise UserError(f"videos_per_class names {sorted(unknown)}; the splits are {', '.join(SPLITS)}")
-    if knobs != NO_KNOBS:
-        counts = {split: counts[split] if split == "test" else 0 for split in SPLITS}
     if min(counts.values()) < 0 or not any(counts.values()) or seed < 0:
         raise UserError(f"videos_per_class ({counts}) and seed ({seed}) can't be negative, and some split needs videos")
     return counts
@@ -213,13 +212,10 @@ def _render_all(work: Callable[[_Job], None], jobs: list[_Job], workers: int, pr
     from rich.progress import track
 
     workers = min(workers, len(jobs))
-    with ExitStack() as stack:
-        done: Iterator[None] = map(work, jobs)
-        if workers > 1:
-            # Processes are spawned, not forked: the caller may have threads of torch's running.
-            context = multiprocessing.get_context("spawn")
-            pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=context))
-            done = pool.map(work, jobs, chunksize=8)
+    # Processes are spawned, not forked: the caller may have threads of torch's running.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) if workers > 1 else nullcontext() as pool:
+        done = pool.map(work, jobs, chunksize=8) if pool else map(work, jobs)
         try:
             for _ in track(done, "rendering motion_shapes", total=len(jobs), disable=not progress):
                 pass

@@ -25,10 +25,10 @@ from clip_m2df.nn.prompts import SelectedPrompts
 from clip_m2df.training.checkpoints import read_checkpoint
 from clip_m2df.training.dashboard import Dashboard, EvidenceCollector
 from clip_m2df.training.module import Evaluated
+from tests.commands.test_configs import Parsed
 from tests.test_cli import options
-from tests.test_configs import Parsed
-from tests.test_module import UsersData, make, trainer
-from tests.wandb_file import OfflineRun, end_wandb
+from tests.training.test_module import UsersData, make, trainer
+from tests.training.wandb_file import OfflineRun, end_wandb
 
 PICTURES = {"confusion_matrix", "class_accuracy", "alignment", "prompt_scores", "reliability"}
 EPISODES = {f"hardest_episode_{rank}" for rank in range(1, 5)}
@@ -329,7 +329,7 @@ def test_the_revision_of_a_checkout_is_told(monkeypatch: pytest.MonkeyPatch, tmp
 
 def test_the_hardest_are_found_whatever_the_batches_and_ranks(tiny_clip_dir: Path) -> None:
     """Of several ranks, played one after the other, the collectors keep what a single process keeps."""
-    from tests.test_module import make_episodes, one
+    from tests.training.test_module import make_episodes, one
 
     model = make(tiny_clip_dir).eval()
     model.evaluated = Evaluated({}, torch.zeros((0, 0), dtype=torch.long))

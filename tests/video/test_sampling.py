@@ -12,7 +12,7 @@ import torch
 from clip_m2df.errors import UserError
 from clip_m2df.video.reader import VideoError, read_frames, sample_frames
 from clip_m2df.video.timing import Timed, count_samples, timed
-from tests.data.clips import (
+from tests.clips import (
     HEIGHT,
     WIDTH,
     count_conversions,

@@ -12,7 +12,7 @@ import pytest
 
 from clip_m2df.cli import main
 from clip_m2df.datasets.manifest import Manifest
-from tests.data import clips
+from tests import clips
 
 VIDEOS = {"train": 10, "val": 6, "test": 6}  # of each class, what 5-shot episodes take
 

@@ -22,7 +22,7 @@ from clip_m2df.cli import main
 from clip_m2df.commands.configs import shipped_configs
 from clip_m2df.nn.baselines import HEADS, head_class
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 CONFIGURATION = (DOCS / "configuration.md").read_text(encoding="utf-8")
 METHOD = (DOCS / "method.md").read_text(encoding="utf-8")

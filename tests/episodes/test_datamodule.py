@@ -93,7 +93,7 @@ def test_episodes_of_a_step_divide_over_devices_or_are_refused(manifest: Path) -
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"n_way": 4}, r"val split is 3, too few for n_way 4"),
+        ({"n_way": 4}, r"val split has 3 classes, too few for n_way 4"),
         ({"n_shot": 3}, r"n_shot 3"),
     ],
 )

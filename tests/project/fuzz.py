@@ -3,7 +3,7 @@
 Input number n is a pure function of (kind, seed, n). Inputs are read in processes of their own, which may take 6 GiB of
 memory, so that a crash or a hang is seen and counted. A longer run than the tests':
 
-    python -m tests.fuzz checkpoint --inputs 20000 --seed 1
+    python -m tests.project.fuzz checkpoint --inputs 20000 --seed 1
 """
 
 import argparse
@@ -30,8 +30,8 @@ from clip_m2df.errors import UserError
 from clip_m2df.video.isolation import Unreadable, isolated_map
 from clip_m2df.video.reader import probe
 from clip_m2df.video.transforms import ClipReader
-from tests.damage import SCRAPS, Rng, alter, damage, damaged_archive
-from tests.data import clips
+from tests import clips
+from tests.project.damage import SCRAPS, Rng, alter, damage, damaged_archive
 
 TIMEOUT = 300.0  # seconds of an input; on a busy machine the first waits for a minute of imports
 MEMORY = 6 << 30  # bytes of a process

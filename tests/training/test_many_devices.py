@@ -13,9 +13,9 @@ import torch
 
 from clip_m2df import CLIPM2DF, EpisodeDataModule
 from clip_m2df.episode import episode_draws
-from tests.test_bank import trainer
 from tests.test_cli import options
-from tests.test_interruption import Kill, callback, step_of
+from tests.training.test_evaluation_from_bank import trainer
+from tests.training.test_interruption import Kill, callback, step_of
 
 NO_DROPOUT = {"context_dropout": 0.0, "attention_dropout": 0.0, "dropout": 0.0, "hidden_dim": 32, "num_heads": 4}
 

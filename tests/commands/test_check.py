@@ -20,7 +20,7 @@ from clip_m2df.video import reader as video
 from clip_m2df.video.isolation import Unreadable
 from clip_m2df.video.reader import VideoError, read_frames
 from clip_m2df.video.transforms import segment_indices
-from tests.data.clips import Damaged, damage, render, rotate, save_image
+from tests.clips import Damaged, damage, render, rotate, save_image
 
 SMALL = (48, 32)
 UNEVEN = [2 * k + 10 * (k > 8) for k in range(16)]

@@ -18,8 +18,8 @@ from clip_m2df.cli import main
 from clip_m2df.commands.predict import UntrainedHead
 from clip_m2df.motion_shapes.rendering import write_video
 from clip_m2df.nn.baselines import HEADS, head_class
+from tests import clips
 from tests.classifier.conftest import LABELS, fails, predict_args, read_csv, read_lines, reference, videos_of
-from tests.data import clips
 
 # Tables
 

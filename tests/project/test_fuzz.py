@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from tests.fuzz import KINDS, fuzz
+from tests.project.fuzz import KINDS, fuzz
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="its processes don't take a limit of memory")
 

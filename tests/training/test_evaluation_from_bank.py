@@ -15,7 +15,7 @@ from clip_m2df import CLIPM2DF, EpisodeDataModule, UserError
 from clip_m2df.evaluation.bank import FeatureStore
 from clip_m2df.nn.head import HeadOutput
 from clip_m2df.nn.m2df import M2DFHead
-from tests.data import clips
+from tests import clips
 
 SMALL: dict[str, Any] = {"n_way": 3, "n_query": 2, "frames": 2, "resize": 32, "size": 32, "num_workers": 0}
 HEAD = {"hidden_dim": 32, "num_heads": 4}

@@ -439,7 +439,7 @@ def test_lists_that_are_needed(tmp_path: Path, capsys: pytest.CaptureFixture[str
     [
         (["run/1.mp4"], "the folder 'run' in "),
         (["val/run/1.mp4", "validation/hug/1.mp4"], "are both the val split: make them one"),
-        (["val/Long jump/1.mp4", "test/long_jump/1.mp4"], "is in two splits in "),
+        (["val/Long jump/1.mp4", "test/long_jump/1.mp4"], "is in two splits, test and val in "),
         (["train/1.mp4"], "none of the videos looked for is under "),
     ],
 )

@@ -26,12 +26,12 @@ from clip_m2df.cli import main
 from clip_m2df.commands.configs import find_config
 from clip_m2df.datasets.manifest import Manifest
 from clip_m2df.motion_shapes import rendering
-from tests.data import clips
+from tests import clips
+from tests.commands.test_configs import Parsed
+from tests.datasets.test_data_sets import BUILD, VIDEOS, Films
 from tests.nn.test_m2df import GOLDEN, published_file, published_head
-from tests.test_configs import Parsed
-from tests.test_data_sets import BUILD, VIDEOS, Films
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = ["README.md", *sorted(page.relative_to(ROOT).as_posix() for page in (ROOT / "docs").rglob("*.md"))]
 MARK = re.compile(r"(?:#!.*\n)?# not run by the tests: needs \w.*\n")  # a script's first line says what runs it
 # Python that another test runs.

@@ -366,7 +366,7 @@ def test_the_prompt_table_is_kept_until_other_weights_come(tiny_clip_dir: Path) 
 def test_what_is_frozen_is_in_eval_mode_from_the_start(
     tiny_clip_dir: Path, tmp_path: Path, freeze_backbone: bool, freeze_batch_norm: bool
 ) -> None:
-    arrays = np.load(Path(__file__).parent / "golden" / "clip_resnet.npz")
+    arrays = np.load(Path(__file__).parents[1] / "golden" / "clip_resnet.npz")
     state = {k.removeprefix("state/"): torch.from_numpy(arrays[k]) for k in arrays if k.startswith("state/")}
     torch.save(state, tmp_path / "resnet.pt")
     options = {"freeze_backbone": freeze_backbone, "freeze_batch_norm": freeze_batch_norm}

@@ -20,7 +20,7 @@ from clip_m2df.motion_shapes.classes import SPLITS
 from clip_m2df.motion_shapes.rendering import VIDEOS_PER_CLASS
 from clip_m2df.video.transforms import ClipReader
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs/motion_shapes.md").read_text(encoding="utf-8")
 
 

@@ -12,7 +12,7 @@ from clip_m2df.cli import main
 from clip_m2df.datasets.manifest import Manifest
 from clip_m2df.episodes.plan import EpisodeShape, plan_episode
 from clip_m2df.video.reader import VideoError, read_frames
-from tests.data.clips import damage
+from tests.clips import damage
 
 N_CLASSES, N_QUERY, STEPS = 10, 4, 24
 

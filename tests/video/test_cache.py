@@ -27,7 +27,7 @@ from clip_m2df.video.frame_cache import DamagedCacheError, FrameCache, decode_jp
 from clip_m2df.video.isolation import Unreadable
 from clip_m2df.video.reader import Choose, read_frames
 from clip_m2df.video.transforms import resize_and_crop, resize_short_side, segment_indices
-from tests.data.clips import numbers, render, save_image
+from tests.clips import numbers, render, save_image
 
 SHORT_SIDE, FRAMES, T = 48, 24, 8
 N_FRAMES = {"long.mp4": 101, "short.mp4": 9, "exact.mp4": 24, "few.mp4": 3, "vp9.webm": 61, "small.mp4": 50}

@@ -15,7 +15,7 @@ from torch import Tensor
 from clip_m2df import CLIPM2DF, EpisodeDataModule, FewShotClassifier
 from clip_m2df.cli import main
 
-SAVED = Path(__file__).parent / "saved"
+SAVED = Path(__file__).parents[1] / "saved"
 EXPECTED: dict[str, Any] = json.loads((SAVED / "expected.json").read_text(encoding="utf-8"))
 with np.load(SAVED / "expected.npz") as file:
     ARRAYS = {name: torch.from_numpy(file[name]) for name in file.files}

@@ -12,7 +12,7 @@ from clip_m2df.video import seeking
 from clip_m2df.video.reader import VideoError, read_frames
 from clip_m2df.video.seeking import PacketTable, read_packets
 from clip_m2df.video.transforms import segment_indices
-from tests.data.clips import HEIGHT, WIDTH, alter_decoding, cut_start, note_times, numbers, render
+from tests.clips import HEIGHT, WIDTH, alter_decoding, cut_start, note_times, numbers, render
 
 N_FRAMES = 150
 B_FRAMES = {"bf": "3", "g": "12", "sc_threshold": "0"}

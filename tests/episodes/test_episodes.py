@@ -11,7 +11,7 @@ from clip_m2df.episodes.dataset import EpisodeDataset, collate_episodes
 from clip_m2df.episodes.plan import EpisodeSampler, EpisodeShape, plan_episode
 from clip_m2df.errors import UserError
 from clip_m2df.video.transforms import ClipReader
-from tests.data import clips
+from tests import clips
 
 READER = ClipReader(frames=4, resize=24, size=16)
 

@@ -20,7 +20,7 @@ from clip_m2df.video import reader as video
 from clip_m2df.video.reader import Choose, Decoder, VideoError, probe, read_frames
 from clip_m2df.video.timing import VideoFacts
 from clip_m2df.video.transforms import segment_indices
-from tests.data.clips import (
+from tests.clips import (
     HEIGHT,
     OFF,
     ON,

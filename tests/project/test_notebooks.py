@@ -16,7 +16,7 @@ from PIL import Image
 
 from clip_m2df import CLIPM2DF
 
-FOLDER = Path(__file__).parents[1] / "notebooks"
+FOLDER = Path(__file__).parents[2] / "notebooks"
 EPISODE, OWN_VIDEOS, RESULTS = "01_an_episode", "02_your_own_videos", "03_results"
 
 
