@@ -105,6 +105,10 @@ class TableEpisodes(NamedTuple):
     table: VideoTable
     numbers: torch.Tensor
 
+    def to(self, device: torch.device) -> TableEpisodes:
+        """The same with the numbers on a device; Lightning would otherwise copy the table, field by field."""
+        return self._replace(numbers=self.numbers.to(device))
+
 
 Rows = TypeVar("Rows", Episode, FeatureEpisode, IndexedEpisode)
 
