@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -29,43 +29,35 @@ from clip_m2df.files import fingerprint_text, relative_path
 from clip_m2df.video.reader import VideoError
 
 
+@dataclass(eq=False)
 class EpisodeTable(Dataset[int], VideoTable):
     """Episodes by number, and videos that are read once each, for however many episodes.
 
-    Args:
+    Attributes:
         dataset: tells the videos of each episode, and how a video is read.
         unusable: keeps count of unusable videos.
         block: episodes of a batch.
-        num_workers: processes that decode.
-        stuck_after: see :class:`clip_m2df.episodes.loader.VideoLoader`.
         progress: whether to show a progress bar.
         root: the manifest's folder.
         store: a folder for features.
-
-    Attributes:
-        videos: what the indices of episodes mean.
+        num_workers: processes that decode.
+        stuck_after: see :class:`clip_m2df.episodes.loader.VideoLoader`.
         reading: how frames are read, in words.
+        videos: what the indices of episodes mean.
     """
 
-    # No dataclass: Lightning would copy the fields of one, with the batches that name it, to the device.
-    def __init__(
-        self,
-        dataset: EpisodeDataset,
-        unusable: UnusableVideos,
-        *,
-        block: int = 1,
-        progress: bool = False,
-        root: str | None = None,
-        store: str | None = None,
-        num_workers: int = 0,
-        stuck_after: float = 300.0,
-    ) -> None:
-        self.dataset, self.unusable = dataset, unusable
-        self.block = block
-        self.progress = progress
-        self.root, self.store = root, store
-        self.num_workers, self.stuck_after = num_workers, stuck_after
-        self.reading = repr(dataset.reader)
+    dataset: EpisodeDataset
+    unusable: UnusableVideos
+    _: KW_ONLY
+    block: int = 1
+    progress: bool = False
+    root: str | None = None
+    store: str | None = None
+    num_workers: int = 0
+    stuck_after: float = 300.0
+
+    def __post_init__(self) -> None:
+        self.reading = repr(self.dataset.reader)
         self.videos: list[Video] = []
 
     def __getitem__(self, number: int) -> int:
