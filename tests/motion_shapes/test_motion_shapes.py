@@ -13,20 +13,14 @@ from clip_m2df.errors import UserError
 from clip_m2df.motion_shapes import (
     CLASSES,
     COLOURS,
-    FPS,
-    MOTIONS,
-    OF_TWO_SHAPES,
-    SHAPES,
-    MotionClass,
     appearances_of,
-    draw_scene,
-    paint,
     render,
     render_clip,
     rendering,
     shared_appearance_classes,
 )
-from clip_m2df.motion_shapes.scenes import JITTER
+from clip_m2df.motion_shapes.classes import MOTIONS, OF_TWO_SHAPES, SHAPES, MotionClass
+from clip_m2df.motion_shapes.scenes import FPS, JITTER, draw_scene, paint
 
 ONE_EACH = {"train": 0, "val": 1, "test": 0}
 

@@ -9,19 +9,10 @@ import numpy as np
 import pytest
 
 from clip_m2df.errors import UserError
-from clip_m2df.motion_shapes import (
-    COLOURS,
-    FAMILIES,
-    FPS,
-    SHAPES,
-    MotionClass,
-    appearances_of,
-    draw_scene,
-    paint,
-    render_clip,
-)
+from clip_m2df.motion_shapes import COLOURS, FAMILIES, appearances_of, render_clip
+from clip_m2df.motion_shapes.classes import SHAPES, MotionClass
 from clip_m2df.motion_shapes.rendering import VIDEOS_PER_CLASS
-from clip_m2df.motion_shapes.scenes import COMMON_COLOUR, Scene
+from clip_m2df.motion_shapes.scenes import COMMON_COLOUR, FPS, Scene, draw_scene, paint
 
 ORDER = FAMILIES["order"]
 HELD_OUT = {*appearances_of("val"), *appearances_of("test")}

@@ -10,18 +10,10 @@ import pytest
 from numpy.typing import NDArray
 
 from clip_m2df.errors import UserError
-from clip_m2df.motion_shapes import (
-    CLASSES,
-    FAMILIES,
-    FPS,
-    SIZE,
-    Action,
-    MotionClass,
-    draw_scene,
-    paint,
-    render_long,
-)
+from clip_m2df.motion_shapes import CLASSES, FAMILIES, Action, render_long
+from clip_m2df.motion_shapes.classes import MotionClass
 from clip_m2df.motion_shapes.long_videos import draw_actions
+from clip_m2df.motion_shapes.scenes import FPS, SIZE, draw_scene, paint
 
 TEST = [c for c in CLASSES if c.split == "test"]
 

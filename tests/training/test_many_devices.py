@@ -87,8 +87,8 @@ SCRIPT = """
 import os
 import sys
 from clip_m2df.cli import main
-from clip_m2df.data.video import VideoError
-from clip_m2df.data.episodes import ClipReader
+from clip_m2df.video.reader import VideoError
+from clip_m2df.video.transforms import ClipReader
 
 whole = ClipReader.read
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from timeit import timeit
@@ -74,19 +75,19 @@ def cache_frames(
     cache = FrameCache(settings, kept)
     missing = [path for path in videos if not cache.has(path)]
     unread: dict[str, str] = {}
-    waiting = []
     keep = partial(keep_frames, short_side=short_side, frames=frames)
-    results = isolated_map(keep, missing, workers=workers, timeout=timeout)
-    for path, result in track(results, "Caching frames", total=len(missing), disable=not missing):
-        if isinstance(result, Unreadable):
-            unread[path] = result
-            continue
-        waiting.append(result)
-        if len(waiting) == SHARD_VIDEOS:
-            write_shard(output, folder, settings, waiting)
-            waiting = []
-    if waiting:
-        write_shard(output, folder, settings, waiting)
+
+    def readable() -> Iterator[tuple[CachedVideo, list[bytes]]]:
+        results = isolated_map(keep, missing, workers=workers, timeout=timeout)
+        for path, result in track(results, "Caching frames", total=len(missing), disable=not missing):
+            if isinstance(result, Unreadable):
+                unread[path] = result
+            else:
+                yield result
+
+    kept_videos = readable()
+    while of_shard := list(itertools.islice(kept_videos, SHARD_VIDEOS)):
+        write_shard(output, folder, settings, of_shard)
     if not list_shards(output):
         path, reason = next(iter(unread.items()))
         raise UserError(f"not one video of the manifest {manifest} could be read, for example {path}: {reason}")

@@ -123,10 +123,8 @@ class Manifest:
         """
         rows = read_rows(path, "manifest", _REQUIRED)
         source, folder = f"the manifest {path}", os.path.dirname(os.path.abspath(path))
-        texts: dict[str, str] = {}
-        for row in rows.values():
-            if row.get("text"):
-                texts.setdefault(row["label"], row["text"])
+        # Of several texts of a class the first; that it has only one is checked below.
+        texts = {row["label"]: row["text"] for row in reversed(rows.values()) if row.get("text")}
         videos = [
             Video(
                 path=os.path.abspath(os.path.join(folder, row["path"])),
@@ -295,7 +293,14 @@ def read_rows(path: str | Path, what: str, required: Sequence[str]) -> dict[int,
             if any(character in cell for cell in cells for character in "\n\r\0"):
                 raise UserError(f"{where} has a line break or a NUL character in a cell: close the quote, or remove it")
             if cells and not header:
-                header = _header(cells, path, what, required)
+                header = [cell.strip() for cell in cells]
+                if missing := [name for name in required if name not in header]:
+                    raise UserError(
+                        f"the {what} {path} has no column {' and no column '.join(map(repr, missing))}; its first line"
+                        f" names {', '.join(map(repr, header))}: name the columns there, separated by commas"
+                    )
+                if twice := [name for name in header if header.count(name) > 1]:
+                    raise UserError(f"the {what} {path} has the column {twice[0]!r} more than once: keep one")
             elif cells:
                 if len(cells) != len(header):
                     raise UserError(
@@ -314,18 +319,6 @@ def read_rows(path: str | Path, what: str, required: Sequence[str]) -> dict[int,
     if not header:
         raise UserError(f"the {what} {path} is empty: it needs a header line with the columns {', '.join(required)}")
     return rows
-
-
-def _header(cells: Sequence[str], path: str | Path, what: str, required: Sequence[str]) -> list[str]:
-    header = [cell.strip() for cell in cells]
-    if missing := [name for name in required if name not in header]:
-        raise UserError(
-            f"the {what} {path} has no column {' and no column '.join(map(repr, missing))}; its first line names "
-            f"{', '.join(map(repr, header))}: name the columns there, separated by commas"
-        )
-    if twice := [name for name in header if header.count(name) > 1]:
-        raise UserError(f"the {what} {path} has the column {twice[0]!r} more than once: rename or remove one")
-    return header
 
 
 # A capital after a small letter or a digit, and the last capital of a run: HandstandPushups, TVShow.

@@ -105,12 +105,10 @@ def plan_episode(split: Split, shape: EpisodeShape, *, seed: int, episode: int) 
     """
     rng = episode_generator(seed, split.name, episode, "videos")
     classes = tuple(int(c) for c in rng.choice(len(split.class_names), shape.n_way, replace=False))
-    drawn = []
-    for c in classes:
-        videos = split.videos[c]
-        drawn.append(tuple(videos[v] for v in rng.choice(len(videos), shape.n_shot + shape.n_query, replace=False)))
+    needed = shape.n_shot + shape.n_query
+    drawn = [[split.videos[c][v] for v in rng.choice(len(split.videos[c]), needed, replace=False)] for c in classes]
     return EpisodePlan(
-        classes, tuple(row[: shape.n_shot] for row in drawn), tuple(row[shape.n_shot :] for row in drawn)
+        classes, tuple(tuple(row[: shape.n_shot]) for row in drawn), tuple(tuple(row[shape.n_shot :]) for row in drawn)
     )
 
 

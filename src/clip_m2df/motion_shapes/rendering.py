@@ -130,7 +130,9 @@ def render(
         raise UserError(f"motion_shapes has no family {family!r}; choose from {', '.join(FAMILIES)}")
     counts = _count(family, knobs, videos_per_class, seed)
     key = _key(family, knobs, counts, seed)
-    target = _cache_folder() / f"motion_shapes_{family}-{key}" if root is None else Path(root)
+    own = os.environ.get("CLIP_M2DF_CACHE")
+    cache = Path(own or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "clip-m2df")).expanduser()
+    target = cache / f"motion_shapes_{family}-{key}" if root is None else Path(root)
     if _finished(target, key):
         return target / "manifest.csv"
     if root is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -172,12 +174,6 @@ def _key(family: str, knobs: Knobs, counts: Mapping[str, int], seed: int) -> str
     harder = [float(knobs.overlap), float(knobs.noise), knobs.outliers > 0]  # 0 and 0.0 are one setting
     everything = [RENDERER_VERSION, SIZE, FPS, SECONDS, JITTER, dict(COLOURS), family, table, harder, counts, seed]
     return hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:12]
-
-
-def _cache_folder() -> Path:
-    if own := os.environ.get("CLIP_M2DF_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "clip-m2df"
 
 
 def _finished(folder: Path, key: str) -> bool:

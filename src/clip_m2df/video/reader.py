@@ -376,6 +376,7 @@ class VideoError(UserError):
         reason: The reason alone.
     """
 
+    # Of a message alone, so that torch can raise it again from a worker's.
     def __init__(self, message: str, *, path: str = "", reason: str = "") -> None:
         super().__init__(message)
         self.path = path
