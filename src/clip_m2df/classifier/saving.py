@@ -23,7 +23,7 @@ from clip_m2df.hub import CONFIG
 from clip_m2df.training.module import CLIPM2DF
 
 TABLE, SUPPORT = "classifier.json", "support.safetensors"
-FORMAT = "clip-m2df classifier 1"
+CLASSIFIER_FORMAT = "clip-m2df classifier 1"
 # Frames and pixels beyond which a table is damaged.
 MOST = 100_000
 
@@ -85,7 +85,7 @@ def write_classifier(folder: Path, model: CLIPM2DF, classes: Sequence[SupportCla
         draft.write_bytes(content)
     model.save_pretrained(folder)
     table = {
-        "format": FORMAT,
+        "format": CLASSIFIER_FORMAT,
         **reading._asdict(),
         "classes": [
             {"label": c.label, "text": c.text, "examples": [os.path.abspath(e) if e else "" for e in c.examples]}
@@ -111,8 +111,8 @@ def read_support(folder: Path) -> tuple[list[SavedClass], Reading]:
     content = read_bytes(folder / SUPPORT, "classifier's support")
     try:
         table = json.loads(read_bytes(path, "classifier's table"))
-        if table["format"] != FORMAT:
-            raise ValueError(f"its format is {table['format']!r}, not {FORMAT!r}")
+        if table["format"] != CLASSIFIER_FORMAT:
+            raise ValueError(f"its format is {table['format']!r}, not {CLASSIFIER_FORMAT!r}")
         if hashlib.sha256(content).hexdigest() != table["sha256"]:
             raise ValueError(f"{SUPPORT} has another checksum")
         if _checksum(folder / CONFIG) != table["model"]:  # which has the checksum of the weights

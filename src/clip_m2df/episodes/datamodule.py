@@ -26,7 +26,7 @@ from clip_m2df.video.frame_cache import FrameCache
 from clip_m2df.video.reader import Decoder
 from clip_m2df.video.transforms import ClipReader
 
-# Share of unusable videos that training bears with by default.
+# Share of unusable videos that a training may find by default.
 TRAINING_UNUSABLE = 0.05
 
 

@@ -255,7 +255,7 @@ def _encode(
     return mine, unusable
 
 
-FORMAT = "clip-m2df features 1"
+FEATURES_FORMAT = "clip-m2df features 1"
 
 
 class FeatureStore:
@@ -278,7 +278,7 @@ class FeatureStore:
         try:
             with safe_open(self.path, framework="pt") as file:
                 metadata = file.metadata()
-                if (metadata["format"], metadata["key"]) != (FORMAT, self.key):
+                if (metadata["format"], metadata["key"]) != (FEATURES_FORMAT, self.key):
                     raise ValueError("another format or tower")
                 features = file.get_tensor("features")
                 if _checksum(metadata["videos"], features) != metadata["sha256"]:
@@ -292,7 +292,7 @@ class FeatureStore:
         """Put features there, by what tells their video, in the place of all that were."""
         rows = torch.stack([feature.cpu() for feature in features.values()])
         videos = json.dumps(list(features))
-        metadata = {"format": FORMAT, "key": self.key, "videos": videos, "sha256": _checksum(videos, rows)}
+        metadata = {"format": FEATURES_FORMAT, "key": self.key, "videos": videos, "sha256": _checksum(videos, rows)}
         try:
             with whole_file(self.path) as draft:
                 save_file({"features": rows}, draft, metadata)
