@@ -15,7 +15,7 @@ from typing import Any, get_args
 
 from clip_m2df.datasets.benchmarks import NEEDED
 from clip_m2df.datasets.manifest import SPLITS, Manifest, Video
-from clip_m2df.errors import UserError, require, some
+from clip_m2df.errors import UserError, require, some, some_lines
 from clip_m2df.files import fingerprint_text, plain, relative_path, write_table, writing
 from clip_m2df.video.isolation import Unreadable, isolated_map
 
@@ -256,9 +256,7 @@ def _print_summary(rows: Sequence[Mapping[str, Any]], output: Path) -> None:
     Console().print(table)
     unusable = [f"{row['path']}: {row['reason']}" for row in rows if row["status"] == "unusable"]
     if unusable:
-        print("unusable:", *unusable[:MOST_NAMES], sep="\n  ")
-    if len(unusable) > MOST_NAMES:
-        print(f"  and {len(unusable) - MOST_NAMES} more in {output}")
+        print(f"unusable:{some_lines(unusable, MOST_NAMES)}")
     print(f"the table of all videos is {output}")
 
 

@@ -80,9 +80,16 @@ class EpisodeTable(Dataset[int], ABC):
     def named(self, numbers: Sequence[int]) -> list[int]:
         """The indices of the videos that episodes name, in order."""
 
-    @abstractmethod
     def replace(self, unusable: Mapping[str, str]) -> None:
-        """Put others in the places of videos that can't be read; the reasons by path, of those that are new."""
+        """Have other videos instead of those that can't be read.
+
+        Args:
+            unusable: the reasons by path, of those that were found since the last time.
+
+        Raises:
+            UserError: there are more of them than may be.
+        """
+        self.unusable.add(unusable)
 
     def __getitem__(self, number: int) -> int:
         """The number itself, for :meth:`batch`: its videos are looked up when they have been read."""
@@ -199,15 +206,8 @@ class EvaluationTable(EpisodeTable):
         return indices
 
     def replace(self, unusable: Mapping[str, str]) -> None:
-        """Put stand-ins in the places of unusable videos, as :class:`EpisodeDataset` does.
-
-        Args:
-            unusable: the reasons by path, of those that were found since the last time.
-
-        Raises:
-            UserError: there are more of them than may be.
-        """
-        self.unusable.add(unusable)
+        """See :class:`EpisodeTable`; the stand-ins are those that :class:`EpisodeDataset` chooses."""
+        super().replace(unusable)
         known = self.unusable.reasons
         replanned = [
             self.dataset.replan(number, plan, lambda path: path not in known) for number, plan in enumerate(self._drawn)
@@ -277,17 +277,6 @@ class TrainingTable(EpisodeTable):
         rng = episode_generator(self.dataset.seed, self.dataset.split.name, number, "stored augmentation")
         every = rng.random((self.augmentations, self.dataset.reader.frames + 3))
         return torch.from_numpy(every)[index % self.augmentations]
-
-    def replace(self, unusable: Mapping[str, str]) -> None:
-        """Leave unusable videos out of the episodes.
-
-        Args:
-            unusable: the reasons by path.
-
-        Raises:
-            UserError: there are more of them than may be.
-        """
-        self.unusable.add(unusable)
 
 
 class _Read(NamedTuple):
