@@ -7,7 +7,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -204,13 +204,10 @@ def read_findings(table: Path) -> dict[str, Finding]:
     Rows that are damaged are left out; a file that is not there, or is no such table, has none.
     """
     findings = {}
-    try:
-        with open(table, encoding="utf-8", errors="replace", newline="") as file:
-            for row in csv.DictReader(file):
-                if finding := _parse(row):
-                    findings[row["path"]] = finding
-    except (FileNotFoundError, csv.Error):
-        pass
+    with suppress(FileNotFoundError, csv.Error), open(table, encoding="utf-8", errors="replace", newline="") as file:
+        for row in csv.DictReader(file):
+            if finding := _parse(row):
+                findings[row["path"]] = finding
     return findings
 
 
@@ -223,11 +220,10 @@ def _parse(row: Mapping[str, Any]) -> Finding | None:
     forms = {"status": "|".join(STATUSES), "digest": digest, "sampled": ".+", "fingerprint": r"\d+(:\d+)+"}
     if not all(re.fullmatch(form, row[name]) for name, form in forms.items()):
         return None
-    try:
+    with suppress(ValueError):
         facts = {name: cell_type(row[name]) for name, cell_type in _FACTS.items() if row[name]}
-    except ValueError:
-        return None
-    return Finding(failure="" if usable else row["reason"], **facts)
+        return Finding(failure="" if usable else row["reason"], **facts)
+    return None
 
 
 def _row(name: str, video: Video, finding: Finding, more: Sequence[str] = ()) -> dict[str, Any]:
