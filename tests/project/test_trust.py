@@ -319,7 +319,7 @@ def test_lists_in_tensor_files_that_are_none(videos: str, tmp_path: Path) -> Non
             FrameCache.open(tmp_path, tmp_path)
     store = FeatureStore(tmp_path, torch.nn.Linear(2, 2), "")
     features = torch.zeros(1, 2, 2)
-    metadata = {"format": feature_store.FORMAT, "key": store.key, "videos": videos}
+    metadata = {"format": feature_store.FEATURES_FORMAT, "key": store.key, "videos": videos}
     metadata["sha256"] = feature_store._checksum(videos, features)
     store.path.write_bytes(save({"features": features.numpy()}, metadata))
     with pytest.warns(UserWarning, match="can't be used .*: they are made anew"):

@@ -12,7 +12,7 @@ from timeit import timeit
 from typing import TYPE_CHECKING
 
 from clip_m2df.datasets.manifest import Manifest
-from clip_m2df.errors import UserError, require
+from clip_m2df.errors import UserError, require, some_lines
 from clip_m2df.files import fingerprint, relative_path
 from clip_m2df.video.isolation import Unreadable, isolated_map
 
@@ -119,11 +119,8 @@ def _print_summary(videos: Sequence[str], unread: dict[str, str], output: Path, 
     from clip_m2df.video.frame_cache import FrameCache, list_shards
 
     if unread:
-        print(f"videos that could not be read, and are not in the cache: {len(unread)}")
-        for path, reason in list(unread.items())[:MOST_NAMES]:
-            print(f"  {relative_path(path, root)}: {reason}")
-        if len(unread) > MOST_NAMES:
-            print(f"  and {len(unread) - MOST_NAMES} more")
+        lines = [f"{relative_path(path, root)}: {reason}" for path, reason in unread.items()]
+        print(f"videos that could not be read, and are not in the cache: {len(lines)}{some_lines(lines, MOST_NAMES)}")
     cache = FrameCache.open(output, root)
     kept = [path for path in videos if cache.has(path)]
     shards = list_shards(output)

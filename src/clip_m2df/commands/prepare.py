@@ -70,11 +70,11 @@ def prepare(
         tree = scan(root)
     outcome = _match(dataset, known, tree, root)
     if report is not None:
-        rows = [("split", "label", "entry", "problem", "candidates")]
-        for problem in outcome.problems:
-            candidates = " | ".join(file.inner_path for file in problem.candidates)
-            rows.append((problem.split, problem.label, problem.entry, problem.problem, candidates))
-        write_table(report, "report", rows)
+        rows = [
+            (p.split, p.label, p.entry, p.problem, " | ".join(file.inner_path for file in p.candidates))
+            for p in outcome.problems
+        ]
+        write_table(report, "report", [("split", "label", "entry", "problem", "candidates"), *rows])
     if not outcome.found:
         raise _nothing_found(outcome, tree, root)
     folder = os.path.abspath(root)

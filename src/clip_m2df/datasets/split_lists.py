@@ -145,7 +145,7 @@ def read_annotations(paths: Iterable[Path], dataset: str) -> dict[str, str]:
         except (ValueError, RecursionError) as error:
             raise UserError(f"the annotations {path} are no JSON ({error}): give {_SSV2_FILES}") from error
         if isinstance(content, list):
-            found = iter(_templates(content, path))
+            found = _templates(content, path)
         elif isinstance(content, dict) and all(isinstance(value, dict) for value in content.values()):
             found = _numbered_names(content, dataset, path)
         else:
@@ -300,18 +300,17 @@ def _labels_of_ids(lines: Sequence[_Line], dataset: str, names: Mapping[str, str
 
 
 # Annotations
-def _templates(content: Sequence[Any], path: Path) -> list[tuple[str, str]]:
+def _templates(content: Sequence[Any], path: Path) -> Iterator[tuple[str, str]]:
     """The (video, template) pairs of an annotation file of SSv2."""
-    found = []
+    label = None
     for number, item in enumerate(content, start=1):
         if not isinstance(item, dict) or not isinstance(item.get("id"), str | int):
             raise UserError(f"entry {number} of the annotations {path} has no id: give {_SSV2_FILES}")
         if "template" in item:
             label = _sound_label(item["template"], f"the template of entry {number} of the annotations {path}")
-            found.append((str(item["id"]), label))
-    if not found:
+            yield str(item["id"]), label
+    if label is None:
         raise UserError(f"the annotations {path} have no templates, as those of SSv2's test videos: give {_SSV2_FILES}")
-    return found
 
 
 def _numbered_names(content: Mapping[str, Any], dataset: str, path: Path) -> Iterator[tuple[str, str]]:

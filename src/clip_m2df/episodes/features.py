@@ -60,6 +60,17 @@ class EpisodeTable(Dataset[int], VideoTable):
         self.reading = repr(self.dataset.reader)
         self.videos: list[Video] = []
 
+    def replace(self, unusable: Mapping[str, str]) -> None:
+        """Have other videos instead of those that can't be read.
+
+        Args:
+            unusable: the reasons by path, of those that were found since the last time.
+
+        Raises:
+            UserError: there are more of them than may be.
+        """
+        self.unusable.add(unusable)
+
     def __getitem__(self, number: int) -> int:
         """The number itself, for :meth:`batch`: its videos are looked up when they have been read."""
         return number
@@ -175,15 +186,8 @@ class EvaluationTable(EpisodeTable):
         return indices
 
     def replace(self, unusable: Mapping[str, str]) -> None:
-        """Put stand-ins in the places of unusable videos, as :class:`EpisodeDataset` does.
-
-        Args:
-            unusable: the reasons by path, of those that were found since the last time.
-
-        Raises:
-            UserError: there are more of them than may be.
-        """
-        self.unusable.add(unusable)
+        """See :class:`EpisodeTable`; the stand-ins are those that :class:`EpisodeDataset` chooses."""
+        super().replace(unusable)
         known = self.unusable.reasons
         replanned = [
             self.dataset.replan(number, plan, lambda path: path not in known) for number, plan in enumerate(self._drawn)
@@ -253,17 +257,6 @@ class TrainingTable(EpisodeTable):
         rng = episode_generator(self.dataset.seed, self.dataset.split.name, number, "stored augmentation")
         every = rng.random((self.augmentations, self.dataset.reader.frames + 3))
         return torch.from_numpy(every)[index % self.augmentations]
-
-    def replace(self, unusable: Mapping[str, str]) -> None:
-        """Leave unusable videos out of the episodes.
-
-        Args:
-            unusable: the reasons by path.
-
-        Raises:
-            UserError: there are more of them than may be.
-        """
-        self.unusable.add(unusable)
 
 
 class _Read(NamedTuple):
