@@ -126,6 +126,14 @@ def save_image(path: Path, number: int, size: tuple[int, int] = (WIDTH, HEIGHT))
     return path
 
 
+def save_images(folder: Path, count: int, size: tuple[int, int] = (WIDTH, HEIGHT)) -> Path:
+    """Save the pictures of the numbers from 0 as the images 0.png, 1.png, … of a folder."""
+    folder.mkdir(exist_ok=True)
+    for number in range(count):
+        save_image(folder / f"{number}.png", number, size)
+    return folder
+
+
 def rotate(path: Path, matrix: tuple[int, int, int, int]) -> Path:
     """Write a rotation into an mp4's only track header: the display matrix (a, b, c, d), of entries -1, 0 and 1."""
     data = bytearray(path.read_bytes())
@@ -147,6 +155,22 @@ def cut_start(path: Path, n_frames: int) -> Path:
     struct.pack_into(">i", data, edit + 12, start + n_frames * timescale // 12)
     path.write_bytes(data)
     return path
+
+
+def truncate(path: Path) -> Path:
+    """Leave the first 70 % of a file."""
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * 7 // 10])
+    return path
+
+
+def lose_packet(path: Path, number: int) -> None:
+    """Overwrite one of a video's packets, so that its frame does not decode."""
+    with av.open(str(path)) as container:
+        packet = bytes([*container.demux(video=0)][number])
+    data = path.read_bytes()
+    assert data.count(packet) == 1
+    path.write_bytes(data.replace(packet, packet[:1] + bytes(len(packet) - 1)))
 
 
 class StandIn:
