@@ -202,13 +202,7 @@ class Dashboard(lightning.Callback):
         self._collector.start()
 
     def on_validation_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         """Collect what the pictures show."""
         if self._draws(trainer) and isinstance(outputs, Played):
