@@ -166,7 +166,7 @@ def _read_lines(path: Path) -> list[_Line]:
         raise UserError(f"there is no file or folder {path}: --lists names a folder with split lists")
     alone = not path.is_dir()
     try:
-        candidates = [path] if alone else sorted(file for file in path.iterdir() if _may_be_list(file))
+        candidates = [path] if alone else sorted(filter(_may_be_list, path.iterdir()))
     except OSError as error:
         raise UserError(f"cannot read the folder {path}: {error.strerror}; check its permissions") from error
     lines: list[_Line] = []
@@ -188,9 +188,8 @@ def _read_lines(path: Path) -> list[_Line]:
 
 
 def _may_be_list(file: Path) -> bool:
-    if file.name[0] == "." or file.suffix.lower() in {".json", *VIDEO_EXTENSIONS} or not file.is_file():
-        return False
-    return file.stat().st_size <= MOST_BYTES
+    is_other = file.name[0] == "." or file.suffix.lower() in {".json", *VIDEO_EXTENSIONS}
+    return not is_other and file.is_file() and file.stat().st_size <= MOST_BYTES
 
 
 def _read_list(file: Path, *, required: bool) -> list[_Line]:
