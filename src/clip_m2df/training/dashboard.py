@@ -6,7 +6,7 @@ import itertools
 import subprocess
 import warnings
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import lightning
 import numpy as np
@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 
 from clip_m2df.__about__ import __version__
-from clip_m2df.episode import TableEpisodes, VideoTable
+from clip_m2df.episode import TableEpisodes, VideoTable, of_all_ranks
 from clip_m2df.errors import UserError, require
 from clip_m2df.evaluation.evidence import (
     HardEpisode,
@@ -31,8 +31,6 @@ from clip_m2df.evaluation.figures import validation_pictures
 from clip_m2df.files import whole_file
 from clip_m2df.training import wandb_run
 from clip_m2df.training.module import CLIPM2DF
-
-T = TypeVar("T")
 
 # Pixels of a frame's side, at most: what pictures show is smaller still.
 SIDE = 48
@@ -83,11 +81,12 @@ class EvidenceCollector:
     def gather(self, trainer: lightning.Trainer, model: CLIPM2DF) -> ValidationEvidence | None:
         """What all ranks have collected; to be called on all of them. None where nothing was played."""
         # First which episodes, then what is shown of those alone: frames are much to send.
-        orders = sorted(itertools.chain(*_of_ranks(trainer, [candidate.order() for candidate in self._hardest])))
+        of_ranks = of_all_ranks([candidate.order() for candidate in self._hardest], trainer.world_size)
+        orders = sorted(itertools.chain(*of_ranks))
         winners = [candidate for candidate in self._hardest if candidate.order() in orders[: self.episodes]]
         shown = [(c.order(), self._show(c, trainer, model, with_evidence=c.order() == orders[0])) for c in winners]
         columns = {name: torch.cat(parts) for name, parts in self._columns.items()}
-        found = _of_ranks(trainer, (shown, columns))
+        found = of_all_ranks((shown, columns), trainer.world_size)
         class_names = self._class_names
         self.start()
         if not orders or model.evaluated is None:
@@ -165,8 +164,7 @@ class Dashboard(lightning.Callback):
         """Tell the loggers what the training depends on beside its options, and keep the id of the W&B run."""
         if not trainer.is_global_zero or _is_trial(trainer):
             return
-        manifest = getattr(trainer.datamodule, "manifest", None)  # type: ignore[attr-defined]
-        digest = None if manifest is None else manifest.digest
+        digest = getattr(getattr(trainer.datamodule, "manifest", None), "digest", None)  # type: ignore[attr-defined]
         for logger in trainer.loggers:
             logger.log_hyperparams({"version": __version__, "git_revision": git_revision(), "manifest_digest": digest})
         for wandb_logger in _wandb_loggers(trainer)[:1]:
@@ -225,7 +223,6 @@ class Dashboard(lightning.Callback):
 
     def _give(self, trainer: lightning.Trainer, evidence: ValidationEvidence) -> None:
         pictures = validation_pictures(evidence)
-        shown = False
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 wandb_run.log_validation(logger, evidence, pictures, trainer.global_step)
@@ -233,10 +230,7 @@ class Dashboard(lightning.Callback):
                 for name, picture in pictures.items():
                     array = np.asarray(picture)
                     logger.experiment.add_image(f"val/{name}", array, trainer.global_step, dataformats="HWC")
-            else:
-                continue
-            shown = True
-        if not shown:
+        if not any(isinstance(logger, WandbLogger | TensorBoardLogger) for logger in trainer.loggers):
             folder = Path(trainer.default_root_dir) / "figures" / f"step-{trainer.global_step:06d}"
             for name, picture in pictures.items():
                 with whole_file(folder / f"{name}.png") as draft:
@@ -294,15 +288,6 @@ def _small(clips: Tensor) -> Tensor:
     return small.round().to(torch.uint8).view(*clips.shape[:-2], SIDE, SIDE)
 
 
-def _of_ranks(trainer: lightning.Trainer, mine: T) -> list[T]:
-    """What each rank has, in the order of ranks."""
-    if trainer.world_size == 1:
-        return [mine]
-    found = [mine] * trainer.world_size
-    torch.distributed.all_gather_object(found, mine)
-    return found
-
-
 def _wandb_loggers(trainer: lightning.Trainer) -> list[WandbLogger]:
     """Those of the process that logs."""
     return [x for x in trainer.loggers if isinstance(x, WandbLogger)] if trainer.is_global_zero else []
@@ -316,7 +301,6 @@ def git_revision() -> str | None:
     """The commit that is checked out in the working directory, if one is."""
     try:
         command = ["git", "rev-parse", "HEAD"]
-        revision = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return revision or None
