@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from clip_m2df.errors import UserError
 from clip_m2df.motion_shapes import (
-    CLASSES,
     FAMILIES,
     FPS,
     SIZE,
@@ -22,12 +21,9 @@ from clip_m2df.motion_shapes import (
     render_long,
 )
 from clip_m2df.motion_shapes.long_videos import draw_actions
+from tests.motion_shapes.scenes import generator, of_split
 
-TEST = [c for c in CLASSES if c.split == "test"]
-
-
-def generator(seed: int) -> np.random.Generator:
-    return np.random.Generator(np.random.PCG64(seed))
+TEST = of_split("demo", "test")
 
 
 def decoded(path: Path) -> NDArray[np.uint8]:
