@@ -9,6 +9,7 @@ from clip_m2df.datasets import split_lists as module
 from clip_m2df.datasets.split_lists import ListedVideo, SplitLists, read_lists
 from clip_m2df.datasets.tree import stem_of
 from clip_m2df.errors import UserError
+from tests.project.damage import damage
 
 CLASS_FORM = {
     "trainlist03.txt": 'draw sword/a b\nhurling (sport)/-x_000001_000011\ndraw sword/It\'s "1"!\n',
@@ -284,42 +285,10 @@ def test_annotations_that_are_not_there(tmp_path: Path) -> None:
 
 # Damage
 
-SCRAPS = [
-    b"/",
-    b"//",
-    b"\n",
-    b"\r",
-    b"\0",
-    b"\xff",
-    b"\xef\xbb\xbf",
-    b"train1",
-    b"val",
-    b" ",
-    b'"',
-    b"\xc3\xa9",
-    b"[",
-    b"}",
-]
-
-
-def damage(rng: random.Random, data: bytes) -> bytes:
-    damaged = bytearray(data)
-    for _ in range(rng.randint(1, 3)):
-        start = rng.randrange(len(damaged) + 1)
-        stop = start + rng.choice([0, 0, 1, 1, 5, 40])
-        chunk = bytes(damaged[start:stop])
-        kind = rng.randrange(5)
-        if kind == 0 and chunk:
-            damaged[start] ^= 1 << rng.randrange(8)
-        elif kind == 1:
-            del damaged[start:stop]
-        elif kind == 2:
-            damaged[start:start] = rng.choice([rng.randbytes(1), *SCRAPS])
-        elif kind == 3:
-            damaged[start:start] = chunk * rng.randint(1, 3)
-        elif rng.random() < 0.3:
-            del damaged[start:]
-    return bytes(damaged)
+SCRAPS = (
+    *(b"/", b"//", b"\n", b"\r", b"\0", b"\xff", b"\xef\xbb\xbf"),
+    *(b"train1", b"val", b" ", b'"', b"\xc3\xa9", b"[", b"}"),
+)
 
 
 def outcomes(read: Callable[[], object], data: bytes, counts: dict[str, int]) -> None:
@@ -349,7 +318,7 @@ def test_any_damage_to_a_list_ends_in_a_list_or_in_a_user_error(tmp_path: Path, 
     name = next(iter(files))
     counts = {"read": 0, "refused": 0}
     for _ in range(2000):
-        data = damage(rng, files[name].encode())
+        data = damage(rng, files[name].encode(), SCRAPS)
         (folder / name).write_bytes(data)
         outcomes(lambda: read_lists(folder, dataset, annotations), data, counts)
     assert min(counts.values()) > 100, counts
@@ -363,7 +332,7 @@ def test_any_damage_to_annotations_ends_in_names_or_in_a_user_error(tmp_path: Pa
     path = tmp_path / "a.json"
     counts = {"read": 0, "refused": 0}
     for _ in range(2000):
-        data = damage(rng, plain)
+        data = damage(rng, plain, SCRAPS)
         path.write_bytes(data)
         outcomes(lambda: module.read_annotations([path], "ssv2"), data, counts)
     assert min(counts.values()) > 100, counts

@@ -20,6 +20,7 @@ from clip_m2df.errors import UserError
 from clip_m2df.motion_shapes import FAMILIES, NO_KNOBS, Knobs, render, render_clip, rendering
 from clip_m2df.motion_shapes.rendering import outlier_path
 from clip_m2df.motion_shapes.scenes import OUTLIERS
+from tests.motion_shapes.scenes import generator, of_split
 
 SMALL: dict[str, Any] = {"n_way": 5, "frames": 2, "resize": 32, "size": 32, "num_workers": 0, "test_episodes": 40}
 OF_TEST = {"train": 0, "val": 0, "test": 1}
@@ -67,7 +68,7 @@ def test_knobs_render_the_test_split_alone_in_folders_of_their_own(few_videos: P
         assert manifest.parent.parent == few_videos
         with manifest.open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
-        assert [row["label"] for row in rows] == [c.label for c in FAMILIES["order"] if c.split == "test"]
+        assert [row["label"] for row in rows] == [c.label for c in of_split("order", "test")]
         videos = {row["path"] for row in rows}
         outliers = {outlier_path(path) for path in videos} if knobs.outliers else set()
         assert set(rendered(manifest)) == videos | outliers
@@ -90,7 +91,7 @@ def test_knobs_at_zero_are_the_usual_videos(few_videos: Path) -> None:
 @pytest.mark.parametrize("family", ["scene", "order"])
 def test_each_test_video_has_an_outlying_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, family: str) -> None:
     frames = drawn(monkeypatch, tmp_path / "v", family, knobs=Knobs(outliers=0.5), videos_per_class={"test": 4})
-    test = [c for c in FAMILIES[family] if c.split == "test"]
+    test = of_split(family, "test")
     assert len(frames) == 2 * 4 * len(test)
     place = list(FAMILIES).index(family)
     of_class = {c: FAMILIES[family].index(c) for c in test}
@@ -105,7 +106,7 @@ def test_each_test_video_has_an_outlying_version(monkeypatch: pytest.MonkeyPatch
             assert (outlier == outlier[0]).all()
             assert (usual == outlier[0]).all(axis=(1, 2, 3)).any()
         else:
-            rng = np.random.Generator(np.random.PCG64([0, of_class[c], number, place]))
+            rng = generator(0, of_class[c], number, place)
             others = [other for other in test if other != c]
             shown = others[rng.integers(len(others))]
             assert np.array_equal(outlier, render_clip(shown, rng))

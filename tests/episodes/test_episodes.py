@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from clip_m2df.datasets.manifest import Manifest, Split
+from clip_m2df.datasets.manifest import Manifest, Split, Video
 from clip_m2df.episode import episode_draws
 from clip_m2df.episodes.dataset import EpisodeDataset, collate_episodes
 from clip_m2df.episodes.plan import EpisodeSampler, EpisodeShape, plan_episode
@@ -141,9 +141,28 @@ def test_a_short_video_is_repeated_evenly(tmp_path: Path) -> None:
     assert not torch.equal(episode["support"][..., 1, :, :, :], episode["support"][..., 2, :, :, :])
 
 
-def test_a_split_that_cannot_supply_episodes_is_refused(train: Split) -> None:
-    with pytest.raises(UserError, match="too few"):
-        EpisodeDataset(train, EpisodeShape(5, 1, 1), READER, seed=0, augment=True)
+@pytest.mark.parametrize(
+    ("shape", "counts", "message"),
+    [
+        ((1, 1, 1), (3, 2), "n_way is 1; it must be at least 2"),
+        ((2, 0, 1), (3, 2), "n_shot is 0; it must be at least 1"),
+        ((2, 1, -1), (3, 2), "n_query is -1; it must be at least 1"),
+        ((5, 1, 1), (3, 3, 3), "the val split has 3 classes, too few for n_way 5: lower n_way, or add"),
+        ((2, 3, 1), (9, 3, 2), "2 of the 3 classes of the val split have fewer .* the 4 that n_shot 3 and n_query 1"),
+        ((2, 3, 1), (9, 3, 2), "'class 1' has 3, 'class 2' has 2; lower n_shot or n_query, add videos"),
+        ((2, 1, 1), (1,) * 7, "'class 4' has 1 and 2 more; lower n_shot"),
+    ],
+)
+def test_a_split_that_cannot_supply_episodes_is_refused(
+    shape: tuple[int, int, int], counts: tuple[int, ...], message: str
+) -> None:
+    def split(*counts: int) -> Split:
+        videos = [(f"class {c}", f"/v/{c}/{k}.mp4") for c, count in enumerate(counts) for k in range(count)]
+        return Manifest(Video(path, label, "val", label) for label, path in videos).split("val")
+
+    with pytest.raises(UserError, match=message):
+        EpisodeDataset(split(*counts), EpisodeShape(*shape), READER, seed=0, augment=True)
+    EpisodeShape(n_way=2, n_shot=1, n_query=1).check(split(3, 2))
 
 
 class Counting(ClipReader):

@@ -13,17 +13,10 @@ from clip_m2df.motion_shapes import COLOURS, FAMILIES, appearances_of, render_cl
 from clip_m2df.motion_shapes.classes import SHAPES, MotionClass
 from clip_m2df.motion_shapes.rendering import VIDEOS_PER_CLASS
 from clip_m2df.motion_shapes.scenes import COMMON_COLOUR, FPS, Scene, draw_scene, paint
+from tests.motion_shapes.scenes import centres, generator, masks, of_split
 
 ORDER = FAMILIES["order"]
 HELD_OUT = {*appearances_of("val"), *appearances_of("test")}
-
-
-def generator(*seed: int) -> np.random.Generator:
-    return np.random.Generator(np.random.PCG64(list(seed)))
-
-
-def of_split(family: str, split: str) -> list[MotionClass]:
-    return [c for c in FAMILIES[family] if c.split == split]
 
 
 def of_events(motion: str, split: str = "test") -> MotionClass:
@@ -147,16 +140,10 @@ def test_events_happen_one_after_another_as_the_label_says() -> None:
         assert tuple(shown(scene, part) for part in parts) == c.events
 
 
-def masks(scene: Scene) -> Any:
-    """Where the shapes are in the picture, (frames, height, width) of 0 or 1."""
-    hidden = dataclasses.replace(scene, opacity=np.zeros_like(scene.opacity))
-    return (np.abs(paint(scene).astype(float) - paint(hidden)).sum(-1) > 30).astype(float)
-
-
-def centres(mask: Any) -> Any:
-    """Mean column and row of the shape in each frame, (2, frames)."""
-    places, mass = np.arange(mask.shape[1]), mask.sum(axis=(1, 2))
-    return np.stack([mask.sum(axis) @ places / mass for axis in (1, 2)])
+def scenes_of(motion: str, *seeds: int) -> list[Scene]:
+    """Scenes of a motion of the one family and of the event of the other."""
+    classes = MotionClass("test", "white", "square", motion), of_events(motion, "train")
+    return [draw_scene(c, generator(seed)) for c in classes for seed in seeds]
 
 
 @pytest.mark.parametrize(
@@ -164,8 +151,8 @@ def centres(mask: Any) -> Any:
     [("moving to the left", 0, -1), ("moving to the right", 0, 1), ("moving up", 1, -1), ("moving down", 1, 1)],
 )
 def test_painted_things_move_that_way(motion: str, axis: int, sign: int) -> None:
-    for seed in range(3):
-        found = centres(masks(draw_scene(of_events(motion, "train"), generator(seed))))
+    for scene in scenes_of(motion, 0, 1, 2):
+        found = centres(masks(scene))
         assert sign * (found[axis, -1] - found[axis, 0]) > 8
         assert abs(found[1 - axis, -1] - found[1 - axis, 0]) < 8  # no more than the camera's jitter
 
@@ -180,15 +167,15 @@ def test_painted_things_circle_that_way(motion: str, sign: int) -> None:
 
 @pytest.mark.parametrize(("motion", "sign"), [("growing", 1), ("shrinking", -1), ("appearing", 1), ("vanishing", -1)])
 def test_painted_things_come_and_go(motion: str, sign: int) -> None:
-    for seed in range(3):
-        area = masks(draw_scene(of_events(motion), generator(seed))).sum(axis=(1, 2))
+    for scene in scenes_of(motion, 0, 1, 2):
+        area = masks(scene).sum(axis=(1, 2))
         assert sign * np.log((area[-1] + 1) / (area[0] + 1)) > 1
 
 
 @pytest.mark.parametrize(("motion", "sign"), [("moving apart", 1), ("approaching each other", -1)])
 def test_two_painted_things_part_and_approach(motion: str, sign: int) -> None:
-    for seed in range(3):
-        mask = masks(draw_scene(of_events(motion), generator(seed)))
+    for scene in scenes_of(motion, 0, 1, 2):
+        mask = masks(scene)
         spread = [np.std(np.flatnonzero(frame) % mask.shape[2]) for frame in mask]
         assert sign * (spread[-1] - spread[0]) > 3
 

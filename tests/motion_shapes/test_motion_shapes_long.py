@@ -10,16 +10,13 @@ import pytest
 from numpy.typing import NDArray
 
 from clip_m2df.errors import UserError
-from clip_m2df.motion_shapes import CLASSES, FAMILIES, Action, render_long
+from clip_m2df.motion_shapes import FAMILIES, Action, render_long
 from clip_m2df.motion_shapes.classes import MotionClass
 from clip_m2df.motion_shapes.long_videos import draw_actions
 from clip_m2df.motion_shapes.scenes import FPS, SIZE, draw_scene, paint
+from tests.motion_shapes.scenes import generator, of_split
 
-TEST = [c for c in CLASSES if c.split == "test"]
-
-
-def generator(seed: int) -> np.random.Generator:
-    return np.random.Generator(np.random.PCG64(seed))
+TEST = of_split("demo", "test")
 
 
 def decoded(path: Path) -> NDArray[np.uint8]:
