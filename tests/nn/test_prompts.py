@@ -79,11 +79,6 @@ def test_each_selection_picks_what_it_says() -> None:
     assert mean.indices.tolist() == [[1, 0], [1, 0]]
 
 
-def test_sampling_without_draws_says_what_makes_them() -> None:
-    with pytest.raises(UserError, match=r"'sample' needs draws.*episode_draws"):
-        select_prompts(torch.full((1, 2), 0.5), features(2, 4), "sample")
-
-
 def test_templates() -> None:
     assert fill_template("a photo of {}", ["draw sword", "{curly}"]) == ["a photo of draw sword", "a photo of {curly}"]
     assert check_templates("a photo of {}") == ["a photo of {}"]
