@@ -114,17 +114,6 @@ def test_steps_compose_to_the_head() -> None:
     torch.testing.assert_close(output.distillation_loss, mutual_distillation(local, global_).loss)
 
 
-def test_a_prototype_is_the_mean_over_the_shots() -> None:
-    head = make_head()
-    support, _, prompts = episode()
-    fused = head.embed(support, prompts[:, None].expand(3, 2, 16))
-    prototypes = head.prototype(fused, prompts)
-    assert prototypes.keys() == {"local", "global"}
-    for view, tokens in prototypes.items():
-        assert tokens.shape == (3, 1 + 8, 16)
-        torch.testing.assert_close(tokens[1], (fused[view][1, 0] + fused[view][1, 1]) / 2)
-
-
 def test_a_class_is_what_it_is_by_itself_whatever_the_shots_of_the_others() -> None:
     head = make_head()
     support, query, prompts = episode(n_shot=3)
