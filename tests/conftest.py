@@ -1,9 +1,32 @@
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import lightning
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def read_golden(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A golden file's tensors, and the weights among them."""
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        tensors = {key: torch.from_numpy(file[key]) for key in file.files if key != "meta"}
+    state = {key.removeprefix("state/"): tensors.pop(key) for key in list(tensors) if key.startswith("state/")}
+    return tensors, state
+
+
+def quiet_trainer(folder: Path, **options: Any) -> "lightning.Trainer":
+    """A trainer on one CPU that says and logs nothing."""
+    import lightning
+
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return lightning.Trainer(**(quiet | {"accelerator": "cpu", "default_root_dir": folder, "devices": 1} | options))
 
 
 def save_tokenizer(folder: Path, letters: Iterable[str], words: Iterable[str] = ()) -> int:

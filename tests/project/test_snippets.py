@@ -29,7 +29,7 @@ from clip_m2df.motion_shapes import rendering
 from tests import clips
 from tests.commands.test_configs import Parsed
 from tests.datasets.test_data_sets import BUILD, VIDEOS, Films
-from tests.nn.test_m2df import GOLDEN, published_file, published_head
+from tests.nn.test_m2df import published_file, published_head
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ["README.md", *sorted(page.relative_to(ROOT).as_posix() for page in (ROOT / "docs").rglob("*.md"))]
@@ -224,7 +224,7 @@ def put_checkpoints(folder: Path) -> None:
         trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
         trainer.strategy.connect(CLIPM2DF(backbone="tiny", head_options={"hidden_dim": 32, "num_heads": 4}))
     trainer.save_checkpoint(folder / "best.ckpt")
-    published_file(folder, GOLDEN[0].with_name("clip_vit.npz"))
+    published_file(folder)
 
 
 def names() -> dict[str, Any]:

@@ -13,6 +13,7 @@ from clip_m2df import CLIPM2DF, UserError
 from clip_m2df.cli import main
 from clip_m2df.nn.m2df import M2DFHead
 from clip_m2df.training.checkpoints import FOLDER, LAST, RunCheckpointIO, read_checkpoint
+from tests.test_cli import options
 
 SMALL = {"hidden_dim": 32, "num_heads": 4}
 FORMER = {"hidden_dim": 32, "heads": 4}
@@ -34,19 +35,6 @@ def opened() -> Iterator[list[str]]:
     _opened.clear()
     yield _opened
     _opened.clear()
-
-
-def options(manifest: Path, tiny_clip_dir: Path, folder: Path, *more: str) -> list[str]:
-    return [
-        f"--data.manifest={manifest}",
-        f"--model.backbone={tiny_clip_dir}",
-        "--model.head_options={hidden_dim: 32, num_heads: 4}",
-        *(f"--data.{name}={value}" for name, value in {"n_way": 2, "frames": 2, "resize": 32, "size": 32}.items()),
-        *("--data.n_query=1", "--data.val_episodes=1", "--data.test_episodes=1", "--data.num_workers=0"),
-        *("--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"),
-        f"--trainer.default_root_dir={folder}",
-        *more,
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +63,7 @@ def test_a_checkpoint_is_verified_and_read_once(
     assert opened == once
     for command in ("validate", "test", "fit"):
         opened.clear()
-        assert (
-            main([command, *options(manifest, tiny_clip_dir, fitted, "--ckpt_path=last", "--trainer.max_steps=2")]) == 0
-        )
+        assert main([command, *options(manifest, tiny_clip_dir, fitted, "--ckpt_path=last")]) == 0
         assert opened == once
 
 

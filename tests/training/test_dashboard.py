@@ -26,11 +26,13 @@ from clip_m2df.training.checkpoints import read_checkpoint
 from clip_m2df.training.dashboard import Dashboard, EvidenceCollector
 from clip_m2df.training.module import Evaluated
 from tests.commands.test_configs import Parsed
+from tests.conftest import quiet_trainer as trainer
 from tests.test_cli import options
-from tests.training.test_module import UsersData, make, trainer
+from tests.training.test_module import UsersData, make, make_episodes
 from tests.training.wandb_file import OfflineRun, end_wandb
 
 PICTURES = {"confusion_matrix", "class_accuracy", "alignment", "prompt_scores", "reliability"}
+WITHOUT_VIEWS = {"confusion_matrix", "class_accuracy"}
 EPISODES = {f"hardest_episode_{rank}" for rank in range(1, 5)}
 WANDB = "--config=recipes/wandb_offline.yaml"
 
@@ -266,31 +268,20 @@ class OtherHead(Head):
         return HeadOutput.of(self.scale * -torch.cdist(query["mean"], prototypes["mean"]), selected)
 
 
-def test_a_head_of_another_kind_shows_what_it_has(manifest: Path, tiny_clip_dir: Path) -> None:
-    config = yaml.safe_load(find_config("demo_5way1shot.yaml").read_text())
-    # Its scale is trained by the class-text loss too.
-    config["model"] |= {"head": f"{__name__}.OtherHead", "head_options": {}, "class_weight": 1.0}
-    Path("other.yaml").write_text(yaml.safe_dump(config))
-    args = [a for a in options(manifest, tiny_clip_dir, Path("run")) if "head_options" not in a]
-    assert main(["fit", "--config=other.yaml", *args[1:]]) == 0
-    shown = {file.stem for file in Path("run/figures/step-000002").iterdir()}
-    assert shown == {"confusion_matrix", "class_accuracy"} | EPISODES
-
-
-@pytest.mark.parametrize("name", ["clip_fsar", "bi_mhm"])
-def test_baselines_show_what_they_have(manifest: Path, tiny_clip_dir: Path, name: str) -> None:
-    # One without sizes, and without anything to train but the tower.
-    own = ["--model.head_options={}", "--model.freeze_backbone=false"] if name == "bi_mhm" else []
-    assert fit(manifest, tiny_clip_dir, *own, f"--model.head={name}") == 0
-    shown = {file.stem for file in Path("run/figures/step-000002").iterdir()}
-    assert shown == {"confusion_matrix", "class_accuracy"} | EPISODES
-
-
-@pytest.mark.parametrize("more", [["--model.head_options.views=[global]"], ["--model.text_fusion=0.5"]])
-def test_ablations_and_half_precision_are_shown(manifest: Path, tiny_clip_dir: Path, more: list[str]) -> None:
-    assert fit(manifest, tiny_clip_dir, *more, "--trainer.precision=bf16-mixed") == 0
-    shown = {file.stem for file in Path("run/figures/step-000002").iterdir()}
-    assert shown == PICTURES | EPISODES
+@pytest.mark.parametrize(
+    ("more", "shown"),
+    [
+        # Its scale is trained by the class-text loss too.
+        (["{}", f"--model.head={__name__}.OtherHead", "--model.class_weight=1.0"], WITHOUT_VIEWS),
+        # One without anything to train but the tower.
+        (["{}", "--model.head=bi_mhm", "--model.freeze_backbone=false"], WITHOUT_VIEWS),
+        (["{hidden_dim: 32, num_heads: 4}", "--model.head=clip_fsar"], WITHOUT_VIEWS),
+        (["{views: [global]}", "--model.text_fusion=0.5", "--trainer.precision=bf16-mixed"], PICTURES),
+    ],
+)
+def test_what_a_head_has_is_shown(manifest: Path, tiny_clip_dir: Path, more: list[str], shown: set[str]) -> None:
+    assert fit(manifest, tiny_clip_dir, f"--model.head_options={more[0]}", *more[1:], "--trainer.max_steps=1") == 0
+    assert {file.stem for file in Path("run/figures/step-000001").iterdir()} == shown | EPISODES
 
 
 def test_a_users_own_data_need_no_manifest(tiny_clip_dir: Path, tmp_path: Path) -> None:
@@ -329,11 +320,9 @@ def test_the_revision_of_a_checkout_is_told(monkeypatch: pytest.MonkeyPatch, tmp
 
 def test_the_hardest_are_found_whatever_the_batches_and_ranks(tiny_clip_dir: Path) -> None:
     """Of several ranks, played one after the other, the collectors keep what a single process keeps."""
-    from tests.training.test_module import make_episodes, one
-
     model = make(tiny_clip_dir).eval()
     model.evaluated = Evaluated({}, torch.zeros((0, 0), dtype=torch.long))
-    episodes = [one(make_episodes(2, seed), i) for seed in range(3) for i in range(2)]
+    episodes = [make_episodes(1, seed) for seed in range(6)]
     with torch.no_grad():
         outputs = [model.validation_step(episode, 0) for episode in episodes]
     alone: Any = SimpleNamespace(
@@ -361,8 +350,8 @@ def test_the_hardest_are_found_whatever_the_batches_and_ranks(tiny_clip_dir: Pat
 SWEEPS = sorted((find_config("demo_5way1shot.yaml").parent / "sweeps").glob("*.yaml"))
 
 
-def test_there_are_two_sweeps_which_are_no_configs() -> None:
-    assert [path.name for path in SWEEPS] == ["ablations.yaml", "learning_rates.yaml"]
+def test_sweeps_are_no_configs() -> None:
+    assert len(SWEEPS) == 2
     assert not any("sweeps" in name for name in shipped_configs())
 
 

@@ -13,12 +13,14 @@ import torch
 
 from clip_m2df import CLIPM2DF, EpisodeDataModule, UserError
 from clip_m2df.evaluation.bank import FeatureStore
+from clip_m2df.nn.baselines import HEADS
 from clip_m2df.nn.head import HeadOutput
 from clip_m2df.nn.m2df import M2DFHead
 from tests import clips
+from tests.conftest import quiet_trainer as trainer
+from tests.training.test_module import make
 
 SMALL: dict[str, Any] = {"n_way": 3, "n_query": 2, "frames": 2, "resize": 32, "size": 32, "num_workers": 0}
-HEAD = {"hidden_dim": 32, "num_heads": 4}
 
 
 @pytest.fixture(scope="module")
@@ -34,18 +36,15 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "m.csv"
 
 
+def with_empty(many: Path, folder: Path, *names: str) -> Path:
+    """The manifest of copies of the videos, of which some are empty."""
+    for video in many.parent.glob("*.mp4"):
+        (folder / video.name).write_bytes(b"" if video.name in names else video.read_bytes())
+    return Path(shutil.copy(many, folder))
+
+
 def data(manifest: Path, **options: Any) -> EpisodeDataModule:
     return EpisodeDataModule(str(manifest), **(SMALL | options))
-
-
-def make(tiny_clip_dir: Path, **options: Any) -> CLIPM2DF:
-    torch.manual_seed(0)
-    return CLIPM2DF(backbone=str(tiny_clip_dir), head_options=HEAD, **options)
-
-
-def trainer(folder: Path, **options: Any) -> lightning.Trainer:
-    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    return lightning.Trainer(**(quiet | {"accelerator": "cpu", "default_root_dir": folder, "devices": 1} | options))
 
 
 def encoded(model: CLIPM2DF) -> list[int]:
@@ -55,33 +54,50 @@ def encoded(model: CLIPM2DF) -> list[int]:
     return calls
 
 
+class Contrary(M2DFHead):
+    """A head of a user's own, which changes what one step makes."""
+
+    def match(self, *inputs: Any) -> HeadOutput:
+        output = super().match(*inputs)
+        return output._replace(logits=-output.logits)
+
+
 @pytest.mark.parametrize(
-    "options", [{}, {"class_weight": 1.0, "text_fusion": 0.4, "selection": "expectation"}, {"selection": "sample"}]
+    ("options", "n_shot"),
+    [
+        ({}, 2),
+        ({"class_weight": 1.0, "text_fusion": 0.4, "selection": "expectation"}, 2),
+        ({"selection": "sample"}, 2),
+        ({"head": f"{__name__}.Contrary"}, 1),
+        *(({"head": name, "class_weight": 1.0, "text_fusion": 0.4}, 5) for name in HEADS if name != "m2df"),
+    ],
 )
 def test_the_numbers_are_those_of_the_direct_path(
-    many: Path, tiny_clip_dir: Path, tmp_path: Path, options: dict[str, Any]
+    many: Path, tiny_clip_dir: Path, tmp_path: Path, options: dict[str, Any], n_shot: int
 ) -> None:
     model = make(tiny_clip_dir, **options)
-    calls = encoded(model)
-    results = {}
+    calls, n = encoded(model), 20 if "head" in options else 150
+    results, confusions = [], []
     for evaluation in ("direct", "bank"):
         calls.clear()
-        (results[evaluation],) = trainer(tmp_path).test(
-            model, data(many, test_episodes=150, evaluation=evaluation, n_shot=2), verbose=False
-        )
-        # Two frames of each of the 30 videos, or of the nine in each of 150 episodes.
-        assert sum(calls) == 2 * (30 if evaluation == "bank" else 150 * 9)
-    assert results["bank"].keys() == results["direct"].keys()
-    for name, value in results["direct"].items():
-        exact = not name.startswith("test/loss")
-        assert results["bank"][name] == (value if exact else pytest.approx(value, abs=1e-4)), name
-    assert 0.2 < results["bank"]["test/accuracy"] < 1
+        source = data(many, test_episodes=n, evaluation=evaluation, n_shot=n_shot)
+        results += trainer(tmp_path).test(model, source, verbose=False)
+        assert model.evaluated is not None
+        confusions.append(model.evaluated.confusion)
+        # Two frames of each of the 30 videos, or of those in each episode.
+        assert sum(calls) == 2 * (30 if evaluation == "bank" else n * 3 * (n_shot + 1))
+    direct, bank = results
+    assert bank.keys() == direct.keys()
+    for name, value in direct.items():
+        assert bank[name] == (pytest.approx(value, abs=1e-4) if "loss" in name else value), name
+    assert confusions[1].equal(confusions[0])
+    assert "head" in options or 0.2 < bank["test/accuracy"] < 1
 
 
 # With few episodes the ranks' own name other videos, and as many batches don't come to each.
 @pytest.mark.parametrize(
     ("devices", "n_episodes"),
-    [(2, 131), (3, 131), (2, 3), (3, 4), *(pytest.param(n, 1000, marks=pytest.mark.slow) for n in (2, 3))],
+    [(2, 131), (2, 3), (3, 4), *(pytest.param(n, 1000, marks=pytest.mark.slow) for n in (2, 3))],
 )
 def test_any_number_of_ranks_gives_the_same_bits(
     many: Path, tiny_clip_dir: Path, tmp_path: Path, devices: int, n_episodes: int
@@ -152,49 +168,6 @@ def test_other_weights_are_encoded_anew(many: Path, tiny_clip_dir: Path, tmp_pat
     assert kept == fresh
 
 
-class Contrary(M2DFHead):
-    """A head of a user's own, which changes what one step makes."""
-
-    def match(self, *inputs: Any) -> HeadOutput:
-        output = super().match(*inputs)
-        return output._replace(logits=-output.logits)
-
-
-def test_the_steps_of_a_head_of_ones_own_are_those_that_are_played(
-    many: Path, tiny_clip_dir: Path, tmp_path: Path
-) -> None:
-    torch.manual_seed(0)
-    model = CLIPM2DF(backbone=str(tiny_clip_dir), head=f"{__name__}.Contrary", head_options=HEAD)
-    results = [
-        trainer(tmp_path).test(model, data(many, test_episodes=60, evaluation=evaluation), verbose=False)[0]
-        for evaluation in ("direct", "bank")
-    ]
-    (plain,) = trainer(tmp_path).test(make(tiny_clip_dir), data(many, test_episodes=60), verbose=False)
-    assert results[0]["test/accuracy"] == results[1]["test/accuracy"] != plain["test/accuracy"]
-    assert results[0]["test/loss/match"] == pytest.approx(results[1]["test/loss/match"], abs=1e-4)
-
-
-@pytest.mark.parametrize("n_shot", [1, 5])
-@pytest.mark.parametrize("name", ["nearest_prototype", "otam", "zero_shot", "bi_mhm", "clip_fsar"])
-def test_baselines_have_the_numbers_of_the_direct_path(
-    many: Path, tiny_clip_dir: Path, tmp_path: Path, name: str, n_shot: int
-) -> None:
-    torch.manual_seed(0)
-    options = HEAD if name == "clip_fsar" else None
-    model = CLIPM2DF(backbone=str(tiny_clip_dir), head=name, head_options=options, class_weight=1.0, text_fusion=0.4)
-    results, confusions = [], []
-    for evaluation in ("direct", "bank"):
-        source = data(many, test_episodes=20, evaluation=evaluation, n_shot=n_shot)
-        results += trainer(tmp_path).test(model, source, verbose=False)
-        assert model.evaluated is not None
-        confusions.append(model.evaluated.confusion)
-    assert results[1] == pytest.approx(results[0], abs=1e-4)
-    assert confusions[1].equal(confusions[0])
-    views = {"local_accuracy", "global_accuracy", "view_agreement", "local_to_global", "global_to_local"}
-    assert not {f"test/{name}" for name in views} & results[0].keys()
-    assert "test/pps_accuracy" in results[0]
-
-
 def test_features_on_disk_are_of_one_preprocessing_and_of_no_tower_that_learns(
     many: Path, tiny_clip_dir: Path, tmp_path: Path
 ) -> None:
@@ -215,15 +188,12 @@ def test_features_on_disk_are_of_one_preprocessing_and_of_no_tower_that_learns(
 def test_unusable_videos_end_it_or_are_replaced_as_by_the_direct_path(
     many: Path, tiny_clip_dir: Path, tmp_path: Path
 ) -> None:
-    for video in many.parent.glob("*.mp4"):
-        (tmp_path / video.name).write_bytes(b"" if video.name in ("test0_0.mp4", "test3_5.mp4") else video.read_bytes())
-    (tmp_path / "m.csv").write_text(many.read_text())
-    model = make(tiny_clip_dir)
+    model, manifest = make(tiny_clip_dir), with_empty(many, tmp_path, "test0_0.mp4", "test3_5.mp4")
     with pytest.raises(UserError, match=r"2 of the 30 videos of the test split are unusable.*test0_0\.mp4.*test3_5"):
-        trainer(tmp_path).test(model, data(tmp_path / "m.csv", test_episodes=50), verbose=False)
+        trainer(tmp_path).test(model, data(manifest, test_episodes=50), verbose=False)
     results = []
     for evaluation in ("direct", "bank"):
-        source = data(tmp_path / "m.csv", test_episodes=50, evaluation=evaluation, max_unusable=0.1)
+        source = data(manifest, test_episodes=50, evaluation=evaluation, max_unusable=0.1)
         with pytest.warns(UserWarning, match="takes its place"):
             results += trainer(tmp_path).test(model, source, verbose=False)
     assert results[0]["test/replaced_videos"] == results[1]["test/replaced_videos"] > 10
@@ -343,15 +313,12 @@ def test_augmentations_need_a_frozen_tower_and_are_few_in_a_trial_run(
 
 
 def test_unusable_videos_have_no_augmentations(many: Path, tiny_clip_dir: Path, tmp_path: Path) -> None:
-    for video in many.parent.glob("*.mp4"):
-        (tmp_path / video.name).write_bytes(b"" if video.name == "train2_2.mp4" else video.read_bytes())
-    (tmp_path / "m.csv").write_text(many.read_text())
-    model = make(tiny_clip_dir, freeze_backbone=True)
-    source = data(tmp_path / "m.csv", train_augmentations=2, episodes_per_step=4, max_unusable=0.1, val_episodes=4)
+    model, manifest = make(tiny_clip_dir, freeze_backbone=True), with_empty(many, tmp_path, "train2_2.mp4")
+    source = data(manifest, train_augmentations=2, episodes_per_step=4, max_unusable=0.1, val_episodes=4)
     with pytest.warns(UserWarning, match=r"train2_2\.mp4: it is empty; .*takes its place"):
         trainer(tmp_path, max_steps=10).fit(model, source)
-    table: Any = source.train_dataloader()
-    table = table.dataset
+    train: Any = source.train_dataloader()
+    table = train.dataset
     episodes = table.episodes(range(40))
     named = {table.videos[index].path for index in episodes["query"].flatten().tolist()}
     assert str(tmp_path / "train2_2.mp4") not in named

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,12 @@ import lightning
 import pytest
 import torch
 
-from clip_m2df import CLIPM2DF, EpisodeDataModule
 from clip_m2df.episode import episode_draws
+from tests.conftest import quiet_trainer
 from tests.test_cli import options
-from tests.training.test_evaluation_from_bank import trainer
+from tests.training.test_evaluation_from_bank import data
 from tests.training.test_interruption import Kill, callback, step_of
-
-NO_DROPOUT = {"context_dropout": 0.0, "attention_dropout": 0.0, "dropout": 0.0, "hidden_dim": 32, "num_heads": 4}
+from tests.training.test_module import make
 
 
 class Note(lightning.Callback):
@@ -41,23 +41,13 @@ class Note(lightning.Callback):
 
 def train(manifest: Path, tiny_clip_dir: Path, folder: Path, devices: int, precision: str) -> list[Any]:
     """Two steps of 8 episodes in batches of two, on all weights; what each rank noted."""
-    torch.manual_seed(0)
-    model = CLIPM2DF(backbone=str(tiny_clip_dir), head_options=NO_DROPOUT, class_weight=1.0)
-    data = EpisodeDataModule(
-        str(manifest),
-        n_way=3,
-        n_query=2,
-        frames=2,
-        resize=32,
-        size=32,
-        num_workers=0,
-        batch_size=2,
-        episodes_per_step=8,
-    )
+    source = data(manifest, batch_size=2, episodes_per_step=8)
     run: dict[str, Any] = {"max_steps": 2, "limit_val_batches": 0, "precision": precision, "callbacks": [Note(folder)]}
     if devices > 1:
         run["strategy"] = "ddp_fork"
-    trainer(folder, devices=devices, enable_checkpointing=False, **run).fit(model, data)
+    quiet_trainer(folder, devices=devices, enable_checkpointing=False, **run).fit(
+        make(tiny_clip_dir, class_weight=1.0), source
+    )
     return [torch.load(folder / f"{devices}_{rank}") for rank in range(devices)]
 
 
@@ -103,57 +93,54 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def run_two(folder: Path, script: str, args: list[str]) -> "subprocess.CompletedProcess[str]":
-    (folder / "script.py").write_text(script)
-    command = [sys.executable, str(folder / "script.py"), *args, "--trainer.devices=2", "--trainer.strategy=ddp"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+@pytest.fixture
+def run_two(manifest: Path, tiny_clip_dir: Path, tmp_path: Path) -> Callable[..., str]:
+    """Runs ``fit`` in two processes, each with broken videos of its own, to a status: what is said."""
+
+    def command(status: int, broken: list[list[str]], *more: str) -> str:
+        (tmp_path / "script.py").write_text(SCRIPT.format(broken=broken))
+        args = options(
+            manifest, tiny_clip_dir, tmp_path / "run", "--data.batch_size=1", "--trainer.max_steps=40", *more
+        )
+        command = [sys.executable, str(tmp_path / "script.py"), "fit", *args]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+        done = subprocess.run(
+            [*command, "--trainer.devices=2", "--trainer.strategy=ddp"],
+            env=environment, capture_output=True, text=True, check=False, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == status, done.stderr
+        assert "Traceback" not in done.stderr
+        return done.stderr
+
+    return command
 
 
+# Of the three of sixteen no rank alone finds all.
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
-def test_videos_that_one_rank_cannot_read_end_the_run_in_plain_words(
-    manifest: Path, tiny_clip_dir: Path, tmp_path: Path, rank: int
+@pytest.mark.parametrize(
+    ("broken", "share"),
+    [
+        ([["train0_0.mp4"], []], 0.05),
+        ([[], ["train0_0.mp4"]], 0.05),
+        ([["train0_0.mp4", "train1_1.mp4"], ["train2_2.mp4"]], 0.15),
+    ],
+)
+def test_videos_that_a_rank_cannot_read_are_counted_over_all_and_end_the_run_in_plain_words(
+    run_two: Callable[..., str], broken: list[list[str]], share: float
 ) -> None:
-    args = [
-        "fit",
-        *options(manifest, tiny_clip_dir, tmp_path / "run"),
-        "--data.batch_size=1",
-        "--data.episodes_per_step=2",
-    ]
-    script = SCRIPT.format(broken=[["train0_0.mp4"] if r == rank else [] for r in range(2)])
-    done = run_two(tmp_path, script, [*args, "--data.max_unusable=0.05", "--trainer.max_steps=40"])
-    assert done.returncode == 2, done.stderr
-    assert "1 of the 16 videos of the train split are unusable, more than the share 0.05" in done.stderr
-    assert "another process of this run has ended; what it said says why" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-@pytest.mark.slow
-def test_unusable_videos_are_counted_over_all_ranks(manifest: Path, tiny_clip_dir: Path, tmp_path: Path) -> None:
-    args = [
-        "fit",
-        *options(manifest, tiny_clip_dir, tmp_path / "run"),
-        "--data.batch_size=1",
-        "--data.episodes_per_step=2",
-    ]
-    # Three of the sixteen, of which no rank alone finds all.
-    script = SCRIPT.format(broken=[["train0_0.mp4", "train1_1.mp4"], ["train2_2.mp4"]])
-    args = [*args, "--trainer.max_steps=40", "--trainer.log_every_n_steps=1", "--trainer.limit_val_batches=0"]
-    done = run_two(tmp_path, script, [*args, "--data.max_unusable=0.15"])
-    assert done.returncode == 2, done.stderr
-    assert "3 of the 16 videos of the train split are unusable" in done.stderr
-    assert "Traceback" not in done.stderr
+    limits = [f"--data.max_unusable={share}", "--data.episodes_per_step=2", "--trainer.limit_val_batches=0"]
+    said = run_two(2, broken, *limits)
+    n = sum(map(len, broken))
+    assert f"{n} of the 16 videos of the train split are unusable, more than the share {share}" in said
+    assert all(broken) or "another process of this run has ended; what it said says why" in said
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_signal_to_one_rank_ends_all_after_the_same_step(
-    manifest: Path, tiny_clip_dir: Path, tmp_path: Path, rank: int
+    run_two: Callable[..., str], tmp_path: Path, rank: int
 ) -> None:
     kill = callback(Kill, number=int(signal.SIGTERM), batch=2, rank=rank)
-    args = ["fit", *options(manifest, tiny_clip_dir, tmp_path), "--data.batch_size=1", "--data.episodes_per_step=4"]
-    done = run_two(tmp_path, SCRIPT.format(broken=[[], []]), [*args, "--trainer.max_steps=40", *kill])
-    assert done.returncode == 128 + signal.SIGTERM, done.stderr
-    assert done.stderr.count("stopped by SIGTERM; optimiser step 2 is saved") == 1
-    assert step_of(tmp_path) == 2
+    said = run_two(128 + signal.SIGTERM, [[], []], "--data.episodes_per_step=4", *kill)
+    assert said.count("stopped by SIGTERM; optimiser step 2 is saved") == 1
+    assert step_of(tmp_path / "run") == 2

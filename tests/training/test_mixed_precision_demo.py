@@ -10,6 +10,7 @@ import torch
 from clip_m2df import CLIPM2DF, EpisodeDataModule
 from clip_m2df.commands.configs import find_config
 from clip_m2df.commands.trainer import CLI, run
+from tests.conftest import quiet_trainer
 
 SEED = 0
 
@@ -18,12 +19,10 @@ def test_bank_and_direct_path_agree_in_bfloat16(manifest: Path, tmp_path: Path) 
     torch.manual_seed(SEED)
     model = CLIPM2DF(backbone="tiny", head_options={"hidden_dim": 64}, class_weight=1.0)
     options: dict[str, Any] = {"frames": 4, "resize": 40, "size": 40, "num_workers": 0, "test_episodes": 20}
-    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
 
     def evaluate(evaluation: Any, precision: Any) -> dict[str, float]:
         data = EpisodeDataModule(str(manifest), n_way=3, evaluation=evaluation, **options)
-        trainer = lightning.Trainer(accelerator="cpu", precision=precision, default_root_dir=tmp_path, **quiet)
-        (numbers,) = trainer.test(model, data, verbose=False)
+        (numbers,) = quiet_trainer(tmp_path, precision=precision).test(model, data, verbose=False)
         return dict(numbers)
 
     direct, bank = evaluate("direct", "bf16-mixed"), evaluate("bank", "bf16-mixed")
