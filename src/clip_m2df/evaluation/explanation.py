@@ -247,7 +247,7 @@ def _answer(found: Explanation) -> Figure:
         said += f", {'beyond' if found.rejected else 'within'} the threshold {found.threshold:.2f}"
     clip = strip(found.frames, SIDE)
     figure, axes = chart(clip.width, clip.height, "")
-    axes.set_title(title, size=14, loc="left", pad=24)
+    axes.set_title(title, size=14, loc="left", y=1, pad=24)
     axes.text(0, -8, said, color=WRONG if found.rejected else GREY)
     axes.imshow(clip)
     axes.set_axis_off()

@@ -73,7 +73,7 @@ def chart(width: float, height: float, title: str) -> tuple[Figure, Axes]:
     """
     figure = _figure(width, height)
     axes = figure.add_axes((0, 0, 1, 1))
-    axes.set_title(title, size=10, loc="left")
+    axes.set_title(title, size=10, loc="left", y=1)
     return figure, axes
 
 
@@ -181,7 +181,7 @@ def alignment_maps(alignments: Sequence[Alignment], clip: Tensor | None, title: 
     for line, found, caption in zip(grid, alignments, captions, strict=True):
         for axes, (view, weights) in zip(line, found.weights.items(), strict=True):
             heading = f"{view} view, distance {found.distances[view]:.2f}\n{caption}"
-            axes.set_title(heading, size=10, loc="left", color=VIEW_COLOURS.get(view, GREY))
+            axes.set_title(heading, size=10, loc="left", y=1, color=VIEW_COLOURS.get(view, GREY))
             texts = [[f"{v:.1f}" if v >= 0.05 else "" for v in row] for row in weights.tolist()]
             _heat_map(axes, weights / largest, cell, texts if cell >= 24 else [])
             _number(axes.set_yticks, rows, cell)
@@ -243,7 +243,7 @@ def reliabilities(found: Reliabilities, *, bins: int = 24) -> Figure:
         axes = grid[kind]
         colours = [VIEW_COLOURS.get(view, GREY) for view in by_view]
         axes.hist([column.numpy() for column in by_view.values()], bins, color=colours, label=list(by_view))
-        axes.set_title(f"{kind} confidence", size=10, loc="left")
+        axes.set_title(f"{kind} confidence", size=10, loc="left", y=1)
         axes.legend(title="view")
     if found.teaches:
         shares = []
@@ -304,7 +304,7 @@ def _heat_map(axes: Axes, values: Tensor, cell: int, texts: Sequence[Sequence[st
         for j, text in enumerate(row):
             if text:
                 colour = "white" if values[i, j] > 0.55 else BLACK
-                axes.text(j, i, text, ha="center", va="center", size=min(8, 0.35 * cell), color=colour)
+                axes.text(j, i, text, size=min(8, 0.35 * cell), color=colour, ha="center", va="center", in_layout=False)
     axes.tick_params(length=0)
     axes.set_frame_on(False)
 
