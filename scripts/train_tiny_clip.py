@@ -27,18 +27,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from clip_m2df.motion_shapes import (
-    CLASSES,
-    COLOURS,
-    MOTIONS,
-    OF_TWO_SHAPES,
-    SHAPES,
-    MotionClass,
-    appearances_of,
-    draw_scene,
-    noun_phrase,
-    paint,
-)
+from clip_m2df.motion_shapes import CLASSES, COLOURS, appearances_of
+from clip_m2df.motion_shapes.classes import MOTIONS, OF_TWO_SHAPES, SHAPES, MotionClass, noun_phrase
+from clip_m2df.motion_shapes.scenes import draw_scene, paint
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "src/clip_m2df/assets/tiny_clip"

@@ -1,9 +1,32 @@
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import lightning
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def read_golden(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A golden file's tensors, and the weights among them."""
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        tensors = {key: torch.from_numpy(file[key]) for key in file.files if key != "meta"}
+    state = {key.removeprefix("state/"): tensors.pop(key) for key in list(tensors) if key.startswith("state/")}
+    return tensors, state
+
+
+def quiet_trainer(folder: Path, **options: Any) -> "lightning.Trainer":
+    """A trainer on one CPU that says and logs nothing."""
+    import lightning
+
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return lightning.Trainer(**(quiet | {"accelerator": "cpu", "default_root_dir": folder, "devices": 1} | options))
 
 
 def save_tokenizer(folder: Path, letters: Iterable[str], words: Iterable[str] = ()) -> int:
@@ -20,7 +43,7 @@ def save_tokenizer(folder: Path, letters: Iterable[str], words: Iterable[str] = 
 @pytest.fixture
 def offline_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Weights & Biases without an account, its files in the test's folder, and no run of another test."""
-    from tests.wandb_file import end_wandb
+    from tests.training.wandb_file import end_wandb
 
     for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "wandb_files"))
@@ -54,7 +77,7 @@ def tiny_clip_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A manifest of H.264 videos, 48 x 32 pixels: train 4 classes of 4, val 3 of 3, test 3 of 3; texts for test."""
-    from tests.data import clips
+    from tests import clips
 
     folder = tmp_path_factory.mktemp("videos")
     lines = ["path,label,split,text"]

@@ -22,7 +22,7 @@ from clip_m2df.episodes.datamodule import EpisodeDataModule
 from clip_m2df.training.callbacks import RunProgressBar
 from clip_m2df.training.checkpoints import read_checkpoint
 from clip_m2df.training.module import CLIPM2DF
-from tests.wandb_file import end_wandb
+from tests.training.wandb_file import end_wandb
 
 
 def options(manifest: Path, tiny_clip_dir: Path, folder: Path, *more: str) -> list[str]:

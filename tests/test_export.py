@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import onnx
 import onnxruntime  # type: ignore[import-untyped]
 import pytest
@@ -19,10 +18,9 @@ from clip_m2df.clip.resnet import ModifiedResNet
 from clip_m2df.export import FORMATS, Program, export_model, head_program, tower_program, write_program
 from clip_m2df.nn.baselines import HEADS
 from clip_m2df.nn.class_text import fuse_text
+from tests.conftest import read_golden
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGE = (ROOT / "docs/export.md").read_text(encoding="utf-8")
-GOLDEN = Path(__file__).parent / "golden"
+PAGE = (Path(__file__).resolve().parents[1] / "docs/export.md").read_text(encoding="utf-8")
 SMALL = {"hidden_dim": 32, "num_heads": 4}
 N_WAY, N_QUERIES = 3, 4
 HEAD_INPUTS = ("support", "query", "prompts")
@@ -51,11 +49,11 @@ def opened(path: Path, *names: str) -> Callable[..., dict[str, Tensor]]:
     return run
 
 
-def features(model: CLIPM2DF, n_shot: int, frames: int, seed: int) -> dict[str, Tensor]:
+def features(model: CLIPM2DF, n_shot: int, frames: int, seed: int, n_queries: int = N_QUERIES) -> dict[str, Tensor]:
     """An episode for a head; of seed 0, one of zeros."""
     generator = torch.Generator().manual_seed(1000 + seed)
     dim = model.model.backbone.dim
-    shapes = {"support": (N_WAY, n_shot, frames, dim), "query": (N_QUERIES, frames, dim), "prompts": (N_WAY, dim)}
+    shapes = {"support": (N_WAY, n_shot, frames, dim), "query": (n_queries, frames, dim), "prompts": (N_WAY, dim)}
     return {name: min(seed, 1) * 3 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
@@ -83,6 +81,17 @@ def check_head(model: CLIPM2DF, folder: Path, n_shot: int, frames: int, formats:
         for seed in range(4):
             episode = features(model, n_shot, frames, seed)
             assert_same(run(**episode), expected_of_head(model, episode))
+
+
+@torch.no_grad()
+def check_tower(model: CLIPM2DF, folder: Path, batch: int, seed: int, formats: tuple[str, ...] = FORMATS) -> Tensor:
+    """Compare a tower that was written with the model's, on frames that are black for seed 0: the features."""
+    size, generator = model.model.backbone.image_size, torch.Generator().manual_seed(seed)
+    frames = torch.randint(0, 256, (batch, 3, size, size), generator=generator, dtype=torch.uint8) * min(seed, 1)
+    features: Tensor = model.model.encode_frames(frames)
+    for name in formats:
+        assert_same(opened(folder / f"tower.{name}", "frames")(frames=frames), {"features": features})
+    return features
 
 
 # The page: the whole model, as a user exports it
@@ -117,24 +126,21 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
 def test_the_page_runs_every_python_block(page: Page) -> None:
     assert PAGE.count("```python") == 4
     assert {"model", "labels", "OwnModel", "plain"} <= page.scope.keys()
+    # Its loops train.
+    assert page.scope["trainer"].global_step == 4
+    assert page.scope["losses"][-1] < page.scope["losses"][0]
+    assert page.scope["predicted"].shape == (6,)
 
 
 @pytest.mark.slow
 def test_programs_on_disk_give_the_models_numbers(page: Page) -> None:
     model: CLIPM2DF = page.scope["model"].eval()
     folder = page.folder / "exported"
-    towers = [opened(folder / f"tower.{name}", "frames") for name in FORMATS]
     heads = [opened(folder / f"head.{name}", *HEAD_INPUTS) for name in FORMATS]
     for seed in range(3):
-        generator = torch.Generator().manual_seed(seed)
-        frames = torch.randint(0, 256, (8, 3, 40, 40), generator=generator, dtype=torch.uint8) * min(seed, 1)
-        dim = model.model.backbone.dim
-        shapes = {"support": (3, 1, 8, dim), "query": (2, 8, dim), "prompts": (3, dim)}
-        episode = {name: 3 * min(seed, 1) * torch.randn(s, generator=generator) for name, s in shapes.items()}
-        with torch.no_grad():
-            expected = {"features": model.model.encode_frames(frames)}
-        for tower, head in zip(towers, heads, strict=True):
-            assert_same(tower(frames=frames), expected)
+        check_tower(model, folder, 8, seed)
+        episode = features(model, 1, 8, seed, n_queries=2)
+        for head in heads:
             assert_same(head(**episode), expected_of_head(model, episode))
 
 
@@ -182,32 +188,16 @@ def test_the_page_labels_clips_as_the_model_does(page: Page) -> None:
     assert [scope["classes"][place] for place in scope["logits"].argmax(-1)] == names
 
 
-@pytest.mark.slow
-def test_the_pages_loops_train(page: Page) -> None:
-    assert page.scope["trainer"].global_step == 4
-    assert page.scope["losses"][-1] < page.scope["losses"][0]
-    assert page.scope["predicted"].shape == (6,)
-
-
 # Towers and heads
 
 
 @pytest.mark.slow
 def test_a_resnet_tower(tmp_path: Path) -> None:
-    golden = np.load(GOLDEN / "clip_resnet.npz")
-    state = {
-        key.removeprefix("state/"): torch.from_numpy(golden[key]) for key in golden if key.startswith("state/visual.")
-    }
     model = make("tiny", "nearest_prototype")
-    model.model.backbone = CLIPBackbone.from_openai(state).train()
+    model.model.backbone = CLIPBackbone.from_openai(read_golden("clip_resnet")[1]).train()
     assert isinstance(model.model.backbone.visual, ModifiedResNet)
     write_program(tower_program(model, batch=2), tmp_path / "tower", FORMATS)
-    frames = torch.randint(0, 256, (2, 3, 64, 64), generator=torch.Generator().manual_seed(7), dtype=torch.uint8)
-    with torch.no_grad():
-        expected = {"features": model.model.encode_frames(frames)}
-    assert expected["features"].abs().max() > 1e-2
-    for name in FORMATS:
-        assert_same(opened(tmp_path / f"tower.{name}", "frames")(frames=frames), expected)
+    assert check_tower(model, tmp_path, 2, seed=7).abs().max() > 1e-2
 
 
 def test_a_tower_that_was_trained_with_checkpointing_has_no_text_tower(tiny_clip_dir: Path, tmp_path: Path) -> None:
@@ -266,10 +256,7 @@ def test_weights_beyond_a_files_size_lie_beside_it(
     model = make(tiny_clip_dir, "nearest_prototype")
     write_program(tower_program(model, batch=2), tmp_path / "tower", ["onnx"])
     assert (tmp_path / "tower.onnx.data").stat().st_size > (tmp_path / "tower.onnx").stat().st_size
-    frames = torch.full((2, 3, 32, 32), 9, dtype=torch.uint8)
-    with torch.no_grad():
-        expected = {"features": model.model.encode_frames(frames)}
-    assert_same(opened(tmp_path / "tower.onnx", "frames")(frames=frames), expected)
+    check_tower(model, tmp_path, 2, seed=1, formats=("onnx",))
 
 
 # What is refused
@@ -280,28 +267,26 @@ def plain_model(tiny_clip_dir: Path) -> CLIPM2DF:
     return make(tiny_clip_dir, "nearest_prototype")
 
 
-@pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("value", [0, -1, 2.0, True, "2"])
-def test_a_bad_shape_is_named(name: str, value: Any, plain_model: CLIPM2DF, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"{name} is {value!r}; an export has fixed shapes"):
-        export_model(plain_model, tmp_path / "e", **(SHAPES | {name: value}))
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        *(({name: 2.0}, f"{name} is 2.0; an export has fixed shapes") for name in SHAPES),
+        *(({"n_way": value}, f"n_way is {value!r}; an export has fixed shapes") for value in (0, -1, True, "2")),
+        *(({"formats": value}, "give a list of onnx and pt2, or of one of them") for value in ([], ["onxx"], "onnx")),
+        ({"class_names": "run"}, "class_names is 'run'; give a list"),
+    ],
+)
+def test_options_out_of_range_are_refused_by_name(
+    options: dict[str, Any], message: str, plain_model: CLIPM2DF, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        export_model(plain_model, tmp_path / "e", **(SHAPES | options))
     assert not (tmp_path / "e").exists()
 
 
 def test_a_head_that_samples_is_refused(tiny_clip_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="selection 'sample' draws prompts"):
         export_model(make(tiny_clip_dir, selection="sample"), tmp_path / "e", **SHAPES)
-
-
-@pytest.mark.parametrize("formats", [[], ["onxx"], "onnx"])
-def test_formats_that_there_are_not(formats: Any, plain_model: CLIPM2DF, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"give a list of onnx and pt2, or of one of them"):
-        export_model(plain_model, tmp_path / "e", **SHAPES, formats=formats)
-
-
-def test_one_name_is_no_list(plain_model: CLIPM2DF, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="class_names is 'run'; give a list"):
-        export_model(plain_model, tmp_path / "e", **SHAPES, class_names="run")
 
 
 def test_missing_packages_are_named(plain_model: CLIPM2DF, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

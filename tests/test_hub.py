@@ -1,38 +1,33 @@
 """Models as folders and on the hub: the same numbers again, nothing run, damage and strangers told."""
 
 import contextlib
-import copy
 import inspect
 import io
 import json
-import os
-import pickle
 import re
 import shutil
 import stat
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-import lightning
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from clip_m2df import CLIPM2DF, Episode, UserError
+from clip_m2df import CLIPM2DF, UserError
 from clip_m2df.cli import main
 from clip_m2df.files import sha256_of
 from clip_m2df.hub import MODEL_FORMAT
 from clip_m2df.training.module import RUN_OPTIONS
+from tests.project.test_trust import FORMS, pickled
+from tests.training.test_module import make_episodes
 
 PLAIN = {"hidden_dim": 32, "num_heads": 4, "depth": 2}
-NAMES = ["a cat", "a car", "a tree"]
 READING = {"frames": 4, "resize": 40}
 
 
@@ -44,26 +39,9 @@ def make(tiny_clip_dir: Path, **options: Any) -> CLIPM2DF:
     return model.eval()
 
 
-def episode(seed: int = 0) -> Episode:
-    """Three classes, a shot and two queries each, of noise."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def videos(*shape: int) -> Tensor:
-        return torch.randint(0, 256, (1, *shape, 4, 3, 32, 32), generator=generator, dtype=torch.uint8)
-
-    return Episode(
-        support=videos(3, 1),
-        query=videos(6),
-        query_labels=torch.arange(3).repeat_interleave(2).unsqueeze(0),
-        class_indices=torch.tensor([[2, 0, 1]]),
-        class_names=NAMES,
-        draws=torch.rand(1, 6, generator=generator),
-    )
-
-
 def logits(model: CLIPM2DF) -> Tensor:
     with torch.no_grad():
-        scored: Tensor = model(episode()).logits
+        scored: Tensor = model(make_episodes(1)).logits
     return scored
 
 
@@ -109,13 +87,9 @@ def test_a_saved_model_gives_the_same_numbers(
             parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
     assert model.save_pretrained(tmp_path / "deep" / "folder") is None
     shutil.rmtree(copied)  # neither the tower's folder nor a network is needed
-
-    def refuse(*args: Any, **kwargs: Any) -> str:
-        raise AssertionError("a folder needs no network")
-
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     for asking in ("snapshot_download", "hf_hub_download"):
-        monkeypatch.setattr(huggingface_hub, asking, refuse)
+        failing(monkeypatch, AssertionError("a folder needs no network"), huggingface_hub, asking)
     loaded = CLIPM2DF.from_pretrained(tmp_path / "deep" / "folder", selection="sample")
     assert not loaded.training
     assert torch.equal(logits(loaded), logits(model))
@@ -175,16 +149,14 @@ def test_options_win_over_the_saved_ones(saved: Path) -> None:
     assert loaded.model.freeze_backbone
     assert loaded.hparams["lr"] == 0.5
     assert list(loaded.model.templates) == ["a photo of {}", "{} in a video"]
-    with pytest.raises(
-        UserError, match=r"CLIPM2DF has no option 'selektion'; its options are backbone, .*warmup_steps"
-    ):
-        CLIPM2DF.from_pretrained(saved, selektion="sample")
-    with pytest.raises(
-        UserError, match=r"no model can be made of .*: not a checkpoint of this model: missing model\.head"
-    ):
-        CLIPM2DF.from_pretrained(saved, head_options=PLAIN | {"depth": 3})
-    with pytest.raises(UserError, match=r"no model can be made of .*: lr is -1"):
-        CLIPM2DF.from_pretrained(saved, lr=-1.0)
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"selektion": "sample"}, r"CLIPM2DF has no option 'selektion'; its options are backbone, .*warmup_steps"),
+        ({"head_options": PLAIN | {"depth": 3}}, r"no model can be made of .*: not a checkpoint .*missing model\.head"),
+        ({"lr": -1.0}, r"no model can be made of .*: lr is -1"),
+    ]
+    for options, message in wrong:
+        with pytest.raises(UserError, match=message):
+            CLIPM2DF.from_pretrained(saved, **options)
 
 
 # Damage
@@ -206,37 +178,19 @@ def test_a_flipped_bit_does_not_go_unnoticed(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("changed", "message"),
     [
         ("", r"config\.json is damaged \(.*\): give a folder that save_pretrained wrote"),
-        ("{", r"config\.json is damaged"),
         ("[" * 100_000, r"config\.json is damaged"),
         ("[]", r"config\.json is of another model"),
-        (
-            '{"model_type": "clip"}',
-            r"config\.json is of another model or version: its format is None, not 'clip-m2df model 1'",
-        ),
+        ('{"model_type": "clip"}', r"of another model or version: its format is None, not 'clip-m2df model 1'"),
         ('{"format": "clip-m2df model 2"}', r"its format is 'clip-m2df model 2'"),
         (json.dumps({"format": MODEL_FORMAT}), r"config\.json is damaged, its reading"),
-    ],
-)
-def test_files_that_are_no_config(folder: Path, text: str, message: str) -> None:
-    (folder / "config.json").write_text(text)
-    with pytest.raises(UserError, match=message):
-        CLIPM2DF.from_pretrained(folder)
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
         ({"options": []}, "has no options"),
         ({"options": {"head": "m2df"}}, "has no options with head and backbone"),
         ({"options": {"head": "m2df", "backbone": "tiny"}}, "has no options with head and backbone"),
         ({"options": {"head": 3, "backbone": {}}}, "has no options with head and backbone"),
-        (
-            {"options": {"head": "m2df", "backbone": {}}},
-            r"no model can be made of .*model: .* has no visual_config",
-        ),
+        ({"options": {"head": "m2df", "backbone": {}}}, r"no model can be made of .*model: .* has no visual_config"),
         ({"reading": 3}, r"config\.json is damaged, its reading"),
         ({"reading": {}}, "its reading"),
         ({"reading": {"frames": 4, "resize": -1}}, "its reading"),
@@ -246,20 +200,14 @@ def test_files_that_are_no_config(folder: Path, text: str, message: str) -> None
         ({"sha256": "0" * 64}, f"not {'0' * 64}; fetch both anew"),
     ],
 )
-def test_values_that_are_none_of_a_config(folder: Path, values: dict[str, Any], message: str) -> None:
-    change(folder, **values)
+def test_files_that_are_no_config(folder: Path, changed: str | dict[str, Any], message: str) -> None:
+    if isinstance(changed, str):
+        (folder / "config.json").write_text(changed)
+    else:
+        change(folder, **changed)
     with pytest.raises(UserError, match=message) as caught:
         CLIPM2DF.from_pretrained(folder)
     assert str(folder) in str(caught.value)
-
-
-@pytest.mark.parametrize("key", ["format", "options", "reading", "sha256"])
-def test_what_a_config_has_to_have(folder: Path, key: str) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    del config[key]
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"is (damaged|of another model)"):
-        CLIPM2DF.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
@@ -293,24 +241,10 @@ def test_weights_of_another_model(folder: Path) -> None:
 # Strangers
 
 
-class Malicious:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
-        return os.mkdir, (str(self.marker),)
-
-
-@pytest.mark.parametrize("form", ["pickle", "torch"])
+@pytest.mark.parametrize("form", FORMS)
 def test_a_pickle_is_not_obeyed(folder: Path, form: str) -> None:
-    marker, file = folder / "obeyed", io.BytesIO()
-    if form == "pickle":
-        pickle.dump(Malicious(marker), file)
-    else:
-        torch.save({"x": Malicious(marker)}, file)
-    (folder / "model.safetensors").write_bytes(file.getvalue())
+    marker = folder / "obeyed"
+    (folder / "model.safetensors").write_bytes(pickled(marker, form))
     change(folder, sha256=sha256_of(folder / "model.safetensors"))
     with pytest.raises(UserError, match=r"model\.safetensors is damaged, or no safetensors file"):
         CLIPM2DF.from_pretrained(folder)
@@ -415,11 +349,13 @@ def test_saved_and_pushed_at_once(hub: Path, tiny_clip_dir: Path, tmp_path: Path
     assert all("| a | 1 |" in card.read_text() for card in (pushed, kept))
 
 
-def failing(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def failing(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, place: Any = huggingface_hub, name: str = "snapshot_download"
+) -> None:
     def fail(*args: Any, **options: Any) -> str:
         raise error
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    monkeypatch.setattr(place, name, fail)
 
 
 def test_what_the_hub_has_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -432,15 +368,14 @@ def test_what_the_hub_has_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         CLIPM2DF.from_pretrained("somebody/model", cache_dir=tmp_path)
 
     response: Any = type("Response", (), {"headers": {}, "status_code": 404, "request": None})()
-    failing(monkeypatch, RepositoryNotFoundError("404", response=response))
-    with pytest.raises(UserError, match="'somebody/model' is neither a folder here nor a model of the hub"):
-        CLIPM2DF.from_pretrained("somebody/model")
-    failing(monkeypatch, RevisionNotFoundError("404", response=response))
-    with pytest.raises(UserError, match="'somebody/model' has no revision 'v2'"):
-        CLIPM2DF.from_pretrained("somebody/model", revision="v2")
-    failing(monkeypatch, RuntimeError("whatever the network came up with"))
-    with pytest.raises(UserError, match="can't be fetched: connect once, or download config"):
-        CLIPM2DF.from_pretrained("somebody/model")
+    for error, message in (
+        (RepositoryNotFoundError("404", response=response), "is neither a folder here nor a model of the hub"),
+        (RevisionNotFoundError("404", response=response), "'somebody/model' has no revision 'v2'"),
+        (RuntimeError("whatever the network came up with"), "can't be fetched: connect once, or download config"),
+    ):
+        failing(monkeypatch, error)
+        with pytest.raises(UserError, match=message):
+            CLIPM2DF.from_pretrained("somebody/model", revision="v2")
 
 
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
@@ -453,13 +388,8 @@ def test_a_model_of_the_hub_that_is_not_whole(file: str, hub: Path, saved: Path)
 
 
 def test_a_hub_that_refuses(tiny_clip_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*args: Any, **options: Any) -> str:
-        raise ConnectionError("no route")
-
-    monkeypatch.setattr(HfApi, "create_repo", fail)
-    with pytest.raises(
-        UserError, match="'me/model' can't be made on the hub: no route; check name, network, and hf auth login"
-    ):
+    failing(monkeypatch, ConnectionError("no route"), HfApi, "create_repo")
+    with pytest.raises(UserError, match="'me/model' can't be made on the hub: no route; check name, network, and hf"):
         make(tiny_clip_dir).push_to_hub("me/model")
 
 
@@ -522,36 +452,7 @@ def test_the_card_says_what_the_model_is(saved: Path, tiny_clip_dir: Path, tmp_p
     assert text.endswith("| | accuracy in % |\n|---|---|\n| a \\| b c | 1.5 ± 0.1 |\n")
 
 
-# Beside Lightning
-
-
-class Random(torch.utils.data.Dataset[Episode]):
-    def __len__(self) -> int:
-        return 2
-
-    def __getitem__(self, i: int) -> Episode:
-        return episode(i)
-
-
-def test_it_trains_and_its_checkpoints_load(tiny_clip_dir: Path, tmp_path: Path) -> None:
-    model = make(tiny_clip_dir, lr=1e-3).train()
-    before = copy.deepcopy(model).state_dict()
-    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = lightning.Trainer(default_root_dir=tmp_path, accelerator="cpu", max_steps=2, **quiet)
-    trainer.fit(model, DataLoader(Random(), batch_size=None))
-    trainer.save_checkpoint(tmp_path / "model.ckpt")
-    assert any(not torch.equal(before[name], weight) for name, weight in model.state_dict().items())
-    checkpoint = torch.load(tmp_path / "model.ckpt", weights_only=True)
-    assert not [key for key in checkpoint["hyper_parameters"] if "hub" in key]
-    loaded = CLIPM2DF.load_from_checkpoint(tmp_path / "model.ckpt").eval()
-    assert torch.equal(logits(loaded), logits(model.eval()))
-    loaded.save_pretrained(tmp_path / "folder")
-    assert torch.equal(logits(CLIPM2DF.from_pretrained(tmp_path / "folder")), logits(loaded))
-
-
-def test_the_towers_description_is_not_kept(saved: Path) -> None:
-    loaded = CLIPM2DF.from_pretrained(saved)
-    assert not any(isinstance(value, dict) and "tokenizer" in str(value) for value in vars(loaded).values())
+# Beside the command line
 
 
 def test_the_commands_show_the_models_options_once_and_none_of_the_hubs() -> None:

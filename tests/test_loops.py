@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from clip_m2df import loops
+from tests.conftest import quiet_trainer
 
 BATCHES = 2  # of an optimiser step
 
@@ -115,13 +116,8 @@ class Watch(lightning.Callback):
 
 
 def make_trainer(folder: Path, *callbacks: lightning.Callback, **options: Any) -> lightning.Trainer:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    return lightning.Trainer(
-        accelerator="cpu",
-        default_root_dir=folder,
-        callbacks=[*callbacks],
-        **({"max_steps": 6, "num_sanity_val_steps": 0, "enable_checkpointing": False} | quiet | options),
-    )
+    own = {"max_steps": 6, "num_sanity_val_steps": 0, "enable_checkpointing": False}
+    return quiet_trainer(folder, callbacks=[*callbacks], **(own | options))
 
 
 @pytest.mark.parametrize(("validate_every", "validated"), [(2, [2, 4, 6]), (4, [4]), (9, [6])])

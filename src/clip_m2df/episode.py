@@ -105,8 +105,13 @@ class TableEpisodes(NamedTuple):
     table: VideoTable
     numbers: torch.Tensor
 
+    def to(self, device: torch.device) -> TableEpisodes:
+        """The same with the numbers on a device; Lightning would otherwise copy the table, field by field."""
+        return self._replace(numbers=self.numbers.to(device))
+
 
 Rows = TypeVar("Rows", Episode, FeatureEpisode, IndexedEpisode)
+T = TypeVar("T")
 
 
 def select_episodes(episodes: Rows, rows: torch.Tensor) -> Rows:
@@ -196,3 +201,14 @@ def episode_draws(seed: int, stage: str, episode: int, n_queries: int) -> torch.
     import torch
 
     return torch.from_numpy(episode_generator(seed, stage, episode, "prompts").random(n_queries, dtype=np.float32))
+
+
+def of_all_ranks(mine: T, world_size: int) -> list[T]:
+    """What each rank has, in the order of ranks; to be called on all of them, with what can be pickled."""
+    if world_size == 1:
+        return [mine]
+    import torch
+
+    found = [mine] * world_size
+    torch.distributed.all_gather_object(found, mine)
+    return found

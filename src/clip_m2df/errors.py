@@ -1,7 +1,7 @@
 """The one kind of error that a person can mend, and how its messages name things; a run that was asked to end."""
 
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 # Options by the names that they had in earlier versions, and by those of today. What these versions saved is read by
 # this table; a person who gives a former name is told the new one.
@@ -41,6 +41,12 @@ def some(names: Iterable[str], most: int = 5) -> str:
     """The first few of many names, and how many more there are, for a message."""
     names = list(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def some_lines(lines: Sequence[str], most: int) -> str:
+    """The first few of many lines, indented, and how many more there are, to be printed after a heading."""
+    more = [f"and {len(lines) - most} more"] if len(lines) > most else []
+    return "".join(f"\n  {line}" for line in [*lines[:most], *more])
 
 
 def require(

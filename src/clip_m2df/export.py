@@ -80,13 +80,8 @@ def export_model(
         UserError: a shape that is no positive number; a head that samples; a folder that holds something already or
             can't be written; packages that are missing; or a program that can't be made, or differs from the model.
     """
-    for name, value in {
-        "n_way": n_way,
-        "n_shot": n_shot,
-        "n_queries": n_queries,
-        "frames": frames,
-        "batch": batch,
-    }.items():
+    shapes = {"n_way": n_way, "n_shot": n_shot, "n_queries": n_queries, "frames": frames, "batch": batch}
+    for name, value in shapes.items():
         if type(value) is not int or value < 1:
             raise UserError(f"{name} is {value!r}; an export has fixed shapes, give a whole number of at least 1")
     if isinstance(class_names, str):

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from clip_m2df.cli import main
 from clip_m2df.motion_shapes import render
 from clip_m2df.motion_shapes.rendering import write_video
-from tests.data import clips
+from tests import clips
 
 if TYPE_CHECKING:  # a worker process that imports a test's reader need not wait for the rest
     from clip_m2df import CLIPM2DF, FewShotClassifier

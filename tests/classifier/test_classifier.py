@@ -71,9 +71,9 @@ def test_whether_it_is_fitted_shows_in_its_attributes(make: Make) -> None:
         ({"frames": 8.0}, "frames is 8.0 .* set them to whole numbers"),
         ({"resize": 39}, "resize 39: .* resize to 40, the side that the tower takes, or more"),
         ({"resize": 0}, "resize 0"),
-        ({"workers": -1}, "workers is -1 and timeout 60.0"),
-        ({"timeout": 0.0}, "timeout 0.0"),
-        ({"timeout": float("nan")}, "timeout nan"),
+        ({"workers": -1}, "workers is -1"),
+        ({"timeout": 0.0}, "timeout is 0.0"),
+        ({"timeout": float("nan")}, "timeout is nan"),
     ],
 )
 def test_options_out_of_range(make: Make, options: dict[str, Any], message: str) -> None:
@@ -171,7 +171,7 @@ def test_texts_are_what_the_prompts_say() -> None:
         (
             {"a": ["no.mp4", "nor.mp4"]},
             None,
-            r"'a' can be read: no.mp4 \(No such file.*\), nor.mp4 .*; give one",
+            r"'a' can be read: no.mp4 \(there is no such file\), nor.mp4 .*; give one",
         ),
     ],
 )
@@ -319,7 +319,7 @@ def test_why_a_clip_is_taken_for_what_it_is(classifier: FewShotClassifier, video
     for seed in (0, 1):
         shown = classifier.explain(noise(seed)).examples["run"]
         assert shown.equal(torch.from_numpy(noise(seed)).permute(0, 3, 1, 2))
-    with pytest.raises(UserError, match=r"none.mp4 can't be read: No such file"):
+    with pytest.raises(UserError, match=r"none.mp4 can't be read: there is no such file"):
         classifier.explain("none.mp4")
 
 
@@ -338,7 +338,7 @@ def test_broken_examples_are_left_out(make: Make, videos: Path, tmp_path: Path) 
         classifier = make().fit({"eat": [good[0], tmp_path / "text.mp4", good[1], "no.mp4", good[2]], "run": noise(0)})
     said = warned(recorded)
     assert re.search(
-        r"examples of the class 'eat' that can't be read are left out: .*text.mp4 \(.*\), no.mp4 \(No such file", said
+        r"examples of the class 'eat' that can't be read are left out: .*text.mp4 \(.*\), no.mp4 \(there is no", said
     )
     anew = make().fit({"eat": good, "run": noise(0)})
     assert np.allclose(probabilities(classifier), probabilities(anew), atol=1e-6)
@@ -356,7 +356,7 @@ def test_of_several_clips_a_broken_one_has_no_label(classifier: FewShotClassifie
     clips: list[Any] = [noise(0), "no.mp4", noise(1), noise(2)[..., :2]]
     with pytest.warns(UserWarning, match="can't be read") as recorded:
         found = classifier.predict(clips)
-    assert re.match(r"2 of 4 clips can't be read: no.mp4 \(No such file.*\), array 3 \(an array", warned(recorded))
+    assert warned(recorded).startswith("2 of 4 clips can't be read: no.mp4 (there is no such file), array 3 (an array")
     assert recorded[0].filename == __file__
     assert found[1] is None
     assert found[3] is None
@@ -368,12 +368,12 @@ def test_of_several_clips_a_broken_one_has_no_label(classifier: FewShotClassifie
     said = dict(classifier.classify(clips))
     assert (said[1].video, said[1].label, said[1].probabilities, said[1].error) == (
         *("no.mp4", None, {}),
-        "No such file or directory",
+        "there is no such file",
     )
 
 
 def test_a_broken_clip_alone_is_an_error(classifier: FewShotClassifier) -> None:
-    for clip, name in (("no.mp4", r"no.mp4 \(No such file.*\)"), (noise(0)[0], r"array 0 \(an array of shape")):
+    for clip, name in (("no.mp4", r"no.mp4 \(there is no such file\)"), (noise(0)[0], r"array 0 \(an array of shape")):
         for method in (classifier.predict, classifier.predict_proba):
             with pytest.raises(UserError, match=f"the clip can't be read: {name}"):
                 method(clip)
@@ -384,7 +384,7 @@ def test_a_worker_reads_as_this_process_does(make: Make, videos: Path) -> None:
     rows = []
     for workers in (0, 1):
         classifier = make("otam", workers=workers, timeout=300).fit({"a": noise(2), "b": noise(3)})
-        with pytest.warns(UserWarning, match=r"1 of 6 clips can't be read: no.mp4 \(No such file.*\)"):
+        with pytest.warns(UserWarning, match=r"1 of 6 clips can't be read: no.mp4 \(there is no such file\)"):
             rows.append(classifier.predict_proba(clips))
     assert np.isnan(rows[0][4]).all()
     assert np.allclose(rows[0], rows[1], atol=1e-6, equal_nan=True)

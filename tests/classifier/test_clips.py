@@ -19,7 +19,6 @@ from torch import Tensor
 
 from clip_m2df import UserError
 from clip_m2df.classifier.clips import (
-    Unreadable,
     as_frames,
     check_frames,
     list_clips,
@@ -29,9 +28,10 @@ from clip_m2df.classifier.clips import (
     read_clips,
     videos_in,
 )
+from clip_m2df.video.isolation import Unreadable
 from clip_m2df.video.transforms import ClipReader, resize_and_crop
+from tests import clips
 from tests.classifier.conftest import noise
-from tests.data import clips
 
 READER = ClipReader(frames=4, resize=24, size=16)
 
@@ -269,7 +269,7 @@ def test_every_clip_comes_with_its_frames_or_the_reason(videos: Path, broken: Pa
     assert all(isinstance(found[place], Unreadable) for place in reasons)
     assert reasons == {
         1: "it is empty",
-        3: "No such file or directory",
+        3: "there is no such file",
         4: "an array of shape (8, 40, 40, 2) is no clip: give (frames, height, width, 3), colours as RGB",
     }
 

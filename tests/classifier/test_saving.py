@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save
 from clip_m2df import CLIPM2DF, FewShotClassifier, UserError
 from clip_m2df.classifier.saving import read_support
 from tests.classifier.conftest import make_model, noise
-from tests.damage import SCRAPS, Rng, alter, damage
+from tests.project.damage import SCRAPS, Rng, alter, damage
 
 CLIPS = [noise(seed) for seed in range(10, 16)]
 

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,19 +13,9 @@ from torch import Tensor, nn
 from clip_m2df.clip.backbone import TINY_CLIP, CLIPBackbone
 from clip_m2df.clip.formats import CLIP_MEAN, CLIP_STD, RN50_FILE, RN50_REPOSITORY, STANDARD_TOKENIZER
 from clip_m2df.errors import UserError
-from tests.conftest import save_tokenizer
+from tests.conftest import read_golden, save_tokenizer
 
-GOLDEN = Path(__file__).parent.parent / "golden"
-Golden = dict[str, Tensor]
 State = dict[str, Tensor]
-
-
-def read_golden(name: str) -> tuple[Golden, State]:
-    """A golden file's tensors, and the weights among them."""
-    with np.load(GOLDEN / f"{name}.npz") as file:
-        tensors = {key: torch.from_numpy(file[key]) for key in file.files if key != "meta"}
-    state = {key.removeprefix("state/"): tensors.pop(key) for key in list(tensors) if key.startswith("state/")}
-    return tensors, state
 
 
 @pytest.fixture
@@ -75,6 +64,11 @@ def copied(tiny_clip_dir: Path, tmp_path: Path) -> Path:
 def test_golden(name: str) -> None:
     golden, state = read_golden(name)
     backbone = CLIPBackbone.from_openai(state)
+    seen: list[bool] = []
+    if name == "clip_resnet":
+        backbone.visual.get_submodule("layer4").register_forward_hook(
+            lambda _, __, out: seen.append(out.is_contiguous(memory_format=torch.channels_last))
+        )
 
     with torch.no_grad():
         image_features = backbone.encode_frames(golden["image"])
@@ -83,6 +77,7 @@ def test_golden(name: str) -> None:
     assert (backbone.dim, backbone.image_size) == (32, golden["image"].shape[-1])
     torch.testing.assert_close(image_features, golden["image_features"], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(text_features, golden["text_features"], rtol=1e-4, atol=1e-4)
+    assert seen == [True] * (name == "clip_resnet")
 
 
 def test_from_pretrained_agrees_with_transformers(tiny_clip_dir: Path) -> None:
@@ -139,17 +134,6 @@ def test_leading_axes_equal_a_loop(state: State) -> None:
 
 
 @pytest.mark.parametrize("name", ["clip_resnet", "clip_vit"])
-def test_gradients_flow_through_the_visual_tower(name: str) -> None:
-    golden, state = read_golden(name)
-    backbone = CLIPBackbone.from_openai(state)
-
-    names, parameters = zip(*backbone.visual.named_parameters(), strict=True)
-    gradients = torch.autograd.grad(backbone.encode_frames(golden["image"]).square().sum(), parameters)
-
-    assert [name for name, gradient in zip(names, gradients, strict=True) if not gradient.isfinite().all()] == []
-
-
-@pytest.mark.parametrize("name", ["clip_resnet", "clip_vit"])
 def test_gradient_checkpointing_computes_twice_and_changes_no_gradient(name: str) -> None:
     golden, state = read_golden(name)
     plain, checkpointed = CLIPBackbone.from_openai(state), CLIPBackbone.from_openai(state)
@@ -164,6 +148,7 @@ def test_gradient_checkpointing_computes_twice_and_changes_no_gradient(name: str
         calls.append(0)
     assert calls == [1, 0, 1, 1, 0]
     for ours, theirs in zip(*gradients, strict=True):
+        assert ours.isfinite().all()
         torch.testing.assert_close(ours, theirs)
     with torch.no_grad():  # evaluation has no backward pass
         checkpointed.encode_frames(golden["image"])
@@ -175,18 +160,6 @@ def test_gradient_checkpointing_would_count_a_moving_batch_norm_twice() -> None:
     backbone.freeze_batch_norm = False
     with pytest.raises(UserError, match="set freeze_batch_norm, or leave gradient_checkpointing out"):
         backbone.enable_gradient_checkpointing()
-
-
-def test_a_resnet_works_in_channels_last() -> None:
-    golden, state = read_golden("clip_resnet")
-    backbone = CLIPBackbone.from_openai(state)
-    seen = []
-    backbone.visual.layer4.register_forward_hook(  # type: ignore[union-attr]
-        lambda _, __, out: seen.append(out.is_contiguous(memory_format=torch.channels_last))
-    )
-    features = backbone.encode_frames(golden["image"])
-    assert seen == [True]
-    torch.testing.assert_close(features, golden["image_features"], rtol=1e-4, atol=1e-4)
 
 
 def test_images_of_another_kind_are_refused(state: State) -> None:
@@ -226,14 +199,6 @@ def test_batch_norm_moves_only_with_its_switch_off() -> None:
     assert all(norm.training for norm in batch_norms(backbone))
     assert not torch.allclose(after, before)
     assert not any(norm.training for norm in batch_norms(backbone.eval()))
-
-
-def test_load_takes_the_switch(tmp_path: Path) -> None:
-    file = tmp_path / "rn.safetensors"
-    save_file(read_golden("clip_resnet")[1], file)
-    for freeze in (True, False):
-        backbone = CLIPBackbone.load(str(file), freeze_batch_norm=freeze)
-        assert [norm.training for norm in batch_norms(backbone)] == [not freeze] * len(batch_norms(backbone))
 
 
 # Tokens
@@ -310,9 +275,6 @@ def test_a_wrong_tokenizer_is_refused(state: State, tiny_clip_dir: Path, copied:
     with pytest.raises(UserError, match=r"makes \[513, 514\] of an empty text, where 7 has to be the last"):
         CLIPBackbone.from_pretrained(str(copied))
 
-    (copied / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match="can't be read"):
-        CLIPBackbone.from_pretrained(str(copied))
     with pytest.raises(UserError, match=r"has no tokenizer: neither tokenizer\.json"):
         CLIPBackbone.from_openai(state, tokenizer=str(tmp_path))
 
@@ -385,11 +347,6 @@ def test_batch_norm_counters_may_be_absent() -> None:
 
 
 def test_other_layouts_are_refused(state: State) -> None:
-    def broken(change: Callable[[State], Any]) -> State:
-        copy = dict(state)
-        change(copy)
-        return copy
-
     cases: list[tuple[Callable[[State], Any], str]] = [
         (lambda s: s.pop("visual.ln_pre.bias"), r"visual\.ln_pre\.bias is missing"),
         (
@@ -406,8 +363,10 @@ def test_other_layouts_are_refused(state: State) -> None:
         (lambda s: s.clear(), "visual.conv1.weight is missing"),
     ]
     for change, message in cases:
+        changed = dict(state)
+        change(changed)
         with pytest.raises(UserError, match=message):
-            CLIPBackbone.from_openai(broken(change))
+            CLIPBackbone.from_openai(changed)
 
 
 def test_a_file_in_transformers_layout_says_so(tiny_clip_dir: Path) -> None:
@@ -454,13 +413,9 @@ def test_damaged_files_are_named(state: State, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["./clip", "/a/b", "a/b/c", "weights.pt", "..\\clip", "~/clip-of-nobody"])
 def test_what_does_not_exist_is_named(name: str) -> None:
-    with pytest.raises(UserError, match="no such file or folder"):
-        CLIPBackbone.load(name)
-
-
-def test_a_missing_openai_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such file or folder"):
-        CLIPBackbone.from_openai(str(tmp_path / "clip.pt"))
+    for load in (CLIPBackbone.load, CLIPBackbone.from_openai):
+        with pytest.raises(UserError, match="no such file or folder"):
+            load(name)
 
 
 @pytest.mark.parametrize("name", ["openai/clip-vit-base-patch16", "rn50"])
@@ -513,29 +468,18 @@ def test_tiny_names_the_packaged_folder() -> None:
     assert all(torch.equal(weight, expected[key]) for key, weight in backbone.state_dict().items())
 
 
-def test_folders_that_are_no_clip_are_refused(copied: Path, tmp_path: Path) -> None:
+def test_folders_that_are_no_clip_are_refused(copied: Path) -> None:
     def refused(message: str) -> None:
         with pytest.raises(UserError, match=message):
             CLIPBackbone.load(str(copied))
 
-    config = json.loads((copied / "config.json").read_text())
     weights = load_file(copied / "model.safetensors")
-
     save_file({key: weight for key, weight in weights.items() if "fc1" not in key}, copied / "model.safetensors")
     refused(r"CLIP: vision_model\.encoder\.layers\.0\.mlp\.fc1\.\w+ is missing, .* and 3 more")
     (copied / "model.safetensors").write_bytes(b"{}")
     refused(r"model\.safetensors is damaged")
     (copied / "model.safetensors").unlink()
     refused("has no weights")
-
-    for text, message in (
-        (json.dumps({**config, "model_type": "bert"}), "of type 'bert'"),
-        (json.dumps({**config, "vision_config": "wide"}), "can't be used"),
-        ("{", r"config\.json is damaged"),
-        ("[]", r"config\.json is damaged: a table"),
-    ):
-        (copied / "config.json").write_text(text)
-        refused(message)
     (copied / "config.json").unlink()
     refused(r"isn't a model in transformers' format: there is no config\.json")
 
@@ -543,12 +487,17 @@ def test_folders_that_are_no_clip_are_refused(copied: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
+        ("config.json", '{"model_type": "bert"}', "of type 'bert'"),
+        ("config.json", '{"model_type": "clip", "vision_config": "wide"}', "can't be used"),
+        ("config.json", "{", r"config\.json is damaged"),
+        ("config.json", "[]", r"config\.json is damaged: a table"),
         ("config.json", "[" * 100_000, r"config\.json is damaged"),
         ("preprocessor_config.json", '{"image_mean": 3}', "the preprocessing in .* can't be used"),
         ("preprocessor_config.json", '{"image_mean": [1, 2]}', "the towers of .* can't be built"),
         ("preprocessor_config.json", '{"image_std": ["a", "b", "c"]}', "the towers of .* can't be built"),
         ("processor_config.json", '{"image_processor": []}', "the preprocessing in .* can't be used"),
         ("tokenizer.json", "{}", "the tokenizer in .* can't be read"),
+        ("tokenizer.json", "{", "the tokenizer in .* can't be read"),
     ],
 )
 def test_damaged_descriptions_are_named(copied: Path, name: str, text: str, message: str) -> None:
@@ -559,40 +508,35 @@ def test_damaged_descriptions_are_named(copied: Path, name: str, text: str, mess
 
 def test_towers_that_cannot_be(tiny_clip_dir: Path) -> None:
     description = CLIPBackbone.load(str(tiny_clip_dir)).description()
-    for tower, field, value in (
-        ("visual_config", "hidden_size", "wide"),
-        ("visual_config", "num_attention_heads", 7),
-        ("visual_config", "kind", "resnet"),
-        ("text_config", "hidden_act", "os.system"),
-        ("text_config", "vocab_size", -1),
-    ):
+    changes: list[dict[str, Any]] = [
+        {tower: description[tower] | {field: value}}
+        for tower, field, value in (
+            ("visual_config", "hidden_size", "wide"),
+            ("visual_config", "num_attention_heads", 7),
+            ("visual_config", "kind", "resnet"),
+            ("text_config", "hidden_act", "os.system"),
+            ("text_config", "vocab_size", -1),
+        )
+    ]
+    for change in (*changes, {"tokenizer": "{}"}):
         with pytest.raises(UserError, match=r"the towers of .* can't be built"):
-            CLIPBackbone.from_description(description | {tower: description[tower] | {field: value}})
-    with pytest.raises(UserError, match=r"the towers of .* can't be built"):
-        CLIPBackbone.from_description(description | {"tokenizer": "{}"})
-    with pytest.raises(UserError, match=r"the backbone .* has no visual_config that is a table of values"):
-        CLIPBackbone.from_description(description | {"visual_config": 3})
+            CLIPBackbone.from_description(description | change)
 
 
-def test_weights_in_torchs_older_format(copied: Path) -> None:
+@pytest.mark.parametrize("sharded", [False, True])
+def test_pickled_weights_and_shards_in_a_folder(copied: Path, sharded: bool) -> None:
     weights = load_file(copied / "model.safetensors")
     expected = CLIPBackbone.load(str(copied)).state_dict()
     (copied / "model.safetensors").unlink()
-    torch.save(weights, copied / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    if sharded:
+        weights["text_model.embeddings.position_ids"] = torch.arange(16)[None]  # as older versions stored
+        half = len(weights) // 2
+        torch.save(dict(list(weights.items())[:half]), copied / "pytorch_model-00001-of-00002.bin")
+        torch.save(dict(list(weights.items())[half:]), copied / "pytorch_model-00002-of-00002.bin")
+    else:
+        torch.save(weights, copied / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+
     state = CLIPBackbone.load(str(copied)).state_dict()
-    assert all(torch.equal(state[key], expected[key]) for key in expected)
-
-
-def test_pickled_weights_and_shards_in_a_folder(copied: Path) -> None:
-    weights = load_file(copied / "model.safetensors")
-    expected = CLIPBackbone.from_pretrained(str(copied)).state_dict()
-    (copied / "model.safetensors").unlink()
-    weights["text_model.embeddings.position_ids"] = torch.arange(16)[None]  # as older versions stored
-    half = len(weights) // 2
-    torch.save(dict(list(weights.items())[:half]), copied / "pytorch_model-00001-of-00002.bin")
-    torch.save(dict(list(weights.items())[half:]), copied / "pytorch_model-00002-of-00002.bin")
-
-    state = CLIPBackbone.from_pretrained(str(copied)).state_dict()
 
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[key], expected[key]) for key in expected)

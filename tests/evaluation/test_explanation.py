@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clip_m2df.evaluation.explanation import ANSWER, Explanation, compared_classes, explain, parts
+from clip_m2df.evaluation.explanation import ANSWER, Explanation, explain, parts
 from clip_m2df.evaluation.figures import GREY, WRONG, picture
 from clip_m2df.nn.baselines import OTAMHead
 from clip_m2df.nn.distillation import Distillation
@@ -214,11 +214,6 @@ def test_a_single_view_and_a_single_class() -> None:
     lines = lines_of(alone)
     assert "x.mp4: only (100 %)" in lines
     assert not any("runner-up" in line for line in lines)
-
-
-def test_compared_are_the_closest_and_the_next() -> None:
-    assert compared_classes(torch.tensor([-3.0, -1.0, -2.0])) == [1, 2]
-    assert compared_classes(torch.tensor([-3.0])) == [0]
 
 
 def test_the_title_tells_the_answer_and_a_rejection() -> None:

@@ -4,7 +4,6 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from clip_m2df.evaluation.metrics import Confusion
 from clip_m2df.training.callbacks import hardest_classes, write_report
 
 NAMES = ["draw sword", "hug", "run, fast", "sit"]
@@ -37,17 +36,3 @@ def test_the_hardest_classes_come_first() -> None:
     assert len(lines) == 2
     assert all(word in lines[0] for word in ("run, fast", "20.0%", "draw sword (40.0%)"))
     assert all(word in lines[1] for word in ("draw sword", "60.0%", "run, fast (30.0%)"))
-
-
-def test_confusion_counts_pairs() -> None:
-    confusion = Confusion()
-    generator = torch.Generator().manual_seed(0)
-    expected = torch.zeros(4, 4, dtype=torch.long)
-    for _ in range(3):
-        classes, predicted = (torch.randint(4, (5, 6), generator=generator) for _ in range(2))
-        confusion.update(classes, predicted, 4)
-        for c, p in zip(classes.flatten().tolist(), predicted.flatten().tolist(), strict=True):
-            expected[c, p] += 1
-    assert confusion.compute().equal(expected)
-    confusion.reset()
-    assert confusion.compute().numel() == 0

@@ -15,6 +15,14 @@ def cosine(x: Sequence[float], y: Sequence[float]) -> float:
     return dot / (math.sqrt(sum(a * a for a in x)) * math.sqrt(sum(b * b for b in y)) + EPS)
 
 
+def cosines(x: Tensor, y: Tensor) -> Tensor:
+    """Of each pair of vectors: ``(…, n, dim)`` and ``(…, m, dim)`` to float64 ``(…, n, m)``."""
+    shape = (*x.shape[:-1], y.shape[-2])
+    sets = zip(x.double().flatten(0, -3).tolist(), y.double().flatten(0, -3).tolist(), strict=True)
+    tables = [[[cosine(a, b) for b in many] for a in some] for some, many in sets]
+    return torch.tensor(tables, dtype=torch.float64).reshape(shape)
+
+
 def otam(costs: list[list[float]], smoothing: float = 0.5) -> float:
     """One direction, cell by cell, over costs padded with a zero column on either side."""
     rows = [[0.0, *row, 0.0] for row in costs]

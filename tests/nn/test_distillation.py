@@ -40,18 +40,6 @@ def test_distillation_equals_the_loop(conditions: tuple[str, ...], direction: Di
         assert term.global_to_local[b].nonzero().flatten().tolist() == global_teaches
 
 
-def test_groups_part_the_queries_under_one_condition_and_leave_out_the_disputed_under_two() -> None:
-    local, global_ = view_output(50, 5, seed=0), view_output(50, 5, seed=1)
-    text_local, text_global = reliable_groups(local, global_, ["text"])
-    visual_local, visual_global = reliable_groups(local, global_, ["visual"])
-    assert torch.equal(text_local, ~text_global)
-    assert torch.equal(visual_local, ~visual_global)
-    both_local, both_global = reliable_groups(local, global_, ["text", "visual"])
-    assert torch.equal(both_local, text_local & visual_local)
-    assert torch.equal(both_global, text_global & visual_global)
-    assert not (both_local | both_global).all()
-
-
 def test_equally_confident_views_make_local_the_reliable_one() -> None:
     same = view_output(3, 5, seed=0)
     local, global_ = reliable_groups(same, same, ["text", "visual"])
@@ -69,16 +57,6 @@ def test_an_empty_group_is_exactly_zero_with_gradients_defined(conditions: Seque
     term.loss.backward()
     assert leaf.grad is not None
     assert torch.equal(leaf.grad, torch.zeros_like(leaf))
-
-
-def test_episodes_have_groups_and_weights_of_their_own() -> None:
-    local, global_ = view_output(4, 10, 5, seed=0), view_output(4, 10, 5, seed=1)
-    together = mutual_distillation(local, global_, direction="mutual").loss
-    for b in range(4):
-        alone = mutual_distillation(
-            ViewOutput(*(x[b] for x in local)), ViewOutput(*(x[b] for x in global_)), direction="mutual"
-        )
-        torch.testing.assert_close(together[b], alone.loss)
 
 
 @pytest.mark.parametrize(("direction", "detach_teacher"), list(itertools.product(DIRECTIONS[:2], [False, True])))

@@ -17,15 +17,11 @@ from clip_m2df.nn.head import Embedded
 from clip_m2df.nn.m2df import M2DFHead
 from clip_m2df.nn.prompts import SelectedPrompts, select_prompts
 from clip_m2df.training.build import load_published
+from tests.conftest import GOLDEN, read_golden
 from tests.nn import references
 
-GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("head_*.npz"))
+HEADS = sorted(path.stem for path in GOLDEN.glob("head_*.npz"))
 DIRECTIONS = {"up2down": "global_to_local", "down2up": "local_to_global", "bid": "mutual"}
-
-
-def published_state(file: Path) -> dict[str, Tensor]:
-    arrays = np.load(file)
-    return {key.removeprefix("state/"): torch.from_numpy(arrays[key]) for key in arrays if key.startswith("state/")}
 
 
 def published_options(meta: dict[str, Any]) -> dict[str, Any]:
@@ -48,12 +44,11 @@ def make_head(seed: int = 0, **options: Any) -> M2DFHead:
     return M2DFHead(**({"dim": 16, "hidden_dim": 32} | options)).eval()
 
 
-@pytest.mark.parametrize("file", GOLDEN, ids=lambda file: file.stem)
-def test_golden_numbers(file: Path) -> None:
-    arrays = np.load(file)
-    meta = json.loads(str(arrays["meta"]))
-    golden = {key: torch.from_numpy(arrays[key]) for key in arrays if not key.startswith("state/") and key != "meta"}
-    head = M2DFHead.from_published(published_state(file), **published_options(meta))
+@pytest.mark.parametrize("name", HEADS)
+def test_golden_numbers(name: str) -> None:
+    golden, state = read_golden(name)
+    meta = json.loads(str(np.load(GOLDEN / f"{name}.npz")["meta"]))
+    head = M2DFHead.from_published(state, **published_options(meta))
     assert not head.training
 
     support, query = golden["support_features"].requires_grad_(), golden["query_features"].requires_grad_()
@@ -79,7 +74,7 @@ def test_golden_numbers(file: Path) -> None:
 
 
 def test_there_are_five_golden_heads() -> None:
-    assert len(GOLDEN) == 5
+    assert len(HEADS) == 5
 
 
 @pytest.mark.parametrize("options", [{}, {"views": ["global"]}, {"depth": 2, "pps": False}, {"reliability": []}])
@@ -117,17 +112,6 @@ def test_steps_compose_to_the_head() -> None:
     torch.testing.assert_close(global_.text_confidence, global_.text_similarities.softmax(-1).amax(-1))
     torch.testing.assert_close(output.logits, -(0.5 * local.distances + 2 * global_.distances))
     torch.testing.assert_close(output.distillation_loss, mutual_distillation(local, global_).loss)
-
-
-def test_a_prototype_is_the_mean_over_the_shots() -> None:
-    head = make_head()
-    support, _, prompts = episode()
-    fused = head.embed(support, prompts[:, None].expand(3, 2, 16))
-    prototypes = head.prototype(fused, prompts)
-    assert prototypes.keys() == {"local", "global"}
-    for view, tokens in prototypes.items():
-        assert tokens.shape == (3, 1 + 8, 16)
-        torch.testing.assert_close(tokens[1], (fused[view][1, 0] + fused[view][1, 1]) / 2)
 
 
 def test_a_class_is_what_it_is_by_itself_whatever_the_shots_of_the_others() -> None:
@@ -168,7 +152,7 @@ def test_training_draws_prompts_and_evaluation_takes_the_likeliest() -> None:
     assert head.train()(*inputs, draws).prompt_indices.tolist() == [2] * 6
     output = head.eval()(*inputs, draws)
     assert torch.equal(output.prompt_indices, output.prompt_probabilities.argmax(-1))
-    with pytest.raises(UserError, match="needs draws"):
+    with pytest.raises(UserError, match=r"'sample' needs draws.*episode_draws"):
         head.train()(*inputs)
 
 
@@ -260,26 +244,10 @@ def test_matching_and_losses_under_autocast_are_within_a_thousandth_of_a_float64
 
     distances, texts = {}, {}
     for view in ("local", "global"):
-        distances[view] = torch.tensor(
-            [
-                [
-                    sum(
-                        references.otam([[1 - references.cosine(a, b) for b in y] for a in x])
-                        for x, y in ((q, p), (p, q))
-                    )
-                    for p in prototypes[view][:, 1:].double().tolist()
-                ]
-                for q in query[view][:, 1:].double().tolist()
-            ],
-            dtype=torch.float64,
-        )
-        texts[view] = torch.tensor(
-            [
-                [references.cosine(q, p) for p in prototypes[view][:, 0].double().tolist()]
-                for q in query[view][:, 0].double().tolist()
-            ],
-            dtype=torch.float64,
-        )
+        q, p = query[view], prototypes[view]
+        cosines = references.cosines(q[:, None].expand(4, 3, -1, -1), p.expand(4, 3, -1, -1))[..., 1:, 1:]
+        distances[view] = references.otam_of(1 - cosines)
+        texts[view] = references.cosines(q[:, :1].transpose(0, 1), p[:, :1].transpose(0, 1))[0]
         assert (output.views[view].distances - distances[view]).abs().max() < 1e-3
     fused_rows = (-(distances["local"] + distances["global"])).tolist()
     expected = -sum(math.log(references.softmax(row)[c]) for row, c in zip(fused_rows, labels.tolist(), strict=True))
@@ -287,13 +255,13 @@ def test_matching_and_losses_under_autocast_are_within_a_thousandth_of_a_float64
     taught = references.distillation(distances, texts, ["text", "visual"], "mutual")[0]
     assert output.distillation_loss.item() == pytest.approx(taught, abs=1e-3)
     expected = 0.0
-    for video, c in zip(raw.double().tolist(), labels.tolist(), strict=True):
-        cosines = [[references.cosine(p, f) for f in video] for p in prompts.double().tolist()]
-        best = [sorted(range(frames), key=lambda t, row=row: -row[t])[:4] for row in cosines]  # type: ignore[misc]
-        likeliest = max(range(3), key=lambda n: sum(cosines[n][t] for t in best[n]))
-        mean = [sum(video[t][d] for t in best[likeliest]) / 4 for d in range(16)]
-        logits = [references.cosine(mean, p) for p in prompts.double().tolist()]
-        expected -= math.log(references.softmax(logits)[c])
+    cosines = references.cosines(prompts.expand(4, -1, -1), raw)
+    for video, rows, c in zip(raw.double(), cosines, labels.tolist(), strict=True):
+        best = rows.topk(4)
+        likeliest = best.indices[best.values.sum(-1).argmax()]
+        mean = video[likeliest].mean(0)
+        logits = references.cosines(mean.view(1, 1, 16), prompts.unsqueeze(0)).flatten()
+        expected -= math.log(references.softmax(logits.tolist())[c])
     assert class_loss.item() == pytest.approx(expected, abs=1e-3)
 
 
@@ -316,16 +284,30 @@ def test_matching_and_losses_under_autocast_are_within_a_thousandth_of_a_float64
         ({"dropout": 1.5}, "dropout is 1.5"),
         ({"attention_dropout": -0.5}, "attention_dropout is -0.5"),
         ({"num_heads": 0}, "no multiple of 0 attention heads"),
+        ({"depth": 0}, "depth 0"),
+        ({"head": "otam", "smoothing": -1.0}, "smoothing is -1.0"),
+        ({"head": "zero_shot", "temperature": 0.0}, "temperature is 0.0"),
+        ({"head": "bi_mhm", "top_k": 0}, "top_k is 0"),
+        ({"head": "clip_fsar", "hidden_dim": 0}, "hidden_dim is 0"),
+        ({"head": "clip_fsar", "dropout": 1.0}, "dropout is 1.0"),
+        ({"head": "clip_fsar", "num_heads": 3}, "dim 16 is no multiple of 3 attention heads"),
+        ({"dept": 2}, "M2DFHead has no option 'dept'; did you mean 'depth'"),
+        ({"head": f"{__name__}.OtherHead", "zzz": 2}, "OtherHead has no option 'zzz'; it has dim, width"),
+        ({"head": "otam", "smoothing": "much"}, "head_options: OTAMHead does not take"),
+        ({"head": "m2dff"}, "head: 'm2dff' is neither one of m2df, .*, clip_fsar nor a class path"),
+        ({"head": "no.such.Head"}, "'no.such.Head' can't be imported"),
+        ({"head": "os.path.join"}, "'os.path.join' is no head"),
         ({"dim": 12}, "dim 12 is no multiple of 8"),
     ],
 )
 def test_options_out_of_range_are_refused_by_name(options: dict[str, Any], message: str) -> None:
+    options = {"head": "m2df", "dim": 16} | options
     with pytest.raises(UserError, match=message):
-        make_head(**options)
+        build_head(options.pop("head"), options)
 
 
 def test_published_weights_of_another_model_are_refused_by_key() -> None:
-    state = published_state(GOLDEN[0])
+    state = read_golden(HEADS[0])[1]
     with pytest.raises(UserError, match=r"unknown classifier\.weight"):
         M2DFHead.from_published(state | {"classifier.weight": torch.zeros(1)})
     with pytest.raises(UserError, match=r"missing views\.local\.context\.conv1\.weight"):
@@ -337,7 +319,7 @@ def test_published_weights_of_another_model_are_refused_by_key() -> None:
 
 
 def test_published_tower_and_unused_keys_are_passed_over() -> None:
-    state = published_state(GOLDEN[0])
+    state = read_golden(HEADS[0])[1]
     assert "context_conv11.weight" in state
     head = M2DFHead.from_published(state | {"backbone.conv1.weight": torch.zeros(3)}, views=["global"])
     assert torch.equal(
@@ -351,27 +333,16 @@ class OtherHead(OTAMHead):
         self.width = width
 
 
-def test_heads_by_name_and_class_path() -> None:
-    assert isinstance(build_head("m2df", {"dim": 16}), M2DFHead)
+def test_a_head_by_its_class_path() -> None:
     other = build_head(f"{__name__}.OtherHead", {"dim": 16, "width": 5})
     assert isinstance(other, OtherHead)
     assert other.width == 5
-    for name, message in (
-        ("m2dff", "head: 'm2dff' is neither one of m2df, .*, clip_fsar nor a class path"),
-        ("no.such.Head", "'no.such.Head' can't be imported"),
-        ("os.path.join", "'os.path.join' is no head"),
-    ):
-        with pytest.raises(UserError, match=message):
-            build_head(name, {"dim": 16})
-    with pytest.raises(UserError, match="M2DFHead has no option 'dept'; did you mean 'depth'"):
-        build_head("m2df", {"dim": 16, "dept": 2})
-    with pytest.raises(UserError, match="OtherHead has no option 'zzz'; it has dim, width"):
-        build_head(f"{__name__}.OtherHead", {"dim": 16, "zzz": 2})
 
 
-def published_file(folder: Path, clip: Path, tower_prefix: str = "visual.") -> Path:
+def published_file(folder: Path, clip: str = "clip_vit", tower_prefix: str = "visual.") -> Path:
     """A published checkpoint file: the head's weights, and the tower's under ``backbone.*``."""
-    tower = {f"backbone.{k.removeprefix(tower_prefix)}": v for k, v in published_state(clip).items() if "visual." in k}
+    weights = read_golden(clip)[1].items()
+    tower = {f"backbone.{name.removeprefix(tower_prefix)}": weight for name, weight in weights if "visual." in name}
     state = published_head(dim=32) | tower
     torch.save({"epoch": 3, "model_state_dict": state, "cfg": "TRAIN: true"}, folder / "checkpoint.pyth")
     return folder / "checkpoint.pyth"
@@ -380,7 +351,7 @@ def published_file(folder: Path, clip: Path, tower_prefix: str = "visual.") -> P
 def published_head(dim: int) -> dict[str, Tensor]:
     """Weights of a head of another width, under the published names."""
     generator = torch.Generator().manual_seed(0)
-    state = published_state(GOLDEN[0])
+    state = read_golden(HEADS[0])[1]
     shapes = {k: [dim if size == 16 else size for size in v.shape] for k, v in state.items()}
     return {k: 0.1 * torch.randn(shape, generator=generator) for k, shape in shapes.items()}
 
@@ -388,12 +359,11 @@ def published_head(dim: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", ["clip_vit", "clip_resnet"])
 @pytest.mark.parametrize("tower_prefix", ["visual.", ""])
 def test_a_published_checkpoint_file_gives_tower_and_head(tmp_path: Path, name: str, tower_prefix: str) -> None:
-    clip = GOLDEN[0].with_name(f"{name}.npz")
-    model = load_published(published_file(tmp_path, clip, tower_prefix), direction="mutual")
+    model = load_published(published_file(tmp_path, name, tower_prefix), direction="mutual")
     assert not model.training
-    arrays = np.load(clip)
-    features = model.backbone.encode_frames(torch.from_numpy(arrays["image"]))
-    torch.testing.assert_close(features, torch.from_numpy(arrays["image_features"]), rtol=1e-4, atol=1e-4)
+    golden, _ = read_golden(name)
+    features = model.backbone.encode_frames(golden["image"])
+    torch.testing.assert_close(features, golden["image_features"], rtol=1e-4, atol=1e-4)
     assert model.head.direction == "mutual"
     expected = M2DFHead.from_published(published_head(dim=32)).state_dict()
     for key, value in model.head.state_dict().items():
@@ -403,7 +373,7 @@ def test_a_published_checkpoint_file_gives_tower_and_head(tmp_path: Path, name: 
 
 
 def test_a_model_encodes_raw_frames_as_its_tower_encodes_them_normalised(tmp_path: Path) -> None:
-    model = load_published(published_file(tmp_path, GOLDEN[0].with_name("clip_vit.npz")))
+    model = load_published(published_file(tmp_path))
     generator = torch.Generator().manual_seed(0)
     support = torch.randint(0, 256, (2, 3, 1, 4, 3, 32, 32), generator=generator, dtype=torch.uint8)
     query = torch.randint(0, 256, (2, 6, 4, 3, 32, 32), generator=generator, dtype=torch.uint8)
@@ -415,7 +385,7 @@ def test_a_model_encodes_raw_frames_as_its_tower_encodes_them_normalised(tmp_pat
 
 
 def test_files_that_are_no_published_checkpoint_are_refused(tmp_path: Path) -> None:
-    file = published_file(tmp_path, GOLDEN[0].with_name("clip_vit.npz"))
+    file = published_file(tmp_path)
     state = torch.load(file, weights_only=True)["model_state_dict"]
     torch.save({k: v for k, v in state.items() if not k.startswith("backbone.")}, tmp_path / "head.pt")
     with pytest.raises(UserError, match=r"head\.pt holds no tower under backbone\.\*"):

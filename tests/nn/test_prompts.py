@@ -26,14 +26,6 @@ def test_probabilities_equal_the_loop(frames: int, top_k: int) -> None:
     torch.testing.assert_close(probabilities, torch.tensor(expected), rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_probabilities_ignore_the_autocast(dtype: torch.dtype) -> None:
-    query, prompts = features(6, 8, 16), features(3, 16, seed=1)
-    with torch.autocast("cpu", dtype=dtype):
-        under = prompt_probabilities(prompt_scores(query, prompts))
-    assert torch.equal(under, prompt_probabilities(prompt_scores(query, prompts)))
-
-
 def test_draws_invert_the_cumulative_sum() -> None:
     generator = torch.Generator().manual_seed(0)
     probabilities = torch.rand(200, 5, generator=generator).pow(8)
@@ -59,12 +51,6 @@ def test_draws_at_the_edges_never_take_an_impossible_class(
     assert draw_classes(torch.tensor(probabilities), torch.tensor(uniform)).item() == drawn
 
 
-def test_draws_follow_the_probabilities() -> None:
-    draws = torch.rand(20000, generator=torch.Generator().manual_seed(0))
-    counts = draw_classes(torch.tensor([0.1, 0.2, 0.7]).expand(20000, 3), draws).bincount() / 20000
-    torch.testing.assert_close(counts, torch.tensor([0.1, 0.2, 0.7]), atol=0.01, rtol=0)
-
-
 def test_each_selection_picks_what_it_says() -> None:
     prompts = features(2, 3, 16)
     probabilities = torch.tensor([[[0.1, 0.6, 0.3], [0.5, 0.2, 0.3]]]).expand(2, 2, 3)
@@ -77,11 +63,6 @@ def test_each_selection_picks_what_it_says() -> None:
     mean = select_prompts(probabilities, prompts, "expectation")
     torch.testing.assert_close(mean.embeddings[1, 0], prompts[1].T @ torch.tensor([0.1, 0.6, 0.3]))
     assert mean.indices.tolist() == [[1, 0], [1, 0]]
-
-
-def test_sampling_without_draws_says_what_makes_them() -> None:
-    with pytest.raises(UserError, match=r"'sample' needs draws.*episode_draws"):
-        select_prompts(torch.full((1, 2), 0.5), features(2, 4), "sample")
 
 
 def test_templates() -> None:

@@ -18,7 +18,7 @@ from study.play import configuration
 from study.results import Outcome, Point, Record, read_results
 from study.schedule import current, run_study, to_do
 from study.settings import Part, Row, Run, Settings
-from tests.test_configs import Parsed
+from tests.commands.test_configs import Parsed
 
 ROOT = Path(__file__).parents[2]
 ROWS = {

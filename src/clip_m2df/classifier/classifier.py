@@ -20,7 +20,6 @@ from clip_m2df.classifier.clips import (
     ClipEncoder,
     Clips,
     Encoded,
-    Unreadable,
     list_clips,
     list_examples,
     name_of,
@@ -40,6 +39,7 @@ from clip_m2df.classifier.support import (
 from clip_m2df.errors import UserError, some
 from clip_m2df.evaluation.explanation import Explanation, compared_classes, explain
 from clip_m2df.training.module import CLIPM2DF
+from clip_m2df.video.isolation import Unreadable
 
 
 class NotFittedError(UserError, AttributeError):

@@ -1,5 +1,6 @@
 """What may be given as a clip, and how its frames are read."""
 
+import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -15,7 +16,7 @@ from torch import Tensor
 from clip_m2df.datasets.tree import VIDEO_EXTENSIONS, scan
 from clip_m2df.errors import UserError, require, some
 from clip_m2df.training.module import CLIPM2DF
-from clip_m2df.video.isolation import Lost, isolated_map
+from clip_m2df.video.isolation import Unreadable, isolated_map
 from clip_m2df.video.reader import VideoError
 from clip_m2df.video.transforms import ClipReader, resize_and_crop, segment_indices
 
@@ -28,10 +29,6 @@ Clips: TypeAlias = "Clip | Iterable[Clip]"
 TOGETHER = 16
 # Side of the small frames that are kept of a clip, in pixels.
 SMALL_SIDE = 64
-
-
-class Unreadable(str):
-    """Why a clip can't be read."""
 
 
 def list_clips(clips: Clips) -> tuple[list[Clip], bool]:
@@ -117,14 +114,11 @@ def list_examples(support: Mapping[str, Clips] | str | os.PathLike[str]) -> dict
 
 def unique(clips: Sequence[Clip], known: Iterable[str] = ()) -> list[Clip]:
     """The clips without files that come twice, or are known already; links to the same file are one."""
-    seen = {os.path.realpath(path) for path in known if path}
-    kept = []
-    for clip in clips:
-        path = os.path.realpath(name_of(clip)) if name_of(clip) else ""
-        if not path or path not in seen:
-            kept.append(clip)
-            seen.add(path)
-    return kept
+    known_files = {os.path.realpath(path) for path in known if path}
+    by_file: dict[str | int, Clip] = {}
+    for index, clip in enumerate(clips):
+        by_file.setdefault(os.path.realpath(name_of(clip)) if name_of(clip) else index, clip)
+    return [clip for file, clip in by_file.items() if file not in known_files]
 
 
 def name_of(clip: object) -> str:
@@ -186,30 +180,22 @@ def read_clips(
         The index of each clip with its frames, uint8 ``(frames, 3, size, size)``, or why there are none, as they are
         ready.
     """
-    tasks = []
-    for index, clip in enumerate(clips):
-        if workers and name_of(clip):
-            tasks.append((reader, clip, index))
-        else:
-            yield index, _read((reader, clip, index))
-    with closing(isolated_map(_read_in_worker, tasks, workers=max(workers, 1), timeout=timeout)) as results:
-        for (_, _, index), found in results:
-            yield index, Unreadable(found) if isinstance(found, Lost | Unreadable) else torch.from_numpy(found)
+    tasks = [(reader, clip, index) for index, clip in enumerate(clips)]
+    for_workers = [task for task in tasks if workers and name_of(task[1])]
+    here = ((task, _read(task)) for task in tasks if not (workers and name_of(task[1])))
+    with closing(isolated_map(_read, for_workers, workers=max(workers, 1), timeout=timeout)) as results:
+        for (_, _, index), found in itertools.chain(here, results):
+            yield index, found if isinstance(found, Unreadable) else torch.from_numpy(found)
 
 
-def _read(task: tuple[ClipReader, Clip, int]) -> Tensor | Unreadable:
+def _read(task: tuple[ClipReader, Clip, int]) -> NDArray[np.uint8] | Unreadable:
     reader, clip, _ = task
     try:
-        return read_clip(clip, reader)
+        return read_clip(clip, reader).numpy()
     except VideoError as error:
         return Unreadable(error.reason_for(name_of(clip)))
     except UserError as error:
         return Unreadable(error)
-
-
-def _read_in_worker(task: tuple[ClipReader, Clip, int]) -> NDArray[np.uint8] | Unreadable:
-    frames = _read(task)
-    return frames if isinstance(frames, Unreadable) else frames.numpy()
 
 
 class Encoded(NamedTuple):

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from clip_m2df.classifier.support import SupportClass, check_names
 from clip_m2df.errors import UserError
-from clip_m2df.files import read_bytes, whole_file
+from clip_m2df.files import read_bytes, sha256_of, whole_file
 from clip_m2df.hub import CONFIG
 from clip_m2df.training.module import CLIPM2DF
 
 TABLE, SUPPORT = "classifier.json", "support.safetensors"
-FORMAT = "clip-m2df classifier 1"
+CLASSIFIER_FORMAT = "clip-m2df classifier 1"
 # Frames and pixels beyond which a table is damaged.
 MOST = 100_000
 
@@ -85,14 +85,14 @@ def write_classifier(folder: Path, model: CLIPM2DF, classes: Sequence[SupportCla
         draft.write_bytes(content)
     model.save_pretrained(folder)
     table = {
-        "format": FORMAT,
+        "format": CLASSIFIER_FORMAT,
         **reading._asdict(),
         "classes": [
             {"label": c.label, "text": c.text, "examples": [os.path.abspath(e) if e else "" for e in c.examples]}
             for c in classes
         ],
         "sha256": hashlib.sha256(content).hexdigest(),
-        "model": _checksum(folder / CONFIG),
+        "model": sha256_of(folder / CONFIG),
     }
     with whole_file(folder / TABLE) as draft:
         # In ASCII: a file's name may have bytes that are no UTF-8.
@@ -111,11 +111,11 @@ def read_support(folder: Path) -> tuple[list[SavedClass], Reading]:
     content = read_bytes(folder / SUPPORT, "classifier's support")
     try:
         table = json.loads(read_bytes(path, "classifier's table"))
-        if table["format"] != FORMAT:
-            raise ValueError(f"its format is {table['format']!r}, not {FORMAT!r}")
+        if table["format"] != CLASSIFIER_FORMAT:
+            raise ValueError(f"its format is {table['format']!r}, not {CLASSIFIER_FORMAT!r}")
         if hashlib.sha256(content).hexdigest() != table["sha256"]:
             raise ValueError(f"{SUPPORT} has another checksum")
-        if _checksum(folder / CONFIG) != table["model"]:  # which has the checksum of the weights
+        if sha256_of(folder / CONFIG) != table["model"]:  # which has the checksum of the weights
             raise ValueError(f"{CONFIG} is of another model than {TABLE}")
         reading = Reading(int(table["frames"]), int(table["resize"]), dict(table["options"]))
         if not all(1 <= number <= MOST for number in reading[:2]):
@@ -125,10 +125,6 @@ def read_support(folder: Path) -> tuple[list[SavedClass], Reading]:
         raise UserError(f"the classifier in {folder} is damaged: {error}") from error
     except Exception as error:  # whatever damage leads to has no common class
         raise UserError(f"the classifier in {folder} is damaged ({error}): fit and save it again") from error
-
-
-def _checksum(path: Path) -> str:
-    return hashlib.sha256(read_bytes(path, "model's description")).hexdigest()
 
 
 def _classes(table: dict[str, Any], tensors: dict[str, Tensor]) -> list[SavedClass]:

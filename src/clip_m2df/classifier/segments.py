@@ -14,10 +14,10 @@ from torch import Tensor
 
 from clip_m2df.classifier.clips import Clip, ClipEncoder, as_frames, check_frames
 from clip_m2df.classifier.support import ClassScorer
-from clip_m2df.errors import UserError
+from clip_m2df.errors import UserError, require
 from clip_m2df.video.reader import sample_frames
 from clip_m2df.video.timing import count_samples, evenly_timed, exact_rate
-from clip_m2df.video.transforms import ClipReader, resize_and_crop
+from clip_m2df.video.transforms import resize_and_crop
 
 # Frames that are resized and encoded together.
 CHUNK = 16
@@ -70,14 +70,11 @@ class Windows(NamedTuple):
         Raises:
             UserError: a length that makes no sense, or windows with gaps between them.
         """
-        if not 0 < window < math.inf:
-            raise UserError(f"window is {window} seconds; it must be a number above 0")
         stride = window / 4 if stride is None else stride
         smoothing = window / 2 if smoothing is None else smoothing
-        if not 0 < stride <= window:
-            raise UserError(f"stride is {stride} seconds; it must be above 0, and at most the window of {window}")
-        if not 0 <= smoothing < math.inf:
-            raise UserError(f"smoothing is {smoothing} seconds; it must be a number that is not negative")
+        require(above=0, below=math.inf, window=window)
+        require(above=0, most=window, stride=stride)
+        require(least=0, below=math.inf, smoothing=smoothing)
         rate = frames / window
         return cls(frames, rate, max(1, round(stride * rate)), max(1, round(smoothing * rate)))
 
@@ -109,8 +106,12 @@ def find_segments(
         fps: frames a second, where there are no times.
         threshold: the distance beyond which a moment is none of the classes.
     """
-    chunks = _read_chunks(video, windows, encoder.reader, fps)
-    encoded = [encoder.frames(chunk) for chunk in chunks]
+    reader = encoder.reader
+    shown = _frames_at(video, windows.rate, fps)
+    cropped = (resize_and_crop(frame, resize=reader.resize, size=reader.size) for frame in shown)
+    encoded = []
+    while chunk := list(itertools.islice(cropped, CHUNK)):
+        encoded.append(encoder.frames(torch.cat(chunk)))
     n_frames = sum(map(len, encoded))
     if n_frames < windows.frames:  # it is a clip, whose own frames repeat
         features = encoder.encode_one(video).features
@@ -118,10 +119,7 @@ def find_segments(
     else:
         features = torch.cat(encoded)
     starts = windows.starts(len(features))
-    places = torch.tensor(starts, device=features.device).unsqueeze(-1) + torch.arange(
-        windows.frames, device=features.device
-    )
-    log_probabilities, distances = scorer.label(features[places])
+    log_probabilities, distances = scorer.label(torch.stack([features[s : s + windows.frames] for s in starts]))
     values = torch.cat((log_probabilities, distances.amin(-1, keepdim=True)), -1).cpu()
     smoothed = smooth(values, starts, windows, len(features))
     scores, distance = smoothed[:, :-1], smoothed[:, -1]
@@ -131,20 +129,12 @@ def find_segments(
     return join(choices.tolist(), scores.softmax(-1), names, windows.rate)
 
 
-def _read_chunks(video: Clip, windows: Windows, reader: ClipReader, fps: float | None) -> Iterator[Tensor]:
-    """The frames of a video at regular times, a few at once: uint8 ``(n, 3, size, size)``.
+def _frames_at(video: Clip, rate: float, fps: float | None) -> Iterator[Tensor]:
+    """The frames of a video at regular times, one by one: uint8 ``(1, 3, height, width)``.
 
     Raises:
         UserError: the video can't be read, or frames without times come without ``fps``.
     """
-    shown = _shown(video, windows.rate, fps)
-    small = (resize_and_crop(frame, resize=reader.resize, size=reader.size) for frame in shown)
-    while held := list(itertools.islice(small, CHUNK)):
-        yield torch.cat(held)
-
-
-def _shown(video: Clip, rate: float, fps: float | None) -> Iterator[Tensor]:
-    """Frames at regular times, one by one: uint8 ``(1, 3, height, width)``."""
     if isinstance(video, str | os.PathLike):
         return (frame.unsqueeze(0) for frame in sample_frames(os.fspath(video), rate, fps=fps))
     check_frames(video)
@@ -176,20 +166,17 @@ def join(choices: Sequence[int], probabilities: Tensor, names: Sequence[str], ra
     """Segments from what was chosen for each frame; where that is no class, there is no segment.
 
     Args:
-        choices: of each frame a place in ``names``, or -1.
+        choices: of each frame an index in ``names``, or -1.
         probabilities: ``(frames, n_way)``.
         names: of the classes.
         rate: frames a second.
     """
     found = []
-    start = 0
-    for end in range(1, len(choices) + 1):
-        if end < len(choices) and choices[end] == choices[start]:
-            continue
-        if (chosen := choices[start]) >= 0:
+    end = 0
+    for chosen, run in itertools.groupby(choices):
+        start, end = end, end + len(list(run))
+        if chosen >= 0:
             means = probabilities[start:end].mean(0).tolist()
-            found.append(
-                Segment(start / rate, end / rate, names[chosen], means[chosen], dict(zip(names, means, strict=True)))
-            )
-        start = end
+            by_name = dict(zip(names, means, strict=True))
+            found.append(Segment(start / rate, end / rate, names[chosen], means[chosen], by_name))
     return found

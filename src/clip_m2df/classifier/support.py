@@ -11,12 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clip_m2df.classifier.clips import Clip, ClipEncoder, Encoded, Unreadable, name_of, unique
+from clip_m2df.classifier.clips import Clip, ClipEncoder, Encoded, name_of, unique
 from clip_m2df.datasets.manifest import class_key, readable
 from clip_m2df.errors import UserError, some
 from clip_m2df.nn.class_text import fuse_text
 from clip_m2df.nn.head import Embedded, HeadOutput
 from clip_m2df.training.module import CLIPM2DF
+from clip_m2df.video.isolation import Unreadable
 
 # Said of a clip that is too far from every class.
 NONE_OF_THESE = "none of these"

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from timeit import timeit
 from typing import TYPE_CHECKING
 
 from clip_m2df.datasets.manifest import Manifest
-from clip_m2df.errors import UserError, require
+from clip_m2df.errors import UserError, require, some_lines
 from clip_m2df.files import fingerprint, relative_path
-from clip_m2df.video.isolation import isolated_map
+from clip_m2df.video.isolation import Unreadable, isolated_map
 
 if TYPE_CHECKING:
     from clip_m2df.video.frame_cache import CachedVideo, FrameCache
@@ -74,26 +75,26 @@ def cache_frames(
     cache = FrameCache(settings, kept)
     missing = [path for path in videos if not cache.has(path)]
     unread: dict[str, str] = {}
-    waiting = []
     keep = partial(keep_frames, short_side=short_side, frames=frames)
-    results = isolated_map(keep, missing, workers=workers, timeout=timeout)
-    for path, result in track(results, "Caching frames", total=len(missing), disable=not missing):
-        if isinstance(result, str):
-            unread[path] = result
-            continue
-        waiting.append(result)
-        if len(waiting) == SHARD_VIDEOS:
-            write_shard(output, folder, settings, waiting)
-            waiting = []
-    if waiting:
-        write_shard(output, folder, settings, waiting)
+
+    def readable() -> Iterator[tuple[CachedVideo, list[bytes]]]:
+        results = isolated_map(keep, missing, workers=workers, timeout=timeout)
+        for path, result in track(results, "Caching frames", total=len(missing), disable=not missing):
+            if isinstance(result, Unreadable):
+                unread[path] = result
+            else:
+                yield result
+
+    kept_videos = readable()
+    while of_shard := list(itertools.islice(kept_videos, SHARD_VIDEOS)):
+        write_shard(output, folder, settings, of_shard)
     if not list_shards(output):
         path, reason = next(iter(unread.items()))
         raise UserError(f"not one video of the manifest {manifest} could be read, for example {path}: {reason}")
     _print_summary(videos, unread, output, folder)
 
 
-def keep_frames(path: str, *, short_side: int, frames: int) -> tuple[CachedVideo, list[bytes]] | str:
+def keep_frames(path: str, *, short_side: int, frames: int) -> tuple[CachedVideo, list[bytes]] | Unreadable:
     """Read, resize and compress the frames of a video; or tell why that can't be done."""
     from clip_m2df.video.frame_cache import CachedVideo, encode_jpeg
     from clip_m2df.video.reader import VideoError, as_video_error, read_frames
@@ -108,7 +109,7 @@ def keep_frames(path: str, *, short_side: int, frames: int) -> tuple[CachedVideo
                 clip = resize_short_side(clip, short_side)
             return CachedVideo(path, key, n_frames, *clip.shape[-2:]), [encode_jpeg(frame, QUALITY) for frame in clip]
     except VideoError as error:
-        return error.reason_for(path)
+        return Unreadable(error.reason_for(path))
 
 
 def _print_summary(videos: Sequence[str], unread: dict[str, str], output: Path, root: str) -> None:
@@ -118,11 +119,8 @@ def _print_summary(videos: Sequence[str], unread: dict[str, str], output: Path, 
     from clip_m2df.video.frame_cache import FrameCache, list_shards
 
     if unread:
-        print(f"videos that could not be read, and are not in the cache: {len(unread)}")
-        for path, reason in list(unread.items())[:MOST_NAMES]:
-            print(f"  {relative_path(path, root)}: {reason}")
-        if len(unread) > MOST_NAMES:
-            print(f"  and {len(unread) - MOST_NAMES} more")
+        lines = [f"{relative_path(path, root)}: {reason}" for path, reason in unread.items()]
+        print(f"videos that could not be read, and are not in the cache: {len(lines)}{some_lines(lines, MOST_NAMES)}")
     cache = FrameCache.open(output, root)
     kept = [path for path in videos if cache.has(path)]
     shards = list_shards(output)

@@ -7,7 +7,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,9 +15,9 @@ from typing import Any, get_args
 
 from clip_m2df.datasets.benchmarks import NEEDED
 from clip_m2df.datasets.manifest import SPLITS, Manifest, Video
-from clip_m2df.errors import UserError, require, some
+from clip_m2df.errors import UserError, require, some, some_lines
 from clip_m2df.files import fingerprint_text, plain, relative_path, write_table, writing
-from clip_m2df.video.isolation import Lost, isolated_map
+from clip_m2df.video.isolation import Unreadable, isolated_map
 
 STATUSES = ("ok", "warning", "unusable")
 MOST_NAMES = 20  # of the unusable, in print
@@ -191,7 +191,7 @@ def _find(
         bar = track(results, "checking", total=len(tasks), console=Console(stderr=True), disable=not tasks)
         for task, result in bar:
             # Without a fingerprint: another time, or with more of it, the video may well be read.
-            finding = Finding(failure=str(result), sampled=frames) if isinstance(result, Lost) else result
+            finding = Finding(failure=str(result), sampled=frames) if isinstance(result, Unreadable) else result
             findings[task[0]] = finding
             table.writerow(_row(*tasks[task], finding).values())
             file.flush()
@@ -204,14 +204,10 @@ def read_findings(table: Path) -> dict[str, Finding]:
     Rows that are damaged are left out; a file that is not there, or is no such table, has none.
     """
     findings = {}
-    try:
-        with open(table, encoding="utf-8", errors="replace", newline="") as file:
-            for row in csv.DictReader(file):
-                finding = _parse(row)
-                if finding is not None:
-                    findings[row["path"]] = finding
-    except (FileNotFoundError, csv.Error):
-        pass
+    with suppress(FileNotFoundError, csv.Error), open(table, encoding="utf-8", errors="replace", newline="") as file:
+        for row in csv.DictReader(file):
+            if finding := _parse(row):
+                findings[row["path"]] = finding
     return findings
 
 
@@ -224,11 +220,10 @@ def _parse(row: Mapping[str, Any]) -> Finding | None:
     forms = {"status": "|".join(STATUSES), "digest": digest, "sampled": ".+", "fingerprint": r"\d+(:\d+)+"}
     if not all(re.fullmatch(form, row[name]) for name, form in forms.items()):
         return None
-    try:
+    with suppress(ValueError):
         facts = {name: cell_type(row[name]) for name, cell_type in _FACTS.items() if row[name]}
-    except ValueError:
-        return None
-    return Finding(failure="" if usable else row["reason"], **facts)
+        return Finding(failure="" if usable else row["reason"], **facts)
+    return None
 
 
 def _row(name: str, video: Video, finding: Finding, more: Sequence[str] = ()) -> dict[str, Any]:
@@ -257,9 +252,7 @@ def _print_summary(rows: Sequence[Mapping[str, Any]], output: Path) -> None:
     Console().print(table)
     unusable = [f"{row['path']}: {row['reason']}" for row in rows if row["status"] == "unusable"]
     if unusable:
-        print("unusable:", *unusable[:MOST_NAMES], sep="\n  ")
-    if len(unusable) > MOST_NAMES:
-        print(f"  and {len(unusable) - MOST_NAMES} more in {output}")
+        print(f"unusable:{some_lines(unusable, MOST_NAMES)}")
     print(f"the table of all videos is {output}")
 
 

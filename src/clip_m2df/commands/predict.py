@@ -24,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from clip_m2df.__about__ import __version__
-from clip_m2df.errors import Stopped, UserError, some
+from clip_m2df.errors import Stopped, UserError, some, some_lines
 from clip_m2df.files import fingerprint_text, plain, sha256_of, whole_file, write_table, writing
 
 if TYPE_CHECKING:
@@ -300,8 +300,7 @@ def _print_summary(table: Mapping[str, Sequence[Row]], counted: str, output: Pat
         print(f"none of these from beginning to end, and no row: {some(nothing, MOST_NAMED)}")
     broken = [f"{plain(path)}: {row['error']}" for path, rows in table.items() for row in rows if row["error"]]
     if broken:
-        more = [f"and {len(broken) - MOST_NAMED} more"] if len(broken) > MOST_NAMED else []
-        print(f"{len(broken)} of {len(table)} videos can't be read:", *broken[:MOST_NAMED], *more, sep="\n  ")
+        print(f"{len(broken)} of {len(table)} videos can't be read:{some_lines(broken, MOST_NAMED)}")
     print(f"the predictions are in {plain(str(output))}")
     return int(bool(broken))
 

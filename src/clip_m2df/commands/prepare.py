@@ -57,17 +57,26 @@ def prepare(
         raise UserError(f"the path of the folder {str(root)!r} is not plain text in UTF-8: rename or move it")
     if annotations and lists is None:
         raise UserError("--annotations names the classes of --lists, and there are none: give both, or neither")
-    known = _split_lists(dataset, lists, annotations)
+    if dataset != "folder" and dataset not in BENCHMARKS:
+        raise UserError(f"there is no data set {dataset!r}: choose from {', '.join(BENCHMARKS)}, folder")
+    known = None
+    if lists is not None:
+        known = read_lists(lists, dataset, annotations)
+    elif dataset != "folder":
+        known = SplitLists(BENCHMARKS[dataset].class_split)
+        if not known.classes:
+            raise UserError(f"{dataset} needs its split lists: name their folder with --lists")
     with Console(stderr=True).status(f"looking for videos in {root}"):
         tree = scan(root)
     outcome = _match(dataset, known, tree, root)
     if report is not None:
-        rows = [("split", "label", "entry", "problem", "candidates")]
-        for problem in outcome.problems:
-            candidates = " | ".join(file.inner_path for file in problem.candidates)
-            rows.append((problem.split, problem.label, problem.entry, problem.problem, candidates))
-        write_table(report, "report", rows)
-    _check_found(outcome, tree, root)
+        rows = [
+            (p.split, p.label, p.entry, p.problem, " | ".join(file.inner_path for file in p.candidates))
+            for p in outcome.problems
+        ]
+        write_table(report, "report", [("split", "label", "entry", "problem", "candidates"), *rows])
+    if not outcome.found:
+        raise _nothing_found(outcome, tree, root)
     folder = os.path.abspath(root)
     videos = [
         Video(os.path.join(folder, *file.folder, file.name), label, split, readable(label))
@@ -76,18 +85,6 @@ def prepare(
     videos.sort(key=lambda video: (SPLITS.index(video.split), video.label, video.path))
     Manifest(videos).write(output)
     return _print_outcome(dataset, outcome, tree, root, output, report)
-
-
-def _split_lists(dataset: str, lists: Path | None, annotations: Sequence[Path]) -> SplitLists | None:
-    if dataset != "folder" and dataset not in BENCHMARKS:
-        raise UserError(f"there is no data set {dataset!r}: choose from {', '.join(BENCHMARKS)}, folder")
-    if lists is not None:
-        return read_lists(lists, dataset, annotations)
-    if dataset == "folder":
-        return None
-    if not BENCHMARKS[dataset].class_split:
-        raise UserError(f"{dataset} needs its split lists: name their folder with --lists")
-    return SplitLists(BENCHMARKS[dataset].class_split)
 
 
 def _match(dataset: str, known: SplitLists | None, tree: Tree, root: Path) -> Outcome:
@@ -100,22 +97,20 @@ def _match(dataset: str, known: SplitLists | None, tree: Tree, root: Path) -> Ou
     return match_entries(known, tree.files, home, kinetics=dataset == "kinetics100")
 
 
-def _check_found(outcome: Outcome, tree: Tree, root: Path) -> None:
-    """Refuse a tree in which not one video could be used."""
-    if outcome.found:
-        return
+def _nothing_found(outcome: Outcome, tree: Tree, root: Path) -> UserError:
+    """The error of a tree in which not one video could be used."""
     if not tree.files:
-        raise UserError(f"there is no video under {root}, nor a folder of images: --root names the folder with them")
+        return UserError(f"there is no video under {root}, nor a folder of images: --root names the folder with them")
     ambiguous = [problem for problem in outcome.problems if problem.problem == "ambiguous"]
     if ambiguous:
         names = some([repr(file.inner_path) for file in ambiguous[0].candidates], 2)
-        raise UserError(
+        return UserError(
             f"not one video under {root} could be used: {ambiguous[0].entry!r} fits {names}; "
             "name a --root that holds each video once"
         )
     wanted = [problem.entry for problem in outcome.problems]
     wanted += [f"{label}/…" for labels in outcome.classes.values() for label in labels] or ["train/…"]
-    raise UserError(
+    return UserError(
         f"none of the videos looked for is under {root}: looked for such as {wanted[0]!r}, "
         f"found such as {tree.files[0].inner_path!r}; name the folder with the data set's videos as --root"
     )

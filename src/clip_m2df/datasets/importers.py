@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from clip_m2df.datasets.manifest import SPLITS, class_key, fold
+from clip_m2df.datasets.manifest import SPLITS, class_key, fold, two_splits
 from clip_m2df.datasets.split_lists import ListedVideo, SplitLists
 from clip_m2df.datasets.tree import VideoFile
 from clip_m2df.errors import UserError
@@ -88,7 +88,11 @@ def match_entries(known: SplitLists, files: Sequence[VideoFile], home: Home, *, 
         same_name = by_name.get(fold(shared_name), [])
         fitting = [file for file in same_name if home(file) == video.label]
         fitting = fitting or [file for file in same_name if home(file) is None]
-        fits = [_likeness(file, video, shared_name) for file in fitting]
+        # How much a file is spelled like the entry. First of all, ids that differ in case alone are told apart.
+        fits = [
+            (file.stem.startswith(shared_name), fold(file.stem) == fold(video.stem), file.stem == video.stem)
+            for file in fitting
+        ]
         fitting = [file for file, fit in zip(fitting, fits, strict=True) if fit == max(fits)]
         if len(fitting) == 1:
             claims.setdefault(fitting[0], []).append((video, max(fits)[::2]))
@@ -107,12 +111,6 @@ def match_entries(known: SplitLists, files: Sequence[VideoFile], home: Home, *, 
                 outcome.found.append((video.split, video.label, file))
     outcome.problems.sort(key=lambda problem: (SPLITS.index(problem.split), problem.label, problem.entry))
     return outcome
-
-
-def _likeness(file: VideoFile, video: ListedVideo, shared_name: str) -> tuple[bool, ...]:
-    """How much a file is spelled like a listed video; larger is more."""
-    # First of all, ids that differ in case alone are told apart.
-    return file.stem.startswith(shared_name), fold(file.stem) == fold(video.stem), file.stem == video.stem
 
 
 def match_classes(
@@ -179,10 +177,7 @@ def match_split_folders(files: Sequence[VideoFile], root: Path) -> Outcome:
             continue
         earlier, _ = known.setdefault(class_key(folder[1]), (split, folder[1].strip()))
         if earlier != split:
-            raise UserError(
-                f"the class {folder[1]!r} is in two splits in {root}, {earlier} and {split}: few-shot splits share no "
-                "class, so keep it in one"
-            )
+            raise two_splits(folder[1], earlier, f"{split} in {root}")
     classes = {split: [label for where, label in known.values() if where == split] for split in folder_of_split}
     return match_classes(
         classes,

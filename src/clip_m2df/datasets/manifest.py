@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from clip_m2df.errors import UserError, require, some
+from clip_m2df.errors import UserError, some
 from clip_m2df.files import lies_under, read_text, relative_path, write_table
 
 SPLITS = ("train", "val", "test")
@@ -55,35 +55,6 @@ class Split:
     class_names: tuple[str, ...]
     class_texts: tuple[str, ...]
     videos: tuple[tuple[Video, ...], ...]
-
-    def check_episodes(self, *, n_way: int, n_shot: int, n_query: int) -> None:
-        """Check that the split can supply episodes of this shape.
-
-        Args:
-            n_way: Classes in an episode.
-            n_shot: Support videos of each class.
-            n_query: Query videos of each class.
-
-        Raises:
-            UserError: If the shape makes no sense, or the split has too few classes or videos for it.
-        """
-        require(least=2, n_way=n_way)  # an episode tells classes apart
-        require(least=1, n_shot=n_shot, n_query=n_query)
-        n_classes = len(self.class_names)
-        if n_classes < n_way:
-            classes = f"{n_classes} class{'' if n_classes == 1 else 'es'}"
-            raise UserError(
-                f"the {self.name} split has {classes}, too few for n_way {n_way}: lower n_way, or add classes to the"
-                " manifest"
-            )
-        needed = n_shot + n_query
-        counts = {name: len(videos) for name, videos in zip(self.class_names, self.videos, strict=True)}
-        if short := [f"{name!r} has {count}" for name, count in counts.items() if count < needed]:
-            raise UserError(
-                f"{len(short)} of the {n_classes} classes of the {self.name} split have fewer videos than the {needed}"
-                f" that n_shot {n_shot} and n_query {n_query} take: {some(short)}; lower n_shot or n_query, add videos"
-                " of these classes to the manifest, or remove the classes"
-            )
 
 
 class Manifest:
@@ -152,10 +123,8 @@ class Manifest:
         """
         rows = read_rows(path, "manifest", _REQUIRED)
         source, folder = f"the manifest {path}", os.path.dirname(os.path.abspath(path))
-        texts: dict[str, str] = {}
-        for row in rows.values():
-            if row.get("text"):
-                texts.setdefault(row["label"], row["text"])
+        # Of several texts of a class the first; that it has only one is checked below.
+        texts = {row["label"]: row["text"] for row in reversed(rows.values()) if row.get("text")}
         videos = [
             Video(
                 path=os.path.abspath(os.path.join(folder, row["path"])),
@@ -285,15 +254,19 @@ def _check(videos: Sequence[Video], rows: Sequence[str], source: str) -> None:
             raise UserError(f"{source} lists the video {video.path} twice, on {earlier} and on {row}: remove one")
         known, where = first_of_class.setdefault(video.label, (video, row))
         if known.split != video.split:
-            raise UserError(
-                f"the class {video.label!r} is in two splits of {source}, {known.split} on {where} and {video.split} "
-                f"on {row}: few-shot splits share no class, so keep it in one"
-            )
+            raise two_splits(video.label, f"{known.split} on {where}", f"{video.split} on {row} of {source}")
         if known.text != video.text:
             raise UserError(
                 f"the class {video.label!r} has two texts in {source}, {known.text!r} on {where} and {video.text!r} "
                 f"on {row}: give it one"
             )
+
+
+def two_splits(label: str, first: str, second: str) -> UserError:
+    """The error of a class that lies in two splits; ``first`` and ``second`` say in which, and where."""
+    return UserError(
+        f"the class {label!r} is in two splits, {first} and {second}: few-shot splits share no class, so keep it in one"
+    )
 
 
 def read_rows(path: str | Path, what: str, required: Sequence[str]) -> dict[int, dict[str, str]]:
@@ -320,7 +293,14 @@ def read_rows(path: str | Path, what: str, required: Sequence[str]) -> dict[int,
             if any(character in cell for cell in cells for character in "\n\r\0"):
                 raise UserError(f"{where} has a line break or a NUL character in a cell: close the quote, or remove it")
             if cells and not header:
-                header = _header(cells, path, what, required)
+                header = [cell.strip() for cell in cells]
+                if missing := [name for name in required if name not in header]:
+                    raise UserError(
+                        f"the {what} {path} has no column {' and no column '.join(map(repr, missing))}; its first line"
+                        f" names {', '.join(map(repr, header))}: name the columns there, separated by commas"
+                    )
+                if twice := [name for name in header if header.count(name) > 1]:
+                    raise UserError(f"the {what} {path} has the column {twice[0]!r} more than once: keep one")
             elif cells:
                 if len(cells) != len(header):
                     raise UserError(
@@ -339,18 +319,6 @@ def read_rows(path: str | Path, what: str, required: Sequence[str]) -> dict[int,
     if not header:
         raise UserError(f"the {what} {path} is empty: it needs a header line with the columns {', '.join(required)}")
     return rows
-
-
-def _header(cells: Sequence[str], path: str | Path, what: str, required: Sequence[str]) -> list[str]:
-    header = [cell.strip() for cell in cells]
-    if missing := [name for name in required if name not in header]:
-        raise UserError(
-            f"the {what} {path} has no column {' and no column '.join(map(repr, missing))}; its first line names "
-            f"{', '.join(map(repr, header))}: name the columns there, separated by commas"
-        )
-    if twice := [name for name in header if header.count(name) > 1]:
-        raise UserError(f"the {what} {path} has the column {twice[0]!r} more than once: rename or remove one")
-    return header
 
 
 # A capital after a small letter or a digit, and the last capital of a run: HandstandPushups, TVShow.

@@ -2,13 +2,13 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from clip_m2df.datasets.benchmarks import BENCHMARKS
-from clip_m2df.datasets.manifest import SPLITS, class_key
+from clip_m2df.datasets.manifest import SPLITS, class_key, two_splits
 from clip_m2df.datasets.tree import VIDEO_EXTENSIONS, stem_of
 from clip_m2df.errors import UserError, some
 from clip_m2df.files import read_text
@@ -166,7 +166,7 @@ def _read_lines(path: Path) -> list[_Line]:
         raise UserError(f"there is no file or folder {path}: --lists names a folder with split lists")
     alone = not path.is_dir()
     try:
-        candidates = [path] if alone else sorted(file for file in path.iterdir() if _may_be_list(file))
+        candidates = [path] if alone else sorted(filter(_may_be_list, path.iterdir()))
     except OSError as error:
         raise UserError(f"cannot read the folder {path}: {error.strerror}; check its permissions") from error
     lines: list[_Line] = []
@@ -188,9 +188,8 @@ def _read_lines(path: Path) -> list[_Line]:
 
 
 def _may_be_list(file: Path) -> bool:
-    if file.name[0] == "." or file.suffix.lower() in {".json", *VIDEO_EXTENSIONS} or not file.is_file():
-        return False
-    return file.stat().st_size <= MOST_BYTES
+    is_other = file.name[0] == "." or file.suffix.lower() in {".json", *VIDEO_EXTENSIONS}
+    return not is_other and file.is_file() and file.stat().st_size <= MOST_BYTES
 
 
 def _read_list(file: Path, *, required: bool) -> list[_Line]:
@@ -264,10 +263,7 @@ def _labels(lines: Sequence[_Line], dataset: str, names: Mapping[str, str]) -> l
             )
         spelled, earlier = first.setdefault(key, (canonical.get(key, label), line))
         if earlier.split != line.split:
-            raise UserError(
-                f"the class {label!r} is in two splits, {earlier.split} on {earlier} and {line.split} on "
-                f"{line}: few-shot splits share no class, so keep it in one"
-            )
+            raise two_splits(label, f"{earlier.split} on {earlier}", f"{line.split} on {line}")
         if earlier.class_id != line.class_id:
             raise UserError(
                 f"the class {label!r} has two numbers, {earlier.class_id} on {earlier} and {line.class_id} on "
@@ -303,31 +299,28 @@ def _labels_of_ids(lines: Sequence[_Line], dataset: str, names: Mapping[str, str
 
 
 # Annotations
-def _templates(content: Sequence[Any], path: Path) -> list[tuple[str, str]]:
+def _templates(content: Sequence[Any], path: Path) -> Iterator[tuple[str, str]]:
     """The (video, template) pairs of an annotation file of SSv2."""
-    found = []
+    label = None
     for number, item in enumerate(content, start=1):
         if not isinstance(item, dict) or not isinstance(item.get("id"), str | int):
             raise UserError(f"entry {number} of the annotations {path} has no id: give {_SSV2_FILES}")
         if "template" in item:
             label = _sound_label(item["template"], f"the template of entry {number} of the annotations {path}")
-            found.append((str(item["id"]), label))
-    if not found:
+            yield str(item["id"]), label
+    if label is None:
         raise UserError(f"the annotations {path} have no templates, as those of SSv2's test videos: give {_SSV2_FILES}")
-    return found
 
 
-def _numbered_names(content: Mapping[str, Any], dataset: str, path: Path) -> list[tuple[str, str]]:
+def _numbered_names(content: Mapping[str, Any], dataset: str, path: Path) -> Iterator[tuple[str, str]]:
     """The (number, name) pairs of a data set in a ``class_names.json``, where ``ssv2`` is called ``ssv2_full``."""
     splits = content.get(dataset) or content.get(f"{dataset}_full") or {}
-    found = []
     for split, labels in splits.items():
         if not isinstance(labels, list):
             raise UserError(f"{split!r} of {dataset} in the annotations {path} is no list: give a list of class names")
         for number, label in enumerate(labels):
             where = f"name {number} of {split!r} of {dataset} in the annotations {path}"
-            found.append((f"{split}{number}", _sound_label(label, where)))
-    return found
+            yield f"{split}{number}", _sound_label(label, where)
 
 
 def _sound_label(label: Any, where: str) -> str:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 import clip_m2df.motion_shapes as motion_shapes
 from clip_m2df.datasets.manifest import Manifest, Split, Video
-from clip_m2df.episode import episode_generator
+from clip_m2df.episode import episode_generator, of_all_ranks
 from clip_m2df.episodes.dataset import EpisodeDataset, collate_episodes
 from clip_m2df.episodes.features import EvaluationTable, TrainingTable
 from clip_m2df.episodes.files import read_episodes_file
@@ -26,7 +26,7 @@ from clip_m2df.video.frame_cache import FrameCache
 from clip_m2df.video.reader import Decoder
 from clip_m2df.video.transforms import ClipReader
 
-# Share of unusable videos that training bears with by default.
+# Share of unusable videos that a training may find by default.
 TRAINING_UNUSABLE = 0.05
 
 
@@ -360,10 +360,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
 
     def _of_all_ranks(self, unusable: dict[str, str]) -> dict[str, str]:
         """Unusable videos with their reasons, those of this rank and of the others."""
-        found = [unusable] * self.world_size
-        if self.world_size > 1:
-            torch.distributed.all_gather_object(found, unusable)
-        return dict(itertools.chain(*(of_rank.items() for of_rank in found)))
+        return dict(itertools.chain(*(of_rank.items() for of_rank in of_all_ranks(unusable, self.world_size))))
 
     def _loader(self, name: str) -> DataLoader[Any]:
         """The loader of a stage: here it is decided whether its batches are episodes of a table, or frames."""

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import Tensor
@@ -29,10 +30,11 @@ class ReadEpisode(Episode):
     clips: list[tuple[int, str]]
 
 
+@dataclass(eq=False)
 class EpisodeDataset(Dataset[ReadEpisode]):
     """Episodes by number.
 
-    Args:
+    Attributes:
         split: where the videos come from.
         shape: how many classes and videos.
         reader: how a video is read.
@@ -44,31 +46,21 @@ class EpisodeDataset(Dataset[ReadEpisode]):
         note: called with the path of each video before it is read, and with an empty one after it.
     """
 
-    def __init__(
-        self,
-        split: Split,
-        shape: EpisodeShape,
-        reader: ClipReader,
-        *,
-        seed: int,
-        augment: bool,
-        replace: bool = False,
-        plans: Sequence[EpisodePlan] | None = None,
-        step: int = 1,
-        note: Callable[[str], object] = str,
-    ) -> None:
-        if plans is None:
-            shape.check(split)
-        self.split = split
-        self.shape = shape
-        self.reader = reader
-        self.seed = seed
-        self.augment = augment
-        self.replace = replace
-        self.plans = plans
-        self.step = step
-        self.note = note
-        self._index = {video.path: index for index, video in enumerate(itertools.chain(*split.videos))}
+    split: Split
+    shape: EpisodeShape
+    reader: ClipReader
+    _: KW_ONLY
+    seed: int
+    augment: bool
+    replace: bool = False
+    plans: Sequence[EpisodePlan] | None = None
+    step: int = 1
+    note: Callable[[str], object] = str
+
+    def __post_init__(self) -> None:
+        if self.plans is None:
+            self.shape.check(self.split)
+        self._index = {video.path: index for index, video in enumerate(itertools.chain(*self.split.videos))}
 
     def plan(self, episode: int) -> EpisodePlan:
         """The videos of episode number ``episode``."""
@@ -95,8 +87,14 @@ class EpisodeDataset(Dataset[ReadEpisode]):
         taken = {video.path for video in plan.videos}
         passed_over: dict[str, None] = {}
 
+        def candidates(c: int, video: Video) -> Iterator[Video]:
+            yield video
+            videos = self.split.videos[c]
+            rng = episode_generator(self.seed, self.split.name, episode, "stand-ins")
+            yield from (videos[v] for v in rng.permutation(len(videos)) if videos[v].path not in taken)
+
         def replace(c: int, video: Video) -> Video:
-            for candidate in itertools.chain([video], self._stand_ins(episode, c, taken)):
+            for candidate in candidates(c, video):
                 taken.add(candidate.path)
                 if is_usable(candidate.path):
                     return candidate
@@ -107,12 +105,6 @@ class EpisodeDataset(Dataset[ReadEpisode]):
             )
 
         return plan.replaced(replace), list(passed_over)
-
-    def _stand_ins(self, episode: int, c: int, taken: set[str]) -> Iterator[Video]:
-        """The other videos of a class, in an order that is the episode's own."""
-        videos = self.split.videos[c]
-        rng = episode_generator(self.seed, self.split.name, episode, "stand-ins")
-        yield from (videos[v] for v in rng.permutation(len(videos)) if videos[v].path not in taken)
 
     def __getitem__(self, episode: int) -> ReadEpisode:
         """Episode number ``episode``, with one leading axis of size 1 (see :class:`clip_m2df.episode.Episode`).

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -24,47 +25,51 @@ from clip_m2df.episode import (
 from clip_m2df.episodes.dataset import EpisodeDataset
 from clip_m2df.episodes.loader import ReadingNow, UnusableVideos, VideoLoader
 from clip_m2df.episodes.plan import EpisodePlan
-from clip_m2df.files import fingerprint, relative_path
+from clip_m2df.files import fingerprint_text, relative_path
 from clip_m2df.video.reader import VideoError
 
 
+@dataclass(eq=False)
 class EpisodeTable(Dataset[int], VideoTable):
     """Episodes by number, and videos that are read once each, for however many episodes.
 
-    Args:
+    Attributes:
         dataset: tells the videos of each episode, and how a video is read.
         unusable: keeps count of unusable videos.
         block: episodes of a batch.
-        num_workers: processes that decode.
-        stuck_after: see :class:`clip_m2df.episodes.loader.VideoLoader`.
         progress: whether to show a progress bar.
         root: the manifest's folder.
         store: a folder for features.
-
-    Attributes:
-        videos: what the indices of episodes mean.
+        num_workers: processes that decode.
+        stuck_after: see :class:`clip_m2df.episodes.loader.VideoLoader`.
         reading: how frames are read, in words.
+        videos: what the indices of episodes mean.
     """
 
-    def __init__(
-        self,
-        dataset: EpisodeDataset,
-        unusable: UnusableVideos,
-        *,
-        block: int = 1,
-        progress: bool = False,
-        root: str | None = None,
-        store: str | None = None,
-        num_workers: int = 0,
-        stuck_after: float = 300.0,
-    ) -> None:
-        self.dataset, self.unusable = dataset, unusable
-        self.block = block
-        self.progress = progress
-        self.root, self.store = root, store
-        self.num_workers, self.stuck_after = num_workers, stuck_after
-        self.reading = repr(dataset.reader)
+    dataset: EpisodeDataset
+    unusable: UnusableVideos
+    _: KW_ONLY
+    block: int = 1
+    progress: bool = False
+    root: str | None = None
+    store: str | None = None
+    num_workers: int = 0
+    stuck_after: float = 300.0
+
+    def __post_init__(self) -> None:
+        self.reading = repr(self.dataset.reader)
         self.videos: list[Video] = []
+
+    def replace(self, unusable: Mapping[str, str]) -> None:
+        """Have other videos instead of those that can't be read.
+
+        Args:
+            unusable: the reasons by path, of those that were found since the last time.
+
+        Raises:
+            UserError: there are more of them than may be.
+        """
+        self.unusable.add(unusable)
 
     def __getitem__(self, number: int) -> int:
         """The number itself, for :meth:`batch`: its videos are looked up when they have been read."""
@@ -77,11 +82,7 @@ class EpisodeTable(Dataset[int], VideoTable):
     def identity(self, index: int) -> str:
         """The video's path from the root, and what changes with its file; that of its cached frames if it is gone."""
         path = self.videos[index].path
-        try:
-            state = ":".join(map(str, fingerprint(path)))
-        except OSError:
-            state = "not there"
-        return f"{relative_path(path, self.root)} {state}"
+        return f"{relative_path(path, self.root)} {fingerprint_text(path) or 'not there'}"
 
     def uniforms(self, index: int) -> Tensor | None:
         """What the frames, the crop and the flip of a clip are drawn by; None for the middle ones."""
@@ -171,35 +172,25 @@ class EvaluationTable(EpisodeTable):
         self._index([*own, *named.values()], self._drawn, [0] * count)
 
     def __len__(self) -> int:
-        """See :class:`clip_m2df.episode.VideoTable`."""
+        """See :class:`EpisodeTable`."""
         return len(self._drawn)
 
     def episodes(self, numbers: Sequence[int]) -> IndexedEpisode:
-        """See :class:`clip_m2df.episode.VideoTable`."""
+        """See :class:`EpisodeTable`."""
         return select_episodes(self._all, torch.tensor(numbers, dtype=torch.long))
 
     def named(self, numbers: Sequence[int]) -> list[int]:
-        """See :class:`clip_m2df.episode.VideoTable`."""
+        """See :class:`EpisodeTable`."""
         rows = self.episodes(numbers)
         indices: list[int] = torch.cat((rows["support"].flatten(), rows["query"].flatten())).unique().tolist()
         return indices
 
     def replace(self, unusable: Mapping[str, str]) -> None:
-        """Put stand-ins in the places of unusable videos, as :class:`EpisodeDataset` does.
-
-        Args:
-            unusable: the reasons by path, of those that were found since the last time.
-
-        Raises:
-            UserError: there are more of them than may be.
-        """
-        self.unusable.add(unusable)
+        """See :class:`EpisodeTable`; the stand-ins are those that :class:`EpisodeDataset` chooses."""
+        super().replace(unusable)
         known = self.unusable.reasons
         replanned = [
-            self.dataset.replan(number, plan, lambda path: path not in known)
-            if any(video.path in known for video in plan.videos)
-            else (plan, [])
-            for number, plan in enumerate(self._drawn)
+            self.dataset.replan(number, plan, lambda path: path not in known) for number, plan in enumerate(self._drawn)
         ]
         plans = [plan for plan, _ in replanned]
         named = [video for plan in plans for video in plan.videos]
@@ -232,11 +223,11 @@ class TrainingTable(EpisodeTable):
         self._first = {video.path: augmentations * i for i, video in enumerate(self.videos[::augmentations])}
 
     def __len__(self) -> int:
-        """See :class:`clip_m2df.episode.VideoTable`."""
+        """See :class:`EpisodeTable`."""
         return 0
 
     def episodes(self, numbers: Sequence[int]) -> IndexedEpisode:
-        """See :class:`clip_m2df.episode.VideoTable`; which augmentation of a video comes is the episode's own draw."""
+        """See :class:`EpisodeTable`; which augmentation of a video comes is the episode's own draw."""
         seed, stage, known = self.dataset.seed, self.dataset.split.name, self.unusable.reasons
         replanned = [self.dataset.replan(i, self.dataset.plan(i), lambda path: path not in known) for i in numbers]
         videos = []
@@ -267,17 +258,6 @@ class TrainingTable(EpisodeTable):
         every = rng.random((self.augmentations, self.dataset.reader.frames + 3))
         return torch.from_numpy(every)[index % self.augmentations]
 
-    def replace(self, unusable: Mapping[str, str]) -> None:
-        """Leave unusable videos out of the episodes.
-
-        Args:
-            unusable: the reasons by path.
-
-        Raises:
-            UserError: there are more of them than may be.
-        """
-        self.unusable.add(unusable)
-
 
 class _Read(NamedTuple):
     """What came of reading a video."""
@@ -289,20 +269,18 @@ class _Read(NamedTuple):
     reason: str = ""
 
 
+@dataclass(eq=False)
 class _VideoDataset(Dataset[_Read]):
     """The clips of a table's videos by index."""
 
-    def __init__(self, table: EpisodeTable, note: Callable[[str], object]) -> None:
-        self.paths = [video.path for video in table.videos]
-        self.reader = table.dataset.reader
-        self.uniforms = table.uniforms
-        self.note = note
+    table: EpisodeTable
+    note: Callable[[str], object]
 
     def __getitem__(self, index: int) -> _Read:
-        path = self.paths[index]
+        path = self.table.videos[index].path
         self.note(path)
         try:
-            return _Read(index, path, *self.reader.read(path, self.uniforms(index)))
+            return _Read(index, path, *self.table.dataset.reader.read(path, self.table.uniforms(index)))
         except VideoError as error:
             return _Read(index, path, reason=str(error))
         finally:

@@ -75,7 +75,14 @@ def _plan(
     line: str, classes: Mapping[str, int], videos: Mapping[str, tuple[int, Video]], root: str, shape: EpisodeShape
 ) -> EpisodePlan:
     """The episode of a line; a ``ValueError`` says what is wrong with it."""
-    support, query = _roles(line)
+    wanted = 'an object with "support" and "query", each an object that has a list of paths by label'
+    try:
+        episode: Any = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"it is no JSON ({error}); expected {wanted}") from error
+    if not isinstance(episode, dict) or not all(_is_role(episode.get(role)) for role in ("support", "query")):
+        raise ValueError(f"expected {wanted}")
+    support, query = episode["support"], episode["query"]
     if unknown := [label for label in support if label not in classes]:
         raise ValueError(f"there is no class {unknown[0]!r} in the split: use the manifest's labels")
     if strangers := [label for label in query if label not in support]:
@@ -104,18 +111,6 @@ def _plan(
     if n_queries != shape.n_way * shape.n_query:
         raise ValueError(f"it has {n_queries} queries, but n_way times n_query_eval is {shape.n_way * shape.n_query}")
     return plan
-
-
-def _roles(line: str) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """Support and query of a line, of the right types."""
-    wanted = 'an object with "support" and "query", each an object that has a list of paths by label'
-    try:
-        episode: Any = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"it is no JSON ({error}); expected {wanted}") from error
-    if not isinstance(episode, dict) or not all(_is_role(episode.get(role)) for role in ("support", "query")):
-        raise ValueError(f"expected {wanted}")
-    return episode["support"], episode["query"]
 
 
 def _is_role(value: Any) -> bool:

@@ -89,20 +89,16 @@ class VideoLoader(DataLoader[Any]):
             UserError: a worker is stuck or was killed.
         """
         batches = super().__iter__()
-        while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                if what := self._lost(str(error)):
-                    batches._shutdown_workers()  # type: ignore[attr-defined]  # whose end is no further error then
-                    for worker in batches._workers:  # type: ignore[attr-defined]
-                        worker.join(1)
-                        worker.kill()
-                    raise UserError(what) from error
-                raise
-            yield self.receive(batch)
+        try:
+            yield from map(self.receive, batches)
+        except RuntimeError as error:
+            if what := self._lost(str(error)):
+                batches._shutdown_workers()  # type: ignore[attr-defined]  # whose end is no further error then
+                for worker in batches._workers:  # type: ignore[attr-defined]
+                    worker.join(1)
+                    worker.kill()
+                raise UserError(what) from error
+            raise
 
     def _lost(self, message: str) -> str:
         """What became of a worker, from torch's own message; nothing if that is of something else."""

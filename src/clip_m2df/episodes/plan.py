@@ -19,6 +19,7 @@ from torch.utils.data import DistributedSampler
 
 from clip_m2df.datasets.manifest import Split, Video
 from clip_m2df.episode import episode_generator
+from clip_m2df.errors import UserError, require, some
 from clip_m2df.motion_shapes.rendering import outlier_path
 
 
@@ -69,8 +70,28 @@ class EpisodeShape:
     n_query: int
 
     def check(self, split: Split) -> None:
-        """Raise ``UserError`` where ``split`` can't supply such episodes."""
-        split.check_episodes(n_way=self.n_way, n_shot=self.n_shot, n_query=self.n_query)
+        """Check that a split can supply such episodes.
+
+        Raises:
+            UserError: If the shape makes no sense, or the split has too few classes or videos for it.
+        """
+        require(least=2, n_way=self.n_way)  # an episode tells classes apart
+        require(least=1, n_shot=self.n_shot, n_query=self.n_query)
+        n_classes = len(split.class_names)
+        if n_classes < self.n_way:
+            classes = f"{n_classes} class{'' if n_classes == 1 else 'es'}"
+            raise UserError(
+                f"the {split.name} split has {classes}, too few for n_way {self.n_way}: lower n_way, or add classes to"
+                " the manifest"
+            )
+        needed = self.n_shot + self.n_query
+        counts = {name: len(videos) for name, videos in zip(split.class_names, split.videos, strict=True)}
+        if short := [f"{name!r} has {count}" for name, count in counts.items() if count < needed]:
+            raise UserError(
+                f"{len(short)} of the {n_classes} classes of the {split.name} split have fewer videos than the {needed}"
+                f" that n_shot {self.n_shot} and n_query {self.n_query} take: {some(short)}; lower n_shot or n_query,"
+                " add videos of these classes to the manifest, or remove the classes"
+            )
 
 
 def plan_episode(split: Split, shape: EpisodeShape, *, seed: int, episode: int) -> EpisodePlan:
@@ -84,12 +105,10 @@ def plan_episode(split: Split, shape: EpisodeShape, *, seed: int, episode: int) 
     """
     rng = episode_generator(seed, split.name, episode, "videos")
     classes = tuple(int(c) for c in rng.choice(len(split.class_names), shape.n_way, replace=False))
-    drawn = []
-    for c in classes:
-        videos = split.videos[c]
-        drawn.append(tuple(videos[v] for v in rng.choice(len(videos), shape.n_shot + shape.n_query, replace=False)))
+    needed = shape.n_shot + shape.n_query
+    drawn = [[split.videos[c][v] for v in rng.choice(len(split.videos[c]), needed, replace=False)] for c in classes]
     return EpisodePlan(
-        classes, tuple(row[: shape.n_shot] for row in drawn), tuple(row[shape.n_shot :] for row in drawn)
+        classes, tuple(tuple(row[: shape.n_shot]) for row in drawn), tuple(tuple(row[shape.n_shot :]) for row in drawn)
     )
 
 
@@ -140,13 +159,9 @@ class EpisodeSampler(DistributedSampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         """The numbers of this rank, in order."""
-        start = 0 if self.count is not None else self.first()
-        blocks = itertools.count(start + self.rank * self.block, self.num_replicas * self.block)
-        numbers = (number for block in blocks for number in range(block, block + self.block))
-        if self.count is None:
-            return numbers
-        # The numbers of a rank rise, so all beyond the first too large one are too large.
-        return itertools.takewhile(self.count.__gt__, numbers)
+        numbers = range(self.count) if self.count is not None else itertools.count(self.first())
+        blocks = itertools.groupby(enumerate(numbers), lambda item: item[0] // self.block % self.num_replicas)
+        return (number for rank, items in blocks if rank == self.rank for _, number in items)
 
     def __len__(self) -> int:
         """How many numbers this rank gets.
@@ -156,5 +171,4 @@ class EpisodeSampler(DistributedSampler[int]):
         """
         if self.count is None:
             raise TypeError("an endless stream of episodes has no length")
-        starts = range(self.rank * self.block, self.count, self.num_replicas * self.block)
-        return sum(min(self.block, self.count - start) for start in starts)
+        return sum(1 for _ in self)

@@ -14,14 +14,13 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from clip_m2df.episode import IndexedEpisode, VideoTable, select_episodes
+from clip_m2df.episode import IndexedEpisode, VideoTable, of_all_ranks, select_episodes
 from clip_m2df.files import whole_file
 from clip_m2df.nn.head import Embedded, Head, HeadOutput, QueryPrompt, Scoring
 from clip_m2df.nn.m2df import M2DF
@@ -206,9 +205,7 @@ def encode_videos(
     store = _open_store(model, table, precision) if table.store and keep else None
     kept = store.read() if store and rank == 0 else {}
     if store and world_size > 1:  # one word for all: each has to miss the same
-        box = [kept]
-        torch.distributed.broadcast_object_list(box, src=0)
-        (kept,) = box
+        kept = of_all_ranks(kept, world_size)[0]
     encoded: dict[int, Tensor] = {}
     fresh: dict[str, Tensor] = {}
     while indices := [index for index in table.named(numbers) if index not in encoded]:
@@ -247,15 +244,14 @@ def _encode(
             features = model.encode_frames(clips.frames.to(model.device))
             mine |= dict(zip(clips.indices.tolist(), features, strict=True))
     if world_size > 1:
-        everything: list[Any] = [None] * world_size
-        torch.distributed.all_gather_object(everything, ({index: f.cpu() for index, f in mine.items()}, unusable))
-        for features_of_rank, reasons in everything:
+        on_cpu = {index: feature.cpu() for index, feature in mine.items()}
+        for features_of_rank, reasons in of_all_ranks((on_cpu, unusable), world_size):
             mine |= features_of_rank
             unusable |= reasons
     return mine, unusable
 
 
-FORMAT = "clip-m2df features 1"
+FEATURES_FORMAT = "clip-m2df features 1"
 
 
 class FeatureStore:
@@ -278,7 +274,7 @@ class FeatureStore:
         try:
             with safe_open(self.path, framework="pt") as file:
                 metadata = file.metadata()
-                if (metadata["format"], metadata["key"]) != (FORMAT, self.key):
+                if (metadata["format"], metadata["key"]) != (FEATURES_FORMAT, self.key):
                     raise ValueError("another format or tower")
                 features = file.get_tensor("features")
                 if _checksum(metadata["videos"], features) != metadata["sha256"]:
@@ -292,7 +288,7 @@ class FeatureStore:
         """Put features there, by what tells their video, in the place of all that were."""
         rows = torch.stack([feature.cpu() for feature in features.values()])
         videos = json.dumps(list(features))
-        metadata = {"format": FORMAT, "key": self.key, "videos": videos, "sha256": _checksum(videos, rows)}
+        metadata = {"format": FEATURES_FORMAT, "key": self.key, "videos": videos, "sha256": _checksum(videos, rows)}
         try:
             with whole_file(self.path) as draft:
                 save_file({"features": rows}, draft, metadata)

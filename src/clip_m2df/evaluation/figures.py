@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from clip_m2df.evaluation.evidence import Alignment, HardEpisode, PromptScore, Reliabilities, ValidationEvidence
+from clip_m2df.evaluation.metrics import class_results
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -101,11 +102,11 @@ def class_accuracies(confusion: Tensor, class_names: Sequence[str]) -> Figure:
         confusion: see :func:`confusion_matrix`.
         class_names: the same.
     """
-    queries, shares = confusion.sum(1).tolist(), (confusion.diagonal() / confusion.sum(1).clamp(min=1)).tolist()
-    order = sorted(range(len(class_names)), key=lambda c: (not queries[c], shares[c]))
-    figure, axes = chart(320, 19 * len(order), "accuracy of each class")
-    said = [f"{share:.0%} of {n}" if n else "no queries" for share, n in zip(shares, queries, strict=True)]
-    draw_shares(axes, [(class_names[c], shares[c], VIEW_COLOURS["local"], said[c]) for c in order])
+    results = sorted(class_results(class_names, confusion), key=lambda r: (not r.queries, r.accuracy))
+    figure, axes = chart(320, 19 * len(results), "accuracy of each class")
+    said = [f"{result.accuracy:.0%} of {result.queries}" if result.queries else "no queries" for result in results]
+    bars = zip(results, said, strict=True)
+    draw_shares(axes, [(result.name, result.accuracy, VIEW_COLOURS["local"], text) for result, text in bars])
     return figure
 
 

@@ -5,8 +5,8 @@ for bit. No state is written in place: what a validation under inference mode le
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -97,6 +97,47 @@ class Confusion(Metric):
     def compute(self) -> Tensor:
         """int64 ``(n_classes, n_classes)``."""
         return self.counts
+
+
+class ClassResult(NamedTuple):
+    """How the queries of a class were classified.
+
+    Attributes:
+        name: of the class.
+        counts: of queries, by the class that was predicted.
+        queries: of the class.
+        correct: of them, those that were recognised.
+        taken_for: the class that the others were most often taken for, or "".
+        taken: how often.
+    """
+
+    name: str
+    counts: list[int]
+    queries: int
+    correct: int
+    taken_for: str
+    taken: int
+
+    @property
+    def accuracy(self) -> float:
+        """A share of 1; 0 without queries."""
+        return self.correct / max(self.queries, 1)
+
+
+def class_results(class_names: Sequence[str], confusion: Tensor) -> list[ClassResult]:
+    """Read a confusion matrix class by class.
+
+    Args:
+        class_names: in its order.
+        confusion: int64 ``(n_classes, n_classes)``, queries by their own class and by the predicted one.
+    """
+    results = []
+    for c, (name, counts) in enumerate(zip(class_names, confusion.tolist(), strict=True)):
+        wrong = [*counts[:c], 0, *counts[c + 1 :]]
+        taken = max(wrong)
+        taken_for = class_names[wrong.index(taken)] if taken else ""
+        results.append(ClassResult(name, counts, sum(counts), counts[c], taken_for, taken))
+    return results
 
 
 class Mean(Metric):

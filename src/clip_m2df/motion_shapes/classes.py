@@ -196,12 +196,9 @@ def _order() -> tuple[MotionClass, ...]:
     two += [APPEARING + THEN + event for event in events]
     split_of = {motion: split for split, motions in _ORDER.items() for motion in motions}
     split_of |= {MotionClass(split, "", "", motion).twin.motion: split for motion, split in split_of.items()}
-    classes: dict[str, MotionClass] = {}
-    for motion in (*BACKWARDS, *two):
-        one = MotionClass(split_of.get(motion, "train"), "", "", motion)
-        for c in (one, one.twin):
-            classes.setdefault(c.motion, c)
-    return tuple(sorted(classes.values(), key=lambda c: SPLITS.index(c.split)))
+    ones = [MotionClass(split_of.get(motion, "train"), "", "", motion) for motion in (*BACKWARDS, *two)]
+    classes = dict.fromkeys(c for one in ones for c in (one, one.twin))
+    return tuple(sorted(classes, key=lambda c: SPLITS.index(c.split)))
 
 
 # Of each family its classes. ``demo`` is the small mixture that clip-m2df demo trains on.

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePath
@@ -130,7 +130,9 @@ def render(
         raise UserError(f"motion_shapes has no family {family!r}; choose from {', '.join(FAMILIES)}")
     counts = _count(family, knobs, videos_per_class, seed)
     key = _key(family, knobs, counts, seed)
-    target = _cache_folder() / f"motion_shapes_{family}-{key}" if root is None else Path(root)
+    own = os.environ.get("CLIP_M2DF_CACHE")
+    cache = Path(own or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "clip-m2df")).expanduser()
+    target = cache / f"motion_shapes_{family}-{key}" if root is None else Path(root)
     if _finished(target, key):
         return target / "manifest.csv"
     if root is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -158,11 +160,10 @@ def _count(family: str, knobs: Knobs, videos_per_class: Mapping[str, int] | None
     """How many videos a class has, by split."""
     if videos_per_class is None:
         videos_per_class = VIDEOS_PER_CLASS[family]
-    counts = {split: int(videos_per_class.get(split, 0)) for split in SPLITS}
+    rendered = SPLITS if knobs == NO_KNOBS else ("test",)
+    counts = {split: int(videos_per_class.get(split, 0)) if split in rendered else 0 for split in SPLITS}
     if unknown := set(videos_per_class) - set(SPLITS):
         raise UserError(f"videos_per_class names {sorted(unknown)}; the splits are {', '.join(SPLITS)}")
-    if knobs != NO_KNOBS:
-        counts = {split: counts[split] if split == "test" else 0 for split in SPLITS}
     if min(counts.values()) < 0 or not any(counts.values()) or seed < 0:
         raise UserError(f"videos_per_class ({counts}) and seed ({seed}) can't be negative, and some split needs videos")
     return counts
@@ -173,12 +174,6 @@ def _key(family: str, knobs: Knobs, counts: Mapping[str, int], seed: int) -> str
     harder = [float(knobs.overlap), float(knobs.noise), knobs.outliers > 0]  # 0 and 0.0 are one setting
     everything = [RENDERER_VERSION, SIZE, FPS, SECONDS, JITTER, dict(COLOURS), family, table, harder, counts, seed]
     return hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:12]
-
-
-def _cache_folder() -> Path:
-    if own := os.environ.get("CLIP_M2DF_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "clip-m2df"
 
 
 def _finished(folder: Path, key: str) -> bool:
@@ -213,13 +208,10 @@ def _render_all(work: Callable[[_Job], None], jobs: list[_Job], workers: int, pr
     from rich.progress import track
 
     workers = min(workers, len(jobs))
-    with ExitStack() as stack:
-        done: Iterator[None] = map(work, jobs)
-        if workers > 1:
-            # Processes are spawned, not forked: the caller may have threads of torch's running.
-            context = multiprocessing.get_context("spawn")
-            pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=context))
-            done = pool.map(work, jobs, chunksize=8)
+    # Processes are spawned, not forked: the caller may have threads of torch's running.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) if workers > 1 else nullcontext() as pool:
+        done = pool.map(work, jobs, chunksize=8) if pool else map(work, jobs)
         try:
             for _ in track(done, "rendering motion_shapes", total=len(jobs), disable=not progress):
                 pass

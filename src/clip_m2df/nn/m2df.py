@@ -285,8 +285,8 @@ class M2DF(nn.Module):
         # A video that several episodes of the batch have in common goes through the tower once.
         support, query = episode["support"], episode["query"]
         clips = torch.cat((support.flatten(1, 2), query), 1).flatten(0, 1)
-        chosen, places = episode["same"].flatten().unique(return_inverse=True)
-        features = self.encode_frames(clips[chosen])[places].unflatten(0, episode["same"].shape)
+        chosen, inverse = episode["same"].flatten().unique(return_inverse=True)
+        features = self.encode_frames(clips[chosen])[inverse].unflatten(0, episode["same"].shape)
         n_support = support.shape[1] * support.shape[2]
         return features[:, :n_support].unflatten(1, support.shape[1:3]), features[:, n_support:]
 

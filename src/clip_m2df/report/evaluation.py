@@ -9,6 +9,7 @@ import lightning
 import yaml
 
 from clip_m2df.evaluation.evidence import Played, ValidationEvidence
+from clip_m2df.evaluation.metrics import class_results
 from clip_m2df.files import plain
 from clip_m2df.report.page import check_page, write_page
 from clip_m2df.training.dashboard import EvidenceCollector
@@ -29,20 +30,6 @@ def evaluation_content(
         found: of the test's classes, whose names are those of the manifest, and of its hardest episodes.
     """
     queries = int(found.confusion.sum())
-    classes = []
-    for c, (name, counts) in enumerate(zip(found.class_names, found.confusion.tolist(), strict=True)):
-        wrong = [0 if other == c else count for other, count in enumerate(counts)]
-        most = max(wrong)
-        classes.append(
-            {
-                "name": name,
-                "counts": counts,
-                "queries": sum(counts),
-                "correct": counts[c],
-                "taken_for": found.class_names[wrong.index(most)] if most else "",
-                "taken": most,
-            }
-        )
     return {
         "title": "Test report",
         "config": config,
@@ -51,7 +38,7 @@ def evaluation_content(
         "n_queries": queries,
         # All have as many queries.
         "n_episodes": queries // len(found.hardest[0].labels) if found.hardest else None,
-        "classes": classes,
+        "classes": class_results(found.class_names, found.confusion),
         "episodes": found.hardest,
     }
 
@@ -78,13 +65,7 @@ class EvaluationPage(lightning.Callback):
         self._collector.start()
 
     def on_test_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         """Keep the episodes that are among the hardest so far."""
         if isinstance(outputs, Played):

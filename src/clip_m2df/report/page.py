@@ -55,21 +55,13 @@ def write_page(path: Path, template: str, content: Mapping[str, object]) -> None
         UserError: it can't be written.
     """
     style, script = _own_text("page.css"), _own_text("page.js")
-    text = (
-        templates()
-        .get_template(template)
-        .render(
-            **content,
-            style=Markup(style),
-            script=Markup(script),
-            policy=(
-                "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none';"
-                f" style-src '{_digest(style)}'; script-src '{_digest(script)}'"
-            ),
-            version=__version__,
-            written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        )
+    policy = (
+        "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none';"
+        f" style-src '{_digest(style)}'; script-src '{_digest(script)}'"
     )
+    own = {"style": Markup(style), "script": Markup(script), "policy": policy, "version": __version__}
+    written = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    text = templates().get_template(template).render(**content, **own, written=written)
     with writing(path, "report"), whole_file(path) as draft:
         # Names of files may have bytes that are no text.
         draft.write_bytes(text.encode(errors="backslashreplace"))

@@ -10,10 +10,11 @@ from rich.console import Console
 from rich.progress import track
 
 from clip_m2df.classifier.classifier import FewShotClassifier
-from clip_m2df.classifier.clips import Unreadable, read_clips
+from clip_m2df.classifier.clips import read_clips
 from clip_m2df.evaluation.explanation import likeliest
 from clip_m2df.files import plain
 from clip_m2df.report.page import frame_pictures, write_page
+from clip_m2df.video.isolation import Unreadable
 
 # Videos that are explained; of more the least certain ones.
 MOST_EXPLAINED = 200

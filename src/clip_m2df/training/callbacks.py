@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from clip_m2df.evaluation.metrics import class_results
 from clip_m2df.files import write_table
 from clip_m2df.loops import logs_step
 
@@ -90,14 +91,11 @@ def write_report(folder: Path, stage: str, class_names: Sequence[str], confusion
     Returns:
         The files.
     """
-    rows = zip(class_names, confusion.sum(1).tolist(), confusion.diagonal().tolist(), strict=True)
-    accuracies = [[name, queries, right, f"{right / queries:.4f}" if queries else ""] for name, queries, right in rows]
-    tables = {
+    results = class_results(class_names, confusion)
+    accuracies = [[r.name, r.queries, r.correct, f"{r.accuracy:.4f}" if r.queries else ""] for r in results]
+    tables: dict[Path, list[list[Any]]] = {
         folder / f"{stage}_classes.csv": [["class", "queries", "correct", "accuracy"], *accuracies],
-        folder / f"{stage}_confusion.csv": [
-            ["class", *class_names],
-            *([name, *row] for name, row in zip(class_names, confusion.tolist(), strict=True)),
-        ],
+        folder / f"{stage}_confusion.csv": [["class", *class_names], *([r.name, *r.counts] for r in results)],
     }
     for path, content in tables.items():
         write_table(path, "table", content)
@@ -107,12 +105,8 @@ def write_report(folder: Path, stage: str, class_names: Sequence[str], confusion
 def hardest_classes(class_names: Sequence[str], confusion: Tensor, most: int = 5) -> Table:
     """A table of the classes that are recognised least often, and what each is most often taken for."""
     table = Table("hardest classes", "accuracy", "most often taken for")
-    queries = confusion.sum(1)
-    shares = confusion.diagonal() / queries.clamp(min=1)
-    order = [c for c in shares.argsort(stable=True).tolist() if queries[c]]
-    for c in order[:most]:
-        wrong = confusion[c].clone()
-        wrong[c] = 0
-        other = f"{class_names[int(wrong.argmax())]} ({float(wrong.max() / queries[c]):.1%})" if wrong.any() else ""
-        table.add_row(class_names[c], f"{float(shares[c]):.1%}", other)
+    results = [result for result in class_results(class_names, confusion) if result.queries]
+    for result in sorted(results, key=lambda result: result.accuracy)[:most]:
+        other = f"{result.taken_for} ({result.taken / result.queries:.1%})" if result.taken else ""
+        table.add_row(result.name, f"{result.accuracy:.1%}", other)
     return table

@@ -6,7 +6,7 @@ import itertools
 import subprocess
 import warnings
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import lightning
 import numpy as np
@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 
 from clip_m2df.__about__ import __version__
-from clip_m2df.episode import TableEpisodes, VideoTable
+from clip_m2df.episode import TableEpisodes, VideoTable, of_all_ranks
 from clip_m2df.errors import UserError, require
 from clip_m2df.evaluation.evidence import (
     HardEpisode,
@@ -31,8 +31,6 @@ from clip_m2df.evaluation.figures import validation_pictures
 from clip_m2df.files import whole_file
 from clip_m2df.training import wandb_run
 from clip_m2df.training.module import CLIPM2DF
-
-T = TypeVar("T")
 
 # Pixels of a frame's side, at most: what pictures show is smaller still.
 SIDE = 48
@@ -71,11 +69,11 @@ class EvidenceCollector:
             self._columns.setdefault(name, []).append(column)
         hardest, rows = losses.mean(1).topk(min(self.episodes, len(labels)))
         for loss, row in zip(hardest.tolist(), rows.tolist(), strict=True):
-            if len(self._hardest) < self.episodes or loss > self._hardest[-1].loss:
+            if len(self._hardest) < self.episodes or loss > self._hardest[-1].shown.loss:
                 # Without a number of its own, an episode has that of its turn: ranks take turns.
                 turn = (self._seen + row) * trainer.world_size + trainer.global_rank
                 number = int(batch.numbers[row]) if isinstance(batch, TableEpisodes) else turn
-                self._hardest.append(_Candidate.of(row, loss, number, losses, batch, played))
+                self._hardest.append(_Candidate.of(row, number, losses, batch, played))
                 self._hardest = sorted(self._hardest, key=_Candidate.order)[: self.episodes]
         self._class_names = list(played.episode["class_names"])
         self._seen += len(labels)
@@ -83,11 +81,12 @@ class EvidenceCollector:
     def gather(self, trainer: lightning.Trainer, model: CLIPM2DF) -> ValidationEvidence | None:
         """What all ranks have collected; to be called on all of them. None where nothing was played."""
         # First which episodes, then what is shown of those alone: frames are much to send.
-        orders = sorted(itertools.chain(*_of_ranks(trainer, [candidate.order() for candidate in self._hardest])))
+        of_ranks = of_all_ranks([candidate.order() for candidate in self._hardest], trainer.world_size)
+        orders = sorted(itertools.chain(*of_ranks))
         winners = [candidate for candidate in self._hardest if candidate.order() in orders[: self.episodes]]
         shown = [(c.order(), self._show(c, trainer, model, with_evidence=c.order() == orders[0])) for c in winners]
         columns = {name: torch.cat(parts) for name, parts in self._columns.items()}
-        found = _of_ranks(trainer, (shown, columns))
+        found = of_all_ranks((shown, columns), trainer.world_size)
         class_names = self._class_names
         self.start()
         if not orders or model.evaluated is None:
@@ -102,21 +101,11 @@ class EvidenceCollector:
     def _show(
         self, candidate: _Candidate, trainer: lightning.Trainer, model: CLIPM2DF, *, with_evidence: bool
     ) -> HardEpisode:
-        support, query = candidate.support, candidate.query
+        hard, episode = candidate.shown, candidate.episode
         if candidate.table is not None:
-            support, query = self._read(candidate.table, support), self._read(candidate.table, query)
-        episode, scores = candidate.episode, candidate.scores.cpu()
-        labels: Tensor = episode["query_labels"].cpu()
-        hard = HardEpisode(
-            number=candidate.number,
-            class_names=[episode["class_names"][c] for c in episode["class_indices"].tolist()],
-            labels=labels.tolist(),
-            predicted=scores.argmax(-1).tolist(),
-            rivals=scores.scatter(-1, labels.unsqueeze(-1), -torch.inf).argmax(-1).tolist(),
-            losses=candidate.losses.tolist(),
-            support=support,
-            query=query,
-        )
+            videos = candidate.table.episodes([hard.number])
+            support, query = videos["support"][0, :, 0], videos["query"][0]
+            hard = hard._replace(support=self._read(candidate.table, support), query=self._read(candidate.table, query))
         if not (with_evidence and candidate.has_views):
             return hard
         head, prompts, q = model.model.head, candidate.prompts, hard.hardest
@@ -127,9 +116,9 @@ class EvidenceCollector:
             evidence: QueryEvidence = query_evidence(head, prototypes, episode["query"][q], prompts, draws)
         return hard._replace(evidence=evidence)
 
-    def _read(self, table: VideoTable, indices: Tensor | None) -> Tensor | None:
+    def _read(self, table: VideoTable, indices: Tensor) -> Tensor | None:
         """Small frames of videos; None if one can't be read."""
-        names = {} if indices is None else {index: table.identity(index) for index in indices.tolist()}
+        names = {index: table.identity(index) for index in indices.tolist()}
         try:
             for index, name in names.items():
                 if name not in self._frames:  # hard episodes have videos in common, and so have evaluations
@@ -175,8 +164,7 @@ class Dashboard(lightning.Callback):
         """Tell the loggers what the training depends on beside its options, and keep the id of the W&B run."""
         if not trainer.is_global_zero or _is_trial(trainer):
             return
-        manifest = getattr(trainer.datamodule, "manifest", None)  # type: ignore[attr-defined]
-        digest = None if manifest is None else manifest.digest
+        digest = getattr(getattr(trainer.datamodule, "manifest", None), "digest", None)  # type: ignore[attr-defined]
         for logger in trainer.loggers:
             logger.log_hyperparams({"version": __version__, "git_revision": git_revision(), "manifest_digest": digest})
         for wandb_logger in _wandb_loggers(trainer)[:1]:
@@ -212,13 +200,7 @@ class Dashboard(lightning.Callback):
         self._collector.start()
 
     def on_validation_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         """Collect what the pictures show."""
         if self._draws(trainer) and isinstance(outputs, Played):
@@ -241,7 +223,6 @@ class Dashboard(lightning.Callback):
 
     def _give(self, trainer: lightning.Trainer, evidence: ValidationEvidence) -> None:
         pictures = validation_pictures(evidence)
-        shown = False
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 wandb_run.log_validation(logger, evidence, pictures, trainer.global_step)
@@ -249,10 +230,7 @@ class Dashboard(lightning.Callback):
                 for name, picture in pictures.items():
                     array = np.asarray(picture)
                     logger.experiment.add_image(f"val/{name}", array, trainer.global_step, dataformats="HWC")
-            else:
-                continue
-            shown = True
-        if not shown:
+        if not any(isinstance(logger, WandbLogger | TensorBoardLogger) for logger in trainer.loggers):
             folder = Path(trainer.default_root_dir) / "figures" / f"step-{trainer.global_step:06d}"
             for name, picture in pictures.items():
                 with whole_file(folder / f"{name}.png") as draft:
@@ -260,53 +238,46 @@ class Dashboard(lightning.Callback):
 
 
 class _Candidate(NamedTuple):
-    """An episode that may be among the hardest: its row of a batch, without the batch's axis.
+    """An episode that may be among the hardest.
 
     Attributes:
-        support: small frames of each class's first shot, or its index in ``table``.
-        query: the same of the queries.
+        shown: what is shown of it; frames of a table's videos, and evidence, only if it is among the hardest.
+        episode: its row of the batch, as features, without the batch's axis.
+        prompts: ``(n_way, dim)``.
+        has_views: whether the head has any.
+        table: of its videos; None for a batch of frames.
     """
 
-    loss: float
-    number: int
-    losses: Tensor
-    scores: Tensor
+    shown: HardEpisode
+    episode: dict[str, Any]
     prompts: Tensor
     has_views: bool
-    episode: dict[str, Any]
     table: VideoTable | None
-    support: Tensor | None
-    query: Tensor | None
 
     def order(self) -> tuple[float, int]:
         """Where it stands among others: the hardest first."""
-        return -self.loss, self.number
+        return -self.shown.loss, self.shown.number
 
     @classmethod
-    def of(cls, row: int, loss: float, number: int, losses: Tensor, batch: Any, played: Played) -> _Candidate:
+    def of(cls, row: int, number: int, losses: Tensor, batch: Any, played: Played) -> _Candidate:
         """Copy what is needed of a row, so that the batch itself can go."""
-        table, support, query = None, None, None
-        if isinstance(batch, TableEpisodes):
-            table, videos = batch.table, batch.table.episodes([number])
-            support, query = videos["support"][0, :, 0], videos["query"][0]
-        elif batch["support"].dtype == torch.uint8:
-            support, query = _small(batch["support"][row, :, 0]).cpu(), _small(batch["query"][row]).cpu()
-        return cls(
-            loss=loss,
+        episode: dict[str, Any] = {
+            key: value[row].clone() if isinstance(value, Tensor) else value for key, value in played.episode.items()
+        }
+        labels, scores = episode["query_labels"], played.scores[row].float()
+        shown = HardEpisode(
             number=number,
-            losses=losses[row].cpu(),
-            scores=played.scores[row].float(),
-            prompts=played.prompts[row].clone(),
-            has_views=bool(played.output.views),
-            episode={
-                key: value[row].clone() if isinstance(value, Tensor) else value
-                for key, value in played.episode.items()
-                if key != "same"
-            },
-            table=table,
-            support=support,
-            query=query,
+            class_names=[episode["class_names"][c] for c in episode["class_indices"].tolist()],
+            labels=labels.tolist(),
+            predicted=scores.argmax(-1).tolist(),
+            rivals=scores.scatter(-1, labels.unsqueeze(-1), -torch.inf).argmax(-1).tolist(),
+            losses=losses[row].tolist(),
         )
+        table = batch.table if isinstance(batch, TableEpisodes) else None
+        if table is None and batch["support"].dtype == torch.uint8:
+            support, query = _small(batch["support"][row, :, 0]).cpu(), _small(batch["query"][row]).cpu()
+            shown = shown._replace(support=support, query=query)
+        return cls(shown, episode, played.prompts[row].clone(), bool(played.output.views), table)
 
 
 def _small(clips: Tensor) -> Tensor:
@@ -315,15 +286,6 @@ def _small(clips: Tensor) -> Tensor:
         return clips.clone()
     small = F.interpolate(clips.flatten(0, -4).float(), (SIDE, SIDE), mode="area")
     return small.round().to(torch.uint8).view(*clips.shape[:-2], SIDE, SIDE)
-
-
-def _of_ranks(trainer: lightning.Trainer, mine: T) -> list[T]:
-    """What each rank has, in the order of ranks."""
-    if trainer.world_size == 1:
-        return [mine]
-    found = [mine] * trainer.world_size
-    torch.distributed.all_gather_object(found, mine)
-    return found
 
 
 def _wandb_loggers(trainer: lightning.Trainer) -> list[WandbLogger]:
@@ -339,7 +301,6 @@ def git_revision() -> str | None:
     """The commit that is checked out in the working directory, if one is."""
     try:
         command = ["git", "rev-parse", "HEAD"]
-        revision = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return revision or None

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from clip_m2df.evaluation.evidence import HardEpisode, ValidationEvidence
 from clip_m2df.evaluation.figures import strip
+from clip_m2df.evaluation.metrics import class_results
 from clip_m2df.files import whole_file
 from clip_m2df.training.checkpoints import read_checkpoint
 
@@ -81,8 +82,8 @@ def log_validation(logger: WandbLogger, evidence: ValidationEvidence, pictures: 
     for kind, by_view in evidence.reliabilities.confidences.items():
         for view, column in by_view.items():
             log[f"val/{kind}_confidence/{view}"] = wandb.Histogram(column.tolist())
-    queries, right = evidence.confusion.sum(1).tolist(), evidence.confusion.diagonal().tolist()
-    rows = [[n, r / q, q] for n, r, q in zip(evidence.class_names, right, queries, strict=False) if q]
+    results = class_results(evidence.class_names, evidence.confusion) if evidence.confusion.numel() else []
+    rows = [[result.name, result.accuracy, result.queries] for result in results if result.queries]
     log["val/class_accuracies"] = wandb.Table(columns=["class", "accuracy", "queries"], data=rows)
     log["val/hardest_episodes"] = _episode_table(evidence.hardest)
     logger.experiment.log(log | {"trainer/global_step": step})

@@ -15,13 +15,13 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class Lost(str):
-    """Why there is no result: the process crashed, or was ended because it took too long."""
+class Unreadable(str):
+    """Why there is nothing of a video: it can't be read, or the process crashed on it or took too long."""
 
 
 def isolated_map(
     function: Callable[[Item], Result], items: Iterable[Item], *, workers: int | None, timeout: float
-) -> Generator[tuple[Item, Result | Lost], None, None]:
+) -> Generator[tuple[Item, Result | Unreadable], None, None]:
     """Apply a function to each item in worker processes, which are replaced when one is lost.
 
     Each worker computes on one thread, and what it prints to stderr is dropped.
@@ -63,12 +63,12 @@ def _start_worker() -> None:
         os.dup2(nowhere.fileno(), 2)
 
 
-def _result_of(future: Future[Result], timeout: float) -> Result | Lost:
+def _result_of(future: Future[Result], timeout: float) -> Result | Unreadable:
     try:
         return future.result()
     except TimeoutError:
-        return Lost(f"the decoder hangs: not done after {timeout:g} s")
+        return Unreadable(f"the decoder hangs: not done after {timeout:g} s")
     except ProcessExpired as error:
         code = error.exitcode or 0
         ending = signal.Signals(-code).name if code < 0 else f"exit status {code}"
-        return Lost(f"the decoder crashed ({ending})")
+        return Unreadable(f"the decoder crashed ({ending})")

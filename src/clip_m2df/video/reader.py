@@ -13,7 +13,7 @@ import itertools
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
@@ -165,29 +165,29 @@ def _read_pyav(path: str, choose: Choose) -> tuple[Tensor, int]:
 
 def _read_images(folder: str, choose: Choose) -> tuple[Tensor, int]:
     images = _list_images(folder)
-    wanted = chosen_frames(choose, len(images))
-    pictures: dict[int, _Picture] = {}
-    size: tuple[int, int] | None = None
-    for number in sorted(set(wanted)):
-        pictures[number], size = _read_image(images[number], size)
-    return _stack(pictures, wanted), len(images)
+    return _read_numbered(len(images), choose, lambda numbers: _pictures(images[number] for number in numbers))
 
 
 def _read_decord(path: str, choose: Choose) -> tuple[Tensor, int]:
     # More threads fail on some VP9 files. The reader lives as short as can be: it hangs after a fork.
     video = _import("decord").VideoReader(path, num_threads=1)
-    wanted = chosen_frames(choose, len(video))
-    numbers = sorted(set(wanted))
-    pictures = video.get_batch(numbers).asnumpy()
-    return _stack(dict(zip(numbers, pictures, strict=True)), wanted), len(video)
+    return _read_numbered(len(video), choose, lambda numbers: video.get_batch(numbers).asnumpy())
 
 
 def _read_torchcodec(path: str, choose: Choose) -> tuple[Tensor, int]:
     video = _import("torchcodec.decoders").VideoDecoder(path, seek_mode="exact", num_ffmpeg_threads=1)
-    wanted = chosen_frames(choose, len(video))
+    return _read_numbered(
+        len(video), choose, lambda numbers: video.get_frames_at(indices=numbers).data.permute(0, 2, 3, 1).numpy()
+    )
+
+
+def _read_numbered(
+    n_frames: int, choose: Choose, read: Callable[[list[int]], Iterable[_Picture]]
+) -> tuple[Tensor, int]:
+    """Read the chosen frames of what gives frames by their numbers, once each and in order."""
+    wanted = chosen_frames(choose, n_frames)
     numbers = sorted(set(wanted))
-    pictures = video.get_frames_at(indices=numbers).data.permute(0, 2, 3, 1).numpy()
-    return _stack(dict(zip(numbers, pictures, strict=True)), wanted), len(video)
+    return _stack(dict(zip(numbers, read(numbers), strict=True)), wanted), n_frames
 
 
 def _import(module: str) -> Any:
@@ -217,11 +217,9 @@ def _sample_pyav(path: str, rate: Fraction, fps: Fraction | None) -> Iterator[Te
 
 
 def _sample_images(images: Sequence[str], rate: Fraction, fps: Fraction) -> Iterator[Tensor]:
-    size: tuple[int, int] | None = None
-    for image, count in count_samples(evenly_timed(images, fps), rate):
-        if count:
-            picture, size = _read_image(image, size)
-            yield from _repeat(picture, count)
+    shown = [(image, count) for image, count in count_samples(evenly_timed(images, fps), rate) if count]
+    for picture, (_, count) in zip(_pictures(image for image, _ in shown), shown, strict=True):
+        yield from _repeat(picture, count)
 
 
 def _repeat(picture: _Picture, count: int) -> Iterator[Tensor]:
@@ -242,15 +240,18 @@ def _list_images(folder: str) -> list[str]:
     return [os.path.join(folder, name) for name in names]
 
 
-def _read_image(path: str, size: tuple[int, int] | None) -> tuple[_Picture, tuple[int, int]]:
-    """Read an image, scaled to a width and height if given; return it with its size."""
-    # From memory: FFmpeg would take a name such as "img_%d.jpg" for a pattern.
-    with as_video_error(path), _open(io.BytesIO(Path(path).read_bytes()), path) as (container, stream):
-        frame = next(_frames(container, stream), None)
-        if frame is None:
-            raise unreadable(path, "the image does not decode")
-        size = size or _size(frame)
-        return _picture(frame, size), size
+def _pictures(images: Iterable[str]) -> Iterator[_Picture]:
+    """Read images, each scaled to the size of the first."""
+    size: tuple[int, int] | None = None
+    for path in images:
+        # From memory: FFmpeg would take a name such as "img_%d.jpg" for a pattern.
+        with as_video_error(path), _open(io.BytesIO(Path(path).read_bytes()), path) as (container, stream):
+            frame = next(_frames(container, stream), None)
+            if frame is None:
+                raise unreadable(path, "the image does not decode")
+            size = size or _size(frame)
+            picture = _picture(frame, size)
+        yield picture
 
 
 @contextmanager
@@ -375,6 +376,7 @@ class VideoError(UserError):
         reason: The reason alone.
     """
 
+    # Of a message alone, so that torch can raise it again from a worker's.
     def __init__(self, message: str, *, path: str = "", reason: str = "") -> None:
         super().__init__(message)
         self.path = path

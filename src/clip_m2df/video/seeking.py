@@ -96,22 +96,19 @@ def _rule(container: InputContainer, stream: VideoStream) -> _IsStart | None:
     if container.format.name not in _CONTAINERS:
         return None
     extradata = stream.codec_context.extradata or b""
-    match stream.codec_context.name:
-        case "h264":  # 5: IDR slices; 7, 8: parameter sets
-            return nal_rule(extradata, 4, lambda byte: byte & 31, slices={1, 2, 5}, keys={5}, parameters={7, 8})
-        case "hevc":  # 19, 20: IDR slices; 33, 34: parameter sets
-            return nal_rule(
-                extradata, 21, lambda byte: byte >> 1 & 63, slices={*range(32)}, keys={19, 20}, parameters={33, 34}
-            )
-        case "mpeg4":
-            return is_mpeg4_start
-        case "vp8":
-            return is_vp8_start
-        case "vp9":
-            return is_vp9_start
-        case "mjpeg":
-            return lambda _: True
-    return None
+    rules: dict[str, _IsStart | None] = {
+        # 5: IDR slices; 7, 8: parameter sets
+        "h264": nal_rule(extradata, 4, lambda byte: byte & 31, slices={1, 2, 5}, keys={5}, parameters={7, 8}),
+        # 19, 20: IDR slices; 33, 34: parameter sets
+        "hevc": nal_rule(
+            extradata, 21, lambda byte: byte >> 1 & 63, slices={*range(32)}, keys={19, 20}, parameters={33, 34}
+        ),
+        "mpeg4": is_mpeg4_start,
+        "vp8": is_vp8_start,
+        "vp9": is_vp9_start,
+        "mjpeg": lambda _: True,
+    }
+    return rules.get(stream.codec_context.name)
 
 
 def nal_rule(

@@ -6,7 +6,7 @@ the wanted times are just those at which frames change, and rounding would choos
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
@@ -96,20 +96,13 @@ def count_samples(frames: Iterable[Timed[Item]], rate: Fraction) -> Iterator[tup
     Yields:
         Each frame, in order, with its count, which may be 0; it is known when the next one comes.
     """
-    held: Timed[Item] | None = None
     passed = 0
-    for frame in frames:
-        if held is not None:
-            before, passed = passed, _times_before(frame.start, rate)
-            yield held.item, passed - before
-        held = frame
-    if held is not None:
-        yield held.item, _times_before(held.end, rate) - passed
-
-
-def _times_before(time: Fraction, rate: Fraction) -> int:
-    """Count the k from 0 on with (k + 0.5) / rate < time."""
-    return math.ceil(time * rate - Fraction(1, 2))
+    for frame, following in itertools.pairwise(itertools.chain(frames, [None])):
+        assert frame is not None
+        end = frame.end if following is None else following.start
+        # The k from 0 on with (k + 0.5) / rate < end.
+        before, passed = passed, math.ceil(end * rate - Fraction(1, 2))
+        yield frame.item, passed - before
 
 
 @dataclass(frozen=True)
@@ -148,7 +141,17 @@ def read_facts(container: InputContainer, stream: VideoStream, rotation: int) ->
     times.sort()
     # Files such as mp4 and AVI have an index of all frames.
     indexed = sum(not entry.is_discard for entry in stream.index_entries)
-    promised = max(frames, indexed, _expected(container, stream, times, end))
+    expected = 0
+    # An mp4's duration includes what an edit list cuts away.
+    if "mp4" not in container.format.name and times and end > times[0]:
+        duration = (container.duration or 0) / av.time_base
+        if container.format.name == "avi":
+            # FFmpeg shortens the duration of a file that lost its index.
+            duration = float(stream.frames * (stream.time_base or 0))
+        # As many as there would be if the frames went on so until the end of the duration, which is counted from 0, as
+        # Matroska does, also where the first frame comes later.
+        expected = len(times) + round(max(duration - end, 0.0) * len(times) / (end - times[0]))
+    promised = max(frames, indexed, expected)
     gaps = sorted(later - earlier for earlier, later in itertools.pairwise(times)) or [0.0]
     usual = gaps[len(gaps) // 2]
     # More than by rounding, to milliseconds in Matroska.
@@ -159,18 +162,3 @@ def read_facts(container: InputContainer, stream: VideoStream, rotation: int) ->
 def guesses_times(container: InputContainer) -> bool:
     """Tell whether FFmpeg guesses the times of presentation, as AVI has none."""
     return bool(container.format.name == "avi")
-
-
-def _expected(container: InputContainer, stream: VideoStream, times: Sequence[float], end: float) -> int:
-    """Count the frames that there would be if those at the sorted times, until an end, went on for the duration."""
-    # An mp4's duration includes what an edit list cuts away.
-    if "mp4" in container.format.name or not times or end <= times[0]:
-        return 0
-    if container.format.name == "avi":
-        # FFmpeg shortens the duration of a file that lost its index.
-        duration = float(stream.frames * (stream.time_base or 0))
-    else:
-        duration = (container.duration or 0) / av.time_base
-    # Counted from 0, as Matroska does, also where the first frame comes later.
-    missing = max(duration - end, 0.0)
-    return len(times) + round(missing * len(times) / (end - times[0]))

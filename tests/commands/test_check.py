@@ -1,0 +1,414 @@
+import contextlib
+import csv
+import io
+import os
+import random
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import av
+import pytest
+import torch
+
+from clip_m2df.cli import main
+from clip_m2df.commands import check
+from clip_m2df.commands.check import COLUMNS, Finding, check_videos, examine, read_findings
+from clip_m2df.datasets.manifest import Manifest
+from clip_m2df.errors import UserError
+from clip_m2df.video import reader as video
+from clip_m2df.video.isolation import Unreadable
+from clip_m2df.video.reader import VideoError, read_frames
+from clip_m2df.video.transforms import segment_indices
+from tests.clips import Damaged, damage, render, rotate, save_image
+
+SMALL = (48, 32)
+UNEVEN = [2 * k + 10 * (k > 8) for k in range(16)]
+
+
+def save_manifest(folder: Path, *rows: str) -> Path:
+    path = folder / "manifest.csv"
+    path.write_text("\n".join(["path,label,split,text,source", *rows, ""]), encoding="utf-8")
+    return path
+
+
+def read_table(path: Path) -> dict[str, dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return {row["path"]: row for row in csv.DictReader(file)}
+
+
+def run(manifest: Path, **options: Any) -> int:
+    return check_videos(**{"manifest": manifest, "workers": 1, **options})
+
+
+class Workers:
+    """Stands in for ``isolated_map``: works in this process, and remembers the names of what it worked on."""
+
+    def __init__(self) -> None:
+        self.done: list[str] = []
+        self.fails_at: Callable[[str], None] = lambda name: None
+
+    def __call__(
+        self, function: object, tasks: Iterable[Any], **_: object
+    ) -> Iterator[tuple[Any, Finding | Unreadable]]:
+        for task in tasks:
+            name = os.path.basename(task[0])
+            self.fails_at(name)
+            self.done.append(name)
+            yield task, Unreadable("the decoder crashed (SIGSEGV)") if name == "crash.mp4" else examine(task)
+
+    def forget(self) -> list[str]:
+        done, self.done = self.done, []
+        return done
+
+
+@pytest.fixture
+def workers(monkeypatch: pytest.MonkeyPatch) -> Workers:
+    workers = Workers()
+    monkeypatch.setattr(check, "isolated_map", workers)
+    return workers
+
+
+# Files that are damaged in every way
+
+
+def decodable(path: Path) -> int:
+    """The frames of a file that decode, counted in the plainest way."""
+    count = 0
+    # What there is until the file cannot be read on; IndexError: it has no video.
+    with contextlib.suppress(av.FFmpegError, IndexError), av.open(str(path), metadata_errors="replace") as container:
+        stream = container.streams.video[0]
+        stream.thread_count = 1
+        with contextlib.suppress(av.FFmpegError):
+            for packet in container.demux(stream):
+                with contextlib.suppress(av.FFmpegError):
+                    count += len(packet.decode())
+        with contextlib.suppress(av.FFmpegError):
+            count += len(stream.decode(None))
+    return count
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Damaged], dict[str, dict[str, str]], str]:
+    """300 files, the table that the command makes of them, and what it prints."""
+    folder = tmp_path_factory.mktemp("damaged")
+    files = damage(folder)
+    manifest = save_manifest(folder, *(f"{file.path.name},{file.how},train,," for file in files))
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        status = main(["check", "--manifest", str(manifest), "--workers", "2", "--fix", str(folder / "fixed.csv")])
+    assert status == 1
+    return files, read_table(folder / "manifest.check.csv"), printed.getvalue()
+
+
+def test_300_damaged_files_get_the_right_status(
+    damaged: tuple[list[Damaged], dict[str, dict[str, str]], str],
+) -> None:
+    files, table, _ = damaged
+    assert len(files) == 300
+    assert list(table) == [file.path.name for file in files]
+    wrong = []
+    seen: dict[tuple[str, str], int] = {}
+    for file in files:
+        row = table[file.path.name]
+        n_frames = decodable(file.path)
+        reasons = {reason for reason in row["reason"].split("; ") if not reason.startswith("the same frames as")}
+        if n_frames == 0:
+            right = row["status"] == "unusable"
+        elif file.how in ("whole", "renamed"):
+            right = row["status"] in ("ok", "warning") and not reasons - {""}
+        elif file.how == "truncated":
+            early = f"ends early: {n_frames} of {file.n_frames} frames"
+            lost = file.n_frames - n_frames
+            right = row["status"] in ("ok", "warning") and (lost == 1 or (early in reasons) == (lost > 1))
+        elif file.how == "foreign":  # an image is a video of one frame
+            right = row["status"] == "warning" and "shorter than 8 frames: it has 1" in reasons
+        else:
+            right = row["status"] in ("ok", "warning")
+        if not right:
+            wrong.append((file, n_frames, row))
+        kind = "unusable" if row["status"] == "unusable" else "usable"
+        seen[file.how, kind] = seen.get((file.how, kind), 0) + 1
+    assert not wrong
+    assert seen.pop(("whole", "usable")) == 4
+    assert seen.pop(("renamed", "usable")) == 12
+    assert seen.pop(("empty", "unusable")) == 4
+    assert {(how, kind) for how in ("truncated", "flipped", "foreign") for kind in ("usable", "unusable")} == set(seen)
+    assert min(seen.values()) >= 10
+
+
+def test_the_status_is_that_of_a_run(damaged: tuple[list[Damaged], dict[str, dict[str, str]], str]) -> None:
+    files, table, _ = damaged
+    for file in files:
+        row = table[file.path.name]
+        if row["status"] == "unusable":
+            with pytest.raises(VideoError) as caught:
+                read_frames(str(file.path), lambda n_frames: segment_indices(n_frames, 8))
+            assert caught.value.reason == row["reason"]
+        else:
+            clip, _ = read_frames(str(file.path), lambda n_frames: segment_indices(n_frames, 8))
+            assert clip.shape == (8, 3, int(row["height"]), int(row["width"]))
+
+
+def test_files_with_the_same_frames_are_told_in_the_order_of_the_manifest(
+    damaged: tuple[list[Damaged], dict[str, dict[str, str]], str],
+) -> None:
+    files, table, _ = damaged
+    for file in files:
+        reason = table[file.path.name]["reason"]
+        if file.how == "renamed":
+            first = "h264.mp4" if "h264" in file.path.name else file.path.name.split("_")[0]
+            assert reason.startswith(f"the same frames as {first}")
+    assert table["h264_faststart.mp4"]["reason"] == "the same frames as h264.mp4"
+    assert (table["h264.mp4"]["status"], table["h264.mp4"]["reason"]) == ("ok", "")
+
+
+def test_the_summary_and_the_manifest_without_the_unusable(
+    damaged: tuple[list[Damaged], dict[str, dict[str, str]], str],
+) -> None:
+    files, table, printed = damaged
+    folder = files[0].path.parent
+    unusable = [name for name, row in table.items() if row["status"] == "unusable"]
+    counts = [str(sum(row["status"] == status for row in table.values())) for status in ("ok", "warning", "unusable")]
+    (line,) = [line for line in printed.splitlines() if "train" in line]
+    assert [cell for cell in line.split() if cell.isdigit()] == counts
+    assert f"  {unusable[19]}: " in printed
+    assert f"  {unusable[20]}: " not in printed
+    assert f"and {len(unusable) - 20} more\n" in printed
+    assert f"leaves out {len(unusable)} of 300 videos" in printed
+    assert "classes that are now short of videos for 5-way 5-shot episodes: 'empty' has 0 of 10" in printed
+    kept = [os.path.basename(video.path) for video in Manifest.read(folder / "fixed.csv").videos]
+    assert kept == [name for name in table if name not in unusable]
+    assert not list(folder.glob("*.part"))
+
+
+# What is told of a video
+
+
+@pytest.mark.parametrize(
+    ("facts", "warnings"),
+    [
+        ({"frames": 8, "promised": 8}, []),
+        ({"frames": 7, "promised": 7}, ["shorter than 8 frames: it has 7"]),
+        ({"frames": 60, "promised": 120}, ["ends early: 60 of 120 frames"]),
+        ({"frames": 60, "promised": 120, "variable_rate": 1}, ["ends early: 60 of 120 frames"]),
+        ({"frames": 39, "promised": 40}, []),
+        ({"frames": 38, "promised": 40}, ["ends early: 38 of 40 frames"]),
+        ({"frames": 294, "promised": 300}, []),
+        ({"frames": 293, "promised": 300}, ["ends early: 293 of 300 frames"]),
+        ({"frames": 40, "promised": 40, "variable_rate": 1, "rotation": 90}, ["variable frame rate", "rotated by 90°"]),
+        ({"frames": 40}, []),
+    ],
+)
+def test_warnings(facts: dict[str, int], warnings: list[str]) -> None:
+    assert Finding(sampled=8, **facts).warnings() == warnings  # type: ignore[arg-type]
+
+
+def test_every_kind_of_video(tmp_path: Path, workers: Workers, capsys: pytest.CaptureFixture[str]) -> None:
+    render(tmp_path / "good.mp4", 20, size=SMALL)
+    render(tmp_path / "again [x].mkv", 20, options={"qp": "20"}, size=SMALL)
+    (tmp_path / "twin.mp4").write_bytes((tmp_path / "good.mp4").read_bytes())
+    render(tmp_path / "short.avi", 5, "mpeg4", size=SMALL)
+    rotate(render(tmp_path / "turned.mp4", 16, size=SMALL), (0, 1, -1, 0))
+    render(tmp_path / "uneven.mp4", 16, times=UNEVEN, size=SMALL)
+    (tmp_path / "crash.mp4").write_bytes(b"as if")
+    (tmp_path / "images").mkdir()
+    for number in range(8):
+        save_image(tmp_path / "images" / f"{number}.png", number)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/1.png").write_bytes(b"no image")
+    names = ["good.mp4", "again [x].mkv", "twin.mp4", "short.avi", "turned.mp4", "uneven.mp4", "crash.mp4"]
+    names += ["images", "broken", "none.webm"]
+    manifest = save_manifest(
+        tmp_path, *(f'{name},"{name[0]}, x",{"test" if k > 6 else "val"},,' for k, name in enumerate(names))
+    )
+    assert run(manifest) == 1
+    table = read_table(tmp_path / "manifest.check.csv")
+    assert list(table) == names
+    assert {name: (row["status"], row["reason"]) for name, row in table.items()} == {
+        "good.mp4": ("ok", ""),
+        "again [x].mkv": ("ok", ""),
+        "twin.mp4": ("warning", "the same frames as good.mp4"),
+        "short.avi": ("warning", "shorter than 8 frames: it has 5"),
+        "turned.mp4": ("warning", "rotated by 90°"),
+        "uneven.mp4": ("warning", "variable frame rate"),
+        "crash.mp4": ("unusable", "the decoder crashed (SIGSEGV)"),
+        "images": ("ok", ""),
+        "broken": ("unusable", "1.png: it is not a video that FFmpeg knows (Invalid data found when processing input)"),
+        "none.webm": ("unusable", "there is no such file"),
+    }
+    columns = ("label", "split", "frames", "promised", "width", "height", "fps", "rotation", "variable_rate", "sampled")
+    assert [table["turned.mp4"][c] for c in columns] == ["t, x", "val", "16", "16", "32", "48", "12.0", "90", "0", "8"]
+    assert [table["images"][c] for c in columns] == ["i, x", "test", "8", "", "96", "64", "", "", "", "8"]
+    printed = capsys.readouterr().out
+    assert [cell for line in printed.splitlines() if "val" in line for cell in line.split() if cell.isdigit()] == [
+        "2", "4", "1",
+    ]  # fmt: skip
+    assert "unusable:\n  crash.mp4: the decoder crashed (SIGSEGV)\n  broken: 1.png: " in printed
+    assert " more\n" not in printed
+    assert f"the table of all videos is {tmp_path / 'manifest.check.csv'}" in printed
+
+
+def test_whatever_a_file_does_to_a_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> torch.Tensor:
+        raise MemoryError("no room for 65535 x 65535")
+
+    monkeypatch.setattr(video, "read_frames", fail)
+    finding = examine((str(tmp_path / "a.mp4"), 8, "1:2"))
+    assert finding.failure == "reading it fails: MemoryError: no room for 65535 x 65535"
+
+
+# Going on
+
+
+@pytest.fixture
+def six(tmp_path: Path) -> Path:
+    """A manifest of six videos, the last two of which have the same frames."""
+    names = [f"{k}.mp4" for k in range(6)]
+    for k, name in enumerate(names):
+        render(tmp_path / name, 9 + min(k, 4), size=SMALL)
+    return save_manifest(tmp_path, *(f"{name},run,train,," for name in names))
+
+
+def test_a_check_that_was_killed_goes_on_where_it_was(six: Path, workers: Workers) -> None:
+    assert run(six) == 0
+    table = six.with_suffix(".check.csv")
+    whole = table.read_bytes()
+    assert read_table(table)["5.mp4"]["reason"] == "the same frames as 4.mp4"
+    table.unlink()
+    assert workers.forget() == [f"{k}.mp4" for k in range(6)]
+
+    part = Path(f"{table}.part")
+
+    def interrupt(name: str) -> None:
+        if name == "3.mp4":
+            assert list(read_table(part)) == ["0.mp4", "1.mp4", "2.mp4"]  # even if it were killed now
+            raise KeyboardInterrupt
+
+    workers.fails_at = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        run(six)
+    assert workers.forget() == ["0.mp4", "1.mp4", "2.mp4"]
+    assert not table.exists()
+    assert list(read_table(part)) == ["0.mp4", "1.mp4", "2.mp4"]
+
+    part.write_bytes(part.read_bytes()[:-9])  # killed while it wrote
+    workers.fails_at = lambda name: None
+    assert run(six) == 0
+    assert workers.forget() == ["2.mp4", "3.mp4", "4.mp4", "5.mp4"]
+    assert table.read_bytes() == whole
+    assert not part.exists()
+
+
+def test_only_what_has_changed_is_checked_again(six: Path, workers: Workers) -> None:
+    run(six)
+    table = six.with_suffix(".check.csv")
+    whole = table.read_bytes()
+    workers.forget()
+    run(six)
+    assert workers.forget() == []
+    assert table.read_bytes() == whole
+
+    six.with_name("4.mp4").write_bytes(b"no video any more")
+    assert run(six) == 1
+    assert workers.forget() == ["4.mp4"]
+    rows = read_table(table)
+    assert [row["status"] for row in rows.values()] == ["ok", "ok", "ok", "ok", "unusable", "ok"]
+
+    run(six, frames=9)
+    assert workers.forget() == [f"{k}.mp4" for k in range(6)]
+    assert {row["sampled"] for row in read_table(table).values()} == {"9"}
+
+
+def test_videos_that_were_lost_are_tried_again(tmp_path: Path, workers: Workers) -> None:
+    render(tmp_path / "crash.mp4", 9, size=SMALL)
+    manifest = save_manifest(tmp_path, "crash.mp4,run,train,,", "none.mp4,run,train,,")
+    for _ in range(2):
+        assert run(manifest) == 1
+        assert workers.forget() == ["crash.mp4", "none.mp4"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"path,label\na,b\n", bytes(range(256)), b"a\0b", b'"' + b"x" * 200_000, ",".join(COLUMNS).encode()],
+)
+def test_a_table_that_is_none(six: Path, workers: Workers, content: bytes) -> None:
+    table = six.with_suffix(".check.csv")
+    table.write_bytes(content)
+    Path(f"{table}.part").write_bytes(content)
+    assert run(six) == 0
+    assert len(workers.done) == 6
+    assert len(read_table(table)) == 6
+
+
+def test_rows_that_are_damaged_are_left_out(six: Path, workers: Workers) -> None:
+    run(six)
+    table = six.with_suffix(".check.csv")
+    whole = table.read_bytes()
+    right = read_findings(table)
+    assert len(right) == 6
+    rng = random.Random(0)
+    for _ in range(200):
+        data = bytearray(whole[: rng.randrange(len(whole))] if rng.random() < 0.5 else whole)
+        for _ in range(rng.randint(0, 3)):
+            data[rng.randrange(max(1, len(data))) : rng.randrange(len(data) + 1)] = rng.randbytes(rng.randint(0, 2))
+        table.write_bytes(data)
+        assert len(read_findings(table)) <= 6
+    for cut in range(0, len(whole), 7):
+        table.write_bytes(whole[:cut])
+        findings = read_findings(table)
+        # A fingerprint that is cut short is not the file's.
+        wrong = [name for name in findings if findings[name] != right.get(name)]
+        assert all(findings[name].fingerprint != right[name].fingerprint for name in wrong)
+
+
+# Options and files
+
+
+def test_the_manifest_without_the_unusable_keeps_the_rest(
+    tmp_path: Path, workers: Workers, capsys: pytest.CaptureFixture[str]
+) -> None:
+    render(tmp_path / "a.mp4", 9, size=SMALL)
+    manifest = save_manifest(
+        tmp_path, "a.mp4,draw_sword,test,draw a sword,web", "b.mp4,draw_sword,test,,tv", "c.mp4,hug,val,,tv"
+    )
+    fix = tmp_path / "fixed" / "manifest.csv"
+    assert run(manifest, fix=fix, output=tmp_path / "t.csv") == 1
+    (video,) = Manifest.read(fix, tmp_path).videos
+    assert video == Manifest.read(manifest, check_files=False).videos[0]
+    printed = capsys.readouterr().out
+    assert f"{fix} leaves out 2 of 3 videos" in printed
+    assert "'draw_sword' has 1 of 6, 'hug' has 0 of 6" in printed
+
+    (tmp_path / "a.mp4").unlink()
+    fix.unlink()
+    assert run(manifest, fix=fix) == 1
+    assert f"{fix} is not written: not one video is usable" in capsys.readouterr().out
+    assert not fix.exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "remedy"),
+    [
+        ("frames", 0, "frames is 0; it must be at least 1"),
+        ("workers", -1, "workers is -1; it must be at least 1"),
+        ("timeout", 0.0, "timeout is 0.0; it must be above 0"),
+        ("timeout", float("nan"), "timeout is nan; it must be above 0"),
+    ],
+)
+def test_options_out_of_range(six: Path, option: str, value: float, remedy: str) -> None:
+    with pytest.raises(UserError, match=remedy):
+        run(six, **{option: value})
+
+
+def test_a_table_in_place_of_a_manifest(six: Path) -> None:
+    for options in ({"output": six}, {"output": six.with_name("t.csv"), "fix": six.with_name("t.csv")}):
+        with pytest.raises(UserError, match=r"would take the place of the manifest .*: give it another name"):
+            run(six, **options)
+
+
+def test_a_table_that_cannot_be_written(six: Path, workers: Workers) -> None:
+    for output in (six / "table.csv", six.parent):
+        with pytest.raises(UserError, match=r"cannot write the table .*; name a file in a folder that can be written"):
+            run(six, output=output)
+    assert workers.done == []

@@ -1,0 +1,333 @@
+"""``clip-m2df predict``, through the command itself."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import get_args
+
+import lightning
+import numpy as np
+import pytest
+import torch
+
+from clip_m2df import CLIPM2DF, FewShotClassifier
+from clip_m2df.cli import main
+from clip_m2df.commands.predict import UntrainedHead
+from clip_m2df.motion_shapes.rendering import write_video
+from clip_m2df.nn.baselines import HEADS, head_class
+from tests import clips
+from tests.classifier.conftest import LABELS, fails, predict_args, read_csv, read_lines, reference, videos_of
+
+# Tables
+
+
+@pytest.mark.parametrize("head", [None, "nearest_prototype"])
+def test_the_tables_say_what_the_classifier_says(
+    head: str | None, support: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = [] if head is None else ["--head", head]
+    table, lines = tmp_path / "deep" / "labels.csv", tmp_path / "labels.jsonl"
+    assert main(predict_args(support, [folder], table, *more)) == 0
+    printed = capsys.readouterr()
+    assert main(predict_args(support, [folder], lines, *more)) == 0
+    paths = videos_of(folder)
+    expected = dict(reference(support, head or "otam").classify(paths))
+    assert len({p.label for p in expected.values()}) == 3  # a table of one label would show little
+    rows = read_csv(table)
+    assert list(rows[0]) == ["path", "label", "probability", *(f"p_{label}" for label in LABELS), "error"]
+    assert [row["path"] for row in rows] == paths
+    for place, row in enumerate(rows):
+        said = expected[place]
+        assert row["label"] == said.label
+        assert row["probability"] == f"{said.probability:.6f}"
+        assert [row[f"p_{label}"] for label in LABELS] == [f"{said.probabilities[label]:.6f}" for label in LABELS]
+        assert row["error"] == ""
+    as_lines = read_lines(lines)
+    assert [list(row) for row in as_lines] == [list(row) for row in rows]
+    for line, row in zip(as_lines, rows, strict=True):
+        numbers = {name: float(row[name]) for name in row if name.startswith("p_") or name == "probability"}
+        assert line == {**row, **numbers, "error": None}
+    assert b"\r" not in table.read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"deep", "labels.jsonl"}
+    assert "x [red]y " in printed.out
+    assert f"the predictions are in {table}" in printed.out.replace("\n", "")
+    assert "labelling" in printed.err
+
+
+def test_rows_come_in_the_order_of_the_arguments_and_a_file_has_one(
+    support: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(9):
+        clips.save_image(images / f"{number}.png", 7 * number, size=(48, 32))
+    videos = ["4.mp4", str(images), "inner", str(folder / "4.mp4"), ".", "inner/../0.mp4"]
+    assert main(predict_args(support, videos, tmp_path / "labels.csv")) == 0
+    rows = read_csv(tmp_path / "labels.csv")
+    inner = os.path.join("inner", "é, deep.mp4")
+    assert [row["path"] for row in rows] == ["4.mp4", str(images), inner, *(f"./{k}.mp4" for k in range(4))]
+    said = reference(support).predict_proba([images])[0]
+    assert [float(rows[1][f"p_{label}"]) for label in LABELS] == pytest.approx(said, abs=2e-6)
+
+
+def test_videos_that_cannot_be_read_have_rows(
+    support: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "empty.mp4").touch()
+    (broken / "text.mp4").write_text("404\nnot found\n")
+    (broken / "images").mkdir()
+    (broken / "images" / "1.png").write_bytes(b"no picture")
+    videos = [broken, broken / "none\n.mp4", folder / "0.mp4", *(f"missing{k}.mp4" for k in range(3))]
+    assert main(predict_args(support, videos, tmp_path / "labels.csv")) == 1
+    printed = capsys.readouterr().out
+    rows = read_csv(tmp_path / "labels.csv")
+    errors = {os.path.basename(row["path"]): row["error"] for row in rows if row["error"]}
+    known = {"empty.mp4": "it is empty", "none\n.mp4": "there is no such file", "missing2.mp4": "there is no such file"}
+    assert errors.items() >= known.items()
+    assert errors["text.mp4"].startswith("it is not a video that FFmpeg knows")
+    assert errors["images"].startswith("1.png: it is not")
+    assert len(errors) == 7
+    for row in rows:
+        assert [row["label"] == "", row["probability"] == ""] == [bool(row["error"])] * 2
+        assert [row[f"p_{label}"] == "" for label in LABELS] == [bool(row["error"])] * 3
+    assert "7 of 8 videos can't be read:\n" in printed
+    assert f"  {broken / 'empty.mp4'}: it is empty\n" in printed
+    assert printed.count("there is no such file") == 2
+    assert "  and 2 more\n" in printed
+    assert main(predict_args(support, videos, tmp_path / "labels.jsonl")) == 1
+    first = read_lines(tmp_path / "labels.jsonl")[0]
+    assert (first.pop("path"), first.pop("error")) == (str(broken / "empty.mp4"), "it is empty")
+    assert set(first.values()) == {None}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of any bytes")
+@pytest.mark.parametrize("in_folder", [False, True])
+def test_a_name_that_is_no_text(in_folder: bool, support: Path, folder: Path, tmp_path: Path) -> None:
+    own = tmp_path / "clips"
+    own.mkdir()
+    name = os.fsdecode(os.fsencode(own) + b"/\xff.mp4")
+    shutil.copy(folder / "0.mp4", name)
+    videos = [own if in_folder else name, folder / "0.mp4"]
+    assert main(predict_args(support, videos, tmp_path / "labels.csv")) == 0
+    workers = ["--workers", "1" if in_folder else "0"]
+    assert main(predict_args(support, videos, tmp_path / "labels.jsonl", *workers)) == 0
+    rows = read_csv(tmp_path / "labels.csv")
+    assert rows[0].pop("path") == f"{own}/\\udcff.mp4"
+    assert rows[0] == {key: cell for key, cell in rows[1].items() if key != "path"}
+    assert read_lines(tmp_path / "labels.jsonl")[0]["path"] == f"{own}/\\udcff.mp4"
+
+
+@pytest.mark.parametrize("more", [[], ["--segments"]], ids=["videos", "segments"])
+def test_a_folder_without_videos_has_a_row(
+    more: list[str], support: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty = tmp_path / "empty"
+    (empty / "inner").mkdir(parents=True)
+    (empty / "inner" / "notes.txt").touch()
+    for videos, output in (([empty, folder], tmp_path / "labels.csv"), ([empty], tmp_path / "labels.jsonl")):
+        capsys.readouterr()
+        assert main(predict_args(support, videos, output, *more)) == 1
+        said = capsys.readouterr().out
+        assert f"1 of {7 if folder in videos else 1} videos can't be read:\n" in said
+        assert f"  {empty}: the folder has no videos\n" in said
+    first, *others = read_csv(tmp_path / "labels.csv")
+    assert (first.pop("path"), first.pop("error")) == (str(empty), "the folder has no videos")
+    assert set(first.values()) == {""}
+    assert {row["path"] for row in others} == set(videos_of(folder))
+    assert all(row["label"] and not row["error"] for row in others)
+    (line,) = read_lines(tmp_path / "labels.jsonl")
+    assert (line.pop("path"), line.pop("error")) == (str(empty), "the folder has no videos")
+    assert list(line) == list(first)
+    assert set(line.values()) == {None}
+
+
+def test_none_of_these(support: Path, folder: Path, tmp_path: Path) -> None:
+    black = tmp_path / "black.mp4"
+    write_video(black, np.zeros((12, 32, 48, 3), np.uint8))
+    videos = [str(black), *videos_of(folder)]
+    assert main(predict_args(support, videos, tmp_path / "labels.csv", "--reject")) == 0
+    assert main(predict_args(support, videos, tmp_path / "labels.jsonl", "--reject")) == 0
+    expected = dict(reference(support).classify(videos, reject=True))
+    assert expected[0].label == "none of these"
+    assert {p.label for p in expected.values()} & set(LABELS)
+    rows, lines = read_csv(tmp_path / "labels.csv"), read_lines(tmp_path / "labels.jsonl")
+    assert [row["label"] for row in rows] == [expected[k].label for k in range(7)]
+    assert (rows[0]["probability"], lines[0]["probability"]) == ("", None)
+    assert rows[0][f"p_{LABELS[0]}"] == f"{expected[0].probabilities[LABELS[0]]:.6f}"
+
+
+def test_examples_that_cannot_be_read_are_named(
+    support: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "support"
+    shutil.copytree(support, own)
+    (own / LABELS[0] / "2.mp4").touch()
+    assert main(predict_args(own, [folder], tmp_path / "labels.csv")) == 0
+    said = capsys.readouterr().err
+    assert f"clip-m2df: warning: examples of the class {LABELS[0]!r} that can't be read are left out: " in said
+    assert "UserWarning" not in said
+    assert main(predict_args(support, [folder], tmp_path / "others.csv")) == 0
+    assert (tmp_path / "labels.csv").read_bytes() == (tmp_path / "others.csv").read_bytes()
+
+
+# Segments
+
+
+def test_segments(
+    support: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = tmp_path / "long.mp4"
+    parts = [np.full((24, 32, 48, 3), 40, np.uint8) for _ in range(2)]
+    parts[0][..., 0] = parts[1][..., 2] = 200
+    write_video(long, np.concatenate(parts))
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(9):
+        clips.save_image(images / f"{number}.png", 7 * number, size=(48, 32))
+    videos = [str(long), str(tmp_path / "none.mp4"), str(folder / "0.mp4"), str(images)]
+    own = ["--segments", "--window", "1", "--stride", "0.5", "--smoothing", "0"]
+    classifier = reference(support)
+    assert main(predict_args(support, videos, tmp_path / "s.csv", *own)) == 1
+    rows = read_csv(tmp_path / "s.csv")
+    assert list(rows[0])[:6] == ["path", "start", "end", "label", "probability", f"p_{LABELS[0]}"]
+    expected = [
+        (path, f"{s.start:.3f}", f"{s.end:.3f}", s.label, f"{s.probability:.6f}")
+        for path in (videos[0], videos[2])
+        for s in classifier.segments(path, window=1, stride=0.5, smoothing=0)
+    ]
+    assert len(expected) > 2
+    columns = ("path", "start", "end", "label", "probability")
+    assert [tuple(row[name] for name in columns) for row in rows if not row["error"]] == expected
+    broken = [row for row in rows if row["error"]]
+    assert [row["path"] for row in broken] == [videos[1], videos[3]]
+    assert [row["start"] + row["end"] + row["label"] + row["probability"] for row in broken] == ["", ""]
+    assert broken[0]["error"] == "there is no such file"
+    assert "give fps" in broken[1]["error"]
+
+    assert main(predict_args(support, [images], tmp_path / "s.jsonl", *own, "--fps", "9")) == 0
+    (s,) = classifier.segments(str(images), window=1, stride=0.5, smoothing=0, fps=9)
+    (line,) = read_lines(tmp_path / "s.jsonl")
+    assert (line["start"], line["end"], line["label"]) == (round(s.start, 3), round(s.end, 3), s.label)
+
+    # Not one moment of the classes: no row, but a word of it.
+    monkeypatch.setattr(FewShotClassifier, "threshold_", -1e9)
+    capsys.readouterr()
+    assert main(predict_args(support, [long], tmp_path / "s.csv", "--segments", "--reject")) == 0
+    assert read_csv(tmp_path / "s.csv") == []
+    assert f"no row: {long}" in capsys.readouterr().out
+
+
+# Models
+
+
+@pytest.mark.slow
+def test_models_and_classifiers(tiny_clip_dir: Path, support: Path, folder: Path, tmp_path: Path) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        options = {"hidden_dim": 32, "num_heads": 4}
+        model = CLIPM2DF(backbone=str(tiny_clip_dir), head_options=options, text_fusion=0.3).eval()
+    model.save_pretrained(tmp_path / "model")
+    trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer.strategy.connect(model)
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    classifier = FewShotClassifier.from_checkpoint(tmp_path / "model", frames=4).fit(support)
+    classifier.save(tmp_path / "classifier")
+    videos = videos_of(folder)
+    for name, frames in (("model", None), ("model.ckpt", None), ("classifier", 4)):
+        output = tmp_path / f"{name}.csv"
+        arguments = predict_args(support, videos, output, "--ckpt_path", str(tmp_path / name))
+        if name == "classifier":
+            del arguments[1:3]
+            assert "--support" not in arguments
+        assert main(arguments) == 0
+        expected = FewShotClassifier.from_checkpoint(tmp_path / "model", frames=frames).fit(support)
+        said = dict(expected.classify(videos))
+        found = [[row[f"p_{label}"] for label in LABELS] for row in read_csv(output)]
+        assert found == [[f"{said[k].probabilities[label]:.6f}" for label in LABELS] for k in range(6)]
+    assert (tmp_path / "model.csv").read_bytes() == (tmp_path / "model.ckpt.csv").read_bytes()
+    assert (tmp_path / "model.csv").read_bytes() != (tmp_path / "classifier.csv").read_bytes()
+
+
+def test_the_heads_that_need_no_training() -> None:
+    assert {name for name in HEADS if not getattr(head_class(name), "trained", True)} == set(get_args(UntrainedHead))
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--output", "labels.txt"], "--output is labels.txt: give it a name that ends in .csv or .jsonl"),
+        (["--stride", "1"], "--stride is of --segments: give that too, or leave it out"),
+        (["--segments", "--window", "0"], "window is 0.0"),
+        (["--segments", "--stride", "3"], "stride is 3.0"),
+        (["--segments", "--smoothing", "inf"], "smoothing is inf"),
+        (["--segments", "--fps", "0"], "fps is 0.0"),
+        (["--head", "m2df"], "invalid choice: 'm2df'"),
+        (["--head", "otam", "--ckpt_path", "x.ckpt"], "--head goes with --backbone"),
+        (["--ckpt_path", "x.ckpt"], "there is no checkpoint x.ckpt"),
+        (["--ckpt_path", "x.ckpt", "--backbone", "tiny"], "either --ckpt_path, a trained model, or --backbone"),
+        (["--backbone", "nowhere.pt"], "nowhere.pt"),
+        (["--support", "nowhere"], "nowhere is no folder"),
+        (["--workers", "-1"], "workers is -1"),
+        (["--timeout", "0"], "timeout"),
+        (["--output", "a_file/labels.csv"], "name a file in a folder that can be written"),
+        (["--output", "folder.csv"], "cannot write the predictions folder.csv: folder.csv is a folder"),
+        (["--output", "d.csv"], "cannot write the predictions d.csv: d.csv.part is a folder; name another file"),
+    ],
+)
+def test_errors(
+    more: list[str],
+    message: str,
+    support: Path,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("folder.csv", "d.csv.part"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "a_file").touch()
+    before = sorted(tmp_path.iterdir())
+    assert message in fails(predict_args(support, [folder], Path("labels.csv"), *more), capsys)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_what_goes_with_which_model(
+    support: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rest = ["--videos", str(folder), "--output", str(tmp_path / "labels.csv"), "--workers", "0"]
+    said = "give either --ckpt_path, a trained model, or --backbone"
+    assert said in fails(["predict", "--support", str(support), *rest], capsys)
+    assert "tiny knows no classes: give --support" in fails(["predict", "--backbone", "tiny", *rest], capsys)
+    one = tmp_path / "one"
+    shutil.copytree(support / LABELS[0], one / "only")
+    (one / "only" / "1.mp4").unlink()
+    for more in (["--reject"], ["--reject", "--segments"]):
+        said = fails(predict_args(one, [folder], tmp_path / "labels.csv", *more), capsys)
+        assert "--reject can't tell by one example of one class" in said
+    reference(support).save(tmp_path / "classifier")
+    said = fails(
+        predict_args(support, [folder], tmp_path / "l.csv", "--ckpt_path", str(tmp_path / "classifier")), capsys
+    )
+    assert "is a saved classifier, which has its classes: leave --support out" in said
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(
+    support: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("the work has begun")
+
+    monkeypatch.setattr(FewShotClassifier, "fit", never)
+    (tmp_path / "a_file").touch()
+    said = fails(predict_args(support, [folder], tmp_path / "a_file" / "labels.csv"), capsys)
+    assert "cannot write the predictions" in said

@@ -1,0 +1,343 @@
+"""``clip-m2df predict`` where it is interrupted, and where it goes on."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from clip_m2df import FewShotClassifier
+from clip_m2df.classifier import clips as encoding
+from clip_m2df.cli import main
+from clip_m2df.commands.predict import open_part
+from clip_m2df.video.transforms import ClipReader
+from tests.classifier.conftest import LABELS, Labelled, fails, paint, predict_args, read_csv, reference, videos_of
+
+# Going on
+
+
+def test_a_run_that_was_interrupted_goes_on_where_it_was(
+    support: Path, folder: Path, tmp_path: Path, labelled: Labelled, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table, part = tmp_path / "labels.csv", tmp_path / "labels.csv.part"
+    names = [os.path.basename(path) for path in videos_of(folder)]
+    run = predict_args(support, [folder, "none.mp4"], table)
+    assert main(run) == 1
+    assert labelled.forget() == ["none.mp4", *names]  # what can't be read is known first
+    whole = table.read_bytes()
+    table.write_text("an earlier table")
+
+    labelled.most = 4
+    assert main(run) == 130
+    assert table.read_text() == "an earlier table"
+    lines = [json.loads(line) for line in part.read_text().splitlines()]
+    assert lines[0]["format"] == "clip-m2df predictions 1"
+    assert len(lines) == 5
+    assert labelled.forget() == ["none.mp4", *names[:3]]
+
+    part.write_bytes(part.read_bytes()[:-9])  # killed while it wrote
+    labelled.most = 2
+    capsys.readouterr()
+    assert main(run) == 130
+    assert "2 of 7 videos were labelled before" in capsys.readouterr().out
+    assert labelled.forget() == ["none.mp4", names[2]]  # what can't be read may be readable by now
+
+    labelled.most = -1
+    assert main(run) == 1
+    assert "3 of 7 videos were labelled before" in capsys.readouterr().out
+    assert labelled.forget() == ["none.mp4", *names[3:]]
+    assert table.read_bytes() == whole
+    assert not part.exists()
+
+
+def test_segments_go_on_too(
+    support: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "s.jsonl"
+    run = predict_args(support, [folder], table, "--segments")
+    assert main(run) == 0
+    whole = table.read_bytes()
+    asked: list[str] = []
+    own = FewShotClassifier.segments
+
+    def segments(self: FewShotClassifier, video: Any, **options: Any) -> Any:
+        asked.append(video)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return own(self, video, **options)
+
+    monkeypatch.setattr(FewShotClassifier, "segments", segments)
+    assert main(run) == 130
+    assert main(run) == 0
+    paths = videos_of(folder)
+    assert asked == [*paths[:3], *paths[2:]]
+    assert table.read_bytes() == whole
+
+
+def interrupt(run: Sequence[str], labelled: Labelled) -> None:
+    """Run until four videos are labelled."""
+    labelled.most = 4
+    assert main(run) == 130
+    labelled.most = -1
+    labelled.forget()
+
+
+def test_a_video_that_has_changed_is_labelled_again(
+    support: Path, folder: Path, tmp_path: Path, labelled: Labelled
+) -> None:
+    own = tmp_path / "clips"
+    shutil.copytree(folder, own)
+    run = predict_args(support, [own], tmp_path / "labels.csv")
+    interrupt(run, labelled)
+    paint(own / "1.mp4", 0, 7, frames=20)
+    (own / "0.mp4").unlink()
+    paint(own / "new.mp4", 0, 8)
+    assert main(run) == 0
+    assert labelled.forget() == ["1.mp4", "4.mp4", "é, deep.mp4", "new.mp4"]
+    labels = (tmp_path / "labels.csv").read_bytes()
+    assert main(run) == 0
+    assert (tmp_path / "labels.csv").read_bytes() == labels
+
+
+@pytest.mark.parametrize(
+    "more",
+    [["--reject"], ["--head", "bi_mhm"], ["--segments"], ["example"], ["tower"], ["left out"]],
+    ids=lambda more: more[-1],
+)
+def test_another_question_starts_anew(
+    more: list[str],
+    tiny_clip_dir: Path,
+    support: Path,
+    folder: Path,
+    tmp_path: Path,
+    labelled: Labelled,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    own = tmp_path / "support"
+    shutil.copytree(support, own)
+    interrupt(predict_args(own, [folder], tmp_path / "labels.csv"), labelled)
+    run = predict_args(own, [folder], tmp_path / "labels.csv", *(more if more[0].startswith("--") else []))
+    if more == ["example"]:
+        paint(own / LABELS[1] / "1.mp4", 1, 77)
+    elif more == ["left out"]:
+        (own / LABELS[1] / "0.mp4").unlink()
+    elif more == ["tower"]:
+        run[run.index("tiny")] = str(tiny_clip_dir)
+    capsys.readouterr()
+    assert main(run) == 0
+    said = capsys.readouterr().out.replace("\n", "")
+    assert "is of a run with another model, support or options: starting anew" in said
+    assert len(labelled.forget()) == (0 if more == ["--segments"] else 6)
+    assert len({row["path"] for row in read_csv(tmp_path / "labels.csv")}) == 6
+
+
+def test_what_makes_no_difference_goes_on(
+    support: Path, folder: Path, tmp_path: Path, labelled: Labelled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt(predict_args(support, [folder], tmp_path / "labels.csv"), labelled)
+    monkeypatch.chdir(folder.parent)
+    names = [f"{folder.name}/4.mp4", f"{folder.name}/2.mp4"]
+    here = Path(os.path.relpath(support))
+    assert main(predict_args(here, names, tmp_path / "labels.csv", "--head", "otam", "--timeout", "5")) == 0
+    assert labelled.forget() == ["4.mp4"]
+    assert [row["path"] for row in read_csv(tmp_path / "labels.csv")] == names
+
+
+@pytest.mark.parametrize("content", [b"\n", b"\xff\xfe\0", b"[]\n7\n", b'{"format": "other"}\n', b"path,label\n"])
+def test_a_part_that_is_none(
+    content: bytes, support: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "labels.csv.part").write_bytes(content)
+    assert main(predict_args(support, [folder], tmp_path / "labels.csv")) == 0
+    assert "starting anew" in capsys.readouterr().out
+    assert len(read_csv(tmp_path / "labels.csv")) == 6
+    assert not (tmp_path / "labels.csv.part").exists()
+
+
+def test_an_empty_part_goes_without_saying(
+    support: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "labels.csv.part").touch()
+    assert main(predict_args(support, [folder], tmp_path / "labels.csv")) == 0
+    assert "anew" not in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["labels.csv"]
+
+
+class Impatient(ClipReader):
+    """Is interrupted at a file of a certain name."""
+
+    def read(self, path: str, uniforms: Tensor | None = None) -> tuple[Tensor, int]:
+        if path.endswith("4.mp4"):
+            raise KeyboardInterrupt
+        return super().read(path, uniforms)
+
+
+def test_what_the_model_has_seen_is_kept_while_the_next_is_read(
+    support: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoding, "ClipReader", Impatient)
+    monkeypatch.setattr(encoding, "TOGETHER", 2)
+    assert main(predict_args(support, [folder], tmp_path / "labels.csv")) == 130
+    _, *lines = [json.loads(line) for line in (tmp_path / "labels.csv.part").read_text().splitlines()]
+    assert [line["video"] for line in lines] == videos_of(folder)[:4]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="an open file can't be removed there")
+def test_a_part_that_is_removed_meanwhile(
+    support: Path, folder: Path, tmp_path: Path, labelled: Labelled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = tmp_path / "labels.csv"
+    monkeypatch.setattr(labelled, "lose_patience", (tmp_path / "labels.csv.part").unlink)
+    labelled.most = 3
+    assert main(predict_args(support, [folder], table)) == 0
+    assert [row["path"] for row in read_csv(table)] == videos_of(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["labels.csv"]
+
+
+def test_only_one_run_at_a_time(
+    support: Path, folder: Path, tmp_path: Path, labelled: Labelled, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table, part = tmp_path / "labels.csv", tmp_path / "labels.csv.part"
+    run = predict_args(support, [folder], table)
+    interrupt(run, labelled)
+    before = part.read_bytes()
+    with open_part(table):
+        said = fails(run, capsys)
+        assert f"another run writes the predictions {table}: " in said
+        assert part.read_bytes() == before
+        assert main(predict_args(support, [folder / "0.mp4"], tmp_path / "other.csv")) == 0
+    labelled.forget()
+    assert main(run) == 0
+    assert len(labelled.forget()) == 2
+    assert not part.exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL there")
+def test_a_run_that_was_killed_leaves_no_lock(tmp_path: Path) -> None:
+    script = (
+        "import os, signal\nfrom pathlib import Path\nfrom clip_m2df.commands.predict import open_part\n"
+        f"with open_part(Path({str(tmp_path / 'labels.csv')!r})) as part:\n"
+        "    part.take_over('digest', {}, [])\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -signal.SIGKILL
+    assert [path.name for path in tmp_path.iterdir()] == ["labels.csv.part"]
+    with open_part(tmp_path / "labels.csv") as part:
+        assert part.take_over("digest", {}, []) == {}
+        part.clear()
+    assert list(tmp_path.iterdir()) == []
+
+
+# SIGTERM
+
+
+@pytest.fixture
+def former() -> Iterator[Any]:
+    """The handler of SIGTERM before a run, which is not to be reached."""
+
+    def handle(*_: object) -> None:
+        raise AssertionError("nobody heard SIGTERM")
+
+    before = signal.signal(signal.SIGTERM, handle)
+    yield handle
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_sigterm_ends_a_run_that_goes_on(
+    former: Any,
+    support: Path,
+    folder: Path,
+    tmp_path: Path,
+    labelled: Labelled,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = predict_args(support, [folder], tmp_path / "labels.csv")
+    with monkeypatch.context() as patched:
+        patched.setattr(labelled, "lose_patience", lambda: signal.raise_signal(signal.SIGTERM))
+        labelled.most = 4
+        assert main(run) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err.endswith("clip-m2df: stopped by SIGTERM; the same command goes on where it was\n")
+    assert signal.getsignal(signal.SIGTERM) is former
+    assert [path.name for path in tmp_path.iterdir()] == ["labels.csv.part"]
+    labelled.forget()
+    labelled.most = -1
+    assert main(run) == 0
+    assert len(labelled.forget()) == 2
+    assert signal.getsignal(signal.SIGTERM) is former
+
+
+def test_a_run_in_another_thread_leaves_signals_alone(former: Any, support: Path, folder: Path, tmp_path: Path) -> None:
+    ended: list[int] = []
+    run = predict_args(support, [folder / "0.mp4"], tmp_path / "labels.csv")
+    thread = threading.Thread(target=lambda: ended.append(main(run)))
+    thread.start()
+    thread.join()
+    assert ended == [0]
+    assert signal.getsignal(signal.SIGTERM) is former
+
+
+# Workers
+
+
+@dataclass(frozen=True)
+class DeadlyReader(ClipReader):
+    """As a decoder that crashes on some files does, or as one at work when its run is stopped."""
+
+    def read(self, path: str, uniforms: Tensor | None = None) -> tuple[Tensor, int]:
+        if "crash" in path:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if "stop" in path:
+            os.kill(os.getppid(), signal.SIGTERM)
+            signal.pause()
+        return super().read(path, uniforms)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL there")
+def test_a_file_on_which_a_worker_dies_costs_its_row(
+    support: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference(support).save(tmp_path / "classifier")
+    monkeypatch.setattr(encoding, "ClipReader", DeadlyReader)
+    videos = [str(folder / "0.mp4"), "crash.mp4", str(folder / "1.mp4")]
+    arguments = predict_args(support, videos, tmp_path / "labels.csv", "--ckpt_path", str(tmp_path / "classifier"))
+    arguments[arguments.index("--workers") + 1] = "1"
+    del arguments[1:3]
+    assert main(arguments) == 1
+    rows = read_csv(tmp_path / "labels.csv")
+    assert [row["path"] for row in rows] == videos
+    assert [row["error"] for row in rows] == ["", "the decoder crashed (SIGKILL)", ""]
+    assert [rows[k]["label"] for k in (0, 2)] == list(reference(support).predict([videos[0], videos[2]]))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no signals there")
+def test_sigterm_ends_the_workers(
+    former: Any,
+    support: Path,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    reference(support).save(tmp_path / "classifier")
+    monkeypatch.setattr(encoding, "ClipReader", DeadlyReader)
+    videos = ["stop.mp4", str(folder / "0.mp4")]
+    more = ["--ckpt_path", str(tmp_path / "classifier"), "--workers", "1"]
+    arguments = predict_args(support, videos, tmp_path / "labels.csv", *more)
+    del arguments[1:3]
+    assert main(arguments) == 128 + signal.SIGTERM
+    assert multiprocessing.active_children() == []
+    assert "stopped by SIGTERM" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"classifier", "labels.csv.part"}

@@ -1,0 +1,484 @@
+import csv
+import json
+import os
+import subprocess
+import sys
+import unicodedata
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+from clip_m2df.cli import main
+from clip_m2df.commands.prepare import prepare
+from clip_m2df.datasets.benchmarks import BENCHMARKS
+from clip_m2df.datasets.manifest import Manifest
+from clip_m2df.datasets.tree import scan
+from clip_m2df.errors import UserError
+
+CLASSES = {
+    "train": ["draw sword", "hurling (sport)", "air drumming", "busking", "yoga"],
+    "val": ["hug", "kick", "kick ball", "run", "sit"],
+    "test": ["eat", "zap", "golf", "pour", "talk"],
+}
+COUNTS = {"train": 10, "val": 6, "test": 6}
+NFC, NFD = (unicodedata.normalize(form, "Übung_für_Ängstliche") for form in ("NFC", "NFD"))
+
+
+def touch(root: Path, names: Iterable[str]) -> Path:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    return root
+
+
+def listed() -> dict[str, list[str]]:
+    """The smallest lists that can supply 5-way 5-shot episodes: class/class_k, with numbers over all classes."""
+    return {
+        split: [f"{label}/{label}_{k}" for label in labels for k in range(COUNTS[split])]
+        for split, labels in CLASSES.items()
+    }
+
+
+def save_lists(folder: Path, lists: dict[str, list[str]]) -> Path:
+    folder.mkdir(exist_ok=True)
+    for split, lines in lists.items():
+        (folder / f"{split}list01.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def all_listed() -> list[str]:
+    return [line for lines in listed().values() for line in lines]
+
+
+class Run:
+    """One run of ``clip-m2df prepare`` on ``tmp_path/videos``, and what it left."""
+
+    def __init__(self, tmp_path: Path, dataset: str, *options: str | Path, lists: dict[str, list[str]] | None = None):
+        self.root, self.output, self.report = tmp_path / "videos", tmp_path / "out" / "m.csv", tmp_path / "report.csv"
+        if lists is not None:
+            options = ("--lists", save_lists(tmp_path / "lists", lists), *options)
+        fixed = ["--root", self.root, "--output", self.output, "--report", self.report]
+        self.status = main(["prepare", dataset, *map(str, [*fixed, *options])])
+
+    @property
+    def manifest(self) -> Manifest:
+        return Manifest.read(self.output, self.root)
+
+    @property
+    def rows(self) -> list[tuple[str, str, str]]:
+        """The split, label and path from the root of each video in the manifest, which is there for certain."""
+        return [(v.split, v.label, os.path.relpath(v.path, self.root)) for v in self.manifest.videos]
+
+    @property
+    def paths(self) -> list[str]:
+        return [path for _, _, path in self.rows]
+
+    @property
+    def problems(self) -> list[list[str]]:
+        with self.report.open(encoding="utf-8", newline="") as file:
+            header, *rows = csv.reader(file)
+        assert header == ["split", "label", "entry", "problem", "candidates"]
+        return rows
+
+
+# Listed videos
+
+
+def test_every_listed_video_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    touch(tmp_path / "videos", [f"{line}.mp4" for line in all_listed()])
+    run = Run(tmp_path, "kinetics100", lists=listed())
+    assert run.status == 0
+    assert run.problems == []
+    assert len(run.rows) == 5 * (10 + 6 + 6)
+    order = {"train": 0, "val": 1, "test": 2}
+    assert run.rows == sorted(run.rows, key=lambda row: (order[row[0]], row[1], row[2]))
+    assert {(split, label) for split, label, _ in run.rows} == {(s, c) for s, labels in CLASSES.items() for c in labels}
+    texts = {video.label: video.text for video in run.manifest.videos}
+    assert texts["hurling (sport)"] == "hurling sport"
+    out = capsys.readouterr().out
+    cells = [line.strip("│ ").split() for line in out.splitlines()]
+    assert ["train", "│", "5", "│", "50", "│", "50", "│", "0", "│", "0", "│", "0"] in cells
+    assert ["val", "│", "5", "│", "30", "│", "30", "│", "0", "│", "0", "│", "0"] in cells
+    # What to do next; the videos lie outside the manifest's folder.
+    assert f"  clip-m2df check --manifest {run.output} --root {run.root}\n" in out
+    fit = f"clip-m2df fit --config kinetics100_5way1shot.yaml --data.manifest {run.output} --data.root {run.root}\n"
+    assert fit in out
+    assert (
+        main(
+            [
+                "prepare",
+                "kinetics100",
+                f"--root={run.root}",
+                f"--lists={tmp_path / 'lists'}",
+                f"--output={tmp_path / 'm.csv'}",
+            ]
+        )
+        == 0
+    )
+    assert f"  clip-m2df check --manifest {tmp_path / 'm.csv'}\n" in capsys.readouterr().out
+    assert "the published split has 64 / 12 / 24 classes and 6400 / 1200 / 2400 videos" in out
+
+
+def test_missing_videos_and_short_classes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gone = ["yoga/yoga_3", "hug/hug_0", "zap/zap_5", *(f"golf/golf_{k}" for k in range(6))]
+    touch(tmp_path / "videos", [f"{line}.mp4" for line in all_listed() if line not in gone])
+    run = Run(tmp_path, "kinetics100", lists=listed())
+    assert run.status == 1
+    assert len(run.rows) == 110 - len(gone)
+    assert [row[2:] for row in run.problems] == [
+        [name, "missing", ""]
+        for name in ["yoga/yoga_3", "hug/hug_0", *(f"golf/golf_{k}" for k in range(6)), "zap/zap_5"]
+    ]
+    out = capsys.readouterr().out
+    cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in out.splitlines()]
+    for row in (["train", "yoga", "9", "10"], ["val", "hug", "5", "6"], ["test", "golf", "0", "6"]):
+        assert row in cells
+    assert "report.csv names every missing and every ambiguous video" in out
+
+
+@pytest.mark.parametrize(
+    ("entry", "file"),
+    [
+        ("draw sword/a b", "draw_sword/a_b.avi"),
+        ("draw_sword/a_b", "deep/er/Draw Sword/x/A B.AVI"),
+        ("draw sword/(Rad)Schlag_die_Bank!_x", "draw sword/(Rad)Schlag_die_Bank!_x.mkv.mp4"),
+        ('draw sword/-it\'s "q" [1], {2} & 50% #3', 'flat/-it\'s "q" [1], {2} & 50% #3.webm'),
+        ("draw sword/" + NFC, f"{NFD}.mp4"),
+        ("draw sword/" + NFD, f"{NFC.upper()}.mp4"),
+        ("draw sword/x.avi", "draw sword/x.mp4"),
+        ("draw sword/v1.2", "v1.2.mp4"),
+        ("draw sword/x", "by split/train/x.MPEG"),
+        ("videos/draw sword/x.avi", "x.avi"),
+    ],
+)
+def test_names_match_whatever_the_folder_case_and_extension(tmp_path: Path, entry: str, file: str) -> None:
+    lists = listed()
+    lists["train"].append(entry)
+    touch(tmp_path / "videos", [file, *(f"{line}.mp4" for line in all_listed())])
+    run = Run(tmp_path, "folder", lists=lists)
+    assert run.problems == []
+    assert ("train", "draw sword", file) in run.rows
+
+
+def test_folders_of_frames_are_videos(tmp_path: Path) -> None:
+    root = touch(tmp_path / "videos", [f"{line}/{k}.JPG" for line in all_listed() for k in (1, 2)])
+    touch(root, ["yoga/cover.png", "hug/hug_0/frames.txt", "hug/hug_1/.hidden.mp4", ".cache/hug/hug_0.mp4"])
+    run = Run(tmp_path, "kinetics100", lists=listed())
+    assert run.status == 0
+    assert ("val", "hug", "hug/hug_0") in run.rows
+
+
+def test_of_several_files_the_one_in_the_class_folder_wins(tmp_path: Path) -> None:
+    touch(tmp_path / "videos", [f"{line}.mp4" for line in all_listed()])
+    touch(tmp_path / "videos", ["other/yoga_1.mp4", "eat/yoga_2.mp4", "eat/Yoga/yoga_3/x.jpg"])
+    run = Run(tmp_path, "kinetics100", lists=listed())
+    assert run.status == 1
+    assert run.problems == [["train", "yoga", "yoga/yoga_3", "ambiguous", "eat/Yoga/yoga_3 | yoga/yoga_3.mp4"]]
+    assert "yoga/yoga_1.mp4" in run.paths
+    assert "yoga/yoga_2.mp4" in run.paths
+    assert not {"other/yoga_1.mp4", "eat/yoga_2.mp4"} & set(run.paths)
+
+
+def test_two_files_for_one_entry_are_listed_not_guessed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    touch(tmp_path / "videos", [f"{line}.mp4" for line in all_listed()])
+    touch(tmp_path / "videos", ["yoga/yoga_1.webm", "copies/yoga/YOGA 2.mp4"])
+    run = Run(tmp_path, "kinetics100", lists=listed())
+    # Of the second pair, one is spelled as the entry is.
+    assert run.problems == [["train", "yoga", "yoga/yoga_1", "ambiguous", "yoga/yoga_1.mp4 | yoga/yoga_1.webm"]]
+    assert "yoga/yoga_2.mp4" in run.paths
+    assert "1 ambiguous: several files fit, and none is used" in capsys.readouterr().out
+
+
+def test_one_name_in_two_classes_is_told_by_the_class_folder(tmp_path: Path) -> None:
+    lists = {
+        split: [f"{label}/{k}" for label in labels for k in range(COUNTS[split] + 1)]
+        for split, labels in CLASSES.items()
+    }
+    touch(tmp_path / "videos", [f"{line}.mp4" for lines in lists.values() for line in lines if line != "yoga/3"])
+    run = Run(tmp_path, "folder", lists=lists)
+    assert run.status == 0
+    # The files of other classes that have its name don't stand in for it.
+    (problem,) = run.problems
+    assert problem[:4] == ["train", "yoga", "yoga/3", "missing"]
+    assert problem[4] == "air drumming/3.mp4 | busking/3.mp4 | draw sword/3.mp4"
+    assert all(path.startswith(f"{label}/") for _, label, path in run.rows)
+
+
+def test_one_file_for_two_entries(tmp_path: Path) -> None:
+    lists = listed()
+    lists["train"] += ["yoga/both", "busking/both", "yoga/Same", "yoga/same"]
+    touch(tmp_path / "videos", ["both.mp4", "same.mp4", *(f"{line}.mp4" for line in all_listed())])
+    run = Run(tmp_path, "folder", lists=lists)
+    assert run.status == 0
+    assert run.problems == [
+        ["train", "busking", "busking/both", "ambiguous", "both.mp4"],
+        ["train", "yoga", "yoga/Same", "missing", "same.mp4"],
+        ["train", "yoga", "yoga/both", "ambiguous", "both.mp4"],
+    ]
+    assert ("train", "yoga", "same.mp4") in run.rows
+
+
+# Kinetics
+
+
+@pytest.mark.parametrize(
+    ("entry", "files", "wanted"),
+    [
+        ("yoga/-kYzxMKp514_000086_000096", ["yoga/-kYzxMKp514.mp4"], 0),
+        ("yoga/-kYzxMKp514", ["yoga/-kYzxMKp514_000086_000096.mp4"], 0),
+        ("yoga/6Z267m0nKuo.mkv.mp4", ["x/6Z267m0nKuo_000001_000011.mkv"], 0),
+        ("yoga/-kYzxMKp514_000086_000096", ["-kYzxMKp514.mp4", "-kYzxMKp514_000086_000096.mp4"], 1),
+        ("yoga/-kYzxMKp514_000086_000096", ["-kYzxMKp514_000001_000011.mp4", "-kYzxMKp514_000086_000096.webm"], 1),
+        ("yoga/-kYzxMKp514_000086_000096", ["-kyzxmkp514_000086_000096.mp4"], 0),
+        ("yoga/-kYzxMKp514_000086_000096", ["-kyzxmkp514.mp4", "-kYzxMKp514.mp4"], 1),
+        ("yoga/-kYzxMKp514", ["-kYzxMKp514_000086_000096.mp4", "yoga/-kYzxMKp514_000001_000011.mp4"], 1),
+        ("yoga/-kYzxMKp514", ["-kYzxMKp514x.mp4"], None),
+        ("yoga/-kYzxMKp514", ["a/-kYzxMKp514_000086_000096.mp4", "b/-kYzxMKp514_000001_000011.mp4"], None),
+        ("yoga/yoga_kinetics_1", ["yoga_kinetics_2.mp4"], None),
+    ],
+)
+def test_kinetics_videos_go_by_their_ids(tmp_path: Path, entry: str, files: list[str], wanted: int | None) -> None:
+    lists = listed()
+    lists["train"].append(entry)
+    touch(tmp_path / "videos", [*files, *(f"{line}.mp4" for line in all_listed())])
+    run = Run(tmp_path, "kinetics100", lists=lists)
+    used = [path for path in run.paths if path in files]
+    assert used == ([] if wanted is None else [files[wanted]])
+    assert [row[2] for row in run.problems] == ([entry] if wanted is None else [])
+
+
+def test_ids_that_differ_in_case_are_different_videos(tmp_path: Path) -> None:
+    lists = listed()
+    lists["train"] += ["yoga/abcdefghijk_000001_000011", "yoga/ABCDEFGHIJK_000001_000011"]
+    touch(tmp_path / "videos", ["abcdefghijk.mp4", *(f"{line}.mp4" for line in all_listed())])
+    run = Run(tmp_path, "kinetics100", lists=lists)
+    assert [row[2:] for row in run.problems] == [["yoga/ABCDEFGHIJK_000001_000011", "missing", "abcdefghijk.mp4"]]
+
+
+# Something-Something
+
+
+def test_ssv2_takes_its_classes_from_the_annotations(tmp_path: Path) -> None:
+    lists, annotations, videos = {}, [], []
+    for s, split in enumerate(("train", "val", "test")):
+        lists[split] = [f"{split}{c}/{1000 * s + 100 * c + k}" for c in range(5) for k in range(COUNTS[split])]
+        for line in lists[split]:
+            number, video = line.split("/")
+            annotations.append({"id": video, "label": "x", "template": f"Doing [something] {number}, [fast]"})
+            videos.append(f"20bn/{video}.webm")
+    touch(tmp_path / "videos", [*videos, "20bn/99999.webm"])
+    files = [tmp_path / "something-something-v2-train.json", tmp_path / "something-something-v2-validation.json"]
+    for k, file in enumerate(files):
+        file.write_text(json.dumps(annotations[k::2]))
+    run = Run(tmp_path, "ssv2", "--annotations", *files, lists=lists)
+    assert run.status == 0
+    assert run.rows[0] == ("train", "Doing [something] train0, [fast]", "20bn/0.webm")
+    assert run.manifest.videos[0].text == "doing something train0, fast"
+    assert len(run.rows) == len(videos)
+
+
+# Class splits
+
+
+@pytest.mark.parametrize("dataset", ["hmdb51", "ucf101"])
+def test_built_in_splits_give_what_lists_give(tmp_path: Path, dataset: str) -> None:
+    split = BENCHMARKS[dataset].class_split
+    lists = {s: [f"{label}/v_{label}_{k}" for label in split[s] for k in range(COUNTS[s])] for s in split}
+    lines = [line for lines in lists.values() for line in lines]
+    touch(tmp_path / "videos", [f"a/{line}.avi".replace("HandstandP", "HandStandP") for line in lines])
+    run = Run(tmp_path, dataset)
+    assert run.status == 0
+    built_in = run.output.read_bytes()
+    assert len(run.rows) == len(lines)
+    assert {label for _, label, _ in run.rows} == {label for labels in split.values() for label in labels}
+    assert Run(tmp_path, dataset, lists=lists).status == 0
+    assert run.output.read_bytes() == built_in
+
+
+def test_videos_outside_class_folders_and_copies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    split = BENCHMARKS["hmdb51"].class_split
+    touch(tmp_path / "videos", [f"{c}/{c}_{k}.avi" for s in split for c in split[s] for k in range(COUNTS[s] + 1)])
+    touch(tmp_path / "videos", ["stray.avi", "more/stray.avi", "copies/Kick Ball/kick ball 0.mp4", "kick/run/new.avi"])
+    run = Run(tmp_path, "hmdb51")
+    assert run.status == 0
+    copies = "copies/Kick Ball/kick ball 0.mp4 | kick_ball/kick_ball_0.avi"
+    assert run.problems == [["test", "kick_ball", "kick_ball/kick ball 0", "ambiguous", copies]]
+    assert ("test", "run", "kick/run/new.avi") in run.rows
+    out = capsys.readouterr().out
+    assert "passed over 2 that lie in no folder of a class: 'stray.avi', 'more/stray.avi'" in out
+
+
+def test_a_tree_of_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tops = {"train": "train", "val": "Validation", "test": "test"}
+    names = [f"{tops[s]}/{c}/{k % 2}/{k}.mp4" for s, labels in CLASSES.items() for c in labels for k in range(10)]
+    touch(tmp_path / "videos", [*names, "stray.mp4", "test/stray.mp4", "annotations/read.me"])
+    run = Run(tmp_path, "folder")
+    assert run.status == 0
+    assert sorted(run.paths) == sorted(names)
+    assert ("val", "kick ball", "Validation/kick ball/0/0.mp4") in run.rows
+    assert "passed over 2 that lie in no folder of a class: " in capsys.readouterr().out
+
+
+def test_a_tree_of_classes_with_lists_of_classes(tmp_path: Path) -> None:
+    names = [f"some/{c.replace(' ', '_')}/{k}.mp4" for labels in CLASSES.values() for c in labels for k in range(10)]
+    touch(tmp_path / "videos", [*names, "some/unlisted/1.mp4"])
+    run = Run(tmp_path, "folder", lists=CLASSES)
+    assert run.status == 0
+    assert sorted(run.paths) == sorted(names)
+
+
+def test_a_tree_without_val(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    touch(tmp_path / "videos", [f"{s}/{c}/{k}.mp4" for s in ("train", "test") for c in CLASSES[s] for k in range(10)])
+    assert Run(tmp_path, "folder").status == 0
+    assert "there is no val split: training cannot choose its best checkpoint by one" in capsys.readouterr().out
+
+
+def test_splits_that_supply_no_episodes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    touch(tmp_path / "videos", [f"train/{c}/{k}.mp4" for c in CLASSES["train"][:4] for k in range(10)])
+    assert Run(tmp_path, "folder").status == 1
+    out = capsys.readouterr().out
+    assert "the train split has 4 classes, but 5-way episodes take 5" in out
+    assert "there is no test split" in out
+
+
+# The tree
+
+
+def test_links_are_followed_once(tmp_path: Path) -> None:
+    root = touch(tmp_path / "videos", ["z/a.mp4", "b.mp4"])
+    touch(tmp_path / "elsewhere", ["c.mp4", "d/1.jpg"])
+    (root / "a_link").symlink_to(root / "z")
+    (root / "z" / "up").symlink_to(root)
+    (root / "out").symlink_to(tmp_path / "elsewhere")
+    (root / "link.mp4").symlink_to(root / "b.mp4")
+    (root / "broken.mp4").symlink_to(root / "none")
+    (root / "itself.mp4").symlink_to(root / "itself.mp4")
+    tree = scan(root)
+    assert sorted(file.inner_path for file in tree.files) == ["b.mp4", "link.mp4", "out/c.mp4", "out/d", "z/a.mp4"]
+    assert tree.unreadable == tree.unusable == []
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="names are bytes on Linux only")
+def test_names_that_a_manifest_cannot_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    touch(tmp_path / "videos", [f"{line}.mp4" for line in all_listed()])
+    folder = os.fsencode(tmp_path / "videos")
+    os.mkdir(folder + b"/\xfe")
+    for name in (b"/\xff.mp4", b"/line\nbreak.mp4", b"/\xfe/x.mp4"):
+        os.close(os.open(folder + name, os.O_CREAT))
+    assert Run(tmp_path, "kinetics100", lists=listed()).status == 0
+    out = capsys.readouterr().out
+    assert "passed over 3 that have names that a manifest cannot hold: rename them: " in out
+    assert r"\udcff.mp4'" in out
+    assert r"line\nbreak.mp4'" in out
+
+
+def test_folders_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = touch(tmp_path / "videos", ["a/1.mp4", "b/1.mp4"])
+    real = os.scandir
+
+    def deny(path: str) -> object:
+        if path.endswith("b"):
+            raise PermissionError(13, "Permission denied")
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", deny)  # a superuser may read everything
+    tree = scan(root)
+    assert [file.inner_path for file in tree.files] == ["a/1.mp4"]
+    assert tree.unreadable == [str(root / "b")]
+
+
+# Refusals
+
+
+def refusal(capsys: pytest.CaptureFixture[str], tmp_path: Path, dataset: str, *options: str | Path) -> str:
+    """The line with which a run on ``tmp_path/videos`` ends, leaving no manifest."""
+    run = Run(tmp_path, dataset, *options)
+    assert run.status == 2
+    assert not run.output.exists()
+    message = capsys.readouterr().err
+    assert message.startswith("clip-m2df: error: ")
+    assert message.count("\n") == 1
+    return message
+
+
+def test_no_listed_video_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    touch(tmp_path / "videos", ["films/holiday.mp4"])
+    lists = save_lists(tmp_path / "lists", listed())
+    message = refusal(capsys, tmp_path, "kinetics100", "--lists", lists)
+    assert f"none of the videos looked for is under {tmp_path / 'videos'}: looked for such as 'air drumming/" in message
+    assert "found such as 'films/holiday.mp4'; name the folder with the data set's videos as --root" in message
+    assert "looked for such as 'brush_hair/…'" in refusal(capsys, tmp_path, "hmdb51")
+
+
+def test_every_video_is_ambiguous(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    touch(tmp_path / "videos", ["kick/1.mp4", "kick/1.avi"])
+    message = refusal(capsys, tmp_path, "hmdb51")
+    assert "test,kick,kick/1,ambiguous,kick/1.avi | kick/1.mp4" in (tmp_path / "report.csv").read_text()
+    assert "'kick/1' fits 'kick/1.avi', 'kick/1.mp4'; name a --root that holds each video once" in message
+
+
+def test_there_is_no_video(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    touch(tmp_path / "videos", ["a/read.me", "cover.jpg"])
+    assert "there is no video under" in refusal(capsys, tmp_path, "folder")
+
+
+def test_there_is_no_root(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--root names the folder with the videos" in refusal(capsys, tmp_path, "hmdb51")
+
+
+def test_lists_that_are_needed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    touch(tmp_path / "videos", ["a.mp4"])
+    for dataset in ("kinetics100", "ssv2", "ssv2_small"):
+        message = refusal(capsys, tmp_path, dataset)
+        assert f"{dataset} needs its split lists: name their folder with --lists" in message
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        (["run/1.mp4"], "the folder 'run' in "),
+        (["val/run/1.mp4", "validation/hug/1.mp4"], "are both the val split: make them one"),
+        (["val/Long jump/1.mp4", "test/long_jump/1.mp4"], "is in two splits, test and val in "),
+        (["train/1.mp4"], "none of the videos looked for is under "),
+    ],
+)
+def test_trees_that_make_no_sense(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], names: list[str], reason: str
+) -> None:
+    touch(tmp_path / "videos", names)
+    assert reason in refusal(capsys, tmp_path, "folder")
+
+
+def test_outputs_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    touch(tmp_path / "videos", ["kick/1.mp4"])
+    (tmp_path / "file").touch()
+    for output in (tmp_path, tmp_path / "file" / "m.csv"):
+        message = refusal(capsys, tmp_path, "hmdb51", "--output", output)
+        assert f"cannot write {output}: name a file in a folder that can be written" in message
+    message = refusal(capsys, tmp_path, "hmdb51", "--output", tmp_path / "report.csv")
+    assert "--output and --report are both" in message
+
+
+def test_an_unknown_data_set(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no data set 'hmdb': choose from kinetics100, ssv2, ssv2_small, hmdb"):
+        prepare("hmdb", root=tmp_path, output=tmp_path / "m")  # type: ignore[arg-type]
+
+
+def test_a_run_that_is_refused_leaves_what_was_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "m.csv"
+    output.write_text("as it was")
+    assert main(["prepare", "hmdb51", "--root", str(touch(tmp_path / "v", ["x.mp4"])), "--output", str(output)]) == 2
+    assert output.read_text() == "as it was"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.csv", "v"]
+    assert "none of the videos looked for is under" in capsys.readouterr().err
+
+
+def test_torch_is_not_imported() -> None:
+    code = "import sys, clip_m2df.commands.prepare; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_annotations_without_lists_have_nothing_to_name(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--annotations names the classes of --lists, and there are none"):
+        prepare("ucf101", root=tmp_path, annotations=[tmp_path / "a.json"], output=tmp_path / "m.csv")

@@ -1,0 +1,401 @@
+import itertools
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning
+import pytest
+import torch
+
+from clip_m2df.commands import cache
+from clip_m2df.datasets.manifest import Manifest
+from clip_m2df.episodes.datamodule import EpisodeDataModule
+from clip_m2df.episodes.files import write_episodes_file
+from clip_m2df.episodes.plan import plan_episode
+from clip_m2df.errors import UserError
+
+SMALL: dict[str, Any] = {
+    "n_way": 3,
+    "n_query": 2,
+    "frames": 2,
+    "resize": 16,
+    "size": 16,
+    "num_workers": 0,
+    "evaluation": "direct",
+}
+
+
+def make(manifest: Path, **options: Any) -> EpisodeDataModule:
+    return EpisodeDataModule(str(manifest), **(SMALL | options))
+
+
+def test_loaders_give_the_episodes_of_their_split(manifest: Path) -> None:
+    data = make(manifest, val_episodes=5, test_episodes=3, batch_size=2, episodes_per_step=4)
+    for stage in ("fit", "validate", "test"):
+        data.setup(stage)
+    val: list[Any] = list(data.val_dataloader())
+    assert [len(batch["query"]) for batch in val] == [2, 2, 1]
+    assert val[0]["class_names"] == [f"val class {c}" for c in range(3)]
+    assert val[0]["query"].shape[1] == 3  # one query a class at evaluation
+    test = list(data.test_dataloader())
+    assert test[0]["class_names"] == [f"the text of {c}" for c in range(3)]
+    train = list(itertools.islice(data.train_dataloader(), 4))
+    assert train[0]["query"].shape[1] == 6
+    again: list[Any] = list(data.val_dataloader())
+    assert torch.equal(val[1]["query"], again[1]["query"])
+
+
+def test_training_and_evaluation_have_seeds_of_their_own(manifest: Path) -> None:
+    drawn = {}
+    for seed, eval_seed in ((0, 0), (1, 0), (0, 1)):
+        data = make(manifest, seed=seed, eval_seed=eval_seed)
+        data.setup("fit")
+        loaders: tuple[Any, ...] = (data.train_dataloader(), data.val_dataloader())
+        drawn[seed, eval_seed] = [next(iter(loader))["draws"] for loader in loaders]
+    assert not torch.equal(drawn[0, 0][0], drawn[1, 0][0])
+    assert torch.equal(drawn[0, 0][1], drawn[1, 0][1])
+    assert torch.equal(drawn[0, 0][0], drawn[0, 1][0])
+    assert not torch.equal(drawn[0, 0][1], drawn[0, 1][1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_way": 1}, "n_way is 1; .* 2"),
+        ({"n_shot": 0}, "n_shot is 0; it must be at least 1"),
+        ({"n_query_eval": 0}, "n_query_eval is 0"),
+        ({"frames": 0}, "frames is 0"),
+        ({"validate_every": 0}, "validate_every is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"train_n_shot": 0}, "train_n_shot is 0"),
+        ({"stuck_after": 0.0}, r"stuck_after is 0\.0"),
+        ({"max_unusable": 1.5}, r"max_unusable is 1\.5"),
+        ({"resize": 15}, "resize 15 is smaller than size 16"),
+        (
+            {"batch_size": 3},
+            r"episodes_per_step 16 does not divide into batches of 3 on 1 device\(s\); give a multiple of 3",
+        ),
+        ({"batch_size": 32}, "episodes_per_step 16 does not divide into batches of 32"),
+    ],
+)
+def test_options_out_of_range_are_refused_by_name(manifest: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make(manifest, **options)
+
+
+def test_episodes_of_a_step_divide_over_devices_or_are_refused(manifest: Path) -> None:
+    data = make(manifest, batch_size=2)
+    assert [data.accumulation(world_size) for world_size in (1, 2, 4, 8)] == [8, 4, 2, 1]
+    with pytest.raises(UserError, match=r"batches of 2 on 3 device\(s\); give a multiple of 6"):
+        data.accumulation(3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_way": 4}, r"val split has 3 classes, too few for n_way 4"),
+        ({"n_shot": 3}, r"n_shot 3"),
+    ],
+)
+def test_a_manifest_that_cannot_supply_episodes_is_refused_at_start_up(
+    manifest: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        make(manifest, **options).setup("fit")
+
+
+class Nothing(lightning.LightningModule):
+    """Counts batches; learns nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen: list[torch.Tensor] = []
+        self.validated: list[int] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        self.seen.append(batch["draws"])
+        return self.weight * 1.0
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:
+            self.validated.append(self.global_step)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(data: EpisodeDataModule, folder: Path, ckpt_path: str | None = None, **options: Any) -> Nothing:
+    model = Nothing()
+    trainer = lightning.Trainer(
+        **({"max_steps": 4} | options),
+        default_root_dir=folder,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accelerator="cpu",
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(model, data, ckpt_path=ckpt_path, weights_only=True)
+    if ckpt_path is None and trainer.max_steps == 2:
+        trainer.save_checkpoint(folder / "two.ckpt")
+    return model
+
+
+def test_runs_are_counted_in_whole_steps(manifest: Path, tmp_path: Path) -> None:
+    data = make(manifest, batch_size=2, episodes_per_step=6, validate_every=2, val_episodes=1)
+    model = fit(data, tmp_path)
+    assert len(model.seen) == 4 * 3
+    assert model.validated == [2, 4]
+    # Endless: no number comes twice.
+    assert len(torch.cat(model.seen).unique(dim=0)) == 24
+
+
+def test_a_resumed_run_goes_on_with_the_episodes_that_it_would_have_had(manifest: Path, tmp_path: Path) -> None:
+    def data() -> EpisodeDataModule:
+        return make(manifest, batch_size=2, episodes_per_step=4, validate_every=1, val_episodes=1)
+
+    whole = fit(data(), tmp_path)
+    fit(data(), tmp_path, max_steps=2)
+    resumed = fit(data(), tmp_path, str(tmp_path / "two.ckpt"))
+    assert torch.equal(torch.cat(resumed.seen), torch.cat(whole.seen)[8:])
+
+
+def test_a_trainer_that_would_cut_steps_is_refused(manifest: Path, tmp_path: Path) -> None:
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"max_steps": -1, "max_epochs": 1}, r"give with trainer\.max_steps"),
+        (
+            {"accumulate_grad_batches": 3},
+            r"trainer\.accumulate_grad_batches is 3, but follows from data\.episodes_per_step, 4",
+        ),
+        ({"val_check_interval": 3}, r"trainer\.val_check_interval is 3, in batches; say with data\.validate_every"),
+        ({"limit_train_batches": 3}, r"trainer\.limit_train_batches 3 cuts an optimiser step of 2 batches"),
+    )
+    for options, message in cases:
+        with pytest.raises(UserError, match=message):
+            fit(make(manifest, batch_size=2, episodes_per_step=4), tmp_path, **options)
+
+
+def test_epochs_cut_by_a_limit_deal_fresh_episodes(manifest: Path, tmp_path: Path) -> None:
+    model = fit(make(manifest, batch_size=2, episodes_per_step=4, val_episodes=1), tmp_path, limit_train_batches=4)
+    assert len(model.seen) == 8
+    assert len(torch.cat(model.seen).unique(dim=0)) == 16
+
+
+def test_without_validation_the_val_split_may_be_missing(manifest: Path, tmp_path: Path) -> None:
+    rows = [line for line in manifest.read_text().splitlines() if ",val," not in line]
+    shorter = manifest.parent / "no_val.csv"
+    shorter.write_text("\n".join(rows))
+    data = make(shorter, batch_size=2, episodes_per_step=4)
+    assert len(fit(data, tmp_path, limit_val_batches=0).seen) == 8
+    with pytest.raises(UserError, match="val"):
+        fit(make(shorter), tmp_path)
+
+
+def test_a_short_run_is_validated_at_its_end(manifest: Path, tmp_path: Path) -> None:
+    assert fit(make(manifest, batch_size=2, episodes_per_step=4, val_episodes=1), tmp_path).validated == [4]
+
+
+@pytest.mark.parametrize("changed", [{"batch_size": 4}, {"episodes_per_step": 8}])
+def test_a_run_that_would_count_otherwise_does_not_go_on(
+    manifest: Path, tmp_path: Path, changed: dict[str, int]
+) -> None:
+    counts = {"batch_size": 2, "episodes_per_step": 4, "val_episodes": 1}
+    fit(make(manifest, **counts), tmp_path, max_steps=2)
+    with pytest.raises(
+        UserError, match=r"set data\.episodes_per_step to 4, and data\.batch_size times the devices to 2"
+    ):
+        fit(make(manifest, **(counts | changed)), tmp_path, str(tmp_path / "two.ckpt"))
+
+
+def test_each_device_needs_an_episode(manifest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(EpisodeDataModule, "world_size", 4)
+    with pytest.raises(UserError, match="val_episodes is 3 on 4 devices; give at least one a device"):
+        make(manifest, val_episodes=3).setup("validate")
+
+
+def broken_copy(manifest: Path, folder: Path, *names: str) -> Path:
+    """The tests' videos, some of them empty."""
+    for video in manifest.parent.glob("*.mp4"):
+        (folder / video.name).write_bytes(b"" if video.name in names else video.read_bytes())
+    (folder / "manifest.csv").write_text(manifest.read_text())
+    return folder / "manifest.csv"
+
+
+def test_an_evaluation_does_not_start_with_an_unusable_video(manifest: Path, tmp_path: Path) -> None:
+    broken = broken_copy(manifest, tmp_path, "val0_0.mp4", "val2_1.mp4", "train0_0.mp4")
+    with pytest.raises(UserError) as caught:
+        make(broken, val_episodes=20).setup("validate")
+    said = str(caught.value)
+    assert "2 of the 9 videos of the val split are unusable, more than the share 0 that data.max_unusable" in said
+    assert "val0_0.mp4" in said
+    assert "val2_1.mp4" in said
+    assert "it is empty" in said
+    assert "clip-m2df check --fix writes a manifest without such videos" in said
+    # Test has none, and videos that no episode names are nobody's business.
+    make(broken, test_episodes=20).setup("test")
+    data = make(broken, val_episodes=20, n_way=2)
+    data.trainer = lightning.Trainer(limit_val_batches=1, logger=False, accelerator="cpu")
+    val = Manifest.read(broken).split("val")
+    plan = plan_episode(val, data.eval_shape, seed=0, episode=0)
+    named = {Path(video.path).name for rows in (plan.support, plan.query) for row in rows for video in row}
+    assert not named & {"val0_0.mp4", "val2_1.mp4"}
+    data.setup("validate")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_evaluation_with_a_share_of_unusable_videos(manifest: Path, tmp_path: Path, num_workers: int) -> None:
+    broken = broken_copy(manifest, tmp_path, "val0_0.mp4")
+    data = make(broken, val_episodes=20, max_unusable=0.2, num_workers=num_workers)
+    with pytest.warns(UserWarning, match=r"val0_0\.mp4: it is empty; .*; another video of its class takes its place"):
+        data.setup("validate")
+    replaced = sum(int(batch["replaced"].sum()) for batch in list(data.val_dataloader()))
+    assert replaced > 0
+    for fewer in (0.1, 0.0):
+        with pytest.raises(UserError, match=r"1 of the 9 videos of the val split are unusable, more than the share 0"):
+            make(broken, val_episodes=20, max_unusable=fewer).setup("validate")
+
+
+def test_training_bears_with_one_video_in_twenty(manifest: Path, tmp_path: Path) -> None:
+    broken = broken_copy(manifest, tmp_path, "train0_0.mp4")
+    data = make(broken)  # one of 16 is more than that
+    data.setup("fit")
+    with pytest.raises(UserError, match=r"1 of the 16 videos of the train split .* more than the share 0\.05"):
+        list(itertools.islice(data.train_dataloader(), 40))
+    data = make(broken, max_unusable=0.5)
+    data.setup("fit")
+    with pytest.warns(UserWarning, match="takes its place"):
+        assert len(list(itertools.islice(data.train_dataloader(), 40))) == 40
+
+
+def test_training_episodes_may_have_other_shots(manifest: Path) -> None:
+    data = make(manifest, n_shot=2, train_n_shot=1, val_episodes=2)
+    data.setup("fit")
+    loaders: tuple[Any, ...] = (data.train_dataloader(), data.val_dataloader())
+    assert [next(iter(loader))["support"].shape[1:3] for loader in loaders] == [(3, 1), (3, 2)]
+
+
+def test_test_episodes_from_a_file_are_played_in_its_order(manifest: Path, tmp_path: Path) -> None:
+    drawn = make(manifest, test_episodes=6)
+    split, plans = drawn.test_plans()
+    write_episodes_file(tmp_path / "e.jsonl", plans[::-1], split, str(manifest.parent))
+    data = make(manifest, test_episodes=6, episodes_file=str(tmp_path / "e.jsonl"))
+    assert data.test_plans()[1] == plans[::-1]
+    for one in (drawn, data):
+        one.setup("test")
+    expected, got = list(drawn.test_dataloader()), list(data.test_dataloader())
+    assert all(torch.equal(a["query"], b["query"]) for a, b in zip(expected, got[::-1], strict=True))
+    more = make(manifest, test_episodes=9, episodes_file=str(tmp_path / "e.jsonl"))
+    with pytest.warns(UserWarning, match=r"e\.jsonl has 6 episodes, fewer than test_episodes"):
+        more.setup("test")
+    assert len(list(more.test_dataloader())) == 6
+    with pytest.raises(UserError, match=r"line 1 of the episodes file .*: it has 3 classes, but n_way is 2"):
+        make(manifest, n_way=2, episodes_file=str(tmp_path / "e.jsonl")).setup("test")
+
+
+def test_class_texts_are_overridden_by_a_file(manifest: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts.csv").write_text("label,text\nval class 1,something else\n")
+    data = make(manifest, class_texts=str(tmp_path / "texts.csv"), val_episodes=1)
+    data.setup("validate")
+    batches: list[Any] = list(data.val_dataloader())
+    assert batches[0]["class_names"] == ["val class 0", "something else", "val class 2"]
+
+
+def test_frames_come_from_a_cache_which_may_travel_without_its_videos(
+    manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "isolated_map", lambda f, items, **_: ((item, f(item)) for item in items))
+    copied = broken_copy(manifest, tmp_path)
+    folder = tmp_path / "cache"
+    cache.cache_frames(manifest=copied, output=folder, short_side=24, frames=6, workers=1, timeout=60.0)
+
+    def val(**options: Any) -> torch.Tensor:
+        data = make(copied, val_episodes=3, **options)
+        data.setup("validate")
+        batches: list[Any] = list(data.val_dataloader())
+        return torch.cat([batch["query"] for batch in batches])
+
+    direct, cached = val(), val(cache=str(folder))
+    # Six is an odd multiple of two, so these are the same frames; but for what JPEG and resizing twice make of them.
+    assert (direct.int() - cached.int()).abs().float().mean() < 4
+    for video in tmp_path.glob("*.mp4"):
+        video.unlink()
+    assert torch.equal(val(cache=str(folder)), cached)
+    with pytest.raises(UserError, match=r"videos in the manifest .* are not there"):
+        val()
+    data = make(copied, cache=str(folder))
+    data.setup("fit")
+    assert next(iter(data.train_dataloader()))["query"].shape == (1, 6, 2, 3, 16, 16)
+    with pytest.raises(UserError, match=r"resize is 32, but the cache .* of 24 pixels: give --data.resize 24 or less"):
+        val(cache=str(folder), resize=32)
+    with pytest.raises(UserError, match=r"frames is 8, but the cache .* holds 6 of each video"):
+        val(cache=str(folder), frames=8)
+    # A video that isn't in the cache is read itself, and has to be there.
+    (tmp_path / "val0_0.mp4").write_bytes((manifest.parent / "val0_1.mp4").read_bytes())
+    with pytest.warns(UserWarning, match=r"1 of the \d+ videos are not in the cache .*, or have changed since"):
+        assert not torch.equal(val(cache=str(folder)), cached)
+    copied.write_text(copied.read_text() + "new.mp4,val class 0,val,\n")
+    with pytest.raises(UserError, match=r"1 of the \d+ videos .*'new.mp4'"):
+        val(cache=str(folder))
+
+
+@pytest.fixture
+def cached(manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the manifest and its videos, with a cache beside it."""
+    monkeypatch.setattr(cache, "isolated_map", lambda f, items, **_: ((item, f(item)) for item in items))
+    copied = broken_copy(manifest, tmp_path)
+    cache.cache_frames(manifest=copied, output=tmp_path / "cache", short_side=24, frames=6, workers=1, timeout=60.0)
+    return copied
+
+
+def test_a_cache_of_other_videos_is_refused(cached: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    other = broken_copy(cached, tmp_path / "elsewhere")
+    for video in (tmp_path / "elsewhere").glob("*.mp4"):
+        video.touch()
+    with pytest.raises(UserError, match=r"has none of the \d+ videos of .*, or all have changed since: name another"):
+        make(other, cache=str(tmp_path / "cache")).setup("fit")
+
+
+def test_a_cache_that_cannot_have_evaluations_frames_says_so(cached: Path, tmp_path: Path) -> None:
+    data = make(cached, cache=str(tmp_path / "cache"), frames=3, val_episodes=1)
+    with pytest.warns(UserWarning, match="keeps 6 frames of a video, no odd multiple of frames, 3"):
+        data.setup("validate")
+
+
+def test_a_damaged_cache_is_no_fault_of_its_videos(cached: Path, tmp_path: Path) -> None:
+    (shard,) = (tmp_path / "cache").iterdir()
+    content = bytearray(shard.read_bytes())
+    half = len(content) // 2  # past the header
+    content[half:] = bytes(len(content) - half)
+    shard.write_bytes(content)
+    data = make(cached, cache=str(tmp_path / "cache"), val_episodes=4)
+    with pytest.warns(UserWarning, match=r"are damaged: delete the shard .*; meanwhile the videos themselves are read"):
+        data.setup("fit")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        batches = list(itertools.islice(data.train_dataloader(), 10))
+    assert all(int(batch["replaced"]) == 0 for batch in batches)
+    for video in tmp_path.glob("*.mp4"):
+        video.unlink()
+    data = make(cached, cache=str(tmp_path / "cache"), val_episodes=4)
+    with pytest.raises(UserError, match="delete the shard and run") as caught:
+        data.setup("fit")
+    assert "unusable" not in str(caught.value)
+
+
+def test_a_second_start_checks_what_the_first_did_not(manifest: Path, tmp_path: Path) -> None:
+    data = make(broken_copy(manifest, tmp_path, "val2_1.mp4"), n_way=2, val_episodes=20)
+    val = Manifest.read(data.manifest_path).split("val")
+    plan = plan_episode(val, data.eval_shape, seed=0, episode=0)
+    assert "val2_1.mp4" not in {Path(v.path).name for rows in (plan.support, plan.query) for row in rows for v in row}
+    data.trainer = lightning.Trainer(fast_dev_run=True, logger=False, accelerator="cpu")
+    data.setup("fit")
+    data.trainer = lightning.Trainer(max_steps=1, logger=False, accelerator="cpu")
+    with pytest.raises(UserError, match=r"1 of the 9 videos of the val split are unusable"):
+        data.setup("fit")
+
+
+def test_a_loader_without_end_cannot_be_overfitted(manifest: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="overfit_batches takes a loader that ends"):
+        fit(make(manifest), tmp_path, overfit_batches=2)

@@ -1,0 +1,199 @@
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from clip_m2df.datasets.manifest import Manifest, Split, Video
+from clip_m2df.episode import episode_draws
+from clip_m2df.episodes.dataset import EpisodeDataset, collate_episodes
+from clip_m2df.episodes.plan import EpisodeSampler, EpisodeShape, plan_episode
+from clip_m2df.errors import UserError
+from clip_m2df.video.transforms import ClipReader
+from tests import clips
+
+READER = ClipReader(frames=4, resize=24, size=16)
+
+
+@pytest.fixture
+def train(manifest: Path) -> Split:
+    return Manifest.read(manifest).split("train")
+
+
+def dataset(split: Split, *, seed: int = 0, augment: bool = True, reader: ClipReader = READER) -> EpisodeDataset:
+    return EpisodeDataset(split, EpisodeShape(3, 1, 2), reader, seed=seed, augment=augment)
+
+
+def test_an_episodes_videos_are_distinct_and_of_their_class(train: Split) -> None:
+    for number in range(50):
+        plan = plan_episode(train, EpisodeShape(3, 1, 2), seed=0, episode=number)
+        assert len(set(plan.classes)) == 3
+        videos = [video for row in (*plan.support, *plan.query) for video in row]
+        assert len({video.path for video in videos}) == 9
+        for c, support, query in zip(plan.classes, plan.support, plan.query, strict=True):
+            assert {video.label for video in (*support, *query)} == {train.class_names[c]}
+
+
+def test_every_class_and_video_comes_up_about_as_often_as_any_other(train: Split) -> None:
+    plans = [plan_episode(train, EpisodeShape(3, 1, 2), seed=0, episode=i) for i in range(2000)]
+    classes = torch.tensor([plan.classes for plan in plans]).flatten().bincount(minlength=4)
+    assert classes.min() > 0.9 * classes.max()
+    support = [video.path for plan in plans for row in plan.support for video in row]
+    counts = torch.tensor([support.count(path) for path in set(support)])
+    assert len(counts) == 16
+    assert counts.min() > 0.7 * counts.max()
+
+
+def test_an_episode_is_a_function_of_seed_and_number(train: Split) -> None:
+    first, again, other = dataset(train)[7], dataset(train)[7], dataset(train, seed=1)[7]
+    assert all(torch.equal(first[key], again[key]) for key in ("support", "query", "draws", "class_indices"))
+    assert not torch.equal(first["draws"], other["draws"])
+    assert not torch.equal(first["query"], other["query"])
+    assert not torch.equal(first["draws"], dataset(train)[8]["draws"])
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_workers_change_nothing(train: Split, num_workers: int) -> None:
+    episodes = dataset(train)
+    loader = DataLoader(episodes, 2, sampler=EpisodeSampler(5), num_workers=num_workers, collate_fn=collate_episodes)
+    for start, batch in zip((0, 2, 4), loader, strict=True):
+        expected = collate_episodes([episodes[i] for i in range(start, min(start + 2, 5))])
+        assert torch.equal(batch["support"], expected["support"])
+        assert torch.equal(batch["query"], expected["query"])
+        assert torch.equal(batch["draws"], expected["draws"])
+
+
+def test_the_batch_is_what_its_legend_says(train: Split) -> None:
+    episodes = dataset(train)
+    batch = collate_episodes([episodes[0], episodes[1]])
+    assert batch["support"].shape == (2, 3, 1, 4, 3, 16, 16)
+    assert batch["query"].shape == (2, 6, 4, 3, 16, 16)
+    assert batch["support"].dtype == batch["query"].dtype == torch.uint8
+    assert batch["query_labels"].tolist() == [[0, 0, 1, 1, 2, 2]] * 2
+    assert batch["class_names"] == [f"train class {c}" for c in range(4)]
+    plans = [plan_episode(train, EpisodeShape(3, 1, 2), seed=0, episode=i) for i in (0, 1)]
+    assert batch["class_indices"].tolist() == [list(plan.classes) for plan in plans]
+    still = dataset(train, augment=False)[0]
+    for query, video in zip(still["query"][0], (video for row in plans[0].query for video in row), strict=True):
+        assert torch.equal(query, READER.read(video.path)[0])
+
+
+def test_draws_are_a_function_of_the_query_too() -> None:
+    # More queries leave those of the first ones as they were.
+    assert torch.equal(episode_draws(0, "train", 3, 10)[:4], episode_draws(0, "train", 3, 4))
+    assert not torch.equal(episode_draws(0, "train", 3, 4), episode_draws(0, "val", 3, 4))
+    draws = torch.cat([episode_draws(0, "train", i, 25) for i in range(400)])
+    assert draws.min() >= 0
+    assert draws.max() < 1
+    assert draws.histc(10, 0, 1).min() > 800
+
+
+def test_augmentation_moves_frames_and_crop_together_and_flips_only_if_asked(manifest: Path) -> None:
+    path = str(manifest.parent / "train3_3.mp4")
+    reader = ClipReader(frames=4, resize=32, size=32)
+    uniforms = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.5, 0.0, 0.1])
+    left, length = reader.read(path, uniforms)
+    assert length == 15
+    first_of_each_segment, _ = reader.read(path, uniforms)
+    assert torch.equal(left, first_of_each_segment)
+    right, _ = reader.read(path, torch.tensor([0.0, 0.0, 0.0, 0.0, 0.5, 1.0, 0.1]))
+    assert not torch.equal(left, right)
+    assert torch.equal(left[..., 16:], right[..., :16])  # 48 pixels wide: two crops of 32, 16 pixels apart
+    mirrored, _ = ClipReader(frames=4, resize=32, size=32, flip=True).read(path, uniforms)
+    assert torch.equal(mirrored, left.flip(-1))
+    unmirrored, _ = ClipReader(frames=4, resize=32, size=32, flip=True).read(
+        path, uniforms + torch.tensor([0.0] * 6 + [0.5])
+    )
+    assert torch.equal(unmirrored, left)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_evaluation_deals_each_episode_once_whatever_the_ranks(world_size: int) -> None:
+    dealt = [list(EpisodeSampler(10, rank=r, world_size=world_size)) for r in range(world_size)]
+    assert sorted(itertools.chain(*dealt)) == list(range(10))
+    for rank, numbers in enumerate(dealt):
+        assert len(EpisodeSampler(10, rank=rank, world_size=world_size)) == len(numbers)
+
+
+def test_training_deals_disjoint_endless_numbers_and_goes_on_where_the_run_stands() -> None:
+    done = 0
+    samplers = [EpisodeSampler(None, first=lambda: done, rank=r, world_size=2) for r in range(2)]
+    dealt = [list(itertools.islice(sampler, 100)) for sampler in samplers]
+    assert sorted(itertools.chain(*dealt)) == list(range(200))
+    done = 200
+    assert list(itertools.islice(samplers[1], 2)) == [201, 203]
+    with pytest.raises(TypeError, match="no length"):
+        len(samplers[0])
+
+
+def test_a_short_video_is_repeated_evenly(tmp_path: Path) -> None:
+    lines = ["path,label,split"]
+    for c, v in itertools.product(range(3), range(3)):
+        clips.render(tmp_path / f"{c}_{v}.mp4", n_frames=2, size=(48, 32))
+        lines.append(f"{c}_{v}.mp4,class {c},train")
+    (tmp_path / "m.csv").write_text("\n".join(lines))
+    episode = dataset(Manifest.read(tmp_path / "m.csv").split("train"), augment=False)[0]
+    assert len(episode["short"]) == 9
+    assert set(episode["short"].values()) == {2}
+    assert torch.equal(episode["support"][..., 0, :, :, :], episode["support"][..., 1, :, :, :])
+    assert torch.equal(episode["support"][..., 2, :, :, :], episode["support"][..., 3, :, :, :])
+    assert not torch.equal(episode["support"][..., 1, :, :, :], episode["support"][..., 2, :, :, :])
+
+
+@pytest.mark.parametrize(
+    ("shape", "counts", "message"),
+    [
+        ((1, 1, 1), (3, 2), "n_way is 1; it must be at least 2"),
+        ((2, 0, 1), (3, 2), "n_shot is 0; it must be at least 1"),
+        ((2, 1, -1), (3, 2), "n_query is -1; it must be at least 1"),
+        ((5, 1, 1), (3, 3, 3), "the val split has 3 classes, too few for n_way 5: lower n_way, or add"),
+        ((2, 3, 1), (9, 3, 2), "2 of the 3 classes of the val split have fewer .* the 4 that n_shot 3 and n_query 1"),
+        ((2, 3, 1), (9, 3, 2), "'class 1' has 3, 'class 2' has 2; lower n_shot or n_query, add videos"),
+        ((2, 1, 1), (1,) * 7, "'class 4' has 1 and 2 more; lower n_shot"),
+    ],
+)
+def test_a_split_that_cannot_supply_episodes_is_refused(
+    shape: tuple[int, int, int], counts: tuple[int, ...], message: str
+) -> None:
+    def split(*counts: int) -> Split:
+        videos = [(f"class {c}", f"/v/{c}/{k}.mp4") for c, count in enumerate(counts) for k in range(count)]
+        return Manifest(Video(path, label, "val", label) for label, path in videos).split("val")
+
+    with pytest.raises(UserError, match=message):
+        EpisodeDataset(split(*counts), EpisodeShape(*shape), READER, seed=0, augment=True)
+    EpisodeShape(n_way=2, n_shot=1, n_query=1).check(split(3, 2))
+
+
+class Counting(ClipReader):
+    """Notes what it reads."""
+
+    def read(self, path: str, uniforms: torch.Tensor | None = None) -> tuple[torch.Tensor, int]:
+        READ.append(path)
+        return super().read(path, uniforms)
+
+
+READ: list[str] = []
+
+
+def test_in_a_step_a_video_looks_the_same_and_is_read_once(train: Split) -> None:
+    reader = Counting(frames=4, resize=24, size=16)
+    episodes = EpisodeDataset(train, EpisodeShape(3, 1, 2), reader, seed=0, augment=True, step=4)
+    READ.clear()
+    steps = [collate_episodes(episodes.__getitems__(range(start, start + 4))) for start in (0, 4)]
+    looks: list[dict[str, torch.Tensor]] = []
+    for number, batch in enumerate(steps):
+        clips = torch.cat((batch["support"].flatten(1, 2), batch["query"]), 1).flatten(0, 1)
+        same = batch["same"].flatten()
+        assert clips.equal(clips[same])
+        assert same.le(torch.arange(36)).all()
+        paths = [path for _, path in batch["clips"]]
+        assert len(same.unique()) == len(set(paths)) < 36
+        looks.append({path: clips[k] for k, path in enumerate(paths)})
+        # One by one they are what they are together.
+        alone = collate_episodes([episodes[4 * number + k] for k in range(4)])
+        assert alone["support"].equal(batch["support"])
+        assert alone["query"].equal(batch["query"])
+    assert len(READ) == sum(len(look) for look in looks) + 2 * 36
+    again = looks[0].keys() & looks[1].keys()
+    assert sum(not looks[0][path].equal(looks[1][path]) for path in again) > len(again) / 2

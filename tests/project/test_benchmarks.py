@@ -1,0 +1,125 @@
+"""The benchmarks run, in small; what they measure is no matter of tests."""
+
+import importlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import dashboard, double_loop, evaluation_head, matching, own_videos
+from benchmarks.__main__ import NAMES, main
+from benchmarks.evaluation_head import draw_episodes
+from benchmarks.timing import compare, line, report
+from benchmarks.train_step import ON_CPU, RandomCLIP, random_batch
+from clip_m2df.classifier.segments import Segment
+from clip_m2df.motion_shapes import Action
+from clip_m2df.training.dashboard import Dashboard
+from tests.nn import references
+from tests.test_cli import options
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_name_is_a_benchmark(name: str) -> None:
+    assert callable(importlib.import_module(f"benchmarks.{name}").cases)
+
+
+@pytest.mark.parametrize("single_direction", [False, True])
+def test_the_double_loop_is_right(single_direction: bool) -> None:
+    costs = torch.rand(3, 2, 5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = references.otam_of(costs, single_direction=single_direction)
+    assert torch.allclose(double_loop.otam(costs, single_direction=single_direction), expected, atol=1e-12)
+
+
+def test_matching_is_equal() -> None:
+    (case,) = matching.cases([8], repeat=1)
+    assert 0 < case["off"] < matching.MOST_OFF
+    assert case["bar"] == 8.0
+
+
+def test_the_bank_is_equal() -> None:
+    (case,) = evaluation_head.cases(30, dim=16, sample=3, repeat=1)
+    assert case["off"] < evaluation_head.MOST_OFF
+    # Each of the 5 x 30 queries and supports is embedded once at most.
+    assert 0 < case["embedded"] <= 300
+
+
+@pytest.mark.slow
+def test_the_dashboards_share_is_measured(manifest: Path, tiny_clip_dir: Path, tmp_path: Path) -> None:
+    hooks = vars(Dashboard).copy()
+    in_hooks, whole, calls = dashboard.measure(options(manifest, tiny_clip_dir, tmp_path)[1:])
+    assert 0 < in_hooks < whole
+    assert calls > 5
+    assert vars(Dashboard) == hooks
+
+
+def test_drawn_episodes_have_videos_of_their_classes() -> None:
+    episodes = draw_episodes(50, torch.Generator().manual_seed(0))
+    both = torch.cat((episodes["support"], episodes["query"].unsqueeze(-1)), -1)
+    assert (both // evaluation_head.N_VIDEOS == episodes["class_indices"].unsqueeze(-1)).all()
+    assert (both[..., 0] != both[..., 1]).all()
+
+
+def test_a_step_at_a_video_at_a_time_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import train_step
+
+    monkeypatch.setitem(train_step.TOWERS, "small", {"kind": "resnet", "layers": [1, 1, 1, 1], "width": 8, "dim": 16})
+    batch = random_batch(ON_CPU)
+    losses = []
+    for kind in (RandomCLIP, train_step.OneByOne):
+        model = kind("small", ON_CPU).eval()
+        losses.append(model.training_step(batch, 0).item())
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+def test_own_videos_are_drawn_apart() -> None:
+    videos = {f"class {c}": [f"{c}/{k}.mp4" for k in range(20)] for c in range(7)}
+    drawn = own_videos.draw(videos, 3, 5)
+    assert drawn == own_videos.draw(videos, 3, 5)
+    assert drawn != own_videos.draw(videos, 4, 5)
+    assert [len(row) for row in drawn.support.values()] == [5] * 4
+    assert all(set(row) < set(videos[label]) for label, row in drawn.support.items())
+    assert all(clip in videos[label] for clip, label in zip(drawn.clips, drawn.labels, strict=True))
+    assert {label: drawn.labels.count(label) for label in drawn.support} == dict.fromkeys(drawn.support, 10)
+    every = [*(path for row in drawn.support.values() for path in row), *drawn.clips, *drawn.strangers]
+    assert len(set(every)) == len(every) == 20 + 40 + 40
+    assert not {path.split("/")[0] for path in drawn.strangers} & {label.split()[1] for label in drawn.support}
+
+
+def test_segments_are_held_against_actions() -> None:
+    actions = [Action(0.0, 4.0, "run"), Action(4.0, 10.0, "eat")]
+    parts = [(0.0, 1.0, "run"), (1.0, 5.0, "run"), (6.0, 10.0, "eat")]
+    found = [Segment(start, end, label, 1.0, {}) for start, end, label in parts]
+    assert own_videos.best_overlap(actions[0], found) == pytest.approx(3 / 5)
+    assert own_videos.best_overlap(actions[1], found) == pytest.approx(4 / 6)
+    assert own_videos.best_overlap(Action(0.0, 1.0, "sit"), found) == 0
+    assert own_videos.share_of_time(actions, found) == pytest.approx((1 + 3 + 4) / 10)
+
+
+def test_a_case_tells_medians_and_whether_the_bar_is_met() -> None:
+    calls: list[str] = []
+    case = compare("both", lambda: calls.append("ours"), lambda: calls.append("plain"), repeat=2, calls=3, off=0.5)
+    assert calls == ["ours", "plain", *(["ours"] * 3 + ["plain"]) * 2]
+    assert case.keys() == {"case", "ours", "plain", "ratio", "off"}
+    assert report("slow", 2.0, 5.0, bar=3.0)["within_bar"] is False
+    assert report("fast", 2.0, 6.0, bar=3.0)["within_bar"] is True
+    assert report("fast and wrong", 2.0, 6.0, bar=3.0, within_bar=False)["within_bar"] is False
+    printed = line(report("one", 0.002, 0.006, off=0.5))
+    assert " ".join(printed.split()) == "one ours 2.00 ms plain 6.00 ms ratio 3 off 0.5"
+
+
+@pytest.mark.parametrize(("ratio", "status"), [(8.0, 0), (2.0, 1)])
+def test_the_command_writes_json_and_ends_with_1_below_the_bar(
+    ratio: float, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def cases() -> Iterator[dict[str, Any]]:
+        yield report("one", 1.0, ratio, bar=4.0)
+
+    monkeypatch.setattr(matching, "cases", cases)
+    monkeypatch.setattr("sys.argv", ["benchmarks", "matching", "--json", str(tmp_path / "cases.json")])
+    assert main() == status
+    (case,) = json.loads((tmp_path / "cases.json").read_text())
+    assert case == {"case": "one", "ours": 1.0, "plain": ratio, "ratio": ratio, "bar": 4.0, "within_bar": not status}
+    assert capsys.readouterr().out.startswith("one ")

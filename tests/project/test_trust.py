@@ -1,0 +1,411 @@
+"""Files from strangers: nothing in them is run, and they lead to no file that a person didn't name."""
+
+import io
+import json
+import os
+import pickle
+import shutil
+import sys
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load, save
+
+from clip_m2df import CLIPM2DF, load_published
+from clip_m2df.cli import main
+from clip_m2df.clip.backbone import TINY_CLIP, CLIPBackbone
+from clip_m2df.commands.cache import cache_frames
+from clip_m2df.commands.check import read_findings
+from clip_m2df.datasets.manifest import Manifest
+from clip_m2df.datasets.split_lists import read_annotations, read_lists
+from clip_m2df.episodes.datamodule import EpisodeDataModule
+from clip_m2df.episodes.files import read_episodes_file
+from clip_m2df.episodes.plan import EpisodeShape
+from clip_m2df.errors import UserError
+from clip_m2df.evaluation import bank as feature_store
+from clip_m2df.evaluation.bank import FeatureStore
+from clip_m2df.files import Fingerprint, fingerprint
+from clip_m2df.training.checkpoints import RunCheckpoint
+from clip_m2df.video import frame_cache
+from clip_m2df.video.frame_cache import FrameCache
+from clip_m2df.video.reader import read_frames
+
+
+@pytest.fixture
+def marker(tmp_path: Path) -> Iterator[Path]:
+    """A folder that appears when a malicious file is obeyed; it must not."""
+    path = tmp_path / "obeyed"
+    yield path
+    assert not path.exists()
+
+
+class Malicious:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return os.mkdir, (str(self.marker),)
+
+
+def pickled(marker: Path, form: str) -> bytes:
+    """A malicious pickle that has what is looked for beside it, in one of the forms in circulation."""
+    content = {"state_dict": {"x": torch.ones(2)}, "hyper_parameters": {"head": "m2df"}, "x": Malicious(marker)}
+    file = io.BytesIO()
+    if form == "pickle":
+        pickle.dump(content, file)
+    else:
+        torch.save(content, file, _use_new_zipfile_serialization=form == "zip")
+    return file.getvalue()
+
+
+FORMS = ["pickle", "torch's older format", "zip"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_malicious_files_work(tmp_path: Path, form: str) -> None:
+    data = io.BytesIO(pickled(tmp_path / "obeyed", form))
+    pickle.load(data) if form == "pickle" else torch.load(data, weights_only=False)
+    assert (tmp_path / "obeyed").exists()
+
+
+def run_options(manifest: Path, tiny_clip_dir: Path, folder: Path) -> list[str]:
+    return [
+        f"--data.manifest={manifest}",
+        f"--model.backbone={tiny_clip_dir}",
+        *(
+            "--data.n_way=2",
+            "--data.frames=2",
+            "--data.resize=32",
+            "--data.size=32",
+            "--data.n_query=1",
+            "--data.num_workers=0",
+        ),
+        *("--trainer.max_steps=1", "--trainer.accelerator=cpu", f"--trainer.default_root_dir={folder / 'run'}"),
+    ]
+
+
+# Pickles
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("command", ["fit", "validate", "test"])
+def test_a_checkpoint_is_not_obeyed_by_a_command(
+    command: str, form: str, marker: Path, manifest: Path, tiny_clip_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = marker.with_name("c.ckpt")
+    path.write_bytes(pickled(marker, form))
+    assert main([command, *run_options(manifest, tiny_clip_dir, path.parent), f"--ckpt_path={path}"]) == 2
+    assert f"{path} is damaged or no checkpoint" in capsys.readouterr().err
+
+
+def _pickled_weights(path: Path) -> CLIPBackbone:
+    folder = path.with_name("clip")
+    shutil.copytree(TINY_CLIP, folder)
+    (folder / "model.safetensors").unlink()
+    path.rename(folder / "pytorch_model.bin")
+    return CLIPBackbone.load(str(folder))
+
+
+READERS: dict[str, Callable[[Path], object]] = {
+    "load_from_checkpoint": CLIPM2DF.load_from_checkpoint,
+    "weights.pt": lambda path: CLIPBackbone.load(str(path.rename(path.with_suffix(".pt")))),
+    "weights.bin": lambda path: CLIPBackbone.load(str(path.rename(path.with_suffix(".bin")))),
+    "weights.safetensors": lambda path: CLIPBackbone.load(str(path.rename(path.with_suffix(".safetensors")))),
+    "pytorch_model.bin": _pickled_weights,
+    "published": load_published,
+    "manifest": Manifest.read,
+    "class texts": lambda path: Manifest.read(_some_manifest(path)).with_texts(path),
+    "split list": lambda path: read_lists(path.rename(path.with_name("train.txt")), "folder"),
+    "annotations": lambda path: read_annotations([path], "ssv2"),
+    "episodes file": lambda path: read_episodes_file(
+        path, Manifest.read(_some_manifest(path)).split("train"), None, EpisodeShape(2, 1, 1)
+    ),
+    "frame cache": lambda path: FrameCache.open(
+        path.rename(path.with_name("frames-00000.safetensors")).parent, path.parent
+    ),
+    "video": lambda path: read_frames(str(path.rename(path.with_suffix(".mp4"))), range),
+}
+
+
+def _some_manifest(path: Path) -> Path:
+    path.with_name("a.mp4").touch()
+    path.with_name("m.csv").write_text("path,label,split\na.mp4,run,train\n")
+    return path.with_name("m.csv")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("reader", READERS)
+def test_no_reader_obeys_a_pickle(reader: str, form: str, marker: Path) -> None:
+    path = marker.with_name("file")
+    path.write_bytes(pickled(marker, form))
+    with pytest.raises(UserError) as caught:
+        READERS[reader](path)
+    assert str(marker.parent) in str(caught.value)  # it names the file
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_can_be_made_anew_is_made_anew(form: str, marker: Path) -> None:
+    store = FeatureStore(marker.parent, torch.nn.Linear(2, 2), "")
+    store.path.write_bytes(pickled(marker, form))
+    with pytest.warns(UserWarning, match="can't be used .*: they are made anew"):
+        assert store.read() == {}
+    assert read_findings(store.path) == {}
+
+
+def test_a_program_is_not_run(marker: Path) -> None:
+    with zipfile.ZipFile(marker.with_name("clip.pt"), "w") as archive:
+        archive.writestr("clip/constants.pkl", pickle.dumps(Malicious(marker)))
+        archive.writestr("clip/data.pkl", pickle.dumps(Malicious(marker)))
+        archive.writestr("clip/version", "3")
+    for read in (CLIPBackbone.load, load_published):
+        with pytest.raises(UserError, match="is a TorchScript archive, a program that isn't run here"):
+            read(str(marker.with_name("clip.pt")))
+    with pytest.raises(UserError, match="is damaged or no checkpoint"):
+        CLIPM2DF.load_from_checkpoint(marker.with_name("clip.pt"))
+
+
+# Configs
+
+
+@pytest.mark.parametrize(
+    "place", ["{}", "data: {}", "data:\n  manifest: {}", "trainer:\n  callbacks: [{}]", "model: {{lr: {}}}"]
+)
+def test_a_config_makes_no_objects_of_python(
+    place: str, marker: Path, manifest: Path, tiny_clip_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = marker.with_name("c.yaml")
+    options = run_options(manifest, tiny_clip_dir, marker.parent)
+    for tag in ("!!python/object/apply:os.mkdir", "!!python/object/new:os.mkdir", "!!python/name:os.mkdir"):
+        text = place.format(f"{tag} [{json.dumps(str(marker))}]")
+        config.write_text(text)
+        assert main(["fit", *options, f"--config={config}"]) == 2
+        said = capsys.readouterr().err
+        assert "could not determine a constructor for the tag" in said
+        assert str(config) in said
+        # An option's value is read as YAML too.
+        assert main(["fit", *options, f"--model.milestones={tag} [{json.dumps(str(marker))}]"]) == 2
+
+
+def test_a_config_of_aliases_does_not_grow_without_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = ["model:", "  head_options:", "    a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"    a{k}: &a{k} [{', '.join(9 * [f'*a{k - 1}'])}]" for k in range(1, 10)]
+    for text in ("\n".join(lines), "model: &m {head_options: *m}", "model: {head_options: {x: " + "[" * 3000):
+        (tmp_path / "c.yaml").write_text(text)
+        assert main(["fit", f"--config={tmp_path / 'c.yaml'}", "--model.backbone=tiny"]) == 2
+        assert f"config {tmp_path / 'c.yaml'} can't be read: " in capsys.readouterr().err
+
+
+# What a checkpoint may say
+
+
+@pytest.fixture
+def checkpoint(tiny_clip_dir: Path, tmp_path: Path) -> tuple[Path, dict[str, Any]]:
+    """A whole checkpoint, and its content, to be changed and saved again."""
+    model = CLIPM2DF(backbone=str(tiny_clip_dir), head_options={"hidden_dim": 32, "num_heads": 4})
+    content: dict[str, Any] = {"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams)}
+    content |= {"pytorch-lightning_version": "2.6.6", "epoch": 0, "global_step": 1, "loops": {}, "callbacks": {}}
+    model.on_save_checkpoint(content)
+    torch.save(content, tmp_path / "c.ckpt")
+    return tmp_path / "c.ckpt", content
+
+
+def test_a_checkpoint_does_not_name_what_is_imported(
+    checkpoint: tuple[Path, dict[str, Any]],
+    marker: Path,
+    manifest: Path,
+    tiny_clip_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path, content = checkpoint
+    CLIPM2DF.load_from_checkpoint(path)
+    code = f"import os\nos.mkdir({str(marker)!r})\nfrom clip_m2df.nn.m2df import M2DFHead as Head\n"
+    marker.with_name("module_of_a_stranger.py").write_text(code)
+    monkeypatch.syspath_prepend(str(marker.parent))
+    head = "module_of_a_stranger.Head"
+    content["hyper_parameters"]["head"] = head
+    torch.save(content, path)
+    with pytest.raises(
+        UserError, match=rf"takes the head '{head}', code that is not this package's: if you trust it, "
+    ):
+        CLIPM2DF.load_from_checkpoint(path)
+    args = ["test", *run_options(manifest, tiny_clip_dir, path.parent), f"--ckpt_path={path}"]
+    assert main(args) == 2
+    assert f"--model.head {head} or head='{head}'" in capsys.readouterr().err
+    assert not marker.exists()
+    # Whoever names it gets it.
+    CLIPM2DF.load_from_checkpoint(path, head=head)
+    assert sys.modules.pop("module_of_a_stranger")
+    marker.rmdir()
+
+
+@pytest.mark.parametrize("option", ["_instantiator", "_class_path", "anything"])
+def test_a_checkpoint_has_no_options_but_the_models(checkpoint: tuple[Path, dict[str, Any]], option: str) -> None:
+    path, content = checkpoint
+    content["hyper_parameters"][option] = "lightning.pytorch.cli.instantiate_module"
+    torch.save(content, path)
+    with pytest.raises(UserError, match=f"has the option '{option}', which CLIPM2DF has not"):
+        CLIPM2DF.load_from_checkpoint(path)
+
+
+@pytest.mark.parametrize("tower", ["visual_config", "text_config"])
+@pytest.mark.parametrize("option", ["attn_implementation", "_attn_implementation", "auto_map", "torch_dtype"])
+def test_a_checkpoint_describes_its_towers_and_nothing_else(
+    checkpoint: tuple[Path, dict[str, Any]], tower: str, option: str
+) -> None:
+    path, content = checkpoint
+    content["hyper_parameters"]["backbone"][tower][option] = "somebody/code"
+    torch.save(content, path)
+    with pytest.raises(UserError, match=rf"the {tower} of .* has '{option}', which no backbone saves"):
+        CLIPM2DF.load_from_checkpoint(path)
+
+
+@pytest.mark.parametrize("tower", ["visual_config", "text_config"])
+def test_a_tower_described_by_a_list_of_pairs_is_refused(checkpoint: tuple[Path, dict[str, Any]], tower: str) -> None:
+    path, content = checkpoint
+    config = content["hyper_parameters"]["backbone"][tower]
+    content["hyper_parameters"]["backbone"][tower] = [[k, v] for k, v in config.items()] + [["auto_map", "some/code"]]
+    torch.save(content, path)
+    with pytest.raises(UserError, match=rf"the backbone .* has no {tower} that is a table of values"):
+        CLIPM2DF.load_from_checkpoint(path)
+
+
+def test_damage_in_a_tensor_does_not_go_unnoticed(checkpoint: tuple[Path, dict[str, Any]]) -> None:
+    path, content = checkpoint
+    weights = {name: weight for name, weight in content["state_dict"].items() if weight.numel() > 100}
+    torch.save({"x": next(iter(weights.values()))}, path.with_name("w.pt"))
+    for file, read in ((path, CLIPM2DF.load_from_checkpoint), (path.with_name("w.pt"), CLIPBackbone.load)):
+        whole = file.read_bytes()
+        place = whole.index(next(iter(weights.values())).numpy().tobytes())
+        for bit in range(8):
+            damaged = bytearray(whole)
+            damaged[place + 50 * bit] ^= 1 << bit
+            file.write_bytes(damaged)
+            with pytest.raises(UserError, match=rf"{file.name} is damaged"):
+                read(str(file))
+
+
+def test_an_archive_takes_no_more_memory_than_disk(tmp_path: Path) -> None:
+    torch.save({"x": torch.zeros(1_000_000)}, tmp_path / "w.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "w.pt") as whole,
+        zipfile.ZipFile(tmp_path / "z.pt", "w", zipfile.ZIP_DEFLATED) as z,
+    ):
+        for name in whole.namelist():
+            z.writestr(name, whole.read(name))
+    assert (tmp_path / "z.pt").stat().st_size < 10_000
+    with zipfile.ZipFile(tmp_path / "many.pt", "w") as many:
+        many.writestr("many/data/0", bytes(1000))
+        many.filelist *= 100  # of one content
+    for name, why in (("z.pt", "it is compressed"), ("many.pt", "its members are larger than the whole")):
+        with pytest.raises(UserError, match=rf"{name} is damaged.*\({why}\)"):
+            CLIPBackbone.load(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("videos", ["[" * 5000, "[[]]", "{}", "3", '[{"path": 1}]'])
+def test_lists_in_tensor_files_that_are_none(videos: str, tmp_path: Path) -> None:
+    metadata = {"format": frame_cache.CACHE_FORMAT, "short_side": "1", "frames": "1", "quality": "1", "videos": videos}
+    (tmp_path / "frames-00000.safetensors").write_bytes(save({"0": np.zeros(1)}, metadata))
+    if videos != "{}":  # which is a list of none
+        with pytest.raises(UserError, match="is damaged, or of another version"):
+            FrameCache.open(tmp_path, tmp_path)
+    store = FeatureStore(tmp_path, torch.nn.Linear(2, 2), "")
+    features = torch.zeros(1, 2, 2)
+    metadata = {"format": feature_store.FEATURES_FORMAT, "key": store.key, "videos": videos}
+    metadata["sha256"] = feature_store._checksum(videos, features)
+    store.path.write_bytes(save({"features": features.numpy()}, metadata))
+    with pytest.warns(UserWarning, match="can't be used .*: they are made anew"):
+        assert store.read() == {}
+
+
+# Where files may lie
+
+
+@pytest.mark.parametrize("path", ["x/..", "x/.", "/", "../../notes.txt", "checkpoints/mine.ckpt", "s3://bucket/x"])
+def test_a_checkpoint_names_no_file_that_a_run_removes(path: str, tmp_path: Path) -> None:
+    callback = RunCheckpoint()
+    callback.dirpath = str(tmp_path / "checkpoints")
+    state = callback.state_dict() | {"best_k_models": {path: torch.tensor(0.1), "x/best.ckpt": torch.tensor(0.2)}}
+    state |= dict.fromkeys(("best_model_path", "kth_best_model_path", "last_model_path"), path)
+    callback.load_state_dict(state)
+    named = {callback.best_model_path, callback.kth_best_model_path, callback.last_model_path, *callback.best_k_models}
+    assert named <= {"", str(tmp_path / "checkpoints" / "best.ckpt")}
+
+
+@pytest.fixture
+def astray(manifest: Path, tmp_path: Path) -> Path:
+    """A manifest in a folder of its own, whose videos lie in that of the ``manifest``."""
+    lines = manifest.read_text().splitlines()
+    (tmp_path / "lists").mkdir()
+    moved = [lines[0], *(f"{manifest.parent}/{line}" for line in lines[1:])]
+    (tmp_path / "lists" / "m.csv").write_text("\n".join(moved))
+    return tmp_path / "lists" / "m.csv"
+
+
+def test_each_command_wants_to_be_told_of_another_folder(
+    astray: Path, manifest: Path, tiny_clip_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = manifest.parent
+    data = [f"--manifest={astray}", "--workers=1"]
+    run = run_options(astray, tiny_clip_dir, tmp_path)
+    commands = [
+        (["check", *data], "--root"),
+        (["cache", *data, f"--output={tmp_path / 'cache'}"], "--root"),
+        (["episodes", *run, f"--output={tmp_path / 'e.jsonl'}", "--data.test_episodes=3"], "--data.root"),
+        (["fit", *run, "--trainer.fast_dev_run=true", "--trainer.enable_progress_bar=false"], "--data.root"),
+    ]
+    for args, option in commands:
+        assert main(args) == 2
+        said = capsys.readouterr().err
+        assert f"lie outside {astray.parent}, the first is {folder}/train0_0.mp4: " in said
+        assert f"--data.root {folder} (clip-m2df check and cache: --root)" in said
+        assert main([*args, f"{option}={folder}"]) == 0
+
+
+def test_episodes_name_videos_of_the_manifest_alone(astray: Path, manifest: Path, tmp_path: Path) -> None:
+    split = Manifest.read(manifest).split("test")
+    shutil.copy(split.videos[0][0].path, tmp_path / "elsewhere.mp4")
+    for path in (str(tmp_path / "elsewhere.mp4"), os.path.relpath(tmp_path / "elsewhere.mp4", manifest.parent)):
+        role = {label: [path] for label in split.class_names[:2]}
+        (tmp_path / "e.jsonl").write_text(json.dumps({"support": role, "query": role}))
+        with pytest.raises(UserError, match="the split has no video"):
+            read_episodes_file(tmp_path / "e.jsonl", split, str(manifest.parent), EpisodeShape(2, 1, 1))
+
+
+def test_a_cache_leads_to_no_files(manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "m.csv").write_text("path,label,split\na.mp4,run,train\n")
+    shutil.copy(next(manifest.parent.glob("*.mp4")), tmp_path / "a.mp4")
+    cache_frames(
+        manifest=tmp_path / "m.csv", output=tmp_path / "cache", short_side=24, frames=2, workers=1, timeout=60.0
+    )
+    (shard,) = (tmp_path / "cache").iterdir()
+    with open(shard, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))["__metadata__"]
+    videos = json.loads(header["videos"])
+    header["videos"] = json.dumps([*videos, *({**videos[0], "path": path} for path in ("/etc/passwd", "../b.mp4"))])
+    tensors = load(shard.read_bytes())
+    for number in (1, 2):
+        tensors |= {name.replace("0", str(number), 1): tensor for name, tensor in tensors.items() if name[0] == "0"}
+    shard.write_bytes(save(tensors, header))
+
+    asked: list[str] = []
+
+    def look_at(path: str) -> Fingerprint:
+        asked.append(path)
+        return fingerprint(path)
+
+    monkeypatch.setattr(frame_cache, "fingerprint", look_at)
+    data = EpisodeDataModule(str(tmp_path / "m.csv"), cache=str(tmp_path / "cache"), frames=2, resize=24, size=24)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(UserError, match="too few for n_way"):  # by then the cache has been opened
+            data.setup("fit")
+    assert set(asked) == {str(tmp_path / "a.mp4")}

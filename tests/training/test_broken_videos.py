@@ -1,0 +1,87 @@
+"""Runs over videos of which many are broken."""
+
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from clip_m2df.cli import main
+from clip_m2df.datasets.manifest import Manifest
+from clip_m2df.episodes.plan import EpisodeShape, plan_episode
+from clip_m2df.video.reader import VideoError, read_frames
+from tests.clips import damage
+
+N_CLASSES, N_QUERY, STEPS = 10, 4, 24
+
+
+@pytest.mark.slow
+def test_a_run_over_every_damaged_file_ends_and_names_the_unusable_ones(
+    tmp_path: Path, tiny_clip_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "videos").mkdir()
+    files = damage(tmp_path / "videos")
+    assert len(files) == 300
+    lines = [f"videos/{file.path.name},class {i % N_CLASSES},train" for i, file in enumerate(files)]
+    (tmp_path / "m.csv").write_text("\n".join(["path,label,split", *lines]))
+    train = Manifest.read(tmp_path / "m.csv").split("train")
+    visited = set()
+    for episode in range(2 * STEPS):
+        plan = plan_episode(train, EpisodeShape(N_CLASSES, 1, N_QUERY), seed=0, episode=episode)
+        visited |= {video.path for rows in (plan.support, plan.query) for row in rows for video in row}
+    assert len(visited) == 300
+    unusable = set()
+    for file in files:
+        try:
+            read_frames(str(file.path), range)
+        except VideoError:
+            unusable.add(str(file.path))
+    assert 100 < len(unusable) < 200
+
+    config: dict[str, dict[str, Any]] = {
+        "model": {"backbone": str(tiny_clip_dir), "head_options": {"hidden_dim": 32, "num_heads": 4}},
+        "data": {
+            "manifest": str(tmp_path / "m.csv"),
+            "n_way": N_CLASSES,
+            "n_query": N_QUERY,
+            "frames": 2,
+            "resize": 32,
+            "size": 32,
+            "batch_size": 1,
+            "episodes_per_step": 2,
+            "num_workers": 1,
+            "max_unusable": 1.0,
+        },
+        "trainer": {
+            "max_steps": STEPS,
+            "limit_val_batches": 0,
+            "log_every_n_steps": 1,
+            "accelerator": "cpu",
+            "enable_progress_bar": False,
+            "default_root_dir": str(tmp_path / "run"),
+        },
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert main(["fit", f"--config={tmp_path / 'run.yaml'}"]) == 0
+    said = [str(warning.message) for warning in caught]
+    named = [match[1] for text in said if (match := re.match(r"cannot read the video (.*?): .*takes its place$", text))]
+    assert sorted(named) == sorted(unusable)  # each once
+    (metrics,) = (tmp_path / "run").rglob("metrics.csv")
+    header, *rows = (line.split(",") for line in metrics.read_text().splitlines())
+    column = header.index("train/replaced_videos")
+    assert sum(float(row[column]) for row in rows if row[column]) > len(unusable)
+
+    config["data"]["max_unusable"] = 0.05
+    config["trainer"]["default_root_dir"] = str(tmp_path / "another")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    capsys.readouterr()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert main(["fit", f"--config={tmp_path / 'run.yaml'}"]) == 2
+    message = capsys.readouterr().err
+    assert "of the 300 videos of the train split are unusable, more than the share 0.05" in message
+    assert len(set(re.findall(r"/videos/[\w.]+", message))) > 15

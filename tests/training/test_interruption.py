@@ -1,0 +1,345 @@
+"""Runs that are ended, killed or can't write: what was saved is there, and what goes on ends as if left alone."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning
+import pytest
+import torch
+
+from benchmarks import soak
+from clip_m2df.cli import main
+from clip_m2df.errors import Stopped, UserError
+from clip_m2df.training.checkpoints import BEST, FOLDER, LAST, PREVIOUS, RunCheckpointIO, read_checkpoint, read_last
+from tests.test_cli import fails, options
+
+# Six optimiser steps of two batches each, validated after every second.
+RUN = (
+    "--data.batch_size=1",
+    "--data.episodes_per_step=2",
+    "--data.validate_every=2",
+    "--trainer.max_steps=6",
+    "--trainer.num_sanity_val_steps=0",
+)
+
+
+class Kill(lightning.Callback):
+    """Sends this process a signal, in training or in validation.
+
+    Args:
+        number: the signal.
+        batch: before which batch of the training, or of the validation that follows ``after``.
+        after: the optimiser step whose validation it is.
+        times: how often.
+        rank: whose process it is.
+        group: send it to all processes of the group.
+    """
+
+    def __init__(
+        self, number: int, batch: int, after: int | None = None, times: int = 1, rank: int = 0, group: bool = False
+    ) -> None:
+        self.number, self.batch, self.after, self.times, self.rank = number, batch, after, times, rank
+        self.group = group
+
+    def kill(self) -> None:
+        for _ in range(self.times):
+            if self.group:
+                # By another process, as batch systems do.
+                subprocess.run(["kill", f"-{self.number}", "--", f"-{os.getpgid(0)}"], check=False)
+            else:
+                os.kill(os.getpid(), self.number)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if self.after is None and batch_idx == self.batch and trainer.global_rank == self.rank:
+            self.kill()
+
+    def on_validation_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if trainer.global_step == self.after and batch_idx == self.batch:
+            self.kill()
+
+
+class KillTest(lightning.Callback):
+    """Sends this process SIGTERM in a test."""
+
+    def on_test_batch_start(self, *args: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+class StopInMidStep(lightning.Callback):
+    """Wants the run to stop after the first batch of the third step."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        trainer.should_stop = trainer.should_stop or batch_idx == 4
+
+
+class Steps(lightning.Callback):
+    """Notes the optimiser steps that were validated."""
+
+    validated: list[int] = []  # noqa: RUF012 - for the test to see
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        self.validated.append(trainer.global_step)
+
+
+def callback(kind: type[lightning.Callback], **arguments: Any) -> list[str]:
+    name = f"--trainer.callbacks+={__name__}.{kind.__name__}"
+    return [name, *(f"--trainer.callbacks.{key}={value}" for key, value in arguments.items())]
+
+
+@pytest.fixture(scope="module")
+def alone(manifest: Path, tiny_clip_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("alone")
+    assert main(["fit", *options(manifest, tiny_clip_dir, folder, *RUN)]) == 0
+    return folder
+
+
+@pytest.fixture
+def run(manifest: Path, tiny_clip_dir: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    def command(*more: str, folder: Path = tmp_path) -> list[str]:
+        return ["fit", *options(manifest, tiny_clip_dir, folder, *RUN, *more)]
+
+    return command
+
+
+def step_of(folder: Path, name: str = LAST) -> int:
+    return int(read_checkpoint(folder / FOLDER / name)["global_step"])
+
+
+def best_so_far(folder: Path) -> tuple[str, float]:
+    states = read_checkpoint(folder / FOLDER / LAST)["callbacks"]
+    (state,) = (state for name, state in states.items() if name.startswith("RunCheckpoint"))
+    return state["best_model_path"], float(state["best_model_score"])
+
+
+@pytest.mark.parametrize(
+    ("number", "batch"), [(signal.SIGTERM, 4), (signal.SIGTERM, 5), (signal.SIGINT, 4), (signal.SIGUSR1, 5)]
+)
+def test_a_signal_saves_at_the_next_optimiser_step(
+    run: Callable[..., list[str]],
+    alone: Path,
+    tmp_path: Path,
+    number: signal.Signals,
+    batch: int,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = signal.getsignal(number)
+    assert main(run(*callback(Kill, number=int(number), batch=batch))) == 128 + number
+    assert signal.getsignal(number) == before
+    said = capsys.readouterr().err
+    assert f"stopped by {number.name}; optimiser step 3 is saved, --ckpt_path last goes on" in said
+    assert step_of(tmp_path) == 3
+    assert main(run("--ckpt_path=last")) == 0
+    assert soak.differences(alone, tmp_path) == []
+
+
+def test_under_slurm_a_run_saves_in_the_same_way(
+    run: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"NTASKS": 1, "JOB_NAME": "job", "JOB_ID": 7, "PROCID": 0, "LOCALID": 0, "NODEID": 0}.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    monkeypatch.setenv("PATH", "")  # where no scontrol is
+    assert main(run(*callback(Kill, number=int(signal.SIGUSR1), batch=4))) == 128 + signal.SIGUSR1
+    assert step_of(tmp_path) == 3
+    assert not list(tmp_path.rglob("hpc_ckpt*"))
+
+
+# In the fourth step, whose validation follows; in that validation; twice in the third step, which is not saved: the
+# last that is was saved before the validation of the second. In the last step, and in its validation.
+@pytest.mark.parametrize(
+    ("kill", "saved", "validated"),
+    [
+        ({"batch": 7}, 4, [2, 4, 6]),
+        ({"batch": 1, "after": 4}, 4, [2, 4, 6]),
+        ({"batch": 4, "times": 2}, 2, [2, 2, 4, 6]),
+        ({"batch": 11}, 6, [2, 4, 6]),
+        ({"batch": 1, "after": 6}, 6, [2, 4, 6]),
+    ],
+)
+def test_a_validation_that_was_cut_short_is_made_up_for(
+    run: Callable[..., list[str]],
+    alone: Path,
+    tmp_path: Path,
+    kill: dict[str, int],
+    saved: int,
+    validated: list[int],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Steps.validated = []
+    status = main(run(*callback(Steps), *callback(Kill, number=int(signal.SIGTERM), **kill)))
+    assert status == 128 + signal.SIGTERM
+    assert step_of(tmp_path) == saved
+    assert main(run("--ckpt_path=last", *callback(Steps))) == 0
+    assert Steps.validated == validated
+    assert soak.differences(alone, tmp_path) == []
+    assert "has made 6 optimiser steps already" in fails(run("--ckpt_path=last"), capsys)
+
+
+@pytest.mark.parametrize("kill", [{"batch": 0, "after": 0}, {"batch": 0, "times": 2}])
+def test_before_anything_is_saved_a_signal_ends_a_run_at_once(
+    run: Callable[..., list[str]], tmp_path: Path, kill: dict[str, int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    status = main(run("--trainer.num_sanity_val_steps=1", *callback(Kill, number=int(signal.SIGTERM), **kill)))
+    assert status == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM; nothing has been saved" in capsys.readouterr().err
+    # Whatever is on its way to handle errors must not take it for one.
+    assert not issubclass(Stopped, Exception)
+
+
+def test_a_test_ends_with_the_status_of_its_signal(
+    run: Callable[..., list[str]], alone: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["test", *run(folder=alone)[1:], "--ckpt_path=best", "--data.test_episodes=100"]
+    assert main([*args, f"--trainer.callbacks+={__name__}.KillTest"]) == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM" in capsys.readouterr().err
+
+
+def test_who_wants_a_run_to_stop_gets_a_whole_step(run: Callable[..., list[str]], alone: Path, tmp_path: Path) -> None:
+    assert main(run(f"--trainer.callbacks+={__name__}.StopInMidStep")) == 0
+    assert step_of(tmp_path) == 3
+    assert main(run("--ckpt_path=last")) == 0
+    weights, expected = (read_checkpoint(folder / FOLDER / LAST)["state_dict"] for folder in (tmp_path, alone))
+    assert all(weights[name].equal(value) for name, value in expected.items())
+
+
+def test_without_validations_the_last_is_saved_as_often(run: Callable[..., list[str]], tmp_path: Path) -> None:
+    kill = callback(Kill, number=int(signal.SIGTERM), batch=10, times=2)
+    assert main(run("--trainer.limit_val_batches=0", *kill)) == 128 + signal.SIGTERM
+    assert (step_of(tmp_path), step_of(tmp_path, PREVIOUS)) == (4, 2)
+
+
+def test_a_run_that_starts_from_another_has_a_best_of_its_own(
+    run: Callable[..., list[str]], alone: Path, tmp_path: Path
+) -> None:
+    args = run(f"--ckpt_path={alone / FOLDER / LAST}", "--trainer.max_steps=8")
+    assert main(args) == 0
+    assert step_of(tmp_path, BEST) == 8
+
+
+def test_the_seeds_of_a_run_stay_what_they_were(
+    run: Callable[..., list[str]], alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(run(*callback(Kill, number=int(signal.SIGTERM), batch=8))) != 0
+    said = fails(run("--ckpt_path=last", "--data.seed=1"), capsys)
+    assert "the run's episodes are those of seed 0: set data.seed to that" in said
+    assert main(run("--ckpt_path=last", "--seed_everything=5")) == 0
+    assert soak.differences(alone, tmp_path) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_workers_leave_signals_to_the_run(
+    run: Callable[..., list[str]], tmp_path: Path, number: signal.Signals
+) -> None:
+    kill = callback(Kill, number=int(number), batch=4, group="true")
+    command = [sys.executable, "-m", "clip_m2df", *run("--data.num_workers=2", *kill)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True, timeout=300)
+    assert done.returncode == 128 + number, done.stderr
+    assert step_of(tmp_path) == 3
+
+
+def test_a_run_goes_on_where_its_folder_was_moved_to(
+    run: Callable[..., list[str]], alone: Path, tmp_path: Path
+) -> None:
+    assert main(run(*callback(Kill, number=int(signal.SIGTERM), batch=8), folder=tmp_path / "here")) != 0
+    shutil.move(tmp_path / "here", tmp_path / "there")
+    assert main(run("--ckpt_path=last", folder=tmp_path / "there")) == 0
+    assert soak.differences(alone, tmp_path / "there") == []
+    # The best so far was known there, and is in the new folder.
+    moved, whole = (best_so_far(folder) for folder in (tmp_path / "there", alone))
+    assert moved == (str(tmp_path / "there" / FOLDER / BEST), whole[1])
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_as_if_left_alone(manifest: Path, tiny_clip_dir: Path) -> None:
+    command = options(manifest, tiny_clip_dir, Path("nowhere"), *RUN, "--checkpoint.every=1", "--trainer.max_steps=20")
+    short = [option for option in command if "default_root_dir" not in option and "num_workers" not in option]
+    for case in soak.cases(kills=3, run=short):
+        assert case["different"] == "nothing"
+        assert case["within_bar"]
+
+
+def test_a_damaged_last_falls_back_to_the_one_before(
+    run: Callable[..., list[str]], alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(run(*callback(Kill, number=int(signal.SIGTERM), batch=9))) != 0
+    folder = tmp_path / FOLDER
+    assert (step_of(tmp_path), step_of(tmp_path, PREVIOUS)) == (5, 4)
+    whole = (folder / LAST).read_bytes()
+    (folder / LAST).write_bytes(whole[: len(whole) // 2])
+    with pytest.warns(UserWarning, match=r"last.ckpt is damaged: going on with .*previous.ckpt, of step 4"):
+        assert main(run("--ckpt_path=last", *callback(Kill, number=int(signal.SIGTERM), batch=9))) != 0
+    # The damaged one has not taken the place of the good one.
+    assert (step_of(tmp_path), step_of(tmp_path, PREVIOUS)) == (5, 4)
+    assert main(run("--ckpt_path=last")) == 0
+    assert soak.differences(alone, tmp_path) == []
+    for name in (LAST, PREVIOUS):
+        (folder / name).write_bytes(b"")
+    assert "previous.ckpt: damaged; give --ckpt_path best, or start anew" in fails(run("--ckpt_path=last"), capsys)
+    # Nor is a damaged run written over.
+    assert "holds a run already" in fails(run(), capsys)
+
+
+def test_any_damage_to_a_checkpoint_is_noticed(alone: Path, tmp_path: Path) -> None:
+    whole = (alone / FOLDER / LAST).read_bytes()
+    (tmp_path / FOLDER).mkdir()
+    (tmp_path / FOLDER / PREVIOUS).write_bytes(whole)
+    generator = torch.Generator().manual_seed(0)
+    expected = read_checkpoint(alone / FOLDER / LAST)
+    for _ in range(20):
+        damaged = bytearray(whole)
+        place = int(torch.randint(len(whole), (), generator=generator))
+        damaged[place] ^= 1 << int(torch.randint(8, (), generator=generator))
+        (tmp_path / FOLDER / LAST).write_bytes(damaged)
+        try:
+            with pytest.warns(UserWarning, match="is damaged"):
+                assert read_last(tmp_path)[0].name == PREVIOUS
+        except pytest.fail.Exception:  # padding between the parts
+            assert soak.compare(read_checkpoint(tmp_path / FOLDER / LAST), expected) == []
+
+
+def test_last_may_be_missing_between_two_renamings(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="fit has saved nothing there yet"):
+        read_last(tmp_path)
+    plain = RunCheckpointIO()
+    for step in (1, 2):
+        plain.save_checkpoint({"global_step": step}, tmp_path / FOLDER / LAST)
+    assert [step_of(tmp_path, name) for name in (PREVIOUS, LAST)] == [1, 2]
+    (tmp_path / FOLDER / LAST).unlink()
+    with pytest.warns(UserWarning, match=r"there is no .*last.ckpt: going on with .*previous.ckpt, of step 1"):
+        assert read_last(tmp_path)[0] == tmp_path / FOLDER / PREVIOUS
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/dev/full")
+def test_a_full_disk_ends_a_run_with_a_line(
+    run: Callable[..., list[str]], alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(run("--trainer.max_steps=3")) == 0
+    draft = tmp_path / FOLDER / f"{LAST}.{os.getpid()}.part"
+
+    class Full(lightning.Callback):
+        """What is written from the fifth step on meets a full disk."""
+
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 9 and not draft.is_symlink():
+                draft.symlink_to("/dev/full")
+
+    globals()["Full"] = Full
+    said = fails(run("--ckpt_path=last", "--checkpoint.every=5", f"--trainer.callbacks+={__name__}.Full"), capsys)
+    assert "last.ckpt: No space left on device; what was saved before is still there" in said
+    assert step_of(tmp_path) == 4
+    assert not draft.is_symlink()
+    assert main(run("--ckpt_path=last")) == 0
+    assert soak.differences(alone, tmp_path) == []
+
+
+def test_every_is_a_number_of_steps(run: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    assert "checkpoint.every is 0; it must be at least 1" in fails(run("--checkpoint.every=0"), capsys)

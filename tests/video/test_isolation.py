@@ -1,0 +1,97 @@
+import itertools
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from clip_m2df.video.isolation import Unreadable, isolated_map
+
+
+def double(item: int) -> int:
+    return 2 * item
+
+
+def double_or_worse(item: int) -> int:
+    if item == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if item == 5:
+        threading.Event().wait()
+    if item == 7:
+        os._exit(3)
+    return 2 * item
+
+
+def refuse(item: int) -> int:
+    raise ValueError(f"no {item}")
+
+
+def say_and_count_threads(item: int) -> int:
+    import torch
+
+    os.write(2, b"what a decoder thinks of a file")
+    return torch.get_num_threads()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_every_item_comes_with_its_result(workers: int) -> None:
+    results = dict(isolated_map(double, range(20), workers=workers, timeout=60))
+    assert results == {item: 2 * item for item in range(20)}
+
+
+def test_a_worker_is_silent_and_has_one_thread(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert dict(isolated_map(say_and_count_threads, [0, 1], workers=1, timeout=60)) == {0: 1, 1: 1}
+    assert capfd.readouterr().err == ""
+
+
+def test_nothing_to_do() -> None:
+    assert list(isolated_map(double, [], workers=2, timeout=60)) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL there")
+def test_what_crashes_or_hangs_costs_that_item_only() -> None:
+    results = dict(isolated_map(double_or_worse, range(12), workers=2, timeout=1))
+    lost = {item: str(result) for item, result in results.items() if isinstance(result, Unreadable)}
+    assert lost == {
+        3: "the decoder crashed (SIGKILL)",
+        5: "the decoder hangs: not done after 1 s",
+        7: "the decoder crashed (exit status 3)",
+    }
+    assert {item: results[item] for item in results.keys() - lost} == {
+        item: 2 * item for item in range(12) if item not in lost
+    }
+
+
+def test_an_error_is_raised_here() -> None:
+    with pytest.raises(ValueError, match="no 4"):
+        list(isolated_map(refuse, [4], workers=1, timeout=60))
+    assert not multiprocessing.active_children()
+
+
+def test_closing_ends_the_workers() -> None:
+    results = isolated_map(double_or_worse, [0, 5], workers=2, timeout=600)
+    assert next(results) == (0, 0)
+    results.close()
+    assert not multiprocessing.active_children()
+
+
+def test_items_are_taken_as_workers_become_free() -> None:
+    taken = []
+
+    def items() -> Iterator[int]:
+        for item in itertools.count():
+            taken.append(item)
+            yield item
+
+    results = isolated_map(double, items(), workers=1, timeout=60)
+    got = dict(itertools.islice(results, 10))
+    assert len(got) == 10
+    assert all(result == 2 * item for item, result in got.items())
+    assert len(taken) <= 12
+    results.close()
