@@ -13,7 +13,7 @@ import torch
 
 from clip_m2df import CLIPM2DF, EpisodeDataModule
 from clip_m2df.episode import episode_draws
-from tests.test_cli import options
+from tests.conftest import options
 from tests.training.test_evaluation_from_bank import trainer
 from tests.training.test_interruption import Kill, callback, step_of
 
