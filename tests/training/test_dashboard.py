@@ -26,8 +26,8 @@ from clip_m2df.training.checkpoints import read_checkpoint
 from clip_m2df.training.dashboard import Dashboard, EvidenceCollector
 from clip_m2df.training.module import Evaluated
 from tests.commands.test_configs import Parsed
+from tests.conftest import options
 from tests.conftest import quiet_trainer as trainer
-from tests.test_cli import options
 from tests.training.test_module import UsersData, make, make_episodes
 from tests.training.wandb_file import OfflineRun, end_wandb
 

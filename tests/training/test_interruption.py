@@ -17,7 +17,7 @@ from benchmarks import soak
 from clip_m2df.cli import main
 from clip_m2df.errors import Stopped, UserError
 from clip_m2df.training.checkpoints import BEST, FOLDER, LAST, PREVIOUS, RunCheckpointIO, read_checkpoint, read_last
-from tests.test_cli import fails, options
+from tests.conftest import fails, options
 
 # Six optimiser steps of two batches each, validated after every second.
 RUN = (

@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from clip_m2df.episode import episode_draws
-from tests.conftest import quiet_trainer
-from tests.test_cli import options
+from tests.conftest import options, quiet_trainer
 from tests.training.test_evaluation_from_bank import data
 from tests.training.test_interruption import Kill, callback, step_of
 from tests.training.test_module import make
