@@ -298,9 +298,9 @@ def test_matching_and_losses_under_autocast_are_within_a_thousandth_of_a_float64
     ],
 )
 def test_options_out_of_range_are_refused_by_name(options: dict[str, Any], message: str) -> None:
-    options = {"head": "m2df", "dim": 16} | options
+    given: dict[str, Any] = {"head": "m2df", "dim": 16, **options}
     with pytest.raises(UserError, match=message):
-        build_head(options.pop("head"), options)
+        build_head(given.pop("head"), given)
 
 
 def test_published_weights_of_another_model_are_refused_by_key() -> None:
