@@ -273,13 +273,9 @@ def test_long_names_are_cut_off() -> None:
     ("frames", "n_way", "head_options"),
     [
         (1, 1, {}),
-        (8, 2, {}),
         (30, 11, {}),
         (1, 2, {"views": ["local"]}),
         (8, 11, {"views": ["local"]}),
-        (30, 1, {"views": ["local"]}),
-        (1, 11, {"pps": False}),
-        (8, 1, {"pps": False}),
         (30, 2, {"pps": False}),
     ],
 )

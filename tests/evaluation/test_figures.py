@@ -98,7 +98,7 @@ def test_the_confusion_matrix_is_dark_where_queries_went() -> None:
         assert 600 * cells < found["#" + bytes(shade).hex()] <= 900 * cells
 
 
-@pytest.mark.parametrize("n", [5, 24, 100])
+@pytest.mark.parametrize("n", [24, 100])
 def test_names_of_any_number_of_classes_can_be_read(n: int) -> None:
     names = [f"a cyan circle moving somewhere {c}" for c in range(n)]
     confusion = torch.full((n, n), 123)
