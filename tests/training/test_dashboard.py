@@ -168,10 +168,8 @@ def test_a_run_that_is_broken_off_keeps_its_log(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("evaluation", ["bank", "direct"])
-def test_without_wandb_pictures_are_files(manifest: Path, tiny_clip_dir: Path, evaluation: str) -> None:
-    more = [f"--data.evaluation={evaluation}", "--data.val_episodes=7"]
-    assert fit(manifest, tiny_clip_dir, *more) == 0
+def test_without_wandb_pictures_are_files(manifest: Path, tiny_clip_dir: Path) -> None:
+    assert fit(manifest, tiny_clip_dir, "--data.val_episodes=7") == 0
     assert {folder.name for folder in Path("run/figures").iterdir()} == {"step-000001", "step-000002"}
     files = list(Path("run/figures/step-000002").iterdir())
     assert {file.stem for file in files} == PICTURES | EPISODES
