@@ -84,6 +84,16 @@ def options(manifest: Path, tiny_clip_dir: Path, folder: Path, *more: str) -> li
     ]
 
 
+def save_checkpoint(model: Any, path: Path) -> Path:
+    """Save a model that was not trained as a Trainer does; the path."""
+    import lightning
+
+    trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer.strategy.connect(model)
+    trainer.save_checkpoint(path)
+    return path
+
+
 @pytest.fixture
 def offline_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Weights & Biases without an account, its files in the test's folder, and no run of another test."""

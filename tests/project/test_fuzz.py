@@ -11,10 +11,10 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="its processes d
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_some_damaged_inputs(kind: str) -> None:
-    outcomes, bugs = fuzz(kind, seed=0, inputs=100)
+    outcomes, bugs = fuzz(kind, seed=0, inputs=30)
     assert not bugs, "\n".join(bugs)
-    assert outcomes["refused"] > 20, outcomes
-    assert sum(outcomes.values()) == 100
+    assert outcomes["refused"] > 6, outcomes
+    assert sum(outcomes.values()) == 30
 
 
 @pytest.mark.slow

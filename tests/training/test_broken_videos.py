@@ -11,7 +11,7 @@ from clip_m2df.datasets.manifest import Manifest
 from clip_m2df.episodes.plan import EpisodeShape, plan_episode
 from clip_m2df.video.reader import VideoError, read_frames
 from tests.clips import damage
-from tests.test_cli import fails, options
+from tests.conftest import fails, options
 
 N_CLASSES, N_QUERY, STEPS = 10, 4, 24
 
