@@ -20,7 +20,7 @@ from clip_m2df.errors import UserError
 from clip_m2df.motion_shapes import FAMILIES, NO_KNOBS, Knobs, render, render_clip, rendering
 from clip_m2df.motion_shapes.rendering import outlier_path
 from clip_m2df.motion_shapes.scenes import OUTLIERS
-from tests.motion_shapes.scenes import generator, of_split
+from tests.motion_shapes.scenes import generator, of_split, videos
 
 SMALL: dict[str, Any] = {"n_way": 5, "frames": 2, "resize": 32, "size": 32, "num_workers": 0, "test_episodes": 40}
 OF_TEST = {"train": 0, "val": 0, "test": 1}
@@ -40,10 +40,6 @@ def few_videos(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def make(family: str = "order", **options: Any) -> EpisodeDataModule:
     return EpisodeDataModule(f"motion_shapes_{family}", **(SMALL | options))
-
-
-def rendered(manifest: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(manifest.parent)): file.read_bytes() for file in manifest.parent.rglob("*.mp4")}
 
 
 def drawn(monkeypatch: pytest.MonkeyPatch, folder: Path, family: str, **options: Any) -> dict[str, Any]:
@@ -69,13 +65,13 @@ def test_knobs_render_the_test_split_alone_in_folders_of_their_own(few_videos: P
         with manifest.open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
         assert [row["label"] for row in rows] == [c.label for c in of_split("order", "test")]
-        videos = {row["path"] for row in rows}
-        outliers = {outlier_path(path) for path in videos} if knobs.outliers else set()
-        assert set(rendered(manifest)) == videos | outliers
+        paths = {row["path"] for row in rows}
+        outliers = {outlier_path(path) for path in paths} if knobs.outliers else set()
+        assert set(videos(manifest.parent)) == paths | outliers
         assert len(outliers) == (12 if knobs.outliers else 0)
     # What isn't turned changes nothing; how many outliers come is a matter of episodes, not of videos.
-    assert rendered(usual).items() <= rendered(found[3]).items()
-    assert not set(rendered(usual).values()) & set(rendered(found[0]).values())
+    assert videos(usual.parent).items() <= videos(found[3].parent).items()
+    assert not set(videos(usual.parent).values()) & set(videos(found[0].parent).values())
     more = render(family="order", knobs=Knobs(outliers=0.4), videos_per_class=counts, workers=1, progress=False)
     assert more == found[3]
 
