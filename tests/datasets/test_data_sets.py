@@ -1,6 +1,7 @@
 """From the files of a data set on disk to a test accuracy, through the shipped configs, for each of the five."""
 
 import csv
+import itertools
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -22,14 +23,14 @@ class Tree:
 
     Attributes:
         root: where its videos are.
-        lists: the folders of split lists, one of each form.
+        lists: the folders of split lists, by the name of their form.
         annotations: files with class names.
         missing: names that the lists have and the disk doesn't.
         broken: names of files that are no video.
     """
 
     root: Path
-    lists: list[Path]
+    lists: dict[str, Path]
     annotations: list[Path] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
@@ -61,7 +62,8 @@ class DataSet:
     Attributes:
         classes: the labels of each split.
         texts: what prompts say of some of the classes.
-        first: what the lists of the first form are called; those of the second form are CLIP-FSAR's.
+        form: whose the lists of the first form are; those of the second form are CLIP-FSAR's.
+        names: what the lists of the first form are called.
         listed: from a split, the number of a class, its label, the number of its video, and a number that no other
             video has, to the video.
         annotated: whether files tell the class of each video.
@@ -69,13 +71,14 @@ class DataSet:
 
     classes: dict[str, list[str]]
     texts: dict[str, str]
-    first: str
+    form: str
+    names: str
     listed: Callable[[str, int, str, int, int], Listed]
     annotated: bool = False
 
     def build(self, folder: Path, films: "Films") -> Tree:
         """Write the videos, the lists and the annotations."""
-        tree = Tree(folder / "videos", [folder / "first", folder / "second"])
+        tree = Tree(folder / "videos", {form: folder / form for form in (self.form, "CLIP-FSAR")})
         lines: dict[Path, list[str]] = defaultdict(list)
         notes: dict[Path, list[object]] = defaultdict(list)
         videos = [
@@ -86,14 +89,14 @@ class DataSet:
         ]
         for number, (split, c, label, v) in enumerate(videos, 50_000):
             video = self.listed(split, c, label, v, number)
-            for list_folder, form, line in zip(tree.lists, (self.first, "{}_few_shot.txt"), video.lines, strict=True):
-                lines[list_folder / form.format(split)].append(line)
+            for form, name, line in zip(tree.lists, (self.names, "{}_few_shot.txt"), video.lines, strict=True):
+                lines[tree.lists[form] / name.format(split)].append(line)
             note = {"id": video.name, "template": label, "placeholders": ["a cup"] * label.count("[")}
             notes[folder / f"something-something-v2-{'validation' if v % 2 else 'train'}.json"].append(note)
             if video.missing:
                 tree.missing.append(video.name)
                 continue
-            films.put(tree.root / video.path, number)
+            films.put(tree.root / video.path)
             if video.content is not None:
                 (tree.root / video.path).write_bytes(video.content)
                 tree.broken.append(video.name)
@@ -112,11 +115,12 @@ class Films:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.count = itertools.count()
 
-    def put(self, path: Path, number: int) -> None:
-        """Write a video, or a folder of frames where the path has no extension; the number decides its length."""
+    def put(self, path: Path) -> None:
+        """Write a video, or a folder of frames where the path has no extension."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        n_frames = 3 + number % 12
+        n_frames = 3 + next(self.count) % 12
         if not path.suffix:
             clips.save_images(path, n_frames, size=(48, 32))
             return
@@ -186,6 +190,7 @@ DATA_SETS = {
             "test": ["fencing", "kick", "kick_ball", "pick", "pour"],
         },
         {"draw_sword": "draw sword"},
+        "TRX",
         "{}list03.txt",
         hmdb51,
     ),
@@ -196,6 +201,7 @@ DATA_SETS = {
             "test": ["BlowingCandles", "CleanAndJerk", "CliffDiving", "CuttingInKitchen", "Diving"],
         },
         {"HandstandPushups": "handstand pushups", "CleanAndJerk": "clean and jerk", "YoYo": "yo yo"},
+        "TRX",
         "{}list03.txt",
         ucf101,
     ),
@@ -206,6 +212,7 @@ DATA_SETS = {
             "test": ["blasting sand", "busking", "hurling (sport)", "ice skating", "tap dancing"],
         },
         {"hurling (sport)": "hurling sport"},
+        "CMN",
         "{}.list",
         kinetics100,
     ),
@@ -226,6 +233,7 @@ DATA_SETS = {
                 "tipping something with something in it over, so something in it falls out"
             ),
         },
+        "OTAM",
         "{}list07.txt",
         ssv2,
         annotated=True,
@@ -237,6 +245,7 @@ DATA_SETS = {
             "test": [f"Twisting (wringing) something {i}" for i in ("wet", "dry", "up", "down", "so it isn't")],
         },
         {"Twisting (wringing) something wet": "twisting wringing something wet"},
+        "CMN",
         "{}.list",
         ssv2_small,
         annotated=True,
@@ -263,7 +272,7 @@ def test_from_files_on_disk_to_a_test_accuracy(
 
     # prepare, with the lists of each form
     written: list[list[tuple[str, str]]] = []
-    for lists in tree.lists:
+    for lists in tree.lists.values():
         output, report = tmp_path / "manifests" / f"{len(written)}.csv", tmp_path / "missing.csv"
         args = ["prepare", name, f"--root={tree.root}", f"--lists={lists}", f"--output={output}", f"--report={report}"]
         if tree.annotations:

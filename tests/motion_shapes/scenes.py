@@ -41,5 +41,6 @@ def decoded(path: Path) -> NDArray[np.uint8]:
     """The frames of an H.264 video, (frames, height, width, 3)."""
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
-        assert (stream.codec_context.name, stream.average_rate) == ("h264", FPS)
+        assert stream.codec_context.name == "h264"
+        assert stream.average_rate == FPS
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])

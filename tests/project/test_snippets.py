@@ -28,7 +28,7 @@ from clip_m2df.datasets.manifest import Manifest
 from clip_m2df.motion_shapes import rendering
 from tests import clips
 from tests.commands.test_configs import Parsed
-from tests.datasets.test_data_sets import BUILD, VIDEOS, Films
+from tests.datasets.test_data_sets import DATA_SETS, VIDEOS, Films
 from tests.nn.test_m2df import GOLDEN, published_file, published_head
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,7 +92,7 @@ AFTER = {
     ],
     "docs/training.md": ["runs/wandb", "runs/mine/checkpoints/best.ckpt", "mine/model.safetensors"],
     "docs/data_sets.md": [
-        *(f"manifests/{name}.csv" for name in (*BUILD, "mine", "hmdb51_sound", "hmdb51.check")),
+        *(f"manifests/{name}.csv" for name in (*DATA_SETS, "mine", "hmdb51_sound", "hmdb51.check")),
         "runs/hmdb51_5way1shot/test_classes.csv",
         "runs/hmdb51_5way1shot/test_confusion.csv",
         "hmdb51_5way1shot.jsonl",
@@ -202,9 +202,9 @@ def put_data_sets(folder: Path, films: Films, trees: Path) -> None:
     """Small trees of the five data sets where the pages have them; what is broken in them is mended."""
     ssv2 = "20bn-something-something-v2"
     places = {"hmdb51": "HMDB51", "ucf101": "UCF-101", "kinetics100": "k400", "ssv2": ssv2, "ssv2_small": f"{ssv2}/s"}
-    for name, build in BUILD.items():
+    for name, data_set in DATA_SETS.items():
         (trees / name).mkdir()
-        tree = build(trees / name, films)
+        tree = data_set.build(trees / name, films)
         for path in sorted(tree.root.rglob("*.*")):
             if any(broken in path.name for broken in tree.broken):
                 path.unlink()

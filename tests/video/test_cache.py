@@ -430,13 +430,18 @@ def test_a_shard_of_other_settings_or_another_version(copied: Path) -> None:
     first, second = (copied / f"frames-0000{k}.safetensors" for k in range(2))
     with safe_open(first, framework="numpy") as file:
         metadata = file.metadata()
+    videos = metadata["videos"]
     for changed, reason in (
         ({"short_side": "47"}, "has other settings than those before it: delete the"),
         ({"format": "clip-m2df frames 2"}, "is damaged, or of another version: delete the shard"),
+        ({"videos": videos.replace('"n_frames": 9', '"n_frames": 8')}, "is damaged"),
     ):
         save_file(load_file(first), second, {**metadata, **changed})
         with pytest.raises(UserError, match=rf"frames-00001\.safetensors {reason}"):
             FrameCache.open(copied, copied.parent)
+    save_file(load_file(first), second, {**metadata, "videos": videos.replace('"height": 48', '"height": 47')})
+    with pytest.raises(DamagedCacheError, match=r"frames of .*long\.mp4 .*frames-00001\.safetensors are damaged"):
+        read(FrameCache.open(copied, copied.parent), copied.parent / "long.mp4")
 
 
 def test_a_shard_that_is_gone(copied: Path) -> None:
