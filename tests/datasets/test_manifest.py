@@ -307,20 +307,6 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert written[-1].startswith("/data/e.mp4,")
 
 
-def test_a_manifest_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = save(tmp_path, "as it was")
-
-    class FullDisk(dict[str, str]):
-        def get(self, *_: object) -> str:
-            raise OSError(28, "No space left on device")
-
-    videos = [Video("/a.mp4", "run", "train", "run", FullDisk(source="web"))]
-    with pytest.raises(UserError, match=r"cannot write the manifest .*: No space left on device"):
-        Manifest(videos).write(path)
-    assert path.read_text() == "as it was"
-    assert list(tmp_path.iterdir()) == [path]
-
-
 def test_the_folder_is_made_where_it_can_be(tmp_path: Path) -> None:
     manifest_of({"run": 1}).write(tmp_path / "new" / "manifest.csv")
     assert (tmp_path / "new" / "manifest.csv").is_file()

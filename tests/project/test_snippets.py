@@ -27,7 +27,7 @@ from tests import clips
 from tests.classifier.conftest import make_model
 from tests.commands.test_configs import Parsed
 from tests.conftest import save_checkpoint
-from tests.datasets.test_data_sets import BUILD, VIDEOS, Films
+from tests.datasets.test_data_sets import DATA_SETS, VIDEOS, Films
 from tests.nn.test_m2df import published_file, published_head
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -196,9 +196,9 @@ def put_data_sets(folder: Path, films: Films, trees: Path) -> None:
     """Small trees of the five data sets where the pages have them; what is broken in them is mended."""
     ssv2 = "20bn-something-something-v2"
     places = {"hmdb51": "HMDB51", "ucf101": "UCF-101", "kinetics100": "k400", "ssv2": ssv2, "ssv2_small": f"{ssv2}/s"}
-    for name, build in BUILD.items():
+    for name, data_set in DATA_SETS.items():
         (trees / name).mkdir()
-        tree = build(trees / name, films)
+        tree = data_set.build(trees / name, films)
         for path in sorted(tree.root.rglob("*.*")):
             if any(broken in path.name for broken in tree.broken):
                 path.unlink()
