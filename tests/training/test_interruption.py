@@ -29,6 +29,7 @@ RUN = (
     "--data.validate_every=2",
     "--trainer.max_steps=6",
     "--trainer.num_sanity_val_steps=0",
+    "--dashboard.figures=false",
 )
 
 
