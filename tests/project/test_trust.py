@@ -79,7 +79,7 @@ def test_the_malicious_files_work(tmp_path: Path, form: str) -> None:
 # Pickles
 
 
-@pytest.mark.parametrize(("command", "form"), zip(("fit", "validate", "test"), FORMS, strict=True))
+@pytest.mark.parametrize(("command", "form"), list(zip(("fit", "validate", "test"), FORMS, strict=True)))
 def test_a_checkpoint_is_not_obeyed_by_a_command(
     command: str, form: str, marker: Path, manifest: Path, tiny_clip_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -347,7 +347,7 @@ def test_a_cache_leads_to_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     manifest, folder = _some_manifest(tmp_path / "file"), tmp_path / "cache"
     folder.mkdir()
     paths = [str(tmp_path / "a.mp4"), "/etc/passwd", str(tmp_path.parent / "b.mp4")]
-    videos = [CachedVideo(path, Fingerprint(1, 2, 3), 2, 24, 24, "", number) for number, path in enumerate(paths)]
+    videos = [CachedVideo(path, fingerprint(paths[0]), 2, 24, 24, "", number) for number, path in enumerate(paths)]
     write_shard(folder, str(tmp_path), Settings(24, 2, 95), [(video, [b"x", b"y"]) for video in videos])
     assert b"/etc/passwd" in next(folder.iterdir()).read_bytes()
 
