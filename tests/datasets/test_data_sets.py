@@ -87,8 +87,8 @@ class DataSet:
             for c, label in enumerate(labels)
             for v in range(VIDEOS[split])
         ]
-        for number, (split, c, label, v) in enumerate(videos, 50_000):
-            video = self.listed(split, c, label, v, number)
+        for split, c, label, v in videos:
+            video = self.listed(split, c, label, v, next(films.numbers))
             for form, name, line in zip(tree.lists, (self.names, "{}_few_shot.txt"), video.lines, strict=True):
                 lines[tree.lists[form] / name.format(split)].append(line)
             note = {"id": video.name, "template": label, "placeholders": ["a cup"] * label.count("[")}
@@ -116,6 +116,7 @@ class Films:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.count = itertools.count()
+        self.numbers = itertools.count(50_000)  # of the videos of all data sets
 
     def put(self, path: Path) -> None:
         """Write a video, or a folder of frames where the path has no extension."""
