@@ -9,7 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
-import lightning
 import pytest
 import torch
 import yaml
@@ -23,7 +22,7 @@ from clip_m2df.episodes.datamodule import EpisodeDataModule
 from clip_m2df.training.callbacks import RunProgressBar
 from clip_m2df.training.checkpoints import read_checkpoint
 from clip_m2df.training.module import CLIPM2DF
-from tests.conftest import fails, options
+from tests.conftest import fails, options, quiet_trainer
 from tests.episodes.test_datamodule import broken_copy
 from tests.training.wandb_file import end_wandb
 
@@ -409,7 +408,7 @@ def test_a_checkpoint_of_a_users_script_is_tested_by_the_command_line(
     model = CLIPM2DF(backbone=str(tiny_clip_dir), head_options={"hidden_dim": 32, "num_heads": 4})
     episodes: dict[str, Any] = {"n_way": 3, "n_query": 2, "episodes_per_step": 2, "val_episodes": 2, "num_workers": 0}
     data = EpisodeDataModule(str(manifest), frames=2, resize=32, size=32, **episodes)
-    trainer = lightning.Trainer(max_steps=1, logger=False, accelerator="cpu", default_root_dir=tmp_path)
+    trainer = quiet_trainer(tmp_path, max_steps=1)
     trainer.fit(model, data)
     trainer.save_checkpoint(tmp_path / "mine.ckpt")
     args = [a for a in own if "--config" not in a]

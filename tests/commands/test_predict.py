@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-import lightning
 import numpy as np
 import pytest
 
@@ -19,7 +18,7 @@ from clip_m2df.commands.predict import UntrainedHead
 from clip_m2df.motion_shapes.rendering import write_video
 from clip_m2df.nn.baselines import HEADS, head_class
 from tests.classifier.conftest import LABELS, make_model, predict_args, read_csv, read_lines, reference, videos_of
-from tests.conftest import fails
+from tests.conftest import fails, quiet_trainer
 
 # Tables
 
@@ -219,7 +218,7 @@ def test_segments(
 def test_models_and_classifiers(support: Path, folder: Path, tmp_path: Path) -> None:
     model = make_model(text_fusion=0.3)
     model.save_pretrained(tmp_path / "model")
-    trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer = quiet_trainer(tmp_path)
     trainer.strategy.connect(model)
     trainer.save_checkpoint(tmp_path / "model.ckpt")
     classifier = FewShotClassifier.from_checkpoint(tmp_path / "model", frames=4).fit(support)
