@@ -239,6 +239,7 @@ def test_every_clip_comes_with_its_frames_or_the_reason(videos: Path, broken: Pa
     assert all(str(found[place]).startswith(reason) for place, reason in reasons.items())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL there")
 def test_workers_read_the_same_and_a_crash_costs_a_clip(videos: Path, images: Path, broken: Path) -> None:
     listed: list[Any] = [noise(0), *videos_in(videos)[::4], noise(0, 0), images]

@@ -214,6 +214,7 @@ def test_missing_videos(tmp_path: Path) -> None:
     assert f"relative paths start at {tmp_path}: put the videos there" in message
 
 
+@pytest.mark.slow
 def test_any_damage_ends_in_a_manifest_or_in_a_user_error(tmp_path: Path) -> None:
     rng = random.Random(0)
     scraps = (b",", b'"', b"\n", b"\r", b"\0", b"\xff", b"\xef\xbb\xbf", b"train", b"val", b" ", b"path", b"\xc3\xa9")

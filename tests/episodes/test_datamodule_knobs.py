@@ -144,6 +144,7 @@ def outlying(found: list[EpisodePlan]) -> dict[tuple[int, int, int], Video]:
     }
 
 
+@pytest.mark.slow
 def test_outliers_replace_their_share_of_the_support_and_nothing_else() -> None:
     options: dict[str, Any] = {"n_shot": 2, "test_episodes": 300}
     usual = plans(**options)
@@ -174,6 +175,7 @@ def test_noise_and_overlap_play_the_usual_episodes() -> None:
     assert usual[0].query[0][0].path != harder[0].query[0][0].path
 
 
+@pytest.mark.slow
 def test_the_bank_and_the_direct_path_agree_on_outliers(tiny_clip_dir: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = CLIPM2DF(backbone=str(tiny_clip_dir), head_options={"hidden_dim": 32, "num_heads": 4})

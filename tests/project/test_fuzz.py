@@ -9,7 +9,8 @@ from tests.project.fuzz import KINDS, fuzz
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="its processes don't take a limit of memory")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# Those that each take a model or a parser are among the many alone.
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"checkpoint", "config", "weights"}))
 def test_some_damaged_inputs(kind: str) -> None:
     outcomes, bugs = fuzz(kind, seed=0, inputs=30)
     assert not bugs, "\n".join(bugs)
