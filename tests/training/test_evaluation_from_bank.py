@@ -140,6 +140,29 @@ def test_sanity_checks_and_limits_encode_what_they_play(many: Path, tiny_clip_di
     assert watch.seen == [(2 * len(sanity), 2), (2 * (len(validation) + training), 6)]
 
 
+class Hits(lightning.Callback):
+    """Counts the queries that got their own class's prompt."""
+
+    hits = 0
+
+    def on_test_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
+        self.hits += int((outputs.output.prompt_indices == outputs.episode["query_labels"]).sum())
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_a_precision_of_all_weights_encodes_once_and_counts_exactly(
+    precision: str, many: Path, tiny_clip_dir: Path, tmp_path: Path
+) -> None:
+    model, hits = make(tiny_clip_dir), Hits()
+    calls = encoded(model)
+    # In batches of three episodes; bfloat16 counts to 256.
+    run = trainer(tmp_path, precision=precision, callbacks=[hits])
+    (found,) = run.test(model, data(many, test_episodes=210), verbose=False)
+    assert sum(calls) == 2 * 30
+    assert hits.hits > 0
+    assert found["test/pps_accuracy"] == pytest.approx(hits.hits / (210 * 3), abs=1e-6)
+
+
 def test_a_frozen_tower_encodes_its_validation_once(many: Path, tiny_clip_dir: Path, tmp_path: Path) -> None:
     for frozen in (True, False):
         model = make(tiny_clip_dir, freeze_backbone=frozen)
