@@ -1,8 +1,9 @@
 # `make demo` and `make test` need Python 3.11 (PYTHON=…) and make; the rest they set up in .venv.
 PYTHON ?= python3.11
 BIN := .venv/bin
+FAST := $(addprefix tests/,nn clip video datasets episodes test_files.py test_loops.py project/test_imports.py)
 
-.PHONY: demo study test test-all check check-wheel docs format clean
+.PHONY: demo study test test-fast test-all check check-wheel docs format clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -19,6 +20,10 @@ study: .venv/installed
 # One thread a worker: threads of two processes would wait for each other's cores. A third of the time is --cov's.
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --cov --cov-report term --cov-fail-under 90
+
+# The parts by themselves, in about a minute, while one of them is being changed: no training, no command, no page.
+test-fast: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 $(FAST)
 
 # What takes longer: trainings to their end, several devices, every block of the pages, thousands of damaged files.
 test-all: .venv/installed

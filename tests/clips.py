@@ -274,16 +274,10 @@ def damage(folder: Path, seed: int = 0) -> list[Damaged]:
     """Make 300 files of H.264, VP9 and MPEG-4 ASP videos, whole and damaged in many ways, and of what is no video."""
     rng = random.Random(seed)
     n_frames, size = 16, (48, 32)
-    b_frames = {"bf": "2", "g": "8"}
+    b_frames, fast = {"bf": "2", "g": "8"}, {"movflags": "faststart"}
     sources = [
         render(folder / "h264.mp4", n_frames, options=b_frames, size=size),
-        render(
-            folder / "h264_faststart.mp4",
-            n_frames,
-            options=b_frames,
-            container_options={"movflags": "faststart"},
-            size=size,
-        ),
+        render(folder / "h264_faststart.mp4", n_frames, options=b_frames, container_options=fast, size=size),
         render(folder / "vp9.webm", n_frames, "libvpx-vp9", options={"cpu-used": "8", "g": "8"}, size=size),
         render(folder / "asp.avi", n_frames, "mpeg4", options=b_frames, size=size),
     ]

@@ -1,4 +1,4 @@
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,60 @@ def save_tokenizer(folder: Path, letters: Iterable[str], words: Iterable[str] = 
     merges: Any = [("c", "a")]  # declared as strings, read as pairs
     CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges).save_pretrained(folder)
     return len(tokens)
+
+
+def fails(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What a command says that ends with status 2: no traceback, and a line or two but for wrong usage."""
+    from clip_m2df.cli import main
+
+    capsys.readouterr()
+    try:
+        status: object = main(arguments)
+    except SystemExit as ended:  # argparse's own
+        status = ended.code
+    assert status == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    _, error, message = said.partition("clip-m2df: error: ")
+    assert len(message.strip().splitlines()) <= 2
+    return error + message or said
+
+
+def options(manifest: Path, tiny_clip_dir: Path, folder: Path, *more: str) -> list[str]:
+    """A run of two optimiser steps on the tests' own videos, through the shipped demo config."""
+    return [
+        "--config=demo_5way1shot.yaml",
+        f"--model.backbone={tiny_clip_dir}",
+        "--model.head_options.hidden_dim=32",
+        "--model.head_options.num_heads=4",
+        f"--data.manifest={manifest}",
+        "--data.n_way=3",
+        "--data.n_query=2",
+        "--data.frames=2",
+        "--data.resize=32",
+        "--data.size=32",
+        "--data.batch_size=2",
+        "--data.episodes_per_step=4",
+        "--data.validate_every=1",
+        "--data.val_episodes=4",
+        "--data.test_episodes=6",
+        "--data.num_workers=0",
+        "--trainer.max_steps=2",
+        "--trainer.accelerator=cpu",
+        "--trainer.enable_progress_bar=false",
+        f"--trainer.default_root_dir={folder}",
+        *more,
+    ]
+
+
+def save_checkpoint(model: Any, path: Path) -> Path:
+    """Save a model that was not trained as a Trainer does; the path."""
+    import lightning
+
+    trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer.strategy.connect(model)
+    trainer.save_checkpoint(path)
+    return path
 
 
 @pytest.fixture
@@ -89,3 +143,13 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 lines.append(f"{name},{split} class {c},{split},{'' if split != 'test' else f'the text of {c}'}")
     (folder / "manifest.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder / "manifest.csv"
+
+
+@pytest.fixture(scope="session")
+def fitted(manifest: Path, tiny_clip_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run; nobody may change its checkpoints."""
+    from clip_m2df.cli import main
+
+    folder = tmp_path_factory.mktemp("fitted") / "run"
+    assert main(["fit", *options(manifest, tiny_clip_dir, folder)]) == 0
+    return folder

@@ -211,11 +211,6 @@ def test_a_tower_that_was_trained_with_checkpointing_has_no_text_tower(tiny_clip
     assert all(p.requires_grad for p in model.model.backbone.visual.parameters())
 
 
-@pytest.mark.parametrize("head", sorted(HEADS.keys() - {"m2df"}))
-def test_heads(head: str, tiny_clip_dir: Path, tmp_path: Path) -> None:
-    check_head(make(tiny_clip_dir, head), tmp_path, n_shot=3, frames=4, formats=("onnx",))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("frames", [4, 8])
 @pytest.mark.parametrize("n_shot", [1, 3])

@@ -121,13 +121,6 @@ def test_nothing_else_lies_in_the_folder(saved: Path) -> None:
     assert len({stat.S_IMODE(path.stat().st_mode) for path in saved.iterdir()}) == 1
 
 
-def test_a_model_of_which_no_reading_is_known(tiny_clip_dir: Path, tmp_path: Path) -> None:
-    model = make(tiny_clip_dir)
-    model.reading = None
-    model.save_pretrained(tmp_path)
-    assert CLIPM2DF.from_pretrained(str(tmp_path)).reading is None
-
-
 def test_shared_and_strided_weights_are_saved(tiny_clip_dir: Path, tmp_path: Path) -> None:
     model = make(tiny_clip_dir)
     views: Any = model.model.head.views
@@ -274,14 +267,6 @@ def test_a_head_of_strangers_is_not_imported(folder: Path, monkeypatch: pytest.M
 def test_options_that_the_model_has_not(folder: Path, option: str) -> None:
     change_options(folder, **{option: "os.system"})
     with pytest.raises(UserError, match=rf"{folder} has the option '{option}', which CLIPM2DF has not"):
-        CLIPM2DF.from_pretrained(folder)
-
-
-def test_towers_that_fetch_code(folder: Path) -> None:
-    backbone = json.loads((folder / "config.json").read_text())["options"]["backbone"]
-    backbone["visual_config"]["auto_map"] = "somebody/code"
-    change_options(folder, backbone=backbone)
-    with pytest.raises(UserError, match=r"the visual_config of .* has 'auto_map', which no backbone saves"):
         CLIPM2DF.from_pretrained(folder)
 
 
@@ -449,6 +434,7 @@ def test_the_card_says_what_the_model_is(saved: Path, tiny_clip_dir: Path, tmp_p
     assert r"| prompt | `{} \| {{}} ---` |" in text
     assert "| videos | not recorded" in text
     assert "Nothing was measured" not in text
+    assert CLIPM2DF.from_pretrained(tmp_path).reading is None
     assert text.endswith("| | accuracy in % |\n|---|---|\n| a \\| b c | 1.5 ± 0.1 |\n")
 
 

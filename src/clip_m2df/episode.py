@@ -94,20 +94,22 @@ class IndexedEpisode(Labels):
     query: torch.Tensor
 
 
-class TableEpisodes(NamedTuple):
+class TableEpisodes:
     """A batch of episodes by their numbers in a table of videos.
+
+    No tuple and no dataclass: Lightning would copy the table with each batch.
 
     Attributes:
         table: what the episodes are made of.
         numbers: int64 ``(episodes)``.
     """
 
-    table: VideoTable
-    numbers: torch.Tensor
+    def __init__(self, table: VideoTable, numbers: torch.Tensor) -> None:
+        self.table, self.numbers = table, numbers
 
     def to(self, device: torch.device) -> TableEpisodes:
-        """The same with the numbers on a device; Lightning would otherwise copy the table, field by field."""
-        return self._replace(numbers=self.numbers.to(device))
+        """The same with the numbers on a device."""
+        return TableEpisodes(self.table, self.numbers.to(device))
 
 
 Rows = TypeVar("Rows", Episode, FeatureEpisode, IndexedEpisode)

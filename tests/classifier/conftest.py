@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import os
+import signal
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -15,14 +17,16 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from clip_m2df.cli import main
 from clip_m2df.motion_shapes import render
 from clip_m2df.motion_shapes.rendering import write_video
+from clip_m2df.video.transforms import ClipReader
 from tests import clips
 
 if TYPE_CHECKING:  # a worker process that imports a test's reader need not wait for the rest
     from clip_m2df import CLIPM2DF, FewShotClassifier
+    from clip_m2df.classifier.support import SupportClass
 
 SMALL = {"hidden_dim": 32, "num_heads": 4}
 # Options of the heads that are trained.
@@ -58,6 +62,14 @@ def make() -> Make:
     return lambda head="m2df", **options: FewShotClassifier(plain_model(head), **options)
 
 
+def make_class(model: CLIPM2DF, label: str, features: Tensor, names: Sequence[str] = ()) -> SupportClass:
+    """A class of examples ``(n, frames, dim)``, in memory unless they have names."""
+    from clip_m2df.classifier.support import SupportClass
+
+    small = torch.zeros((*features.shape[:2], 3, 4, 4), dtype=torch.uint8)
+    return SupportClass.of(model, label, label, names or [""] * len(features), features, small)
+
+
 def noise(seed: int, frames: int = 8, height: int = 40, width: int = 40) -> NDArray[np.uint8]:
     """A clip in memory, blocks of noise that change from frame to frame: ``(frames, height, width, 3)``."""
     blocks = np.random.default_rng(seed).integers(0, 256, (frames, 4, 4, 3), dtype=np.uint8)
@@ -89,17 +101,11 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """Five videos of each test class of ``motion_shapes``' scenes, by class."""
-    manifest = render(
-        tmp_path_factory.mktemp("scenes") / "scene",
-        family="scene",
-        videos_per_class={"test": 5},
-        workers=1,
-        progress=False,
-    )
+    folder, quiet = tmp_path_factory.mktemp("scenes") / "scene", {"workers": 1, "progress": False}
+    manifest = render(folder, family="scene", videos_per_class={"test": 5}, **quiet)  # type: ignore[arg-type]
     found = defaultdict(list)
-    with manifest.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            found[row["label"]].append(str(manifest.parent / row["path"]))
+    for row in read_csv(manifest):
+        found[row["label"]].append(str(manifest.parent / row["path"]))
     return dict(found)
 
 
@@ -118,14 +124,18 @@ def paint(path: Path, hue: int, seed: int, frames: int = 12) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
-def support(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder a class, each with two videos; nobody may change them."""
-    root = tmp_path_factory.mktemp("support")
-    for hue, label in enumerate(LABELS):
+def paint_classes(root: Path, labels: Sequence[str]) -> Path:
+    """A folder for each of three classes, with two videos each."""
+    for hue, label in enumerate(labels):
         for k in range(2):
             paint(root / label / f"{k}.mp4", hue, 10 * hue + k)
     return root
+
+
+@pytest.fixture(scope="session")
+def support(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder a class, each with two videos; nobody may change them."""
+    return paint_classes(tmp_path_factory.mktemp("support"), LABELS)
 
 
 @pytest.fixture(scope="session")
@@ -138,12 +148,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def predict_args(support: Path, videos: Sequence[object], output: Path, *more: str) -> list[str]:
+def predict_args(support: Path | None, videos: Sequence[object], output: Path, *more: str) -> list[str]:
     """Of ``clip-m2df predict`` without training, which reads files in this process."""
+    examples = [] if support is None else ["--support", str(support)]
     model = [] if {"--ckpt_path", "--backbone"} & set(more) else ["--backbone", "tiny"]
     workers = [] if "--workers" in more else ["--workers", "0"]
     shown = [str(video) for video in videos]
-    return ["predict", *model, "--support", str(support), "--videos", *shown, "--output", str(output), *workers, *more]
+    return ["predict", *model, *examples, "--videos", *shown, "--output", str(output), *workers, *more]
 
 
 def reference(support: Path, head: str = "otam") -> FewShotClassifier:
@@ -166,17 +177,17 @@ def videos_of(folder: Path) -> list[str]:
     return [*(str(folder / f"{k}.mp4") for k in range(5)), str(folder / "inner" / "é, deep.mp4")]
 
 
-def fails(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """What a command says that ends with status 2."""
-    capsys.readouterr()
-    try:
-        status: object = main(arguments)
-    except SystemExit as ended:  # argparse's own
-        status = ended.code
-    assert status == 2
-    said = capsys.readouterr().err
-    assert "Traceback" not in said
-    return said
+@dataclass(frozen=True)
+class DeadlyReader(ClipReader):
+    """As a decoder that crashes on some files does, or as one at work when its run is stopped."""
+
+    def read(self, path: str, uniforms: Tensor | None = None) -> tuple[Tensor, int]:
+        if "crash" in path:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if "stop" in path:
+            os.kill(os.getppid(), signal.SIGTERM)
+            signal.pause()
+        return super().read(path, uniforms)
 
 
 class Labelled:

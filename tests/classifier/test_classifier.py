@@ -20,18 +20,6 @@ from clip_m2df.nn.class_text import fuse_text
 from clip_m2df.video.transforms import ClipReader
 from tests.classifier.conftest import Make, make_model, noise, plain_model
 
-ANSWERS: dict[str, Callable[[FewShotClassifier], object]] = {
-    "predict": lambda c: c.predict(noise(0)),
-    "predict_proba": lambda c: c.predict_proba(noise(0)),
-    "classify": lambda c: list(c.classify([noise(0)])),
-    "segments": lambda c: c.segments(noise(0), fps=4),
-    "explain": lambda c: c.explain(noise(0)),
-    "classes_": lambda c: c.classes_,
-    "threshold_": lambda c: c.threshold_,
-    "remove": lambda c: c.remove("a"),
-    "save": lambda c: c.save("never made"),
-}
-
 
 @pytest.fixture
 def classifier(make: Make) -> FewShotClassifier:
@@ -47,32 +35,23 @@ def probabilities(classifier: FewShotClassifier) -> np.ndarray[Any, Any]:
 # Making one
 
 
-@pytest.mark.parametrize("name", ANSWERS)
+@pytest.mark.parametrize("name", ["predict", "predict_proba", "classify", "segments", "explain", "remove", "save"])
 def test_nothing_is_said_before_classes_are_known(make: Make, name: str) -> None:
     with pytest.raises(NotFittedError, match="knows no classes yet: call fit with a few examples of each") as caught:
-        ANSWERS[name](make())
-    assert isinstance(caught.value, ValueError)
-    assert isinstance(caught.value, AttributeError)
+        getattr(make(), name)("never made")
     assert isinstance(caught.value, UserError)
-
-
-def test_whether_it_is_fitted_shows_in_its_attributes(make: Make) -> None:
-    classifier = make()
-    assert not hasattr(classifier, "classes_")
-    classifier.fit({"a": noise(0)})
-    assert hasattr(classifier, "classes_")
+    assert not any(
+        hasattr(make(), known) for known in ("classes_", "threshold_")
+    )  # as estimators are asked whether they are fitted
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"frames": 0}, "frames is 0 and resize 40: set them to whole numbers, frames to 1 or more"),
-        ({"frames": -2}, "frames is -2"),
         ({"frames": 8.0}, "frames is 8.0 .* set them to whole numbers"),
         ({"resize": 39}, "resize 39: .* resize to 40, the side that the tower takes, or more"),
-        ({"resize": 0}, "resize 0"),
         ({"workers": -1}, "workers is -1"),
-        ({"timeout": 0.0}, "timeout is 0.0"),
         ({"timeout": float("nan")}, "timeout is nan"),
     ],
 )
@@ -105,34 +84,23 @@ def test_clips_are_read_as_in_the_models_training(videos: Path) -> None:
 
 
 def test_from_a_folder_as_from_what_is_in_it(make: Make, videos: Path, images: Path, tmp_path: Path) -> None:
-    for label in ("walk", "eat", "jump_up"):
-        shutil.copytree(videos / label, tmp_path / label)
+    shutil.copytree(videos, tmp_path, dirs_exist_ok=True)
     shutil.copytree(images, tmp_path / "Dance")
-    shutil.copytree(videos / "eat", tmp_path / ".hidden")
     from_folder = make().fit(tmp_path)
     assert list(from_folder.classes_) == ["Dance", "eat", "jump_up", "walk"]
     of_eating = [tmp_path / "eat" / f"{v}.mp4" for v in range(3)]
     of_jumping = [ClipReader(8, 40, 40).read(str(path))[0] for path in sorted((videos / "jump_up").iterdir())]
-    by_hand = make().fit(
-        {
-            "Dance": str(tmp_path / "Dance"),
-            "eat": of_eating,
-            "jump_up": torch.stack(of_jumping).permute(0, 1, 3, 4, 2),  # an array of several clips
-            "walk": tmp_path / "walk",
-        }
-    )
+    array = torch.stack(of_jumping).permute(0, 1, 3, 4, 2)  # of several clips
+    support: dict[str, Any] = {"Dance": tmp_path / "Dance", "eat": of_eating, "jump_up": array}
+    by_hand = make().fit(support | {"walk": tmp_path / "walk"})
     assert np.allclose(probabilities(from_folder), probabilities(by_hand), atol=1e-6)
-    assert list(make().fit(str(tmp_path)).classes_) == list(from_folder.classes_)
 
 
-def test_fit_returns_itself_and_forgets_earlier_classes(make: Make) -> None:
-    classifier = make("otam")
-    assert classifier.fit({"run": noise(0), "eat": noise(1)}) is classifier
-    classifier.fit({"swim": noise(2), "climb": noise(3)})
+def test_fit_returns_itself_and_forgets_earlier_classes(make: Make, classifier: FewShotClassifier) -> None:
+    support: dict[str, Any] = {"swim": noise(2), "climb": noise(3)}
+    assert classifier.fit(support) is classifier
     assert list(classifier.classes_) == ["swim", "climb"]
-    assert classifier.predict(noise(0)) in ("swim", "climb")
-    anew = make("otam").fit({"swim": noise(2), "climb": noise(3)})
-    assert np.array_equal(probabilities(classifier), probabilities(anew))
+    assert np.array_equal(probabilities(classifier), probabilities(make("otam").fit(support)))
 
 
 def test_texts_are_what_the_prompts_say() -> None:
@@ -157,46 +125,6 @@ def test_texts_are_what_the_prompts_say() -> None:
     assert told.predict_proba(query) == pytest.approx(expected("upside down", "a Blade"), abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("support", "texts", "message"),
-    [
-        ({}, None, "the support has no classes"),
-        ({"a": []}, None, "the class 'a' has no examples: give one or more"),
-        ({" ": noise(0)}, None, "a class can't be called ' ': give it a name"),
-        ({3: noise(0)}, None, "a class can't be called 3"),
-        ({"none of these": noise(0)}, None, "a class can't be called 'none of these', .*: rename it"),
-        ({"a": noise(0)}, {"b": "x", "c": "y"}, "texts names 'b', 'c', which is no class of the support"),
-        ({"a": 3}, None, "a value of type int is no clip"),
-        ({"a": noise(0)[0]}, None, r"no example of the class 'a' can be read: array 0 \(an array of shape"),
-        (
-            {"a": ["no.mp4", "nor.mp4"]},
-            None,
-            r"'a' can be read: no.mp4 \(there is no such file\), nor.mp4 .*; give one",
-        ),
-    ],
-)
-def test_support_that_is_none(
-    classifier: FewShotClassifier, support: Any, texts: dict[str, str] | None, message: str
-) -> None:
-    before = probabilities(classifier)
-    with pytest.raises(UserError, match=message):
-        classifier.fit(support, texts)
-    assert list(classifier.classes_) == ["run", "eat", "jump"]
-    assert np.array_equal(probabilities(classifier), before)
-
-
-def test_an_example_of_two_classes(make: Make, videos: Path) -> None:
-    path = videos / "eat" / "0.mp4"
-    with pytest.raises(UserError, match=r"0.mp4 is an example of both 'a' and 'b': leave it to one of them"):
-        make("otam").fit({"a": path, "b": str(videos / "walk" / ".." / "eat" / "0.mp4")})
-
-
-@pytest.mark.parametrize("text", [3, "\ud800"])
-def test_a_text_that_is_none(classifier: FewShotClassifier, text: Any) -> None:
-    with pytest.raises(UserError, match="text"):
-        classifier.add("x", noise(9), text=text)
-
-
 # Adding and removing
 
 
@@ -214,14 +142,27 @@ def test_adding_and_removing_is_fitting_anew(make: Make, head: str) -> None:
     assert before == pytest.approx(anew.threshold_, abs=1e-5)
 
 
+SUPPORT_THAT_IS_NONE: list[tuple[tuple[Any, ...], str]] = [
+    (({"a": []},), "the class 'a' has no examples: give one or more"),
+    (({3: noise(0)},), "a class can't be called 3: give it a name"),
+    (({"a": noise(0)}, {"b": "x", "c": "y"}), "texts names 'b', 'c', which is no class of the support"),
+    (({"a": noise(0)[0]},), r"no example of the class 'a' can be read: array 0 \(an array of shape"),
+    (({"a": ["no.mp4", "nor.mp4"]},), r"'a' can be read: no.mp4 \(there is no such file\), nor.mp4 .*; give one"),
+]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        *((lambda c, v, given=given: c.fit(*given), message) for given, message in SUPPORT_THAT_IS_NONE),
+        (lambda c, v: c.fit({"a": v / "eat" / "0.mp4", "b": v / "walk" / ".." / "eat" / "0.mp4"}), "both 'a' and 'b'"),
         (lambda c, v: c.add("walk", "none.mp4"), "no example of the class 'walk' can be read"),
         (lambda c, v: c.add("walk", []), "has no examples"),
-        (lambda c, v: c.add("", noise(0)), "can't be called ''"),
-        (lambda c, v: c.add("none of these", noise(0)), "can't be called 'none of these'"),
-        (lambda c, v: c.add("walk", v / "eat" / "0.mp4"), "is an example of both 'eat' and 'walk'"),
+        (lambda c, v: c.add(" ", noise(0)), "can't be called ' '"),
+        (lambda c, v: c.add("none of these", noise(0)), "can't be called 'none of these', .*: rename it"),
+        (lambda c, v: c.add("walk", noise(0), text=3), "text"),
+        (lambda c, v: c.add("walk", noise(0), text="\ud800"), "text"),
+        (lambda c, v: c.add("walk", v / "eat" / "0.mp4"), "is an example of both 'eat' and 'walk': leave it to one"),
         (lambda c, v: c.add("run", v / "eat" / "0.mp4"), "is an example of both"),
         (lambda c, v: c.remove("walk"), "there is no class 'walk'; there are run, eat"),
     ],
@@ -336,10 +277,7 @@ def test_broken_examples_are_left_out(make: Make, videos: Path, tmp_path: Path) 
     good = [videos / "eat" / f"{v}.mp4" for v in range(3)]
     with pytest.warns(UserWarning, match="left out") as recorded:
         classifier = make().fit({"eat": [good[0], tmp_path / "text.mp4", good[1], "no.mp4", good[2]], "run": noise(0)})
-    said = warned(recorded)
-    assert re.search(
-        r"examples of the class 'eat' that can't be read are left out: .*text.mp4 \(.*\), no.mp4 \(there is no", said
-    )
+    assert re.search(r"of the class 'eat' .*: .*text.mp4 \(.*\), no.mp4 \(there is no such", warned(recorded))
     anew = make().fit({"eat": good, "run": noise(0)})
     assert np.allclose(probabilities(classifier), probabilities(anew), atol=1e-6)
 
@@ -366,10 +304,9 @@ def test_of_several_clips_a_broken_one_has_no_label(classifier: FewShotClassifie
     assert np.isnan(rows[[1, 3]]).all()
     assert np.allclose(rows[[0, 2]], classifier.predict_proba([noise(0), noise(1)]), atol=1e-6)
     said = dict(classifier.classify(clips))
-    assert (said[1].video, said[1].label, said[1].probabilities, said[1].error) == (
-        *("no.mp4", None, {}),
-        "there is no such file",
-    )
+    broken = said[1]
+    assert (broken.video, broken.label, broken.probabilities) == ("no.mp4", None, {})
+    assert broken.error == "there is no such file"
 
 
 def test_a_broken_clip_alone_is_an_error(classifier: FewShotClassifier) -> None:
@@ -377,14 +314,3 @@ def test_a_broken_clip_alone_is_an_error(classifier: FewShotClassifier) -> None:
         for method in (classifier.predict, classifier.predict_proba):
             with pytest.raises(UserError, match=f"the clip can't be read: {name}"):
                 method(clip)
-
-
-def test_a_worker_reads_as_this_process_does(make: Make, videos: Path) -> None:
-    clips: list[Any] = [videos / "eat", videos / "jump_up" / "1.mp4", "no.mp4", noise(1)]
-    rows = []
-    for workers in (0, 1):
-        classifier = make("otam", workers=workers, timeout=300).fit({"a": noise(2), "b": noise(3)})
-        with pytest.warns(UserWarning, match=r"1 of 6 clips can't be read: no.mp4 \(there is no such file\)"):
-            rows.append(classifier.predict_proba(clips))
-    assert np.isnan(rows[0][4]).all()
-    assert np.allclose(rows[0], rows[1], atol=1e-6, equal_nan=True)

@@ -73,9 +73,8 @@ def write_tensors(folder: Path, **tensors: torch.Tensor) -> None:
 
 
 def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[-100] ^= 4
-    path.write_bytes(content)
+    content = path.read_bytes()
+    path.write_bytes(content[:-100] + bytes([content[-100] ^ 4]) + content[-99:])
 
 
 # There and back
@@ -113,9 +112,8 @@ def test_a_classifier_takes_the_place_of_another(folder: Path, videos: Path) -> 
     assert_same(FewShotClassifier.load(str(folder.parent / "empty")), other)
 
 
-@pytest.mark.parametrize("options", [{"text_fusion": 0.7}, {"selection": "expectation"}])
-def test_options_of_predictions_are_kept(options: dict[str, Any], videos: Path, tmp_path: Path) -> None:
-    before = fitted(videos, **options)
+def test_options_of_predictions_are_kept(videos: Path, tmp_path: Path) -> None:
+    before = fitted(videos, text_fusion=0.7, selection="expectation")
     before.save(tmp_path / "classifier")
     assert_same(FewShotClassifier.load(tmp_path / "classifier"), before)
 
@@ -199,17 +197,15 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no table": (lambda f: (f / "classifier.json").unlink(), "holds no classifier: give a folder that"),
     "no support": (lambda f: (f / "support.safetensors").unlink(), "there is no classifier's support"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "cannot read .*model.safetensors"),
-    "no config": (lambda f: (f / "config.json").unlink(), "there is no model's description .*config.json"),
+    "no config": (lambda f: (f / "config.json").unlink(), "is damaged .*config.json"),
     "cut": (cut, "is damaged .*: fit and save it again"),
     "a list": (lambda f: (f / "classifier.json").write_text("[1]"), "is damaged"),
     "no JSON": (lambda f: (f / "classifier.json").write_bytes(b"\xff\x00"), "is damaged"),
     "nested": (lambda f: (f / "classifier.json").write_text("[" * 100_000), "is damaged"),
     "format": (lambda f: change(f, format="clip-m2df classifier 2"), "its format is 'clip-m2df classifier 2', not"),
-    "checksum": (lambda f: change(f, sha256="0" * 64), "support.safetensors has another checksum"),
     "a bit of the support": (lambda f: flip(f / "support.safetensors"), "support.safetensors has another checksum"),
     "a bit of the weights": (lambda f: flip(f / "model.safetensors"), "model.safetensors is damaged"),
     "no classes": (lambda f: change(f, classes=[]), "its classes have no examples, or one is there twice"),
-    "no examples": (lambda f: change_class(f, 0, examples=[]), "its classes have no examples"),
     "twice": (lambda f: change_class(f, 0, label="eat"), "or one is there twice"),
     "fewer examples": (lambda f: change_class(f, 0, examples=["a.mp4"]), "is damaged"),
     "more examples": (lambda f: change_class(f, 0, examples=["a.mp4"] * 9), "is damaged"),
@@ -220,7 +216,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "resize": (lambda f: change(f, resize=8), "resize 8"),
     "dims": (dims, "its features are not of its model"),
     "one dim": (lambda f: write_tensors(f, features=torch.zeros(6)), "its features are not of its model"),
-    "no tensors": (lambda f: (f / "support.safetensors").write_bytes(b""), "another checksum"),
+    # What JSON has and nobody wrote
+    "no number": (lambda f: change(f, frames=float("inf")), "is damaged"),
+    "no text": (lambda f: change_class(f, 0, text="\ud800"), "is damaged"),
 }
 
 
@@ -265,13 +263,6 @@ def load_damaged(folder: Path, whole: dict[str, bytes], number: int) -> str:
     except Exception as error:
         return f"{kind} {number}: {type(error).__name__}: {str(error)[:100]}"
     return "loaded"
-
-
-@pytest.mark.parametrize("kind", ["frames", "text"])
-def test_values_that_json_has_and_nobody_wrote(folder: Path, kind: str) -> None:
-    change(folder, frames=float("inf")) if kind == "frames" else change_class(folder, 0, text="\ud800")
-    with pytest.raises(UserError, match="is damaged"):
-        FewShotClassifier.load(folder)
 
 
 def test_damage_by_chance_ends_in_a_user_error_or_loads(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from clip_m2df import FewShotClassifier, UserError
 from clip_m2df.classifier.segments import Windows, join, smooth
 from clip_m2df.motion_shapes import FAMILIES, render_long
 from tests import clips
-from tests.classifier.conftest import Make, make_model, noise, plain_model
+from tests.classifier.conftest import make_model, noise, plain_model
 
 RED, BLUE, GREEN = (220, 30, 20), (20, 40, 230), (20, 200, 40)
 
@@ -50,29 +50,18 @@ def test_windows_in_frames() -> None:
     ("window", "stride", "smoothing", "message"),
     [
         (0.0, None, None, "window is 0.0; it must be above 0"),
-        (-1.0, None, None, "window is -1.0"),
         (math.nan, None, None, "window is nan"),
+        (math.inf, None, None, "window is inf"),
         (2.0, 0.0, None, "stride is 0.0; it must be above 0 and at most 2"),
         (2.0, 2.1, None, "stride is 2.1; .* at most 2"),
         (2.0, math.nan, None, "stride is nan"),
         (2.0, None, -0.1, "smoothing is -0.1; it must be at least 0"),
-        (2.0, None, math.nan, "smoothing is nan"),
+        (2.0, None, math.inf, "smoothing is inf"),
     ],
 )
-def test_lengths_that_make_no_sense(
-    make: Make, window: float, stride: float | None, smoothing: float | None, message: str
-) -> None:
+def test_lengths_that_make_no_sense(window: float, stride: float | None, smoothing: float | None, message: str) -> None:
     with pytest.raises(UserError, match=message):
         Windows.of(8, window, stride, smoothing)
-    classifier = make("otam").fit({"a": noise(0), "b": noise(1)})
-    with pytest.raises(UserError, match=message):
-        classifier.segments(noise(2), window=window, stride=stride, smoothing=smoothing, fps=4)
-
-
-@pytest.mark.parametrize(("window", "smoothing"), [(math.inf, None), (2.0, math.inf)])
-def test_lengths_without_an_end(window: float, smoothing: float | None) -> None:
-    with pytest.raises(UserError, match="is inf"):
-        Windows.of(8, window, None, smoothing)
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 5, 8])
@@ -193,8 +182,8 @@ def test_each_frame_is_encoded_once(monkeypatch: pytest.MonkeyPatch, stride: flo
     assert sum(counts) == 40
 
 
-def test_a_video_shorter_than_a_window_is_a_clip(classifier: FewShotClassifier) -> None:
-    for frames in (1, 3, 7):
+def test_a_video_no_longer_than_a_window_is_a_clip(classifier: FewShotClassifier) -> None:
+    for frames in (1, 3, 7, 8):
         video = coloured(BLUE, frames, 5)
         (only,) = classifier.segments(video, fps=4)
         assert (only.start, only.label) == (0.0, "blue")
@@ -205,21 +194,13 @@ def test_a_video_shorter_than_a_window_is_a_clip(classifier: FewShotClassifier) 
     assert 0 < only.end <= 0.25
 
 
-def test_a_video_exactly_as_long_as_a_window(classifier: FewShotClassifier) -> None:
-    video = coloured(RED, 8, 5)
-    (only,) = classifier.segments(video, fps=4)
-    assert (only.start, only.end, only.label) == (0.0, 2.0, "red")
-    assert list(only.probabilities.values()) == pytest.approx(classifier.predict_proba(video)[0].tolist(), abs=1e-5)
-
-
 def test_frames_without_times_need_a_rate(classifier: FewShotClassifier, images: Path) -> None:
     with pytest.raises(UserError, match="frames in memory have no times: give fps, how many of them make a second"):
         classifier.segments(noise(0, 40))
     with pytest.raises(UserError, match="is a folder of images, which have no times: give fps"):
         classifier.segments(images)
-    for fps in (0.0, -1.0, math.nan, math.inf):
-        with pytest.raises(UserError, match=r"fps is .*; it must be above 0"):
-            classifier.segments(noise(0, 40), fps=fps)
+    with pytest.raises(UserError, match=r"fps is 0\.0"):
+        classifier.segments(noise(0, 40), fps=0.0)
     pictures = np.stack([clips.picture(7 * number, 48, 32) for number in range(12)])
     for fps in (2, 5):  # longer and shorter than a window
         found, expected = classifier.segments(images, fps=fps), classifier.segments(pictures, fps=fps)
@@ -248,23 +229,14 @@ def test_what_is_none_of_the_classes_leaves_a_gap(classifier: FewShotClassifier)
     assert classifier.segments(noise(0, 40), fps=4, reject=True) == []
 
 
-@pytest.mark.parametrize("video", ["none.mp4", "text.mp4", "empty.mp4"])
-def test_a_video_that_cannot_be_read(classifier: FewShotClassifier, tmp_path: Path, video: str) -> None:
+def test_what_is_no_video(classifier: FewShotClassifier, tmp_path: Path) -> None:
     (tmp_path / "text.mp4").write_text("404: not found\n" * 50)
-    (tmp_path / "empty.mp4").touch()
-    with pytest.raises(UserError, match=rf"cannot read the video .*{video}"):
-        classifier.segments(tmp_path / video)
-
-
-@pytest.mark.parametrize(
-    ("video", "message"),
-    [
-        (7, "a value of type int is no clip: give a path, or an array"),
-        ([noise(0)], "a value of type list is no clip"),
+    of_several: Any = [noise(0)]
+    for video, message in (
+        (tmp_path / "none.mp4", "cannot read the video .*none.mp4"),
+        (tmp_path / "text.mp4", "cannot read the video .*text.mp4"),
+        (of_several, "a value of type list is no clip"),
         (noise(0)[0], r"an array of shape \(40, 40, 3\) is no clip"),
-        (noise(0).astype(np.float32), "an array of float32 is no clip"),
-    ],
-)
-def test_what_is_no_video(classifier: FewShotClassifier, video: Any, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        classifier.segments(video, fps=4)
+    ):
+        with pytest.raises(UserError, match=message):
+            classifier.segments(video, fps=4)

@@ -16,7 +16,7 @@ from clip_m2df.nn.head import Embedded, Head, HeadOutput
 from clip_m2df.nn.m2df import M2DFHead
 from clip_m2df.nn.matching import cosine, frame_costs, otam
 from clip_m2df.nn.prompts import SelectedPrompts
-from tests.classifier.conftest import make_model, plain_model
+from tests.classifier.conftest import make_class, make_model, plain_model
 
 DIM, FRAMES = 64, 6
 LABELS = ["running fast", "eat", "a cat that jumps"]
@@ -30,6 +30,7 @@ M2DF_OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "weights": ({}, {"view_weights": [0.3, 2.0], "single_direction": True, "depth": 2}),
 }
 BASELINES = ["clip_fsar", "otam", "bi_mhm", "nearest_prototype", "zero_shot"]
+OWN_HEADS = [f"{__name__}.{head}" for head in ("MeanOfDistances", "Doubled")]
 
 
 class MeanOfDistances(Head):
@@ -63,31 +64,13 @@ def m2df(name: str, **options: Any) -> CLIPM2DF:
 
 def make_classes(model: CLIPM2DF, shots: Sequence[int], seed: int = 0) -> list[SupportClass]:
     generator = torch.Generator().manual_seed(seed)
-    classes = []
-    for label, n in zip(LABELS, shots, strict=False):
-        features = torch.randn((n, FRAMES, DIM), generator=generator)
-        small = torch.zeros((n, FRAMES, 3, 4, 4), dtype=torch.uint8)
-        classes.append(SupportClass.of(model, label, label, [f"{label} {i}.mp4" for i in range(n)], features, small))
-    return classes
+    features = [torch.randn((n, FRAMES, DIM), generator=generator) for n in shots]
+    rows = zip(LABELS, features, strict=False)
+    return [make_class(model, label, own, [f"{label} {i}.mp4" for i in range(len(own))]) for label, own in rows]
 
 
 def make_queries(n: int, seed: int = 1) -> Tensor:
     return torch.randn((n, FRAMES, DIM), generator=torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
-def assert_same_as_an_episode(model: CLIPM2DF, shots: int) -> None:
-    classes, query = make_classes(model, [shots] * 3), make_queries(5)
-    prompts = model.encode_prompts(LABELS)
-    expected = model.model.head(torch.stack([c.features for c in classes]), query, prompts)
-    found = ClassScorer(model, classes).score(query)
-    torch.testing.assert_close(found.logits, expected.logits, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(found.prompt_probabilities, expected.prompt_probabilities, atol=1e-5, rtol=1e-5)
-    assert found.prompt_indices.equal(expected.prompt_indices)
-    assert found.views.keys() == expected.views.keys()
-    for view, compared in expected.views.items():
-        torch.testing.assert_close(found.views[view], compared, atol=1e-5, rtol=1e-5)
-    assert expected.logits.std() > 1e-4  # or the comparison would say nothing
 
 
 @torch.no_grad()
@@ -118,20 +101,21 @@ def m2df_by_loops(model: CLIPM2DF, classes: Sequence[SupportClass], query: Tenso
 
 
 @pytest.mark.parametrize("shots", [1, 4])
-@pytest.mark.parametrize("name", M2DF_OPTIONS)
-def test_m2df_gives_what_an_episode_gives(name: str, shots: int) -> None:
-    assert_same_as_an_episode(m2df(name), shots)
-
-
-@pytest.mark.parametrize("shots", [1, 4])
-@pytest.mark.parametrize("head", BASELINES)
-def test_other_heads_give_what_an_episode_gives(head: str, shots: int) -> None:
-    assert_same_as_an_episode(plain_model(head), shots)
-
-
-@pytest.mark.parametrize("head", ["MeanOfDistances", "Doubled"])
-def test_a_persons_own_head_gives_what_an_episode_gives(head: str) -> None:
-    assert_same_as_an_episode(make_model(f"{__name__}.{head}"), 3)
+@pytest.mark.parametrize("name", [*M2DF_OPTIONS, *BASELINES, *OWN_HEADS])
+@torch.no_grad()
+def test_a_head_gives_what_an_episode_gives(name: str, shots: int) -> None:
+    model = m2df(name) if name in M2DF_OPTIONS else plain_model(name)
+    classes, query = make_classes(model, [shots] * 3), make_queries(5)
+    prompts = model.encode_prompts(LABELS)
+    expected = model.model.head(torch.stack([c.features for c in classes]), query, prompts)
+    found = ClassScorer(model, classes).score(query)
+    torch.testing.assert_close(found.logits, expected.logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.prompt_probabilities, expected.prompt_probabilities, atol=1e-5, rtol=1e-5)
+    assert found.prompt_indices.equal(expected.prompt_indices)
+    assert found.views.keys() == expected.views.keys()
+    for view, compared in expected.views.items():
+        torch.testing.assert_close(found.views[view], compared, atol=1e-5, rtol=1e-5)
+    assert expected.logits.std() > 1e-4  # or the comparison would say nothing
 
 
 # Other numbers of them
@@ -168,7 +152,7 @@ def test_each_class_is_what_it_is_by_itself(head: str) -> None:
 
 @pytest.mark.parametrize("shots", [(4, 1, 3), (89, 97)])
 def test_each_example_of_a_class_counts_the_same_for_a_persons_own_head(shots: tuple[int, ...]) -> None:
-    model = make_model(f"{__name__}.MeanOfDistances")
+    model = plain_model(OWN_HEADS[0])
     classes, query = make_classes(model, shots), make_queries(5)
     found = ClassScorer(model, classes).score(query).logits
     for q, frames in enumerate(query):
@@ -242,9 +226,7 @@ def test_some_of_the_examples_are_a_class_made_of_those() -> None:
     model = plain_model("m2df")
     whole = make_classes(model, (4,))[0]
     some = whole.only(model, [3, 1])
-    anew = SupportClass.of(
-        model, whole.label, whole.text, some.examples, whole.features[[3, 1]], whole.thumbnails[[3, 1]]
-    )
+    anew = make_class(model, whole.label, whole.features[[3, 1]])
     assert some.examples == ("running fast 3.mp4", "running fast 1.mp4")
     assert some.features.equal(anew.features)
     torch.testing.assert_close(dict(some.embedded), dict(anew.embedded), atol=1e-6, rtol=1e-6)
@@ -255,9 +237,7 @@ def test_an_example_of_two_classes_is_refused_however_its_path_is_written() -> N
     model = plain_model("otam")
     one, other, third = make_classes(model, (2, 2, 2))
     check_disjoint([one, other, third])
-    in_memory = [SupportClass.of(model, c.label, c.text, ["", ""], c.features, c.thumbnails) for c in (one, other)]
-    check_disjoint(in_memory)  # which has no names to compare
-    names = [other.examples[0], "./x/../running fast 1.mp4"]
-    twice = SupportClass.of(model, other.label, other.text, names, other.features, other.thumbnails)
+    check_disjoint([make_class(model, c.label, c.features) for c in (one, other)])  # in memory, without names
+    twice = make_class(model, other.label, other.features, [other.examples[0], "./x/../running fast 1.mp4"])
     with pytest.raises(UserError, match=r"running fast 1.mp4 is an example of both 'running fast' and 'eat': leave it"):
         check_disjoint([one, twice, third])

@@ -1,8 +1,7 @@
 """The tiny CLIP as it lies in the package: read offline, complete, and able to tell unseen appearances."""
 
-import importlib.util
+import importlib
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,18 +15,14 @@ import clip_m2df
 from clip_m2df.motion_shapes import CLASSES, appearances_of
 
 FOLDER = Path(clip_m2df.__file__).parent / "assets" / "tiny_clip"
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "train_tiny_clip.py"
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_tiny_clip", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["train_tiny_clip"] = module
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPTS)
+        return importlib.import_module("train_tiny_clip")
 
 
 @pytest.fixture(scope="module")

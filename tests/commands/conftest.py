@@ -1,5 +1,5 @@
 """``predict`` is tested with the models and videos of the classifier's tests."""
 
-from tests.classifier.conftest import folder, images, labelled, make, scenes, support, videos
+from tests.classifier.conftest import folder, images, labelled, support
 
-__all__ = ["folder", "images", "labelled", "make", "scenes", "support", "videos"]
+__all__ = ["folder", "images", "labelled", "support"]

@@ -4,6 +4,7 @@ import pytest
 
 from clip_m2df import CLIPM2DF
 from clip_m2df.cli import main
+from clip_m2df.commands.demo import run_demo
 from clip_m2df.motion_shapes import rendering
 
 
@@ -15,15 +16,8 @@ def test_the_demo_goes_from_rendering_to_a_table(
     monkeypatch.setitem(rendering.VIDEOS_PER_CLASS, "demo", {"train": 6, "val": 2, "test": 2})
     output = tmp_path / "demo"
     # So small a learning rate leaves the weights as they were: before and after training are then the same.
-    small = [
-        "--trainer.max_steps=1",
-        "--model.lr=1e-12",
-        "--data.episodes_per_step=4",
-        "--data.val_episodes=4",
-        "--data.num_workers=0",
-    ]
-    from clip_m2df.commands.demo import run_demo
-
+    small = ["--trainer.max_steps=1", "--model.lr=1e-12", "--data.episodes_per_step=4", "--data.val_episodes=4"]
+    small += ["--data.num_workers=0"]
     options = [*small, "--data.validate_every=1", "--trainer.enable_progress_bar=false"]
     run_demo(*options, output=output, episodes=20)
     said = capsys.readouterr().out

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
 from typing import get_args
 
-import lightning
 import numpy as np
 import pytest
-import torch
 
-from clip_m2df import CLIPM2DF, FewShotClassifier
+from clip_m2df import FewShotClassifier
 from clip_m2df.cli import main
 from clip_m2df.commands.predict import UntrainedHead
 from clip_m2df.motion_shapes.rendering import write_video
 from clip_m2df.nn.baselines import HEADS, head_class
-from tests import clips
-from tests.classifier.conftest import LABELS, fails, predict_args, read_csv, read_lines, reference, videos_of
+from tests.classifier.conftest import LABELS, make_model, predict_args, read_csv, read_lines, reference, videos_of
+from tests.conftest import fails, quiet_trainer
 
 # Tables
 
@@ -58,13 +57,9 @@ def test_the_tables_say_what_the_classifier_says(
 
 
 def test_rows_come_in_the_order_of_the_arguments_and_a_file_has_one(
-    support: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    support: Path, folder: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
-    images = tmp_path / "images"
-    images.mkdir()
-    for number in range(9):
-        clips.save_image(images / f"{number}.png", 7 * number, size=(48, 32))
     videos = ["4.mp4", str(images), "inner", str(folder / "4.mp4"), ".", "inner/../0.mp4"]
     assert main(predict_args(support, videos, tmp_path / "labels.csv")) == 0
     rows = read_csv(tmp_path / "labels.csv")
@@ -100,23 +95,16 @@ def test_videos_that_cannot_be_read_have_rows(
     assert f"  {broken / 'empty.mp4'}: it is empty\n" in printed
     assert printed.count("there is no such file") == 2
     assert "  and 2 more\n" in printed
-    assert main(predict_args(support, videos, tmp_path / "labels.jsonl")) == 1
-    first = read_lines(tmp_path / "labels.jsonl")[0]
-    assert (first.pop("path"), first.pop("error")) == (str(broken / "empty.mp4"), "it is empty")
-    assert set(first.values()) == {None}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names of any bytes")
-@pytest.mark.parametrize("in_folder", [False, True])
-def test_a_name_that_is_no_text(in_folder: bool, support: Path, folder: Path, tmp_path: Path) -> None:
+def test_a_name_that_is_no_text(support: Path, folder: Path, tmp_path: Path) -> None:
     own = tmp_path / "clips"
     own.mkdir()
     name = os.fsdecode(os.fsencode(own) + b"/\xff.mp4")
     shutil.copy(folder / "0.mp4", name)
-    videos = [own if in_folder else name, folder / "0.mp4"]
-    assert main(predict_args(support, videos, tmp_path / "labels.csv")) == 0
-    workers = ["--workers", "1" if in_folder else "0"]
-    assert main(predict_args(support, videos, tmp_path / "labels.jsonl", *workers)) == 0
+    assert main(predict_args(support, [own, folder / "0.mp4"], tmp_path / "labels.csv")) == 0
+    assert main(predict_args(support, [name], tmp_path / "labels.jsonl")) == 0
     rows = read_csv(tmp_path / "labels.csv")
     assert rows[0].pop("path") == f"{own}/\\udcff.mp4"
     assert rows[0] == {key: cell for key, cell in rows[1].items() if key != "path"}
@@ -131,7 +119,6 @@ def test_a_folder_without_videos_has_a_row(
     (empty / "inner").mkdir(parents=True)
     (empty / "inner" / "notes.txt").touch()
     for videos, output in (([empty, folder], tmp_path / "labels.csv"), ([empty], tmp_path / "labels.jsonl")):
-        capsys.readouterr()
         assert main(predict_args(support, videos, output, *more)) == 1
         said = capsys.readouterr().out
         assert f"1 of {7 if folder in videos else 1} videos can't be read:\n" in said
@@ -180,16 +167,17 @@ def test_examples_that_cannot_be_read_are_named(
 
 
 def test_segments(
-    support: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    support: Path,
+    folder: Path,
+    images: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     long = tmp_path / "long.mp4"
     parts = [np.full((24, 32, 48, 3), 40, np.uint8) for _ in range(2)]
     parts[0][..., 0] = parts[1][..., 2] = 200
     write_video(long, np.concatenate(parts))
-    images = tmp_path / "images"
-    images.mkdir()
-    for number in range(9):
-        clips.save_image(images / f"{number}.png", 7 * number, size=(48, 32))
     videos = [str(long), str(tmp_path / "none.mp4"), str(folder / "0.mp4"), str(images)]
     own = ["--segments", "--window", "1", "--stride", "0.5", "--smoothing", "0"]
     classifier = reference(support)
@@ -210,8 +198,8 @@ def test_segments(
     assert broken[0]["error"] == "there is no such file"
     assert "give fps" in broken[1]["error"]
 
-    assert main(predict_args(support, [images], tmp_path / "s.jsonl", *own, "--fps", "9")) == 0
-    (s,) = classifier.segments(str(images), window=1, stride=0.5, smoothing=0, fps=9)
+    assert main(predict_args(support, [images], tmp_path / "s.jsonl", *own, "--fps", "12")) == 0
+    (s,) = classifier.segments(str(images), window=1, stride=0.5, smoothing=0, fps=12)
     (line,) = read_lines(tmp_path / "s.jsonl")
     assert (line["start"], line["end"], line["label"]) == (round(s.start, 3), round(s.end, 3), s.label)
 
@@ -227,13 +215,10 @@ def test_segments(
 
 
 @pytest.mark.slow
-def test_models_and_classifiers(tiny_clip_dir: Path, support: Path, folder: Path, tmp_path: Path) -> None:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        options = {"hidden_dim": 32, "num_heads": 4}
-        model = CLIPM2DF(backbone=str(tiny_clip_dir), head_options=options, text_fusion=0.3).eval()
+def test_models_and_classifiers(support: Path, folder: Path, tmp_path: Path) -> None:
+    model = make_model(text_fusion=0.3)
     model.save_pretrained(tmp_path / "model")
-    trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer = quiet_trainer(tmp_path)
     trainer.strategy.connect(model)
     trainer.save_checkpoint(tmp_path / "model.ckpt")
     classifier = FewShotClassifier.from_checkpoint(tmp_path / "model", frames=4).fit(support)
@@ -241,11 +226,8 @@ def test_models_and_classifiers(tiny_clip_dir: Path, support: Path, folder: Path
     videos = videos_of(folder)
     for name, frames in (("model", None), ("model.ckpt", None), ("classifier", 4)):
         output = tmp_path / f"{name}.csv"
-        arguments = predict_args(support, videos, output, "--ckpt_path", str(tmp_path / name))
-        if name == "classifier":
-            del arguments[1:3]
-            assert "--support" not in arguments
-        assert main(arguments) == 0
+        examples = None if name == "classifier" else support
+        assert main(predict_args(examples, videos, output, "--ckpt_path", str(tmp_path / name))) == 0
         expected = FewShotClassifier.from_checkpoint(tmp_path / "model", frames=frames).fit(support)
         said = dict(expected.classify(videos))
         found = [[row[f"p_{label}"] for label in LABELS] for row in read_csv(output)]
@@ -267,8 +249,6 @@ def test_the_heads_that_need_no_training() -> None:
         (["--output", "labels.txt"], "--output is labels.txt: give it a name that ends in .csv or .jsonl"),
         (["--stride", "1"], "--stride is of --segments: give that too, or leave it out"),
         (["--segments", "--window", "0"], "window is 0.0"),
-        (["--segments", "--stride", "3"], "stride is 3.0"),
-        (["--segments", "--smoothing", "inf"], "smoothing is inf"),
         (["--segments", "--fps", "0"], "fps is 0.0"),
         (["--head", "m2df"], "invalid choice: 'm2df'"),
         (["--head", "otam", "--ckpt_path", "x.ckpt"], "--head goes with --backbone"),
@@ -278,7 +258,6 @@ def test_the_heads_that_need_no_training() -> None:
         (["--support", "nowhere"], "nowhere is no folder"),
         (["--workers", "-1"], "workers is -1"),
         (["--timeout", "0"], "timeout"),
-        (["--output", "a_file/labels.csv"], "name a file in a folder that can be written"),
         (["--output", "folder.csv"], "cannot write the predictions folder.csv: folder.csv is a folder"),
         (["--output", "d.csv"], "cannot write the predictions d.csv: d.csv.part is a folder; name another file"),
     ],
@@ -295,7 +274,6 @@ def test_errors(
     monkeypatch.chdir(tmp_path)
     for name in ("folder.csv", "d.csv.part"):
         (tmp_path / name).mkdir()
-    (tmp_path / "a_file").touch()
     before = sorted(tmp_path.iterdir())
     assert message in fails(predict_args(support, [folder], Path("labels.csv"), *more), capsys)
     assert sorted(tmp_path.iterdir()) == before
@@ -304,10 +282,11 @@ def test_errors(
 def test_what_goes_with_which_model(
     support: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rest = ["--videos", str(folder), "--output", str(tmp_path / "labels.csv"), "--workers", "0"]
-    said = "give either --ckpt_path, a trained model, or --backbone"
-    assert said in fails(["predict", "--support", str(support), *rest], capsys)
-    assert "tiny knows no classes: give --support" in fails(["predict", "--backbone", "tiny", *rest], capsys)
+    untrained = predict_args(None, [folder], tmp_path / "labels.csv")
+    assert "tiny knows no classes: give --support" in fails(untrained, capsys)
+    untrained.remove("--backbone")
+    untrained.remove("tiny")
+    assert "give either --ckpt_path, a trained model, or --backbone" in fails(untrained, capsys)
     one = tmp_path / "one"
     shutil.copytree(support / LABELS[0], one / "only")
     (one / "only" / "1.mp4").unlink()
@@ -315,10 +294,8 @@ def test_what_goes_with_which_model(
         said = fails(predict_args(one, [folder], tmp_path / "labels.csv", *more), capsys)
         assert "--reject can't tell by one example of one class" in said
     reference(support).save(tmp_path / "classifier")
-    said = fails(
-        predict_args(support, [folder], tmp_path / "l.csv", "--ckpt_path", str(tmp_path / "classifier")), capsys
-    )
-    assert "is a saved classifier, which has its classes: leave --support out" in said
+    arguments = predict_args(support, [folder], tmp_path / "l.csv", "--ckpt_path", str(tmp_path / "classifier"))
+    assert "is a saved classifier, which has its classes: leave --support out" in fails(arguments, capsys)
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_the_work(
@@ -330,4 +307,4 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_work(
     monkeypatch.setattr(FewShotClassifier, "fit", never)
     (tmp_path / "a_file").touch()
     said = fails(predict_args(support, [folder], tmp_path / "a_file" / "labels.csv"), capsys)
-    assert "cannot write the predictions" in said
+    assert re.search("cannot write the predictions .*: .*; name a file in a folder that can be written", said)

@@ -3,8 +3,8 @@
 import csv
 import itertools
 import json
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,38 +23,107 @@ class Tree:
 
     Attributes:
         root: where its videos are.
-        lists: the split lists of each form, by name; empty where the splits are built in.
-        classes: the labels of each split.
-        texts: what prompts say of some of the classes.
+        lists: the folders of split lists, by the name of their form.
         annotations: files with class names.
         missing: names that the lists have and the disk doesn't.
         broken: names of files that are no video.
     """
 
     root: Path
-    lists: dict[str, Path] = field(default_factory=dict)
-    classes: dict[str, list[str]] = field(default_factory=dict)
-    texts: dict[str, str] = field(default_factory=dict)
+    lists: dict[str, Path]
     annotations: list[Path] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Listed:
+    """A video of a data set.
+
+    Attributes:
+        name: by which messages and tables tell it.
+        lines: its line in the lists of either form.
+        path: its file under the root; a folder of frames where it has no extension.
+        content: what the file holds in the place of a video.
+        missing: whether the file is missing.
+    """
+
+    name: str
+    lines: tuple[str, str]
+    path: str
+    content: bytes | None = None
+    missing: bool = False
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """The form of a data set.
+
+    Attributes:
+        classes: the labels of each split.
+        texts: what prompts say of some of the classes.
+        form: whose the lists of the first form are; those of the second form are CLIP-FSAR's.
+        names: what the lists of the first form are called.
+        listed: from a split, the number of a class, its label, the number of its video, and a number that no other
+            video has, to the video.
+        annotated: whether files tell the class of each video.
+    """
+
+    classes: dict[str, list[str]]
+    texts: dict[str, str]
+    form: str
+    names: str
+    listed: Callable[[str, int, str, int, int], Listed]
+    annotated: bool = False
+
+    def build(self, folder: Path, films: "Films") -> Tree:
+        """Write the videos, the lists and the annotations."""
+        tree = Tree(folder / "videos", {form: folder / form for form in (self.form, "CLIP-FSAR")})
+        lines: dict[Path, list[str]] = defaultdict(list)
+        notes: dict[Path, list[object]] = defaultdict(list)
+        videos = [
+            (split, c, label, v)
+            for split, labels in self.classes.items()
+            for c, label in enumerate(labels)
+            for v in range(VIDEOS[split])
+        ]
+        for split, c, label, v in videos:
+            video = self.listed(split, c, label, v, next(films.numbers))
+            for form, name, line in zip(tree.lists, (self.names, "{}_few_shot.txt"), video.lines, strict=True):
+                lines[tree.lists[form] / name.format(split)].append(line)
+            note = {"id": video.name, "template": label, "placeholders": ["a cup"] * label.count("[")}
+            notes[folder / f"something-something-v2-{'validation' if v % 2 else 'train'}.json"].append(note)
+            if video.missing:
+                tree.missing.append(video.name)
+                continue
+            films.put(tree.root / video.path)
+            if video.content is not None:
+                (tree.root / video.path).write_bytes(video.content)
+                tree.broken.append(video.name)
+        for path, entries in lines.items():
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("\n".join(entries) + "\n", encoding="utf-8")
+        if self.annotated:
+            tree.annotations = list(notes)
+            for path, content in notes.items():
+                path.write_text(json.dumps(content), encoding="utf-8")
+        return tree
+
+
 class Films:
-    """Small videos of each container, each with a length of its own, rendered when first asked for."""
+    """Small videos of each container and of several lengths, rendered when first asked for."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.count = itertools.count()
+        self.numbers = itertools.count(50_000)  # of the videos of all data sets
 
     def put(self, path: Path) -> None:
         """Write a video, or a folder of frames where the path has no extension."""
         path.parent.mkdir(parents=True, exist_ok=True)
         n_frames = 3 + next(self.count) % 12
         if not path.suffix:
-            path.mkdir()
-            for k in range(n_frames):
-                clips.save_image(path / f"img_{k + 1:05}.jpg", k, size=(48, 32))
+            clips.save_images(path, n_frames, size=(48, 32))
             return
         kind = ".mp4" if path.name.endswith(".mkv.mp4") else path.suffix.lower()
         source = self.folder / f"{n_frames}{kind}"
@@ -70,192 +139,118 @@ def films(tmp_path_factory: pytest.TempPathFactory) -> Films:
     return Films(tmp_path_factory.mktemp("films"))
 
 
-def no_lines(name: str) -> dict[str, list[str]]:
-    """The lists of the three splits, by file name, still empty."""
-    return {name.format(split): [] for split in VIDEOS}
+def hmdb51(split: str, c: int, label: str, v: int, number: int) -> Listed:
+    oddities = ['"Quoted"', "(Rad)Schlag_die_Bank!", "Brushing_Her_Hair__[_NEW_AUDIO_]_UP!!!!", "-dash", "Größe;-)"]
+    name = f"{oddities[v % 5]}_{label}_f_cm_np1_ba_med_{v}"
+    lines = f"{label}/{name}", f"{split}{c}//videos/{label}/{name}.avi"
+    content = b"no video" if (label, v) == ("pour", 0) else None
+    return Listed(name, lines, f"{label}/{name}.avi", content, missing=(label, v) == ("catch", 3))
 
 
-def write_lists(folder: Path, lists: Mapping[str, list[str]]) -> Path:
-    folder.mkdir(parents=True)
-    for name, lines in lists.items():
-        (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return folder
+def ucf101(split: str, c: int, label: str, v: int, number: int) -> Listed:
+    name = f"v_{label}_g{1 + v // 4:02}_c{1 + v % 4:02}"
+    lines = f"{label}/{name}", f"{split}{c}//videos/{label}/{name}.avi"
+    # The folder is spelt in both ways, and some have converted theirs.
+    folder = label.replace("HandstandPushups", "HandStandPushups")
+    path = f"{folder}/{name}{'.MP4' if label == 'Archery' else '.avi'}"
+    # A test class could not spare one of its six.
+    return Listed(name, lines, path, content=b"" if (label, v) == ("TaiChi", 1) else None)
 
 
-def videos_of(classes: Mapping[str, list[str]]) -> Iterator[tuple[str, int, str, int]]:
-    """Split, class number, class and video number of each video."""
-    for split, labels in classes.items():
-        for c, label in enumerate(labels):
-            for v in range(VIDEOS[split]):
-                yield split, c, label, v
+def kinetics100(split: str, c: int, label: str, v: int, number: int) -> Listed:
+    youtube = f"{'-' if v % 3 == 0 else '_'}{label[0]}Q{number:08}"
+    stamped = f"{youtube}_{v:06}_{v + 10:06}"
+    folder = label.replace(" ", "_")
+    # Some entries of the second form lack the time stamps, some end twice.
+    entry = f"{youtube}.mkv" if v == 1 else f"{youtube}.mkv.mp4" if v == 2 else f"{stamped}.mp4"
+    path = f"{split}_256/{folder}/" + (f"{youtube}.mkv.mp4" if v == 2 else f"{stamped}.mp4")
+    content = b"\0\0\0\x1cftypisom" + bytes(88) if (label, v) == ("busking", 2) else None
+    lines = f"{label}/{stamped}", f"{split}{c}//train_256/{folder}/{entry}"
+    return Listed(youtube, lines, path, content, missing=(label, v) == ("arm wrestling", 4))
 
 
-def hmdb51(folder: Path, films: Films) -> Tree:
-    classes = {
-        "train": ["brush_hair", "catch", "chew", "draw_sword", "flic_flac"],
-        "val": ["cartwheel", "eat", "golf", "hit", "swing_baseball"],
-        "test": ["fencing", "kick", "kick_ball", "pick", "pour"],
-    }
-    tree = Tree(folder / "HMDB51", classes=classes, texts={"draw_sword": "draw sword"})
-    oddities = [
-        '"Quoted"',
-        "(Rad)Schlag_die_Bank!",
-        "Brushing_Her_Hair__[_NEW_AUDIO_]_UPDATED!!!!",
-        "-dash",
-        "Größe;-)",
-    ]
-    trx, fsar = no_lines("{}list03.txt"), no_lines("{}_few_shot.txt")
-    for split, c, label, v in videos_of(classes):
-        name = f"{oddities[v % 5]}_{label}_f_cm_np1_ba_med_{v}"
-        trx[f"{split}list03.txt"].append(f"{label}/{name}")
-        fsar[f"{split}_few_shot.txt"].append(f"{split}{c}//videos/{label}/{name}.avi")
-        if (label, v) == ("pour", 0):
-            (tree.root / label).mkdir(parents=True)
-            (tree.root / label / f"{name}.avi").write_bytes(b"no video")
-            tree.broken.append(name)
-        elif (label, v) == ("catch", 3):
-            tree.missing.append(name)
-        else:
-            films.put(tree.root / label / f"{name}.avi")
-    tree.lists = {"TRX": write_lists(folder / "trx", trx), "CLIP-FSAR": write_lists(folder / "fsar", fsar)}
-    return tree
+def ssv2(split: str, c: int, label: str, v: int, number: int) -> Listed:
+    content = b"\x1a\x45\xdf\xa3 webm, it says" if (split, c, v) == ("test", 0, 3) else None
+    # Extracted frames, and a video that was converted.
+    path = f"frames/{number}" if v == 0 else f"{number}{'.mp4' if v == 1 else '.webm'}"
+    return Listed(str(number), (f"{split}{c}/{number}",) * 2, path, content, missing=(split, c, v) == ("train", 0, 5))
 
 
-def ucf101(folder: Path, films: Films) -> Tree:
-    classes = {
-        "train": ["ApplyEyeMakeup", "Archery", "BlowDryHair", "TaiChi", "YoYo"],
-        "val": ["ApplyLipstick", "CricketShot", "HammerThrow", "HandstandPushups", "HighJump"],
-        "test": ["BlowingCandles", "CleanAndJerk", "CliffDiving", "CuttingInKitchen", "Diving"],
-    }
-    texts = {"HandstandPushups": "handstand pushups", "CleanAndJerk": "clean and jerk", "YoYo": "yo yo"}
-    tree = Tree(folder / "UCF-101", classes=classes, texts=texts)
-    trx, fsar = no_lines("{}list03.txt"), no_lines("{}_few_shot.txt")
-    for split, c, label, v in videos_of(classes):
-        name = f"v_{label}_g{1 + v // 4:02}_c{1 + v % 4:02}"
-        trx[f"{split}list03.txt"].append(f"{label}/{name}")
-        fsar[f"{split}_few_shot.txt"].append(f"{split}{c}//videos/{label}/{name}.avi")
-        # The folder is spelt in both ways, and some have converted theirs.
-        place = tree.root / label.replace("HandstandPushups", "HandStandPushups")
-        if (label, v) == ("TaiChi", 1):  # a test class could not spare one of its six
-            place.mkdir(parents=True, exist_ok=True)
-            (place / f"{name}.avi").touch()
-            tree.broken.append(name)
-        else:
-            films.put(place / f"{name}{'.MP4' if label == 'Archery' else '.avi'}")
-    tree.lists = {"TRX": write_lists(folder / "trx", trx), "CLIP-FSAR": write_lists(folder / "fsar", fsar)}
-    return tree
+def ssv2_small(split: str, c: int, label: str, v: int, number: int) -> Listed:
+    path = f"frames/{number}" if v == 2 else f"{v % 3}/{number}{'.mp4' if v == 1 else '.webm'}"
+    lines = f"{label}/{number}", f"{split}{c}/{number}"
+    content = bytes(3000) if (split, c, v) == ("val", 2, 0) else None
+    return Listed(str(number), lines, path, content, missing=(label, v) == ("a, b", 7))
 
 
-def kinetics100(folder: Path, films: Films) -> Tree:
-    classes = {
-        "train": ["air drumming", "arm wrestling", "bowling", "catching or throwing baseball", "squat"],
-        "val": ["baking cookies", "crossing river", "flying kite", "high kick", "javelin throw"],
-        "test": ["blasting sand", "busking", "hurling (sport)", "ice skating", "tap dancing"],
-    }
-    tree = Tree(folder / "k400", classes=classes, texts={"hurling (sport)": "hurling sport"})
-    cmn, fsar = no_lines("{}.list"), no_lines("{}_few_shot.txt")
-    for split, c, label, v in videos_of(classes):
-        number = next(films.count)
-        youtube = f"{'-' if v % 3 == 0 else '_'}{label[0]}Q{number:08}"
-        stamped = f"{youtube}_{v:06}_{v + 10:06}"
-        cmn[f"{split}.list"].append(f"{label}/{stamped}")
-        place = label.replace(" ", "_")
-        # Some entries of this form lack the time stamps, some end twice.
-        entry = f"{youtube}.mkv" if v == 1 else f"{youtube}.mkv.mp4" if v == 2 else f"{stamped}.mp4"
-        fsar[f"{split}_few_shot.txt"].append(f"{split}{c}//train_256/{place}/{entry}")
-        if (label, v) == ("arm wrestling", 4):
-            tree.missing.append(youtube)
-            continue
-        path = tree.root / f"{split}_256" / place / (f"{youtube}.mkv.mp4" if v == 2 else f"{stamped}.mp4")
-        films.put(path)
-        if (label, v) == ("busking", 2):
-            path.write_bytes(path.read_bytes()[:100])
-            tree.broken.append(youtube)
-    tree.lists = {"CMN": write_lists(folder / "cmn", cmn), "CLIP-FSAR": write_lists(folder / "fsar", fsar)}
-    return tree
-
-
-def ssv2(folder: Path, films: Films) -> Tree:
-    classes = {
-        "train": [
-            "Bending [something] until it breaks",
-            "Poking [something] so lightly that it doesn't or almost doesn't move",
-            "Pouring [something] into [something]",
-            "Tipping [something] with [something in it] over, so [something in it] falls out",
-            "Twisting (wringing) [something] wet until water comes out",
-        ],
-        "val": [f"Putting [something] {where} [something]" for where in ("behind", "into", "next to", "onto", "under")],
-        "test": [f"Pretending to {what} [something]" for what in ("open", "close", "throw", "take", "squeeze")],
-    }
-    texts = {
-        "Pouring [something] into [something]": "pouring something into something",
-        "Tipping [something] with [something in it] over, so [something in it] falls out": (
-            "tipping something with something in it over, so something in it falls out"
-        ),
-    }
-    tree = Tree(folder / "20bn", classes=classes, texts=texts)
-    otam, fsar = no_lines("{}list07.txt"), no_lines("{}_few_shot.txt")
-    notes: dict[str, list[object]] = {"train": [], "validation": []}
-    for split, c, label, v in videos_of(classes):
-        number = str(1000 + next(films.count))
-        otam[f"{split}list07.txt"].append(f"{split}{c}/{number}")
-        fsar[f"{split}_few_shot.txt"].insert(0, f"{split}{c}/{number}")
-        placeholders = ["a cup"] * label.count("[")
-        note = {"id": number, "label": "a cup, somewhere", "template": label, "placeholders": placeholders}
-        notes["validation" if v % 2 else "train"].append(note)
-        if v == 0:  # extracted frames, and a video that was converted
-            films.put(tree.root / "frames" / number)
-        elif (label, v) == (classes["test"][0], 3):
-            tree.root.mkdir(exist_ok=True)
-            (tree.root / f"{number}.webm").write_bytes(b"\x1a\x45\xdf\xa3 webm, it says")
-            tree.broken.append(number)
-        elif (label, v) == (classes["train"][0], 5):
-            tree.missing.append(number)
-        else:
-            films.put(tree.root / f"{number}{'.mp4' if v == 1 else '.webm'}")
-    tree.lists = {"OTAM": write_lists(folder / "otam", otam), "CLIP-FSAR": write_lists(folder / "fsar", fsar)}
-    for name, content in notes.items():
-        tree.annotations.append(folder / f"something-something-v2-{name}.json")
-        tree.annotations[-1].write_text(json.dumps(content), encoding="utf-8")
-    return tree
-
-
-def ssv2_small(folder: Path, films: Films) -> Tree:
-    classes = {
-        "train": ["Pouring something into something", "Piling something up", "Tearing something", "a, b", "Closing it"],
-        "val": [f"Lifting up one end of something, {i}" for i in ("one", "two", "three", "four", "five")],
-        "test": [f"Twisting (wringing) something {i}" for i in ("wet", "dry", "up", "down", "so it isn't")],
-    }
-    texts = {"Twisting (wringing) something wet": "twisting wringing something wet"}
-    tree = Tree(folder / "ssv2", classes=classes, texts=texts)
-    cmn, fsar = no_lines("{}.list"), no_lines("{}_few_shot.txt")
-    notes = []
-    for split, c, label, v in videos_of(classes):
-        number = str(50000 + next(films.count))
-        cmn[f"{split}.list"].append(f"{label}/{number}")
-        fsar[f"{split}_few_shot.txt"].append(f"{split}{c}/{number}")
-        notes.append({"id": number, "label": "something", "template": label, "placeholders": []})
-        if (label, v) == ("a, b", 7):
-            tree.missing.append(number)
-        elif v == 2:
-            films.put(tree.root / "frames" / number)
-        else:
-            films.put(tree.root / str(v % 3) / f"{number}{'.mp4' if v == 1 else '.webm'}")
-        if (label, v) == (classes["val"][2], 0):
-            (tree.root / "0" / f"{number}.webm").write_bytes(b"\0" * 3000)
-            tree.broken.append(number)
-    tree.lists = {"CMN": write_lists(folder / "cmn", cmn), "CLIP-FSAR": write_lists(folder / "fsar", fsar)}
-    tree.annotations = [folder / "something-something-v2-train.json"]
-    tree.annotations[0].write_text(json.dumps(notes), encoding="utf-8")
-    return tree
-
-
-BUILD: dict[str, Callable[[Path, Films], Tree]] = {
-    "hmdb51": hmdb51,
-    "ucf101": ucf101,
-    "kinetics100": kinetics100,
-    "ssv2": ssv2,
-    "ssv2_small": ssv2_small,
+DATA_SETS = {
+    "hmdb51": DataSet(
+        {
+            "train": ["brush_hair", "catch", "chew", "draw_sword", "flic_flac"],
+            "val": ["cartwheel", "eat", "golf", "hit", "swing_baseball"],
+            "test": ["fencing", "kick", "kick_ball", "pick", "pour"],
+        },
+        {"draw_sword": "draw sword"},
+        "TRX",
+        "{}list03.txt",
+        hmdb51,
+    ),
+    "ucf101": DataSet(
+        {
+            "train": ["ApplyEyeMakeup", "Archery", "BlowDryHair", "TaiChi", "YoYo"],
+            "val": ["ApplyLipstick", "CricketShot", "HammerThrow", "HandstandPushups", "HighJump"],
+            "test": ["BlowingCandles", "CleanAndJerk", "CliffDiving", "CuttingInKitchen", "Diving"],
+        },
+        {"HandstandPushups": "handstand pushups", "CleanAndJerk": "clean and jerk", "YoYo": "yo yo"},
+        "TRX",
+        "{}list03.txt",
+        ucf101,
+    ),
+    "kinetics100": DataSet(
+        {
+            "train": ["air drumming", "arm wrestling", "bowling", "catching or throwing baseball", "squat"],
+            "val": ["baking cookies", "crossing river", "flying kite", "high kick", "javelin throw"],
+            "test": ["blasting sand", "busking", "hurling (sport)", "ice skating", "tap dancing"],
+        },
+        {"hurling (sport)": "hurling sport"},
+        "CMN",
+        "{}.list",
+        kinetics100,
+    ),
+    "ssv2": DataSet(
+        {
+            "train": [
+                "Bending [something] until it breaks",
+                "Poking [something] so lightly that it doesn't or almost doesn't move",
+                "Pouring [something] into [something]",
+                "Tipping [something] with [something in it] over, so [something in it] falls out",
+                "Twisting (wringing) [something] wet until water comes out",
+            ],
+            "val": [f"Putting [something] {where} [something]" for where in ("behind", "into", "near", "on", "under")],
+            "test": [f"Pretending to {what} [something]" for what in ("open", "close", "throw", "take", "squeeze")],
+        },
+        {
+            "Tipping [something] with [something in it] over, so [something in it] falls out": (
+                "tipping something with something in it over, so something in it falls out"
+            ),
+        },
+        "OTAM",
+        "{}list07.txt",
+        ssv2,
+        annotated=True,
+    ),
+    "ssv2_small": DataSet(
+        {
+            "train": ["Pouring something into something", "Piling something up", "Tearing it", "a, b", "Closing it"],
+            "val": [f"Lifting up one end of something, {i}" for i in ("one", "two", "three", "four", "five")],
+            "test": [f"Twisting (wringing) something {i}" for i in ("wet", "dry", "up", "down", "so it isn't")],
+        },
+        {"Twisting (wringing) something wet": "twisting wringing something wet"},
+        "CMN",
+        "{}.list",
+        ssv2_small,
+        annotated=True,
+    ),
 }
 
 
@@ -269,11 +264,12 @@ def same_name(path: str, names: list[str]) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", BUILD)
+@pytest.mark.parametrize("name", DATA_SETS)
 def test_from_files_on_disk_to_a_test_accuracy(
     name: str, films: Films, tmp_path: Path, tiny_clip_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tree = BUILD[name](tmp_path, films)
+    data_set = DATA_SETS[name]
+    tree = data_set.build(tmp_path, films)
 
     # prepare, with the lists of each form
     written: list[list[tuple[str, str]]] = []
@@ -293,9 +289,9 @@ def test_from_files_on_disk_to_a_test_accuracy(
         written.append(sorted((video.path, video.split) for video in manifest.videos))
     assert all(videos == written[0] for videos in written)
     manifest = Manifest.read(tmp_path / "manifests" / "0.csv", tree.root)
-    assert {v.label for v in manifest.videos} == {label for labels in tree.classes.values() for label in labels}
+    assert {v.label for v in manifest.videos} == {label for labels in data_set.classes.values() for label in labels}
     texts = {video.label: video.text for video in manifest.videos}
-    assert tree.texts.items() <= texts.items()
+    assert data_set.texts.items() <= texts.items()
 
     # check, and a manifest without what is broken
     fixed = tmp_path / "manifests" / "fixed.csv"

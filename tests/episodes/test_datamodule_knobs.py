@@ -2,7 +2,7 @@
 
 import csv
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from clip_m2df.errors import UserError
 from clip_m2df.motion_shapes import FAMILIES, NO_KNOBS, Knobs, render, render_clip, rendering
 from clip_m2df.motion_shapes.rendering import outlier_path
 from clip_m2df.motion_shapes.scenes import OUTLIERS
-from tests.motion_shapes.scenes import generator, of_split
+from tests.motion_shapes.scenes import generator, of_split, videos
 
 SMALL: dict[str, Any] = {"n_way": 5, "frames": 2, "resize": 32, "size": 32, "num_workers": 0, "test_episodes": 40}
 OF_TEST = {"train": 0, "val": 0, "test": 1}
@@ -40,10 +40,6 @@ def few_videos(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def make(family: str = "order", **options: Any) -> EpisodeDataModule:
     return EpisodeDataModule(f"motion_shapes_{family}", **(SMALL | options))
-
-
-def rendered(manifest: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(manifest.parent)): file.read_bytes() for file in manifest.parent.rglob("*.mp4")}
 
 
 def drawn(monkeypatch: pytest.MonkeyPatch, folder: Path, family: str, **options: Any) -> dict[str, Any]:
@@ -69,13 +65,13 @@ def test_knobs_render_the_test_split_alone_in_folders_of_their_own(few_videos: P
         with manifest.open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
         assert [row["label"] for row in rows] == [c.label for c in of_split("order", "test")]
-        videos = {row["path"] for row in rows}
-        outliers = {outlier_path(path) for path in videos} if knobs.outliers else set()
-        assert set(rendered(manifest)) == videos | outliers
+        paths = {row["path"] for row in rows}
+        outliers = {outlier_path(path) for path in paths} if knobs.outliers else set()
+        assert set(videos(manifest.parent)) == paths | outliers
         assert len(outliers) == (12 if knobs.outliers else 0)
     # What isn't turned changes nothing; how many outliers come is a matter of episodes, not of videos.
-    assert rendered(usual).items() <= rendered(found[3]).items()
-    assert not set(rendered(usual).values()) & set(rendered(found[0]).values())
+    assert videos(usual.parent).items() <= videos(found[3].parent).items()
+    assert not set(videos(usual.parent).values()) & set(videos(found[0].parent).values())
     more = render(family="order", knobs=Knobs(outliers=0.4), videos_per_class=counts, workers=1, progress=False)
     assert more == found[3]
 
@@ -128,8 +124,9 @@ def test_overlap_and_noise_are_those_of_all_versions(monkeypatch: pytest.MonkeyP
         assert np.abs(noisy[path].astype(float) - video).mean() > 50
 
 
-def names(video: Video) -> tuple[str, ...]:
-    return Path(video.path).parts[-3:]
+def names(rows: Sequence[Sequence[Video]]) -> list[list[tuple[str, ...]]]:
+    """Folder, class and file of each video."""
+    return [[Path(video.path).parts[-3:] for video in row] for row in rows]
 
 
 def plans(**options: Any) -> list[EpisodePlan]:
@@ -143,10 +140,11 @@ def outlying(found: list[EpisodePlan]) -> dict[tuple[int, int, int], Video]:
         for number, plan in enumerate(found)
         for c, row in enumerate(plan.support)
         for shot, video in enumerate(row)
-        if names(video)[0] == "outliers"
+        if Path(video.path).parts[-3] == "outliers"
     }
 
 
+@pytest.mark.slow
 def test_outliers_replace_their_share_of_the_support_and_nothing_else() -> None:
     options: dict[str, Any] = {"n_shot": 2, "test_episodes": 300}
     usual = plans(**options)
@@ -159,9 +157,9 @@ def test_outliers_replace_their_share_of_the_support_and_nothing_else() -> None:
     assert len(outlying(all_of_them)) == count
     for plan, other in zip(usual, more, strict=True):
         assert plan.classes == other.classes
-        assert [[names(v) for v in row] for row in plan.query] == [[names(v) for v in row] for row in other.query]
+        assert names(plan.query) == names(other.query)
         for video, version in zip(sum(plan.support, ()), sum(other.support, ()), strict=True):
-            assert names(version)[1:] == names(video)[1:]
+            assert Path(version.path).parts[-2:] == Path(video.path).parts[-2:]
             assert (version.label, version.split) == (video.label, "test")
             assert Path(version.path).is_file()
     of_another_seed = plans(**options, knobs={"outliers": 0.2}, eval_seed=1)
@@ -172,11 +170,12 @@ def test_noise_and_overlap_play_the_usual_episodes() -> None:
     usual, harder = plans(), plans(knobs={"noise": 0.3, "overlap": 0.5})
     for plan, other in zip(usual, harder, strict=True):
         assert plan.classes == other.classes
-        for rows, of_other in ((plan.support, other.support), (plan.query, other.query)):
-            assert [[names(v) for v in row] for row in rows] == [[names(v) for v in row] for row in of_other]
+        assert names(plan.support) == names(other.support)
+        assert names(plan.query) == names(other.query)
     assert usual[0].query[0][0].path != harder[0].query[0][0].path
 
 
+@pytest.mark.slow
 def test_the_bank_and_the_direct_path_agree_on_outliers(tiny_clip_dir: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = CLIPM2DF(backbone=str(tiny_clip_dir), head_options={"hidden_dim": 32, "num_heads": 4})

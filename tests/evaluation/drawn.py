@@ -1,12 +1,28 @@
-"""What stands on a figure."""
+"""A small head and its clips, and what stands on a figure."""
 
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.backends.backend_agg import RendererAgg
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 from PIL import Image
+from torch import Tensor
+
+from clip_m2df.nn.m2df import M2DFHead
+
+NAMES = ["a cat", "a car", "a tree"]
+
+
+def head(**options: Any) -> M2DFHead:
+    torch.manual_seed(0)
+    return M2DFHead(dim=16, hidden_dim=32, num_heads=4, **options).eval()
+
+
+def clips(*shape: int, seed: int = 0) -> Tensor:
+    """Noise of 16 x 16 pixels, uint8 ``(*shape, 3, 16, 16)``."""
+    return torch.randint(0, 256, (*shape, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
 class _Recorder(RendererAgg):

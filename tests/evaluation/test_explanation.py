@@ -7,26 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from clip_m2df.evaluation.evidence import query_evidence
 from clip_m2df.evaluation.explanation import ANSWER, Explanation, explain, parts
 from clip_m2df.evaluation.figures import GREY, WRONG, picture
 from clip_m2df.nn.baselines import OTAMHead
-from clip_m2df.nn.distillation import Distillation
 from clip_m2df.nn.head import Embedded, Head, HeadOutput
 from clip_m2df.nn.m2df import M2DFHead
-from clip_m2df.nn.matching import cosine, frame_costs, otam_alignment
-from clip_m2df.nn.prompts import prompt_scores
-from tests.evaluation.drawn import colours, texts
-
-NAMES = ["a cat", "a car", "a tree"]
-
-
-def head(**options: object) -> M2DFHead:
-    torch.manual_seed(0)
-    return M2DFHead(dim=16, hidden_dim=32, num_heads=4, **options).eval()  # type: ignore[arg-type]
-
-
-def clip(frames: int, seed: int) -> Tensor:
-    return torch.randint(0, 256, (frames, 3, 12, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+from clip_m2df.nn.matching import cosine
+from tests.evaluation.drawn import NAMES, clips, colours, head, texts
 
 
 def features(frames: int, shots: Sequence[int], seed: int = 3) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -61,8 +49,8 @@ def explained(
     given = {
         "label": class_names[int(probabilities.argmax())],
         "probabilities": probabilities,
-        "frames": clip(frames, 0),
-        "examples": {name: clip(frames, c + 1) for c, name in enumerate(class_names)},
+        "frames": clips(frames, seed=0),
+        "examples": {name: clips(frames, seed=c + 1) for c, name in enumerate(class_names)},
         "video": "videos/x.mp4",
     }
     found = explain(model, output, prototype, query, prompts, draws, class_names=class_names, **(given | options))
@@ -89,12 +77,10 @@ def test_the_numbers_are_those_of_the_steps(head_options: dict[str, Any]) -> Non
     assert found.label == NAMES[order[0]]
     assert found.prompt == NAMES[int(output.prompt_indices[0])]
     assert list(found.prompt_probabilities.values()) == pytest.approx(output.prompt_probabilities[0].tolist())
-    assert torch.allclose(found.frame_scores, cosine(prompts, query))
-    assert found.counted.sum(-1).tolist() == [model.top_k] * 3
-    mean = (found.frame_scores * found.counted).sum(-1) / model.top_k
-    assert torch.allclose(mean, prompt_scores(query.unsqueeze(0), prompts, model.top_k)[0], atol=1e-6)
+    evidence = query_evidence(model, prototype, query, prompts)
+    assert found.frame_scores.equal(evidence.frame_scores)
+    assert found.counted.equal(evidence.counted)
 
-    fused = model.embed_queries(query.unsqueeze(0), prompts)[0]
     assert list(found.views) == list(found.alignments) == ["local", "global"]
     for view, vote in found.views.items():
         own = output.views[view]
@@ -103,13 +89,7 @@ def test_the_numbers_are_those_of_the_steps(head_options: dict[str, Any]) -> Non
         assert list(vote.text_similarities.values()) == pytest.approx(own.text_similarities[0].tolist())
         assert vote.visual_confidence == pytest.approx((-own.distances[0]).softmax(-1).max().item())
         assert vote.text_confidence == pytest.approx(own.text_similarities[0].softmax(-1).max().item())
-        for i, c in enumerate(order[:2]):  # one class at a time
-            expected = otam_alignment(
-                frame_costs(fused[view][..., 1:, :], prototype[view][c : c + 1, 1:]),
-                smoothing=model.smoothing,
-                single_direction=model.single_direction,
-            )
-            assert torch.allclose(found.alignments[view][i], expected[0, 0], atol=1e-5)
+        assert torch.allclose(found.alignments[view], evidence.alignments[view][order[:2]], atol=1e-5)
 
 
 def test_shots_may_differ_and_count_alike() -> None:
@@ -126,17 +106,12 @@ def test_the_examples_are_those_of_the_compared_classes() -> None:
     found, _, _ = explained()
     assert list(found.examples) == found.compared
     for name in found.compared:
-        assert torch.equal(found.examples[name], clip(5, NAMES.index(name) + 1))
-    some = {found.compared[1]: clip(5, 9)}
+        assert torch.equal(found.examples[name], clips(5, seed=NAMES.index(name) + 1))
+    some = {found.compared[1]: clips(5, seed=9)}
     assert list(explained(examples=some)[0].examples) == found.compared[1:]
     bare = explained(examples={})[0]
     assert bare.examples == {}
     assert bare.figure().height == found.figure().height
-
-
-def teaching(found: Explanation, output: HeadOutput) -> tuple[bool, bool, str | None]:
-    teach: Distillation = output.distillation
-    return bool(teach.local_to_global[0]), bool(teach.global_to_local[0]), found.teacher
 
 
 def test_who_teaches_is_what_distillation_says() -> None:
@@ -146,7 +121,8 @@ def test_who_teaches_is_what_distillation_says() -> None:
             options = {"reliability": reliability, "direction": direction}
             for frames in (3, 5, 7):
                 found, output, _ = explained(head_options=options, frames=frames)
-                seen.add(teaching(found, output))
+                teach = output.distillation
+                seen.add((bool(teach.local_to_global[0]), bool(teach.global_to_local[0]), found.teacher))
     expected = {(True, False, "local"), (False, True, "global"), (False, False, None), (True, True, None)}
     assert seen == expected
 
@@ -187,7 +163,7 @@ def test_a_head_without_views_says_what_it_has() -> None:
         class_names=NAMES,
         label=NAMES[int(output.logits.argmax())],
         probabilities=output.logits[0].softmax(-1),
-        frames=clip(5, 0),
+        frames=clips(5, seed=0),
         examples={},
     )
     assert found.views == found.alignments == {}
@@ -297,13 +273,9 @@ def test_long_names_are_cut_off() -> None:
     ("frames", "n_way", "head_options"),
     [
         (1, 1, {}),
-        (8, 2, {}),
         (30, 11, {}),
         (1, 2, {"views": ["local"]}),
         (8, 11, {"views": ["local"]}),
-        (30, 1, {"views": ["local"]}),
-        (1, 11, {"pps": False}),
-        (8, 1, {"pps": False}),
         (30, 2, {"pps": False}),
     ],
 )

@@ -7,7 +7,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import pytest
 
@@ -23,13 +22,9 @@ from clip_m2df.motion_shapes import (
 )
 from clip_m2df.motion_shapes.classes import MOTIONS, OF_TWO_SHAPES, SHAPES, MotionClass
 from clip_m2df.motion_shapes.scenes import FPS, JITTER, draw_scene, paint
-from tests.motion_shapes.scenes import centres, generator, masks, of_split
+from tests.motion_shapes.scenes import centres, decoded, generator, masks, of_split, videos
 
 ONE_EACH = {"train": 0, "val": 1, "test": 0}
-
-
-def videos(root: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(root)): file.read_bytes() for file in sorted(root.rglob("*.mp4"))}
 
 
 def test_training_has_every_colour_shape_and_motion_but_no_held_out_appearance() -> None:
@@ -116,10 +111,7 @@ def test_videos_and_manifest(tmp_path: Path) -> None:
     assert {row["split"] for row in rows} == {"val"}
     for number, row in enumerate(rows):
         assert Path(row["path"]).parts[0] == "val"
-        with av.open(str(manifest.parent / row["path"])) as container:
-            stream = container.streams.video[0]
-            assert stream.codec_context.name == "h264"
-            frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])
+        frames = decoded(manifest.parent / row["path"])
         assert 2 <= len(frames) / FPS <= 4
         index = CLASSES.index(of_split("demo", "val")[number])
         drawn = render_clip(CLASSES[index], generator(0, index, 0))

@@ -4,25 +4,17 @@ import itertools
 from collections import Counter
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from clip_m2df.errors import UserError
 from clip_m2df.motion_shapes import FAMILIES, Action, render_long
 from clip_m2df.motion_shapes.classes import MotionClass
 from clip_m2df.motion_shapes.long_videos import draw_actions
 from clip_m2df.motion_shapes.scenes import FPS, SIZE, draw_scene, paint
-from tests.motion_shapes.scenes import generator, of_split
+from tests.motion_shapes.scenes import decoded, generator, of_split
 
 TEST = of_split("demo", "test")
-
-
-def decoded(path: Path) -> NDArray[np.uint8]:
-    with av.open(str(path)) as container:
-        assert container.streams.video[0].average_rate == FPS
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
 def frame_counts(actions: list[tuple[MotionClass, float, float]]) -> list[int]:

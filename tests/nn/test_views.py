@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clip_m2df.nn.views import FusionEncoder, GlobalTemporalContext, LocalTemporalContext, View
+from clip_m2df.nn.views import FusionEncoder, GlobalTemporalContext, LocalTemporalContext
 from tests.nn import references
 
 
@@ -83,13 +83,3 @@ def test_global_context_reaches_29_frames_and_warns_beyond() -> None:
     (gradient,) = torch.autograd.grad((out - frames)[0, 0].sum(), frames)
     reached = gradient[0].abs().sum(-1) > 0
     assert reached.tolist() == [False] * 11 + [True] * 29
-
-
-def test_a_view_takes_any_leading_axes() -> None:
-    torch.manual_seed(0)
-    view = View(LocalTemporalContext(16), FusionEncoder(16)).eval()
-    frames, prompt = features(2, 3, 4, 8, 16), features(2, 3, 4, 16, seed=1)
-    fused = view(frames, prompt)
-    one = view(frames[1:2, 2:3, 3:4], prompt[1:2, 2:3, 3:4])
-    assert fused.shape == (2, 3, 4, 1 + 8, 16)
-    torch.testing.assert_close(fused[1, 2, 3], one[0, 0, 0])

@@ -31,6 +31,7 @@ from clip_m2df.video.isolation import Unreadable, isolated_map
 from clip_m2df.video.reader import probe
 from clip_m2df.video.transforms import ClipReader
 from tests import clips
+from tests.conftest import save_checkpoint
 from tests.project.damage import SCRAPS, Rng, alter, damage, damaged_archive
 
 TIMEOUT = 300.0  # seconds of an input; on a busy machine the first waits for a minute of imports
@@ -100,15 +101,10 @@ def save_samples(folder: Path) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = CLIPM2DF(backbone="tiny", head_options={"hidden_dim": 8, "num_heads": 4})
-    checkpoint = {"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams), "global_step": 3}
-    checkpoint |= {"pytorch-lightning_version": "2.6.6", "epoch": 0, "loops": {}, "callbacks": {}}
-    model.on_save_checkpoint(checkpoint)
-    torch.save(checkpoint, folder / "model.ckpt")
-    names = ["a.mp4", "b.mp4"]
-    for name in names:
+    save_checkpoint(model, folder / "model.ckpt")
+    for name in ("a.mp4", "b.mp4"):
         clips.render(folder / name, 6, size=(48, 32))
-    rows = ["path,label,split", *(f"{name},run,train" for name in names)]
-    (folder / "m.csv").write_text("\n".join(rows), encoding="utf-8")
+    (folder / "m.csv").write_text("path,label,split\na.mp4,run,train\nb.mp4,run,train\n", encoding="utf-8")
     settings = {"short_side": 24, "frames": 3, "workers": 1, "timeout": 60.0}
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         cache_frames(manifest=folder / "m.csv", output=folder / "cache", **settings)  # type: ignore[arg-type]

@@ -17,8 +17,8 @@ from benchmarks.train_step import ON_CPU, RandomCLIP, random_batch
 from clip_m2df.classifier.segments import Segment
 from clip_m2df.motion_shapes import Action
 from clip_m2df.training.dashboard import Dashboard
+from tests.conftest import options
 from tests.nn import references
-from tests.test_cli import options
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -9,12 +9,13 @@ from tests.project.fuzz import KINDS, fuzz
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="its processes don't take a limit of memory")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# Those that each take a model or a parser are among the many alone.
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"checkpoint", "config", "weights"}))
 def test_some_damaged_inputs(kind: str) -> None:
-    outcomes, bugs = fuzz(kind, seed=0, inputs=100)
+    outcomes, bugs = fuzz(kind, seed=0, inputs=30)
     assert not bugs, "\n".join(bugs)
-    assert outcomes["refused"] > 20, outcomes
-    assert sum(outcomes.values()) == 100
+    assert outcomes["refused"] > 6, outcomes
+    assert sum(outcomes.values()) == 30
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from clip_m2df.export import FORMATS, export_model
 from clip_m2df.nn.head import Embedded, Head, HeadOutput
 from clip_m2df.nn.prompts import SelectedPrompts
 from tests.classifier.conftest import noise
+from tests.conftest import options
 from tests.test_export import HEAD_INPUTS, opened
 
 PATH = f"{__name__}.SmallTRX"
@@ -89,25 +90,16 @@ def own_head(model: CLIPM2DF) -> SmallTRX:
 
 
 @pytest.fixture(scope="module")
-def options(manifest: Path, tiny_clip_dir: Path) -> list[str]:
-    small = {"n_way": 3, "n_query": 2, "frames": 3, "resize": 32, "size": 32, "num_workers": 0}
-    counts = {"batch_size": 1, "episodes_per_step": 2, "validate_every": 2, "val_episodes": 4, "test_episodes": 30}
-    data = {"manifest": manifest, **small, **counts}
-    return [
-        f"--model.backbone={tiny_clip_dir}",
-        f"--model.head={PATH}",
-        f"--model.head_options.width={WIDTH}",
-        "--model.lr=1e-2",
-        *(f"--data.{name}={value}" for name, value in data.items()),
-        "--trainer.accelerator=cpu",
-        "--trainer.enable_progress_bar=false",
-    ]
+def own(manifest: Path, tiny_clip_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Options of a run with the head."""
+    head = [f"--model.head={PATH}", f'--model.head_options={{"width": {WIDTH}}}', "--model.lr=1e-2"]
+    more = ["--data.frames=3", "--data.test_episodes=30", "--trainer.max_steps=4"]
+    return options(manifest, tiny_clip_dir, tmp_path_factory.mktemp("own_head"), *head, *more)[1:]
 
 
 @pytest.fixture(scope="module")
-def fitted(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> CLI:
-    folder = tmp_path_factory.mktemp("own_head")
-    return run(["fit", *options, "--trainer.max_steps=4", f"--trainer.default_root_dir={folder}"])
+def fitted(own: list[str]) -> CLI:
+    return run(["fit", *own])
 
 
 def test_it_is_trained(fitted: CLI) -> None:
@@ -118,12 +110,11 @@ def test_it_is_trained(fitted: CLI) -> None:
             assert optimizer.state[weight]["exp_avg_sq"].amax() > 0, name
 
 
-def test_a_bank_gives_the_numbers_of_the_direct_path(fitted: CLI, options: list[str]) -> None:
-    folder = fitted.trainer.default_root_dir
+def test_a_bank_gives_the_numbers_of_the_direct_path(fitted: CLI, own: list[str]) -> None:
     results = []
     for evaluation, n_shot in (("direct", 1), ("bank", 1), ("direct", 2), ("bank", 2)):
         more = [f"--data.evaluation={evaluation}", f"--data.n_shot={n_shot}", "--ckpt_path=last"]
-        tested = run(["test", *options, *more, f"--trainer.default_root_dir={folder}"])
+        tested = run(["test", *own, *more])
         results.append({name: float(value) for name, value in tested.trainer.callback_metrics.items()})
     for direct, bank in (results[:2], results[2:]):
         assert bank == pytest.approx(direct, abs=1e-5)
@@ -180,6 +171,7 @@ def test_a_saved_classifier_is_loaded_by_whoever_asks_for_the_head(model: CLIPM2
     assert loaded.predict_proba(noise(3)) == pytest.approx(classifier.predict_proba(noise(3)))
 
 
+@pytest.mark.slow
 def test_it_is_exported(model: CLIPM2DF, tmp_path: Path) -> None:
     export_model(model, tmp_path / "e", n_way=3, n_shot=2, n_queries=2, frames=4, batch=1)
     generator = torch.Generator().manual_seed(0)

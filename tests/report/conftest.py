@@ -13,10 +13,11 @@ import torch
 from lightning.pytorch.trainer import Trainer
 
 from clip_m2df.cli import main
+from clip_m2df.commands.configs import resolve_configs
 from clip_m2df.commands.trainer import run
 from clip_m2df.motion_shapes.rendering import write_video
-from tests.classifier.conftest import make_model, paint
-from tests.test_cli import options
+from tests.classifier.conftest import make_model, paint, paint_classes, predict_args
+from tests.conftest import options
 
 # Names that a page may trip over.
 LABELS = ('<script>alert("1")<', "läuft – 走る", "a & b 'c' &lt;")
@@ -93,11 +94,7 @@ def read(page: Path) -> Node:
 @pytest.fixture(scope="session")
 def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder a class, each with two videos; nobody may change them."""
-    root = tmp_path_factory.mktemp("examples")
-    for hue, label in enumerate(LABELS):
-        for k in range(2):
-            paint(root / label / f"{k}.mp4", hue, 10 * hue + k)
-    return root
+    return paint_classes(tmp_path_factory.mktemp("examples"), LABELS)
 
 
 @pytest.fixture(scope="session")
@@ -128,9 +125,8 @@ def clips_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def predict(saved: Path, videos: Path, page: Path, *more: str) -> int:
     """Label videos; the table lies beside the page."""
-    table = str(page.with_suffix(".csv"))
-    reading = ["--output", table, "--report", str(page), "--workers", "0"]
-    return main(["predict", "--ckpt_path", str(saved), "--videos", str(videos), *reading, *more])
+    own = ["--ckpt_path", str(saved), "--report", str(page)]
+    return main(predict_args(None, [videos], page.with_suffix(".csv"), *own, *more))
 
 
 @pytest.fixture(scope="session")
@@ -160,14 +156,8 @@ class Measured(NamedTuple):
 def run_test(manifest: Path, tiny_clip_dir: Path, folder: Path, *more: str) -> Measured:
     """Run ``clip-m2df test`` on a run folder, with a page."""
     page = folder / "report.html"
-    cli = run(["test", *_resolved(options(manifest, tiny_clip_dir, folder, f"--report={page}", *more))])
+    cli = run(["test", *resolve_configs(options(manifest, tiny_clip_dir, folder, f"--report={page}", *more))])
     return Measured(page, cli.trainer, cli.model.evaluated.confusion)
-
-
-def _resolved(args: list[str]) -> list[str]:
-    from clip_m2df.commands.configs import find_config
-
-    return [f"--config={find_config(a.partition('=')[2])}" if a.startswith("--config=") else a for a in args]
 
 
 @pytest.fixture(scope="session")
@@ -180,8 +170,16 @@ def hostile_manifest(manifest: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tested(hostile_manifest: Path, tiny_clip_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Measured:
+def tested(
+    hostile_manifest: Path, tiny_clip_dir: Path, fitted: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Measured:
     """The page of ``clip-m2df test`` after a short training."""
     folder = tmp_path_factory.mktemp("tested") / "run"
-    assert main(["fit", *options(hostile_manifest, tiny_clip_dir, folder)]) == 0
-    return run_test(hostile_manifest, tiny_clip_dir, folder, "--ckpt_path=best")
+    return run_test(hostile_manifest, tiny_clip_dir, folder, f"--ckpt_path={fitted / 'checkpoints' / 'best.ckpt'}")
+
+
+@pytest.fixture(params=["predictions", "segments", "tested"])
+def path(request: pytest.FixtureRequest) -> Path:
+    """Each of the pages."""
+    found: Path | Measured = request.getfixturevalue(request.param)
+    return found.page if isinstance(found, Measured) else found

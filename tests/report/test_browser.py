@@ -94,12 +94,6 @@ def open_page(browser: Browser) -> Iterator[Open]:
     assert requests == urls
 
 
-@pytest.fixture(params=["predictions", "segments", "tested"])
-def path(request: pytest.FixtureRequest) -> Path:
-    found: Path | Measured = request.getfixturevalue(request.param)
-    return found.page if isinstance(found, Measured) else found
-
-
 def names(page: Page) -> list[str]:
     """Videos of the table that can be seen, in their order."""
     return [row.locator("th").inner_text() for row in page.locator("#videos tbody tr").all() if row.is_visible()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 import pytest
@@ -11,8 +10,9 @@ import yaml
 from clip_m2df.cli import main
 from clip_m2df.errors import UserError
 from clip_m2df.report.page import percent
+from tests.classifier.conftest import read_csv
+from tests.conftest import options
 from tests.report.conftest import HOSTILE_CLASS, Measured, Node, read, run_test
-from tests.test_cli import options
 
 CLASSES = [HOSTILE_CLASS, "test class 0", "test class 2"]  # in the manifest's order, by name
 
@@ -30,11 +30,7 @@ def measures(page: Node) -> dict[str, str]:
 def test_the_numbers_are_the_tests(tested: Measured) -> None:
     page, numbers = read(tested.page), {n: float(v) for n, v in tested.trainer.callback_metrics.items()}
     tiles = [tile.text for tile in next(page.all("ul", class_="tiles")).all("strong")]
-    assert tiles == [
-        percent(numbers["test/accuracy"]),
-        f"± {percent(numbers['test/interval'])}",
-        "3-way 1-shot",
-    ]
+    assert tiles == [percent(numbers["test/accuracy"]), f"± {percent(numbers['test/interval'])}", "3-way 1-shot"]
     assert measures(page) == {
         "prompts chosen rightly by PPS": percent(numbers["test/pps_accuracy"]),
         "accuracy of the local view alone": percent(numbers["test/local_accuracy"]),
@@ -48,8 +44,7 @@ def test_the_numbers_are_the_tests(tested: Measured) -> None:
 
 def test_the_classes_are_those_of_the_tables(tested: Measured) -> None:
     page = read(tested.page)
-    with (tested.page.parent / "test_classes.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(tested.page.parent / "test_classes.csv")
     (classes,) = page.all("table", id="classes")
     shown = [[name, share, queries, right] for name, share, _, queries, right, _ in classes.rows()]
     assert shown == [[r["class"], percent(float(r["accuracy"])), r["queries"], r["correct"]] for r in rows]
@@ -77,11 +72,10 @@ def test_the_configuration_is_whole(tested: Measured) -> None:
 
 @pytest.mark.parametrize("evaluation", ["bank", "direct"])
 def test_the_hardest_episodes_have_their_frames(
-    evaluation: str, tested: Measured, hostile_manifest: Path, tiny_clip_dir: Path
+    evaluation: str, fitted: Path, hostile_manifest: Path, tiny_clip_dir: Path, tmp_path: Path
 ) -> None:
-    more = ["--ckpt_path=best", f"--data.evaluation={evaluation}", "--report=" + str(tested.page.parent / "2.html")]
-    other = run_test(hostile_manifest, tiny_clip_dir, tested.page.parent, *more)
-    page = read(other.page.parent / "2.html")
+    more = [f"--ckpt_path={fitted / 'checkpoints' / 'best.ckpt'}", f"--data.evaluation={evaluation}"]
+    page = read(run_test(hostile_manifest, tiny_clip_dir, tmp_path, *more).page)
     episodes = [d for d in page.all("details") if "cross-entropy" in next(d.all("summary")).text]
     assert len(episodes) == 4
     losses = [float(next(e.all("summary")).text.split("cross-entropy ")[1].split(",")[0]) for e in episodes]
@@ -110,11 +104,11 @@ def test_a_head_without_anything_to_train(hostile_manifest: Path, tiny_clip_dir:
 
 
 def test_a_page_that_cannot_be_written_is_refused_before_the_test(
-    hostile_manifest: Path, tiny_clip_dir: Path, tested: Measured
+    manifest: Path, tiny_clip_dir: Path, fitted: Path
 ) -> None:
     with pytest.raises(UserError, match=r"--report is .*report.pdf: give it a name that ends in .html"):
-        run_test(hostile_manifest, tiny_clip_dir, tested.page.parent, "--ckpt_path=best", "--report=report.pdf")
+        run_test(manifest, tiny_clip_dir, fitted, "--ckpt_path=best", "--report=report.pdf")
 
 
-def test_a_training_has_no_report(hostile_manifest: Path, tiny_clip_dir: Path, tmp_path: Path) -> None:
-    assert main(["fit", *options(hostile_manifest, tiny_clip_dir, tmp_path / "run", "--report=a.html")]) == 2
+def test_a_training_has_no_report(manifest: Path, tiny_clip_dir: Path, tmp_path: Path) -> None:
+    assert main(["fit", *options(manifest, tiny_clip_dir, tmp_path / "run", "--report=a.html")]) == 2

@@ -17,7 +17,7 @@ from PIL import Image
 from clip_m2df.errors import UserError
 from clip_m2df.evaluation.evidence import Alignment, PromptScore
 from clip_m2df.report.page import check_page, frame_pictures, percent, shade, strip_picture, templates, write_page
-from tests.report.conftest import Measured, Node, read
+from tests.report.conftest import Node, read
 
 
 def opened(uri: str) -> Image.Image:
@@ -100,13 +100,8 @@ def test_an_error_leaves_the_page_that_was_there(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [page]
 
 
-@pytest.fixture(params=["predictions", "segments", "tested"])
-def page(request: pytest.FixtureRequest) -> Node:
-    found: Path | Measured = request.getfixturevalue(request.param)
-    return read(found.page if isinstance(found, Measured) else found)
-
-
-def test_a_page_may_do_nothing_but_what_is_in_it(page: Node) -> None:
+def test_a_page_may_do_nothing_but_what_is_in_it(path: Path) -> None:
+    page = read(path)
     (policy,) = (m.attributes["content"] for m in page.all("meta", http_equiv="Content-Security-Policy"))
     rules = dict(rule.split(maxsplit=1) for rule in policy.split(";"))
     assert rules["default-src"] == "'none'"
@@ -120,7 +115,8 @@ def test_a_page_may_do_nothing_but_what_is_in_it(page: Node) -> None:
     assert {uri.partition(",")[0] for uri in pictures} == {"data:image/jpeg;base64"}
 
 
-def test_a_page_can_be_read_aloud(page: Node) -> None:
+def test_a_page_can_be_read_aloud(path: Path) -> None:
+    page = read(path)
     (html,) = page.all("html")
     assert html.attributes["lang"] == "en"
     assert [len(list(page.all(tag))) for tag in ("h1", "main", "title")] == [1, 1, len(list(page.all("title")))]
@@ -128,12 +124,8 @@ def test_a_page_can_be_read_aloud(page: Node) -> None:
     for picture in page.all("svg"):
         said = picture.attributes
         assert said.get("aria-hidden") == "true" or (said["role"] == "img" and said["aria-label"])
-    ids = [
-        node.attributes["id"]
-        for tag in ("article", "image", "table", "main")
-        for node in page.all(tag)
-        if "id" in node.attributes
-    ]
+    nodes = [node for tag in ("article", "image", "table", "main") for node in page.all(tag)]
+    ids = [node.attributes["id"] for node in nodes if "id" in node.attributes]
     assert len(ids) == len(set(ids))
     links = [a.attributes["href"] for a in page.all("a")] + [u.attributes["href"] for u in page.all("use")]
     assert {link.removeprefix("#") for link in links} <= set(ids)

@@ -12,7 +12,8 @@ from clip_m2df.cli import main
 from clip_m2df.report import predictions as module
 from clip_m2df.report.page import percent
 from clip_m2df.video.transforms import ClipReader
-from tests.classifier.conftest import fails, paint, predict_args, read_csv
+from tests.classifier.conftest import paint, predict_args, read_csv
+from tests.conftest import fails
 from tests.report.conftest import HOSTILE, LABELS, Node, predict, read
 
 
@@ -41,10 +42,8 @@ def test_the_page_says_what_the_table_says(predictions: Path, capsys: pytest.Cap
         assert said == ([f"It can’t be read: {row['error']}"] if row["error"] else [])
         (bars, *_) = [*card.all("table", class_="bars"), None]
         if bars is not None:
-            share = {
-                line[0]: line[-1]
-                for line in ([c.text.strip() for c in tr.children if isinstance(c, Node)] for tr in bars.all("tr"))
-            }
+            lines = [[c.text.strip() for c in tr.children if isinstance(c, Node)] for tr in bars.all("tr")]
+            share = {line[0]: line[-1] for line in lines}
             assert share == {label: percent(float(row[f"p_{label}"])) for label in LABELS}
             widths = [float(r.attributes["width"]) for r in bars.all("rect", class_="part")]
             assert widths == sorted(widths, reverse=True)
@@ -75,12 +74,8 @@ def test_the_reasons_are_those_of_explain(saved: Path, clips_folder: Path, predi
         assert f"PPS chose the prompt of {found.prompt} " in why.text
         votes = why.all("table", class_="list")
         for (view, vote), said in zip(found.views.items(), next(votes).rows(), strict=True):
-            numbers = [
-                f"{vote.distances[vote.label]:.2f}",
-                f"{vote.visual_confidence:.3f}",
-                f"{vote.text_confidence:.3f}",
-            ]
-            assert said == [view, vote.label, *numbers]
+            confidences = [f"{value:.3f}" for value in (vote.visual_confidence, vote.text_confidence)]
+            assert said == [view, vote.label, f"{vote.distances[vote.label]:.2f}", *confidences]
         (prompts,) = why.all("table", class_="cells")
         by_name = {name.removesuffix(" (chosen)"): cells for name, *cells in prompts.rows()}
         for label, row in zip(found.prompt_probabilities, found.frame_scores.tolist(), strict=True):
@@ -88,9 +83,7 @@ def test_the_reasons_are_those_of_explain(saved: Path, clips_folder: Path, predi
         assert len(list(prompts.all("td", class_="counted"))) == int(found.counted.sum())
         for (view, maps), picture in zip(found.alignments.items(), why.all("svg", class_="map"), strict=True):
             assert picture.attributes["aria-label"].startswith(f"Alignment with {found.compared[0]}, {view} view")
-            opacities = [
-                float(r.attributes["fill-opacity"]) for r in picture.all("rect") if "fill-opacity" in r.attributes
-            ]
+            opacities = [float(r.attributes.get("fill-opacity", 0)) for r in picture.all("rect")]
             darkest = max(float(a[0].max()) for a in found.alignments.values())
             assert sum(opacities) == pytest.approx(float(maps[0].sum()) / darkest, abs=0.1)
         seen.add(f"{found.distance:.2f}")
@@ -168,23 +161,15 @@ def test_a_report_that_fails_loses_nothing(
     saved: Path, clips_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = tmp_path / "report.html"
-    arguments = [
-        "predict",
-        "--ckpt_path",
-        str(saved),
-        "--videos",
-        str(clips_folder),
-        "--output",
-        str(tmp_path / "t.csv"),
-    ]
-    assert "name that ends in .html" in fails([*arguments, "--workers", "0", "--report", "report.pdf"], capsys)
-    assert not (tmp_path / "t.csv").exists()
+    arguments = predict_args(None, [clips_folder], tmp_path / "report.csv", "--ckpt_path", str(saved))
+    assert "name that ends in .html" in fails([*arguments, "--report", "report.pdf"], capsys)
+    assert not (tmp_path / "report.csv").exists()
     with monkeypatch.context() as patch:
         patch.setattr(module, "write_page", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        assert main([*arguments, "--workers", "0", "--report", str(page)]) == 130
-    assert len(read_csv(tmp_path / "t.csv")) == 7
+        assert predict(saved, clips_folder, page) == 130
+    assert len(read_csv(tmp_path / "report.csv")) == 7
     capsys.readouterr()
-    assert main([*arguments, "--workers", "0", "--report", str(page)]) == 1
+    assert predict(saved, clips_folder, page) == 1
     assert "6 of 7 videos were labelled before" in capsys.readouterr().out
     assert len(cards(read(page))) == 7
 

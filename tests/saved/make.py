@@ -2,12 +2,15 @@
 """Makes the files in this folder: one of everything that clip-m2df 0.1.0 saves, tiny, and what it said of them.
 
 Later versions are tested to load these files and to give the same numbers. This script is the record of how they were
-made: it runs with the old code only, and later versions can't import what it imports.
+made, and runs as a whole with the old code only; what it reads models and files with, the tests take from here.
 
 The files are of version 0.1.0, commit 5d4579378cedb9f074c66f426a70240c8f8f9472, made by
 
     cd CLONE_OF_THAT_COMMIT
-    OMP_NUM_THREADS=1 PYTHONPATH=src python …/tests/saved/make.py
+    OMP_NUM_THREADS=1 PYTHONPATH=src:… python …/tests/saved/make.py
+
+with … for the folder in which this version's ``tests`` is. The options of the run and those of the head in
+``pretrained/`` are read from the files here.
 
 - ``run/config.yaml``, ``m2df.ckpt``: what ``clip-m2df fit`` wrote, the latter as ``run/checkpoints/last.ckpt``. Put
   back there, the run goes on, with this folder as the working directory, by
@@ -48,16 +51,15 @@ from importlib.metadata import version
 from pathlib import Path
 
 import av
-import lightning
 import numpy as np
 import torch
-import yaml
 from safetensors import safe_open
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel
 
 import clip_m2df
 from clip_m2df import CLIPM2DF, EpisodeDataModule, FewShotClassifier
+from tests.conftest import save_checkpoint, save_tokenizer
 
 HERE = Path(__file__).resolve().parent
 CODE = Path(clip_m2df.__file__).parents[2]
@@ -67,44 +69,6 @@ FIRST_MTIME = 1_704_067_200
 CLASSES = {"train": ["jump", "wave", "clap"], "val": ["kick", "push"], "test": ["running", "throwing", "diving"]}
 TEXTS = {"running": "run", "throwing": "throw"}
 CLASS_NAMES = ["wave", "push", "cacao", "running fast"]
-CONFIG = {
-    "seed_everything": 0,
-    "model": {
-        "backbone": "tower",
-        "head": "m2df",
-        "head_options": {"heads": 4, "hidden_dim": 16},
-        "freeze_backbone": True,
-        "lr": 1e-2,
-        "warmup_steps": 1,
-        "milestones": [5],
-        "class_weight": 0.5,
-    },
-    "data": {
-        "manifest": "videos/manifest.csv",
-        "n_way": 2,
-        "n_shot": 1,
-        "n_query": 1,
-        "val_episodes": 4,
-        "test_episodes": 24,
-        "train_views": 2,
-        "frames": 4,
-        "resize": 36,
-        "size": 32,
-        "batch_size": 2,
-        "episodes_per_step": 4,
-        "validate_every": 1,
-        "num_workers": 0,
-    },
-    "trainer": {
-        "accelerator": "cpu",
-        "devices": 1,
-        "max_steps": 2,
-        "log_every_n_steps": 1,
-        "enable_progress_bar": False,
-        "default_root_dir": "run",
-    },
-    "dashboard": {"figures": False},
-}
 
 
 def command(*args: str) -> None:
@@ -115,10 +79,7 @@ def command(*args: str) -> None:
 
 def make_tower(folder: Path) -> None:
     """A CLIP with random weights: 32 x 32 images, 16 tokens, embeddings of 8."""
-    letters = sorted(ByteLevel.alphabet())
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "ca", "<|startoftext|>", "<|endoftext|>"]
-    vocab_size = len(tokens)
-    CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[("c", "a")]).save_pretrained(folder)
+    vocab_size = save_tokenizer(folder, ByteLevel.alphabet())
     layer = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = {"vocab_size": vocab_size, "max_position_embeddings": 16}
     config = CLIPConfig(
@@ -169,31 +130,11 @@ def make_models() -> None:
     """All models but the first, which ``fit`` makes."""
     torch.manual_seed(1)
     model = CLIPM2DF(backbone="tower", head="clip_fsar", head_options={"heads": 2, "hidden_dim": 16})
-    trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    trainer.strategy.connect(model)
-    trainer.save_checkpoint("clip_fsar.ckpt")
+    save_checkpoint(model, Path("clip_fsar.ckpt"))
 
     model = CLIPM2DF(
         backbone="tower",
-        head_options={
-            "depth": 2,
-            "views": ["local", "global"],
-            "view_weights": [1.0, 0.5],
-            "pps": True,
-            "train_selection": "expectation",
-            "reliability": ["text", "visual"],
-            "direction": "mutual",
-            "single_direction": True,
-            "detach_teacher": True,
-            "top_k": 2,
-            "temperature": 100.0,
-            "smoothing": 0.25,
-            "heads": 2,
-            "hidden_dim": 16,
-            "context_dropout": 0.0,
-            "attention_dropout": 0.1,
-            "dropout": 0.1,
-        },
+        head_options=json.loads((HERE / "expected.json").read_text(encoding="utf-8"))["head_options"]["pretrained"],
         template=["a photo of {}", "{}"],
         class_weight=1.0,
     )
@@ -224,12 +165,11 @@ def head_inputs() -> dict[str, np.ndarray]:
 def numbers_of(name: str, model: CLIPM2DF, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """What a model makes of the inputs."""
     model.eval()
-    support, query, prompts, frames = map(torch.from_numpy, inputs.values())
-    output = model.model.head(support, query, prompts)
+    output = model.model.head(*(torch.from_numpy(inputs[key]) for key in ("support", "query", "prompts")))
     found = {
         "logits": output.logits,
         "prompt_probabilities": output.prompt_probabilities,
-        "features": model.model.encode_frames(frames),
+        "features": model.model.encode_frames(torch.from_numpy(inputs["frames"])),
         "prompt_table": model.encode_prompts(CLASS_NAMES),
     }
     assert all(values.dtype == torch.float32 and values.isfinite().all() for values in found.values())
@@ -237,14 +177,12 @@ def numbers_of(name: str, model: CLIPM2DF, inputs: dict[str, np.ndarray]) -> dic
 
 
 def measured(folder: Path) -> dict[str, object]:
-    """What a test has measured: the figures of its table, and what was taken for what."""
+    """What a test has measured: the figures of its table, and the confusion matrix."""
     (file,) = folder.rglob("metrics.csv")
-    with file.open(encoding="utf-8") as lines:
-        (row,) = csv.DictReader(lines)
+    (row,) = csv.DictReader(file.read_text(encoding="utf-8").splitlines())
+    _, *confusion = csv.reader((folder / "test_confusion.csv").read_text(encoding="utf-8").splitlines())
     metrics = {name: float(value) for name, value in row.items() if name.startswith("test/")}
-    with (folder / "test_confusion.csv").open(encoding="utf-8") as lines:
-        confusion = [list(map(int, row[1:])) for row in list(csv.reader(lines))[1:]]
-    return {"metrics": metrics, "confusion": confusion}
+    return {"metrics": metrics, "confusion": [list(map(int, counts[1:])) for counts in confusion]}
 
 
 def stored_features(videos: list[str]) -> np.ndarray:
@@ -256,13 +194,34 @@ def stored_features(videos: list[str]) -> np.ndarray:
     return np.stack([features[names.index(video)] for video in videos])
 
 
+def cached_frames(videos: list[str]) -> np.ndarray:
+    """What a test reads from the cache of each third of these videos."""
+    data = EpisodeDataModule("videos/test.csv", cache="cache", n_way=2, frames=4, resize=36, size=32)
+    data.setup("test")
+    return torch.stack([data.reader.read(f"videos/{name}")[0] for name in videos[::3]]).numpy()
+
+
+def described(classifier: FewShotClassifier, queries: list[str]) -> dict[str, object]:
+    """How a classifier predicts, and what."""
+    return {
+        "classes": classifier.classes_.tolist(),
+        "threshold": classifier.threshold_,
+        "frames": classifier.encoder.reader.frames,
+        "resize": classifier.encoder.reader.resize,
+        "text_fusion": classifier.model.text_fusion,
+        "selection": classifier.model.model.head.selection,
+        "queries": queries,
+        "labels": classifier.predict(queries).tolist(),
+        "labels_with_reject": classifier.predict(queries, reject=True).tolist(),
+    }
+
+
 def main() -> None:
     """Make everything in the working directory."""
     make_tower(Path("tower"))
     mtimes = make_videos(Path("videos"))
 
-    Path("asked.yaml").write_text(yaml.safe_dump(CONFIG), encoding="utf-8")
-    command("fit", "--config", "asked.yaml")
+    command("fit", "--config", str(HERE / "run/config.yaml"))
     shutil.copy("run/checkpoints/last.ckpt", "m2df.ckpt")
     shutil.copytree("run", "further")
     further = ["--trainer.max_steps", "3", "--trainer.default_root_dir", "further"]
@@ -293,9 +252,7 @@ def main() -> None:
     arrays["classifier/predict_proba"] = classifier.predict_proba(queries)
     tested = [name for name in mtimes if name.startswith("test")]
     arrays["store/features"] = stored_features(tested)
-    data = EpisodeDataModule("videos/test.csv", cache="cache", n_way=2, frames=4, resize=36, size=32)
-    data.setup("test")
-    arrays["cache/frames"] = torch.stack([data.reader.read(f"videos/{name}")[0] for name in tested[::3]]).numpy()
+    arrays["cache/frames"] = cached_frames(tested)
     np.savez_compressed("expected.npz", **arrays)
 
     git = ["git", "-C", str(CODE), "rev-parse", "HEAD"]
@@ -313,17 +270,7 @@ def main() -> None:
         "test": measured(Path("test")),
         "test_direct": measured(Path("direct")),
         "test_of_episodes": measured(Path("cached")),
-        "classifier": {
-            "classes": classifier.classes_.tolist(),
-            "threshold": classifier.threshold_,
-            "frames": classifier.encoder.reader.frames,
-            "resize": classifier.encoder.reader.resize,
-            "text_fusion": classifier.model.text_fusion,
-            "selection": classifier.model.model.head.selection,
-            "queries": queries,
-            "labels": classifier.predict(queries).tolist(),
-            "labels_with_reject": classifier.predict(queries, reject=True).tolist(),
-        },
+        "classifier": described(classifier, queries),
     }
     Path("expected.json").write_text(json.dumps(expected, indent=1) + "\n", encoding="utf-8")
 
@@ -333,17 +280,9 @@ if __name__ == "__main__":
         os.chdir(Path(work).resolve())
         main()
         for name in ("videos", "cache", "store", "pretrained", "classifier"):
-            shutil.rmtree(HERE / name, ignore_errors=True)
+            shutil.rmtree(HERE / name)
             shutil.copytree(name, HERE / name)
-        (HERE / "run").mkdir(exist_ok=True)
-        for name in (
-            "run/config.yaml",
-            "m2df.ckpt",
-            "clip_fsar.ckpt",
-            "check.csv",
-            "episodes.jsonl",
-            "expected.json",
-            "expected.npz",
-        ):
+        tables = ("check.csv", "episodes.jsonl", "expected.json", "expected.npz")
+        for name in ("run/config.yaml", "m2df.ckpt", "clip_fsar.ckpt", *tables):
             shutil.copy(name, HERE / name)
         os.chdir(HERE)

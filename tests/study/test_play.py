@@ -1,21 +1,19 @@
 """Real runs of a small study, from rendering to the page."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning import Trainer
 
 from clip_m2df.motion_shapes import rendering
-from study import __main__ as command
-from study import play as playing
 from study.play import configuration, play
 from study.results import Record, read_results
 from study.schedule import run_study
-from study.settings import Part, Row, Run, Settings
-from tests.study.test_schedule import Inline
+from study.settings import Part, Run, Settings
+from tests.study.test_schedule import ROWS, Inline
 
 SHORT = {
     "trainer.max_steps": 2,
@@ -31,11 +29,7 @@ MAIN = Part(
     (1, 5),
     (1e-3,),
     SHORT,
-    {
-        "CLIP-M²DF": Row(),
-        "sampled": Row({"model.selection": "sample"}, weights_of="CLIP-M²DF"),
-        "OTAM": Row({"model.head": "otam", "model.head_options": {}}),
-    },
+    ROWS,
     {"outliers": (1.0,)},
     ("CLIP-M²DF", "OTAM"),
 )
@@ -44,7 +38,7 @@ TOWER = Part(
     (1,),
     (1e-3,),
     SHORT | {"model.freeze_backbone": False, "data.train_augmentations": 0},
-    {"CLIP-M²DF": Row(), "OTAM": Row({"model.head": "otam", "model.head_options": {}})},
+    {row: ROWS[row] for row in ("CLIP-M²DF", "OTAM")},
 )
 SETTINGS = Settings((0, 1), 0, {"main": MAIN, "tower": TOWER})
 RUN = Run("main", "measure", "scene", "CLIP-M²DF", 1, 1e-3)
@@ -103,21 +97,14 @@ def test_the_digits_are_the_accuracy_that_the_test_command_reports(
 ) -> None:
     folder, records = study
     reported: list[float] = []
-    inner = playing._trainer
+    test = Trainer.test
 
-    def spying(*args: Any) -> Any:
-        trainer = inner(*args)
-        test = trainer.test
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        metrics = test(*args, **kwargs)
+        reported.append(metrics[0]["test/accuracy"])
+        return metrics
 
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            metrics = test(*args, **kwargs)
-            reported.append(metrics[0]["test/accuracy"])
-            return metrics
-
-        monkeypatch.setattr(trainer, "test", watched)
-        return trainer
-
-    monkeypatch.setattr(playing, "_trainer", spying)
+    monkeypatch.setattr(Trainer, "test", watched)
     again = play(RUN, SETTINGS, folder)
     counted = [accuracy(record, test) for record in again for test in record.tests]
     assert counted == pytest.approx(reported, abs=1e-6)
@@ -142,25 +129,3 @@ def test_features_are_kept_for_a_frozen_tower_alone(tmp_path: Path) -> None:
     assert configuration(RUN, SETTINGS, tmp_path)["data"]["store"].startswith(str(tmp_path))
     tower = dataclasses.replace(RUN, part="tower")
     assert "store" not in configuration(tower, SETTINGS, tmp_path)["data"]
-
-
-def test_the_command_runs_the_small_study_and_renders_its_page(
-    study: tuple[Path, list[Record]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    folder, _ = study
-    monkeypatch.setattr(command, "ROOT", tmp_path)
-    monkeypatch.setattr(Settings, "read", lambda path: SETTINGS)
-    assert command.main(["render", "--quick"]) == 2
-    assert "results.jsonl" in capsys.readouterr().err
-    quick = tmp_path / "runs/study_quick"
-    quick.mkdir(parents=True)
-    # All is done: the command has nothing left to run.
-    (quick / "results.jsonl").write_bytes((folder / "results.jsonl").read_bytes())
-    assert command.main(["run", "--quick", "--workers", "1"]) == 0
-    page = (quick / "results.md").read_text(encoding="utf-8")
-    assert "| OTAM" in page
-    line = json.loads((quick / "results.jsonl").read_text(encoding="utf-8").splitlines()[0])
-    assert line["command"] in page

@@ -13,6 +13,7 @@ import yaml
 from clip_m2df.commands.configs import find_config
 from clip_m2df.errors import UserError
 from clip_m2df.nn.baselines import build_head
+from study import __main__ as command
 from study import schedule
 from study.play import configuration
 from study.results import Outcome, Point, Record, read_results
@@ -101,18 +102,35 @@ def test_each_seed_is_measured_with_the_rate_that_was_chosen(tmp_path: Path, pla
     assert len(played) == len(told)  # nothing is run twice
 
 
-@pytest.mark.parametrize("kept", range(11))
-def test_a_study_that_was_stopped_goes_on(tmp_path: Path, played: list[Run], kept: int) -> None:
+def test_a_study_that_was_stopped_goes_on(tmp_path: Path, played: list[Run]) -> None:
     whole = tmp_path / "whole.jsonl"
     run_study(SETTINGS, whole, tmp_path, Inline())
     lines = whole.read_bytes().splitlines(keepends=True)
     assert len(lines) == 12
-    # Stopped in the middle of a line, and of a run that writes several.
-    results = tmp_path / "results.jsonl"
-    results.write_bytes(b"".join(lines[:kept]) + lines[kept][:20])
-    run_study(SETTINGS, results, tmp_path, Inline())
-    assert current(SETTINGS, read_results(results)) == current(SETTINGS, read_results(whole))
-    assert to_do(SETTINGS, read_results(results)) == []
+    for kept in (0, 1, 2, 3, 5, 8, 11):
+        # Stopped in the middle of a line, and of a run that writes several.
+        results = tmp_path / f"{kept}.jsonl"
+        results.write_bytes(b"".join(lines[:kept]) + lines[kept][:20])
+        run_study(SETTINGS, results, tmp_path, Inline())
+        assert current(SETTINGS, read_results(results)) == current(SETTINGS, read_results(whole)), kept
+        assert to_do(SETTINGS, read_results(results)) == []
+
+
+def test_the_command_runs_the_small_study_and_renders_its_page(
+    tmp_path: Path, played: list[Run], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "ROOT", tmp_path)
+    monkeypatch.setattr(Settings, "read", lambda path: SETTINGS)
+    assert command.main(["render", "--quick"]) == 2
+    assert "results.jsonl" in capsys.readouterr().err
+    quick = tmp_path / "runs/study_quick"
+    run_study(SETTINGS, quick / "results.jsonl", tmp_path, Inline())
+    # All is done: the command has nothing left to run.
+    assert command.main(["run", "--quick", "--workers", "1"]) == 0
+    page = (quick / "results.md").read_text(encoding="utf-8")
+    assert "| OTAM" in page
+    (otam, _) = (record for record in read_results(quick / "results.jsonl") if record.row == "OTAM")
+    assert otam.command in page
 
 
 def test_other_settings_are_run_anew_and_the_old_left_out(tmp_path: Path, played: list[Run]) -> None:
@@ -140,6 +158,15 @@ def test_a_trained_tower_gives_every_head_something_to_train() -> None:
     assert dataclasses.replace(PART, options={"model.freeze_backbone": False}).trains("OTAM")
 
 
+def parsed(command: str) -> tuple[str, Any]:
+    """What a command line asks for: its verb, and the config that it comes to."""
+    program, verb, *args = shlex.split(command)
+    assert program == "clip-m2df"
+    value = args.index("--config") + 1
+    args[value] = str(find_config(args[value]))
+    return verb, Parsed([verb, *args]).config[verb]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["full", "quick"])
 def test_the_commands_of_a_study_are_those_that_are_run(name: str) -> None:
@@ -150,28 +177,20 @@ def test_the_commands_of_a_study_are_those_that_are_run(name: str) -> None:
             family = part.families[number % len(part.families)]
             rate = part.learning_rates[0] if part.trains(row) else None
             run = Run(part_name, "measure", family, described.weights_of or row, 1, rate)
-            program, command, *args = shlex.split(run.command(settings, part.n_shots[0]))
-            assert (program, command) == ("clip-m2df", "fit" if rate else "test")
-            place = args.index("--config") + 1
-            args[place] = str(find_config(args[place]))
-            told = Parsed([command, *args]).config[command]
+            verb, told = parsed(run.command(settings, part.n_shots[0]))
+            assert verb == ("fit" if rate else "test")
             meant = configuration(run, settings, Path("store"), described.options if described.weights_of else None)
             for section in ("model", "data", "trainer"):
-                for option, value in meant[section].items():
-                    if option in ("store", "num_workers", "selection", "text_fusion"):
-                        continue
-                    got = told[section][option]
+                for option in meant[section].keys() - {"store", "num_workers", "selection", "text_fusion"}:
+                    got, value = told[section][option], meant[section][option]
                     assert got == value or dict(got) == value, (row, option)
             assert told["seed_everything"] == meant["seed_everything"] == 1
             # The test after it takes the model from the checkpoint, and says itself what the row does otherwise.
             after = run.test_command(settings, part.n_shots[0], row)
-            assert bool(after) == (command == "fit")
+            assert bool(after) == bool(rate)
             if after:
-                program, verb, *args = shlex.split(after)
-                place = args.index("--config") + 1
-                args[place] = str(find_config(args[place]))
-                tested = Parsed([verb, *args]).config["test"]
-                assert (program, verb, tested["ckpt_path"]) == ("clip-m2df", "test", "last")
+                verb, tested = parsed(after)
+                assert (verb, tested["ckpt_path"]) == ("test", "last")
                 for option in ("selection", "text_fusion"):
                     assert tested["model"][option] == meant["model"].get(option, told["model"][option]), row
             # An option that the head does not have is refused.
@@ -182,18 +201,14 @@ def test_the_commands_of_a_study_are_those_that_are_run(name: str) -> None:
     ("change", "said"),
     [
         ({"parts": None}, "start from configs/study/full.yaml"),
-        ({"parts": {"main": {"learning_rates": [1e-3, 1e-3]}}}, "a learning rate is there twice"),
+        ({"learning_rates": [1e-3, 1e-3]}, "a learning rate is there twice"),
         ({"seeds": 3}, "start from configs/study/full.yaml"),
-        ({"parts": {"main": {"rows": {"a": {"weights_of": "b"}}}}}, "no row with weights of its own is called"),
+        ({"rows": {"a": {"weights_of": "b"}}}, "no row with weights of its own is called"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:
-    text = yaml.safe_load((ROOT / "configs/study/quick.yaml").read_text(encoding="utf-8"))
-    if change.get("parts"):
-        text["parts"]["main"] |= change["parts"]["main"]
-    else:
-        text |= change
-    path = tmp_path / "study.yaml"
-    path.write_text(yaml.safe_dump(text), encoding="utf-8")
+    settings = yaml.safe_load((ROOT / "configs/study/quick.yaml").read_text(encoding="utf-8"))
+    (settings["parts"]["main"] if change.keys() <= settings["parts"]["main"].keys() else settings).update(change)
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     with pytest.raises(UserError, match=said):
-        Settings.read(path)
+        Settings.read(tmp_path / "study.yaml")

@@ -3,16 +3,15 @@
 import re
 import warnings
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 
 from clip_m2df.cli import main
 from clip_m2df.datasets.manifest import Manifest
 from clip_m2df.episodes.plan import EpisodeShape, plan_episode
 from clip_m2df.video.reader import VideoError, read_frames
 from tests.clips import damage
+from tests.conftest import fails, options
 
 N_CLASSES, N_QUERY, STEPS = 10, 4, 24
 
@@ -40,33 +39,13 @@ def test_a_run_over_every_damaged_file_ends_and_names_the_unusable_ones(
             unusable.add(str(file.path))
     assert 100 < len(unusable) < 200
 
-    config: dict[str, dict[str, Any]] = {
-        "model": {"backbone": str(tiny_clip_dir), "head_options": {"hidden_dim": 32, "num_heads": 4}},
-        "data": {
-            "manifest": str(tmp_path / "m.csv"),
-            "n_way": N_CLASSES,
-            "n_query": N_QUERY,
-            "frames": 2,
-            "resize": 32,
-            "size": 32,
-            "batch_size": 1,
-            "episodes_per_step": 2,
-            "num_workers": 1,
-            "max_unusable": 1.0,
-        },
-        "trainer": {
-            "max_steps": STEPS,
-            "limit_val_batches": 0,
-            "log_every_n_steps": 1,
-            "accelerator": "cpu",
-            "enable_progress_bar": False,
-            "default_root_dir": str(tmp_path / "run"),
-        },
-    }
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    own = [f"--data.n_way={N_CLASSES}", f"--data.n_query={N_QUERY}", "--data.batch_size=1", "--data.num_workers=1"]
+    own += ["--data.episodes_per_step=2", "--trainer.limit_val_batches=0", "--trainer.log_every_n_steps=1"]
+    own += [f"--trainer.max_steps={STEPS}"]
+    fit = ["fit", *options(tmp_path / "m.csv", tiny_clip_dir, tmp_path / "run", *own)]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        assert main(["fit", f"--config={tmp_path / 'run.yaml'}"]) == 0
+        assert main([*fit, "--data.max_unusable=1.0"]) == 0
     said = [str(warning.message) for warning in caught]
     named = [match[1] for text in said if (match := re.match(r"cannot read the video (.*?): .*takes its place$", text))]
     assert sorted(named) == sorted(unusable)  # each once
@@ -75,13 +54,9 @@ def test_a_run_over_every_damaged_file_ends_and_names_the_unusable_ones(
     column = header.index("train/replaced_videos")
     assert sum(float(row[column]) for row in rows if row[column]) > len(unusable)
 
-    config["data"]["max_unusable"] = 0.05
-    config["trainer"]["default_root_dir"] = str(tmp_path / "another")
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
-    capsys.readouterr()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert main(["fit", f"--config={tmp_path / 'run.yaml'}"]) == 2
-    message = capsys.readouterr().err
+        another = f"--trainer.default_root_dir={tmp_path / 'another'}"
+        message = fails([*fit, "--data.max_unusable=0.05", another], capsys)
     assert "of the 300 videos of the train split are unusable, more than the share 0.05" in message
     assert len(set(re.findall(r"/videos/[\w.]+", message))) > 15

@@ -26,8 +26,8 @@ from clip_m2df.training.checkpoints import read_checkpoint
 from clip_m2df.training.dashboard import Dashboard, EvidenceCollector
 from clip_m2df.training.module import Evaluated
 from tests.commands.test_configs import Parsed
+from tests.conftest import options
 from tests.conftest import quiet_trainer as trainer
-from tests.test_cli import options
 from tests.training.test_module import UsersData, make, make_episodes
 from tests.training.wandb_file import OfflineRun, end_wandb
 
@@ -168,10 +168,8 @@ def test_a_run_that_is_broken_off_keeps_its_log(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("evaluation", ["bank", "direct"])
-def test_without_wandb_pictures_are_files(manifest: Path, tiny_clip_dir: Path, evaluation: str) -> None:
-    more = [f"--data.evaluation={evaluation}", "--data.val_episodes=7"]
-    assert fit(manifest, tiny_clip_dir, *more) == 0
+def test_without_wandb_pictures_are_files(manifest: Path, tiny_clip_dir: Path) -> None:
+    assert fit(manifest, tiny_clip_dir, "--data.val_episodes=7") == 0
     assert {folder.name for folder in Path("run/figures").iterdir()} == {"step-000001", "step-000002"}
     files = list(Path("run/figures/step-000002").iterdir())
     assert {file.stem for file in files} == PICTURES | EPISODES

@@ -76,7 +76,7 @@ def test_the_numbers_are_those_of_the_direct_path(
     many: Path, tiny_clip_dir: Path, tmp_path: Path, options: dict[str, Any], n_shot: int
 ) -> None:
     model = make(tiny_clip_dir, **options)
-    calls, n = encoded(model), 20 if "head" in options else 150
+    calls, n = encoded(model), 20 if "head" in options else 60
     results, confusions = [], []
     for evaluation in ("direct", "bank"):
         calls.clear()
@@ -140,14 +140,37 @@ def test_sanity_checks_and_limits_encode_what_they_play(many: Path, tiny_clip_di
     assert watch.seen == [(2 * len(sanity), 2), (2 * (len(validation) + training), 6)]
 
 
+class Hits(lightning.Callback):
+    """Counts the queries that got their own class's prompt."""
+
+    hits = 0
+
+    def on_test_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
+        self.hits += int((outputs.output.prompt_indices == outputs.episode["query_labels"]).sum())
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_a_precision_of_all_weights_encodes_once_and_counts_exactly(
+    precision: str, many: Path, tiny_clip_dir: Path, tmp_path: Path
+) -> None:
+    model, hits = make(tiny_clip_dir), Hits()
+    calls = encoded(model)
+    # In batches of three episodes; bfloat16 counts to 256.
+    run = trainer(tmp_path, precision=precision, callbacks=[hits])
+    (found,) = run.test(model, data(many, test_episodes=210), verbose=False)
+    assert sum(calls) == 2 * 30
+    assert hits.hits > 0
+    assert found["test/pps_accuracy"] == pytest.approx(hits.hits / (210 * 3), abs=1e-6)
+
+
 def test_a_frozen_tower_encodes_its_validation_once(many: Path, tiny_clip_dir: Path, tmp_path: Path) -> None:
     for frozen in (True, False):
         model = make(tiny_clip_dir, freeze_backbone=frozen)
         calls = encoded(model)
         options = {"val_episodes": 100, "validate_every": 1, "episodes_per_step": 1}
-        trainer(tmp_path, max_steps=3, num_sanity_val_steps=0).fit(model, data(many, **options))
-        training = 3 * 9 * 2  # of each step's nine clips
-        assert sum(calls) - training == 2 * 30 * (1 if frozen else 3)
+        trainer(tmp_path, max_steps=2, num_sanity_val_steps=0).fit(model, data(many, **options))
+        training = 2 * 9 * 2  # of each step's nine clips
+        assert sum(calls) - training == 2 * 30 * (1 if frozen else 2)
 
 
 def test_other_weights_are_encoded_anew(many: Path, tiny_clip_dir: Path, tmp_path: Path) -> None:
@@ -215,7 +238,6 @@ def test_features_on_disk_serve_another_shot_and_seed(many: Path, tiny_clip_dir:
     first, frames = test(test_episodes=100)
     assert frames == 2 * 30
     assert test(test_episodes=100) == (first, 0)
-    (path,) = store.iterdir()
     again, frames = test(test_episodes=100, n_shot=3, eval_seed=5)
     assert (frames, again != first) == (0, True)
     (direct,) = trainer(tmp_path).test(
@@ -228,18 +250,10 @@ def test_features_on_disk_serve_another_shot_and_seed(many: Path, tiny_clip_dir:
     assert (frames, changed != first) == (2, True)
     assert test(test_episodes=100, frames=3)[1] == 3 * 30
     assert test(test_episodes=100) == (changed, 0)
-    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
     with torch.no_grad():
         next(model.model.backbone.visual.parameters()).add_(0.1)
     assert test(test_episodes=100)[1] == 2 * 30
     assert len(list(store.iterdir())) == 3
-    # What is damaged is never used.
-    model.load_state_dict(weights)
-    content = bytearray(path.read_bytes())
-    content[-5] ^= 1
-    path.write_bytes(content)
-    with pytest.warns(UserWarning, match="can't be used .*: they are made anew"):
-        test(test_episodes=100)
 
 
 def test_any_damage_to_features_on_disk_is_seen(tmp_path: Path) -> None:
@@ -249,7 +263,7 @@ def test_any_damage_to_features_on_disk_is_seen(tmp_path: Path) -> None:
     whole = store.path.read_bytes()
     rng = random.Random(0)
     outcomes = {"refused": 0, "read": 0}
-    for _ in range(2000):
+    for _ in range(1000):
         content = bytearray(whole)
         if rng.random() < 0.3:
             del content[rng.randrange(len(content)) :]
@@ -262,7 +276,7 @@ def test_any_damage_to_features_on_disk_is_seen(tmp_path: Path) -> None:
             read = store.read()
         outcomes["read" if read else "refused"] += 1
         assert all(value.equal(features[name]) for name, value in read.items())
-    assert outcomes["refused"] > 1900  # all that matters is covered by the checksum
+    assert outcomes["refused"] > 950  # all that matters is covered by the checksum
 
 
 def test_a_head_trains_from_augmentations_of_the_videos(many: Path, tiny_clip_dir: Path, tmp_path: Path) -> None:

@@ -17,7 +17,10 @@ from benchmarks import soak
 from clip_m2df.cli import main
 from clip_m2df.errors import Stopped, UserError
 from clip_m2df.training.checkpoints import BEST, FOLDER, LAST, PREVIOUS, RunCheckpointIO, read_checkpoint, read_last
-from tests.test_cli import fails, options
+from tests.conftest import fails, options
+
+Run = Callable[..., list[str]]
+GoesOn = Callable[..., None]
 
 # Six optimiser steps of two batches each, validated after every second.
 RUN = (
@@ -26,6 +29,7 @@ RUN = (
     "--data.validate_every=2",
     "--trainer.max_steps=6",
     "--trainer.num_sanity_val_steps=0",
+    "--dashboard.figures=false",
 )
 
 
@@ -94,6 +98,10 @@ def callback(kind: type[lightning.Callback], **arguments: Any) -> list[str]:
     return [name, *(f"--trainer.callbacks.{key}={value}" for key, value in arguments.items())]
 
 
+def kill(batch: int, number: int = signal.SIGTERM, **more: Any) -> list[str]:
+    return callback(Kill, number=int(number), batch=batch, **more)
+
+
 @pytest.fixture(scope="module")
 def alone(manifest: Path, tiny_clip_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that nobody disturbed."""
@@ -103,9 +111,20 @@ def alone(manifest: Path, tiny_clip_dir: Path, tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture
-def run(manifest: Path, tiny_clip_dir: Path, tmp_path: Path) -> Callable[..., list[str]]:
+def run(manifest: Path, tiny_clip_dir: Path, tmp_path: Path) -> Run:
     def command(*more: str, folder: Path = tmp_path) -> list[str]:
         return ["fit", *options(manifest, tiny_clip_dir, folder, *RUN, *more)]
+
+    return command
+
+
+@pytest.fixture
+def goes_on(run: Run, alone: Path, tmp_path: Path) -> GoesOn:
+    """Goes on from the last checkpoint, and ends as the run that nobody disturbed."""
+
+    def command(*more: str) -> None:
+        assert main(run("--ckpt_path=last", *more)) == 0
+        assert soak.differences(alone, tmp_path) == []
 
     return command
 
@@ -124,30 +143,27 @@ def best_so_far(folder: Path) -> tuple[str, float]:
     ("number", "batch"), [(signal.SIGTERM, 4), (signal.SIGTERM, 5), (signal.SIGINT, 4), (signal.SIGUSR1, 5)]
 )
 def test_a_signal_saves_at_the_next_optimiser_step(
-    run: Callable[..., list[str]],
-    alone: Path,
+    run: Run,
+    goes_on: GoesOn,
     tmp_path: Path,
     number: signal.Signals,
     batch: int,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     before = signal.getsignal(number)
-    assert main(run(*callback(Kill, number=int(number), batch=batch))) == 128 + number
+    assert main(run(*kill(batch, number))) == 128 + number
     assert signal.getsignal(number) == before
     said = capsys.readouterr().err
     assert f"stopped by {number.name}; optimiser step 3 is saved, --ckpt_path last goes on" in said
     assert step_of(tmp_path) == 3
-    assert main(run("--ckpt_path=last")) == 0
-    assert soak.differences(alone, tmp_path) == []
+    goes_on()
 
 
-def test_under_slurm_a_run_saves_in_the_same_way(
-    run: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_under_slurm_a_run_saves_in_the_same_way(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"NTASKS": 1, "JOB_NAME": "job", "JOB_ID": 7, "PROCID": 0, "LOCALID": 0, "NODEID": 0}.items():
         monkeypatch.setenv(f"SLURM_{name}", str(value))
     monkeypatch.setenv("PATH", "")  # where no scontrol is
-    assert main(run(*callback(Kill, number=int(signal.SIGUSR1), batch=4))) == 128 + signal.SIGUSR1
+    assert main(run(*kill(4, signal.SIGUSR1))) == 128 + signal.SIGUSR1
     assert step_of(tmp_path) == 3
     assert not list(tmp_path.rglob("hpc_ckpt*"))
 
@@ -155,7 +171,7 @@ def test_under_slurm_a_run_saves_in_the_same_way(
 # In the fourth step, whose validation follows; in that validation; twice in the third step, which is not saved: the
 # last that is was saved before the validation of the second. In the last step, and in its validation.
 @pytest.mark.parametrize(
-    ("kill", "saved", "validated"),
+    ("at", "saved", "validated"),
     [
         ({"batch": 7}, 4, [2, 4, 6]),
         ({"batch": 1, "after": 4}, 4, [2, 4, 6]),
@@ -165,44 +181,41 @@ def test_under_slurm_a_run_saves_in_the_same_way(
     ],
 )
 def test_a_validation_that_was_cut_short_is_made_up_for(
-    run: Callable[..., list[str]],
-    alone: Path,
+    run: Run,
+    goes_on: GoesOn,
     tmp_path: Path,
-    kill: dict[str, int],
+    at: dict[str, int],
     saved: int,
     validated: list[int],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     Steps.validated = []
-    status = main(run(*callback(Steps), *callback(Kill, number=int(signal.SIGTERM), **kill)))
+    status = main(run(*callback(Steps), *kill(**at)))
     assert status == 128 + signal.SIGTERM
     assert step_of(tmp_path) == saved
-    assert main(run("--ckpt_path=last", *callback(Steps))) == 0
+    goes_on(*callback(Steps))
     assert Steps.validated == validated
-    assert soak.differences(alone, tmp_path) == []
     assert "has made 6 optimiser steps already" in fails(run("--ckpt_path=last"), capsys)
 
 
-@pytest.mark.parametrize("kill", [{"batch": 0, "after": 0}, {"batch": 0, "times": 2}])
+@pytest.mark.parametrize("at", [{"batch": 0, "after": 0}, {"batch": 0, "times": 2}])
 def test_before_anything_is_saved_a_signal_ends_a_run_at_once(
-    run: Callable[..., list[str]], tmp_path: Path, kill: dict[str, int], capsys: pytest.CaptureFixture[str]
+    run: Run, tmp_path: Path, at: dict[str, int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status = main(run("--trainer.num_sanity_val_steps=1", *callback(Kill, number=int(signal.SIGTERM), **kill)))
+    status = main(run("--trainer.num_sanity_val_steps=1", *kill(**at)))
     assert status == 128 + signal.SIGTERM
     assert "stopped by SIGTERM; nothing has been saved" in capsys.readouterr().err
     # Whatever is on its way to handle errors must not take it for one.
     assert not issubclass(Stopped, Exception)
 
 
-def test_a_test_ends_with_the_status_of_its_signal(
-    run: Callable[..., list[str]], alone: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_test_ends_with_the_status_of_its_signal(run: Run, alone: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = ["test", *run(folder=alone)[1:], "--ckpt_path=best", "--data.test_episodes=100"]
     assert main([*args, f"--trainer.callbacks+={__name__}.KillTest"]) == 128 + signal.SIGTERM
     assert "stopped by SIGTERM" in capsys.readouterr().err
 
 
-def test_who_wants_a_run_to_stop_gets_a_whole_step(run: Callable[..., list[str]], alone: Path, tmp_path: Path) -> None:
+def test_who_wants_a_run_to_stop_gets_a_whole_step(run: Run, alone: Path, tmp_path: Path) -> None:
     assert main(run(f"--trainer.callbacks+={__name__}.StopInMidStep")) == 0
     assert step_of(tmp_path) == 3
     assert main(run("--ckpt_path=last")) == 0
@@ -210,46 +223,35 @@ def test_who_wants_a_run_to_stop_gets_a_whole_step(run: Callable[..., list[str]]
     assert all(weights[name].equal(value) for name, value in expected.items())
 
 
-def test_without_validations_the_last_is_saved_as_often(run: Callable[..., list[str]], tmp_path: Path) -> None:
-    kill = callback(Kill, number=int(signal.SIGTERM), batch=10, times=2)
-    assert main(run("--trainer.limit_val_batches=0", *kill)) == 128 + signal.SIGTERM
+def test_without_validations_the_last_is_saved_as_often(run: Run, tmp_path: Path) -> None:
+    assert main(run("--trainer.limit_val_batches=0", *kill(10, times=2))) == 128 + signal.SIGTERM
     assert (step_of(tmp_path), step_of(tmp_path, PREVIOUS)) == (4, 2)
 
 
-def test_a_run_that_starts_from_another_has_a_best_of_its_own(
-    run: Callable[..., list[str]], alone: Path, tmp_path: Path
-) -> None:
+def test_a_run_that_starts_from_another_has_a_best_of_its_own(run: Run, alone: Path, tmp_path: Path) -> None:
     args = run(f"--ckpt_path={alone / FOLDER / LAST}", "--trainer.max_steps=8")
     assert main(args) == 0
     assert step_of(tmp_path, BEST) == 8
 
 
-def test_the_seeds_of_a_run_stay_what_they_were(
-    run: Callable[..., list[str]], alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(run(*callback(Kill, number=int(signal.SIGTERM), batch=8))) != 0
+def test_the_seeds_of_a_run_stay_what_they_were(run: Run, goes_on: GoesOn, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(run(*kill(8))) != 0
     said = fails(run("--ckpt_path=last", "--data.seed=1"), capsys)
     assert "the run's episodes are those of seed 0: set data.seed to that" in said
-    assert main(run("--ckpt_path=last", "--seed_everything=5")) == 0
-    assert soak.differences(alone, tmp_path) == []
+    goes_on("--seed_everything=5")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_workers_leave_signals_to_the_run(
-    run: Callable[..., list[str]], tmp_path: Path, number: signal.Signals
-) -> None:
-    kill = callback(Kill, number=int(number), batch=4, group="true")
-    command = [sys.executable, "-m", "clip_m2df", *run("--data.num_workers=2", *kill)]
+def test_workers_leave_signals_to_the_run(run: Run, tmp_path: Path, number: signal.Signals) -> None:
+    command = [sys.executable, "-m", "clip_m2df", *run("--data.num_workers=2", *kill(4, number, group="true"))]
     done = subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True, timeout=300)
     assert done.returncode == 128 + number, done.stderr
     assert step_of(tmp_path) == 3
 
 
-def test_a_run_goes_on_where_its_folder_was_moved_to(
-    run: Callable[..., list[str]], alone: Path, tmp_path: Path
-) -> None:
-    assert main(run(*callback(Kill, number=int(signal.SIGTERM), batch=8), folder=tmp_path / "here")) != 0
+def test_a_run_goes_on_where_its_folder_was_moved_to(run: Run, alone: Path, tmp_path: Path) -> None:
+    assert main(run(*kill(8), folder=tmp_path / "here")) != 0
     shutil.move(tmp_path / "here", tmp_path / "there")
     assert main(run("--ckpt_path=last", folder=tmp_path / "there")) == 0
     assert soak.differences(alone, tmp_path / "there") == []
@@ -268,19 +270,18 @@ def test_a_killed_run_ends_as_if_left_alone(manifest: Path, tiny_clip_dir: Path)
 
 
 def test_a_damaged_last_falls_back_to_the_one_before(
-    run: Callable[..., list[str]], alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Run, goes_on: GoesOn, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(run(*callback(Kill, number=int(signal.SIGTERM), batch=9))) != 0
+    assert main(run(*kill(9))) != 0
     folder = tmp_path / FOLDER
     assert (step_of(tmp_path), step_of(tmp_path, PREVIOUS)) == (5, 4)
     whole = (folder / LAST).read_bytes()
     (folder / LAST).write_bytes(whole[: len(whole) // 2])
     with pytest.warns(UserWarning, match=r"last.ckpt is damaged: going on with .*previous.ckpt, of step 4"):
-        assert main(run("--ckpt_path=last", *callback(Kill, number=int(signal.SIGTERM), batch=9))) != 0
+        assert main(run("--ckpt_path=last", *kill(9))) != 0
     # The damaged one has not taken the place of the good one.
     assert (step_of(tmp_path), step_of(tmp_path, PREVIOUS)) == (5, 4)
-    assert main(run("--ckpt_path=last")) == 0
-    assert soak.differences(alone, tmp_path) == []
+    goes_on()
     for name in (LAST, PREVIOUS):
         (folder / name).write_bytes(b"")
     assert "previous.ckpt: damaged; give --ckpt_path best, or start anew" in fails(run("--ckpt_path=last"), capsys)
@@ -320,7 +321,7 @@ def test_last_may_be_missing_between_two_renamings(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/dev/full")
 def test_a_full_disk_ends_a_run_with_a_line(
-    run: Callable[..., list[str]], alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Run, goes_on: GoesOn, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(run("--trainer.max_steps=3")) == 0
     draft = tmp_path / FOLDER / f"{LAST}.{os.getpid()}.part"
@@ -337,9 +338,8 @@ def test_a_full_disk_ends_a_run_with_a_line(
     assert "last.ckpt: No space left on device; what was saved before is still there" in said
     assert step_of(tmp_path) == 4
     assert not draft.is_symlink()
-    assert main(run("--ckpt_path=last")) == 0
-    assert soak.differences(alone, tmp_path) == []
+    goes_on()
 
 
-def test_every_is_a_number_of_steps(run: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_is_a_number_of_steps(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert "checkpoint.every is 0; it must be at least 1" in fails(run("--checkpoint.every=0"), capsys)

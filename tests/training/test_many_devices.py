@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from clip_m2df.episode import episode_draws
-from tests.conftest import quiet_trainer
-from tests.test_cli import options
+from tests.conftest import options, quiet_trainer
 from tests.training.test_evaluation_from_bank import data
 from tests.training.test_interruption import Kill, callback, step_of
 from tests.training.test_module import make
@@ -41,13 +40,11 @@ class Note(lightning.Callback):
 
 def train(manifest: Path, tiny_clip_dir: Path, folder: Path, devices: int, precision: str) -> list[Any]:
     """Two steps of 8 episodes in batches of two, on all weights; what each rank noted."""
-    source = data(manifest, batch_size=2, episodes_per_step=8)
+    model, source = make(tiny_clip_dir, class_weight=1.0), data(manifest, batch_size=2, episodes_per_step=8)
     run: dict[str, Any] = {"max_steps": 2, "limit_val_batches": 0, "precision": precision, "callbacks": [Note(folder)]}
     if devices > 1:
         run["strategy"] = "ddp_fork"
-    quiet_trainer(folder, devices=devices, enable_checkpointing=False, **run).fit(
-        make(tiny_clip_dir, class_weight=1.0), source
-    )
+    quiet_trainer(folder, devices=devices, enable_checkpointing=False, **run).fit(model, source)
     return [torch.load(folder / f"{devices}_{rank}") for rank in range(devices)]
 
 
@@ -99,13 +96,11 @@ def run_two(manifest: Path, tiny_clip_dir: Path, tmp_path: Path) -> Callable[...
 
     def command(status: int, broken: list[list[str]], *more: str) -> str:
         (tmp_path / "script.py").write_text(SCRIPT.format(broken=broken))
-        args = options(
-            manifest, tiny_clip_dir, tmp_path / "run", "--data.batch_size=1", "--trainer.max_steps=40", *more
-        )
-        command = [sys.executable, str(tmp_path / "script.py"), "fit", *args]
+        own = ["--data.batch_size=1", "--trainer.max_steps=40", "--trainer.devices=2", "--trainer.strategy=ddp", *more]
+        args = ["fit", *options(manifest, tiny_clip_dir, tmp_path / "run", *own)]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
         done = subprocess.run(
-            [*command, "--trainer.devices=2", "--trainer.strategy=ddp"],
+            [sys.executable, str(tmp_path / "script.py"), *args],
             env=environment, capture_output=True, text=True, check=False, timeout=300,
         )  # fmt: skip
         assert done.returncode == status, done.stderr

@@ -26,6 +26,7 @@ from tests.clips import (
     ON,
     WIDTH,
     StandIn,
+    alter_decoding,
     count_conversions,
     cut_start,
     fail_conversions,
@@ -176,16 +177,7 @@ def test_a_change_of_size_is_scaled_to_the_first(tmp_path: Path) -> None:
 def test_a_cover_picture_is_no_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = render(tmp_path / "clip.mp4", 4)
     streams = [SimpleNamespace(disposition=av.stream.Disposition.attached_pic)]
-
-    class Container(SimpleNamespace):
-        def __enter__(self) -> "Container":
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-    container = Container(format=SimpleNamespace(name="mp3"), streams=SimpleNamespace(video=streams))
-    monkeypatch.setattr(av, "open", lambda *_, **__: container)
+    alter_decoding(monkeypatch, list, streams=SimpleNamespace(video=streams))
     assert "no video stream" in refusal(path)
     streams.append(SimpleNamespace(disposition=av.stream.Disposition.default, codec_context=None))
     assert "no decoder for its codec" in refusal(path)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from clip_m2df.classifier.support import ClassScorer, SupportClass
+from clip_m2df.nn.head import Embedded
 from clip_m2df.training.module import CLIPM2DF
 
 
@@ -42,12 +43,13 @@ def calibrate(model: CLIPM2DF, classes: Sequence[SupportClass]) -> float | None:
 
 def _own_distances(model: CLIPM2DF, classes: Sequence[SupportClass]) -> Tensor | None:
     """Of each example of a class with several to its own class without it ``(n)``."""
+    head, prompts = model.model.head, torch.stack([c.prompt for c in classes])
     found = []
-    for index, own in enumerate(classes):
-        for i in range(len(own.features) if len(own.features) > 1 else 0):
-            rest = own.only(model, [j for j in range(len(own.features)) if j != i])
-            scorer = ClassScorer(model, [*classes[:index], rest, *classes[index + 1 :]])
-            found.append(-scorer.score(own.features[i : i + 1]).logits[0, index : index + 1])
+    for own in classes:
+        if (n := len(own.features)) > 1:
+            rest = [own.only(model, [j for j in range(n) if j != i]).prototype for i in range(n)]
+            embedded, selected = head.embed_queries(own.features, prompts)
+            found.append(-head.match(embedded, Embedded.stack(rest), selected).logits.diagonal())
     return torch.cat(found) if found else None
 
 

@@ -115,7 +115,8 @@ def read_support(folder: Path) -> tuple[list[SavedClass], Reading]:
             raise ValueError(f"its format is {table['format']!r}, not {CLASSIFIER_FORMAT!r}")
         if hashlib.sha256(content).hexdigest() != table["sha256"]:
             raise ValueError(f"{SUPPORT} has another checksum")
-        if sha256_of(folder / CONFIG) != table["model"]:  # which has the checksum of the weights
+        # Which has the checksum of the weights.
+        if hashlib.sha256(read_bytes(folder / CONFIG, "model's description")).hexdigest() != table["model"]:
             raise ValueError(f"{CONFIG} is of another model than {TABLE}")
         reading = Reading(int(table["frames"]), int(table["resize"]), dict(table["options"]))
         if not all(1 <= number <= MOST for number in reading[:2]):

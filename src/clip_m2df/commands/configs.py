@@ -70,7 +70,7 @@ def resolve_configs(args: Sequence[str]) -> list[str]:
         flag, equals, value = arg.partition("=")
         if flag in ("--config", "-c"):
             arg = f"--config={_check_config(find_config(value if equals else next(remaining, '')))}"
-        elif (name := flag.removeprefix("--")) in FORMER_OPTIONS:
+        elif flag.startswith("--") and (name := flag.removeprefix("--")) in FORMER_OPTIONS:
             raise UserError(_instead_of(name))
         resolved.append(arg)
     return resolved

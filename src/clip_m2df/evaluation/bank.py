@@ -244,7 +244,8 @@ def _encode(
             features = model.encode_frames(clips.frames.to(model.device))
             mine |= dict(zip(clips.indices.tolist(), features, strict=True))
     if world_size > 1:
-        on_cpu = {index: feature.cpu() for index, feature in mine.items()}
+        # Copies: a row of a tensor would be sent with the whole of it.
+        on_cpu = {index: feature.cpu().clone() for index, feature in mine.items()}
         for features_of_rank, reasons in of_all_ranks((on_cpu, unusable), world_size):
             mine |= features_of_rank
             unusable |= reasons
@@ -279,7 +280,7 @@ class FeatureStore:
                 features = file.get_tensor("features")
                 if _checksum(metadata["videos"], features) != metadata["sha256"]:
                     raise ValueError("another checksum")
-                return dict(zip(json.loads(metadata["videos"]), features, strict=True))
+                return dict(zip(json.loads(metadata["videos"]), map(Tensor.clone, features), strict=True))
         except (OSError, SafetensorError, ValueError, LookupError, TypeError, RuntimeError) as error:
             warnings.warn(f"the features in {self.path} can't be used ({error}): they are made anew", stacklevel=2)
             return {}

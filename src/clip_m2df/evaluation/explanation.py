@@ -208,9 +208,7 @@ def _by_class(names: Sequence[str], values: Tensor) -> dict[str, float]:
 
 def _teacher(output: HeadOutput) -> str | None:
     local, global_ = bool(output.distillation.local_to_global[0]), bool(output.distillation.global_to_local[0])
-    if local == global_:
-        return None
-    return "local" if local else "global"
+    return None if local == global_ else "local" if local else "global"
 
 
 def likeliest(probabilities: Mapping[str, float]) -> list[str]:

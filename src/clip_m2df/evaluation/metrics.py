@@ -5,8 +5,8 @@ for bit. No state is written in place: what a validation under inference mode le
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -60,8 +60,7 @@ class EpisodeAccuracy(Metric):
         """Float64 ``accuracy`` and ``interval`` (the half-width), both shares of 1; not a number without episodes."""
         n, q = int(self.episodes), int(self.n_queries)
         if n == 0:
-            nothing = torch.tensor(math.nan, dtype=torch.float64)
-            return {"accuracy": nothing, "interval": nothing.clone()}
+            return {name: torch.tensor(math.nan, dtype=torch.float64) for name in ("accuracy", "interval")}
         # Exact integers until the last division: n Σc² − (Σc)² is n² times the variance of the counts.
         scatter = n * int(self.correct_squared) - int(self.correct) ** 2
         interval = Z_95 * math.sqrt(scatter) / n / q / math.sqrt(n)
@@ -90,8 +89,7 @@ class Confusion(Metric):
             predicted: the same, the class that was predicted.
             n_classes: how many there are.
         """
-        cells = (classes * n_classes + predicted).flatten().bincount(minlength=n_classes**2)
-        counts = cells.view(n_classes, n_classes)
+        counts = (classes * n_classes + predicted).flatten().bincount(minlength=n_classes**2).view(n_classes, n_classes)
         self.counts = self.counts + counts if self.counts.numel() else counts
 
     def compute(self) -> Tensor:
@@ -184,17 +182,20 @@ class StageMetrics(nn.ModuleDict):
     """The metrics of a stage, by the names under which they are logged (``loss_x`` as ``loss/x``)."""
 
     def __init__(self) -> None:
-        # torchmetrics' own count in float32: exactly, as long as there are less than 16 million queries.
-        shares = {name: MeanMetric(nan_strategy="disable") for name in SHARES}
         super().__init__(
             {
                 "accuracy": EpisodeAccuracy(),
-                "replaced_videos": SumMetric(nan_strategy="disable"),
                 "confusion": Confusion(),
-                **shares,
+                # torchmetrics' own count in float32: exactly, as long as there are less than 16 million queries.
+                "replaced_videos": SumMetric(nan_strategy="disable"),
+                **{name: MeanMetric(nan_strategy="disable") for name in SHARES},
                 **{f"loss_{name}": Mean() for name in LOSSES},
             }
         )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # Half precision, as a Trainer's "bf16-true" sets it for all of a model, can't count.
+        return super()._apply(lambda tensor: fn(tensor).to(tensor.dtype), recurse)  # type: ignore[no-any-return, no-untyped-call]
 
     def count(self, output: HeadOutput, predicted: Tensor, batch: Labels, losses: Mapping[str, Tensor]) -> None:
         """Count a batch of episodes.

@@ -59,9 +59,10 @@ def check_weights(module: nn.Module, state: Mapping[str, Tensor], what: str) -> 
         UserError: names the first few that are missing, unknown or of another shape.
     """
     expected = module.state_dict()
-    for problem, keys in {"missing": expected.keys() - state.keys(), "unknown": state.keys() - expected.keys()}.items():
-        if keys:
-            raise UserError(f"not {what}: {problem} {some(sorted(keys))}")
+    if missing := [key for key in expected if key not in state]:
+        raise UserError(f"not {what}: missing {some(missing)}")
+    if unknown := [key for key in state if key not in expected]:
+        raise UserError(f"not {what}: unknown {some(unknown)}")
     for key, value in state.items():
         if value.shape != expected[key].shape:
             raise UserError(f"not {what}: {key} is {tuple(value.shape)}, expected {tuple(expected[key].shape)}")

@@ -64,7 +64,7 @@ class EvidenceCollector:
         labels = played.episode["query_labels"]
         logits = played.output.logits.float()
         losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
-        losses = losses.nan_to_num(torch.inf, posinf=torch.inf)  # of a training that diverged
+        losses = losses.nan_to_num(torch.inf, posinf=torch.inf).cpu().double()  # inf: of a training that diverged
         for name, column in reliability_columns(played.output).items():
             self._columns.setdefault(name, []).append(column)
         hardest, rows = losses.mean(1).topk(min(self.episodes, len(labels)))

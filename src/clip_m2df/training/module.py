@@ -236,7 +236,7 @@ class CLIPM2DF(lightning.LightningModule):
 
     def _step(self, batch: Batch, stage: str) -> tuple[Tensor, Played]:
         if isinstance(batch, TableEpisodes) and stage == "val" and self.trainer.sanity_checking:
-            batch = batch._replace(numbers=batch.numbers[:SANITY_EPISODES])
+            batch = TableEpisodes(batch.table, batch.numbers[:SANITY_EPISODES])
         episode = self._features(batch, stage)
         support, query, labels = episode["support"], episode["query"], episode["query_labels"]
         classes = episode["class_indices"]
@@ -309,16 +309,15 @@ class CLIPM2DF(lightning.LightningModule):
 
     @torch.no_grad()
     def _encode_videos(self, table: VideoTable, numbers: Sequence[int]) -> Tensor:
-        trainer = self.trainer
         return encode_videos(
             self.model,
             table,
             numbers,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
-            precision=str(trainer.precision),
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
+            precision=str(self.trainer.precision),
             # Features of a tower that learns are of use to nobody later.
-            keep=self.model.freeze_backbone or trainer.state.fn != "fit",
+            keep=self.model.freeze_backbone or self.trainer.state.fn != "fit",
         )
 
     def on_fit_start(self) -> None:
@@ -432,14 +431,14 @@ class CLIPM2DF(lightning.LightningModule):
         Args:
             checkpoint_path: the file.
             map_location: where the model goes, as ``torch.load`` takes it; by default where it was saved from, or the
-                CPU on a machine that has no accelerator.
+                CPU on a machine without CUDA.
             **options: of the model; they win over the checkpoint's.
 
         Raises:
             UserError: there is no such file, it is damaged or no checkpoint of this model, it takes a head that is
                 other people's code and was not asked for by ``head=``, or an option that the model doesn't have.
         """
-        if map_location is None and not torch.accelerator.is_available():
+        if map_location is None and not torch.cuda.is_available():
             map_location = "cpu"
         checkpoint = read_checkpoint(checkpoint_path, map_location=map_location)
         return cls._restore(checkpoint_path, checkpoint, options)
