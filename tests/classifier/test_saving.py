@@ -197,7 +197,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no table": (lambda f: (f / "classifier.json").unlink(), "holds no classifier: give a folder that"),
     "no support": (lambda f: (f / "support.safetensors").unlink(), "there is no classifier's support"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "cannot read .*model.safetensors"),
-    "no config": (lambda f: (f / "config.json").unlink(), "is damaged .*config.json"),
+    "no config": (lambda f: (f / "config.json").unlink(), "is damaged.*config.json"),
     "cut": (cut, "is damaged .*: fit and save it again"),
     "a list": (lambda f: (f / "classifier.json").write_text("[1]"), "is damaged"),
     "no JSON": (lambda f: (f / "classifier.json").write_bytes(b"\xff\x00"), "is damaged"),
