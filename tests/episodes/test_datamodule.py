@@ -238,7 +238,7 @@ def test_an_evaluation_with_a_share_of_unusable_videos(manifest: Path, tmp_path:
             make(broken, val_episodes=20, max_unusable=fewer).setup("validate")
 
 
-def test_training_bears_with_one_video_in_twenty(manifest: Path, tmp_path: Path) -> None:
+def test_training_may_find_one_video_in_twenty_unusable(manifest: Path, tmp_path: Path) -> None:
     broken = broken_copy(manifest, tmp_path, "train0_0.mp4")
     data = make(broken)  # one of 16 is more than that
     data.setup("fit")

@@ -51,6 +51,12 @@ def test_draws_at_the_edges_never_take_an_impossible_class(
     assert draw_classes(torch.tensor(probabilities), torch.tensor(uniform)).item() == drawn
 
 
+def test_draws_follow_the_probabilities() -> None:
+    draws = torch.rand(20000, generator=torch.Generator().manual_seed(0))
+    counts = draw_classes(torch.tensor([0.1, 0.2, 0.7]).expand(20000, 3), draws).bincount() / 20000
+    torch.testing.assert_close(counts, torch.tensor([0.1, 0.2, 0.7]), atol=0.01, rtol=0)
+
+
 def test_each_selection_picks_what_it_says() -> None:
     prompts = features(2, 3, 16)
     probabilities = torch.tensor([[[0.1, 0.6, 0.3], [0.5, 0.2, 0.3]]]).expand(2, 2, 3)

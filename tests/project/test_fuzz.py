@@ -12,10 +12,10 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="its processes d
 # Those that each take a model or a parser are among the many alone.
 @pytest.mark.parametrize("kind", sorted(set(KINDS) - {"checkpoint", "config", "weights"}))
 def test_some_damaged_inputs(kind: str) -> None:
-    outcomes, bugs = fuzz(kind, seed=0, inputs=30)
+    outcomes, bugs = fuzz(kind, seed=0, inputs=100)
     assert not bugs, "\n".join(bugs)
-    assert outcomes["refused"] > 6, outcomes
-    assert sum(outcomes.values()) == 30
+    assert outcomes["refused"] > 20, outcomes
+    assert sum(outcomes.values()) == 100
 
 
 @pytest.mark.slow

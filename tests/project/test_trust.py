@@ -79,7 +79,8 @@ def test_the_malicious_files_work(tmp_path: Path, form: str) -> None:
 # Pickles
 
 
-@pytest.mark.parametrize(("command", "form"), list(zip(("fit", "validate", "test"), FORMS, strict=True)))
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("command", ["fit", "validate", "test"])
 def test_a_checkpoint_is_not_obeyed_by_a_command(
     command: str, form: str, marker: Path, manifest: Path, tiny_clip_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -158,7 +159,9 @@ def test_a_program_is_not_run(marker: Path) -> None:
 # Configs
 
 
-@pytest.mark.parametrize("place", ["{}", "trainer:\n  callbacks: [{}]"])
+@pytest.mark.parametrize(
+    "place", ["{}", "data: {}", "data:\n  manifest: {}", "trainer:\n  callbacks: [{}]", "model: {{lr: {}}}"]
+)
 def test_a_config_makes_no_objects_of_python(
     place: str, marker: Path, manifest: Path, tiny_clip_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

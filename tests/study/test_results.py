@@ -57,7 +57,7 @@ def test_a_paired_difference_worked_out_by_hand() -> None:
     assert found.mean == pytest.approx(0.75 / 5, abs=1e-15)
     # The seeds' means are 1 and 1/2: their deviation is √2/4. Student's t of one degree of freedom is tan(0.95 π/2).
     of_episodes, of_seeds = 1.96 * 0.25 / 5 / 2, math.tan(0.475 * math.pi) * 0.25 / 5
-    assert found.interval == pytest.approx(math.sqrt(of_episodes**2 + of_seeds**2), abs=1e-12)
+    assert found.interval == pytest.approx(math.sqrt(of_episodes**2 + of_seeds**2), abs=1e-15)
     assert (found.lowest, found.highest) == pytest.approx((0.5 / 5, 1 / 5), abs=1e-15)
     assert (found.seeds, found.episodes) == (2, 4)
 
@@ -83,7 +83,7 @@ def test_many_episodes_are_those_of_a_loop() -> None:
     of_seeds = statistics.stdev(float((counts[1, s] - counts[0, s]).mean()) / 5 for s in range(3))
     t = 0.95 * math.sqrt(2 / (1 - 0.95**2))  # of two degrees of freedom
     of_both = math.hypot(1.96 * deviation / math.sqrt(101), t * of_seeds / math.sqrt(3))
-    assert found.interval == pytest.approx(of_both, abs=1e-12)
+    assert found.interval == pytest.approx(of_both, abs=1e-14)
 
 
 def test_the_pairing_of_episodes_matters() -> None:

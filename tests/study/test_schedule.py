@@ -107,7 +107,7 @@ def test_a_study_that_was_stopped_goes_on(tmp_path: Path, played: list[Run]) -> 
     run_study(SETTINGS, whole, tmp_path, Inline())
     lines = whole.read_bytes().splitlines(keepends=True)
     assert len(lines) == 12
-    for kept in (0, 1, 2, 3, 5, 8, 11):
+    for kept in range(12):
         # Stopped in the middle of a line, and of a run that writes several.
         results = tmp_path / f"{kept}.jsonl"
         results.write_bytes(b"".join(lines[:kept]) + lines[kept][:20])

@@ -154,7 +154,7 @@ class Fails(lightning.Callback):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("ends", "status", "steps"), [(Terminates, 143, 4), (Fails, 2, 3)])
-def test_a_run_that_is_broken_off_keeps_its_log(
+def test_a_run_that_is_interrupted_keeps_its_log(
     manifest: Path, tiny_clip_dir: Path, ends: type, status: int, steps: int
 ) -> None:
     # A batch of all four episodes is a step.

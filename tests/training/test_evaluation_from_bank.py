@@ -76,7 +76,7 @@ def test_the_numbers_are_those_of_the_direct_path(
     many: Path, tiny_clip_dir: Path, tmp_path: Path, options: dict[str, Any], n_shot: int
 ) -> None:
     model = make(tiny_clip_dir, **options)
-    calls, n = encoded(model), 20 if "head" in options else 60
+    calls, n = encoded(model), 20 if "head" in options else 150
     results, confusions = [], []
     for evaluation in ("direct", "bank"):
         calls.clear()
@@ -263,7 +263,7 @@ def test_any_damage_to_features_on_disk_is_seen(tmp_path: Path) -> None:
     whole = store.path.read_bytes()
     rng = random.Random(0)
     outcomes = {"refused": 0, "read": 0}
-    for _ in range(1000):
+    for _ in range(2000):
         content = bytearray(whole)
         if rng.random() < 0.3:
             del content[rng.randrange(len(content)) :]
@@ -276,7 +276,7 @@ def test_any_damage_to_features_on_disk_is_seen(tmp_path: Path) -> None:
             read = store.read()
         outcomes["read" if read else "refused"] += 1
         assert all(value.equal(features[name]) for name, value in read.items())
-    assert outcomes["refused"] > 950  # all that matters is covered by the checksum
+    assert outcomes["refused"] > 1900  # all that matters is covered by the checksum
 
 
 def test_a_head_trains_from_augmentations_of_the_videos(many: Path, tiny_clip_dir: Path, tmp_path: Path) -> None:
