@@ -191,7 +191,7 @@ def _save(figure: Figure, path: Path) -> None:
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=DPI, metadata={"Software": None})
     picture = Image.open(drawn).convert("RGB").quantize(96, dither=Image.Dither.NONE)
-    with whole_file(path) as draft:
+    with whole_file(path, "picture") as draft:
         picture.save(draft, format="png", optimize=True)
 
 

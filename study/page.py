@@ -10,7 +10,7 @@ from tabulate import tabulate
 
 from clip_m2df.errors import UserError
 from clip_m2df.evaluation.metrics import Z_95
-from clip_m2df.files import whole_file
+from clip_m2df.files import write_text
 from study.figures import draw
 from study.results import (
     CLEAN,
@@ -73,8 +73,7 @@ def render(results: Sequence[Record], findings_template: str, output_folder: Pat
         sections += ["## Learning", _image("results_curves.png", "Accuracy on val against training episodes")]
         sections += ["Means over the seeds, and their range."]
     sections += [*_rate_tables(results, parts), *_commands(results, parts)]
-    with whole_file(output_folder / "results.md") as draft:
-        draft.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    write_text(output_folder / "results.md", "page", "\n\n".join(sections) + "\n")
 
 
 def filled(template: str, results: Sequence[Record]) -> str:

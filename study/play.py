@@ -122,7 +122,7 @@ def _train(model: CLIPM2DF, config: Mapping[str, Any], kept: Path) -> list[Point
     curve = Curve()
     _trainer(config["trainer"], curve).fit(model, datamodule=EpisodeDataModule(**config["data"]))
     kept.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(kept) as draft:
+    with whole_file(kept, "training") as draft:
         points = [(point.episodes, point.accuracy) for point in curve.points]
         torch.save({"weights": model.state_dict(), "curve": points}, draft)
     return curve.points

@@ -1,6 +1,7 @@
 """The one kind of error that a person can mend, and how its messages name things; a run that was asked to end."""
 
 import signal
+import sys
 from collections.abc import Iterable, Sequence
 
 # Options by the names that they had in earlier versions, and by those of today. What these versions saved is read by
@@ -37,16 +38,47 @@ class Stopped(BaseException):
         self.status = 0 if silent else 128 + signum
 
 
+# Invisible, but part of the spelling of words in some languages, and of emoji.
+_JOINERS = "\u200c\u200d"
+
+
+def printable(text: str, keep: str = "") -> str:
+    """A text without what a terminal obeys or hides: control characters, marks of direction, lone surrogates.
+
+    Args:
+        text: a name, or a message with names.
+        keep: characters to leave as they are, such as a message's line breaks.
+
+    Returns:
+        The text, each such character as Python escapes it.
+    """
+    if text.isprintable():
+        return text
+    kept = keep + _JOINERS
+    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
+
+
+def say(*lines: str, error: bool = False) -> None:
+    """Print what a command has to say, without obeying what the names in it hold.
+
+    Args:
+        *lines: what to print, a line each; line breaks within one are kept.
+        error: print to stderr.
+    """
+    for line in lines:
+        print(printable(line, keep="\n"), file=sys.stderr if error else sys.stdout)
+
+
 def some(names: Iterable[str], most: int = 5) -> str:
     """The first few of many names, and how many more there are, for a message."""
-    names = list(names)
+    names = [printable(name) for name in names]
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def some_lines(lines: Sequence[str], most: int) -> str:
     """The first few of many lines, indented, and how many more there are, to be printed after a heading."""
     more = [f"and {len(lines) - most} more"] if len(lines) > most else []
-    return "".join(f"\n  {line}" for line in [*lines[:most], *more])
+    return "".join(f"\n  {printable(line)}" for line in [*lines[:most], *more])
 
 
 def require(

@@ -24,6 +24,7 @@ from torch.export import ExportedProgram
 
 from clip_m2df.__about__ import __version__
 from clip_m2df.errors import UserError
+from clip_m2df.files import write_text
 from clip_m2df.nn.class_text import fuse_text
 from clip_m2df.nn.head import Head
 from clip_m2df.nn.m2df import Towers
@@ -120,7 +121,7 @@ def export_model(
             "programs": {name: {"inputs": p.shapes, "outputs": p.output_shapes()} for name, p in programs.items()},
             "differences": differences,
         }
-        (folder / TABLE).write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_text(folder / TABLE, "export", json.dumps(table, indent=2, ensure_ascii=False) + "\n")
     except OSError as error:
         raise UserError(f"cannot export to {folder}: {error.strerror or error}; make room, or give another") from error
     return differences

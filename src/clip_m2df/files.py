@@ -1,15 +1,24 @@
 """Files: reading them, writing them whole or not at all, and telling whether they have changed."""
 
 import csv
+import errno
 import hashlib
 import os
+import stat
 import zipfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from tempfile import TemporaryFile
+from typing import NamedTuple, TextIO
+
+from filelock import lock_descriptor
 
 from clip_m2df.errors import UserError
+
+# Bytes of the longest name that a file can have, on all common file systems.
+LONGEST_NAME = 255
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def read_bytes(path: str | Path, what: str) -> bytes:
@@ -66,29 +75,84 @@ def writing(path: str | Path, what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"cannot write the {what} {path}: {error.strerror or error}; name a file in a folder that can be written"
-        ) from error
+        remedy = "name a file in a folder that can be written"
+        if error.errno in _FULL:
+            remedy = "make room; what was written before is still there"
+        raise UserError(f"cannot write the {what} {path}: {error.strerror or error}; {remedy}") from error
+
+
+def beside(path: str | Path, suffix: str) -> Path:
+    """Name a neighbour of a file: its name with a suffix; a name too long for that is cut, and has a hash in it."""
+    path = Path(path)
+    name = os.fsencode(path.name)
+    if len(name) + len(suffix) > LONGEST_NAME:
+        digest = hashlib.sha256(name).hexdigest()[:16].encode()
+        name = name[: LONGEST_NAME - len(suffix) - len(digest) - 1] + b"-" + digest
+    return path.with_name(os.fsdecode(name) + suffix)
+
+
+def check_output(path: str | Path, what: str) -> None:
+    """Check before any work that a file can be written at its end; its folder is made.
+
+    Args:
+        path: The file.
+        what: What the message calls it.
+
+    Raises:
+        UserError: It is a folder, its folder cannot be written, or it has a name that no file can have.
+    """
+    path = Path(path)
+    with writing(path, what):
+        if path.is_dir():
+            raise UserError(f"cannot write the {what} {path}: it is a folder; name a file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            os.lstat(path)
+        TemporaryFile(dir=path.parent).close()
 
 
 @contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
+def whole_file(path: str | Path, what: str) -> Iterator[Path]:
     """Give a draft to write to, which takes the file's place at the end; after an error nothing of it is left.
+
+    The draft is a new file: where a link has its name, the link goes, and what it leads to stays as it is.
 
     Args:
         path: The file; its folder is made if need be.
+        what: What the message calls it.
 
     Yields:
         The draft's path.
+
+    Raises:
+        UserError: If it cannot be written; what was there before still is.
     """
-    draft = Path(f"{path}.{os.getpid()}.part")
-    draft.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield draft
-        draft.replace(path)
-    finally:
-        with suppress(OSError):
-            draft.unlink()
+    draft = beside(path, f".{os.getpid()}.part")
+    with writing(path, what):
+        draft.parent.mkdir(parents=True, exist_ok=True)
+        draft.unlink(missing_ok=True)
+        try:
+            os.close(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+            yield draft
+            draft.replace(path)
+        finally:
+            with suppress(OSError):
+                draft.unlink()
+
+
+def write_text(path: str | Path, what: str, text: str) -> None:
+    """Write a text in UTF-8, whole or not at all.
+
+    Args:
+        path: The file; its folder is made if need be.
+        what: What the message calls it.
+        text: What it is to hold; characters that UTF-8 cannot hold are written as escapes.
+
+    Raises:
+        UserError: If the file cannot be written.
+    """
+    with whole_file(path, what) as draft:
+        draft.write_bytes(text.encode(errors="backslashreplace"))
 
 
 def write_table(path: str | Path, what: str, rows: Iterable[Iterable[object]]) -> None:
@@ -102,8 +166,92 @@ def write_table(path: str | Path, what: str, rows: Iterable[Iterable[object]]) -
     Raises:
         UserError: If the file cannot be written.
     """
-    with writing(path, what), whole_file(path) as draft, draft.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(rows)
+    with whole_file(path, what) as draft, draft.open("w", encoding="utf-8", newline="") as file:
+        plain_rows = csv.writer(file, lineterminator="\n")
+        quoted_rows = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
+        for row in map(list, rows):
+            # Before Python 3.13 csv does not quote a carriage return, which ends the row for readers.
+            (quoted_rows if any("\r" in str(cell) for cell in row) else plain_rows).writerow(row)
+
+
+def for_spreadsheet(text: str) -> str:
+    """Write a text so that no spreadsheet takes it for a formula, for cells of tables that people open.
+
+    What begins like a formula, or with an apostrophe, gets an apostrophe in front; to read such a cell back, drop one
+    that it begins with.
+    """
+    starts = text.lstrip().startswith(tuple("=+-@'\uff1d\uff0b\uff0d\uff20")) or text.startswith(("\t", "\r", "\n"))
+    return f"'{text}" if starts else text
+
+
+@contextmanager
+def locked(path: str | Path, what: str, owner: str | Path) -> Iterator[TextIO]:
+    """Open a file for this process alone, to be read and added to; at the end it is deleted if it is empty.
+
+    The file itself is locked, and the system lets go of it when the process dies: no lock is ever left behind.
+
+    Args:
+        path: The file; it is made, with its folder, if need be.
+        what: What messages call that which it guards.
+        owner: That which it guards.
+
+    Yields:
+        The file, in UTF-8.
+
+    Raises:
+        UserError: Another process has it, it is a link or no regular file, or it cannot be written.
+    """
+    path = Path(path)
+    with writing(owner, what):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = _open_locked(path, what, owner)
+    try:
+        yield file
+    finally:
+        with writing(owner, what):
+            file.flush()
+            if os.fstat(file.fileno()).st_size == 0:
+                path.unlink(missing_ok=True)  # while it is locked, so that nobody else's is deleted
+            file.close()
+
+
+def locked_folder(folder: str | Path, what: str) -> AbstractContextManager[TextIO]:
+    """Let this process alone write into a folder, as :func:`locked` does for a file; readers are not concerned.
+
+    Args:
+        folder: The folder; it is made if need be.
+        what: What messages call it.
+
+    Raises:
+        UserError: Another process writes into it, or it cannot be written.
+    """
+    return locked(Path(folder, ".lock"), what, folder)
+
+
+def _open_locked(path: Path, what: str, owner: str | Path) -> TextIO:
+    # Links are not followed, and a FIFO does not wait for a writer, where the system knows how.
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    while True:
+        refusal = UserError(f"cannot write the {what} {owner}: {path} is a link or no regular file; delete it")
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise refusal
+        file = os.fdopen(os.open(path, flags, 0o666), "a+", encoding="utf-8", errors="replace")
+        try:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+                raise refusal
+            free = True
+            with suppress(OSError):  # a file system without locks
+                free = lock_descriptor(file.fileno(), blocking=False)
+            if not free:
+                raise UserError(f"another process writes the {what} {owner}: wait for its end, or name another")
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.lstat(path), found):
+                    return file
+            file.close()  # it was deleted by its owner meanwhile: the next one counts
+        except BaseException:
+            file.close()
+            raise
 
 
 def sha256_of(path: str | Path) -> str:

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from clip_m2df.clip.formats import public_source, read_weights
 from clip_m2df.errors import UserError
-from clip_m2df.files import sha256_of, whole_file
+from clip_m2df.files import sha256_of, whole_file, write_text
 
 MODEL_FORMAT = "clip-m2df model 1"
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -58,7 +58,7 @@ def write_model(folder: str | os.PathLike[str], checkpoint: Mapping[str, Any], *
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG).unlink(missing_ok=True)  # it is written last: without it the folder is no model
-        with whole_file(folder / WEIGHTS) as draft:
+        with whole_file(folder / WEIGHTS, "weights") as draft:
             draft.touch()
             mode = draft.stat().st_mode
             save_file(copies, draft, {"format": "pt"})
@@ -68,8 +68,7 @@ def write_model(folder: str | os.PathLike[str], checkpoint: Mapping[str, Any], *
             text = json.dumps(config, indent=2)
         except (TypeError, ValueError) as error:
             raise UserError(f"the model's options can't be saved as JSON: {error}; give plain values") from error
-        with whole_file(folder / CONFIG) as draft:
-            draft.write_text(text + "\n", encoding="utf-8")
+        write_text(folder / CONFIG, "model", text + "\n")
         if not (folder / CARD).exists():
             model_card(options, reading, **card).save(folder / CARD)
     except (OSError, SafetensorError) as error:

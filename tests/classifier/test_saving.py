@@ -166,7 +166,7 @@ def test_a_full_disk(folder: Path, videos: Path, monkeypatch: pytest.MonkeyPatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", no_room)
-    with pytest.raises(UserError, match=r"the classifier can't be saved in .*classifier: No space left on device"):
+    with pytest.raises(UserError, match=r"cannot write the examples .*support.safetensors: No space left on device"):
         fitted(videos, "otam").save(folder)
 
 

@@ -258,8 +258,8 @@ def test_the_heads_that_need_no_training() -> None:
         (["--support", "nowhere"], "nowhere is no folder"),
         (["--workers", "-1"], "workers is -1"),
         (["--timeout", "0"], "timeout"),
-        (["--output", "folder.csv"], "cannot write the predictions folder.csv: folder.csv is a folder"),
-        (["--output", "d.csv"], "cannot write the predictions d.csv: d.csv.part is a folder; name another file"),
+        (["--output", "folder.csv"], "cannot write the predictions folder.csv: it is a folder"),
+        (["--output", "d.csv"], "cannot write the predictions d.csv: d.csv.part is a link or no regular file"),
     ],
 )
 def test_errors(

@@ -214,7 +214,7 @@ def test_only_one_run_at_a_time(
     before = part.read_bytes()
     with open_part(table):
         said = fails(run, capsys)
-        assert f"another run writes the predictions {table}: " in said
+        assert f"another process writes the predictions {table}: " in said
         assert part.read_bytes() == before
         assert main(predict_args(support, [folder / "0.mp4"], tmp_path / "other.csv")) == 0
     labelled.forget()

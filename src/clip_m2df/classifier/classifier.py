@@ -420,10 +420,7 @@ class FewShotClassifier:
         saving.check_folder(folder)
         options = {"text_fusion": self.model.text_fusion, "selection": self.model.model.head.selection}
         reading = saving.Reading(reader.frames, reader.resize, options)
-        try:
-            saving.write_classifier(folder, self.model, list(self._classes.values()), reading)
-        except OSError as error:
-            raise UserError(f"the classifier can't be saved in {folder}: {error.strerror or error}") from error
+        saving.write_classifier(folder, self.model, list(self._classes.values()), reading)
 
     @classmethod
     def load(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from clip_m2df.classifier.support import SupportClass, check_names
 from clip_m2df.errors import UserError
-from clip_m2df.files import read_bytes, sha256_of, whole_file
+from clip_m2df.files import read_bytes, sha256_of, whole_file, write_text
 from clip_m2df.hub import CONFIG
 from clip_m2df.training.module import CLIPM2DF
 
@@ -73,15 +73,14 @@ def write_classifier(folder: Path, model: CLIPM2DF, classes: Sequence[SupportCla
         reading: how the classifier goes about a clip.
 
     Raises:
-        OSError: a file can't be written.
-        UserError: the same, of the model's.
+        UserError: a file can't be written.
     """
     tensors = {
         "features": torch.cat([c.features.cpu() for c in classes]).contiguous(),
         "thumbnails": torch.cat([c.thumbnails.cpu() for c in classes]).contiguous(),
     }
     content = save_tensors(tensors)
-    with whole_file(folder / SUPPORT) as draft:
+    with whole_file(folder / SUPPORT, "examples") as draft:
         draft.write_bytes(content)
     model.save_pretrained(folder)
     table = {
@@ -94,9 +93,8 @@ def write_classifier(folder: Path, model: CLIPM2DF, classes: Sequence[SupportCla
         "sha256": hashlib.sha256(content).hexdigest(),
         "model": sha256_of(folder / CONFIG),
     }
-    with whole_file(folder / TABLE) as draft:
-        # In ASCII: a file's name may have bytes that are no UTF-8.
-        draft.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    # In ASCII: a file's name may have bytes that are no UTF-8.
+    write_text(folder / TABLE, "classifier", json.dumps(table, indent=2) + "\n")
 
 
 def read_support(folder: Path) -> tuple[list[SavedClass], Reading]:

@@ -52,8 +52,7 @@ def cache_frames(
 
     Raises:
         UserError: An option is out of range, the manifest is at fault, the folder holds a cache with other settings or
-            a damaged one, or not one video can be read.
-        OSError: A shard cannot be written.
+            a damaged one, not one video can be read, or a shard cannot be written.
     """
     from rich.progress import track
 

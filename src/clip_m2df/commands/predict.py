@@ -11,21 +11,29 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from pathlib import Path
-from tempfile import TemporaryFile
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
-from filelock import lock_descriptor
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
 from clip_m2df.__about__ import __version__
-from clip_m2df.errors import Stopped, UserError, some, some_lines
-from clip_m2df.files import fingerprint_text, plain, sha256_of, whole_file, write_table, writing
+from clip_m2df.errors import Stopped, UserError, say, some, some_lines
+from clip_m2df.files import (
+    beside,
+    check_output,
+    fingerprint_text,
+    locked,
+    plain,
+    sha256_of,
+    write_table,
+    write_text,
+    writing,
+)
 
 if TYPE_CHECKING:
     from clip_m2df.classifier.classifier import FewShotClassifier, Prediction
@@ -278,9 +286,7 @@ def _terminable() -> Iterator[None]:
 def _write_predictions(output: Path, columns: Sequence[str], table: Mapping[str, Sequence[Row]]) -> None:
     rows = [{"path": plain(path), **row} for path, of_video in table.items() for row in of_video]
     if output.suffix == ".jsonl":
-        with writing(output, "predictions"), whole_file(output) as draft:
-            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            draft.write_text(lines, encoding="utf-8", newline="")
+        write_text(output, "predictions", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         return
     digits = {"start": 3, "end": 3}
     cells = (
@@ -309,36 +315,15 @@ def _print_summary(table: Mapping[str, Sequence[Row]], counted: str, output: Pat
 def open_part(output: Path) -> Iterator[PartFile]:
     """Open ``<output>.part`` for one run alone; at the end it is left behind if there is something in it.
 
-    The file itself is locked, and the system lets go of it when the process dies: no lock is ever left behind.
-
     Args:
         output: The table, which is to be written beside it.
 
     Raises:
         UserError: It can't be written, or another run has it open.
     """
-    path = Path(f"{output}.part")
-    for taken in (output, path):
-        if taken.is_dir():
-            raise UserError(f"cannot write the predictions {output}: {taken} is a folder; name another file")
-    with ExitStack() as stack:
-        with writing(output, "predictions"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            TemporaryFile(dir=path.parent).close()
-            file = stack.enter_context(open(path, "a+", encoding="utf-8", errors="replace"))
-        locked = True
-        with suppress(OSError):  # a file system without locks
-            locked = lock_descriptor(file.fileno(), blocking=False)
-        if not locked:
-            raise UserError(f"another run writes the predictions {output}: wait for its end, or name another file")
-        try:
-            yield PartFile(output, file)
-        finally:
-            with writing(output, "predictions"):
-                empty = os.fstat(file.fileno()).st_size == 0
-                file.close()
-                if empty:
-                    path.unlink(missing_ok=True)
+    check_output(output, "predictions")
+    with locked(beside(output, ".part"), "predictions", output) as file:
+        yield PartFile(output, file)
 
 
 class PartFile:
@@ -377,7 +362,8 @@ class PartFile:
             lines = [_parsed(line) for line in text.splitlines()]
             if not lines or lines[0] != header:
                 if lines:
-                    print(f"{plain(self._file.name)} is of a run with another model, support or options: starting anew")
+                    part = beside(self._output, ".part")
+                    say(f"{part} is of a run with another model, support or options: starting anew")
                 self._file.truncate(0)
                 self._add(header)
                 return {}

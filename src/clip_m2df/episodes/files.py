@@ -15,7 +15,7 @@ from typing import Any
 from clip_m2df.datasets.manifest import Split, Video
 from clip_m2df.episodes.plan import EpisodePlan, EpisodeShape
 from clip_m2df.errors import UserError
-from clip_m2df.files import read_text, relative_path, whole_file, writing
+from clip_m2df.files import read_text, relative_path, whole_file
 
 
 def write_episodes_file(file: str | Path, plans: Iterable[EpisodePlan], split: Split, root: str | None) -> None:
@@ -30,7 +30,7 @@ def write_episodes_file(file: str | Path, plans: Iterable[EpisodePlan], split: S
     Raises:
         UserError: the file can't be written.
     """
-    with writing(file, "episodes file"), whole_file(file) as draft, draft.open("w", encoding="utf-8") as lines:
+    with whole_file(file, "episodes file") as draft, draft.open("w", encoding="utf-8") as lines:
         for plan in plans:
             labels = [split.class_names[c] for c in plan.classes]
             roles = {"support": plan.support, "query": plan.query}

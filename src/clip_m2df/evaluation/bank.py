@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from clip_m2df.episode import IndexedEpisode, VideoTable, of_all_ranks, select_episodes
+from clip_m2df.errors import UserError
 from clip_m2df.files import whole_file
 from clip_m2df.nn.head import Embedded, Head, HeadOutput, QueryPrompt, Scoring
 from clip_m2df.nn.m2df import M2DF
@@ -291,9 +292,9 @@ class FeatureStore:
         videos = json.dumps(list(features))
         metadata = {"format": FEATURES_FORMAT, "key": self.key, "videos": videos, "sha256": _checksum(videos, rows)}
         try:
-            with whole_file(self.path) as draft:
+            with whole_file(self.path, "features") as draft:
                 save_file({"features": rows}, draft, metadata)
-        except (OSError, SafetensorError) as error:  # the evaluation itself is worth more
+        except (UserError, SafetensorError) as error:  # the evaluation itself is worth more
             warnings.warn(f"the features can't be kept in {self.path}: {error}", stacklevel=2)
 
 

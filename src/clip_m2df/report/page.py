@@ -9,7 +9,6 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from tempfile import TemporaryFile
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -19,7 +18,7 @@ from torch import Tensor
 from clip_m2df.__about__ import __version__
 from clip_m2df.errors import UserError
 from clip_m2df.evaluation.figures import shown_frames, strip
-from clip_m2df.files import whole_file, writing
+from clip_m2df.files import check_output, write_text
 
 # Steps from white to the darkest; each has a class of its own in the style sheet, which the policy of the page demands.
 SHADES = 10
@@ -36,11 +35,7 @@ def check_page(path: Path) -> None:
     """
     if path.suffix != ".html":
         raise UserError(f"--report is {path}: give it a name that ends in .html")
-    if path.is_dir():
-        raise UserError(f"cannot write the report {path}: it is a folder; name a file in it")
-    with writing(path, "report"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=path.parent).close()
+    check_output(path, "report")
 
 
 def write_page(path: Path, template: str, content: Mapping[str, object]) -> None:
@@ -62,9 +57,7 @@ def write_page(path: Path, template: str, content: Mapping[str, object]) -> None
     own = {"style": Markup(style), "script": Markup(script), "policy": policy, "version": __version__}
     written = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     text = templates().get_template(template).render(**content, **own, written=written)
-    with writing(path, "report"), whole_file(path) as draft:
-        # Names of files may have bytes that are no text.
-        draft.write_bytes(text.encode(errors="backslashreplace"))
+    write_text(path, "report", text)
 
 
 def percent(share: float | None) -> str:

@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import Tensor
 
 from clip_m2df.evaluation.metrics import class_results
-from clip_m2df.files import write_table
+from clip_m2df.files import write_table, write_text
 from clip_m2df.loops import logs_step
 
 
@@ -39,12 +39,11 @@ class RunConfig(SaveConfigCallback):
         if stage != "fit":
             return
         folder = Path(trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
         for logger in trainer.loggers:
             logger.log_hyperparams(yaml.safe_load(self.parser.dump(self.config, skip_unset=False)))
         config = self.config.clone()
         config.ckpt_path = None  # the run's, not that of whoever starts from its configuration
-        (folder / "config.yaml").write_text(self.parser.dump(config, skip_unset=False), encoding="utf-8")
+        write_text(folder / "config.yaml", "config", self.parser.dump(config, skip_unset=False))
 
 
 class RunReport(lightning.Callback):

@@ -98,7 +98,7 @@ class RunCheckpointIO(TorchCheckpointIO):
         """
         path = Path(path)
         try:
-            with whole_file(path) as draft:
+            with whole_file(path, "checkpoint") as draft:
                 with draft.open("wb") as file:
                     torch.save(checkpoint, file)
                     file.flush()

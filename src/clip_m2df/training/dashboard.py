@@ -233,7 +233,7 @@ class Dashboard(lightning.Callback):
         if not any(isinstance(logger, WandbLogger | TensorBoardLogger) for logger in trainer.loggers):
             folder = Path(trainer.default_root_dir) / "figures" / f"step-{trainer.global_step:06d}"
             for name, picture in pictures.items():
-                with whole_file(folder / f"{name}.png") as draft:
+                with whole_file(folder / f"{name}.png", "picture") as draft:
                     picture.save(draft, "PNG", compress_level=1)  # three times as fast
 
 

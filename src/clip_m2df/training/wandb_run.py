@@ -13,7 +13,7 @@ from torch import Tensor
 from clip_m2df.evaluation.evidence import HardEpisode, ValidationEvidence
 from clip_m2df.evaluation.figures import strip
 from clip_m2df.evaluation.metrics import class_results
-from clip_m2df.files import whole_file
+from clip_m2df.files import write_text
 from clip_m2df.training.checkpoints import read_checkpoint
 
 if TYPE_CHECKING:
@@ -27,8 +27,7 @@ SIDE = 48
 
 def save_run_id(logger: WandbLogger, folder: Path) -> None:
     """Write the id of a W&B run into its run folder."""
-    with whole_file(folder / ID_FILE) as draft:
-        draft.write_text(f"{logger.experiment.id}\n", encoding="utf-8")
+    write_text(folder / ID_FILE, "id of the W&B run", f"{logger.experiment.id}\n")
 
 
 def resume_run(loggers: Any, folder: Path) -> None:

@@ -254,7 +254,7 @@ def write_shard(
         videos: Each with the JPEGs of its frames.
 
     Raises:
-        OSError: It cannot be written.
+        UserError: It cannot be written.
     """
     tensors, rows = {}, []
     for number, (video, jpegs) in enumerate(videos):
@@ -266,7 +266,7 @@ def write_shard(
     metadata = {name: str(value) for name, value in settings._asdict().items()}
     shards = list_shards(folder)
     number = int(shards[-1].stem.removeprefix("frames-")) + 1 if shards else 0
-    with whole_file(folder / f"frames-{number:05}.safetensors") as draft:
+    with whole_file(folder / f"frames-{number:05}.safetensors", "cache's shard") as draft:
         draft.write_bytes(save(tensors, {"format": CACHE_FORMAT, **metadata, "videos": json.dumps(rows)}))
 
 
