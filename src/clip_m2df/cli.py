@@ -2,15 +2,16 @@
 
 import argparse
 import inspect
+import io
 import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from clip_m2df.__about__ import __version__
-from clip_m2df.errors import Stopped, UserError
+from clip_m2df.errors import Stopped, UserError, names_as_data, printable, say
 
 # Each command's function in ``clip_m2df.commands``, and what the list of commands says about it.
 COMMANDS = {
@@ -47,24 +48,35 @@ def main(args: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if args is None else args)
     show_traceback = "--traceback" in args
     try:
-        return _run([arg for arg in args if arg != "--traceback"])
+        with names_as_data():
+            return _run([arg for arg in args if arg != "--traceback"])
     except (UserError, OSError) as error:  # OSError: a folder that can't be written, a full disk
         if show_traceback:
             raise
-        print(f"clip-m2df: error: {_without_traceback(str(error))}", file=sys.stderr)
+        say(f"clip-m2df: error: {_without_traceback(str(error))}", error=True)
         return 2
     except Stopped as stopped:
         if not stopped.silent:
-            print(f"clip-m2df: {stopped}", file=sys.stderr)
+            say(f"clip-m2df: {stopped}", error=True)
         return stopped.status
     except KeyboardInterrupt:
-        print("clip-m2df: interrupted", file=sys.stderr)
+        say("clip-m2df: interrupted", error=True)
         return 130
 
 
 def entry_point() -> None:
     """What the console script calls."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names may have letters that the terminal's encoding lacks
     sys.exit(main())
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse's, whose errors repeat what was typed."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
 
 
 def _run(args: Sequence[str]) -> int:
@@ -86,7 +98,7 @@ def _run(args: Sequence[str]) -> int:
 
 
 def _top_level_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="clip-m2df",
         description="Few-shot action recognition with CLIP-M²DF.",
         epilog=EXAMPLES,
@@ -117,7 +129,7 @@ def command_parser(command: str, function: Callable[..., object]) -> argparse.Ar
     texts = {
         param.arg_name: (param.description or "").replace("``", "").replace("%", "%%") for param in docstring.params
     }
-    parser = argparse.ArgumentParser(prog=f"clip-m2df {command}", description=docstring.short_description)
+    parser = _Parser(prog=f"clip-m2df {command}", description=docstring.short_description)
     for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
         if parameter.kind is parameter.VAR_POSITIONAL:
             continue

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import signal
-import sys
 import threading
 import warnings
 from collections import Counter
@@ -16,17 +15,16 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from rich.text import Text
 
 from clip_m2df.__about__ import __version__
-from clip_m2df.errors import Stopped, UserError, say, some, some_lines
+from clip_m2df.errors import Stopped, UserError, console, say, some, some_lines
 from clip_m2df.files import (
     beside,
     check_output,
     fingerprint_text,
+    for_spreadsheet,
     locked,
     plain,
     sha256_of,
@@ -121,12 +119,12 @@ def predict_videos(
         fingerprints = {key: fingerprint_text(path) for key, path in paths.items()}
         found = part.take_over(labeller.digest(support_facts), fingerprints, list(labeller.blank))
         if found:
-            print(f"{len(found)} of {len(paths)} videos were labelled before the last run was interrupted")
+            say(f"{len(found)} of {len(paths)} videos were labelled before the last run was interrupted")
         found |= {key: [labeller.broken_row("the folder has no videos")] for key in empty}
         left = [key for key in paths if key not in found]
         # Closed, so that workers end at once when the run does.
         with closing(labeller.label([paths[key] for key in left])) as results:
-            bar = track(results, "labelling", total=len(left), console=Console(stderr=True), disable=not left)
+            bar = track(results, "labelling", total=len(left), console=console(error=True), disable=not left)
             for index, rows in bar:
                 found[left[index]] = rows
                 part.add(left[index], fingerprints[left[index]], rows)
@@ -190,7 +188,7 @@ def _make_classifier(
         classifier.fit(examples)
     left_out = [str(warning.message) for warning in caught]
     for message in left_out:
-        print(f"clip-m2df: warning: {message}", file=sys.stderr)
+        say(f"clip-m2df: warning: {message}", error=True)
     return classifier, [marks, left_out]
 
 
@@ -290,7 +288,11 @@ def _write_predictions(output: Path, columns: Sequence[str], table: Mapping[str,
         return
     digits = {"start": 3, "end": 3}
     cells = (
-        [f"{v:.{digits.get(name, 6)}f}" if isinstance(v, int | float) else v for name, v in row.items()] for row in rows
+        [
+            for_spreadsheet(v) if isinstance(v, str) else v if v is None else f"{v:.{digits.get(name, 6)}f}"
+            for name, v in row.items()
+        ]
+        for row in rows
     )
     write_table(output, "predictions", [columns, *cells])
 
@@ -300,14 +302,14 @@ def _print_summary(table: Mapping[str, Sequence[Row]], counted: str, output: Pat
     counts = Counter(row["label"] for rows in table.values() for row in rows if row["label"] is not None)
     summary = Table("label", counted)
     for label, count in counts.most_common():
-        summary.add_row(Text(label), str(count))
-    Console().print(summary)
+        summary.add_row(label, str(count))
+    console().print(summary)
     if nothing := [plain(path) for path, rows in table.items() if not rows]:
-        print(f"none of these from beginning to end, and no row: {some(nothing, MOST_NAMED)}")
+        say(f"none of these from beginning to end, and no row: {some(nothing, MOST_NAMED)}")
     broken = [f"{plain(path)}: {row['error']}" for path, rows in table.items() for row in rows if row["error"]]
     if broken:
-        print(f"{len(broken)} of {len(table)} videos can't be read:{some_lines(broken, MOST_NAMED)}")
-    print(f"the predictions are in {plain(str(output))}")
+        say(f"{len(broken)} of {len(table)} videos can't be read:{some_lines(broken, MOST_NAMED)}")
+    say(f"the predictions are in {output}")
     return int(bool(broken))
 
 
