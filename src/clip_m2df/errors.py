@@ -97,7 +97,7 @@ def console(*, error: bool = False) -> "Console":
 
 class _PrintableRecord(logging.LogRecord):
     def getMessage(self) -> str:  # noqa: N802
-        return printable(super().getMessage(), keep="\n\t")
+        return printable(super().getMessage().expandtabs(), keep="\n")  # tables of the profiler have tabs
 
 
 @contextmanager
