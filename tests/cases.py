@@ -109,7 +109,7 @@ def ffmpeg_frames(path: Path) -> NDArray[np.uint8]:
     from imageio_ffmpeg import get_ffmpeg_exe
 
     done = subprocess.run(
-        [get_ffmpeg_exe(), "-hide_banner", "-i", path, *"-fps_mode passthrough -f rawvideo -pix_fmt rgb24 -".split()],
+        [get_ffmpeg_exe(), "-hide_banner", "-i", path, "-fps_mode", "passthrough", "-f", "rawvideo", "-pix_fmt", "rgb24", "-"],
         capture_output=True,
         check=False,
     )

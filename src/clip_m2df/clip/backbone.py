@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from clip_m2df.clip import formats
 from clip_m2df.clip.formats import CLIP_MEAN, CLIP_STD, STANDARD_TOKENIZER
 from clip_m2df.clip.resnet import Bottleneck, ModifiedResNet
-from clip_m2df.clip.tokenizer import has_tokenizer, read_tokenizer
+from clip_m2df.clip.tokenizer import encoded, has_tokenizer, read_tokenizer, saved_tokenizer
 from clip_m2df.errors import UserError, some
 
 if TYPE_CHECKING:
@@ -78,10 +78,8 @@ class CLIPBackbone(nn.Module):
         self.freeze_batch_norm = freeze_batch_norm
 
         self._tokenizer: Tokenizer | None = None
-        if tokenizer is not None:
-            from tokenizers import Tokenizer
-
-            self._tokenizer = Tokenizer.from_str(tokenizer)
+        if tokenizer is not None and self.text_config is not None:
+            self._tokenizer = saved_tokenizer(tokenizer, self.text_config, repr(source))
         self._tokenizer_repository: str | None = None  # where to fetch it from once a text has to be read
 
         # Not in the state dict: they belong to the description, and weights from elsewhere don't have them.
@@ -313,7 +311,7 @@ class CLIPBackbone(nn.Module):
         """
         length = self._text_values()["max_position_embeddings"]
         tokenizer = self._fetch_tokenizer() if self._tokenizer is None else self._tokenizer
-        tokens = [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
+        tokens = encoded(tokenizer, texts, repr(self.source))
         return torch.tensor(tokens, dtype=torch.long).reshape(len(texts), length)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
