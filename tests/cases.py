@@ -109,7 +109,19 @@ def ffmpeg_frames(path: Path) -> NDArray[np.uint8]:
     from imageio_ffmpeg import get_ffmpeg_exe
 
     done = subprocess.run(
-        [get_ffmpeg_exe(), "-hide_banner", "-i", path, "-fps_mode", "passthrough", "-f", "rawvideo", "-pix_fmt", "rgb24", "-"],
+        [
+            get_ffmpeg_exe(),
+            "-hide_banner",
+            "-i",
+            path,
+            "-fps_mode",
+            "passthrough",
+            "-f",
+            "rawvideo",
+            "-pix_fmt",
+            "rgb24",
+            "-",
+        ],
         capture_output=True,
         check=False,
     )
@@ -224,17 +236,23 @@ def stray_weights(case: Path, cases: Path, scratch: Path) -> None:
 
     query = next(key for key in weights if "vision_model" in key and "q_proj.weight" in key)
     lora = {query.replace("weight", f"lora_{part}.weight"): torch.ones(2, 2) for part in "AB"}
-    folder = copied("lora")
-    save_file(weights | lora, folder / "model.safetensors")
-    refused("lora", by=lambda: CLIPBackbone.load(str(folder)))
-    for name, values in (
-        ("do_normalize", {"do_normalize": False}),
-        ("do_rescale", {"do_rescale": False, "image_mean": [123.7, 116.3, 103.5], "image_std": [58.4, 57.1, 57.4]}),
-        ("std", {"image_std": [0, 0, 0]}),
+    trained = copied("lora")
+    save_file(weights | lora, trained / "model.safetensors")
+    refused("lora", by=lambda: CLIPBackbone.load(str(trained)))
+    zero = copied("std")
+    (zero / "preprocessor_config.json").write_text('{"image_std": [0, 0, 0]}', encoding="utf-8")
+    refused("std", by=lambda: CLIPBackbone.load(str(zero)))
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(3, 16, 16)
+    mean, std = [123.675, 116.28, 103.53], [58.4, 57.1, 57.4]
+    for name, values, shift, scale in (
+        ("do_normalize", {"do_normalize": False}, [0.0] * 3, [255.0] * 3),
+        ("do_rescale", {"do_rescale": False, "image_mean": mean, "image_std": std}, mean, std),
     ):
-        other = copied(name)
-        (other / "preprocessor_config.json").write_text(json.dumps(values), encoding="utf-8")
-        refused(name, by=lambda other=other: CLIPBackbone.load(str(other)))
+        folder = copied(name)
+        (folder / "preprocessor_config.json").write_text(json.dumps(values), encoding="utf-8")
+        found = CLIPBackbone.load(str(folder)).normalise(pixels)
+        expected = (pixels - torch.tensor(shift).view(3, 1, 1)) / torch.tensor(scale).view(3, 1, 1)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     halves = [dict(list(weights.items())[half::2]) for half in (0, 1)]
     shards = copied("shards")
     (shards / "model.safetensors").unlink()
