@@ -19,6 +19,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -191,11 +192,12 @@ def openclip_towers(case: Path, cases: Path, scratch: Path) -> None:
     images = torch.randn(2, 3, 32, 32)
     for width, heads, act in ((128, 2, "gelu"), (320, 4, "gelu"), (832, 8, "gelu")):
         torch.manual_seed(0)
-        size = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": 2, "image_size": 32}
+        size: Any = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": 2, "image_size": 32}
         config = CLIPVisionConfig(**size, num_attention_heads=heads, patch_size=8, projection_dim=64, hidden_act=act)
-        model = CLIPVisionModelWithProjection(config).eval()
+        model: torch.nn.Module = CLIPVisionModelWithProjection(config)
+        model.eval()
         state = in_openai_layout(model)
-        refused("open_clip_config.json", by=lambda state=state: CLIPBackbone.from_openai(state))
+        refused("open_clip_config.json", by=partial(CLIPBackbone.from_openai, state))
         folder = scratch / f"{width}"
         folder.mkdir()
         save_file(state, folder / "open_clip_model.safetensors")
@@ -351,7 +353,7 @@ def same_texts(case: Path, cases: Path, scratch: Path) -> None:
         {"open": "moving", "close": "moving"},
     ):
         support: Any = {"open": videos[:1], "close": videos[1:]}
-        refused("open", by=lambda texts=texts, support=support: classifier.fit(support, texts=texts))
+        refused("open", by=partial(classifier.fit, support, texts=texts))
 
 
 def left_out(case: Path, cases: Path, scratch: Path) -> None:

@@ -104,7 +104,7 @@ class _PrintableRecord(logging.LogRecord):
 def names_as_data() -> Iterator[None]:
     """Print warnings in words, and them and log lines of all libraries without obeying what the names in them hold."""
 
-    def in_words(message: Warning | str, *_: Any) -> str:
+    def in_words(message: Warning | str, *_: Any, **options: Any) -> str:
         return f"clip-m2df: warning: {printable(str(message), keep=chr(10))}\n"
 
     def show(
@@ -116,7 +116,7 @@ def names_as_data() -> Iterator[None]:
         line: str | None = None,
     ) -> None:
         # Only now, as Lightning sets its own when it is imported. What records warnings is not kept from it.
-        warnings.formatwarning = in_words
+        warnings.formatwarning = in_words  # type: ignore[assignment]
         shown(message, category, filename, lineno, file, line)
 
     formatted, record = warnings.formatwarning, logging.getLogRecordFactory()

@@ -56,7 +56,7 @@ def read_tokenizer(folder: Path, config: Mapping[str, Any], source: str) -> Toke
         if (folder / "tokenizer.json").is_file():
             content = json.loads(_read_own(folder, "tokenizer.json"))
             vocab, merges = content["model"]["vocab"], content["model"]["merges"]
-            pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
+            pairs: Any = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
             added = sorted(content.get("added_tokens") or [], key=lambda token: token["id"])
         else:
             vocab = json.loads(_read_own(folder, "vocab.json"))
@@ -110,6 +110,7 @@ def fitted(tokenizer: Tokenizer, config: Mapping[str, Any], source: str) -> Toke
     # A tower whose end of text is 2 takes the largest id of a text, for OpenAI's configurations say 2 wrongly.
     end = config["eos_token_id"] if config["eos_token_id"] != 2 else expected - 1
     tokenizer.no_padding()
+    tokenizer.no_truncation()
     ids = encoded(tokenizer, [""], source)[0]
     if ids[-1:] != [end]:
         raise UserError(f"the tokenizer of {source} makes {ids} of an empty text, where {end} has to be the last")
