@@ -116,7 +116,7 @@ def names_as_data() -> Iterator[None]:
         line: str | None = None,
     ) -> None:
         # Only now, as Lightning sets its own when it is imported. What records warnings is not kept from it.
-        warnings.formatwarning = in_words  # type: ignore[assignment]
+        warnings.formatwarning = in_words
         shown(message, category, filename, lineno, file, line)
 
     formatted, record = warnings.formatwarning, logging.getLogRecordFactory()

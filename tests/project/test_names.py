@@ -14,12 +14,15 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from matplotlib.cbook import is_math_text
 
 from clip_m2df.cli import main
 from clip_m2df.datasets.manifest import Manifest
 from clip_m2df.errors import console, names_as_data, printable
+from clip_m2df.evaluation import figures
 from clip_m2df.files import plain, write_table
 from clip_m2df.report.page import templates
 from tests import clips
@@ -326,6 +329,15 @@ def test_a_name_in_a_page_turns_nothing_around_it() -> None:
         '<p title="\\u202ea&lt;\\x00\u05d0\\u2069"><bdi>\\u202ea&lt;\\x00\u05d0\\u2069</bdi> and '
         "\\u202ea&lt;\\x00\u05d0\\u2069</p>"
     )
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_a_figure_draws_a_name_as_it_is(name: str) -> None:
+    drawn = figures.confusion_matrix(torch.eye(2, dtype=torch.long), [name, f"{name}{name}"])
+    figures.picture(drawn)
+    for shown in (figures.shortened(name), figures.shortened(f"{name}{name}")):
+        assert printable(shown) == shown
+        assert not is_math_text(shown)
 
 
 # Any names

@@ -169,7 +169,8 @@ def read_folder(folder: Path, source: str) -> tuple[dict[str, Any], dict[str, Te
     from transformers import CLIPConfig
 
     if not (folder / "config.json").is_file():
-        raise UserError(f"{source} isn't a model in transformers' format: there is no config.json in it")
+        hint = "; give the file of weights in it" if (folder / OPEN_CLIP_CONFIG).is_file() else ""
+        raise UserError(f"{source} isn't a model in transformers' format: there is no config.json in it{hint}")
     values = _read_json(folder / "config.json")
     if values.get("model_type") != "clip":
         raise UserError(f"{source} is a model of type {values.get('model_type')!r}: the backbone has to be a 'clip'")
