@@ -1,5 +1,6 @@
 """Names of classes and files are data: no terminal, markup, page, figure or spreadsheet obeys what they hold."""
 
+import ast
 import csv
 import json
 import logging
@@ -19,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from matplotlib.cbook import is_math_text
 
+import clip_m2df
 from clip_m2df.cli import main
 from clip_m2df.datasets.manifest import Manifest
 from clip_m2df.errors import console, names_as_data, printable
@@ -286,6 +288,14 @@ def test_letters_that_the_terminals_encoding_lacks_are_escaped(tmp_path: Path, r
 
 
 # What prints
+
+
+def test_everything_prints_by_way_of_one_file() -> None:
+    source = Path(clip_m2df.__file__).parent
+    for file in source.rglob("*.py"):
+        calls = [node.func for node in ast.walk(ast.parse(file.read_bytes())) if isinstance(node, ast.Call)]
+        direct = [call.lineno for call in calls if isinstance(call, ast.Name) and call.id in ("print", "Console")]
+        assert direct == [] or file.name == "errors.py", f"{file}, lines {direct}: take errors.say and errors.console"
 
 
 @pytest.mark.parametrize("name", HOSTILE)
