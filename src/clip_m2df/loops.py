@@ -9,8 +9,26 @@ from collections.abc import Mapping
 
 import lightning
 import torch
+from lightning.pytorch import callbacks
 
 from clip_m2df.errors import UserError
+
+# Lightning's callbacks that do not do their work in a run counted in optimiser steps: why not, and what does instead.
+UNSUITED: dict[type[lightning.Callback], str] = {
+    callbacks.BaseFinetuning: "unfreezes by epochs, and training is a single one; give model.freeze_backbone, or"
+    " model.backbone_lr and model.warmup_steps",
+    callbacks.BatchSizeFinder: "would change data.batch_size, of which data.episodes_per_step is a multiple; try"
+    " values of data.batch_size with trainer.fast_dev_run true",
+    callbacks.GradientAccumulationScheduler: "would change the episodes of a step; give data.episodes_per_step",
+    callbacks.LearningRateFinder: "sets a rate that the model's own schedule overwrites after one step; find it by"
+    " lightning.pytorch.tuner.Tuner.lr_find in Python, or by a sweep, and give model.lr",
+    callbacks.ModelPruning: "prunes by epochs, and training is a single one; prune the trained model by"
+    " torch.nn.utils.prune",
+    callbacks.SpikeDetection: "lists batches to be left out, which a stream of episodes has not; a loss that is not"
+    " finite ends a run in any case",
+    callbacks.StochasticWeightAveraging: "averages by epochs, and training is a single one; take"
+    " lightning.pytorch.callbacks.EMAWeightAveraging or WeightAveraging",
+}
 
 
 def batches_of_step(episodes_per_step: int, batch_size: int, world_size: int) -> int:
@@ -74,6 +92,7 @@ def count_in_steps(trainer: lightning.Trainer, episodes_per_step: int, batches: 
     Raises:
         UserError: the Trainer was given an option that contradicts, or that an endless stream has no use for.
     """
+    check_callbacks(trainer)
     if trainer.accumulate_grad_batches not in (1, batches):
         raise UserError(
             f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}, but follows from"
@@ -100,6 +119,33 @@ def count_in_steps(trainer: lightning.Trainer, episodes_per_step: int, batches: 
         raise UserError(
             f"trainer.limit_train_batches {limit} cuts an optimiser step of {batches} batches; give a multiple"
         )
+
+
+def check_callbacks(trainer: lightning.Trainer) -> None:
+    """Refuse callbacks of Lightning's that do not do their work in a run counted in optimiser steps.
+
+    Relies on: the options that count epochs are kept as ``_check_on_train_epoch_end``, ``_every_n_epochs`` and
+    ``_interval``; ``Tuner.lr_find``, which makes the optimiser anew afterwards, marks its callback ``_early_exit``.
+
+    Raises:
+        UserError: names the callback, and what to do instead.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        why = next((why for kind, why in UNSUITED.items() if isinstance(callback, kind)), None)
+        if isinstance(callback, callbacks.LearningRateFinder) and callback._early_exit:
+            why = None
+        elif isinstance(callback, callbacks.EarlyStopping) and callback._check_on_train_epoch_end:
+            why = "is to look at the end of an epoch, and training is a single one; leave out check_on_train_epoch_end"
+        elif isinstance(callback, callbacks.LearningRateMonitor) and callback.logging_interval == "epoch":
+            why = "is to log by epochs, and training is a single one; give logging_interval step"
+        elif isinstance(callback, callbacks.ModelCheckpoint) and callback._every_n_epochs > 1:
+            why = "is to save by epochs, and training is a single one; give every_n_train_steps"
+        elif isinstance(callback, callbacks.Timer) and callback._interval == "epoch":
+            why = "is to look at the end of an epoch, and training is a single one; give interval step"
+        elif isinstance(callback, callbacks.WeightAveraging) and callback.should_update(epoch_idx=0):
+            why = "is to average by epochs, and training is a single one; give update_starting_at_step"
+        if why is not None:
+            raise UserError(f"trainer.callbacks: {type(callback).__name__} {why}")
 
 
 def ends_step(trainer: lightning.Trainer, batch_idx: int) -> bool:
