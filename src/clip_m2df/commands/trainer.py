@@ -23,6 +23,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.multiprocessing.spawn import ProcessException
 
 from clip_m2df.episodes.datamodule import EpisodeDataModule
 from clip_m2df.episodes.files import write_episodes_file
@@ -297,6 +298,11 @@ def run(args: Sequence[str], cli: type[CLI] | None = None) -> CLI:
         raise UserError(f"{' '.join(str(error).split())}\n(clip-m2df {args[0]} --help explains the options)") from error
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
+    except ProcessException as error:  # of ddp_spawn, which knows errors as text alone
+        _, ours, said = str(error).rpartition("clip_m2df.errors.UserError: ")
+        if ours:
+            raise UserError(said.strip()) from error
+        raise
     except ModuleNotFoundError as error:  # of a package that a callback or a logger needs
         raise UserError(str(error)) from error
     except RuntimeError as error:

@@ -68,8 +68,8 @@ def check_weights(module: nn.Module, state: Mapping[str, Tensor], what: str) -> 
             raise UserError(f"not {what}: {key} is {tuple(value.shape)}, expected {tuple(expected[key].shape)}")
     if broken := not_finite({key: value.to(expected[key].dtype) for key, value in state.items()}):
         raise UserError(
-            f"the weights {some(broken, 1)} of {what} are not finite (NaN or infinite): the training that saved them had"
-            " failed, or the file is damaged; give another"
+            f"the weights {some(broken, 1)} of {what} are not finite (NaN or infinite): the training that saved them"
+            " had failed, or the file is damaged; give another"
         )
 
 

@@ -246,7 +246,7 @@ class RunCheckpoint(ModelCheckpoint):
             self._validated = trainer.global_step
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Keep the last step, with what its validation found; at the training's end averages take the weights' place."""
+        """Keep the last step, with what its validation found; later, averages may take the place of the weights."""
         super().on_train_epoch_end(trainer, pl_module)
         if loops.ended_with_step(trainer) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._save_last(trainer)

@@ -11,6 +11,7 @@ import lightning
 import numpy as np
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -22,7 +23,7 @@ from clip_m2df.evaluation.bank import EpisodeBank, encode_videos
 from clip_m2df.evaluation.evidence import Played
 from clip_m2df.evaluation.metrics import NAMES, StageMetrics
 from clip_m2df.hub import find_model, push_model, read_model, write_model
-from clip_m2df.loops import ends_step, episodes_played, logs_step
+from clip_m2df.loops import check_same, ends_step, episodes_played, logs_step
 from clip_m2df.nn.baselines import build_head, head_class, options_of
 from clip_m2df.nn.class_text import class_text_loss, fuse_text
 from clip_m2df.nn.head import HeadOutput
@@ -356,9 +357,7 @@ class CLIPM2DF(lightning.LightningModule):
             stage, _, name = monitor.partition("/")
             if not (stage in ("train", "val") and name in NAMES) and not monitor.startswith("lr-"):
                 who = "checkpoint.monitor" if isinstance(callback, RunCheckpoint) else type(callback).__name__
-                raise UserError(
-                    f"{who}: there is no metric {monitor!r}; train/… and val/… have {', '.join(NAMES)}"
-                )
+                raise UserError(f"{who}: there is no metric {monitor!r}; train/… and val/… have {', '.join(NAMES)}")
 
     def on_train_end(self) -> None:
         """Let the features go."""
@@ -479,6 +478,8 @@ class CLIPM2DF(lightning.LightningModule):
         checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = {**self.hparams, "backbone": description}
         checkpoint["draws_seed"] = self._draws_seed
         checkpoint["reading"] = self.reading
+        if self._trainer is not None:
+            checkpoint["goes_by"] = self._goes_by()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse weights that are not this model's.
@@ -491,8 +492,28 @@ class CLIPM2DF(lightning.LightningModule):
             if weights is not None:
                 check_weights(self, weights, "a checkpoint of this model" + (f", {path}," if path else ""))
         self.reading = checkpoint.get("reading")
-        if self._trainer is not None:  # a run that goes on
+        if self._trainer is not None and self._trainer.state.fn == "fit":  # a run that goes on
             self._draws_seed = checkpoint.get("draws_seed")
+            known = inspect.signature(CLIPM2DF).parameters  # a class derived from it may save more
+            saved = {n: v for n, v in checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY].items() if n in known}
+            saved = saved_options("the checkpoint", saved, CLIPM2DF, head=self.hparams["head"])
+            check_same(_by_name(saved) | checkpoint.get("goes_by", {}), _by_name(self.hparams) | self._goes_by())
+            averages = any(isinstance(c, WeightAveraging) for c in self._trainer.callbacks)  # type: ignore[attr-defined]
+            if "current_model_state" in checkpoint and not averages:
+                raise UserError(
+                    "the run averages its weights: give the callback again by which it did, such as trainer.callbacks"
+                    " EMAWeightAveraging, or the run's own config.yaml"
+                )
+
+    def _goes_by(self) -> dict[str, Any]:
+        """What a training and the choice of its best depend on beside the options that a checkpoint keeps."""
+        algorithm = self.trainer.gradient_clip_algorithm
+        return {
+            "trainer.gradient_clip_val": self.trainer.gradient_clip_val,
+            "trainer.gradient_clip_algorithm": None if algorithm is None else str(algorithm.value),
+            "model.selection": self.model.head.selection,
+            "model.text_fusion": self.text_fusion,
+        }
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, map_location: Any = None, **options: Any) -> Self:  # type: ignore[override]
@@ -638,3 +659,12 @@ class CLIPM2DF(lightning.LightningModule):
             revision=revision,
         )
         return cls._restore(folder, read_model(folder), model_kwargs).eval()
+
+
+def _by_name(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a model by their full names, those of the head one by one; weights tell the backbone."""
+    own = {name: value for name, value in options.items() if name not in ("backbone", "head_options")}
+    known = inspect.signature(head_class(options["head"])).parameters
+    head = {name: parameter.default for name, parameter in known.items()} | (options["head_options"] or {})
+    head = {f"head_options.{name}": value for name, value in head.items() if name not in ("dim", "selection")}
+    return {f"model.{name}": list(v) if isinstance(v, tuple) else v for name, v in (own | head).items()}
