@@ -12,6 +12,7 @@ from benchmarks import soak
 from clip_m2df import loops
 from clip_m2df.cli import main
 from clip_m2df.commands.trainer import run as run_command
+from clip_m2df.evaluation.metrics import NAMES
 from clip_m2df.training.callbacks import RunProgressBar
 from clip_m2df.training.checkpoints import FOLDER, LAST, PREVIOUS, read_checkpoint
 from tests.conftest import fails, options, quiet_trainer
@@ -177,9 +178,20 @@ def test_the_tuner_finds_a_rate_that_the_training_then_has(manifest: Path, tiny_
 
 def test_the_progress_bar_counts_optimiser_steps(manifest: Path, tiny_clip_dir: Path, tmp_path: Path) -> None:
     arguments = [f"--config={Path(__file__).parents[2] / 'configs' / 'demo_5way1shot.yaml'}"]
-    arguments += [o for o in options(manifest, tiny_clip_dir, tmp_path, *RUN)[1:] if "progress_bar" not in o]
+    arguments += [
+        o
+        for o in options(manifest, tiny_clip_dir, tmp_path, *RUN)[1:]
+        if not o.startswith("--trainer.enable_progress_bar")
+    ]
     for more in (["--trainer.max_steps=4"], ["--ckpt_path=last"]):
         bar = run_command(["fit", *arguments, *more]).trainer.progress_bar_callback
         assert isinstance(bar, RunProgressBar)
         steps = 4 if "max_steps" in more[0] else 6
         assert (bar.train_progress_bar.completed, bar.train_progress_bar.total) == (steps, steps)
+
+
+def test_what_is_logged_has_the_names_that_are_told(manifest: Path, tiny_clip_dir: Path, tmp_path: Path) -> None:
+    arguments = [f"--config={Path(__file__).parents[2] / 'configs' / 'demo_5way1shot.yaml'}"]
+    arguments += [*options(manifest, tiny_clip_dir, tmp_path, *RUN)[1:], "--trainer.log_every_n_steps=1"]
+    logged = run_command(["fit", *arguments, "--model.class_weight=1"]).trainer.callback_metrics
+    assert set(logged) == {f"{stage}/{name}" for stage in ("train", "val") for name in NAMES}
