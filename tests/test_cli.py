@@ -435,6 +435,8 @@ def test_the_progress_bar_ends_where_the_run_does() -> None:
     trainer: Any = SimpleNamespace(is_global_zero=True, global_step=4, accumulate_grad_batches=3)
     bar.setup(trainer, CLIPM2DF, "fit")  # type: ignore[arg-type]
     trainer.max_steps, trainer.num_training_batches = 10, math.inf
-    assert bar.total_train_batches == 30
+    assert bar.total_train_batches == 10  # optimiser steps
     trainer.max_steps, trainer.num_training_batches = -1, 7
-    assert bar.total_train_batches == 7
+    assert bar.total_train_batches == 3
+    trainer.max_steps, trainer.num_training_batches = -1, math.inf
+    assert bar.total_train_batches == math.inf

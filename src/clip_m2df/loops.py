@@ -6,11 +6,30 @@ Reading what the Trainer documents, such as ``global_step`` and ``should_stop``,
 
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch import callbacks
 
 from clip_m2df.errors import UserError
+
+# Lightning's callbacks that do not do their work in a run counted in optimiser steps: why not, and what does instead.
+UNSUITED: dict[type[lightning.Callback], str] = {
+    callbacks.BaseFinetuning: "unfreezes by epochs, and training is a single one; give model.freeze_backbone, or"
+    " model.backbone_lr and model.warmup_steps",
+    callbacks.BatchSizeFinder: "would change data.batch_size, of which data.episodes_per_step is a multiple; try"
+    " values of data.batch_size with trainer.fast_dev_run true",
+    callbacks.GradientAccumulationScheduler: "would change the episodes of a step; give data.episodes_per_step",
+    callbacks.LearningRateFinder: "sets a rate that the model's own schedule overwrites after one step; find it by"
+    " lightning.pytorch.tuner.Tuner.lr_find in Python, or by a sweep, and give model.lr",
+    callbacks.ModelPruning: "prunes by epochs, and training is a single one; prune the trained model by"
+    " torch.nn.utils.prune",
+    callbacks.SpikeDetection: "lists batches to be left out, which a stream of episodes has not; a loss that is not"
+    " finite ends a run in any case",
+    callbacks.StochasticWeightAveraging: "averages by epochs, and training is a single one; take"
+    " lightning.pytorch.callbacks.EMAWeightAveraging or WeightAveraging",
+}
 
 
 def batches_of_step(episodes_per_step: int, batch_size: int, world_size: int) -> int:
@@ -28,12 +47,12 @@ def batches_of_step(episodes_per_step: int, batch_size: int, world_size: int) ->
     return batches
 
 
-def check_goes_on(saved: Mapping[str, int], own: Mapping[str, int], *, most: int) -> None:
+def check_goes_on(saved: Mapping[str, Any], own: Mapping[str, Any], *, most: int) -> None:
     """Refuse to go on with a run that counts otherwise (it would repeat episodes, or cut a step), or is over.
 
     Args:
-        saved: how the run counted, and how far it is.
-        own: how it is to be counted now.
+        saved: how the run counted, how far it is, and what its episodes depend on.
+        own: how it is to be counted now, and what its episodes would depend on.
         most: optimiser steps of the whole run, or a number below 0 for no end.
 
     Raises:
@@ -44,11 +63,35 @@ def check_goes_on(saved: Mapping[str, int], own: Mapping[str, int], *, most: int
         raise no_steps_left(steps, most)
     if saved.get("seed", own["seed"]) != own["seed"]:
         raise UserError(f"the run's episodes are those of seed {saved['seed']}: set data.seed to that")
+    if not saved.get("whole_step", True):
+        raise UserError(
+            "the checkpoint was saved in the middle of an optimiser step, from where a run can't go on: give"
+            " --ckpt_path last, or another that was saved after a whole step"
+        )
     if (episodes, batches) != (own["episodes_per_step"], own["batches_per_step"]):
         raise UserError(
             f"the run made its steps of {episodes} episodes in {batches} batches on each device: set"
             f" data.episodes_per_step to {episodes}, and data.batch_size times the devices to {episodes // batches}"
         )
+    check_same(saved.get("episodes", {}), own["episodes"])
+
+
+def check_same(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Refuse to go on with a run under options that would change its episodes or losses, or which step is its best.
+
+    Args:
+        saved: values by the names of their options, as the run had them; earlier versions saved fewer.
+        own: the values now.
+
+    Raises:
+        UserError: names the first option that differs, and both values.
+    """
+    for name, value in own.items():
+        if name in saved and saved[name] != value:
+            raise UserError(
+                f"{name} is {value!r}, but {saved[name]!r} in the run that is to go on, whose episodes, losses or"
+                f" scores it would change: give {saved[name]!r}, or start anew in another folder without --ckpt_path"
+            )
 
 
 def no_steps_left(steps: int, most: int) -> UserError:
@@ -74,6 +117,7 @@ def count_in_steps(trainer: lightning.Trainer, episodes_per_step: int, batches: 
     Raises:
         UserError: the Trainer was given an option that contradicts, or that an endless stream has no use for.
     """
+    check_callbacks(trainer, batches)
     if trainer.accumulate_grad_batches not in (1, batches):
         raise UserError(
             f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}, but follows from"
@@ -102,6 +146,40 @@ def count_in_steps(trainer: lightning.Trainer, episodes_per_step: int, batches: 
         )
 
 
+def check_callbacks(trainer: lightning.Trainer, batches: int) -> None:
+    """Refuse callbacks of Lightning's that do not do their work in a run counted in optimiser steps.
+
+    Relies on: the options that count epochs or seconds are kept as ``_check_on_train_epoch_end``, ``_every_n_epochs``,
+    ``_train_time_interval`` and ``_interval``; ``Tuner.lr_find``, which makes the optimiser anew afterwards, marks its
+    callback ``_early_exit``.
+
+    Args:
+        trainer: whose callbacks.
+        batches: batches of an optimiser step on each device.
+
+    Raises:
+        UserError: names the callback, and what to do instead.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        why = next((why for kind, why in UNSUITED.items() if isinstance(callback, kind)), None)
+        if isinstance(callback, callbacks.LearningRateFinder) and callback._early_exit:
+            why = None
+        elif isinstance(callback, callbacks.EarlyStopping) and callback._check_on_train_epoch_end:
+            why = "is to look at the end of an epoch, and training is a single one; leave out check_on_train_epoch_end"
+        elif isinstance(callback, callbacks.LearningRateMonitor) and callback.logging_interval == "epoch":
+            why = "is to log by epochs, and training is a single one; give logging_interval step"
+        elif isinstance(callback, callbacks.ModelCheckpoint) and callback._every_n_epochs > 1:
+            why = "is to save by epochs, and training is a single one; give every_n_train_steps"
+        elif isinstance(callback, callbacks.ModelCheckpoint) and callback._train_time_interval and batches > 1:
+            why = "would save in the middle of an optimiser step, by train_time_interval; give every_n_train_steps"
+        elif isinstance(callback, callbacks.Timer) and callback._interval == "epoch":
+            why = "is to look at the end of an epoch, and training is a single one; give interval step"
+        elif isinstance(callback, callbacks.WeightAveraging) and callback.should_update(epoch_idx=0):
+            why = "is to average by epochs, and training is a single one; give update_starting_at_step"
+        if why is not None:
+            raise UserError(f"trainer.callbacks: {type(callback).__name__} {why}")
+
+
 def ends_step(trainer: lightning.Trainer, batch_idx: int) -> bool:
     """Whether a training batch is the last of an optimiser step.
 
@@ -109,6 +187,16 @@ def ends_step(trainer: lightning.Trainer, batch_idx: int) -> bool:
     checkpoint of a whole step, goes on from there.
     """
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+
+
+def between_steps(trainer: lightning.Trainer) -> bool:
+    """Whether what a Trainer would save now is the state after a whole optimiser step.
+
+    Relies on: ``batch_progress.current.processed`` counts the batches that are done, that of ``on_train_batch_end``
+    included.
+    """
+    done: int = vars(trainer.fit_loop.epoch_loop.batch_progress.current)["processed"]
+    return done % trainer.accumulate_grad_batches == 0
 
 
 def logs_step(trainer: lightning.Trainer, batch_idx: int) -> bool:

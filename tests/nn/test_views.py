@@ -1,10 +1,13 @@
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
-from clip_m2df.nn.views import FusionEncoder, GlobalTemporalContext, LocalTemporalContext
+from clip_m2df.nn.views import FusionEncoder, GlobalTemporalContext, LocalTemporalContext, WeightNormConv
 from tests.nn import references
 
 
@@ -83,3 +86,23 @@ def test_global_context_reaches_29_frames_and_warns_beyond() -> None:
     (gradient,) = torch.autograd.grad((out - frames)[0, 0].sum(), frames)
     reached = gradient[0].abs().sum(-1) > 0
     assert reached.tolist() == [False] * 11 + [True] * 29
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dilation", [1, 2, 4])
+def test_the_weight_norm_is_torchs_own_bit_for_bit(dilation: int, dtype: torch.dtype) -> None:
+    def of(make: Callable[[], nn.Module]) -> nn.Module:
+        torch.manual_seed(0)
+        return make().to(dtype)
+
+    expected = of(lambda: weight_norm(nn.Conv1d(8, 8, 3, dilation=dilation)))
+    conv = of(lambda: WeightNormConv(8, 3, dilation))
+    assert [name for name, _ in conv.named_parameters()] == [name for name, _ in expected.named_parameters()]
+    x = torch.randn(4, 8, 20, dtype=dtype)
+    for _ in range(2):  # as initialised, and after a step
+        assert all(torch.equal(w, expected.state_dict()[name]) for name, w in conv.state_dict().items())
+        assert torch.equal(conv(x), expected(x))
+        for module in (conv, expected):
+            module.zero_grad()
+            module(x).square().sum().backward()
+            torch.optim.SGD(module.parameters(), 0.1).step()

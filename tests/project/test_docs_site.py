@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from xml.etree import ElementTree
 
+import lightning
 import pytest
 import yaml
 
@@ -19,7 +20,11 @@ import clip_m2df
 from clip_m2df import CLIPM2DF, EpisodeDataModule
 from clip_m2df.cli import main
 from clip_m2df.commands.configs import shipped_configs
+from clip_m2df.evaluation.metrics import NAMES
 from clip_m2df.nn.baselines import HEADS, head_class
+from clip_m2df.training import wandb_run
+from clip_m2df.training.checkpoints import RunCheckpoint
+from clip_m2df.training.dashboard import Dashboard
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -176,6 +181,37 @@ def test_shipped_configs_and_recipes_are_there() -> None:
     gpu = rows(section("Recipes").partition("`recipes/gpu24gb.yaml`")[2].partition("`recipes/")[0])
     assert gpu["trainer.precision"] == ["`bf16-mixed`"]
     assert gpu["data.n_query"] == ["`2`"]
+
+
+def texts() -> dict[str, str]:
+    """Pages, configs and notebooks, by their names."""
+    files = [ROOT / "README.md", *DOCS.glob("*.md"), *(ROOT / "configs").rglob("*.yaml")]
+    files += (ROOT / "notebooks").glob("*.ipynb")
+    return {str(file.relative_to(ROOT)): file.read_text(encoding="utf-8") for file in files}
+
+
+def test_metrics_have_the_names_under_which_they_are_logged() -> None:
+    logged = {f"{stage}/{name}" for stage in ("train", "val", "test") for name in NAMES}
+    logged |= set(re.findall(r'"(val/\w+)"', inspect.getsource(wandb_run)))  # tables
+    # A page's own loop logs what it likes; what goes on is the name of a file.
+    named = re.compile(r'(?<![\w./*-])(?<!self\.log\(")((?:train|val|test)/[a-z_]+(?:/[a-z_]+)?)(?![\w./*-])')
+    found = {(name, metric) for name, text in texts().items() for metric in named.findall(text)}
+    assert len(found) >= 5
+    assert not {(name, metric) for name, metric in found if metric not in logged}
+
+
+def test_options_that_are_named_exist() -> None:
+    kinds = {"model": CLIPM2DF, "data": EpisodeDataModule, "checkpoint": RunCheckpoint, "dashboard": Dashboard}
+    kinds["trainer"] = lightning.Trainer
+    known = {f"{group}.{option}" for group, kind in kinds.items() for option in inspect.signature(kind).parameters}
+    known |= {
+        f"model.head_options.{option}" for head in HEADS for option in inspect.signature(head_class(head)).parameters
+    }
+    # What other kinds of objects take is their own.
+    named = re.compile(rf"(?:--|`)((?:model\.head_options|{'|'.join(kinds)})\.[a-z_]+)(?![\w(*])")
+    found = {(name, option) for name, text in texts().items() for option in named.findall(text)}
+    assert len(found) > 100
+    assert not {(name, option) for name, option in found if option not in known}
 
 
 # ---------------------------------------------------------------------------------------------------------- method.md

@@ -1,5 +1,6 @@
 """Runs that are ended, killed or can't write: what was saved is there, and what goes on ends as if left alone."""
 
+import csv
 import os
 import shutil
 import signal
@@ -14,10 +15,11 @@ import pytest
 import torch
 
 from benchmarks import soak
+from clip_m2df import CLIPM2DF, EpisodeDataModule
 from clip_m2df.cli import main
 from clip_m2df.errors import Stopped, UserError
 from clip_m2df.training.checkpoints import BEST, FOLDER, LAST, PREVIOUS, RunCheckpointIO, read_checkpoint, read_last
-from tests.conftest import fails, options
+from tests.conftest import fails, options, quiet_trainer
 
 Run = Callable[..., list[str]]
 GoesOn = Callable[..., None]
@@ -239,6 +241,163 @@ def test_the_seeds_of_a_run_stay_what_they_were(run: Run, goes_on: GoesOn, capsy
     said = fails(run("--ckpt_path=last", "--data.seed=1"), capsys)
     assert "the run's episodes are those of seed 0: set data.seed to that" in said
     goes_on("--seed_everything=5")
+
+
+def others(manifest: Path, folder: Path, change: Callable[[dict[str, str]], dict[str, str]]) -> Path:
+    """A manifest of the same videos, each row changed; paths lead to where the videos are."""
+    with manifest.open(newline="", encoding="utf-8") as file:
+        rows = [change(row | {"path": str(manifest.parent / row["path"])}) for row in csv.DictReader(file)]
+    path = folder / "other.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(row for row in rows if row["split"])
+    return path
+
+
+# What changes the episodes or losses of a run, or by what its best is chosen; in which words it is refused.
+CHANGES: dict[str, str] = {
+    "--data.n_way=2": "data.n_way is 2, but 3",
+    "--data.n_shot=2": "data.n_shot is 2, but 1",
+    "--data.train_n_shot=2": "data.train_n_shot is 2, but 1",
+    "--data.n_query=1": "data.n_query is 1, but 2",
+    "--data.n_query_eval=2": "data.n_query_eval is 2, but 1",
+    "--data.val_episodes=5": "data.val_episodes is 5, but 4",
+    "--data.eval_seed=1": "data.eval_seed is 1, but 0",
+    "--data.frames=3": "data.frames is 3, but 2",
+    "--data.resize=40": "data.resize is 40, but 32",
+    "--data.flip=true": "data.flip is True, but False",
+    "--data.train_augmentations=2": "data.train_augmentations is 2, but 0",
+    "--data.seed=1": "the run's episodes are those of seed 0",
+    "--data.episodes_per_step=4": "data.episodes_per_step to 2",
+    "--model.selection=expectation": "model.selection is 'expectation', but 'argmax'",
+    "--model.text_fusion=0.5": "model.text_fusion is 0.5, but 0.0",
+    "--model.lr=0.5": "model.lr is 0.5, but",
+    "--model.match_weight=2": "model.match_weight is 2.0, but 1.0",
+    "--model.head_options.temperature=3": "model.head_options.temperature is 3, but",
+    "--trainer.gradient_clip_val=1": "trainer.gradient_clip_val is 1, but None",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_episodes_or_losses_is_refused_when_a_run_goes_on(
+    run: Run, alone: Path, change: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--model.freeze_backbone=true"] if "augmentations" in change else []
+    said = fails(run("--ckpt_path=last", "--trainer.max_steps=8", change, *more, folder=alone), capsys)
+    assert CHANGES[change] in said
+    assert step_of(alone) == 6
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        (lambda row: row | {"text": "another" if row["label"] == "train class 1" else ""}, "the train split"),
+        (lambda row: row | {"text": "another" if row["label"] == "val class 1" else ""}, "the val split"),
+        (lambda row: row | {"split": "" if row["path"].endswith("train1_3.mp4") else row["split"]}, "15 videos of 4"),
+        (lambda row: row | {"label": "zoo" if row["label"] == "train class 1" else row["label"]}, "the train split"),
+    ],
+)
+def test_other_videos_classes_or_texts_are_refused_when_a_run_goes_on(
+    run: Run, alone: Path, manifest: Path, tmp_path: Path, row: Any, named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [f"--data.manifest={others(manifest, tmp_path, row)}", f"--data.root={manifest.parent}"]
+    said = fails(run("--ckpt_path=last", "--trainer.max_steps=8", *given, folder=alone), capsys)
+    assert named in said
+    assert "split of data.manifest is" in said
+
+
+def test_class_texts_and_a_cache_are_refused_when_a_run_goes_on(
+    run: Run, alone: Path, manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "texts.csv").write_text("label,text\ntrain class 1,another\n")
+    said = fails(run("--ckpt_path=last", f"--data.class_texts={tmp_path / 'texts.csv'}", folder=alone), capsys)
+    assert "the train split of data.manifest is" in said
+    cache = tmp_path / "cache"
+    assert main(["cache", f"--manifest={manifest}", f"--output={cache}", "--short_side=32", "--frames=6"]) == 0
+    said = fails(run("--ckpt_path=last", f"--data.cache={cache}", folder=alone), capsys)
+    assert "data.cache is 'one of short_side 32, frames 6" in said
+
+
+def test_what_changes_no_episode_is_free_when_a_run_goes_on(
+    run: Run, goes_on: GoesOn, manifest: Path, tmp_path: Path
+) -> None:
+    """Workers, the place of the manifest and of its videos, tests, and how it is computed and logged."""
+    assert main(run("--trainer.max_steps=3")) == 0
+    moved = tmp_path / "moved"
+    shutil.copytree(manifest.parent, moved)
+    goes_on(
+        f"--data.manifest={moved / manifest.name}",
+        "--data.num_workers=1",
+        "--data.test_episodes=3",
+        "--data.evaluation=direct",
+        "--data.stuck_after=99",
+        "--model.gradient_checkpointing=true",
+        "--model.bank_memory=1",
+        "--trainer.logger=false",
+        "--trainer.log_every_n_steps=1",
+    )
+
+
+def test_a_manifest_may_lie_elsewhere_than_its_videos_when_a_run_goes_on(
+    run: Run, goes_on: GoesOn, manifest: Path, tmp_path: Path
+) -> None:
+    assert main(run("--trainer.max_steps=3")) == 0
+    (tmp_path / "lists").mkdir()
+    path = others(manifest, tmp_path / "lists", lambda row: row)
+    goes_on(f"--data.manifest={path}", f"--data.root={manifest.parent}")
+
+
+def test_a_finished_run_goes_on_to_more_steps_as_if_it_had_had_them_from_the_start(
+    run: Run, goes_on: GoesOn, tmp_path: Path
+) -> None:
+    for steps in (2, 3, 4):
+        assert main(run(f"--trainer.max_steps={steps}", *(["--ckpt_path=last"] if steps > 2 else []))) == 0
+        assert step_of(tmp_path) == steps
+    goes_on()
+
+
+def test_a_checkpoint_from_within_a_step_is_refused(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Fail(lightning.Callback):
+        """Fails in the second batch of the third step."""
+
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 5:
+                raise UserError("failed on purpose")
+
+    globals()["Fail"] = Fail
+    saving = ["--trainer.callbacks+=lightning.pytorch.callbacks.OnExceptionCheckpoint"]
+    saving += [f"--trainer.callbacks.dirpath={tmp_path / 'failed'}"]
+    assert "on purpose" in fails(run(*saving, f"--trainer.callbacks+={__name__}.Fail"), capsys)
+    said = fails(run(f"--ckpt_path={tmp_path / 'failed' / 'on_exception.ckpt'}", folder=tmp_path / "new"), capsys)
+    assert "was saved in the middle of an optimiser step" in said
+    assert "--ckpt_path last" in said
+
+
+def test_a_checkpoint_of_an_earlier_version_that_says_less_goes_on(run: Run, goes_on: GoesOn, tmp_path: Path) -> None:
+    assert main(run("--trainer.max_steps=4")) == 0
+    path = tmp_path / FOLDER / LAST
+    checkpoint = read_checkpoint(path)
+    del checkpoint["goes_by"]
+    for fact in ("episodes", "whole_step"):
+        del checkpoint["EpisodeDataModule"][fact]
+    torch.save(checkpoint, path)
+    goes_on()
+
+
+def test_in_python_too_a_run_goes_on_with_its_own_options_alone(alone: Path, manifest: Path, tmp_path: Path) -> None:
+    path = alone / FOLDER / LAST
+    source = {"n_way": 3, "n_query": 2, "n_query_eval": 1, "frames": 2, "resize": 32, "size": 32, "val_episodes": 4}
+    data = EpisodeDataModule(str(manifest), batch_size=1, episodes_per_step=2, num_workers=0, **source)  # type: ignore[arg-type]
+    for changed in ({"lr": 0.5}, {"head_options": {"hidden_dim": 32, "num_heads": 4, "smoothing": 0.9}}):
+        model = CLIPM2DF.load_from_checkpoint(path, **changed)
+        with pytest.raises(UserError, match=r"model\.(lr is 0\.5|head_options\.smoothing is 0\.9), but"):
+            quiet_trainer(tmp_path, max_steps=8).fit(model, data, ckpt_path=path)
+    quiet_trainer(tmp_path, max_steps=7, limit_val_batches=0).fit(
+        CLIPM2DF.load_from_checkpoint(path), data, ckpt_path=path
+    )
 
 
 @pytest.mark.slow

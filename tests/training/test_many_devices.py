@@ -12,6 +12,7 @@ import lightning
 import pytest
 import torch
 
+from benchmarks import soak
 from clip_m2df.episode import episode_draws
 from tests.conftest import options, quiet_trainer
 from tests.training.test_evaluation_from_bank import data
@@ -139,3 +140,28 @@ def test_a_signal_to_one_rank_ends_all_after_the_same_step(
     said = run_two(128 + signal.SIGTERM, [[], []], "--data.episodes_per_step=4", *kill)
     assert said.count("stopped by SIGTERM; optimiser step 2 is saved") == 1
     assert step_of(tmp_path / "run") == 2
+
+
+@pytest.mark.slow
+def test_spawned_processes_train_as_others_do(manifest: Path, tiny_clip_dir: Path, tmp_path: Path) -> None:
+    def fit(strategy: str, *more: str, status: int = 0) -> str:
+        own = ["--data.batch_size=1", "--trainer.devices=2", f"--trainer.strategy={strategy}", *more]
+        command = [
+            sys.executable,
+            "-m",
+            "clip_m2df",
+            "fit",
+            *options(manifest, tiny_clip_dir, tmp_path / strategy, *own),
+        ]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+        assert done.returncode == status, done.stderr
+        return done.stderr
+
+    for strategy in ("ddp", "ddp_spawn"):
+        fit(strategy)
+        fit(strategy, "--ckpt_path=last", "--trainer.max_steps=3")
+    assert soak.differences(tmp_path / "ddp", tmp_path / "ddp_spawn") == []
+    said = fit("ddp_spawn", "--ckpt_path=last", "--trainer.max_steps=4", "--data.n_shot=2", status=2)
+    assert "error: data.n_shot is 2, but 1" in said
+    assert "Traceback" not in said

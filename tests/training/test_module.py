@@ -1,5 +1,6 @@
 import copy
 import inspect
+import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -358,3 +359,18 @@ def test_a_head_without_weights_behind_a_frozen_tower_has_nothing_to_train(tiny_
     model = make(tiny_clip_dir, head="otam", freeze_backbone=True)
     with pytest.raises(UserError, match="nothing to train"):
         trainer(tmp_path, max_steps=1).fit(model, UsersData())
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=str)
+def test_models_are_copied_and_pickled_with_their_scores(tiny_clip_dir: Path, head: str, copied: Any) -> None:
+    model = make(tiny_clip_dir, head=head).eval()
+    again = copied(model)
+    assert list(again.state_dict()) == list(model.state_dict())
+    episode = make_episodes(2)
+    with torch.no_grad():
+        expected = model(episode).logits
+        assert torch.equal(again(episode).logits, expected)
+        for weight in again.parameters():  # no memory in common
+            weight.zero_()
+        assert torch.equal(model(episode).logits, expected)

@@ -19,9 +19,11 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.multiprocessing.spawn import ProcessException
 
 from clip_m2df.episodes.datamodule import EpisodeDataModule
 from clip_m2df.episodes.files import write_episodes_file
@@ -110,7 +112,7 @@ class CLI(LightningCLI):
         options = self.config_init[subcommand].trainer
         folder = Path(options.default_root_dir or ".")
         options.callbacks = [*_listed(options.callbacks), RunReport()]
-        if options.enable_progress_bar is not False:
+        if options.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in options.callbacks):
             options.callbacks.append(RunProgressBar())
         options.plugins = _listed(options.plugins)
         if not any(isinstance(plugin, CheckpointIO) for plugin in options.plugins):
@@ -296,7 +298,16 @@ def run(args: Sequence[str], cli: type[CLI] | None = None) -> CLI:
         raise UserError(f"{' '.join(str(error).split())}\n(clip-m2df {args[0]} --help explains the options)") from error
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
+    except ProcessException as error:  # of ddp_spawn, which knows errors as text alone
+        _, ours, said = str(error).rpartition("clip_m2df.errors.UserError: ")
+        if ours:
+            raise UserError(said.strip()) from error
+        raise
+    except ModuleNotFoundError as error:  # of a package that a callback or a logger needs
+        raise UserError(str(error)) from error
     except RuntimeError as error:
+        if "conditioned on metric" in str(error):  # EarlyStopping's, where others may have logged more than is known
+            raise UserError(str(error)) from error
         if re.search(LOST, str(error), re.IGNORECASE):
             raise UserError(f"another process of this run has ended; what it said says why ({error})") from error
         raise

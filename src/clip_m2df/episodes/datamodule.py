@@ -1,6 +1,7 @@
 """EpisodeDataModule: N-way K-shot episodes from the videos of a manifest."""
 
 import dataclasses
+import hashlib
 import importlib.util
 import itertools
 import os
@@ -21,7 +22,8 @@ from clip_m2df.episodes.files import read_episodes_file
 from clip_m2df.episodes.loader import ReadingNow, UnusableVideos, VideoLoader
 from clip_m2df.episodes.plan import EpisodePlan, EpisodeSampler, EpisodeShape, plan_episode, with_outliers
 from clip_m2df.errors import UserError, require
-from clip_m2df.loops import batches_limit, batches_of_step, check_goes_on, count_in_steps
+from clip_m2df.files import relative_path
+from clip_m2df.loops import batches_limit, batches_of_step, between_steps, check_goes_on, count_in_steps
 from clip_m2df.video.frame_cache import FrameCache
 from clip_m2df.video.reader import Decoder
 from clip_m2df.video.transforms import ClipReader
@@ -247,17 +249,57 @@ class EpisodeDataModule(lightning.LightningDataModule):
         split = self.manifest.split("test")
         return split, self._test_plans(split)
 
-    def state_dict(self) -> dict[str, int]:
-        """How a run counts, and how far it is, for its checkpoints."""
+    def state_dict(self) -> dict[str, Any]:
+        """How a run counts, how far it is, and what its episodes depend on, for its checkpoints."""
         return {
             "seed": self.seed,
             "episodes_per_step": self.episodes_per_step,
             "batches_per_step": self.accumulation(self.world_size),
             "steps": self.trainer.global_step if self.trainer else 0,
+            "whole_step": between_steps(self.trainer) if self.trainer else True,
+            "episodes": self._episodes(),
         }
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def _episodes(self) -> dict[str, Any]:
+        """What the episodes of a run depend on, by the names of the options: those of val, and those of training."""
+        depends: dict[str, Any] = {"data.n_way": self.train_shape.n_way}
+        if "val" in self._datasets:
+            depends |= {
+                "data.n_shot": self.eval_shape.n_shot,
+                "data.n_query_eval": self.eval_shape.n_query,
+                "data.val_episodes": self.val_episodes,
+                "data.eval_seed": self.eval_seed,
+                "the val split of data.manifest": self._contents("val"),
+            }
+        if "train" in self._datasets:
+            cache = self.reader.cache
+            depends |= {
+                "data.train_n_shot": self.train_shape.n_shot,
+                "data.n_query": self.train_shape.n_query,
+                **{f"data.{name}": getattr(self.reader, name) for name in ("frames", "resize", "size", "flip")},
+                "data.cache": None if cache is None else f"one of {cache.settings}",
+                "data.train_augmentations": self.train_augmentations,
+                "the train split of data.manifest": self._contents("train"),
+            }
+        return depends
+
+    def _contents(self, name: str) -> str:
+        """A split in words: its size, and a checksum of its classes, their texts and its videos, wherever they are."""
+        assert self.manifest is not None
+        split = self.manifest.split(name)
+        outside = None if self.root is None else os.path.abspath(self.root)
+        state = hashlib.sha256()
+        for label, text, videos in zip(split.class_names, split.class_texts, split.videos, strict=True):
+            paths = (relative_path(video.path, self.manifest.root) for video in videos)
+            cells = [label, text, *(relative_path(p, outside) if os.path.isabs(p) else p for p in paths), ""]
+            state.update("\0".join(cells).encode(errors="surrogateescape"))
+        count = sum(map(len, split.videos))
+        return f"{count} videos of {len(split.class_names)} classes (checksum {state.hexdigest()[:8]})"
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse to go on with a run that counts otherwise (it would repeat episodes, or cut a step), or is over.
+
+        What would change its episodes is refused too, those of val included, by which the best is chosen.
 
         Raises:
             UserError: says what to set.

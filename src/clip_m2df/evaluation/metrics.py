@@ -176,6 +176,8 @@ class Mean(Metric):
 
 SHARES = ("pps_accuracy", "local_accuracy", "global_accuracy", "view_agreement", "local_to_global", "global_to_local")
 LOSSES = ("total", "match", "distill", "class")
+# All that a stage can log, after its own name and a slash; heads without views and losses that are off leave some out.
+NAMES = ("accuracy", "interval", "replaced_videos", *SHARES, *(f"loss/{name}" for name in LOSSES))
 
 
 class StageMetrics(nn.ModuleDict):

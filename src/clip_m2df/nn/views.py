@@ -1,12 +1,12 @@
 """The two views: local and global temporal context, and the multi-modal fusion encoder (paper, section 3.3)."""
 
 import warnings
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import weight_norm
 
 from clip_m2df.errors import UserError
 
@@ -29,6 +29,34 @@ class LocalTemporalContext(nn.Module):
         return rearrange(x, "n d t -> n t d")
 
 
+class WeightNormConv(nn.Module):
+    """A convolution whose weight is ``g · v / ‖v‖``, a norm for each output channel.
+
+    torch's own ``weight_norm`` makes a module that can't be pickled, which processes that are spawned take; the
+    weights have the names that it gives them.
+
+    Args:
+        dim: channels of its input and output.
+        kernel_size: taps.
+        dilation: distance between them.
+    """
+
+    def __init__(self, dim: int, kernel_size: int, dilation: int) -> None:
+        super().__init__()
+        conv = nn.Conv1d(dim, dim, kernel_size)
+        assert conv.bias is not None
+        self.bias = conv.bias
+        g, v = torch.norm_except_dim(conv.weight.detach()), conv.weight.detach()
+        self.parametrizations = nn.ModuleDict({"weight": nn.ParameterDict({"original0": g, "original1": v})})
+        self.dilation = dilation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(videos, dim, frames)`` to ``(videos, dim, frames − (kernel_size − 1) · dilation)``."""
+        norm = cast(nn.ParameterDict, self.parametrizations["weight"])
+        weight = torch._weight_norm(norm["original1"], norm["original0"])
+        return F.conv1d(x, weight, self.bias, dilation=self.dilation)
+
+
 class CausalBlock(nn.Module):
     """A residual block of the temporal convolutional network: frame t sees t and frames before it.
 
@@ -43,8 +71,8 @@ class CausalBlock(nn.Module):
     def __init__(self, dim: int, dilation: int, dropout: float) -> None:
         super().__init__()
         self.padding = (self.kernel_size - 1) * dilation
-        self.conv1 = weight_norm(nn.Conv1d(dim, dim, self.kernel_size, dilation=dilation))
-        self.conv2 = weight_norm(nn.Conv1d(dim, dim, self.kernel_size, dilation=dilation))
+        self.conv1 = WeightNormConv(dim, self.kernel_size, dilation)
+        self.conv2 = WeightNormConv(dim, self.kernel_size, dilation)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """What a run of the command line shows and leaves in its folder: progress, configuration, tables of an evaluation."""
 
+import enum
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,17 +20,27 @@ from clip_m2df.loops import logs_step
 
 
 class RunProgressBar(RichProgressBar):
-    """Counts to the end of the run; Lightning's own takes optimiser steps for batches where there are no epochs."""
+    """Counts a training's optimiser steps to the end of the run; Lightning's own counts batches."""
 
     @property
     def total_train_batches(self) -> int | float:
-        """Batches of the run, those before a resume included."""
-        steps = self.trainer.max_steps
-        batches = steps * self.trainer.accumulate_grad_batches if steps > 0 else float("inf")
-        return min(self.trainer.num_training_batches, batches)
+        """Optimiser steps of the run, those before a resume included."""
+        most = self.trainer.max_steps if self.trainer.max_steps > 0 else math.inf
+        steps = min(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches, most)
+        return steps if math.isinf(steps) else math.ceil(steps)
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Show the optimiser steps that have been made."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.global_step - 1)
 
     def _get_train_description(self, current_epoch: int) -> str:
         return "Training"
+
+
+# What a callback's own default may be, such as that of Timer.
+yaml.SafeDumper.add_multi_representer(enum.Enum, lambda dumper, member: dumper.represent_data(member.value))
 
 
 class RunConfig(SaveConfigCallback):

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
 from clip_m2df import loops
 from clip_m2df.errors import Stopped, UserError, require
@@ -199,8 +200,9 @@ class RunCheckpoint(ModelCheckpoint):
         self._listen(trainer)
         if self._wants_validation(trainer, trainer.global_step):
             loops.validate_now(trainer)
-        if self._one_more:
+        if self._one_more:  # nothing is trained, and no epoch ends
             loops.move_end(trainer, -1)
+            self._save_last(trainer)
         self._training = True
 
     # --------------------------------------------------------------------------------------------- saving
@@ -232,14 +234,20 @@ class RunCheckpoint(ModelCheckpoint):
         """End the run if it is to end: the validation will be made up for."""
         self._end(trainer)
 
+    def check_monitor_top_k(self, trainer: lightning.Trainer, current: Tensor | None = None) -> bool:
+        """Whether this is the best so far; what is not finite on any rank never is."""
+        finite = current is None or bool(current.isfinite())
+        return bool(trainer.strategy.reduce_boolean_decision(finite) and super().check_monitor_top_k(trainer, current))
+
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Save the best checkpoint, if this is it."""
         super().on_validation_end(trainer, pl_module)
         if not trainer.sanity_checking:
             self._validated = trainer.global_step
 
-    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Keep the last step, with what its validation found."""
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Keep the last step, with what its validation found; later, averages may take the place of the weights."""
+        super().on_train_epoch_end(trainer, pl_module)
         if loops.ended_with_step(trainer) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._save_last(trainer)
 

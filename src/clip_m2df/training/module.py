@@ -11,26 +11,27 @@ import lightning
 import numpy as np
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from clip_m2df.clip.backbone import CLIPBackbone
 from clip_m2df.episode import Episode, FeatureEpisode, TableEpisodes, VideoTable
-from clip_m2df.errors import UserError, require
+from clip_m2df.errors import UserError, require, some
 from clip_m2df.evaluation.bank import EpisodeBank, encode_videos
 from clip_m2df.evaluation.evidence import Played
-from clip_m2df.evaluation.metrics import StageMetrics
+from clip_m2df.evaluation.metrics import NAMES, StageMetrics
 from clip_m2df.hub import find_model, push_model, read_model, write_model
-from clip_m2df.loops import episodes_played, logs_step
+from clip_m2df.loops import check_same, ends_step, episodes_played, logs_step
 from clip_m2df.nn.baselines import build_head, head_class, options_of
 from clip_m2df.nn.class_text import class_text_loss, fuse_text
 from clip_m2df.nn.head import HeadOutput
 from clip_m2df.nn.m2df import M2DF
 from clip_m2df.nn.prompts import DEFAULT_TEMPLATE, Selection
-from clip_m2df.nn.weights import check_weights
+from clip_m2df.nn.weights import check_finite, check_weights, not_finite
 from clip_m2df.training.build import saved_options
-from clip_m2df.training.checkpoints import read_checkpoint
+from clip_m2df.training.checkpoints import RunCheckpoint, read_checkpoint
 
 # Options that a person may change from run to run. They stay out of the checkpoint, so that what is asked for wins.
 RUN_OPTIONS = ("selection", "text_fusion", "gradient_checkpointing", "bank_memory", "compile")
@@ -38,6 +39,12 @@ RUN_OPTIONS = ("selection", "text_fusion", "gradient_checkpointing", "bank_memor
 
 # Of each batch, in the sanity check before a training: it is to be quick.
 SANITY_EPISODES = 2
+
+# Optimiser steps in a row that a gradient scaler (16-mixed) may skip because of their loss, before the training ends.
+MOST_SKIPPED = 20
+
+# Where callbacks come from that log no metric which others could monitor.
+LOG_NO_MORE = ("lightning.pytorch.callbacks.", "clip_m2df.")
 
 Batch: TypeAlias = Episode | FeatureEpisode | TableEpisodes
 
@@ -185,6 +192,9 @@ class CLIPM2DF(lightning.LightningModule):
         self.reading: dict[str, int] | None = None
         self.evaluated: Evaluated | None = None
         self._draws_seed: int | None = None
+        # Whether a batch of the optimiser step under way had a loss that is not finite; steps in a row that had.
+        self._broken: Tensor | bool = False
+        self._skipped = 0
         # Of tables of videos: what has been encoded at each stage, and what the evaluation under way is played from.
         self._encoded: dict[str, EncodedTable] = {}
         self._bank: EpisodeBank | None = None
@@ -212,7 +222,9 @@ class CLIPM2DF(lightning.LightningModule):
             # Reading videos draws too: the first step of a run that goes on would not be that of one left alone.
             batch = self._features(batch, "train")
         with self._own_draws(batch_idx):
-            return self._step(batch, "train")[0]
+            loss = self._step(batch, "train")[0]
+        self._broken = self._broken | ~loss.detach().isfinite()  # read at the end of the step: a GPU need not wait
+        return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Played:  # type: ignore[override]
         """Count a batch of validation episodes; what was played is for callbacks."""
@@ -321,12 +333,31 @@ class CLIPM2DF(lightning.LightningModule):
         )
 
     def on_fit_start(self) -> None:
-        """Remember how videos are read: whoever uses the model later has to read theirs in the same way."""
+        """Remember how videos are read: whoever uses the model later has to read theirs in the same way.
+
+        Raises:
+            UserError: a callback waits for a metric that nobody logs.
+        """
+        self._check_monitors()
         reader = getattr(getattr(self.trainer, "datamodule", None), "reader", None)
         frames, resize = getattr(reader, "frames", None), getattr(reader, "resize", None)
         if isinstance(frames, int) and isinstance(resize, int):  # other people's readers may be anything
             self.reading = {"frames": frames, "resize": resize}
         self._encoded.pop("train", None)  # of a training that was interrupted
+        self._broken, self._skipped = False, 0
+
+    def _check_monitors(self) -> None:
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        if type(self) is not CLIPM2DF or not all(type(c).__module__.startswith(LOG_NO_MORE) for c in callbacks):
+            return  # other people's code may log more
+        for callback in callbacks:
+            monitor = getattr(callback, "monitor", None)
+            if not isinstance(monitor, str) or not getattr(callback, "strict", True):
+                continue
+            stage, _, name = monitor.partition("/")
+            if not (stage in ("train", "val") and name in NAMES) and not monitor.startswith("lr-"):
+                who = "checkpoint.monitor" if isinstance(callback, RunCheckpoint) else type(callback).__name__
+                raise UserError(f"{who}: there is no metric {monitor!r}; train/… and val/… have {', '.join(NAMES)}")
 
     def on_train_end(self) -> None:
         """Let the features go."""
@@ -348,6 +379,10 @@ class CLIPM2DF(lightning.LightningModule):
     def _log_metrics(self, stage: str) -> None:
         """Log what has been counted since the last time, and start anew."""
         numbers, confusion = self._metrics_of(stage).take()
+        if stage != "train" and not (loss := numbers["loss/total"]).isfinite():  # the same on all ranks
+            if self.trainer.state.fn == "fit":
+                raise self._diverged("the loss of the validation is")
+            check_finite(loss, f"the {stage} episodes")
         for name, number in numbers.items():
             # Already the sum over all ranks.
             self.log(
@@ -362,7 +397,13 @@ class CLIPM2DF(lightning.LightningModule):
             self._bank = None
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log over whole optimiser steps, as often as the Trainer logs."""
+        """Log over whole optimiser steps, as often as the Trainer logs.
+
+        Raises:
+            UserError: the loss of the step is not finite.
+        """
+        if ends_step(self.trainer, batch_idx):
+            self._check_loss()
         if logs_step(self.trainer, batch_idx):
             self._log_metrics("train")
 
@@ -373,6 +414,24 @@ class CLIPM2DF(lightning.LightningModule):
     def on_test_epoch_end(self) -> None:
         """Log what the test counted."""
         self._log_metrics("test")
+
+    def _check_loss(self) -> None:
+        """End a training whose loss is not finite, on all ranks after the same step."""
+        broken = torch.as_tensor(self._broken, dtype=torch.long, device=self.device)
+        self._skipped = self._skipped + 1 if int(self.trainer.strategy.reduce(broken, reduce_op="max")) else 0
+        self._broken = False
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # skips such a step, and the weights stay
+        if self._skipped > (0 if scaler is None else MOST_SKIPPED):
+            raise self._diverged("the loss is")
+
+    def _diverged(self, what: str) -> UserError:
+        """The error of a training that is not finite any more."""
+        precision = str(self._trainer.precision) if self._trainer else ""
+        other = f", or trainer.precision bf16-mixed in the place of {precision}" if precision.startswith("16") else ""
+        return UserError(
+            f"optimiser step {self.global_step}: {what} not finite (NaN or infinite); what was saved before is kept."
+            f" Start anew in another folder, with a lower model.lr or more model.warmup_steps{other}; or mend the data"
+        )
 
     # --------------------------------------------------------------------------------------- optimiser
 
@@ -407,22 +466,54 @@ class CLIPM2DF(lightning.LightningModule):
     # ------------------------------------------------------------------------------------- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put the towers' description in the place of their name: a checkpoint needs no network and no files."""
+        """Put the towers' description in the place of their name: a checkpoint needs no network and no files.
+
+        Raises:
+            UserError: the weights, or averages of them, are not finite: nothing good is to be written over by them.
+        """
+        for weights in (checkpoint["state_dict"], checkpoint.get("current_model_state", {})):
+            if broken := not_finite(weights):
+                raise self._diverged(f"the weights ({some(broken, 1)}) are")
         description = self.model.backbone.description()
         checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = {**self.hparams, "backbone": description}
         checkpoint["draws_seed"] = self._draws_seed
         checkpoint["reading"] = self.reading
+        if self._trainer is not None:
+            checkpoint["goes_by"] = self._goes_by()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse weights that are not this model's.
 
         Raises:
-            UserError: names the first weights that are missing, unknown or of another shape.
+            UserError: names the first weights that are missing, unknown, of another shape or not finite.
         """
-        check_weights(self, checkpoint["state_dict"], "a checkpoint of this model")
+        path = self._trainer.ckpt_path if self._trainer else None  # others name it themselves
+        for weights in (checkpoint["state_dict"], checkpoint.get("current_model_state")):
+            if weights is not None:
+                check_weights(self, weights, "a checkpoint of this model" + (f", {path}," if path else ""))
         self.reading = checkpoint.get("reading")
-        if self._trainer is not None:  # a run that goes on
+        if self._trainer is not None and self._trainer.state.fn == "fit":  # a run that goes on
             self._draws_seed = checkpoint.get("draws_seed")
+            known = inspect.signature(CLIPM2DF).parameters  # a class derived from it may save more
+            saved = {n: v for n, v in checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY].items() if n in known}
+            saved = saved_options("the checkpoint", saved, CLIPM2DF, head=self.hparams["head"])
+            check_same(_by_name(saved) | checkpoint.get("goes_by", {}), _by_name(self.hparams) | self._goes_by())
+            averages = any(isinstance(c, WeightAveraging) for c in self._trainer.callbacks)  # type: ignore[attr-defined]
+            if "current_model_state" in checkpoint and not averages:
+                raise UserError(
+                    "the run averages its weights: give the callback again by which it did, such as trainer.callbacks"
+                    " EMAWeightAveraging, or the run's own config.yaml"
+                )
+
+    def _goes_by(self) -> dict[str, Any]:
+        """What a training and the choice of its best depend on beside the options that a checkpoint keeps."""
+        algorithm = self.trainer.gradient_clip_algorithm
+        return {
+            "trainer.gradient_clip_val": self.trainer.gradient_clip_val,
+            "trainer.gradient_clip_algorithm": None if algorithm is None else str(algorithm.value),
+            "model.selection": self.model.head.selection,
+            "model.text_fusion": self.text_fusion,
+        }
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, map_location: Any = None, **options: Any) -> Self:  # type: ignore[override]
@@ -568,3 +659,12 @@ class CLIPM2DF(lightning.LightningModule):
             revision=revision,
         )
         return cls._restore(folder, read_model(folder), model_kwargs).eval()
+
+
+def _by_name(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a model by their full names, those of the head one by one; weights tell the backbone."""
+    own = {name: value for name, value in options.items() if name not in ("backbone", "head_options")}
+    known = inspect.signature(head_class(options["head"])).parameters
+    head = {name: parameter.default for name, parameter in known.items()} | (options["head_options"] or {})
+    head = {f"head_options.{name}": value for name, value in head.items() if name not in ("dim", "selection")}
+    return {f"model.{name}": list(v) if isinstance(v, tuple) else v for name, v in (own | head).items()}
