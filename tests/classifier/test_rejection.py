@@ -56,16 +56,17 @@ def at_random(model: CLIPM2DF, shots: Sequence[int], spread: float) -> list[Supp
 def distances_by_loops(model: CLIPM2DF, classes: Sequence[SupportClass]) -> tuple[list[float], list[float]]:
     """Of each example to its own class made anew without it, and to the closest of the others made anew."""
     belongs, strange = [], []
+    least = model.model.head.least_distance(FRAMES)
     for k, own in enumerate(classes):
         for i, example in enumerate(own.features):
             others = [make_class(model, c.label, c.features) for c in classes if c.label != own.label]
             if others:
-                strange.append(min((-ClassScorer(model, others).score(example[None]).logits[0]).tolist()))
+                strange.append(min((-ClassScorer(model, others).score(example[None]).logits[0] - least).tolist()))
             rest = [features for j, features in enumerate(own.features) if j != i]
             if rest:
                 without = list(classes)
                 without[k] = make_class(model, own.label, torch.stack(rest))
-                belongs.append(-float(ClassScorer(model, without).score(example[None]).logits[0, k]))
+                belongs.append(-float(ClassScorer(model, without).score(example[None]).logits[0, k]) - least)
     return belongs, strange
 
 

@@ -49,7 +49,8 @@ def _own_distances(model: CLIPM2DF, classes: Sequence[SupportClass]) -> Tensor |
         if (n := len(own.features)) > 1:
             rest = [own.only(model, [j for j in range(n) if j != i]).prototype for i in range(n)]
             embedded, selected = head.embed_queries(own.features, prompts)
-            found.append(-head.match(embedded, Embedded.stack(rest), selected).logits.diagonal())
+            logits = head.match(embedded, Embedded.stack(rest), selected).logits.diagonal()
+            found.append(-logits - head.least_distance(own.features.shape[-2]))
     return torch.cat(found) if found else None
 
 

@@ -206,12 +206,16 @@ class ClassScorer:
         return self.model.model.head.score(query, self.prompts, self.prototypes)
 
     def label(self, query: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities ``(n, n_way)`` and distances ``(n, n_way)`` of many clips, ``query (n, frames, dim)``."""
+        """Log-probabilities ``(n, n_way)`` and distances ``(n, n_way)`` of many clips, ``query (n, frames, dim)``.
+
+        A distance is 0 for videos whose frames are all the same picture, and grows from there.
+        """
         head, share = self.model.model.head, self.model.text_fusion
+        least = head.least_distance(query.shape[-2])
         scored = []
         for chunk in query.split(QUERIES):
             logits = self.score(chunk).logits
             scores = fuse_text(head, share, logits, chunk, self.prompts)
-            scored.append((scores.float().log_softmax(-1), -logits))
+            scored.append((scores.float().log_softmax(-1), -logits - least))
         log_probabilities, distances = (torch.cat(column) for column in zip(*scored, strict=True))
         return log_probabilities, distances
