@@ -281,16 +281,16 @@ def test_the_least_distance_is_that_of_one_picture_all_the_time(name: str, optio
     for frames in (1, 2, 8):
         picture = 1e3 * torch.ones(1, frames, 8)
         # As the head's own comparison sees it, whatever its encoders make of a video.
-        alike = model.embed(picture, torch.ones(1, 8)).map(lambda kept: torch.full_like(kept, 1e3))
-        selected = model.select_prompts(picture, torch.ones(1, 8))
-        output = model.match(alike, alike, selected)
+        prompt = torch.ones(1, 8)
+        query, prototypes = model.embed(picture, prompt), model.prototypes(picture.unsqueeze(0), prompt)
+        alike = (kept.map(lambda values: torch.full_like(values, 1e3)) for kept in (query, prototypes))
+        output = model.match(*alike, model.select_prompts(picture, prompt))
         least = model.least_distance(frames)
         assert -output.logits.item() == pytest.approx(least, abs=1e-3)
         for view, own in output.views.items():
             assert own.distances.item() == pytest.approx(model.least_distance(frames, view), abs=1e-3)
-        support, query, prompts = episode(frames=frames)
         with torch.no_grad():
-            assert (-model(support, query, prompts).logits >= least).all()
+            assert (-model(*episode(frames=frames)).logits >= least).all()
 
 
 def test_heads_by_name() -> None:
