@@ -109,7 +109,7 @@ def load_weights(
         strict: Refuse weights that the backbone doesn't have.
 
     Raises:
-        UserError: Names those that are missing, unexpected, or of another shape.
+        UserError: Names those that are missing, unexpected, of another shape, or not finite.
     """
     own = backbone.state_dict()
     names = {key: name_of(key) for key in own}
@@ -119,6 +119,8 @@ def load_weights(
             weight = _openai_part(key, name, state[name])
             if weight.shape == own[key].shape:
                 own[key].copy_(weight)  # the very memory of the parameters; float16 becomes float32 here
+                if not own[key].isfinite().all():
+                    problems[name] = "not finite (NaN or infinite)"
             else:
                 problems[name] = f"{tuple(weight.shape)} where {tuple(own[key].shape)} belongs"
         elif not name.endswith("num_batches_tracked"):  # files older than this counter have no use for it either

@@ -1,4 +1,4 @@
-"""Weights from elsewhere: those of the published checkpoints by our names, and a check that weights are a module's."""
+"""Weights from elsewhere: those of the published checkpoints by our names; what weights and scores have to be."""
 
 import re
 from collections.abc import Mapping
@@ -48,7 +48,7 @@ def published_head(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor],
 
 
 def check_weights(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
-    """Refuse weights that are not exactly those of a module.
+    """Refuse weights that are not exactly those of a module, or no finite numbers.
 
     Args:
         module: where they are to go.
@@ -56,7 +56,7 @@ def check_weights(module: nn.Module, state: Mapping[str, Tensor], what: str) -> 
         what: what they should be, for the message.
 
     Raises:
-        UserError: names the first few that are missing, unknown or of another shape.
+        UserError: names the first few that are missing, unknown, of another shape or not finite.
     """
     expected = module.state_dict()
     if missing := [key for key in expected if key not in state]:
@@ -66,3 +66,30 @@ def check_weights(module: nn.Module, state: Mapping[str, Tensor], what: str) -> 
     for key, value in state.items():
         if value.shape != expected[key].shape:
             raise UserError(f"not {what}: {key} is {tuple(value.shape)}, expected {tuple(expected[key].shape)}")
+    if broken := not_finite({key: value.to(expected[key].dtype) for key, value in state.items()}):
+        raise UserError(
+            f"{some(broken)} of {what}: not finite (NaN or infinite); the training that saved them had failed, or the"
+            " file is damaged: give another"
+        )
+
+
+def not_finite(state: Mapping[str, Tensor]) -> list[str]:
+    """The names of the tensors that have a NaN or an infinity in them."""
+    return [key for key, value in state.items() if not value.isfinite().all()]
+
+
+def check_finite(scores: Tensor, what: str) -> None:
+    """Refuse scores that are NaN or infinite, of which the first class would be the best.
+
+    Args:
+        scores: logits or probabilities of any shape.
+        what: whose scores they are, for the message.
+
+    Raises:
+        UserError: they are not finite.
+    """
+    if not scores.isfinite().all():
+        raise UserError(
+            f"the scores of {what} are not finite (NaN or infinite): the model's weights are damaged, or too large for"
+            " the precision; give another checkpoint, or precision 32-true"
+        )
