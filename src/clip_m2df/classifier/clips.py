@@ -15,6 +15,7 @@ from torch import Tensor
 
 from clip_m2df.datasets.tree import VIDEO_EXTENSIONS, scan
 from clip_m2df.errors import UserError, require, some
+from clip_m2df.nn.weights import check_finite
 from clip_m2df.training.module import CLIPM2DF
 from clip_m2df.video.isolation import Unreadable, isolated_map
 from clip_m2df.video.reader import VideoError
@@ -274,8 +275,19 @@ class ClipEncoder:
 
     @torch.no_grad()
     def frames(self, frames: Tensor) -> Tensor:
-        """Features of uint8 frames ``(…, 3, size, size)``: ``(…, dim)``, on the model's device."""
-        return self.model.model.encode_frames(frames.to(self.model.device))
+        """Features of uint8 frames ``(…, 3, size, size)``: ``(…, dim)``, on the model's device.
+
+        Raises:
+            UserError: they are not finite, or all are zero.
+        """
+        features = self.model.model.encode_frames(frames.to(self.model.device))
+        check_finite(features, self.model.source)
+        if not features.any():
+            raise UserError(
+                f"{self.model.source} sees nothing in any clip, all features are zero: its weights are damaged; give"
+                " another checkpoint"
+            )
+        return features
 
 
 def _small(frames: Tensor) -> Tensor:

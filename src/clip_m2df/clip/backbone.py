@@ -111,6 +111,9 @@ class CLIPBackbone(nn.Module):
         elif Path(name).expanduser().is_file():
             backbone = cls.from_openai(name)
         else:
+            known = formats.known_backbone(name)
+            if known not in ("", name) and not Path(name).expanduser().exists():
+                raise UserError(f"there is no backbone {name!r}: give {known!r}, which is the same model")
             backbone = cls.from_pretrained(str(TINY_CLIP) if name == "tiny" else name)
         backbone.source = name
         backbone.freeze_batch_norm = freeze_batch_norm

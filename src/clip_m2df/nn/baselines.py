@@ -112,7 +112,8 @@ class OTAMHead(Baseline):
 
     def least_distance(self, frames: int, view: str = "") -> float:
         """OTAM's distance where no frame costs anything."""
-        return float(otam(torch.zeros(frames, frames), smoothing=self.smoothing, single_direction=self.single_direction))
+        costs = torch.zeros(frames, frames)
+        return float(otam(costs, smoothing=self.smoothing, single_direction=self.single_direction))
 
 
 class ZeroShotHead(Baseline):

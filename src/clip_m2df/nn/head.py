@@ -251,8 +251,8 @@ class Head(nn.Module, Scoring):
     def least_distance(self, frames: int, view: str = "") -> float:
         """Minus the highest logit that there can be, that of videos whose frames are all the same picture.
 
-        What people are shown as a distance counts from here: OTAM's soft minimum, for one, is below 0 for what is alike.
-        0 unless a head says otherwise.
+        What people are shown as a distance counts from here: OTAM's soft minimum, for one, is below 0 for what is
+        alike. 0 unless a head says otherwise.
 
         Args:
             frames: of a video.
