@@ -1,13 +1,14 @@
 """The command ``clip-m2df``. Light to import: what needs torch is imported once a command needs it."""
 
 import argparse
+import difflib
 import inspect
 import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from clip_m2df.__about__ import __version__
 from clip_m2df.errors import Stopped, UserError
@@ -117,7 +118,7 @@ def command_parser(command: str, function: Callable[..., object]) -> argparse.Ar
     texts = {
         param.arg_name: (param.description or "").replace("``", "").replace("%", "%%") for param in docstring.params
     }
-    parser = argparse.ArgumentParser(prog=f"clip-m2df {command}", description=docstring.short_description)
+    parser = _Parser(prog=f"clip-m2df {command}", description=docstring.short_description)
     for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
         if parameter.kind is parameter.VAR_POSITIONAL:
             continue
@@ -129,6 +130,18 @@ def command_parser(command: str, function: Callable[..., object]) -> argparse.Ar
                 settings["help"] += " (default: %(default)s)"
         parser.add_argument(name, **settings)
     return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that says which option or choice may have been meant."""
+
+    def error(self, message: str) -> NoReturn:
+        # "invalid choice: 'otm' (choose from 'otam', …)", "unrecognized arguments: --suport x"
+        choices = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)
+        typed = [choices[1]] if choices else re.findall(r"(?<!\S)--[\w.-]+", message.partition("unrecognized")[2])
+        known = re.findall(r"[\w-]+", choices[2]) if choices else list(self._option_string_actions)
+        near = [match for name in typed for match in difflib.get_close_matches(name, known, n=1)]
+        super().error(message + "".join(f"; did you mean {name}?" for name in near))
 
 
 def _settings(annotation: Any) -> dict[str, Any]:

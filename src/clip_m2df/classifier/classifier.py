@@ -119,6 +119,8 @@ class FewShotClassifier:
         resize: short side of the frames in pixels before the crop; by default as in the model's training, or the crop's
             own size where that is not known.
         threshold: the distance beyond which a clip is none of the classes, in the place of what the examples tell.
+        precision: what the visual tower computes in, ``32-true``, ``bf16-mixed`` or ``16-mixed``; the latter two are
+            faster on a GPU. All else is in float32.
         workers: processes that read files; 0 reads in this one. With workers a script needs its code under
             ``if __name__ == "__main__":``, and a file on which a decoder crashes or hangs costs that file only.
         timeout: seconds after which a file is given up, with workers.
@@ -138,6 +140,7 @@ class FewShotClassifier:
         frames: int | None = None,
         resize: int | None = None,
         threshold: float | None = None,
+        precision: str = "32-true",
         workers: int = 0,
         timeout: float = 60.0,
     ) -> None:
@@ -149,7 +152,9 @@ class FewShotClassifier:
             raise UserError("selection 'sample' draws prompts, so that predictions would not repeat; take 'argmax'")
         self.model = model.eval()
         require(above=-math.inf, below=math.inf, threshold=threshold)
-        self.encoder = ClipEncoder(model, frames=frames, resize=resize, workers=workers, timeout=timeout)
+        self.encoder = ClipEncoder(
+            model, frames=frames, resize=resize, precision=precision, workers=workers, timeout=timeout
+        )
         self.threshold = threshold
         self._classes: dict[str, SupportClass] = {}
         self._scorer: ClassScorer | None = None
@@ -173,6 +178,7 @@ class FewShotClassifier:
         frames: int | None = None,
         resize: int | None = None,
         threshold: float | None = None,
+        precision: str = "32-true",
         workers: int = 0,
         timeout: float = 60.0,
         **options: Any,
@@ -185,6 +191,7 @@ class FewShotClassifier:
             frames: see :class:`FewShotClassifier`.
             resize: the same.
             threshold: the same.
+            precision: the same.
             workers: the same.
             timeout: the same.
             **options: of :class:`clip_m2df.CLIPM2DF`, such as ``selection`` and ``text_fusion``.
@@ -202,8 +209,14 @@ class FewShotClassifier:
             raise UserError(other_model(Path(path)) or missing)
         else:
             model = CLIPM2DF.from_pretrained(path_or_hub_name, **options)
-        reading = {"frames": frames, "resize": resize, "workers": workers}
-        return cls(placed(model, device), threshold=threshold, timeout=timeout, **reading)
+        reading: dict[str, Any] = {
+            "frames": frames,
+            "resize": resize,
+            "precision": precision,
+            "workers": workers,
+            "timeout": timeout,
+        }
+        return cls(placed(model, device), threshold=threshold, **reading)
 
     @property
     def classes_(self) -> NDArray[np.str_]:
@@ -501,6 +514,7 @@ class FewShotClassifier:
         *,
         device: str | None = None,
         threshold: float | None = None,
+        precision: str = "32-true",
         workers: int = 0,
         timeout: float = 60.0,
         **options: Any,
@@ -511,7 +525,8 @@ class FewShotClassifier:
             folder: where it is.
             device: see :meth:`from_checkpoint`.
             threshold: see :class:`FewShotClassifier`; the saved one by default, if one was set.
-            workers: see :class:`FewShotClassifier`.
+            precision: see :class:`FewShotClassifier`.
+            workers: the same.
             timeout: the same.
             **options: of the model, see :meth:`from_checkpoint`; they win over the saved ones.
 
@@ -521,8 +536,8 @@ class FewShotClassifier:
         saved, reading = saving.read_support(Path(folder))
         model = placed(CLIPM2DF.from_pretrained(folder, **(reading.options | options)), device)
         threshold = reading.threshold if threshold is None else threshold
-        known = {"frames": reading.frames, "resize": reading.resize, "threshold": threshold}
-        classifier = cls(model, workers=workers, timeout=timeout, **known)
+        known: dict[str, Any] = {"frames": reading.frames, "resize": reading.resize, "threshold": threshold}
+        classifier = cls(model, precision=precision, workers=workers, timeout=timeout, **known)
         shape = (reading.frames, model.model.backbone.dim)
         if any(tuple(c.features.shape[1:]) != shape or c.thumbnails.shape[1] != reading.frames for c in saved):
             raise UserError(f"the classifier in {folder} is damaged (its features are not of its model): fit it again")

@@ -28,6 +28,8 @@ Clips: TypeAlias = "Clip | Iterable[Clip]"
 
 # Clips that are encoded together.
 TOGETHER = 16
+# What the visual tower computes in, by the names that Lightning has for it.
+PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 # Side of the small frames that are kept of a clip, in pixels.
 SMALL_SIDE = 64
 
@@ -218,6 +220,7 @@ class ClipEncoder:
         model: in eval mode.
         frames: see :class:`clip_m2df.FewShotClassifier`.
         resize: the same.
+        precision: the same.
         workers: the same.
         timeout: the same.
 
@@ -226,7 +229,14 @@ class ClipEncoder:
     """
 
     def __init__(
-        self, model: CLIPM2DF, *, frames: int | None, resize: int | None, workers: int, timeout: float
+        self,
+        model: CLIPM2DF,
+        *,
+        frames: int | None,
+        resize: int | None,
+        precision: str = "32-true",
+        workers: int,
+        timeout: float,
     ) -> None:
         size = model.model.backbone.image_size
         known = model.reading or {"frames": 8, "resize": size}
@@ -239,7 +249,10 @@ class ClipEncoder:
             )
         require(least=0, workers=workers)
         require(above=0, timeout=timeout)
+        if precision not in PRECISIONS:
+            raise UserError(f"precision is {precision!r}: give one of {', '.join(PRECISIONS)}")
         self.model = model
+        self.precision = precision
         self.reader = ClipReader(frames=frames, resize=resize, size=size)
         self.workers = workers
         self.timeout = timeout
@@ -280,7 +293,9 @@ class ClipEncoder:
         Raises:
             UserError: they are not finite, or all are zero.
         """
-        features = self.model.model.encode_frames(frames.to(self.model.device))
+        device, half = self.model.device, PRECISIONS[self.precision]
+        with torch.autocast(device.type, half, enabled=half is not None):
+            features = self.model.model.encode_frames(frames.to(device)).float()
         check_finite(features, self.model.source)
         if not features.any():
             raise UserError(
