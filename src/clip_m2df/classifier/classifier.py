@@ -310,7 +310,9 @@ class FewShotClassifier:
         return self
 
     def _take(self, classes: dict[str, SupportClass]) -> None:
-        self._scorer = ClassScorer(self.model, list(classes.values()))
+        scorer = ClassScorer(self.model, list(classes.values()))
+        scorer.score(next(iter(classes.values())).features[:1])  # refused at once where no number comes of it
+        self._scorer = scorer
         self._classes = classes
         self._told = None
 
