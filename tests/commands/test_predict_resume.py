@@ -276,7 +276,12 @@ def test_segments_that_no_run_writes_are_not_taken_over(
     part.write_text(f"{header}\n{json.dumps(content)}\n")
     asked: list[str] = []
     own = FewShotClassifier.segments
-    monkeypatch.setattr(FewShotClassifier, "segments", lambda *a, **o: asked.append(a[1]) or own(*a, **o))
+
+    def segments(self: FewShotClassifier, video: Any, **options: Any) -> Any:
+        asked.append(video)
+        return own(self, video, **options)
+
+    monkeypatch.setattr(FewShotClassifier, "segments", segments)
     assert main(run) == 0
     assert bool(asked) == bool(kind)
     assert all(float(row["start"]) < float(row["end"]) for row in read_csv(table))

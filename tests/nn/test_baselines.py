@@ -283,8 +283,8 @@ def test_the_least_distance_is_that_of_one_picture_all_the_time(name: str, optio
         # As the head's own comparison sees it, whatever its encoders make of a video.
         prompt = torch.ones(1, 8)
         query, prototypes = model.embed(picture, prompt), model.prototypes(picture.unsqueeze(0), prompt)
-        alike = (kept.map(lambda values: torch.full_like(values, 1e3)) for kept in (query, prototypes))
-        output = model.match(*alike, model.select_prompts(picture, prompt))
+        query, prototypes = (kept.map(lambda values: torch.full_like(values, 1e3)) for kept in (query, prototypes))
+        output = model.match(query, prototypes, model.select_prompts(picture, prompt))
         least = model.least_distance(frames)
         assert -output.logits.item() == pytest.approx(least, abs=1e-3)
         for view, own in output.views.items():
