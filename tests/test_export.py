@@ -194,7 +194,8 @@ def test_the_page_labels_clips_as_the_model_does(page: Page) -> None:
 @pytest.mark.slow
 def test_a_resnet_tower(tmp_path: Path) -> None:
     model = make("tiny", "nearest_prototype")
-    model.model.backbone = CLIPBackbone.from_openai(read_golden("clip_resnet")[1]).train()
+    state = read_golden("clip_resnet")[1]
+    model.model.backbone = CLIPBackbone.from_openai(state, head_width=64, activation="quick_gelu").train()
     assert isinstance(model.model.backbone.visual, ModifiedResNet)
     write_program(tower_program(model, batch=2), tmp_path / "tower", FORMATS)
     assert check_tower(model, tmp_path, 2, seed=7).abs().max() > 1e-2

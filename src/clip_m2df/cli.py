@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import inspect
+import io
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from types import NoneType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from clip_m2df.__about__ import __version__
-from clip_m2df.errors import Stopped, UserError
+from clip_m2df.errors import Stopped, UserError, names_as_data, printable, say
 
 # Each command's function in ``clip_m2df.commands``, and what the list of commands says about it.
 COMMANDS = {
@@ -48,24 +49,40 @@ def main(args: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if args is None else args)
     show_traceback = "--traceback" in args
     try:
-        return _run([arg for arg in args if arg != "--traceback"])
+        with names_as_data():
+            return _run([arg for arg in args if arg != "--traceback"])
     except (UserError, OSError) as error:  # OSError: a folder that can't be written, a full disk
         if show_traceback:
             raise
-        print(f"clip-m2df: error: {_without_traceback(str(error))}", file=sys.stderr)
+        say(f"clip-m2df: error: {_without_traceback(str(error))}", error=True)
         return 2
     except Stopped as stopped:
         if not stopped.silent:
-            print(f"clip-m2df: {stopped}", file=sys.stderr)
+            say(f"clip-m2df: {stopped}", error=True)
         return stopped.status
     except KeyboardInterrupt:
-        print("clip-m2df: interrupted", file=sys.stderr)
+        say("clip-m2df: interrupted", error=True)
         return 130
 
 
 def entry_point() -> None:
     """What the console script calls."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names may have letters that the terminal's encoding lacks
     sys.exit(main())
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse's, whose errors repeat what was typed, and say which option or choice may have been meant."""
+
+    def error(self, message: str) -> NoReturn:
+        # "invalid choice: 'otm' (choose from 'otam', …)", "unrecognized arguments: --suport x"
+        choices = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)
+        typed = [choices[1]] if choices else re.findall(r"(?<!\S)--[\w.-]+", message.partition("unrecognized")[2])
+        known = re.findall(r"[\w-]+", choices[2]) if choices else list(self._option_string_actions)
+        near = [match for name in typed for match in difflib.get_close_matches(name, known, n=1)]
+        super().error(printable(message + "".join(f"; did you mean {name}?" for name in near)))
 
 
 def _run(args: Sequence[str]) -> int:
@@ -87,7 +104,7 @@ def _run(args: Sequence[str]) -> int:
 
 
 def _top_level_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="clip-m2df",
         description="Few-shot action recognition with CLIP-M²DF.",
         epilog=EXAMPLES,
@@ -130,18 +147,6 @@ def command_parser(command: str, function: Callable[..., object]) -> argparse.Ar
                 settings["help"] += " (default: %(default)s)"
         parser.add_argument(name, **settings)
     return parser
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser that says which option or choice may have been meant."""
-
-    def error(self, message: str) -> NoReturn:
-        # "invalid choice: 'otm' (choose from 'otam', …)", "unrecognized arguments: --suport x"
-        choices = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)
-        typed = [choices[1]] if choices else re.findall(r"(?<!\S)--[\w.-]+", message.partition("unrecognized")[2])
-        known = re.findall(r"[\w-]+", choices[2]) if choices else list(self._option_string_actions)
-        near = [match for name in typed for match in difflib.get_close_matches(name, known, n=1)]
-        super().error(message + "".join(f"; did you mean {name}?" for name in near))
 
 
 def _settings(annotation: Any) -> dict[str, Any]:

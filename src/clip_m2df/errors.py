@@ -1,8 +1,18 @@
-"""The one kind of error that a person can mend, and how its messages name things; a run that was asked to end."""
+"""The one kind of error that a person can mend, and how names are printed; a run that was asked to end.
 
+rich is imported where something is drawn, because most commands' errors need none.
+"""
+
+import logging
 import signal
 import sys
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 # Options by the names that they had in earlier versions, and by those of today. What these versions saved is read by
 # this table; a person who gives a former name is told the new one.
@@ -67,6 +77,57 @@ def say(*lines: str, error: bool = False) -> None:
     """
     for line in lines:
         print(printable(line, keep="\n"), file=sys.stderr if error else sys.stdout)
+
+
+def console(*, error: bool = False) -> "Console":
+    """What draws tables and progress bars: no text in them is markup, and names are printed as by :func:`say`.
+
+    Args:
+        error: draw on stderr.
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    class PlainConsole(Console):
+        def render_str(self, text: str, **options: Any) -> Text:  # every cell, title and description goes through it
+            return super().render_str(printable(text), **options)
+
+    return PlainConsole(stderr=error, markup=False, emoji=False, highlight=False)
+
+
+class _PrintableRecord(logging.LogRecord):
+    def getMessage(self) -> str:  # noqa: N802
+        return printable(super().getMessage().expandtabs(), keep="\n")  # tables of the profiler have tabs
+
+
+@contextmanager
+def names_as_data() -> Iterator[None]:
+    """Print warnings in words, and them and log lines of all libraries without obeying what the names in them hold."""
+
+    def in_words(message: Warning | str, *_: Any) -> str:
+        return f"clip-m2df: warning: {printable(str(message), keep=chr(10))}\n"
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        # Only now, as Lightning sets its own when it is imported. What records warnings is not kept from it.
+        warnings.formatwarning = in_words
+        shown(message, category, filename, lineno, file, line)
+
+    formatted, record = warnings.formatwarning, logging.getLogRecordFactory()
+    with warnings.catch_warnings():
+        shown, warnings.showwarning = warnings.showwarning, show
+        logging.setLogRecordFactory(_PrintableRecord)
+        try:
+            yield
+        finally:
+            warnings.formatwarning = formatted
+            logging.setLogRecordFactory(record)
 
 
 def some(names: Iterable[str], most: int = 5) -> str:

@@ -13,11 +13,22 @@ from torch import Tensor, nn
 
 from clip_m2df import CLIPM2DF
 from clip_m2df.clip.backbone import TINY_CLIP, CLIPBackbone
-from clip_m2df.clip.formats import CLIP_MEAN, CLIP_STD, RN50_FILE, RN50_REPOSITORY, STANDARD_TOKENIZER
+from clip_m2df.clip.formats import (
+    CLIP_MEAN,
+    CLIP_STD,
+    RN50_FILE,
+    RN50_REPOSITORY,
+    STANDARD_TOKENIZER,
+    openai_configs,
+    openai_name,
+)
 from clip_m2df.errors import UserError
 from tests.conftest import read_golden, save_tokenizer
 
 State = dict[str, Tensor]
+# What shapes don't tell of the small towers of these tests, and what says it beside a file of them.
+OPENAI: dict[str, Any] = {"head_width": 64, "activation": "quick_gelu"}
+OPEN_CLIP = {"model_cfg": {"quick_gelu": True, "vision_cfg": {"head_width": 64}, "text_cfg": {"heads": 1}}}
 
 
 @pytest.fixture
@@ -65,7 +76,7 @@ def copied(tiny_clip_dir: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("name", ["clip_resnet", "clip_vit"])
 def test_golden(name: str) -> None:
     golden, state = read_golden(name)
-    backbone = CLIPBackbone.from_openai(state)
+    backbone = CLIPBackbone.from_openai(state, **OPENAI)
     seen: list[bool] = []
     if name == "clip_resnet":
         backbone.visual.get_submodule("layer4").register_forward_hook(
@@ -110,7 +121,7 @@ def test_attention_is_sdpa(tiny_clip_dir: Path) -> None:
 
 
 def test_normalise() -> None:
-    backbone = CLIPBackbone.from_openai(read_golden("clip_resnet")[1])
+    backbone = CLIPBackbone.from_openai(read_golden("clip_resnet")[1], **OPENAI)
     images = torch.randint(0, 256, (2, 4, 3, 5, 7), dtype=torch.uint8)
 
     normalised = backbone.normalise(images)
@@ -123,7 +134,7 @@ def test_normalise() -> None:
 
 
 def test_leading_axes_equal_a_loop(state: State) -> None:
-    backbone = CLIPBackbone.from_openai(state)
+    backbone = CLIPBackbone.from_openai(state, **OPENAI)
     images = torch.randn(2, 3, 3, 32, 32)
 
     with torch.no_grad():
@@ -138,7 +149,7 @@ def test_leading_axes_equal_a_loop(state: State) -> None:
 @pytest.mark.parametrize("name", ["clip_resnet", "clip_vit"])
 def test_gradient_checkpointing_computes_twice_and_changes_no_gradient(name: str) -> None:
     golden, state = read_golden(name)
-    plain, checkpointed = CLIPBackbone.from_openai(state), CLIPBackbone.from_openai(state)
+    plain, checkpointed = CLIPBackbone.from_openai(state, **OPENAI), CLIPBackbone.from_openai(state, **OPENAI)
     checkpointed.enable_gradient_checkpointing()
     calls: list[int] = []
     gradients = []
@@ -158,14 +169,14 @@ def test_gradient_checkpointing_computes_twice_and_changes_no_gradient(name: str
 
 
 def test_gradient_checkpointing_would_count_a_moving_batch_norm_twice() -> None:
-    backbone = CLIPBackbone.from_openai(read_golden("clip_resnet")[1])
+    backbone = CLIPBackbone.from_openai(read_golden("clip_resnet")[1], **OPENAI)
     backbone.freeze_batch_norm = False
     with pytest.raises(UserError, match="set freeze_batch_norm, or leave gradient_checkpointing out"):
         backbone.enable_gradient_checkpointing()
 
 
 def test_images_of_another_kind_are_refused(state: State) -> None:
-    backbone = CLIPBackbone.from_openai(state)
+    backbone = CLIPBackbone.from_openai(state, **OPENAI)
     with pytest.raises(UserError, match=r"takes images of \(3, 32, 32\), not \(3, 48, 32\)"):
         backbone.encode_frames(torch.zeros(2, 3, 48, 32))
     with pytest.raises(UserError, match="call normalise first"):
@@ -181,7 +192,7 @@ def batch_norms(backbone: CLIPBackbone) -> list[nn.BatchNorm2d]:
 
 def test_batch_norm_moves_only_with_its_switch_off() -> None:
     golden, state = read_golden("clip_resnet")
-    backbone = CLIPBackbone.from_openai(state)
+    backbone = CLIPBackbone.from_openai(state, **OPENAI)
     before = batch_norms(backbone)[0].running_mean
     assert before is not None
     before = before.clone()
@@ -237,7 +248,7 @@ def test_padding_is_never_read(tiny_clip_dir: Path) -> None:
 def test_the_standard_tokenizer_is_fetched_when_a_text_comes(
     state: State, hub: Callable[[str, Path], None], golden_tokenizer: Path
 ) -> None:
-    backbone = CLIPBackbone.from_openai(state)
+    backbone = CLIPBackbone.from_openai(state, **OPENAI)
     assert backbone.description()["tokenizer"] is None
     with pytest.raises(UserError, match=r"the tokenizer of 'openai/clip-vit-base-patch32' are not on this machine"):
         backbone.tokenize(["a cat"])
@@ -250,9 +261,10 @@ def test_the_standard_tokenizer_is_fetched_when_a_text_comes(
 def test_a_tokenizer_can_be_given_or_lie_beside_the_weights(
     state: State, golden_tokenizer: Path, tmp_path: Path
 ) -> None:
-    given = CLIPBackbone.from_openai(state, tokenizer=str(golden_tokenizer))
+    given = CLIPBackbone.from_openai(state, tokenizer=str(golden_tokenizer), **OPENAI)
     folder = Path(shutil.copytree(golden_tokenizer, tmp_path / "beside"))
     save_file(state, folder / "clip.safetensors")
+    (folder / "open_clip_config.json").write_text(json.dumps(OPEN_CLIP))
     beside = CLIPBackbone.load(str(folder / "clip.safetensors"))
     assert torch.equal(given.tokenize(["a cat"]), beside.tokenize(["a cat"]))
 
@@ -269,7 +281,7 @@ def test_a_tokenizer_of_vocabulary_and_merges(copied: Path) -> None:
 
 def test_a_wrong_tokenizer_is_refused(state: State, tiny_clip_dir: Path, copied: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has 515 tokens and the text tower 120"):
-        CLIPBackbone.from_openai(state, tokenizer=str(tiny_clip_dir))
+        CLIPBackbone.from_openai(state, tokenizer=str(tiny_clip_dir), **OPENAI)
 
     config = json.loads((copied / "config.json").read_text())
     config["text_config"]["eos_token_id"] = 7
@@ -278,7 +290,7 @@ def test_a_wrong_tokenizer_is_refused(state: State, tiny_clip_dir: Path, copied:
         CLIPBackbone.from_pretrained(str(copied))
 
     with pytest.raises(UserError, match=r"has no tokenizer: neither tokenizer\.json"):
-        CLIPBackbone.from_openai(state, tokenizer=str(tmp_path))
+        CLIPBackbone.from_openai(state, tokenizer=str(tmp_path), **OPENAI)
 
 
 def test_the_tokenizer_of_two_tokens_is_refused(copied: Path) -> None:
@@ -294,7 +306,200 @@ def test_the_tokenizer_of_two_tokens_is_refused(copied: Path) -> None:
         CLIPBackbone.from_pretrained(str(copied))
 
 
+def test_a_tokenizers_configuration_leads_nowhere(copied: Path, tmp_path: Path) -> None:
+    expected = CLIPBackbone.load(str(copied)).tokenize(["a cat, café"])
+    other = json.loads((copied / "tokenizer.json").read_text())
+    other["normalizer"], other["pre_tokenizer"] = {"type": "Prepend", "prepend": "c"}, None
+    (tmp_path / "elsewhere").mkdir()
+    outside = tmp_path / "elsewhere" / "tokenizer.4.0.0.json"
+    outside.write_text(json.dumps(other))
+    for settings in (
+        {"fast_tokenizer_files": ["tokenizer.json", "../elsewhere/tokenizer.4.0.0.json"]},
+        {"fast_tokenizer_files": [str(outside)]},
+        *({name: str(outside)} for name in ("tokenizer_file", "vocab_file", "merges_file", "added_tokens_file")),
+        {"tokenizer_file": "../elsewhere/tokenizer.4.0.0.json", "name_or_path": "../elsewhere"},
+        {"auto_map": {"AutoTokenizer": ["code.Evil", None]}, "tokenizer_class": "Evil"},
+        {"added_tokens_decoder": {"3": {"content": "zzz"}}},
+    ):
+        (copied / "tokenizer_config.json").write_text(json.dumps(settings))
+        assert torch.equal(CLIPBackbone.load(str(copied)).tokenize(["a cat, café"]), expected)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"])
+def test_no_link_leads_out_of_a_tokenizers_folder(name: str, copied: Path, tmp_path: Path) -> None:
+    model = json.loads((copied / "tokenizer.json").read_text())["model"]
+    (copied / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (copied / "merges.txt").write_text("#version: 0.2\nc a\n")
+    if name not in ("tokenizer.json", "tokenizer_config.json"):
+        (copied / "tokenizer.json").unlink()
+    expected = CLIPBackbone.load(str(copied)).tokenize(["a cat"])
+    moved = (copied / name).rename(tmp_path / "moved")
+    (copied / name).symlink_to(moved)
+    with pytest.raises(UserError, match=f"{name} is a link to .*moved: copy the file into the folder"):
+        CLIPBackbone.load(str(copied))
+    moved.rename(copied / "moved")
+    (copied / name).unlink()
+    (copied / name).symlink_to("moved")  # within the folder
+    assert torch.equal(CLIPBackbone.load(str(copied)).tokenize(["a cat"]), expected)
+    # The hub's cache is made of links.
+    cache = tmp_path / "models--a--b"
+    (cache / "blobs").mkdir(parents=True)
+    home = Path(shutil.copytree(copied, cache / "snapshots" / "0", symlinks=True))
+    (home / name).unlink()
+    (home / "moved").rename(cache / "blobs" / "1")
+    (home / name).symlink_to("../../blobs/1")
+    assert torch.equal(CLIPBackbone.load(str(home)).tokenize(["a cat"]), expected)
+
+
+EXPLODING = {"type": "Split", "pattern": {"Regex": "(a+)+(a+)+(a+)+(a+)+$"}, "behavior": "Isolated", "invert": False}
+
+
+def test_a_pattern_that_explodes_is_not_run_or_an_error(copied: Path) -> None:
+    text = "a" * 40 + "b"
+    backbone = CLIPBackbone.load(str(copied))
+    expected = backbone.tokenize([text])
+    content = json.loads((copied / "tokenizer.json").read_text())
+    for part in ({"pre_tokenizer": EXPLODING}, {"normalizer": {**EXPLODING, "type": "Replace", "content": ""}}):
+        (copied / "tokenizer.json").write_text(json.dumps(content | part))
+        assert torch.equal(CLIPBackbone.load(str(copied)).tokenize([text]), expected)
+    description = backbone.description()
+    saved = json.loads(description["tokenizer"]) | {"pre_tokenizer": EXPLODING}
+    with pytest.raises(UserError, match=r"the tokenizer of .* fails at a text"):
+        CLIPBackbone.from_description(description | {"tokenizer": json.dumps(saved)}).tokenize([text])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"model": None},
+        {"model": []},
+        {"model": {"vocab": [], "merges": []}},
+        {"model": {"vocab": {"a": "b"}, "merges": []}},
+        {"model": {"vocab": {"a": -1}, "merges": []}},
+        {"model": {"vocab": {"a": 1 << 40}, "merges": []}},
+        {"model": {"vocab": {"a": 0.5}, "merges": []}},
+        {"model": {"vocab": {"a": 0}, "merges": [["a", "b", "c"]]}},
+        {"model": {"vocab": {"a": 0}, "merges": [1]}},
+        {"model": {"vocab": {"a": 0}, "merges": [["x", "y"]]}},
+        {"model": {"vocab": {"a": 0}, "merges": {"a": 1}}},
+        {"added_tokens": [{}]},
+        {"added_tokens": [{"id": "x", "content": "a"}]},
+        {"added_tokens": [{"id": 7, "content": "new"}]},
+        {"added_tokens": [{"id": 7, "content": 3}]},
+        {"added_tokens": {"a": 1}},
+        {"added_tokens": 3},
+    ],
+)
+def test_forged_tokenizers_are_refused(damage: dict[str, Any], copied: Path) -> None:
+    content = json.loads((copied / "tokenizer.json").read_text())
+    (copied / "tokenizer.json").write_text(json.dumps(content | damage))
+    with pytest.raises(UserError, match=r"the tokenizer (in|of) .* (can't be read|has)"):
+        CLIPBackbone.load(str(copied))
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, '{"a":' * 200_000, "\udcff", "null", "3", "NaN", '{"bos_token": 3}'])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_tokenizer_files_that_are_no_tables_are_refused(name: str, text: str, copied: Path) -> None:
+    (copied / name).write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match=r"the tokenizer in .* can't be read|is not UTF-8"):
+        CLIPBackbone.load(str(copied))
+
+
+def test_a_saved_tokenizer_pads_no_further_than_its_tower(copied: Path) -> None:
+    backbone = CLIPBackbone.load(str(copied))
+    description = backbone.description()
+    saved = json.loads(description["tokenizer"])
+    saved["padding"]["strategy"] = {"Fixed": 1 << 40}
+    saved["truncation"]["max_length"] = 1 << 40
+    again = CLIPBackbone.from_description(description | {"tokenizer": json.dumps(saved)})
+    assert torch.equal(again.tokenize(["a cat" * 50]), backbone.tokenize(["a cat" * 50]))
+
+
 # OpenAI's files
+
+
+def in_openai_layout(model: nn.Module) -> State:
+    """The weights of a visual tower of transformers', by OpenAI's names."""
+    stacked: dict[str, list[Tensor]] = {}
+    state = model.state_dict()
+    for key in sorted(state, key=lambda key: [f".{n}_proj" in key for n in "vkq"]):
+        name = openai_name(key)
+        stacked.setdefault(name, []).append(state[key].T if name == "visual.proj" else state[key])
+    return {name: torch.cat(parts).contiguous() for name, parts in stacked.items()}
+
+
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+@pytest.mark.parametrize(("width", "head_width"), [(128, 64), (160, 80), (176, 88), (208, 104), (128, 32)])
+def test_heads_and_activation_are_told_or_refused(width: int, head_width: int, activation: Any, tmp_path: Path) -> None:
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2, "projection_dim": 48}
+    heads = {"num_attention_heads": width // head_width, "hidden_act": activation}
+    torch.manual_seed(0)
+    model = CLIPVisionModelWithProjection(CLIPVisionConfig(**sizes, **heads, image_size=32, patch_size=8)).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:  # as large as trained ones, so that an activation matters
+            nn.init.normal_(parameter, std=2 / parameter[0].numel() ** 0.5)
+    images, state, file = torch.randn(2, 3, 32, 32), in_openai_layout(model), tmp_path / "clip.safetensors"
+    save_file(state, file)
+    told = "have the shapes of none of OpenAI's models, and don't tell their heads' width and activation"
+    for refused in (lambda: CLIPBackbone.from_openai(state), lambda: CLIPBackbone.load(str(file))):
+        with pytest.raises(UserError, match=told):
+            refused()
+    for incomplete in ({"head_width": head_width}, {"activation": activation}):
+        with pytest.raises(UserError, match=told):
+            CLIPBackbone.from_openai(state, **incomplete)
+
+    vision = {"width": width, "layers": 2, "head_width": head_width, "patch_size": 8, "image_size": 32}
+    cfg = {"embed_dim": 48, "quick_gelu": activation == "quick_gelu", "vision_cfg": vision, "text_cfg": {}}
+    (tmp_path / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": cfg, "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.5, 0.5]}})
+    )
+    given, configured = (
+        CLIPBackbone.from_openai(state, head_width=head_width, activation=activation),
+        CLIPBackbone.load(str(file)),
+    )
+    with torch.no_grad():
+        expected = model(images).image_embeds
+        for backbone in (given, configured, CLIPBackbone.from_description(configured.description())):
+            if backbone is not given and backbone is not configured:
+                backbone.load_state_dict(configured.state_dict())
+            torch.testing.assert_close(backbone.encode_frames(images), expected, rtol=1e-4, atol=1e-4)
+    assert configured.std.flatten().tolist() == [0.25, 0.5, 0.5]
+
+    for change, message in (
+        ({"vision_cfg": vision | {"layers": 3}}, "is another model's"),
+        ({"embed_dim": 512}, "is another model's"),
+        ({"vision_cfg": vision | {"head_width": 0}}, "head_width is 0"),
+        ({"vision_cfg": vision | {"head_width": "x"}}, "head_width is 'x'"),
+        ({"vision_cfg": vision | {"head_width": 7}}, "heads of 7 channels: the width"),
+        ({"vision_cfg": vision | {"timm_model_name": "vit"}}, "its vision_cfg has timm_model_name, unknown here"),
+        ({"text_cfg": {"hf_model_name": "roberta"}}, "its text_cfg has hf_model_name, unknown here"),
+        ({"vision_cfg": None}, "has no model_cfg with vision_cfg"),
+    ):
+        (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": cfg | change}))
+        with pytest.raises(UserError, match=message):
+            CLIPBackbone.load(str(file))
+
+
+@pytest.mark.parametrize(
+    ("width", "layers", "patch", "dim"), [(768, 12, 32, 512), (768, 12, 16, 512), (1024, 24, 14, 768)]
+)
+def test_openais_own_vits_are_known_by_their_shapes(width: int, layers: int, patch: int, dim: int) -> None:
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, device="meta")
+
+    state = {
+        "visual.conv1.weight": empty(width, 3, patch, patch),
+        "visual.proj": empty(width, dim),
+        "visual.positional_embedding": empty((224 // patch) ** 2 + 1, width),
+        **{f"visual.transformer.resblocks.{n}.mlp.c_fc.weight": empty(4 * width, width) for n in range(layers)},
+    }
+    config, _ = openai_configs(state, "it")
+    assert (config["num_attention_heads"], config["hidden_act"]) == (width // 64, "quick_gelu")
+    assert (config["image_size"], config["num_hidden_layers"]) == (224, layers)
+    with pytest.raises(UserError, match="of none of OpenAI's models"):
+        openai_configs(state | {"visual.proj": empty(width, dim + 1)}, "it")
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".bin"])
@@ -309,11 +514,12 @@ def test_files_in_openais_layout(suffix: str, dtype: torch.dtype, state: State, 
     else:
         torch.save(stored, file)
     images = torch.randn(2, 3, 32, 32)
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(OPEN_CLIP))
 
     backbone = CLIPBackbone.load(str(file))
 
     assert {parameter.dtype for parameter in backbone.parameters()} == {torch.float32}
-    expected = CLIPBackbone.from_openai({key: weight.to(dtype).float() for key, weight in state.items()})
+    expected = CLIPBackbone.from_openai({key: weight.to(dtype).float() for key, weight in state.items()}, **OPENAI)
     with torch.no_grad():
         assert torch.equal(backbone.encode_frames(images), expected.encode_frames(images))
     assert backbone.source == str(file)
@@ -323,7 +529,7 @@ def test_files_in_openais_layout(suffix: str, dtype: torch.dtype, state: State, 
 def test_the_text_tower_may_be_absent(name: str, golden_tokenizer: Path) -> None:
     golden, state = read_golden(name)
     visual = {key: weight for key, weight in state.items() if key.startswith("visual.")}
-    backbone = CLIPBackbone.from_openai(visual, tokenizer=str(golden_tokenizer))
+    backbone = CLIPBackbone.from_openai(visual, tokenizer=str(golden_tokenizer), **OPENAI)
 
     assert backbone.text is None
     with torch.no_grad():
@@ -344,7 +550,7 @@ def test_batch_norm_counters_may_be_absent() -> None:
         if key.endswith("num_batches_tracked"):
             del state[key]
     with torch.no_grad():
-        features = CLIPBackbone.from_openai(state).encode_frames(golden["image"])
+        features = CLIPBackbone.from_openai(state, **OPENAI).encode_frames(golden["image"])
     torch.testing.assert_close(features, golden["image_features"], rtol=1e-4, atol=1e-4)
 
 
@@ -368,7 +574,7 @@ def test_other_layouts_are_refused(state: State) -> None:
         changed = dict(state)
         change(changed)
         with pytest.raises(UserError, match=message):
-            CLIPBackbone.from_openai(changed)
+            CLIPBackbone.from_openai(changed, **OPENAI)
 
 
 def test_a_file_in_transformers_layout_says_so(tiny_clip_dir: Path) -> None:
@@ -459,7 +665,7 @@ def test_the_network_is_asked_after_the_cache(tiny_clip_dir: Path, monkeypatch: 
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     CLIPBackbone.load("somebody/clip")
-    assert asked == [True, True, False]
+    assert asked == [True, True, True, True, False]
 
 
 def test_tiny_names_the_packaged_folder() -> None:
@@ -496,7 +702,13 @@ def test_folders_that_are_no_clip_are_refused(copied: Path) -> None:
         ("config.json", "[" * 100_000, r"config\.json is damaged"),
         ("preprocessor_config.json", '{"image_mean": 3}', "the preprocessing in .* can't be used"),
         ("preprocessor_config.json", '{"image_mean": [1, 2]}', "the towers of .* can't be built"),
-        ("preprocessor_config.json", '{"image_std": ["a", "b", "c"]}', "the towers of .* can't be built"),
+        ("preprocessor_config.json", '{"image_std": ["a", "b", "c"]}', "the preprocessing in .* can't be used"),
+        ("preprocessor_config.json", '{"image_std": [0, 0, 0]}', r"can't be built: .* image_std \[0\.0, 0"),
+        ("preprocessor_config.json", '{"image_std": [1, -1, 1]}', "std above 0"),
+        ("preprocessor_config.json", '{"image_mean": [NaN, 0, 0]}', "have to be finite"),
+        ("preprocessor_config.json", '{"image_mean": null}', "the preprocessing in .* can't be used"),
+        ("preprocessor_config.json", '{"rescale_factor": 0}', "the preprocessing in .* can't be used"),
+        ("preprocessor_config.json", '{"rescale_factor": "x"}', "the preprocessing in .* can't be used"),
         ("processor_config.json", '{"image_processor": []}', "the preprocessing in .* can't be used"),
         ("tokenizer.json", "{}", "the tokenizer in .* can't be read"),
         ("tokenizer.json", "{", "the tokenizer in .* can't be read"),
@@ -558,6 +770,102 @@ def test_a_folder_may_have_its_own_mean_and_std(nested: bool, copied: Path) -> N
     assert torch.equal(again.normalise(torch.ones(3, 2, 2)), backbone.normalise(torch.ones(3, 2, 2)))
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"do_normalize": False},
+        {"do_rescale": False, "image_mean": [123.675, 116.28, 103.53], "image_std": [58.4, 57.1, 57.4]},
+        {"do_rescale": False, "do_normalize": False},
+        {"rescale_factor": 1 / 127.5, "image_mean": [1.0] * 3, "image_std": [0.5] * 3},
+    ],
+)
+def test_pixels_become_what_transformers_makes_of_them(values: dict[str, Any], copied: Path) -> None:
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    (copied / "preprocessor_config.json").write_text(json.dumps(values))
+    backbone = CLIPBackbone.from_pretrained(str(copied))
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    processor = CLIPImageProcessorPil(**values, do_resize=False, do_center_crop=False)
+    expected = processor(list(images.numpy()), return_tensors="pt", input_data_format="channels_first")["pixel_values"]
+    torch.testing.assert_close(backbone.normalise(images), expected.float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["model_epoch1", "model_ema", "model.old", "model-best", "weights"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_stray_weights_are_no_models(name: str, suffix: str, copied: Path) -> None:
+    expected = CLIPBackbone.load(str(copied)).state_dict()
+    weights = {key: torch.zeros_like(weight) for key, weight in load_file(copied / "model.safetensors").items()}
+    stray = copied / f"{'pytorch_' * (suffix == '.bin')}{name}{suffix}"
+    save_file(weights, stray) if suffix == ".safetensors" else torch.save(weights, stray)
+    state = CLIPBackbone.load(str(copied)).state_dict()
+    assert all(torch.equal(state[key], weight) for key, weight in expected.items())
+    (copied / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=f"has no weights: .*; rename the one to be taken, of {stray.name}"):
+        CLIPBackbone.load(str(copied))
+
+
+@pytest.mark.parametrize("index", [False, True])
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_shards_are_whole_or_refused(index: bool, suffix: str, copied: Path) -> None:
+    def save(weights: State, file: Path) -> None:
+        save_file(weights, file) if suffix == ".safetensors" else torch.save(weights, file)
+
+    expected = CLIPBackbone.load(str(copied)).state_dict()
+    weights = load_file(copied / "model.safetensors")
+    (copied / "model.safetensors").unlink()
+    stem = "model" if suffix == ".safetensors" else "pytorch_model"
+    files = [f"{stem}-0000{n}-of-00003{suffix}" for n in (1, 2, 3)]
+    for n, file in enumerate(files):
+        save(dict(list(weights.items())[n::3]), copied / file)
+    save({key: torch.zeros_like(weight) for key, weight in weights.items()}, copied / f"{stem}_ema{suffix}")
+    listed = {key: files[n % 3] for n, key in enumerate(weights)}
+    if index:
+        (copied / f"{stem}{suffix}.index.json").write_text(json.dumps({"weight_map": listed}))
+    state = CLIPBackbone.load(str(copied)).state_dict()
+    assert all(torch.equal(state[key], weight) for key, weight in expected.items())
+    (copied / files[1]).unlink()
+    with pytest.raises(UserError, match=f"lacks {files[1]} of its weights"):
+        CLIPBackbone.load(str(copied))
+    if index:
+        for damaged, message in (
+            ("{}", "no weight_map"),
+            ('{"weight_map": ["a"]}', "no weight_map"),
+            ('{"weight_map": {"a": 1}}', "no weight_map"),
+            ('{"weight_map": {"a": "../x.safetensors"}}', r"leads out of its folder, to \.\./x"),
+            ('{"weight_map": {"a": "/x.safetensors"}}', "leads out of its folder, to /x"),
+            ("{", "is damaged"),
+        ):
+            (copied / f"{stem}{suffix}.index.json").write_text(damaged)
+            with pytest.raises(UserError, match=message):
+                CLIPBackbone.load(str(copied))
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"])
+def test_an_adapter_beside_the_weights_is_named(name: str, copied: Path) -> None:
+    (copied / name).write_text("{}")
+    with pytest.raises(UserError, match=f"has an adapter, {name}, which is not applied here: merge it"):
+        CLIPBackbone.load(str(copied))
+
+
+def test_weights_that_a_tower_does_not_have_and_that_are_not_finite_are_named(copied: Path) -> None:
+    weights = load_file(copied / "model.safetensors")
+    query = "vision_model.encoder.layers.0.self_attn.q_proj"
+    for more, message in (
+        ({f"{query}.lora_A.weight": torch.ones(2, 64)}, rf"{query}\.lora_A\.weight is unexpected"),
+        ({f"{query}.weight": torch.full((64, 64), torch.nan)}, rf"{query}\.weight is not finite"),
+        ({"text_projection.extra": torch.ones(1)}, r"text_projection\.extra is unexpected"),
+    ):
+        save_file(weights | more, copied / "model.safetensors")
+        with pytest.raises(UserError, match=message):
+            CLIPBackbone.load(str(copied))
+    # What lies outside of the towers, and what older versions stored, is no matter.
+    save_file(
+        weights | {"classifier.weight": torch.ones(1), "logit_scale": torch.ones(1)}, copied / "model.safetensors"
+    )
+    CLIPBackbone.load(str(copied))
+
+
 # The description
 
 
@@ -570,7 +878,7 @@ def test_a_description_and_a_state_dict_make_the_same_backbone(
     else:
         state = read_golden(kind)[1]
         tokenizer = shutil.copytree(golden_tokenizer, copied, dirs_exist_ok=True)
-        backbone = CLIPBackbone.from_openai(state, tokenizer=str(tokenizer), freeze_batch_norm=False)
+        backbone = CLIPBackbone.from_openai(state, tokenizer=str(tokenizer), freeze_batch_norm=False, **OPENAI)
     torch.save({"description": backbone.description(), "weights": backbone.state_dict()}, tmp_path / "checkpoint")
 
     shutil.rmtree(copied)  # neither files nor a network are needed
@@ -590,7 +898,7 @@ def test_a_description_and_a_state_dict_make_the_same_backbone(
 
 
 def test_a_description_without_tokenizer_says_so(state: State, hub: Callable[[str, Path], None]) -> None:
-    again = CLIPBackbone.from_description(CLIPBackbone.from_openai(state).description())
+    again = CLIPBackbone.from_description(CLIPBackbone.from_openai(state, **OPENAI).description())
     with pytest.raises(UserError, match="was saved without its tokenizer"):
         again.tokenize(["a cat"])
 

@@ -269,7 +269,7 @@ def test_what_is_not_a_number_is_borne_with() -> None:
 def test_names_take_little_room_and_hold_no_equations() -> None:
     long = "a sentence about everything that can be seen in a video"
     names = ["a cat", long, "打篮球", "café → $x^2$ and $y$", "two\nlines"]
-    shown = ["a cat", f"{long[:47]}…", r"\u6253\u7bee\u7403", "café → $x^2$ and $y$", r"two\u000alines"]
+    shown = ["a cat", f"{long[:47]}…", r"\u6253\u7bee\u7403", "café → $x^2$ and $y$", r"two\nlines"]
     hard = episode()._replace(class_names=names[1:4])
     confusion = torch.eye(5, dtype=torch.long)
     for figure in (

@@ -337,6 +337,7 @@ def test_what_is_frozen_is_in_eval_mode_from_the_start(
     tiny_clip_dir: Path, tmp_path: Path, freeze_backbone: bool, freeze_batch_norm: bool
 ) -> None:
     torch.save(read_golden("clip_resnet")[1], tmp_path / "resnet.pt")
+    (tmp_path / "open_clip_config.json").write_text('{"quick_gelu": true, "vision_cfg": {}, "text_cfg": {"heads": 1}}')
     options = {"freeze_backbone": freeze_backbone, "freeze_batch_norm": freeze_batch_norm}
     made = CLIPM2DF(backbone=str(tmp_path / "resnet.pt"), head_options=PLAIN, **options)  # type: ignore[arg-type]
     description = made.model.backbone.description()

@@ -10,8 +10,9 @@ import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
+from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from clip_m2df.clip import formats
 from clip_m2df.clip.formats import CLIP_MEAN, CLIP_STD, STANDARD_TOKENIZER
 from clip_m2df.clip.resnet import Bottleneck, ModifiedResNet
-from clip_m2df.clip.tokenizer import has_tokenizer, read_tokenizer
+from clip_m2df.clip.tokenizer import encoded, has_tokenizer, read_tokenizer, saved_tokenizer
 from clip_m2df.errors import UserError, some
 
 if TYPE_CHECKING:
@@ -79,12 +80,12 @@ class CLIPBackbone(nn.Module):
         self.freeze_batch_norm = freeze_batch_norm
 
         self._tokenizer: Tokenizer | None = None
-        if tokenizer is not None:
-            from tokenizers import Tokenizer
-
-            self._tokenizer = Tokenizer.from_str(tokenizer)
+        if tokenizer is not None and self.text_config is not None:
+            self._tokenizer = saved_tokenizer(tokenizer, self.text_config, repr(source))
         self._tokenizer_repository: str | None = None  # where to fetch it from once a text has to be read
 
+        if not all(isfinite(value) for value in (*mean, *std)) or min(std) <= 0:
+            raise UserError(f"image_mean is {[*mean]} and image_std {[*std]}: they have to be finite, and std above 0")
         # Not in the state dict: they belong to the description, and weights from elsewhere don't have them.
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1), persistent=False)
@@ -108,7 +109,7 @@ class CLIPBackbone(nn.Module):
         """
         if name == "rn50":
             folder = formats.fetch(formats.RN50_REPOSITORY, [[formats.RN50_FILE]])
-            backbone = cls.from_openai(str(folder / formats.RN50_FILE))
+            backbone = cls.from_openai(str(folder / formats.RN50_FILE), head_width=64, activation="quick_gelu")
         elif Path(name).expanduser().is_file():
             backbone = cls.from_openai(name)
         else:
@@ -153,39 +154,52 @@ class CLIPBackbone(nn.Module):
         state_dict_or_file: Mapping[str, Tensor] | str,
         *,
         tokenizer: str | None = None,
+        head_width: int | None = None,
+        activation: Literal["quick_gelu", "gelu"] | None = None,
         freeze_batch_norm: bool = True,
     ) -> Self:
         """Load weights in OpenAI's own layout, with a ViT or a modified ResNet; the shapes tell the architecture.
+
+        They don't tell the width of attention heads and the activation. OpenAI's own models are known by their shapes;
+        of others, such as open_clip's, the ``open_clip_config.json`` beside the file says it.
 
         Args:
             state_dict_or_file: The weights, of any floating type, or a ``.safetensors``, ``.pt`` or ``.bin`` file of
                 them. Those of the text tower may be absent; ``text`` is then None.
             tokenizer: A folder with the tokenizer; by default the one that the file is in, if it has any, and else
                 CLIP's standard one, which is fetched from the hub when a text has to be read.
+            head_width: Channels of each attention head of a ViT, where neither its shapes nor a configuration tell it.
+            activation: Between the layers of its transformers, likewise.
             freeze_batch_norm: Keep batch norm in evaluation mode whatever ``train()`` says.
 
         Raises:
-            UserError: The file doesn't exist, can't be read, is a TorchScript archive, or has another layout; or the
-                tokenizer isn't the text tower's.
+            UserError: The file doesn't exist, can't be read, is a TorchScript archive, has another layout, or its heads
+                and activation are not known; or the tokenizer isn't the text tower's.
         """
+        told: dict[str, Any] = {}
         if isinstance(state_dict_or_file, str):
             file = Path(state_dict_or_file).expanduser()
             source, state = state_dict_or_file, formats.read_weights(file)
             if tokenizer is None and has_tokenizer(file.parent):
                 tokenizer = str(file.parent)
+            if (config := file.with_name(formats.OPEN_CLIP_CONFIG)).is_file():
+                told = formats.read_open_clip_config(config)
         else:
             source, state = "a state dict", dict(state_dict_or_file)
         for constant in ("input_resolution", "context_length", "vocab_size", "logit_scale"):
             state.pop(constant, None)
         try:
-            visual_config, text_config = formats.openai_configs(state)
+            statistics = {name: told.pop(name) for name in ("mean", "std") if name in told}
+            given = {"head_width": head_width, "activation": activation}
+            told |= {name: value for name, value in given.items() if value is not None}
+            visual_config, text_config = formats.openai_configs(state, source, **told)
         except KeyError as error:
             raise UserError(
                 f"{source} isn't CLIP in OpenAI's layout: {error.args[0]} is missing; "
                 f"it has {some(sorted(state))}. Weights in transformers' format are given by their folder."
             ) from error
 
-        backbone = cls(visual_config, text_config, source=source, freeze_batch_norm=freeze_batch_norm)
+        backbone = cls(visual_config, text_config, source=source, freeze_batch_norm=freeze_batch_norm, **statistics)
         formats.load_weights(backbone, state, formats.openai_name, source)
         if tokenizer is None:
             backbone._tokenizer_repository = STANDARD_TOKENIZER
@@ -321,7 +335,7 @@ class CLIPBackbone(nn.Module):
         """
         length = self._text_values()["max_position_embeddings"]
         tokenizer = self._fetch_tokenizer() if self._tokenizer is None else self._tokenizer
-        tokens = [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
+        tokens = encoded(tokenizer, texts, repr(self.source))
         return torch.tensor(tokens, dtype=torch.long).reshape(len(texts), length)
 
     def encode_text(self, tokens: Tensor) -> Tensor:

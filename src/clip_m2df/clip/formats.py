@@ -36,12 +36,29 @@ VISUAL_FIELDS = ("kind", "layers", "width", "dim", *_VISION_FIELDS)
 RN50_REPOSITORY, RN50_FILE = "timm/resnet50_clip.openai", "open_clip_model.safetensors"
 # All of OpenAI's releases share one vocabulary of 49,408 tokens; this is the smallest repository that has it.
 STANDARD_TOKENIZER = "openai/clip-vit-base-patch32"
-# What is fetched of a model; the second where it has no safetensors.
-MODEL_FILES = [
-    ["config.json", "tokenizer*.json", "model*.safetensors"],
-    ["config.json", "tokenizer*.json", "pytorch_model*.bin"],
+# The weights of a folder in transformers' format, the best first: one file, or shards, which may have an index beside.
+_WEIGHTS = (("model.safetensors", "model-*-of-*.safetensors"), ("pytorch_model.bin", "pytorch_model-*-of-*.bin"))
+# What is fetched of a model.
+MODEL_FILES = [["config.json", "tokenizer*.json", files] for of_format in _WEIGHTS for files in of_format]
+_OPTIONAL_FILES = [
+    *("preprocessor_config.json", "processor_config.json", "vocab.json", "merges.txt", "adapter_config.json"),
+    *(f"{name}.index.json" for name, _ in _WEIGHTS),
 ]
-_OPTIONAL_FILES = ["preprocessor_config.json", "processor_config.json", "vocab.json", "merges.txt"]
+# What lies beside weights in OpenAI's layout where they are not OpenAI's.
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+# OpenAI's own releases: width, layers and patch size of a ViT, or layers and width of a ResNet; and the width of
+# embeddings.
+_OPENAI_MODELS = (
+    *((768, 12, 32, 512), (768, 12, 16, 512), (1024, 24, 14, 768)),
+    *(([3, 4, 6, 3], 64, 1024), ([3, 4, 23, 3], 64, 512), ([4, 6, 10, 6], 80, 640)),
+    *(([6, 8, 18, 8], 96, 768), ([3, 15, 36, 10], 128, 1024)),
+)
+# What of open_clip's configurations is known here; other fields may change what a tower computes.
+_OPEN_CLIP_FIELDS = {
+    "vision_cfg": ("image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio", "patch_dropout"),
+    "text_cfg": ("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"),
+}
+_OPEN_CLIP_DEFAULTS = (None, False, "tok", "argmax", "linear", "learnable")
 
 
 # Files of weights
@@ -106,18 +123,23 @@ def load_weights(
         state: The weights.
         name_of: From the backbone's own name of a weight to its name in ``state``.
         source: Where the weights come from, for messages.
-        strict: Refuse weights that the backbone doesn't have.
+        strict: Refuse all weights that the backbone doesn't have, and not only those that lie in its towers.
 
     Raises:
         UserError: Names those that are missing, unexpected, of another shape, or not finite.
     """
     own = backbone.state_dict()
     names = {key: name_of(key) for key in own}
-    problems = dict.fromkeys(sorted(state.keys() - {*names.values()}) if strict else (), "unexpected")
+    unexpected = sorted(state.keys() - {*names.values()})
+    if not strict:  # outside of the towers, and positions, which older versions stored
+        unexpected = [name for name in unexpected if name.startswith(_TOWERS) and not name.endswith("position_ids")]
+    problems = dict.fromkeys(unexpected, "unexpected")
     for key, name in names.items():
         if name in state:
             weight = _openai_part(key, name, state[name])
-            if weight.shape == own[key].shape:
+            if not weight.isfinite().all():
+                problems[name] = "not finite"
+            elif weight.shape == own[key].shape:
                 own[key].copy_(weight)  # the very memory of the parameters; float16 becomes float32 here
                 if not own[key].isfinite().all():
                     problems[name] = "not finite (NaN or infinite)"
@@ -131,6 +153,8 @@ def load_weights(
 
 
 # Transformers' format
+
+_TOWERS = ("vision_model.", "text_model.", "visual_projection.", "text_projection.")
 
 
 def transformers_name(key: str) -> str:
@@ -167,14 +191,49 @@ def read_folder(folder: Path, source: str) -> tuple[dict[str, Any], dict[str, Te
             preprocessing = preprocessing.get("image_processor", preprocessing)
     try:
         mean, std = list(preprocessing.get("image_mean", CLIP_MEAN)), list(preprocessing.get("image_std", CLIP_STD))
-    except (AttributeError, TypeError) as error:
+        if preprocessing.get("do_normalize") is False:
+            mean, std = [0.0] * 3, [1.0] * 3
+        # Of what pixels between 0 and 1 become before: nothing, unless the configuration says otherwise.
+        scale = 255 * preprocessing.get("rescale_factor", 1 / 255) if preprocessing.get("do_rescale", True) else 255.0
+        mean, std = [value / scale for value in mean], [value / scale for value in std]
+    except (AttributeError, TypeError, ZeroDivisionError) as error:
         raise UserError(f"the preprocessing in {folder} can't be used: {error}; mend or remove that file") from error
 
     description = {"visual_config": {"kind": "vit", **vision}, "text_config": text, "mean": mean, "std": std}
-    for pattern in ("model*.safetensors", "pytorch_model*.bin"):
-        if files := sorted(folder.glob(pattern)):
-            return description, {key: weight for file in files for key, weight in read_weights(file).items()}
-    raise UserError(f"{source} has no weights: neither model.safetensors nor pytorch_model.bin is in the folder")
+    return description, _read_folder_weights(folder, source)
+
+
+def _read_folder_weights(folder: Path, source: str) -> dict[str, Tensor]:
+    """The weights of a folder in transformers' format: those that transformers' own names say, and no stray ones."""
+    if adapter := next(folder.glob("adapter_*"), None):
+        raise UserError(
+            f"{source} has an adapter, {adapter.name}, which is not applied here: merge it into the model and save that"
+            " (peft's merge_and_unload), or move it elsewhere"
+        )
+    for name, pattern in _WEIGHTS:
+        if (folder / name).is_file():
+            return read_weights(folder / name)
+        index = folder / f"{name}.index.json"
+        shards: set[str] = set()
+        if index.is_file():
+            files = _read_json(index).get("weight_map")
+            if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+                raise UserError(f"{index} is damaged: it has no weight_map from weights to files; fetch it again")
+            shards = {*files.values()}
+            if outside := [file for file in shards if Path(file).name != file]:
+                raise UserError(f"{index} leads out of its folder, to {outside[0]}: fetch it again")
+        else:
+            for file in sorted(folder.glob(pattern)):
+                if match := re.fullmatch(r"(.*-)(\d{5})-of-(\d{5})(\..*)", file.name):
+                    start, _, of, end = match.groups()
+                    shards |= {f"{start}{n:05}-of-{of}{end}" for n in range(1, int(of) + 1)}
+        if missing := sorted(file for file in shards if not (folder / file).is_file()):
+            raise UserError(f"{source} lacks {some(missing)} of its weights: fetch the model again")
+        if shards:
+            return {key: weight for file in sorted(shards) for key, weight in read_weights(folder / file).items()}
+    there = sorted(file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".pt", ".pth"))
+    hint = f"; rename the one to be taken, of {some(there)}" if there else ""
+    raise UserError(f"{source} has no weights: neither model.safetensors nor pytorch_model.bin is in the folder{hint}")
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -228,12 +287,55 @@ def _openai_part(key: str, name: str, weight: Tensor) -> Tensor:
     return weight
 
 
-def openai_configs(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+def read_open_clip_config(file: Path) -> dict[str, Any]:
+    """What the configuration of a model of open_clip's says beside its shapes: see :func:`openai_configs`.
+
+    Raises:
+        UserError: It is damaged, or of a model that OpenAI's layout can't hold.
+    """
+    values = _read_json(file)
+    model, preprocessing = values.get("model_cfg", values), values.get("preprocess_cfg") or {}
+    vision, text = (model.get(name) if isinstance(model, dict) else None for name in _OPEN_CLIP_FIELDS)
+    if not isinstance(vision, dict) or not isinstance(text, dict) or not isinstance(preprocessing, dict):
+        raise UserError(f"{file} is damaged: it has no model_cfg with vision_cfg and text_cfg; fetch it again")
+    for name, known in _OPEN_CLIP_FIELDS.items():
+        fields = model[name].items()
+        if unknown := [field for field, value in fields if field not in known and value not in _OPEN_CLIP_DEFAULTS]:
+            raise UserError(f"{file} describes a model of another kind: its {name} has {some(unknown)}, unknown here")
+    heads = {"head_width": vision.get("head_width", 64), "text_heads": text.get("heads", 8)}
+    if wrong := [name for name, value in heads.items() if not isinstance(value, int) or value < 1]:
+        raise UserError(f"{file} is damaged: {wrong[0]} is {heads[wrong[0]]!r}; fetch it again")
+    return {
+        **heads,
+        "activation": "quick_gelu" if model.get("quick_gelu") else "gelu",
+        "stated": [vision.get("layers"), vision.get("width"), model.get("embed_dim")],
+        "mean": preprocessing.get("mean") or CLIP_MEAN,
+        "std": preprocessing.get("std") or CLIP_STD,
+    }
+
+
+def openai_configs(
+    state: Mapping[str, Tensor],
+    source: str,
+    *,
+    head_width: int | None = None,
+    text_heads: int | None = None,
+    activation: str | None = None,
+    stated: Sequence[Any] = (),
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Read the architecture of the visual and of the text tower, if there is one, off the shapes of the weights.
+
+    Args:
+        state: The weights.
+        source: Where they come from, for messages.
+        head_width: Channels of each attention head of a ViT. Shapes don't tell it; OpenAI's have 64.
+        text_heads: Attention heads of the text tower; by default they have 64 channels each.
+        activation: Between the layers of transformers: ``quick_gelu``, as OpenAI has it, or ``gelu``.
+        stated: Layers, width and width of embeddings that a configuration says, or None; it may be another model's.
 
     Raises:
         KeyError: Names a weight that isn't there.
-        UserError: The width of a tower is none of CLIP's.
+        UserError: The width of a tower is none of CLIP's, or its heads and activation are not known.
     """
     visual: dict[str, Any]
     if "visual.attnpool.positional_embedding" in state:
@@ -244,19 +346,37 @@ def openai_configs(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[st
             "dim": state["visual.attnpool.c_proj.weight"].shape[0],
             "image_size": _side(state["visual.attnpool.positional_embedding"]) * 32,
         }
+        model: tuple[Any, ...] = (visual["layers"], visual["width"], visual["dim"])
     else:
         patch_size = state["visual.conv1.weight"].shape[-1]
-        visual = {
-            "kind": "vit",
-            **_transformer_config(state, "visual.transformer"),
-            "projection_dim": state["visual.proj"].shape[1],
+        width, dim = state["visual.proj"].shape
+        model = (width, _count(state, "visual.transformer.resblocks"), patch_size, dim)
+        visual = {"kind": "vit"}
+    if any(value is not None and value not in model for value in stated):
+        raise UserError(
+            f"the {OPEN_CLIP_CONFIG} beside {source} is another model's: it says {stated}, the weights {model}"
+        )
+    visual_only = all(key.startswith("visual.") for key in state)
+    if model in _OPENAI_MODELS or (visual and visual["kind"] == "resnet" and visual_only):
+        head_width, activation = head_width or 64, activation or "quick_gelu"
+    if head_width is None or activation is None:
+        raise UserError(
+            f"the weights of {source} have the shapes of none of OpenAI's models, and don't tell their heads' width and"
+            f" activation: put the model's {OPEN_CLIP_CONFIG} beside the file, or give head_width and activation to"
+            " CLIPBackbone.from_openai"
+        )
+    if visual["kind"] == "vit":
+        visual |= {
+            **_transformer_config(state, "visual.transformer", head_width, activation),
+            "projection_dim": dim,
             "image_size": _side(state["visual.positional_embedding"]) * patch_size,
             "patch_size": patch_size,
         }
-    if all(key.startswith("visual.") for key in state):
+    if visual_only:
         return visual, None
+    width = state["transformer.resblocks.0.mlp.c_fc.weight"].shape[1]
     return visual, {
-        **_transformer_config(state, "transformer"),
+        **_transformer_config(state, "transformer", 64 if text_heads is None else width // text_heads, activation),
         "projection_dim": state["text_projection"].shape[1],
         "vocab_size": state["token_embedding.weight"].shape[0],
         "max_position_embeddings": state["positional_embedding"].shape[0],
@@ -264,16 +384,16 @@ def openai_configs(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[st
     }
 
 
-def _transformer_config(state: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
+def _transformer_config(state: Mapping[str, Tensor], prefix: str, head_width: int, activation: str) -> dict[str, Any]:
     intermediate, width = state[f"{prefix}.resblocks.0.mlp.c_fc.weight"].shape
-    if width % 64:
-        raise UserError(f"CLIP's heads have 64 channels, which the width {width} of {prefix} isn't a multiple of")
+    if not isinstance(head_width, int) or head_width < 1 or width % head_width:
+        raise UserError(f"heads of {head_width} channels: the width {width} of {prefix} isn't a multiple of that")
     return {
         "hidden_size": width,
         "intermediate_size": intermediate,
         "num_hidden_layers": _count(state, f"{prefix}.resblocks"),
-        "num_attention_heads": width // 64,
-        "hidden_act": "quick_gelu",
+        "num_attention_heads": width // head_width,
+        "hidden_act": activation,
     }
 
 

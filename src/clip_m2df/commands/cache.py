@@ -12,7 +12,7 @@ from timeit import timeit
 from typing import TYPE_CHECKING
 
 from clip_m2df.datasets.manifest import Manifest
-from clip_m2df.errors import UserError, require, some_lines
+from clip_m2df.errors import UserError, require, say, some_lines
 from clip_m2df.files import fingerprint, relative_path
 from clip_m2df.video.isolation import Unreadable, isolated_map
 
@@ -119,13 +119,13 @@ def _print_summary(videos: Sequence[str], unread: dict[str, str], output: Path, 
 
     if unread:
         lines = [f"{relative_path(path, root)}: {reason}" for path, reason in unread.items()]
-        print(f"videos that could not be read, and are not in the cache: {len(lines)}{some_lines(lines, MOST_NAMES)}")
+        say(f"videos that could not be read, and are not in the cache: {len(lines)}{some_lines(lines, MOST_NAMES)}")
     cache = FrameCache.open(output, root)
     kept = [path for path in videos if cache.has(path)]
     shards = list_shards(output)
     cached = sum(shard.stat().st_size for shard in shards)
-    print(f"videos in the cache: {len(kept)} of the manifest's {len(videos)}; shards: {len(shards)}")
-    print(f"size: {decimal(cache.video_bytes)} of videos, {decimal(cached)} of frames")
+    say(f"videos in the cache: {len(kept)} of the manifest's {len(videos)}; shards: {len(shards)}")
+    say(f"size: {decimal(cache.video_bytes)} of videos, {decimal(cached)} of frames")
     if timed := [path for path in kept if os.path.exists(path)]:
         _print_speed(cache, timed[:: -(-len(timed) // TIMED_VIDEOS)])
 
@@ -140,7 +140,7 @@ def _print_speed(cache: FrameCache, paths: Sequence[str]) -> None:
     seconds = [[timeit(partial(r.read, path), number=1) for r in readers] for path in [paths[0], *paths]][1:]
     from_video, from_cache = map(statistics.median, zip(*seconds, strict=True))
     ratio = statistics.median(video / cached for video, cached in seconds)
-    print(
+    say(
         f"reading {n} frames: {1000 * from_video:.1f} ms from a video, {1000 * from_cache:.1f} ms from the cache,"
         f" {ratio:.1f} times as fast (medians of {len(paths)} videos)"
     )

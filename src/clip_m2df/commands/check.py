@@ -15,7 +15,7 @@ from typing import Any, get_args
 
 from clip_m2df.datasets.benchmarks import NEEDED
 from clip_m2df.datasets.manifest import SPLITS, Manifest, Video
-from clip_m2df.errors import UserError, require, some, some_lines
+from clip_m2df.errors import UserError, console, require, say, some, some_lines
 from clip_m2df.files import fingerprint_text, plain, relative_path, write_table, writing
 from clip_m2df.video.isolation import Unreadable, isolated_map
 
@@ -165,7 +165,6 @@ def _find(
     manifest: Manifest, output: Path, part: Path, *, frames: int, workers: int | None, timeout: float
 ) -> dict[str, Finding]:
     """Find what is wrong with each video, by path; what the table and its part know already is taken over."""
-    from rich.console import Console
     from rich.progress import track
 
     known = {**read_findings(output), **read_findings(part)}
@@ -182,13 +181,13 @@ def _find(
             tasks[video.path, frames, mark] = (name, video)
     write_table(part, "table", rows)
     if findings:
-        print(f"{len(findings)} of {len(manifest.videos)} videos have not changed since they were checked")
+        say(f"{len(findings)} of {len(manifest.videos)} videos have not changed since they were checked")
     with (
         open(part, "a", encoding="utf-8", newline="") as file,
         closing(isolated_map(examine, tasks, workers=workers, timeout=timeout)) as results,
     ):
         table = csv.writer(file, lineterminator="\n")
-        bar = track(results, "checking", total=len(tasks), console=Console(stderr=True), disable=not tasks)
+        bar = track(results, "checking", total=len(tasks), console=console(error=True), disable=not tasks)
         for task, result in bar:
             # Without a fingerprint: another time, or with more of it, the video may well be read.
             finding = Finding(failure=str(result), sampled=frames) if isinstance(result, Unreadable) else result
@@ -241,7 +240,6 @@ def _row(name: str, video: Video, finding: Finding, more: Sequence[str] = ()) ->
 
 
 def _print_summary(rows: Sequence[Mapping[str, Any]], output: Path) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     counts = Counter((row["split"], row["status"]) for row in rows)
@@ -249,21 +247,21 @@ def _print_summary(rows: Sequence[Mapping[str, Any]], output: Path) -> None:
     for split in SPLITS:
         if any(row["split"] == split for row in rows):
             table.add_row(split, *(str(counts[split, status]) for status in STATUSES))
-    Console().print(table)
+    console().print(table)
     unusable = [f"{row['path']}: {row['reason']}" for row in rows if row["status"] == "unusable"]
     if unusable:
-        print(f"unusable:{some_lines(unusable, MOST_NAMES)}")
-    print(f"the table of all videos is {output}")
+        say(f"unusable:{some_lines(unusable, MOST_NAMES)}")
+    say(f"the table of all videos is {output}")
 
 
 def _write_fixed(manifest: Manifest, rows: Sequence[Mapping[str, Any]], fix: Path) -> None:
     """Write the manifest without the unusable videos."""
     videos = [video for video, row in zip(manifest.videos, rows, strict=True) if row["status"] != "unusable"]
     if not videos:
-        print(f"{fix} is not written: not one video is usable")
+        say(f"{fix} is not written: not one video is usable")
         return
     Manifest(videos).write(fix)
-    print(f"{fix} leaves out {len(rows) - len(videos)} of {len(rows)} videos")
+    say(f"{fix} leaves out {len(rows) - len(videos)} of {len(rows)} videos")
     before, after = (Counter((v.label, v.split) for v in which) for which in (manifest.videos, videos))
     short = [
         f"{label!r} has {after[label, split]} of {NEEDED[split]}"
@@ -271,4 +269,4 @@ def _write_fixed(manifest: Manifest, rows: Sequence[Mapping[str, Any]], fix: Pat
         if after[label, split] < min(count, NEEDED[split])
     ]
     if short:
-        print(f"classes that are now short of videos for 5-way 5-shot episodes: {some(short, MOST_NAMES)}")
+        say(f"classes that are now short of videos for 5-way 5-shot episodes: {some(short, MOST_NAMES)}")

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from clip_m2df.errors import RENAMED_OPTIONS, UserError
+from clip_m2df.errors import RENAMED_OPTIONS, UserError, say
 
 # Of a config; a few lines of aliases of aliases stand for as many as one likes, all of which the parser would visit.
 MOST_VALUES = 10_000
@@ -37,7 +37,7 @@ def headline(config: Path) -> str:
 def print_configs() -> None:
     """List the configs that come with the package."""
     for name, path in shipped_configs().items():
-        print(f"{name:32} {headline(path)}")
+        say(f"{name:32} {headline(path)}")
 
 
 def find_config(name: str) -> Path:

@@ -7,12 +7,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from clip_m2df.commands.configs import find_config
-from clip_m2df.errors import UserError, require
+from clip_m2df.errors import UserError, console, require, say
 
 if TYPE_CHECKING:
     from clip_m2df.episodes.datamodule import EpisodeDataModule
@@ -60,11 +59,10 @@ def run_demo(*overrides: str, output: Path = Path("runs/demo"), episodes: int = 
     after = CLIPM2DF.load_from_checkpoint(output / "checkpoints" / "best.ckpt", map_location="cpu").eval()
     lightning.seed_everything(config.seed_everything, verbose=False)
     before = CLIPM2DF(**config.model.as_dict()).eval()
-    console = Console()
     with torch.no_grad():
-        console.print(compare(before, after, fit.datamodule, episodes))
+        console().print(compare(before, after, fit.datamodule, episodes))
     tested = time.perf_counter()
-    console.print(
+    say(
         f"rendering {rendered - started:.0f} s, training {trained - rendered:.0f} s, testing {tested - trained:.0f} s;"
         f" the run is in {output}"
     )

@@ -16,17 +16,16 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
-from rich.text import Text
+from rich.table import Column, Table
 
 from clip_m2df.__about__ import __version__
-from clip_m2df.errors import Stopped, UserError, printable, say, some, some_lines
+from clip_m2df.errors import Stopped, UserError, console, say, some, some_lines
 from clip_m2df.files import (
     beside,
     check_output,
     fingerprint_text,
+    for_spreadsheet,
     locked,
     plain,
     sha256_of,
@@ -160,12 +159,12 @@ def predict_videos(
         digest, columns = labeller.digest(support_facts), list(labeller.blank)
         found = {} if part is None else part.take_over(digest, fingerprints, columns)
         if found:
-            print(f"{len(found)} of {len(paths)} videos were labelled before the last run was interrupted")
+            say(f"{len(found)} of {len(paths)} videos were labelled before the last run was interrupted")
         found |= {key: [labeller.broken_row("the folder has no videos")] for key in empty}
         left = [key for key in paths if key not in found]
         # Closed, so that workers end at once when the run does.
         with closing(labeller.label([paths[key] for key in left])) as results:
-            bar = track(results, "labelling", total=len(left), console=Console(stderr=True), disable=not left)
+            bar = track(results, "labelling", total=len(left), console=console(error=True), disable=not left)
             for index, rows in bar:
                 found[left[index]] = rows
                 if part is not None:
@@ -263,8 +262,12 @@ def _fit_classifier(
     else:
         model = CLIPM2DF(backbone=str(backbone), freeze_backbone=True, **own_head, **options)
         classifier = FewShotClassifier(placed(model, reading.pop("device")), **reading)
-    with _plain_warnings() as left_out:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
         classifier.fit(examples, texts)
+    left_out = [str(warning.message) for warning in caught]
+    for message in left_out:
+        say(f"clip-m2df: warning: {message}", error=True)
     return classifier, [marks, left_out, texts]
 
 
@@ -283,17 +286,6 @@ def _read_texts(file: Path, labels: Iterable[str]) -> dict[str, str]:
     if not texts:
         raise UserError(f"the list of class texts {file} names no class of the support: it has {some(known)}")
     return texts
-
-
-@contextmanager
-def _plain_warnings() -> Iterator[list[str]]:
-    """Print warnings as the command's own, without the line of code that they come from; their texts."""
-    texts: list[str] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        yield texts
-    texts += [str(warning.message) for warning in caught]
-    say(*(f"clip-m2df: warning: {text}" for text in texts), error=True)
 
 
 class _Labeller:
@@ -316,12 +308,10 @@ class _Labeller:
             lengths = [sliding.get(name) for name in ("stride", "smoothing")]
             Windows.of(classifier.encoder.reader.frames, sliding["window"], *lengths)
             exact_rate("fps", sliding.get("fps", 1.0))
-        with _plain_warnings():
-            if reject and classifier.threshold_ is None:
-                raise UserError(
-                    "--reject can't tell by one example of one class: give it more examples, another class, or"
-                    " --threshold"
-                )
+        if reject and classifier.threshold_ is None:
+            raise UserError(
+                "--reject can't tell by one example of one class: give it more examples, another class, or --threshold"
+            )
         self.classifier, self.reject, self.sliding = classifier, reject, sliding
         times = [] if sliding is None else ["start", "end"]
         distance = ["distance"] if reject and sliding is None else []
@@ -403,7 +393,11 @@ def _write_predictions(output: Path, columns: Sequence[str], table: Mapping[str,
         return
     digits = {"start": 3, "end": 3}
     cells = (
-        [f"{v:.{digits.get(name, 6)}f}" if isinstance(v, int | float) else v for name, v in row.items()] for row in rows
+        [
+            for_spreadsheet(v) if isinstance(v, str) else v if v is None else f"{v:.{digits.get(name, 6)}f}"
+            for name, v in row.items()
+        ]
+        for row in rows
     )
     write_table(output, "predictions", [columns, *cells])
 
@@ -412,7 +406,7 @@ def _print_predictions(table: Mapping[str, Sequence[Row]], columns: Sequence[str
     """Print what a table would say, but for the probabilities of the other classes."""
     digits = {"start": 2, "end": 2, "probability": 3, "distance": 2}
     shown = [name for name in columns if name in digits or name == "label"]
-    printed = Table("path", *shown)
+    printed = Table(*(Column(name, overflow="fold") for name in ("path", *shown)))
     for path, rows in table.items():
         for row in rows:
             said = row | ({"label": f"({row['error']})"} if row["error"] else {})
@@ -420,8 +414,8 @@ def _print_predictions(table: Mapping[str, Sequence[Row]], columns: Sequence[str
             texts = [
                 f"{cell:.{digits[name]}f}" if isinstance(cell, int | float) else cell or "" for name, cell in cells
             ]
-            printed.add_row(*(Text(printable(text), overflow="fold") for text in (plain(path), *texts)))
-    Console().print(printed)
+            printed.add_row(plain(path), *texts)
+    console().print(printed)
 
 
 def _print_summary(table: Mapping[str, Sequence[Row]], counted: str, output: Path | None) -> int:
@@ -429,15 +423,15 @@ def _print_summary(table: Mapping[str, Sequence[Row]], counted: str, output: Pat
     counts = Counter(row["label"] for rows in table.values() for row in rows if row["label"] is not None)
     summary = Table("label", counted)
     for label, count in counts.most_common():
-        summary.add_row(Text(label), str(count))
-    Console().print(summary)
+        summary.add_row(label, str(count))
+    console().print(summary)
     if nothing := [plain(path) for path, rows in table.items() if not rows]:
-        print(f"none of these from beginning to end, and no row: {some(nothing, MOST_NAMED)}")
+        say(f"none of these from beginning to end, and no row: {some(nothing, MOST_NAMED)}")
     broken = [f"{plain(path)}: {row['error']}" for path, rows in table.items() for row in rows if row["error"]]
     if broken:
-        print(f"{len(broken)} of {len(table)} videos can't be read:{some_lines(broken, MOST_NAMED)}")
+        say(f"{len(broken)} of {len(table)} videos can't be read:{some_lines(broken, MOST_NAMED)}")
     if output is not None:
-        print(f"the predictions are in {plain(str(output))}")
+        say(f"the predictions are in {output}")
     return int(bool(broken))
 
 

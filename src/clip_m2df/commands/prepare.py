@@ -12,8 +12,8 @@ from clip_m2df.datasets.importers import Outcome, match_classes, match_entries, 
 from clip_m2df.datasets.manifest import SPLITS, Manifest, Video, readable
 from clip_m2df.datasets.split_lists import SplitLists, read_lists
 from clip_m2df.datasets.tree import Tree, is_storable, scan
-from clip_m2df.errors import UserError, some
-from clip_m2df.files import lies_under, write_table
+from clip_m2df.errors import UserError, console, say, some
+from clip_m2df.files import for_spreadsheet, lies_under, write_table
 
 DataSet = Literal["kinetics100", "ssv2", "ssv2_small", "hmdb51", "ucf101", "folder"]
 
@@ -43,8 +43,6 @@ def prepare(
     Raises:
         UserError: If an input cannot be read or understood, an output cannot be written, or not one video is found.
     """
-    from rich.console import Console
-
     for path in filter(None, (output, report)):  # before the work
         parent = next(folder for folder in path.absolute().parents if folder.exists())
         if path.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
@@ -66,7 +64,7 @@ def prepare(
         known = SplitLists(BENCHMARKS[dataset].class_split)
         if not known.classes:
             raise UserError(f"{dataset} needs its split lists: name their folder with --lists")
-    with Console(stderr=True).status(f"looking for videos in {root}"):
+    with console(error=True).status(f"looking for videos in {root}"):
         tree = scan(root)
     outcome = _match(dataset, known, tree, root)
     if report is not None:
@@ -74,7 +72,11 @@ def prepare(
             (p.split, p.label, p.entry, p.problem, " | ".join(file.inner_path for file in p.candidates))
             for p in outcome.problems
         ]
-        write_table(report, "report", [("split", "label", "entry", "problem", "candidates"), *rows])
+        write_table(
+            report,
+            "report",
+            [("split", "label", "entry", "problem", "candidates"), *(map(for_spreadsheet, row) for row in rows)],
+        )
     if not outcome.found:
         raise _nothing_found(outcome, tree, root)
     folder = os.path.abspath(root)
@@ -118,7 +120,6 @@ def _nothing_found(outcome: Outcome, tree: Tree, root: Path) -> UserError:
 
 def _print_outcome(dataset: str, outcome: Outcome, tree: Tree, root: Path, output: Path, report: Path | None) -> int:
     """Print what was found; the exit status."""
-    from rich.console import Console
     from rich.table import Table
 
     found = Counter((split, label) for split, label, _ in outcome.found)
@@ -143,10 +144,9 @@ def _print_outcome(dataset: str, outcome: Outcome, tree: Tree, root: Path, outpu
         listed = ("-", "-") if outcome.listed is None else (outcome.listed[split], problems[split, "missing"])
         numbers = [len(labels), listed[0], sum(found[split, label] for label in labels), listed[1]]
         table.add_row(split, *map(str, [*numbers, problems[split, "ambiguous"], len(scarce)]))
-    console = Console(markup=False, emoji=False, highlight=False)
-    console.print(table)
+    console().print(table)
     if short.row_count:
-        console.print(short)
+        console().print(short)
     lines = [*wanting, *_remarks(dataset, outcome, tree, report)]
     lines.append(f"the manifest is {output}, with {len(outcome.found)} videos; next, see that they open, and train:")
     manifest = shlex.quote(str(output))
@@ -155,7 +155,7 @@ def _print_outcome(dataset: str, outcome: Outcome, tree: Tree, root: Path, outpu
     check_root, fit_root = ("", "") if beside else (f" --{data}root {shlex.quote(str(root))}" for data in ("", "data."))
     lines.append(f"  clip-m2df check --manifest {manifest}{check_root}")
     lines.append(f"  clip-m2df fit --config {config} --data.manifest {manifest}{fit_root}")
-    print(*lines, sep="\n")
+    say(*lines)
     return 1 if short.row_count or wanting else 0
 
 

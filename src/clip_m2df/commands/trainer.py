@@ -25,7 +25,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from clip_m2df.episodes.datamodule import EpisodeDataModule
 from clip_m2df.episodes.files import write_episodes_file
-from clip_m2df.errors import Stopped, UserError
+from clip_m2df.errors import Stopped, UserError, say
 from clip_m2df.motion_shapes import NO_KNOBS
 from clip_m2df.nn.baselines import head_class
 from clip_m2df.report.evaluation import EvaluationPage
@@ -269,7 +269,7 @@ class EpisodesCLI(CLI):
             )
         split, plans = data.test_plans()
         write_episodes_file(output, plans, split, data.manifest.root)
-        print(f"{len(plans)} test episodes are in {output}; --data.episodes_file {output} reads them back")
+        say(f"{len(plans)} test episodes are in {output}; --data.episodes_file {output} reads them back")
 
 
 def run(args: Sequence[str], cli: type[CLI] | None = None) -> CLI:

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from clip_m2df.errors import printable
 from clip_m2df.evaluation.evidence import Alignment, HardEpisode, PromptScore, Reliabilities, ValidationEvidence
 from clip_m2df.evaluation.metrics import class_results
 
@@ -276,11 +277,14 @@ def shown_frames(clip: Tensor, most: int | None = 8) -> Tensor:
 
 
 def shortened(text: str) -> str:
-    """A text as figures show it: cut off where it is long, letters that matplotlib's font lacks by their numbers."""
+    """A text as figures show it: cut off where it is long, letters that matplotlib's font lacks by their numbers.
+
+    Marks of direction, which the font has, are numbers too: none turns what is drawn around.
+    """
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
     font = get_font(findfont(FontProperties()))
-    text = "".join(x if font.get_char_index(ord(x)) else f"\\u{ord(x):04x}" for x in text)
+    text = "".join(x if font.get_char_index(ord(x)) else f"\\u{ord(x):04x}" for x in printable(text))
     if len(text) > MOST_LETTERS:
         text = f"{text[: MOST_LETTERS - 1]}\N{HORIZONTAL ELLIPSIS}"
     return text.replace("$", r"\$")  # between two of them would be an equation

@@ -8,9 +8,9 @@ from typing import Any, cast
 import lightning
 import yaml
 
+from clip_m2df.errors import say
 from clip_m2df.evaluation.evidence import Played, ValidationEvidence
 from clip_m2df.evaluation.metrics import class_results
-from clip_m2df.files import plain
 from clip_m2df.report.page import check_page, write_page
 from clip_m2df.training.dashboard import EvidenceCollector
 from clip_m2df.training.module import CLIPM2DF
@@ -82,4 +82,4 @@ class EvaluationPage(lightning.Callback):
         class_names = trainer.datamodule.manifest.split("test").class_names  # type: ignore[attr-defined]
         content = evaluation_content(self.config, numbers, found._replace(class_names=class_names))
         write_page(self.path, "evaluation.html.j2", content)
-        print(f"the report is {plain(str(self.path))}")
+        say(f"the report is {self.path}")

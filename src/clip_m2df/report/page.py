@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from clip_m2df.__about__ import __version__
-from clip_m2df.errors import UserError
+from clip_m2df.errors import UserError, printable
 from clip_m2df.evaluation.figures import shown_frames, strip
 from clip_m2df.files import check_output, write_text
 
@@ -44,7 +44,8 @@ def write_page(path: Path, template: str, content: Mapping[str, object]) -> None
     Args:
         path: where to.
         template: its name in this package.
-        content: what the template asks for; text in it is shown as it stands.
+        content: what the template asks for; text in it is shown as it stands, but for control characters and marks of
+            direction, which are shown as escapes.
 
     Raises:
         UserError: it can't be written.
@@ -63,6 +64,16 @@ def write_page(path: Path, template: str, content: Mapping[str, object]) -> None
 def percent(share: float | None) -> str:
     """A share of 1 in words; a dash where there is none."""
     return "-" if share is None or share != share else f"{100 * share:.1f} %"
+
+
+def name(text: object) -> Markup:
+    """A name among other words: what is written from right to left moves none of them."""
+    return Markup("<bdi>{}</bdi>").format(_shown(text))
+
+
+def _shown(value: object) -> str:
+    """What a template writes of a value: its text as :func:`clip_m2df.errors.printable` has it."""
+    return value if isinstance(value, Markup) else printable(str(value), keep="\n")
 
 
 def shade(value: float) -> int:
@@ -95,8 +106,9 @@ def templates() -> Environment:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=_shown,
     )
-    environment.filters |= {"percent": percent, "shade": shade, "strip": strip_picture}
+    environment.filters |= {"name": name, "percent": percent, "shade": shade, "strip": strip_picture}
     environment.filters["basename"] = lambda path: os.path.basename(os.path.normpath(path))
     environment.globals["zip"] = zip
     return environment

@@ -6,13 +6,12 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from rich.console import Console
 from rich.progress import track
 
 from clip_m2df.classifier.classifier import FewShotClassifier
 from clip_m2df.classifier.clips import read_clips
+from clip_m2df.errors import console, say
 from clip_m2df.evaluation.explanation import likeliest
-from clip_m2df.files import plain
 from clip_m2df.report.page import frame_pictures, write_page
 from clip_m2df.video.isolation import Unreadable
 
@@ -68,7 +67,7 @@ def write_predictions(
         [content["path"] for content in explained], encoder.reader, workers=encoder.workers, timeout=encoder.timeout
     )
     with closing(read) as clips:  # type: ignore[type-var]
-        for i, frames in track(clips, "reporting", len(explained), console=Console(stderr=True), disable=not explained):
+        for i, frames in track(clips, "reporting", len(explained), console=console(error=True), disable=not explained):
             if isinstance(frames, Unreadable):  # since it was labelled
                 continue
             explained[i]["frames"] = frame_pictures(frames)
@@ -96,7 +95,7 @@ def write_predictions(
             "probabilities": _probabilities,
         },
     )
-    print(f"the report is {plain(str(page))}")
+    say(f"the report is {page}")
 
 
 def _probabilities(row: Row) -> list[tuple[str, float]]:

@@ -70,5 +70,6 @@ def load_published(file: str | os.PathLike[str], *, tokenizer: str | None = None
         raise UserError(f"{file} holds no tower under backbone.*; M2DFHead.from_published reads a head alone")
     if not any(key.startswith("visual.") for key in tower):  # the published code saves the visual tower alone
         tower = {f"visual.{key}": value for key, value in tower.items()}
-    backbone = CLIPBackbone.from_openai(tower, tokenizer=tokenizer)
+    # The published code builds its tower as OpenAI does, whatever the shapes.
+    backbone = CLIPBackbone.from_openai(tower, tokenizer=tokenizer, head_width=64, activation="quick_gelu")
     return M2DF(backbone, M2DFHead.from_published(state, **options)).eval()

@@ -8,12 +8,12 @@ import lightning
 import yaml
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import SaveConfigCallback
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from clip_m2df.errors import console, say
 from clip_m2df.evaluation.metrics import class_results
-from clip_m2df.files import write_table, write_text
+from clip_m2df.files import for_spreadsheet, write_table, write_text
 from clip_m2df.loops import logs_step
 
 
@@ -74,8 +74,8 @@ class RunReport(lightning.Callback):
             confusion = evaluated.confusion.cpu()
             class_names = data.manifest.split(split).class_names
             files = write_report(Path(trainer.default_root_dir), split, class_names, confusion)
-            Console().print(hardest_classes(class_names, confusion))
-            print(f"all classes are in {' and '.join(map(str, files))}")
+            console().print(hardest_classes(class_names, confusion))
+            say(f"all classes are in {' and '.join(map(str, files))}")
 
 
 def write_report(folder: Path, stage: str, class_names: Sequence[str], confusion: Tensor) -> list[Path]:
@@ -91,10 +91,15 @@ def write_report(folder: Path, stage: str, class_names: Sequence[str], confusion
         The files.
     """
     results = class_results(class_names, confusion)
-    accuracies = [[r.name, r.queries, r.correct, f"{r.accuracy:.4f}" if r.queries else ""] for r in results]
+    accuracies = [
+        [for_spreadsheet(r.name), r.queries, r.correct, f"{r.accuracy:.4f}" if r.queries else ""] for r in results
+    ]
     tables: dict[Path, list[list[Any]]] = {
         folder / f"{stage}_classes.csv": [["class", "queries", "correct", "accuracy"], *accuracies],
-        folder / f"{stage}_confusion.csv": [["class", *class_names], *([r.name, *r.counts] for r in results)],
+        folder / f"{stage}_confusion.csv": [
+            ["class", *map(for_spreadsheet, class_names)],
+            *([for_spreadsheet(r.name), *r.counts] for r in results),
+        ],
     }
     for path, content in tables.items():
         write_table(path, "table", content)
