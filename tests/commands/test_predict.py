@@ -376,13 +376,17 @@ def test_options_are_those_of_the_class(
 
 
 def test_texts_of_classes(support: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    texts = {LABELS[0]: "a red thing", LABELS[2]: "=a blue thing"}
+    texts = {LABELS[0].upper(): "a red thing", LABELS[2]: "=a blue thing"}
     lines = ["label,text", *(f'"{label.replace(chr(34), chr(34) * 2)}",{text}' for label, text in texts.items())]
     (tmp_path / "texts.csv").write_text("\n".join([*lines, "another class,of another benchmark"]), encoding="utf-8")
     run = predict_args(support, [folder], tmp_path / "labels.csv", "--head", "zero_shot")
     assert main([*run, "--texts", str(tmp_path / "texts.csv")]) == 0
     model = CLIPM2DF(backbone="tiny", head="zero_shot", freeze_backbone=True)
-    expected = dict(FewShotClassifier(model).fit(support, texts).classify(videos_of(folder)))
+    expected = dict(
+        FewShotClassifier(model)
+        .fit(support, {LABELS[0]: "a red thing", LABELS[2]: texts[LABELS[2]]})
+        .classify(videos_of(folder))
+    )
     rows = [[float(row[f"p_{label}"]) for label in LABELS] for row in read_csv(tmp_path / "labels.csv")]
     assert rows == [pytest.approx(list(expected[k].probabilities.values()), abs=2e-6) for k in range(6)]
     for content, said in (

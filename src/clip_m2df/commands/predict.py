@@ -271,20 +271,21 @@ def _fit_classifier(
     return classifier, [marks, left_out, texts]
 
 
-def _read_texts(file: Path, labels: Iterable[str]) -> dict[str, str]:
+def _read_texts(file: Path, classes: Iterable[str]) -> dict[str, str]:
     """What prompts say of some of these classes; a list may have others too.
 
     Raises:
         UserError: The list can't be read, has none of the classes, or two texts for one.
     """
-    from clip_m2df.datasets.manifest import read_rows
+    from clip_m2df.datasets.manifest import class_key, read_rows
 
-    known, texts = set(labels), dict[str, str]()
+    labels, texts = {class_key(label): label for label in classes}, dict[str, str]()
     for line, row in read_rows(file, "list of class texts", ("label", "text")).items():
-        if row["label"] in known and texts.setdefault(row["label"], row["text"]) != row["text"]:
-            raise UserError(f"line {line} of {file} gives the class {row['label']!r} a second text: leave one of them")
+        label = labels.get(class_key(row["label"]))
+        if label is not None and texts.setdefault(label, row["text"]) != row["text"]:
+            raise UserError(f"line {line} of {file} gives the class {label!r} a second text: leave one of them")
     if not texts:
-        raise UserError(f"the list of class texts {file} names no class of the support: it has {some(known)}")
+        raise UserError(f"the list of class texts {file} names no class of the support: it has {some(labels.values())}")
     return texts
 
 
