@@ -469,7 +469,7 @@ def test_the_name_of_a_checkpoint_in_its_run_is_no_model(tmp_path: Path, monkeyp
             UserError, match=r"checkpoints/best.ckpt, other/checkpoints/best.ckpt, runs/demo/checkpoints/best.ckpt here"
         ):
             load("best")
-        for folder in ("runs/demo", "runs/demo/checkpoints"):
+        for folder in ("runs", "runs/demo", "runs/demo/checkpoints"):
             with pytest.raises(UserError, match=r"folder of a run, no model: give .*, runs/demo/checkpoints/best.ckpt"):
                 load(folder)
     with pytest.raises(UserError, match=r"there is no checkpoint runs/best.ckpt"):

@@ -168,9 +168,10 @@ def other_model(path: Path) -> str:
     """
     name = str(path)
     if path.is_dir() and not (path / CONFIG).exists():
-        found = [file for folder in (path, path / "checkpoints") for file in sorted(folder.glob("*.ckpt"))]
-        best = [file for file in found if file.name == "best.ckpt"] or found
-        return f"{name} is the folder of a run, no model: give its checkpoint, {best[0]}" if best else ""
+        patterns = ("*.ckpt", "checkpoints/*.ckpt", "*/checkpoints/*.ckpt")
+        found = [file for pattern in patterns for file in sorted(path.glob(pattern))]
+        best = [str(file) for file in found if file.name == "best.ckpt"] or [str(file) for file in found]
+        return f"{name} is the folder of a run, no model: give its checkpoint, {some(best)}" if best else ""
     if name.removesuffix(".ckpt") in ("best", "last") and not path.exists():
         file = f"{name.removesuffix('.ckpt')}.ckpt"
         patterns = (f"checkpoints/{file}", f"*/checkpoints/{file}", f"runs/*/checkpoints/{file}")

@@ -73,8 +73,8 @@ class Labels(np.ndarray[Any, np.dtype[np.object_]]):
     """The labels of several clips, an array of names ``(n)`` that shows each beside its clip when it is printed.
 
     Attributes:
-        predictions: of the clips, with their paths, probabilities and distances; empty for what numpy makes of the array,
-            such as a part of it.
+        predictions: of the clips, with their paths, probabilities and distances; empty for what numpy makes of the
+            array, such as a part of it.
     """
 
     predictions: tuple[Prediction, ...]
