@@ -264,7 +264,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "negative": (lambda f: change(f, frames=-1), "it takes -1 frames of"),
     "resize": (lambda f: change(f, resize=8), "resize 8"),
     "dims": (dims, "its features are not of its model"),
-    "one dim": (lambda f: write_tensors(f, features=torch.zeros(6)), "its features are not of its model"),
+    "one dim": (lambda f: write_tensors(f, features=torch.ones(6)), "its features are not of its model"),
     "frames as text": (lambda f: change(f, frames="5"), "it takes 5 frames"),
     "half a frame": (lambda f: change(f, frames=5.5), "it takes 5.5 frames"),
     "a true number": (lambda f: change(f, resize=True), "frames of True pixels"),
