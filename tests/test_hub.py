@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import io
 import json
+import os
 import re
 import shutil
 import stat
@@ -19,9 +20,9 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from clip_m2df import CLIPM2DF, UserError
+from clip_m2df import CLIPM2DF, FewShotClassifier, UserError
 from clip_m2df.cli import main
-from clip_m2df.files import sha256_of
+from clip_m2df.files import locked_folder, sha256_of
 from clip_m2df.hub import MODEL_FORMAT
 from clip_m2df.training.module import RUN_OPTIONS
 from tests.project.test_trust import FORMS, pickled
@@ -447,3 +448,74 @@ def test_the_commands_show_the_models_options_once_and_none_of_the_hubs() -> Non
         main(["fit", "--help"])
     options = re.findall(r"^ +--model\.(\w+)", said.getvalue(), re.MULTILINE)
     assert sorted(options) == sorted(inspect.signature(CLIPM2DF).parameters)
+
+
+# What is given in the place of a model
+
+
+def test_the_name_of_a_checkpoint_in_its_run_is_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("best", "last", "best.ckpt", "last.ckpt"):
+        for load in (CLIPM2DF.from_pretrained, FewShotClassifier.from_checkpoint):
+            with pytest.raises(
+                UserError, match=f"'{name}' is what fit and test call .*, RUN/checkpoints/{name[:4]}.ckpt"
+            ):
+                load(name)
+    for run in ("runs/demo", "other", "."):
+        (tmp_path / run / "checkpoints").mkdir(parents=True)
+        (tmp_path / run / "checkpoints" / "best.ckpt").touch()
+    for load in (CLIPM2DF.from_pretrained, FewShotClassifier.from_checkpoint):
+        with pytest.raises(
+            UserError, match=r"checkpoints/best.ckpt, other/checkpoints/best.ckpt, runs/demo/checkpoints/best.ckpt here"
+        ):
+            load("best")
+        for folder in ("runs", "runs/demo", "runs/demo/checkpoints"):
+            with pytest.raises(UserError, match=r"folder of a run, no model: give .*, runs/demo/checkpoints/best.ckpt"):
+                load(folder)
+    with pytest.raises(UserError, match=r"there is no checkpoint runs/best.ckpt"):
+        FewShotClassifier.from_checkpoint("runs/best.ckpt")
+
+
+@pytest.mark.parametrize("name", ["ViT-B/16", "vit_b_16", "openai/clip-vit-base-patch16", "CLIP-ViT-B/16"])
+def test_the_name_of_clip_is_no_trained_model(name: str) -> None:
+    for load in (CLIPM2DF.from_pretrained, FewShotClassifier.from_checkpoint):
+        with pytest.raises(UserError, match=r"CLIP's own, .* backbone=, 'openai/clip-vit-base-patch16'"):
+            load(name)
+
+
+def test_a_folder_of_clip_is_no_trained_model(tiny_clip_dir: Path) -> None:
+    with pytest.raises(UserError, match=r"CLIP's own weights are given as --backbone, or backbone="):
+        CLIPM2DF.from_pretrained(tiny_clip_dir)
+
+
+def test_one_process_at_a_time_writes_a_model(tiny_clip_dir: Path, tmp_path: Path) -> None:
+    model = make(tiny_clip_dir)
+    with locked_folder(tmp_path / "model", "model"):
+        with pytest.raises(UserError, match=r"another process writes the model .*model: wait"):
+            model.save_pretrained(tmp_path / "model")
+        model.save_pretrained(tmp_path / "other")
+    assert {path.name for path in (tmp_path / "other").iterdir()} == {"config.json", "model.safetensors", "README.md"}
+    model.save_pretrained(tmp_path / "model")
+    assert {path.name for path in (tmp_path / "model").iterdir()} == {"config.json", "model.safetensors", "README.md"}
+
+
+def test_no_link_is_followed(tiny_clip_dir: Path, tmp_path: Path) -> None:
+    folder, precious = tmp_path / "model", tmp_path / "precious"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        precious.with_suffix(f".{name}").write_text("precious")
+        (folder / name).symlink_to(precious.with_suffix(f".{name}"))
+    (folder / "README.md").symlink_to(tmp_path / "nowhere.md")
+    make(tiny_clip_dir).save_pretrained(folder)
+    assert {path.read_text() for path in tmp_path.glob("precious.*")} == {"precious"}
+    assert not (tmp_path / "nowhere.md").exists()
+    CLIPM2DF.from_pretrained(folder)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs there")
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_fifo_is_not_waited_for(name: str, folder: Path) -> None:
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(UserError, match=f"{name} is no regular file: give a folder that save_pretrained wrote"):
+        CLIPM2DF.from_pretrained(folder)

@@ -1,6 +1,7 @@
 """The command ``clip-m2df``. Light to import: what needs torch is imported once a command needs it."""
 
 import argparse
+import difflib
 import inspect
 import io
 import re
@@ -73,10 +74,15 @@ def entry_point() -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse's, whose errors repeat what was typed."""
+    """argparse's, whose errors repeat what was typed, and say which option or choice may have been meant."""
 
     def error(self, message: str) -> NoReturn:
-        super().error(printable(message))
+        # "invalid choice: 'otm' (choose from 'otam', …)", "unrecognized arguments: --suport x"
+        choices = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)
+        typed = [choices[1]] if choices else re.findall(r"(?<!\S)--[\w.-]+", message.partition("unrecognized")[2])
+        known = re.findall(r"[\w-]+", choices[2]) if choices else list(self._option_string_actions)
+        near = [match for name in typed for match in difflib.get_close_matches(name, known, n=1)]
+        super().error(printable(message + "".join(f"; did you mean {name}?" for name in near)))
 
 
 def _run(args: Sequence[str]) -> int:

@@ -106,8 +106,11 @@ def check_output(path: str | Path, what: str) -> None:
         if path.is_dir():
             raise UserError(f"cannot write the {what} {path}: it is a folder; name a file")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):
-            os.lstat(path)
+        try:
+            with suppress(FileNotFoundError):
+                os.lstat(path)
+        except ValueError as error:  # a NUL character
+            raise UserError(f"cannot write the {what} {path}: {error}; name another file") from error
         TemporaryFile(dir=path.parent).close()
 
 

@@ -18,9 +18,10 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, R
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from clip_m2df.clip.formats import public_source, read_weights
-from clip_m2df.errors import UserError
-from clip_m2df.files import sha256_of, whole_file, write_text
+from clip_m2df.clip.formats import known_backbone, public_source, read_weights
+from clip_m2df.errors import UserError, some
+from clip_m2df.files import locked_folder, sha256_of, whole_file, write_text
+from clip_m2df.nn.weights import not_finite
 
 MODEL_FORMAT = "clip-m2df model 1"
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -38,14 +39,18 @@ def write_model(folder: str | os.PathLike[str], checkpoint: Mapping[str, Any], *
         **card: see :func:`model_card`.
 
     Raises:
-        UserError: the folder can't be written, an option can't be saved as JSON, or there is a card already that what
-            was measured can't go into.
+        UserError: the folder can't be written or another process writes into it, a weight is not finite, an option
+            can't be saved as JSON, or there is a card already that what was measured can't go into.
     """
     folder = Path(folder)
     if card.get("measured") and (folder / CARD).exists():
         raise UserError(
             f"{folder / CARD} is there already and is kept, so that what was measured would be lost: remove it,"
             " or write the figures into it yourself"
+        )
+    if broken := not_finite(checkpoint["state_dict"]):
+        raise UserError(
+            f"the model's weights are not finite (NaN or infinite), {some(broken)}: a training had failed; save another"
         )
     options, reading = checkpoint["hyper_parameters"], checkpoint["reading"]
     # A path of whoever saves the model would tell others nothing but that person's folders.
@@ -57,20 +62,26 @@ def write_model(folder: str | os.PathLike[str], checkpoint: Mapping[str, Any], *
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG).unlink(missing_ok=True)  # it is written last: without it the folder is no model
-        with whole_file(folder / WEIGHTS, "weights") as draft:
-            draft.touch()
-            mode = draft.stat().st_mode
-            save_file(copies, draft, {"format": "pt"})
-            draft.chmod(mode)  # safetensors lets nobody but the writer read
-        config = {"format": MODEL_FORMAT, "options": options, "reading": reading, "sha256": sha256_of(folder / WEIGHTS)}
-        try:
-            text = json.dumps(config, indent=2)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"the model's options can't be saved as JSON: {error}; give plain values") from error
-        write_text(folder / CONFIG, "model", text + "\n")
-        if not (folder / CARD).exists():
-            model_card(options, reading, **card).save(folder / CARD)
+        with locked_folder(folder, "model"):
+            (folder / CONFIG).unlink(missing_ok=True)  # it is written last: without it the folder is no model
+            with whole_file(folder / WEIGHTS, "weights") as draft:
+                draft.touch()
+                mode = draft.stat().st_mode
+                save_file(copies, draft, {"format": "pt"})
+                draft.chmod(mode)  # safetensors lets nobody but the writer read
+            config = {
+                "format": MODEL_FORMAT,
+                "options": options,
+                "reading": reading,
+                "sha256": sha256_of(folder / WEIGHTS),
+            }
+            try:
+                text = json.dumps(config, indent=2)
+            except (TypeError, ValueError) as error:
+                raise UserError(f"the model's options can't be saved as JSON: {error}; give plain values") from error
+            write_text(folder / CONFIG, "model", text + "\n")
+            if not (folder / CARD).exists():
+                write_text(folder / CARD, "model card", str(model_card(options, reading, **card)))
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"cannot save the model in {folder}: {getattr(error, 'strerror', None) or error}; make room, or give"
@@ -131,6 +142,8 @@ def find_model(name_or_folder: str | os.PathLike[str], **options: Any) -> Path:
     name = os.fspath(name_or_folder)
     if (folder := Path(name).expanduser()).is_dir():
         return folder
+    if other := other_model(Path(name)):
+        raise UserError(other)
     try:
         # Two files, in one go: asked for a single one, the client takes 23 s to find out that there is no network.
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS], **options))
@@ -147,6 +160,29 @@ def find_model(name_or_folder: str | os.PathLike[str], **options: Any) -> Path:
         ) from error
 
 
+def other_model(path: Path) -> str:
+    """What to give in the place of a name or a folder that is no model of :func:`write_model`, if that can be told.
+
+    Args:
+        path: a run's folder or that of its checkpoints, what a checkpoint is called in a run, or CLIP's own name.
+    """
+    name = str(path)
+    if path.is_dir() and not (path / CONFIG).exists():
+        patterns = ("*.ckpt", "checkpoints/*.ckpt", "*/checkpoints/*.ckpt")
+        found = [file for pattern in patterns for file in sorted(path.glob(pattern))]
+        best = [str(file) for file in found if file.name == "best.ckpt"] or [str(file) for file in found]
+        return f"{name} is the folder of a run, no model: give its checkpoint, {some(best)}" if best else ""
+    if name.removesuffix(".ckpt") in ("best", "last") and not path.exists():
+        file = f"{name.removesuffix('.ckpt')}.ckpt"
+        patterns = (f"checkpoints/{file}", f"*/checkpoints/{file}", f"runs/*/checkpoints/{file}")
+        here = [str(found) for pattern in patterns for found in sorted(Path().glob(pattern))]
+        known = f"{some(here)} here" if here else f"RUN/checkpoints/{file}"
+        return f"{name!r} is what fit and test call a checkpoint of their own run: give the path of the file, {known}"
+    if backbone := known_backbone(name):
+        return f"{name!r} is CLIP's own, no trained model: give it as --backbone, or backbone=, {backbone!r}"
+    return ""
+
+
 def read_model(folder: Path) -> dict[str, Any]:
     """Read a model's folder; its options are as they stand there, and still to be checked.
 
@@ -157,6 +193,11 @@ def read_model(folder: Path) -> dict[str, Any]:
         UserError: a file is missing, damaged, or of another model.
     """
     path = folder / CONFIG
+    if other := other_model(folder):
+        raise UserError(other)
+    for file in (path, folder / WEIGHTS):
+        if os.path.lexists(file) and not file.is_file():  # before it is opened: a FIFO would wait for a writer
+            raise UserError(f"{file} is no regular file: {REMEDY}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         checksum = sha256_of(folder / WEIGHTS)
@@ -166,7 +207,10 @@ def read_model(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} is damaged ({error}): {REMEDY}") from error
     config = config if isinstance(config, dict) else {}
     if (found := config.get("format")) != MODEL_FORMAT:
-        raise UserError(f"{path} is of another model or version: its format is {found!r}, not {MODEL_FORMAT!r}")
+        hint = (
+            "; CLIP's own weights are given as --backbone, or backbone=" if config.get("model_type") == "clip" else ""
+        )
+        raise UserError(f"{path} is of another model or version: its format is {found!r}, not {MODEL_FORMAT!r}{hint}")
     reading = config.get("reading", {})
     numbers = reading.values() if isinstance(reading, dict) and reading.keys() == {"frames", "resize"} else [None]
     if reading is not None and not all(type(number) is int and number > 0 for number in numbers):

@@ -69,10 +69,11 @@ def test_clips_are_read_as_in_the_models_training(videos: Path) -> None:
     model = make_model("otam").train()
     model.reading = {"frames": 3, "resize": 64}
     path = videos / "eat" / "0.mp4"
-    for options, reader in (
+    cases: list[tuple[dict[str, Any], ClipReader]] = [
         ({}, ClipReader(frames=3, resize=64, size=40)),
         ({"frames": 5, "resize": 48}, ClipReader(frames=5, resize=48, size=40)),
-    ):
+    ]
+    for options, reader in cases:
         found = FewShotClassifier(model, **options).fit({"a": path}).explain(path)
         assert found.frames.equal(reader.read(str(path))[0])
     assert not model.training
@@ -262,6 +263,100 @@ def test_why_a_clip_is_taken_for_what_it_is(classifier: FewShotClassifier, video
         assert shown.equal(torch.from_numpy(noise(seed)).permute(0, 3, 1, 2))
     with pytest.raises(UserError, match=r"none.mp4 can't be read: there is no such file"):
         classifier.explain("none.mp4")
+
+
+def test_labels_of_several_clips_are_shown_beside_their_names(make: Make, videos: Path) -> None:
+    classifier = make("otam").fit(videos)
+    found = classifier.predict(videos / "walk")
+    lines = repr(found).splitlines()
+    assert str(found) == repr(found)
+    said = [p for _, p in sorted(classifier.classify(videos / "walk"), key=lambda pair: pair[0])]
+    assert found.predictions == tuple(said)
+    for line, label, prediction in zip(lines, found, said, strict=True):
+        assert prediction.label == label
+        assert line.split() == [prediction.video, label, f"{prediction.probability:.1%}"]
+    # It is an array of labels all the same.
+    assert (found == np.array(found.tolist())).all()
+    assert np.asarray(found).tolist() == [p.label for p in said]
+    assert repr(found[:2]) == repr(np.asarray(found)[:2])
+    assert repr(found == "walk") == repr(np.asarray(found) == "walk")
+    in_memory = classifier.predict([noise(0), noise(1)])
+    assert repr(in_memory) == repr(np.asarray(in_memory))
+    with pytest.warns(UserWarning, match="can't be read"):
+        mixed = classifier.predict(["no\x1b[2J.mp4", noise(0)])
+    first, second = repr(mixed).splitlines()
+    assert first == "no\\x1b[2J.mp4  (can't be read: there is no such file)"
+    assert second.startswith("array 1        ")
+
+
+def test_a_classifier_is_shown_by_its_model_and_classes(make: Make) -> None:
+    assert "model='tiny', head='otam', frames=8, resize=40, device='cpu', examples={}" in repr(make("otam"))
+    fitted = make("otam", frames=4).fit({"run": [noise(0), noise(1)], "e\x1bt": noise(2)})
+    assert repr(fitted).startswith("FewShotClassifier(model='tiny', head='otam', frames=4, ")
+    assert repr(fitted).endswith("examples={'run': 2, 'e\\x1bt': 1})")
+    many = make("otam").fit({f"class {k}": noise(k) for k in range(22)})
+    assert "'class 19': 1 and 2 more" in repr(many)
+
+
+# Models that have come to nothing
+
+PARTS = {"all": "", "tower": "model.backbone.visual.", "text": "model.backbone.text.", "head": "model.head.views."}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e38, 0.0])
+@pytest.mark.parametrize("part", PARTS)
+def test_a_model_that_is_no_number_is_refused(part: str, value: float, videos: Path) -> None:
+    """Spoilt before the examples are seen, and afterwards: no label comes without a probability."""
+    fitted = FewShotClassifier(make_model()).fit({"run": [noise(0), noise(1)], "eat": [noise(2), noise(3)]})
+    spoilt = FewShotClassifier(make_model())
+    for classifier in (fitted, spoilt):
+        with torch.no_grad():
+            for name, parameter in classifier.model.named_parameters():
+                if name.startswith(PARTS[part]):
+                    parameter.fill_(value)
+    path = videos / "eat" / "0.mp4"
+    asked: list[Callable[[], Any]] = [
+        lambda: fitted.predict(noise(0)),
+        lambda: fitted.predict([path, noise(1)], reject=True),
+        lambda: fitted.predict_proba(noise(0)),
+        lambda: dict(fitted.classify([noise(0)])),
+        lambda: fitted.explain(noise(0)),
+        lambda: fitted.segments(path, window=0.5),
+        lambda: spoilt.fit({"run": noise(0), "eat": noise(1)}).predict(noise(0)),
+    ]
+    refused = 0
+    for ask in asked:
+        try:
+            said = repr(ask())
+        except UserError as error:
+            said = str(error)
+            refused += bool(re.search("not finite|all features are zero", said))
+        # Zeros in the head alone, and prompts that were made before, leave numbers.
+        assert "nan" not in said.replace("NaN or", "")
+    if part in ("all", "tower") or (value and part == "head"):
+        assert refused == len(asked)
+    elif value:
+        assert refused
+
+
+def test_scores_that_are_not_finite_are_refused_by_name(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    classifier = make("otam").fit({"run": noise(0), "eat": noise(1)})
+    head = type(classifier.model.model.head)
+    monkeypatch.setattr(head, "compare", lambda *_: torch.full((1, 2), float("nan")))
+    with pytest.raises(UserError, match="the scores of tiny are not finite"):
+        classifier.predict(noise(0))
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+def test_half_precision_changes_the_last_digits(precision: str, make: Make) -> None:
+    support = {"run": [noise(0), noise(1)], "eat": [noise(2), noise(3)]}
+    half, full = make("otam", precision=precision).fit(support), make("otam").fit(support)
+    clips = [noise(seed) for seed in range(4, 8)]
+    found, expected = half.predict_proba(clips), full.predict_proba(clips)
+    assert found == pytest.approx(expected, abs=0.1)
+    assert not np.array_equal(found, expected)
+    with pytest.raises(UserError, match="precision is '16': give one of 32-true, bf16-mixed, 16-mixed"):
+        make("otam", precision="16")
 
 
 # Clips that can't be read

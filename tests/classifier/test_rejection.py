@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import statistics
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,10 +15,11 @@ import torch
 from torch import Tensor
 
 from clip_m2df import FewShotClassifier, UserError
-from clip_m2df.classifier.rejection import calibrate
+from clip_m2df.classifier.rejection import calibrate, near_identical
 from clip_m2df.classifier.support import NONE_OF_THESE, ClassScorer, SupportClass
 from clip_m2df.nn.baselines import Baseline
 from clip_m2df.training.module import CLIPM2DF
+from clip_m2df.video.reader import read_frames
 from tests.classifier.conftest import Make, make_class, make_model, noise, plain_model
 
 DIM, FRAMES = 64, 6
@@ -56,16 +58,17 @@ def at_random(model: CLIPM2DF, shots: Sequence[int], spread: float) -> list[Supp
 def distances_by_loops(model: CLIPM2DF, classes: Sequence[SupportClass]) -> tuple[list[float], list[float]]:
     """Of each example to its own class made anew without it, and to the closest of the others made anew."""
     belongs, strange = [], []
+    least = model.model.head.least_distance(FRAMES)
     for k, own in enumerate(classes):
         for i, example in enumerate(own.features):
             others = [make_class(model, c.label, c.features) for c in classes if c.label != own.label]
             if others:
-                strange.append(min((-ClassScorer(model, others).score(example[None]).logits[0]).tolist()))
+                strange.append(min((-ClassScorer(model, others).score(example[None]).logits[0] - least).tolist()))
             rest = [features for j, features in enumerate(own.features) if j != i]
             if rest:
                 without = list(classes)
                 without[k] = make_class(model, own.label, torch.stack(rest))
-                belongs.append(-float(ClassScorer(model, without).score(example[None]).logits[0, k]))
+                belongs.append(-float(ClassScorer(model, without).score(example[None]).logits[0, k]) - least)
     return belongs, strange
 
 
@@ -152,6 +155,76 @@ def test_one_example_tells_nothing(make: Make) -> None:
     for refused in (classifier.predict, classifier.explain, classifier.segments, classifier.classify):
         with pytest.raises(UserError, match="one example of one class doesn't tell what is none of these"):
             refused(noise(1), reject=True)
+
+
+def test_a_threshold_may_be_set(make: Make) -> None:
+    support = {"run": [noise(0), noise(1)], "eat": [noise(2), noise(3)]}
+    classifier = make("otam", threshold=1e6).fit(support)
+    clips = [noise(seed) for seed in range(8, 12)]
+    assert classifier.threshold_ == 1e6
+    assert NONE_OF_THESE not in classifier.predict(clips, reject=True)
+    distances = sorted(p.distance for _, p in classifier.classify(clips))
+    classifier.threshold = (distances[1] + distances[2]) / 2
+    assert (classifier.predict(clips, reject=True) == NONE_OF_THESE).sum() == 2
+    assert make("otam", threshold=2.0).fit({"run": noise(0)}).predict(np.zeros_like(noise(0)), reject=True) is not None
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        with pytest.raises(UserError, match="threshold is"):
+            make("otam", threshold=bad)
+        classifier.threshold = bad
+        with pytest.raises(UserError, match="threshold is"):
+            classifier.predict(clips, reject=True)
+
+
+# Examples that are nearly the same
+
+
+def cuts(video: np.ndarray[Any, Any], kind: str, seed: int) -> list[np.ndarray[Any, Any]]:
+    """Three examples that are made of one video."""
+    n, rng = len(video), np.random.default_rng(seed)
+    if kind == "copies":
+        return [video, video.copy(), video.copy()]
+    if kind == "noise":
+        noisy = (video.astype(int) + rng.integers(-6, 7, video.shape) for _ in range(3))
+        return [frames.clip(0, 255).astype(np.uint8) for frames in noisy]
+    if kind == "two of three":
+        return [video, video[n // 10 :], 255 - video]
+    return [video[: 8 * n // 10], video[n // 10 : 9 * n // 10], video[2 * n // 10 :]]
+
+
+@pytest.mark.parametrize("kind", ["overlapping", "copies", "noise", "two of three"])
+@pytest.mark.parametrize("head", ["otam", "m2df"])
+def test_examples_of_one_video_are_told(head: str, kind: str, make: Make, scenes: dict[str, list[str]]) -> None:
+    labels = list(scenes)[:3]
+    video = {label: read_frames(scenes[label][0], range)[0].permute(0, 2, 3, 1).numpy() for label in labels}
+    support: dict[str, Any] = {label: cuts(video[label], kind, k) for k, label in enumerate(labels)}
+    classifier = make(head).fit(support)
+    with pytest.warns(UserWarning, match="nearly the same, as if cut from one video") as recorded:
+        threshold = classifier.threshold_
+    (told,) = recorded
+    assert all(repr(label) in str(told.message) for label in labels)
+    assert "give examples of different videos, or set the threshold" in str(told.message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert classifier.threshold_ == threshold  # said once
+        make(head, threshold=3.0).fit(support).predict(video[labels[0]], reject=True)
+        make(head).fit({label: scenes[label][0] for label in labels}).predict(video[labels[0]], reject=True)
+    one = make(head).fit({labels[0]: support[labels[0]]})
+    if kind in ("copies", "noise"):  # there is no other class to compare with
+        with pytest.warns(UserWarning, match="nearly the same"):
+            assert one.threshold_ is not None
+
+
+def test_the_class_of_such_examples_is_told_from_others() -> None:
+    model = plain_model("otam")
+    generator = torch.Generator().manual_seed(0)
+    draw = torch.randn((7, FRAMES, DIM), generator=generator)
+    alike = draw[:1] + 0.01 * torch.randn((3, FRAMES, DIM), generator=generator)
+    sound = [make_class(model, "a", draw[1:4]), make_class(model, "b", draw[4:])]
+    assert near_identical(sound) == []
+    assert near_identical([*sound, make_class(model, "c", alike)]) == ["c"]
+    assert near_identical([*sound, make_class(model, "one", alike[:1])]) == []
+    assert near_identical([make_class(model, "c", alike)]) == ["c"]
+    assert near_identical(sound[:1]) == []
 
 
 # What is rejected

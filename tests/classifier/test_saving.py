@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Callable
@@ -16,8 +17,9 @@ import torch
 from safetensors.torch import load_file, save
 
 from clip_m2df import CLIPM2DF, FewShotClassifier, UserError
-from clip_m2df.classifier.saving import read_support
-from tests.classifier.conftest import make_model, noise
+from clip_m2df.classifier.saving import LOCK, read_support
+from clip_m2df.files import locked
+from tests.classifier.conftest import Make, make_model, noise
 from tests.project.damage import SCRAPS, Rng, alter, damage
 
 CLIPS = [noise(seed) for seed in range(10, 16)]
@@ -72,6 +74,10 @@ def write_tensors(folder: Path, **tensors: torch.Tensor) -> None:
     change(folder, sha256=hashlib.sha256(content).hexdigest())
 
 
+def pictures(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.uint8)
+
+
 def flip(path: Path) -> None:
     content = path.read_bytes()
     path.write_bytes(content[:-100] + bytes([content[-100] ^ 4]) + content[-99:])
@@ -110,6 +116,49 @@ def test_a_classifier_takes_the_place_of_another(folder: Path, videos: Path) -> 
     (folder.parent / "empty").mkdir()
     other.save(str(folder.parent / "empty"))
     assert_same(FewShotClassifier.load(str(folder.parent / "empty")), other)
+
+
+def test_a_threshold_that_was_set_is_kept(folder: Path) -> None:
+    classifier = FewShotClassifier.load(folder)
+    assert classifier.threshold is None
+    classifier.threshold = 2.5
+    classifier.save(folder)
+    assert FewShotClassifier.load(folder).threshold_ == 2.5
+    assert FewShotClassifier.load(folder, threshold=3.5).threshold_ == 3.5
+    assert "threshold" not in {path.name for path in folder.iterdir()}
+
+
+def test_one_process_at_a_time_writes_a_classifier(folder: Path) -> None:
+    classifier, before = FewShotClassifier.load(folder), {p.name: p.read_bytes() for p in folder.iterdir()}
+    for lock in (LOCK, ".lock"):  # the classifier's own, and that of the model in it
+        said = f"another process writes the (classifier|model) {folder}: wait"
+        with locked(folder / lock, "something", folder), pytest.raises(UserError, match=said):
+            classifier.save(folder)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    new = folder.parent / "new"
+    with locked(new / LOCK, "something", new), pytest.raises(UserError, match="another process writes the classifier"):
+        classifier.save(new)
+    (folder / LOCK).touch()  # left behind by a crash, it holds nobody up
+    classifier.save(folder)
+    assert {p.name for p in folder.iterdir()} == before.keys()
+
+
+def test_what_is_no_number_is_not_saved(make: Make, tmp_path: Path) -> None:
+    classifier = FewShotClassifier(make_model("otam")).fit({"run": noise(0), "eat": noise(1)})
+    with torch.no_grad():
+        next(iter(classifier.model.model.backbone.visual.parameters())).fill_(torch.nan)
+    with pytest.raises(UserError, match="the model's weights are not finite"):
+        classifier.save(tmp_path / "classifier")
+    assert not (tmp_path / "classifier" / "classifier.json").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs there")
+@pytest.mark.parametrize("name", ["classifier.json", "support.safetensors", "config.json", "model.safetensors"])
+def test_a_fifo_in_the_place_of_a_file_is_not_waited_for(name: str, folder: Path) -> None:
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(UserError, match=f"{name}|holds no classifier"):
+        FewShotClassifier.load(folder)
 
 
 def test_options_of_predictions_are_kept(videos: Path, tmp_path: Path) -> None:
@@ -215,7 +264,33 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "negative": (lambda f: change(f, frames=-1), "it takes -1 frames of"),
     "resize": (lambda f: change(f, resize=8), "resize 8"),
     "dims": (dims, "its features are not of its model"),
-    "one dim": (lambda f: write_tensors(f, features=torch.zeros(6)), "its features are not of its model"),
+    "one dim": (lambda f: write_tensors(f, features=torch.ones(6)), "its features are not of its model"),
+    "frames as text": (lambda f: change(f, frames="5"), "it takes 5 frames"),
+    "half a frame": (lambda f: change(f, frames=5.5), "it takes 5.5 frames"),
+    "a true number": (lambda f: change(f, resize=True), "frames of True pixels"),
+    "somebody's head": (lambda f: change(f, options={"head": "somebody.Head"}), "its options are 'head'"),
+    "other options": (lambda f: change(f, options=["head"]), "is damaged"),
+    "text for a threshold": (lambda f: change(f, threshold="3"), "its threshold is '3'"),
+    "no threshold": (lambda f: change(f, threshold=float("nan")), "its threshold is nan"),
+    "examples as text": (lambda f: change_class(f, 0, examples=[3, None, "a.mp4"]), "an example is no name of a file"),
+    "a label as a list": (lambda f: change_class(f, 0, label=["jump"]), "is damaged"),
+    "not a number": (lambda f: write_tensors(f, features=torch.full((6, 5, 64), torch.nan)), "not finite numbers"),
+    "endless": (lambda f: write_tensors(f, features=torch.full((6, 5, 64), -torch.inf)), "not finite numbers"),
+    "integers": (lambda f: write_tensors(f, features=torch.ones((6, 5, 64), dtype=torch.int8)), "not finite numbers"),
+    "truths": (lambda f: write_tensors(f, features=torch.ones((6, 5, 64), dtype=torch.bool)), "not finite numbers"),
+    "complex": (lambda f: write_tensors(f, features=torch.ones((6, 5, 64), dtype=torch.cfloat)), "not finite numbers"),
+    "a scalar": (lambda f: write_tensors(f, features=torch.tensor(1.0)), "is damaged"),
+    "one axis more": (
+        lambda f: write_tensors(f, features=torch.ones(6, 5, 64, 1)),
+        "its features are not of its model",
+    ),
+    "beyond numbers": (lambda f: write_tensors(f, features=torch.full((6, 5, 64), 1e38)), "not finite"),
+    "nothing seen": (lambda f: write_tensors(f, features=torch.zeros(6, 5, 64)), "or all are zero"),
+    "pictures in floats": (lambda f: write_tensors(f, thumbnails=torch.ones(6, 5, 3, 8, 8)), "its small frames are"),
+    "pictures in grey": (lambda f: write_tensors(f, thumbnails=pictures(6, 5, 1, 8, 8)), "its small frames are"),
+    "pictures of nothing": (lambda f: write_tensors(f, thumbnails=pictures(6, 5, 3, 0, 8)), "its small frames are"),
+    "fewer pictures": (lambda f: write_tensors(f, thumbnails=pictures(5, 5, 3, 8, 8)), "is damaged"),
+    "shorter pictures": (lambda f: write_tensors(f, thumbnails=pictures(6, 4, 3, 8, 8)), "are not of its model"),
     # What JSON has and nobody wrote
     "no number": (lambda f: change(f, frames=float("inf")), "is damaged"),
     "no text": (lambda f: change_class(f, 0, text="\ud800"), "is damaged"),

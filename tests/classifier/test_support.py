@@ -170,7 +170,8 @@ def test_a_class_alone_has_all_of_the_probability(head: str) -> None:
     (only,), query = make_classes(model, (2,)), make_queries(4)
     with torch.no_grad():
         log_probabilities, distances = ClassScorer(model, [only]).label(query)
-        expected = -model.model.head(only.features[None], query, only.prompt[None]).logits
+        logits = model.model.head(only.features[None], query, only.prompt[None]).logits
+    expected = -logits - model.model.head.least_distance(query.shape[1])
     assert log_probabilities.equal(torch.zeros(4, 1))
     torch.testing.assert_close(distances, expected, atol=1e-5, rtol=1e-5)
 
@@ -202,7 +203,8 @@ def test_the_texts_share(head: str, share: float) -> None:
     product = F.softmax(text, -1) ** share * F.softmax(visual, -1) ** (1 - share)
     expected = product / product.sum(-1, keepdim=True)
     torch.testing.assert_close(log_probabilities.exp(), expected, atol=1e-5, rtol=1e-5)
-    assert distances.equal(-visual)  # of which the text has no share
+    least = model.model.head.least_distance(query.shape[1])
+    assert distances.equal(-visual - least)  # of which the text has no share
 
 
 @pytest.mark.parametrize("head", ["m2df", "otam"])

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from clip_m2df import CLIPM2DF
 from clip_m2df.clip.backbone import TINY_CLIP, CLIPBackbone
 from clip_m2df.clip.formats import (
     CLIP_MEAN,
@@ -901,3 +903,31 @@ def test_a_description_without_tokenizer_says_so(state: State, hub: Callable[[st
     again = CLIPBackbone.from_description(CLIPBackbone.from_openai(state, **OPENAI).description())
     with pytest.raises(UserError, match="was saved without its tokenizer"):
         again.tokenize(["a cat"])
+
+
+@pytest.mark.parametrize(
+    ("known", "names"),
+    [
+        (
+            "openai/clip-vit-base-patch16",
+            ["ViT-B/16", "ViT-B-16", "vit_b_16", "vitb16", "clip-vit-base-patch16", "ViT-B-16.pt"],
+        ),
+        ("openai/clip-vit-base-patch32", ["ViT-B/32", "vit-b-32", "OpenAI/CLIP-ViT-B-32", "ViT-B-32-quickgelu"]),
+        ("openai/clip-vit-large-patch14", ["ViT-L/14", "ViT-L-14", "vit_large_patch14_clip_224"]),
+        ("openai/clip-vit-large-patch14-336", ["ViT-L/14@336px", "ViT-L-14-336", "clip-vit-large-patch14-336"]),
+        ("rn50", ["RN50", "ResNet50", "resnet-50"]),
+        ("tiny", ["Tiny", "TINY"]),
+    ],
+)
+def test_other_names_of_clip_are_told(known: str, names: list[str]) -> None:
+    for name in names:
+        with pytest.raises(UserError, match=f"there is no backbone '{re.escape(name)}': give '{known}'"):
+            CLIPBackbone.load(name)
+        with pytest.raises(UserError, match=f"give '{known}'"):
+            CLIPM2DF(backbone=name)
+
+
+@pytest.mark.parametrize("name", ["RN101", "rn50x4", "RN50x64"])
+def test_other_resnets_are_given_as_files(name: str) -> None:
+    with pytest.raises(UserError, match=f"rn50 alone is fetched by its name: give the file of {name}'s weights"):
+        CLIPBackbone.load(name)

@@ -6,13 +6,15 @@ import os
 import re
 import shutil
 import sys
+import warnings
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
+import torch
 
-from clip_m2df import FewShotClassifier
+from clip_m2df import CLIPM2DF, FewShotClassifier
 from clip_m2df.cli import main
 from clip_m2df.commands.predict import UntrainedHead
 from clip_m2df.motion_shapes.rendering import write_video
@@ -149,6 +151,33 @@ def test_none_of_these(support: Path, folder: Path, tmp_path: Path) -> None:
     assert rows[0][f"p_{LABELS[0]}"] == f"{expected[0].probabilities[LABELS[0]]:.6f}"
 
 
+def test_the_table_has_the_distances_that_reject(support: Path, folder: Path, tmp_path: Path) -> None:
+    run = predict_args(support, [folder], tmp_path / "labels.jsonl", "--reject")
+    with pytest.warns(UserWarning, match="nearly the same"):
+        assert main(run) == 0
+    told = reference(support)
+    with pytest.warns(UserWarning, match="nearly the same"):
+        threshold = told.threshold_
+    assert threshold is not None
+    rows = read_lines(tmp_path / "labels.jsonl")
+    assert list(rows[0])[:4] == ["path", "label", "probability", "distance"]
+    expected = dict(told.classify(videos_of(folder)))
+    for place, row in enumerate(rows):
+        assert row["distance"] == pytest.approx(expected[place].distance, abs=1e-5)
+        assert row["distance"] > 0
+        assert (row["label"] == "none of these") == (row["probability"] is None) == (row["distance"] > threshold)
+    distances = sorted(row["distance"] for row in rows)
+    own = str((distances[2] + distances[3]) / 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # it is not learnt from the examples
+        assert main([*run, "--threshold", own, "--report", str(tmp_path / "r.html")]) == 0
+    rows = read_lines(tmp_path / "labels.jsonl")
+    assert [row["label"] == "none of these" for row in rows] == [row["distance"] > float(own) for row in rows]
+    assert f"beyond a distance of {float(own):.2f}" in (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert main([*run, "--segments", "--threshold", "1e-9"]) == 0
+    assert read_lines(tmp_path / "labels.jsonl") == []
+
+
 def test_examples_that_cannot_be_read_are_named(
     support: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -161,6 +190,83 @@ def test_examples_that_cannot_be_read_are_named(
     assert "UserWarning" not in said
     assert main(predict_args(support, [folder], tmp_path / "others.csv")) == 0
     assert (tmp_path / "labels.csv").read_bytes() == (tmp_path / "others.csv").read_bytes()
+
+
+def test_without_a_table_it_is_printed(
+    support: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "150")
+    run = predict_args(support, ["no\x1bne.mp4", folder / "0.mp4", folder / "inner"], Path("-"))
+    run = [word for word in run if word not in ("--output", "-")]
+    assert main([*run, "--reject", "--threshold", "1e6"]) == 1
+    printed = capsys.readouterr().out
+    said = dict(reference(support).classify([folder / "0.mp4", folder / "inner" / "é, deep.mp4"]))
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines() if "│" in line]
+    assert lines[:3] == [
+        ["no\\x1bne.mp4", "(there is no such file)", "", ""],
+        *([p.video, p.label, f"{p.probability:.3f}", f"{p.distance:.2f}"] for p in (said[0], said[1])),
+    ]
+    assert "\x1b" not in printed
+    assert "predictions are in" not in printed
+    assert main([*run, "--segments", "--window", "0.5"]) == 1
+    assert "start" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+    assert main([*run, "--report", "report.html"]) == 1
+    printed = capsys.readouterr().out
+    assert "probability" not in printed
+    assert "the report is report.html" in printed
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+
+@pytest.mark.parametrize("length", [240, *range(245, 256)])
+def test_a_name_as_long_as_a_file_may_have(length: int, support: Path, folder: Path, tmp_path: Path) -> None:
+    """That of the table, whose part has a longer one, of the page, and in letters of two bytes."""
+    for letter, suffix in (("x", ".csv"), ("é", ".jsonl")):
+        stem = letter * ((length - len(suffix)) // len(letter.encode()))
+        name = stem + "x" * (length - len(os.fsencode(stem + suffix))) + suffix
+        assert len(os.fsencode(name)) == length
+        page = "r" * (length - 5) + ".html"
+        run = predict_args(support, [folder / "0.mp4"], tmp_path / name, "--report", str(tmp_path / page))
+        assert main(run) == 0
+        assert {path.name for path in tmp_path.iterdir()} == {name, page}
+        (tmp_path / name).unlink()
+
+
+@pytest.mark.parametrize("name", ["x" * 252 + ".csv", "y\0.csv", "é" * 126 + ".csv"])
+def test_a_name_that_no_file_can_have_is_refused_before_the_work(
+    name: str, support: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = folder / "0.mp4"
+    run = predict_args(tmp_path / "no_support", [broken], tmp_path / name)  # which would be told first, after that
+    assert "no_support" not in fails(run, capsys)
+    page = str(tmp_path / name.replace(".csv", ".html"))
+    run = predict_args(tmp_path / "no_support", [broken], tmp_path / "labels.csv", "--report", page)
+    assert "no_support" not in fails(run, capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("more", [[], ["--reject"], ["--segments"], ["--report", "r.html"]], ids=lambda m: "".join(m))
+@pytest.mark.parametrize("value", [float("nan"), 1e38])
+def test_a_model_that_is_no_number_labels_nothing(
+    value: float,
+    more: list[str],
+    support: Path,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = make_model()
+    checkpoint: dict[str, Any] = {"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams)}
+    model.on_save_checkpoint(checkpoint)
+    checkpoint["state_dict"] = {name: torch.full_like(w, value) for name, w in checkpoint["state_dict"].items()}
+    torch.save(checkpoint | {"pytorch-lightning_version": "2.6.6"}, "spoilt.ckpt")
+    run = predict_args(support, [folder], Path("labels.csv"), "--ckpt_path", "spoilt.ckpt", *more)
+    said = fails(run, capsys)
+    assert re.search(r"spoilt.ckpt.*not finite", said)
+    assert [path.name for path in tmp_path.iterdir()] == ["spoilt.ckpt"]
 
 
 # Segments
@@ -240,6 +346,58 @@ def test_the_heads_that_need_no_training() -> None:
     assert {name for name in HEADS if not getattr(head_class(name), "trained", True)} == set(get_args(UntrainedHead))
 
 
+@pytest.mark.parametrize(
+    ("more", "options", "sizes"),
+    [
+        (["--frames", "3"], {}, {"frames": 3}),
+        (["--resize", "48", "--device", "cpu"], {}, {"resize": 48}),
+        (["--template", "a photo of {}.", "{} in a film"], {"template": ["a photo of {}.", "{} in a film"]}, {}),
+        (
+            ["--head", "otam", "--head_options", "smoothing=0.1", "single_direction=true"],
+            {"head_options": {"smoothing": 0.1, "single_direction": True}},
+            {},
+        ),
+        (["--precision", "bf16-mixed"], {}, {"precision": "bf16-mixed"}),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_options_are_those_of_the_class(
+    more: list[str], options: dict[str, Any], sizes: dict[str, Any], support: Path, folder: Path, tmp_path: Path
+) -> None:
+    head = options.pop("head", "otam") if "--template" not in more else "zero_shot"
+    more = [*more, "--head", head] if "--template" in more else more
+    assert main(predict_args(support, [folder], tmp_path / "labels.csv", *more)) == 0
+    model = CLIPM2DF(backbone="tiny", head=head, freeze_backbone=True, **options)
+    expected = dict(FewShotClassifier(model, **sizes).fit(support).classify(videos_of(folder)))
+    rows = [[float(row[f"p_{label}"]) for label in LABELS] for row in read_csv(tmp_path / "labels.csv")]
+    assert rows == [pytest.approx(list(expected[k].probabilities.values()), abs=2e-6) for k in range(6)]
+    plain = dict(reference(support, head).classify(videos_of(folder)))
+    assert rows[0] != pytest.approx(list(plain[0].probabilities.values()), abs=2e-6)
+
+
+def test_texts_of_classes(support: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = {LABELS[0].upper(): "a red thing", LABELS[2]: "=a blue thing"}
+    lines = ["label,text", *(f'"{label.replace(chr(34), chr(34) * 2)}",{text}' for label, text in texts.items())]
+    (tmp_path / "texts.csv").write_text("\n".join([*lines, "another class,of another benchmark"]), encoding="utf-8")
+    run = predict_args(support, [folder], tmp_path / "labels.csv", "--head", "zero_shot")
+    assert main([*run, "--texts", str(tmp_path / "texts.csv")]) == 0
+    model = CLIPM2DF(backbone="tiny", head="zero_shot", freeze_backbone=True)
+    expected = dict(
+        FewShotClassifier(model)
+        .fit(support, {LABELS[0]: "a red thing", LABELS[2]: texts[LABELS[2]]})
+        .classify(videos_of(folder))
+    )
+    rows = [[float(row[f"p_{label}"]) for label in LABELS] for row in read_csv(tmp_path / "labels.csv")]
+    assert rows == [pytest.approx(list(expected[k].probabilities.values()), abs=2e-6) for k in range(6)]
+    for content, said in (
+        ("label,text\nnobody,x\n", "names no class of the support"),
+        (f"label,text\n{LABELS[1]},x\n{LABELS[1]},y\n", "a second text"),
+        ("class,text\na,b\n", "label"),
+    ):
+        (tmp_path / "bad.csv").write_text(content, encoding="utf-8")
+        assert said in fails([*run, "--texts", str(tmp_path / "bad.csv")], capsys)
+
+
 # Options
 
 
@@ -251,6 +409,24 @@ def test_the_heads_that_need_no_training() -> None:
         (["--segments", "--window", "0"], "window is 0.0"),
         (["--segments", "--fps", "0"], "fps is 0.0"),
         (["--head", "m2df"], "invalid choice: 'm2df'"),
+        (["--head", "otm"], "did you mean otam?"),
+        (["--head", "nearest-prototype"], "did you mean nearest_prototype?"),
+        (["--thresold", "3"], "did you mean --threshold?"),
+        (["--threshold", "3"], "--threshold is of --reject: give that too, or leave it out"),
+        (["--threshold", "nan", "--reject"], "threshold is nan"),
+        (["--head_options", "smoothing"], "--head_options has 'smoothing': give NAME=VALUE"),
+        (["--head_options", "smothing=1"], "has no option 'smothing'; did you mean 'smoothing'?"),
+        (["--head_options", "smoothing=-1"], "smoothing is -1"),
+        (["--head_options", "a=1", "--ckpt_path", "x.ckpt"], "--head_options goes with --backbone"),
+        (["--frames", "0"], "frames is 0"),
+        (["--resize", "8"], "resize 8"),
+        (["--device", "abacus"], "device 'abacus' can't be used"),
+        (["--template", "no braces"], "{}"),
+        (["--texts", "none.csv"], "there is no list of class texts none.csv"),
+        (["--ckpt_path", "best"], "'best' is what fit and test call a checkpoint of their own run"),
+        (["--ckpt_path", "last.ckpt"], "'last.ckpt' is what fit and test call a checkpoint of their own run"),
+        (["--ckpt_path", "ViT-B/16"], "give it as --backbone, or backbone=, 'openai/clip-vit-base-patch16'"),
+        (["--backbone", "ViT-B/16"], "there is no backbone 'ViT-B/16': give 'openai/clip-vit-base-patch16'"),
         (["--head", "otam", "--ckpt_path", "x.ckpt"], "--head goes with --backbone"),
         (["--ckpt_path", "x.ckpt"], "there is no checkpoint x.ckpt"),
         (["--ckpt_path", "x.ckpt", "--backbone", "tiny"], "either --ckpt_path, a trained model, or --backbone"),
@@ -296,6 +472,16 @@ def test_what_goes_with_which_model(
     reference(support).save(tmp_path / "classifier")
     arguments = predict_args(support, [folder], tmp_path / "l.csv", "--ckpt_path", str(tmp_path / "classifier"))
     assert "is a saved classifier, which has its classes: leave --support out" in fails(arguments, capsys)
+    saved = predict_args(None, [folder], tmp_path / "l.csv", "--ckpt_path", str(tmp_path / "classifier"))
+    for more in (["--frames", "4"], ["--resize", "64"], ["--template", "{}"], ["--texts", "t.csv"]):
+        assert f"is a saved classifier, which has its classes: leave {more[0]} out" in fails([*saved, *more], capsys)
+    runs = tmp_path / "runs" / "checkpoints"
+    runs.mkdir(parents=True)
+    for name in ("last.ckpt", "best.ckpt"):
+        (runs / name).touch()
+        for given in (runs, runs.parent):
+            arguments = predict_args(support, [folder], tmp_path / "l.csv", "--ckpt_path", str(given))
+            assert f"is the folder of a run, no model: give its checkpoint, {runs / name}" in fails(arguments, capsys)
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_the_work(

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from clip_m2df import FewShotClassifier
 from clip_m2df.classifier import clips as encoding
 from clip_m2df.cli import main
+from clip_m2df.commands import predict
 from clip_m2df.commands.predict import open_part
 from clip_m2df.video.transforms import ClipReader
 from tests.classifier.conftest import (
@@ -172,6 +173,140 @@ def test_a_part_that_is_none(content: bytes, tmp_path: Path, capsys: pytest.Capt
         assert part.take_over("digest", {}, []) == {}
     assert ("starting anew" in capsys.readouterr().out) == bool(content)
     assert json.loads(file.read_text())["digest"] == "digest"
+
+
+def forge(row: dict[str, Any], **values: Any) -> list[dict[str, Any]]:
+    return [row | values]
+
+
+P0, P1 = f"p_{LABELS[0]}", f"p_{LABELS[1]}"
+# From the row of a video to what is in its place: all that a line may hold, and no run writes.
+FORGERIES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "null": lambda _: None,
+    "number": lambda _: 5,
+    "text": lambda _: "rows",
+    "nothing": lambda _: [],
+    "row of null": lambda _: [None],
+    "row of five": lambda _: [5],
+    "row of a list": lambda row: [list(row.values())],
+    "not in a list": lambda row: row,
+    "twice": lambda row: [row, row],
+    "label as a list": lambda row: forge(row, label=["x"]),
+    "label null": lambda row: forge(row, label=None),
+    "no class": lambda row: forge(row, label="nonsense"),
+    "another class": lambda row: forge(row, label=min(LABELS, key=lambda name: row[f"p_{name}"])),
+    "rejected, unasked": lambda row: forge(row, label="none of these", probability=None),
+    "a formula": lambda row: forge(row, probability="=1+1"),
+    "another probability": lambda row: forge(row, probability=row["probability"] / 2),
+    "no probability": lambda row: forge(row, probability=None),
+    "7.5": lambda row: forge(row, **{P0: 7.5}),
+    "below 0": lambda row: forge(row, **{P0: -0.5}),
+    "NaN": lambda row: forge(row, **{P0: float("nan")}),
+    "all NaN": lambda row: forge(row, **dict.fromkeys((P0, P1, f"p_{LABELS[2]}", "probability"), float("nan"))),
+    "infinite": lambda row: forge(row, **{P0: float("inf")}),
+    "huge": lambda row: forge(row, **{P0: 10**400}),
+    "true": lambda row: forge(row, **{P0: True}),
+    "text for a number": lambda row: forge(row, **{P0: "0.1"}),
+    "a number as a list": lambda row: forge(row, **{P0: [0.1]}),
+    "more than 1 together": lambda row: forge(row, **{P0: 1.0, P1: 1.0}),
+    "column missing": lambda row: [{name: value for name, value in row.items() if name != P0}],
+    "column more": lambda row: forge(row, more=1),
+    "other order": lambda row: [dict(reversed(row.items()))],
+    "an error": lambda row: forge(row, error="it is empty"),
+    "a false error": lambda row: forge(row, error=""),
+}
+
+
+@pytest.mark.parametrize("kind", [*FORGERIES, "nested", "torn", "again"])
+def test_a_row_that_no_run_writes_is_not_taken_over(
+    kind: str, support: Path, folder: Path, tmp_path: Path, labelled: Labelled, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table, part = tmp_path / "labels.csv", tmp_path / "labels.csv.part"
+    run = predict_args(support, [folder / "0.mp4", folder / "1.mp4"], table)
+    labelled.most = 1
+    assert main(run) == 130
+    header, line = part.read_text().splitlines()
+    (row,) = json.loads(line)["rows"]
+    if kind == "nested":
+        forged = "[" * 200_000
+    elif kind == "torn":
+        forged = line[: len(line) // 2]
+    elif kind == "again":
+        forged = f"{line}\n{line}"
+    else:
+        forged = json.dumps(json.loads(line) | {"rows": FORGERIES[kind](row)})
+    part.write_text(f"{header}\n{forged}\n")
+    labelled.most = -1
+    labelled.forget()
+    capsys.readouterr()
+    assert main(run) == 0
+    assert labelled.forget() == ["0.mp4", "1.mp4"]
+    assert "were labelled before" not in capsys.readouterr().out
+    said = reference(support).predict([folder / "0.mp4", folder / "1.mp4"])
+    assert [found["label"] for found in read_csv(table)] == list(said)
+
+
+SEGMENTS: dict[str, Callable[[list[dict[str, Any]]], Any]] = {
+    "backwards": lambda rows: [rows[0] | {"start": rows[0]["end"], "end": rows[0]["start"]}, *rows[1:]],
+    "before the beginning": lambda rows: [rows[0] | {"start": -1.0}, *rows[1:]],
+    "no time": lambda rows: [rows[0] | {"end": rows[0]["start"]}, *rows[1:]],
+    "over one another": lambda rows: [*rows, rows[0]],
+    "for ever": lambda rows: [*rows[:-1], rows[-1] | {"end": float("inf")}],
+    "too long": lambda rows: [*rows[:-1], rows[-1] | {"end": 1e300}],
+    "huge": lambda rows: [*rows[:-1], rows[-1] | {"end": 10**400}],
+    "text": lambda rows: [rows[0] | {"start": "0"}, *rows[1:]],
+    "null": lambda rows: [rows[0] | {"start": None}, *rows[1:]],
+    "none of these": lambda rows: [rows[0] | {"label": "none of these", "probability": None}, *rows[1:]],
+}
+
+
+@pytest.mark.parametrize("kind", ["", *SEGMENTS])
+def test_segments_that_no_run_writes_are_not_taken_over(
+    kind: str, support: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table, part = tmp_path / "s.csv", tmp_path / "s.csv.part"
+    run = predict_args(support, [folder / "0.mp4"], table, "--segments", "--window", "0.3")
+    with monkeypatch.context() as patched:
+        patched.setattr(predict, "write_table", interrupted)
+        assert main(run) == 130
+    header, line = part.read_text().splitlines()
+    content = json.loads(line)
+    if kind:
+        content["rows"] = SEGMENTS[kind](content["rows"])
+    part.write_text(f"{header}\n{json.dumps(content)}\n")
+    asked: list[str] = []
+    own = FewShotClassifier.segments
+
+    def segments(self: FewShotClassifier, video: Any, **options: Any) -> Any:
+        asked.append(video)
+        return own(self, video, **options)
+
+    monkeypatch.setattr(FewShotClassifier, "segments", segments)
+    assert main(run) == 0
+    assert bool(asked) == bool(kind)
+    assert all(float(row["start"]) < float(row["end"]) for row in read_csv(table))
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_what_is_rejected_is_taken_over(support: Path, folder: Path, tmp_path: Path, labelled: Labelled) -> None:
+    table, part = tmp_path / "labels.csv", tmp_path / "labels.csv.part"
+    run = predict_args(support, [folder / "0.mp4", folder / "1.mp4"], table, "--reject", "--threshold", "1e-3")
+    labelled.most = 1
+    assert main(run) == 130
+    header, line = part.read_text().splitlines()
+    (row,) = json.loads(line)["rows"]
+    assert (row["label"], row["probability"]) == ("none of these", None)
+    labelled.most = -1
+    labelled.forget()
+    assert main(run) == 0
+    assert labelled.forget() == ["1.mp4"]
+    for values in ({"distance": None}, {"distance": "far"}, {"distance": float("nan")}, {"probability": 0.5}):
+        part.write_text(f"{header}\n{json.dumps(json.loads(line) | {'rows': forge(row, **values)})}\n")
+        assert main(run) == 0
+        assert labelled.forget() == ["0.mp4", "1.mp4"], values
 
 
 class Impatient(ClipReader):

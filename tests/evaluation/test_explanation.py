@@ -72,7 +72,7 @@ def test_the_numbers_are_those_of_the_steps(head_options: dict[str, Any]) -> Non
     order = output.logits[0].argsort(descending=True).tolist()
     assert list(found.probabilities) == NAMES
     assert list(found.probabilities.values()) == pytest.approx(probabilities)
-    assert found.distance == pytest.approx(-output.logits.max().item())
+    assert found.distance == pytest.approx(-output.logits.max().item() - model.least_distance(5))
     assert found.compared == [NAMES[order[0]], NAMES[order[1]]]
     assert found.label == NAMES[order[0]]
     assert found.prompt == NAMES[int(output.prompt_indices[0])]
@@ -85,7 +85,8 @@ def test_the_numbers_are_those_of_the_steps(head_options: dict[str, Any]) -> Non
     for view, vote in found.views.items():
         own = output.views[view]
         assert vote.label == NAMES[int(own.distances[0].argmin())]
-        assert list(vote.distances.values()) == pytest.approx(own.distances[0].tolist())
+        above = own.distances[0] - model.least_distance(5, view)
+        assert list(vote.distances.values()) == pytest.approx(above.tolist())
         assert list(vote.text_similarities.values()) == pytest.approx(own.text_similarities[0].tolist())
         assert vote.visual_confidence == pytest.approx((-own.distances[0]).softmax(-1).max().item())
         assert vote.text_confidence == pytest.approx(own.text_similarities[0].softmax(-1).max().item())
@@ -98,8 +99,9 @@ def test_shots_may_differ_and_count_alike() -> None:
     support, query, prompts = features(5, (2, 2, 2))
     whole = model(torch.stack(support), query.unsqueeze(0), prompts)
     found, output, _ = explained(shots=(2, 2, 2))
+    least = model.least_distance(5)
     assert torch.allclose(output.logits, whole.logits, atol=1e-4)
-    assert found.distance == pytest.approx(-whole.logits.max().item(), abs=1e-4)
+    assert found.distance == pytest.approx(-whole.logits.max().item() - least, abs=1e-4)
 
 
 def test_the_examples_are_those_of_the_compared_classes() -> None:
@@ -169,7 +171,7 @@ def test_a_head_without_views_says_what_it_has() -> None:
     assert found.views == found.alignments == {}
     assert found.prompt is None
     assert found.teacher is None
-    assert found.distance == pytest.approx(-output.logits.max().item())
+    assert found.distance == pytest.approx(-output.logits.max().item() - model.least_distance(5))
     assert torch.allclose(found.frame_scores, cosine(prompts, query))
     lines = lines_of(found)
     assert any(line.startswith(f"a clip: {found.label} (") for line in lines)
@@ -177,10 +179,11 @@ def test_a_head_without_views_says_what_it_has() -> None:
 
 
 def test_a_single_view_and_a_single_class() -> None:
-    found, output, _ = explained(head_options={"views": ["global"]})
+    found, output, model = explained(head_options={"views": ["global"]})
     assert list(found.views) == list(found.alignments) == ["global"]
     assert found.teacher is None
-    assert found.views["global"].distances[found.compared[0]] == pytest.approx(-output.logits.max().item())
+    distance = -output.logits.max().item() - model.least_distance(5)
+    assert found.views["global"].distances[found.compared[0]] == pytest.approx(distance) == found.distance
     assert not any("teach" in line for line in lines_of(found))
 
     alone, _, _ = explained(shots=[2], class_names=["only"])
@@ -194,8 +197,8 @@ def test_a_single_view_and_a_single_class() -> None:
 
 def test_the_title_tells_the_answer_and_a_rejection() -> None:
     probabilities = torch.tensor([0.125, 0.05, 0.825])  # as given, whatever the logits say
-    found, output, _ = explained(label="a tree", probabilities=probabilities)
-    nearest, distance = found.compared[0], -output.logits.max().item()
+    found, output, model = explained(label="a tree", probabilities=probabilities)
+    nearest, distance = found.compared[0], -output.logits.max().item() - model.least_distance(5)
     assert found.probabilities == pytest.approx(dict(zip(NAMES, probabilities.tolist(), strict=True)))
     lines = lines_of(found)
     assert "x.mp4: a tree (82 %)" in lines

@@ -18,6 +18,7 @@ from clip_m2df.nn.baselines import (
     ZeroShotHead,
     build_head,
     head_class,
+    options_of,
 )
 from clip_m2df.nn.class_text import class_text_logits
 from clip_m2df.nn.head import Embedded, Head
@@ -32,7 +33,7 @@ NEAR = 1 - SAME
 
 def make_head(name: str, dim: int = 8, **options: Any) -> Head:
     torch.manual_seed(0)
-    return build_head(name, {"dim": dim} | (SIZES if name == "clip_fsar" else {}) | options).eval()
+    return build_head(name, {"dim": dim} | (SIZES if name in ("clip_fsar", "m2df") else {}) | options).eval()
 
 
 def episode(
@@ -270,6 +271,26 @@ def test_bfloat16_features_are_scored_in_float32(name: str) -> None:
         torch.testing.assert_close(logits, expected, atol=0.1, rtol=0.02)
     else:
         torch.testing.assert_close(logits, expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"single_direction": True}, {"smoothing": 0.1}, {"view_weights": [0.5, 3.0]}])
+@pytest.mark.parametrize("name", HEADS)
+def test_the_least_distance_is_that_of_one_picture_all_the_time(name: str, options: dict[str, Any]) -> None:
+    known = options_of(head_class(name))
+    model = make_head(name, **{key: value for key, value in options.items() if key in known})
+    for frames in (1, 2, 8):
+        picture = 1e3 * torch.ones(1, frames, 8)
+        # As the head's own comparison sees it, whatever its encoders make of a video.
+        prompt = torch.ones(1, 8)
+        query, prototypes = model.embed(picture, prompt), model.prototypes(picture.unsqueeze(0), prompt)
+        query, prototypes = (kept.map(lambda values: torch.full_like(values, 1e3)) for kept in (query, prototypes))
+        output = model.match(query, prototypes, model.select_prompts(picture, prompt))
+        least = model.least_distance(frames)
+        assert -output.logits.item() == pytest.approx(least, abs=1e-3)
+        for view, own in output.views.items():
+            assert own.distances.item() == pytest.approx(model.least_distance(frames, view), abs=1e-3)
+        with torch.no_grad():
+            assert (-model(*episode(frames=frames)).logits >= least).all()
 
 
 def test_heads_by_name() -> None:

@@ -26,7 +26,7 @@ from clip_m2df.classifier.clips import (
     placed,
     unique,
 )
-from clip_m2df.classifier.rejection import calibrate
+from clip_m2df.classifier.rejection import calibrate, near_identical
 from clip_m2df.classifier.segments import Segment, Windows, find_segments
 from clip_m2df.classifier.support import (
     NONE_OF_THESE,
@@ -36,8 +36,9 @@ from clip_m2df.classifier.support import (
     check_names,
     make_classes,
 )
-from clip_m2df.errors import UserError, some
+from clip_m2df.errors import UserError, printable, require, some
 from clip_m2df.evaluation.explanation import Explanation, compared_classes, explain
+from clip_m2df.hub import other_model
 from clip_m2df.training.module import CLIPM2DF
 from clip_m2df.video.isolation import Unreadable
 
@@ -52,9 +53,11 @@ class Prediction(NamedTuple):
     Attributes:
         video: its path, or "" for frames in memory.
         label: its class, ``none of these``, or None where it can't be read.
-        probability: of that class; NaN where there is none.
+        probability: of that class, among the classes; NaN where there is none, ``none of these`` among it, which the
+            distance tells.
         probabilities: of every class; empty where the clip can't be read.
-        distance: to the closest class; NaN where the clip can't be read.
+        distance: to the closest class, 0 where all frames of both are the same picture; NaN where the clip can't be
+            read.
         error: why it can't be read, or "".
     """
 
@@ -64,6 +67,42 @@ class Prediction(NamedTuple):
     probabilities: dict[str, float]
     distance: float
     error: str = ""
+
+
+class Labels(np.ndarray[Any, np.dtype[np.object_]]):
+    """The labels of several clips, an array of names ``(n)`` that shows each beside its clip when it is printed.
+
+    Attributes:
+        predictions: of the clips, with their paths, probabilities and distances; empty for what numpy makes of the
+            array, such as a part of it.
+    """
+
+    predictions: tuple[Prediction, ...]
+
+    def __new__(cls, predictions: Sequence[Prediction]) -> Self:  # noqa: D102
+        found = np.array([p.label for p in predictions], dtype=object).view(cls)
+        found.predictions = tuple(predictions)
+        return found
+
+    def __array_finalize__(self, other: object) -> None:
+        self.predictions = ()
+
+    def __repr__(self) -> str:
+        if not any(p.video for p in self.predictions):
+            return repr(np.asarray(self))
+        rows = [(printable(p.video) or f"array {index}", p) for index, p in enumerate(self.predictions)]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:{width}}  {_said(p)}" for name, p in rows)
+
+    __str__ = __repr__
+
+
+def _said(found: Prediction) -> str:
+    """A label as people read it, with its probability or with why there is none."""
+    if found.label is None:
+        return f"(can't be read: {printable(found.error)})"
+    share = "" if math.isnan(found.probability) else f" {found.probability:.1%}"
+    return f"{printable(found.label)}{share}"
 
 
 class FewShotClassifier:
@@ -77,12 +116,16 @@ class FewShotClassifier:
         frames: frames of a clip; by default as many as in the model's training, or 8 where that is not known.
         resize: short side of the frames in pixels before the crop; by default as in the model's training, or the crop's
             own size where that is not known.
+        threshold: the distance beyond which a clip is none of the classes, in the place of what the examples tell.
+        precision: what the visual tower computes in, ``32-true``, ``bf16-mixed`` or ``16-mixed``; the latter two are
+            faster on a GPU. All else is in float32.
         workers: processes that read files; 0 reads in this one. With workers a script needs its code under
             ``if __name__ == "__main__":``, and a file on which a decoder crashes or hangs costs that file only.
         timeout: seconds after which a file is given up, with workers.
 
     Attributes:
         classes_: names of the classes, in the order in which they came.
+        threshold: see above; it may be set at any time.
 
     Raises:
         UserError: an option out of its range, or a model whose predictions would not repeat.
@@ -94,6 +137,8 @@ class FewShotClassifier:
         *,
         frames: int | None = None,
         resize: int | None = None,
+        threshold: float | None = None,
+        precision: str = "32-true",
         workers: int = 0,
         timeout: float = 60.0,
     ) -> None:
@@ -104,10 +149,23 @@ class FewShotClassifier:
         if model.model.head.selection == "sample":
             raise UserError("selection 'sample' draws prompts, so that predictions would not repeat; take 'argmax'")
         self.model = model.eval()
-        self.encoder = ClipEncoder(model, frames=frames, resize=resize, workers=workers, timeout=timeout)
+        require(above=-math.inf, below=math.inf, threshold=threshold)
+        self.encoder = ClipEncoder(
+            model, frames=frames, resize=resize, precision=precision, workers=workers, timeout=timeout
+        )
+        self.threshold = threshold
         self._classes: dict[str, SupportClass] = {}
         self._scorer: ClassScorer | None = None
-        self._threshold: tuple[float | None] | None = None  # once it has been asked for
+        self._told: tuple[float | None] | None = None  # what the examples tell, once it has been asked for
+
+    def __repr__(self) -> str:
+        reader, classes = self.encoder.reader, {name: len(c.features) for name, c in self._classes.items()}
+        counts = some([f"{name!r}: {count}" for name, count in classes.items()], most=20)
+        return printable(
+            f"{type(self).__name__}(model={self.model.source!r}, head={self.model.hparams['head']!r},"
+            f" frames={reader.frames}, resize={reader.resize}, device={str(self.model.device)!r},"
+            f" examples={{{counts}}})"
+        )
 
     @classmethod
     def from_checkpoint(
@@ -117,6 +175,8 @@ class FewShotClassifier:
         device: str | None = None,
         frames: int | None = None,
         resize: int | None = None,
+        threshold: float | None = None,
+        precision: str = "32-true",
         workers: int = 0,
         timeout: float = 60.0,
         **options: Any,
@@ -128,6 +188,8 @@ class FewShotClassifier:
             device: where it runs; by default on CUDA where there is any.
             frames: see :class:`FewShotClassifier`.
             resize: the same.
+            threshold: the same.
+            precision: the same.
             workers: the same.
             timeout: the same.
             **options: of :class:`clip_m2df.CLIPM2DF`, such as ``selection`` and ``text_fusion``.
@@ -140,11 +202,19 @@ class FewShotClassifier:
             model = CLIPM2DF.load_from_checkpoint(path, map_location="cpu", **options)
         elif os.path.isfile(os.path.join(path, saving.TABLE)):
             raise UserError(f"{path_or_hub_name} is a classifier with its classes: FewShotClassifier.load takes it")
-        elif str(path_or_hub_name).endswith(".ckpt"):
-            raise UserError(f"there is no checkpoint {path_or_hub_name}: check the name, or train one by clip-m2df fit")
+        elif path.endswith(".ckpt"):
+            missing = f"there is no checkpoint {path_or_hub_name}: check the name, or train one by clip-m2df fit"
+            raise UserError(other_model(Path(path)) or missing)
         else:
             model = CLIPM2DF.from_pretrained(path_or_hub_name, **options)
-        return cls(placed(model, device), frames=frames, resize=resize, workers=workers, timeout=timeout)
+        reading: dict[str, Any] = {
+            "frames": frames,
+            "resize": resize,
+            "precision": precision,
+            "workers": workers,
+            "timeout": timeout,
+        }
+        return cls(placed(model, device), threshold=threshold, **reading)
 
     @property
     def classes_(self) -> NDArray[np.str_]:
@@ -154,14 +224,25 @@ class FewShotClassifier:
 
     @property
     def threshold_(self) -> float | None:
-        """The distance beyond which a clip is none of the classes, from the examples alone.
+        """The distance beyond which a clip is none of the classes: ``threshold``, or what the examples tell.
 
-        None with one class of one example, from which nothing can be told.
+        None with one class of one example, from which nothing can be told. Examples that are nearly the same make it
+        too small; their class is named in a warning.
         """
         self._check_fitted()
-        if self._threshold is None:
-            self._threshold = (calibrate(self.model, list(self._classes.values())),)
-        return self._threshold[0]
+        if self.threshold is not None:
+            require(above=-math.inf, below=math.inf, threshold=self.threshold)
+            return self.threshold
+        if self._told is None:
+            classes = list(self._classes.values())
+            self._told = (calibrate(self.model, classes),)
+            if alike := near_identical(classes):
+                warnings.warn(
+                    f"the examples of {some(map(repr, alike))} are nearly the same, as if cut from one video, so that"
+                    " the threshold is too small: give examples of different videos, or set the threshold",
+                    stacklevel=2,
+                )
+        return self._told[0]
 
     def fit(
         self, support: Mapping[str, Clips] | str | os.PathLike[str], texts: Mapping[str, str] | None = None
@@ -227,9 +308,11 @@ class FewShotClassifier:
         return self
 
     def _take(self, classes: dict[str, SupportClass]) -> None:
-        self._scorer = ClassScorer(self.model, list(classes.values()))
+        scorer = ClassScorer(self.model, list(classes.values()))
+        scorer.score(next(iter(classes.values())).features[:1])  # refused at once where no number comes of it
+        self._scorer = scorer
         self._classes = classes
-        self._threshold = None
+        self._told = None
 
     def _check_fitted(self) -> ClassScorer:
         if self._scorer is None:
@@ -246,14 +329,15 @@ class FewShotClassifier:
             reject: say ``none of these`` of clips that are farther from every class than :attr:`threshold_`.
 
         Returns:
-            A name for one clip; an array of names ``(n)`` for several, those of a folder in the order of their paths.
-            Of several, one that can't be read is None and named in a warning.
+            A name for one clip; for several :class:`Labels`, an array of names ``(n)`` that shows each beside its
+            clip, those of a folder in the order of their paths. Of several, one that can't be read is None and named in
+            a warning.
 
         Raises:
             UserError: the only clip can't be read, or there is no threshold.
         """
         predictions, alone = self._predict(clips, reject)
-        return predictions[0].label if alone else np.array([p.label for p in predictions], dtype=object)
+        return predictions[0].label if alone else Labels(predictions)
 
     def predict_proba(self, clips: Clips) -> NDArray[np.float64]:
         """Probabilities of the classes ``(n, n_way)``, also of one clip; not a number where one can't be read.
@@ -330,7 +414,8 @@ class FewShotClassifier:
     def _rejecting(self, reject: bool) -> float | None:
         if reject and self.threshold_ is None:
             raise UserError(
-                "one example of one class doesn't tell what is none of these: give it more examples, or another class"
+                "one example of one class doesn't tell what is none of these: give it more examples, another class, or"
+                " a threshold"
             )
         return self.threshold_ if reject else None
 
@@ -419,7 +504,7 @@ class FewShotClassifier:
         folder, reader = Path(folder), self.encoder.reader
         saving.check_folder(folder)
         options = {"text_fusion": self.model.text_fusion, "selection": self.model.model.head.selection}
-        reading = saving.Reading(reader.frames, reader.resize, options)
+        reading = saving.Reading(reader.frames, reader.resize, options, self.threshold)
         saving.write_classifier(folder, self.model, list(self._classes.values()), reading)
 
     @classmethod
@@ -428,6 +513,8 @@ class FewShotClassifier:
         folder: str | os.PathLike[str],
         *,
         device: str | None = None,
+        threshold: float | None = None,
+        precision: str = "32-true",
         workers: int = 0,
         timeout: float = 60.0,
         **options: Any,
@@ -437,7 +524,9 @@ class FewShotClassifier:
         Args:
             folder: where it is.
             device: see :meth:`from_checkpoint`.
-            workers: see :class:`FewShotClassifier`.
+            threshold: see :class:`FewShotClassifier`; the saved one by default, if one was set.
+            precision: see :class:`FewShotClassifier`.
+            workers: the same.
             timeout: the same.
             **options: of the model, see :meth:`from_checkpoint`; they win over the saved ones.
 
@@ -446,9 +535,11 @@ class FewShotClassifier:
         """
         saved, reading = saving.read_support(Path(folder))
         model = placed(CLIPM2DF.from_pretrained(folder, **(reading.options | options)), device)
-        classifier = cls(model, frames=reading.frames, resize=reading.resize, workers=workers, timeout=timeout)
+        threshold = reading.threshold if threshold is None else threshold
+        known: dict[str, Any] = {"frames": reading.frames, "resize": reading.resize, "threshold": threshold}
+        classifier = cls(model, precision=precision, workers=workers, timeout=timeout, **known)
         shape = (reading.frames, model.model.backbone.dim)
-        if any(tuple(c.features.shape[1:]) != shape for c in saved):
+        if any(tuple(c.features.shape[1:]) != shape or c.thumbnails.shape[1] != reading.frames for c in saved):
             raise UserError(f"the classifier in {folder} is damaged (its features are not of its model): fit it again")
         classifier._take({c.label: SupportClass.of(model, *c) for c in saved})
         return classifier

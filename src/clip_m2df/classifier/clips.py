@@ -15,6 +15,7 @@ from torch import Tensor
 
 from clip_m2df.datasets.tree import VIDEO_EXTENSIONS, scan
 from clip_m2df.errors import UserError, require, some
+from clip_m2df.nn.weights import check_finite
 from clip_m2df.training.module import CLIPM2DF
 from clip_m2df.video.isolation import Unreadable, isolated_map
 from clip_m2df.video.reader import VideoError
@@ -27,6 +28,8 @@ Clips: TypeAlias = "Clip | Iterable[Clip]"
 
 # Clips that are encoded together.
 TOGETHER = 16
+# What the visual tower computes in, by the names that Lightning has for it.
+PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 # Side of the small frames that are kept of a clip, in pixels.
 SMALL_SIDE = 64
 
@@ -217,6 +220,7 @@ class ClipEncoder:
         model: in eval mode.
         frames: see :class:`clip_m2df.FewShotClassifier`.
         resize: the same.
+        precision: the same.
         workers: the same.
         timeout: the same.
 
@@ -225,7 +229,14 @@ class ClipEncoder:
     """
 
     def __init__(
-        self, model: CLIPM2DF, *, frames: int | None, resize: int | None, workers: int, timeout: float
+        self,
+        model: CLIPM2DF,
+        *,
+        frames: int | None,
+        resize: int | None,
+        precision: str = "32-true",
+        workers: int,
+        timeout: float,
     ) -> None:
         size = model.model.backbone.image_size
         known = model.reading or {"frames": 8, "resize": size}
@@ -238,7 +249,10 @@ class ClipEncoder:
             )
         require(least=0, workers=workers)
         require(above=0, timeout=timeout)
+        if precision not in PRECISIONS:
+            raise UserError(f"precision is {precision!r}: give one of {', '.join(PRECISIONS)}")
         self.model = model
+        self.precision = precision
         self.reader = ClipReader(frames=frames, resize=resize, size=size)
         self.workers = workers
         self.timeout = timeout
@@ -274,8 +288,21 @@ class ClipEncoder:
 
     @torch.no_grad()
     def frames(self, frames: Tensor) -> Tensor:
-        """Features of uint8 frames ``(…, 3, size, size)``: ``(…, dim)``, on the model's device."""
-        return self.model.model.encode_frames(frames.to(self.model.device))
+        """Features of uint8 frames ``(…, 3, size, size)``: ``(…, dim)``, on the model's device.
+
+        Raises:
+            UserError: they are not finite, or all are zero.
+        """
+        device, half = self.model.device, PRECISIONS[self.precision]
+        with torch.autocast(device.type, half, enabled=half is not None):
+            features = self.model.model.encode_frames(frames.to(device)).float()
+        check_finite(features, self.model.source)
+        if not features.any():
+            raise UserError(
+                f"{self.model.source} sees nothing in any clip, all features are zero: its weights are damaged; give"
+                " another checkpoint"
+            )
+        return features
 
 
 def _small(frames: Tensor) -> Tensor:

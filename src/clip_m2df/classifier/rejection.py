@@ -11,7 +11,12 @@ from torch import Tensor
 
 from clip_m2df.classifier.support import ClassScorer, SupportClass
 from clip_m2df.nn.head import Embedded
+from clip_m2df.nn.matching import frame_costs
 from clip_m2df.training.module import CLIPM2DF
+
+# Examples are nearly the same if one differs from another by less than its own frames do from one to the next, and than
+# half of what it differs by from another class; or by hardly anything, beside the latter.
+OF_A_STEP, OF_A_CLASS, HARDLY = 0.75, 0.5, 0.05
 
 
 @torch.no_grad()
@@ -49,7 +54,8 @@ def _own_distances(model: CLIPM2DF, classes: Sequence[SupportClass]) -> Tensor |
         if (n := len(own.features)) > 1:
             rest = [own.only(model, [j for j in range(n) if j != i]).prototype for i in range(n)]
             embedded, selected = head.embed_queries(own.features, prompts)
-            found.append(-head.match(embedded, Embedded.stack(rest), selected).logits.diagonal())
+            logits = head.match(embedded, Embedded.stack(rest), selected).logits.diagonal()
+            found.append(-logits - head.least_distance(own.features.shape[-2]))
     return torch.cat(found) if found else None
 
 
@@ -76,3 +82,30 @@ def _best_cut(belongs: Tensor, strange: Tensor) -> float:
     if not best.any():
         return float(values[-1])
     return float(cuts[(values.diff() * best).argmax()])
+
+
+@torch.no_grad()
+def near_identical(classes: Sequence[SupportClass]) -> list[str]:
+    """The classes of which half the examples or more are nearly the same as another, as if cut from one video.
+
+    A threshold that is learnt from such examples rejects whatever is filmed otherwise. They are compared by the tower's
+    features, each frame with the closest of the other video.
+    """
+    found = []
+    for own in classes:
+        costs = frame_costs(own.features, own.features)
+        same = torch.eye(len(costs), dtype=torch.bool, device=costs.device)
+        nearest = _distances(costs).masked_fill(same, torch.inf).amin(-1)
+        step = 2 * costs[same].diagonal(1, -2, -1).mean(-1)
+        others = [c.features for c in classes if c is not own]
+        # A class alone has its own frames to be compared with.
+        apart = _distances(frame_costs(own.features, torch.cat(others))).amin(-1) if others else step / 2
+        alike = (nearest <= OF_A_STEP * step) & (nearest <= OF_A_CLASS * apart) | (nearest <= HARDLY * apart)
+        if alike.double().mean() >= 0.5:
+            found.append(own.label)
+    return found
+
+
+def _distances(costs: Tensor) -> Tensor:
+    """Between videos by the costs of their frames ``(n, m, frames, frames)``, in whatever order: ``(n, m)``."""
+    return costs.amin(-1).mean(-1) + costs.amin(-2).mean(-1)

@@ -6,6 +6,7 @@ small frames of them; the checksum of the one is in the other.
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,12 +18,14 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from clip_m2df.classifier.support import SupportClass, check_names
-from clip_m2df.errors import UserError
-from clip_m2df.files import read_bytes, sha256_of, whole_file, write_text
+from clip_m2df.errors import UserError, some
+from clip_m2df.files import locked, read_bytes, sha256_of, whole_file, write_text
 from clip_m2df.hub import CONFIG
 from clip_m2df.training.module import CLIPM2DF
 
 TABLE, SUPPORT = "classifier.json", "support.safetensors"
+# Held while a classifier is written; the model's own, which is written within, is another.
+LOCK = ".classifier.lock"
 CLASSIFIER_FORMAT = "clip-m2df classifier 1"
 # Frames and pixels beyond which a table is damaged.
 MOST = 100_000
@@ -45,11 +48,13 @@ class Reading(NamedTuple):
         frames: of a clip.
         resize: short side of the frames in pixels before the crop.
         options: of the model, those that are no part of what was trained.
+        threshold: the distance beyond which a clip is none of the classes, if it was set.
     """
 
     frames: int
     resize: int
     options: dict[str, Any]
+    threshold: float | None = None
 
 
 def check_folder(folder: Path) -> None:
@@ -58,8 +63,9 @@ def check_folder(folder: Path) -> None:
     Raises:
         UserError: the folder holds something else.
     """
-    ours = any((folder / name).exists() for name in (TABLE, SUPPORT))  # the latter after an interrupted save
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not ours):
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    ours = names & {TABLE, SUPPORT, LOCK}  # the latter two after an interrupted save, or during another
+    if folder.is_file() or (names and not ours):
         raise UserError(f"{folder} holds something other than a classifier: name an empty or a new folder")
 
 
@@ -73,8 +79,13 @@ def write_classifier(folder: Path, model: CLIPM2DF, classes: Sequence[SupportCla
         reading: how the classifier goes about a clip.
 
     Raises:
-        UserError: a file can't be written.
+        UserError: a file can't be written, or another process is about to.
     """
+    with locked(folder / LOCK, "classifier", folder):
+        _write(folder, model, classes, reading)
+
+
+def _write(folder: Path, model: CLIPM2DF, classes: Sequence[SupportClass], reading: Reading) -> None:
     tensors = {
         "features": torch.cat([c.features.cpu() for c in classes]).contiguous(),
         "thumbnails": torch.cat([c.thumbnails.cpu() for c in classes]).contiguous(),
@@ -116,9 +127,16 @@ def read_support(folder: Path) -> tuple[list[SavedClass], Reading]:
         # Which has the checksum of the weights.
         if hashlib.sha256(read_bytes(folder / CONFIG, "model's description")).hexdigest() != table["model"]:
             raise ValueError(f"{CONFIG} is of another model than {TABLE}")
-        reading = Reading(int(table["frames"]), int(table["resize"]), dict(table["options"]))
-        if not all(1 <= number <= MOST for number in reading[:2]):
+        reading = Reading(table["frames"], table["resize"], dict(table["options"]), table.get("threshold"))
+        if not all(type(number) is int and 1 <= number <= MOST for number in reading[:2]):
             raise ValueError(f"it takes {reading.frames} frames of {reading.resize} pixels")
+        # No others: the head is not for a table to choose.
+        if not reading.options.keys() <= {"text_fusion", "selection"}:
+            raise ValueError(f"its options are {some(map(repr, reading.options))}")
+        if reading.threshold is not None and not (
+            type(reading.threshold) in (int, float) and abs(reading.threshold) < math.inf
+        ):
+            raise ValueError(f"its threshold is {reading.threshold!r:.40}")
         return _classes(table, load_tensors(content)), reading
     except UserError as error:
         raise UserError(f"the classifier in {folder} is damaged: {error}") from error
@@ -127,11 +145,18 @@ def read_support(folder: Path) -> tuple[list[SavedClass], Reading]:
 
 
 def _classes(table: dict[str, Any], tensors: dict[str, Tensor]) -> list[SavedClass]:
-    rows = [(row["label"], row["text"], [str(name) for name in row["examples"]]) for row in table["classes"]]
+    rows = [(row["label"], row["text"], list(row["examples"])) for row in table["classes"]]
+    if not all(isinstance(name, str) and "\0" not in name for _, _, names in rows for name in names):
+        raise ValueError("an example is no name of a file")
     counts = [len(names) for _, _, names in rows]
     if not counts or 0 in counts or len({label for label, _, _ in rows}) < len(rows):
         raise ValueError("its classes have no examples, or one is there twice")
     for label, text, _ in rows:
         check_names(label, text)
-    features, thumbnails = (tensors[name].split(counts) for name in ("features", "thumbnails"))
-    return [SavedClass(*row, f, t) for row, f, t in zip(rows, features, thumbnails, strict=True)]
+    features, thumbnails = tensors["features"], tensors["thumbnails"]
+    if not features.is_floating_point() or not features.isfinite().all() or not features.any():
+        raise ValueError("its features are not finite numbers, or all are zero")
+    if thumbnails.dtype != torch.uint8 or thumbnails.ndim != 5 or thumbnails.shape[2] != 3 or 0 in thumbnails.shape:
+        raise ValueError(f"its small frames are {thumbnails.dtype} {tuple(thumbnails.shape)}")
+    parts = zip(rows, features.split(counts), thumbnails.split(counts), strict=True)
+    return [SavedClass(*row, own.float(), small) for row, own, small in parts]

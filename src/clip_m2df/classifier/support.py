@@ -16,6 +16,7 @@ from clip_m2df.datasets.manifest import class_key, readable
 from clip_m2df.errors import UserError, some
 from clip_m2df.nn.class_text import fuse_text
 from clip_m2df.nn.head import Embedded, HeadOutput
+from clip_m2df.nn.weights import check_finite
 from clip_m2df.training.module import CLIPM2DF
 from clip_m2df.video.isolation import Unreadable
 
@@ -59,6 +60,8 @@ class SupportClass:
         prompt = model.encode_prompts([text])[0]
         embedded = model.model.head.embed(features, prompt.expand(len(features), -1))
         prototype = model.model.head.prototype(embedded, prompt)
+        for tensor in (prompt, *prototype.values()):
+            check_finite(tensor, f"{model.source} on the class {label!r}")
         return cls(label, text, tuple(examples), features, thumbnails, prompt, embedded, prototype)
 
     @classmethod
@@ -202,16 +205,26 @@ class ClassScorer:
         self.prototypes = Embedded.stack([c.prototype for c in classes])
 
     def score(self, query: Tensor) -> HeadOutput:
-        """The head's output on clips, ``query (n, frames, dim)``."""
-        return self.model.model.head.score(query, self.prompts, self.prototypes)
+        """The head's output on clips, ``query (n, frames, dim)``.
+
+        Raises:
+            UserError: its scores are not finite.
+        """
+        output = self.model.model.head.score(query, self.prompts, self.prototypes)
+        check_finite(output.logits, self.model.source)
+        return output
 
     def label(self, query: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities ``(n, n_way)`` and distances ``(n, n_way)`` of many clips, ``query (n, frames, dim)``."""
+        """Log-probabilities ``(n, n_way)`` and distances ``(n, n_way)`` of many clips, ``query (n, frames, dim)``.
+
+        A distance is 0 for videos whose frames are all the same picture, and grows from there.
+        """
         head, share = self.model.model.head, self.model.text_fusion
+        least = head.least_distance(query.shape[-2])
         scored = []
         for chunk in query.split(QUERIES):
             logits = self.score(chunk).logits
             scores = fuse_text(head, share, logits, chunk, self.prompts)
-            scored.append((scores.float().log_softmax(-1), -logits))
+            scored.append((scores.float().log_softmax(-1), -logits - least))
         log_probabilities, distances = (torch.cat(column) for column in zip(*scored, strict=True))
         return log_probabilities, distances

@@ -7,6 +7,7 @@ needs neither.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from math import isfinite
@@ -112,6 +113,13 @@ class CLIPBackbone(nn.Module):
         elif Path(name).expanduser().is_file():
             backbone = cls.from_openai(name)
         else:
+            known = formats.known_backbone(name)
+            if known not in ("", name) and not Path(name).expanduser().exists():
+                raise UserError(f"there is no backbone {name!r}: give {known!r}, which is the same model")
+            if re.fullmatch(r"rn\d+(x\d+)?", name.lower()):
+                raise UserError(
+                    f"of OpenAI's ResNets rn50 alone is fetched by its name: give the file of {name}'s weights"
+                )
             backbone = cls.from_pretrained(str(TINY_CLIP) if name == "tiny" else name)
         backbone.source = name
         backbone.freeze_batch_norm = freeze_batch_norm

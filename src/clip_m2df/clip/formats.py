@@ -416,6 +416,24 @@ def looks_like_a_path(name: str) -> bool:
     return name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name or name.lower().endswith(suffixes)
 
 
+# What people call CLIP's models, without what is no letter or digit, and what the option ``backbone`` takes.
+_KNOWN_BACKBONES = {
+    "vitb16": "openai/clip-vit-base-patch16",
+    "vitb32": "openai/clip-vit-base-patch32",
+    "vitl14": "openai/clip-vit-large-patch14",
+    "vitl14336": "openai/clip-vit-large-patch14-336",
+    "rn50": "rn50",
+    "tiny": "tiny",
+}
+
+
+def known_backbone(name: str) -> str:
+    """What the option ``backbone`` takes for one of OpenAI's models as others call it, such as ``ViT-B/16``; or ""."""
+    letters = re.sub(r"\.pt$|openai|clip|quickgelu|patch|224|[^a-z0-9]|px$", "", name.lower())
+    letters = letters.replace("base", "b").replace("large", "l").replace("resnet", "rn")
+    return _KNOWN_BACKBONES.get(letters, "")
+
+
 def public_source(source: str) -> str:
     """What others may know of where a tower came from: of a path the last part, without a person's folders."""
     return re.split(r"[\\/]", source.rstrip("\\/"))[-1] if looks_like_a_path(source) else source

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -9,14 +10,14 @@ import signal
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from rich.progress import track
-from rich.table import Table
+from rich.table import Column, Table
 
 from clip_m2df.__about__ import __version__
 from clip_m2df.errors import Stopped, UserError, console, say, some, some_lines
@@ -40,9 +41,13 @@ if TYPE_CHECKING:
 
 # How a clip is compared with the examples where nothing is trained.
 UntrainedHead = Literal["otam", "nearest_prototype", "bi_mhm", "zero_shot"]
+# As Lightning calls them.
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 TABLE_FORMATS = (".csv", ".jsonl")
 # Of the broken videos that are named in print.
 MOST_NAMED = 5
+# Of a number in a table, seconds among them.
+LONGEST = 1e9
 # What the first line of a part says.
 PART_FORMAT = "clip-m2df predictions 1"
 
@@ -52,16 +57,24 @@ def predict_videos(
     ckpt_path: str | None = None,
     backbone: str | None = None,
     head: UntrainedHead | None = None,
+    head_options: Sequence[str] | None = None,
+    template: Sequence[str] | None = None,
     support: Path | None = None,
+    texts: Path | None = None,
     videos: Sequence[str],
-    output: Path,
+    output: Path | None = None,
     report: Path | None = None,
     reject: bool = False,
+    threshold: float | None = None,
     segments: bool = False,
     window: float | None = None,
     stride: float | None = None,
     smoothing: float | None = None,
     fps: float | None = None,
+    frames: int | None = None,
+    resize: int | None = None,
+    device: str | None = None,
+    precision: Precision = "32-true",
     workers: int | None = None,
     timeout: float = 60.0,
 ) -> int:
@@ -75,16 +88,25 @@ def predict_videos(
             that FewShotClassifier.save wrote, which has its classes. Either this or --backbone.
         backbone: CLIP's own weights instead, nothing trained: a name on the hub, a folder, rn50 or tiny.
         head: How a clip is compared with the examples, with --backbone; otam by default.
+        head_options: Options of that head, as in smoothing=0.1.
+        template: The prompt, with {} where the class goes, or several; by default the model's own.
         support: A folder with a folder of examples for each class; not with a saved classifier.
+        texts: What prompts say of classes, where that is not their names: a CSV with the columns label and text.
         videos: Files, folders with videos at any depth, folders of numbered images.
-        output: The table, .csv or .jsonl; a run that was interrupted goes on.
+        output: The table, .csv or .jsonl; a run that was interrupted goes on. Without it the table is printed, unless
+            there is a report.
         report: A page for a browser, .html: each video with its frames, and why.
-        reject: Say "none of these" of what is too far from every class.
+        reject: Say "none of these" of what is too far from every class; the table has the distances.
+        threshold: With --reject: the distance from which on; by default what the examples tell.
         segments: What happens when in long videos, which are read in this process.
         window: With --segments: length of a window in seconds, about that of the examples; 2 by default.
         stride: With --segments: seconds from one window to the next; a quarter of the window by default.
         smoothing: With --segments: seconds over which scores are averaged; half the window by default.
         fps: With --segments: frames a second; folders of images need it, a file's own times give way to it.
+        frames: Frames of a clip that the model sees; as many as in its training by default, or 8.
+        resize: Short side of the frames in pixels before the crop; as in training by default, or the crop's side.
+        device: Where the model runs, such as cpu or cuda:1; on CUDA by default where there is any.
+        precision: What the visual tower computes in; half of it is faster on a GPU, and changes the last digits.
         workers: Processes that decode, as many as there are cores by default; 0: this one, which a broken file may take
             with it.
         timeout: Seconds after which a video is given up, with workers.
@@ -96,6 +118,7 @@ def predict_videos(
         UserError: Options that don't go together or are out of range, no model or support, no file of its own to write.
         Stopped: By SIGTERM; what has been found is kept.
     """
+    from clip_m2df.classifier.saving import TABLE
     from clip_m2df.report.page import check_page
     from clip_m2df.report.predictions import write_predictions
 
@@ -103,7 +126,11 @@ def predict_videos(
         raise UserError("give either --ckpt_path, a trained model, or --backbone, CLIP's own weights")
     if head is not None and ckpt_path is not None:
         raise UserError("--head goes with --backbone: a trained model has a head of its own; leave it out")
-    if output.suffix not in TABLE_FORMATS:
+    if head_options is not None and ckpt_path is not None:
+        raise UserError("--head_options goes with --backbone: a trained model has those of its training; leave it out")
+    if threshold is not None and not reject:
+        raise UserError("--threshold is of --reject: give that too, or leave it out")
+    if output is not None and output.suffix not in TABLE_FORMATS:
         raise UserError(f"--output is {output}: give it a name that ends in {' or '.join(TABLE_FORMATS)}")
     if report is not None:
         check_page(report)
@@ -112,12 +139,25 @@ def predict_videos(
     if sliding and not segments:
         raise UserError(f"--{next(iter(sliding))} is of --segments: give that too, or leave it out")
     paths, empty = _list_videos(videos)
-    reading = {"workers": os.cpu_count() if workers is None else workers, "timeout": timeout}
-    with _terminable(), open_part(output) as part:
-        classifier, support_facts = _make_classifier(ckpt_path, backbone, head or "otam", support, **reading)
+    own_head = {"head": head or "otam", "head_options": _parse_options(head_options or [])}
+    told: dict[str, Any] = {
+        "support": support,
+        "texts": texts,
+        "frames": frames,
+        "resize": resize,
+        "template": template,
+    }
+    reading: dict[str, Any] = {"device": device, "precision": precision, "threshold": threshold, "timeout": timeout}
+    reading["workers"] = os.cpu_count() if workers is None else workers
+    with _terminable(), nullcontext() if output is None else open_part(output) as part:
+        if ckpt_path is not None and os.path.isfile(os.path.join(ckpt_path, TABLE)):
+            classifier, support_facts = _load_classifier(ckpt_path, told, reading)
+        else:
+            classifier, support_facts = _fit_classifier(ckpt_path, backbone, own_head, told, reading)
         labeller = _Labeller(classifier, reject, {"window": 2.0, **sliding} if segments else None)
         fingerprints = {key: fingerprint_text(path) for key, path in paths.items()}
-        found = part.take_over(labeller.digest(support_facts), fingerprints, list(labeller.blank))
+        digest, columns = labeller.digest(support_facts), list(labeller.blank)
+        found = {} if part is None else part.take_over(digest, fingerprints, columns)
         if found:
             say(f"{len(found)} of {len(paths)} videos were labelled before the last run was interrupted")
         found |= {key: [labeller.broken_row("the folder has no videos")] for key in empty}
@@ -127,13 +167,18 @@ def predict_videos(
             bar = track(results, "labelling", total=len(left), console=console(error=True), disable=not left)
             for index, rows in bar:
                 found[left[index]] = rows
-                part.add(left[index], fingerprints[left[index]], rows)
+                if part is not None:
+                    part.add(left[index], fingerprints[left[index]], rows)
         table = {path: found[key] for key, path in paths.items()}
-        _write_predictions(output, ["path", *labeller.blank], table)
+        if output is not None:
+            _write_predictions(output, ["path", *columns], table)
+        elif report is None:
+            _print_predictions(table, columns)
         if report is not None:
             model = str(ckpt_path or backbone)
             write_predictions(report, classifier, table, model, support, reject=reject, segments=segments)
-        part.clear()
+        if part is not None:
+            part.clear()
     return _print_summary(table, "segments" if segments else "videos", output)
 
 
@@ -154,8 +199,43 @@ def _list_videos(arguments: Sequence[str]) -> tuple[dict[str, str], set[str]]:
     return listed, empty
 
 
-def _make_classifier(
-    ckpt_path: str | None, backbone: str | None, head: str, support: Path | None, **reading: Any
+def _parse_options(arguments: Sequence[str]) -> dict[str, Any]:
+    """Options of a head from ``NAME=VALUE``: numbers, true and false, lists, and else text.
+
+    Raises:
+        UserError: One without a name.
+    """
+    options = {}
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if not name or not equals:
+            raise UserError(f"--head_options has {argument!r}: give NAME=VALUE, as in smoothing=0.1")
+        try:
+            options[name] = json.loads(value)
+        except (ValueError, RecursionError):
+            options[name] = value
+    return options
+
+
+def _load_classifier(
+    folder: str, told: Mapping[str, object], reading: Mapping[str, Any]
+) -> tuple[FewShotClassifier, object]:
+    """A saved classifier, and what tells its support from another; of what it has itself nothing may be told."""
+    from clip_m2df.classifier.classifier import FewShotClassifier
+    from clip_m2df.classifier.saving import TABLE
+
+    for name, value in told.items():
+        if value is not None:
+            raise UserError(f"{folder} is a saved classifier, which has its classes: leave --{name} out")
+    return FewShotClassifier.load(folder, **reading), sha256_of(Path(folder, TABLE))
+
+
+def _fit_classifier(
+    ckpt_path: str | None,
+    backbone: str | None,
+    own_head: Mapping[str, Any],
+    told: Mapping[str, Any],
+    reading: Mapping[str, Any],
 ) -> tuple[FewShotClassifier, object]:
     """The classifier that is asked for, and what tells its support from another.
 
@@ -164,32 +244,49 @@ def _make_classifier(
     """
     from clip_m2df.classifier.classifier import FewShotClassifier
     from clip_m2df.classifier.clips import list_examples, name_of, placed
-    from clip_m2df.classifier.saving import TABLE
     from clip_m2df.training.module import CLIPM2DF
 
-    if ckpt_path is not None and (table := Path(ckpt_path, TABLE)).is_file():
-        if support is not None:
-            raise UserError(f"{ckpt_path} is a saved classifier, which has its classes: leave --support out")
-        return FewShotClassifier.load(ckpt_path, **reading), sha256_of(table)
+    support: Path | None = told["support"]
     if support is None:
         raise UserError(
             f"{ckpt_path or backbone} knows no classes: give --support, a folder with a folder of examples for each"
         )
     examples = list_examples(support)  # before the model, which takes longer
+    texts = {} if told["texts"] is None else _read_texts(told["texts"], examples)
     names = [(label, name_of(clip)) for label, clips in examples.items() for clip in clips]
     marks = [(label, os.path.relpath(name, support), fingerprint_text(name)) for label, name in names]
+    options: dict[str, Any] = {} if told["template"] is None else {"template": list(told["template"])}
+    reading = {"frames": told["frames"], "resize": told["resize"], **reading}
     if ckpt_path is not None:
-        classifier = FewShotClassifier.from_checkpoint(ckpt_path, **reading)
+        classifier = FewShotClassifier.from_checkpoint(ckpt_path, **reading, **options)
     else:
-        model = CLIPM2DF(backbone=str(backbone), head=head, freeze_backbone=True)
-        classifier = FewShotClassifier(placed(model, None), **reading)
+        model = CLIPM2DF(backbone=str(backbone), freeze_backbone=True, **own_head, **options)
+        classifier = FewShotClassifier(placed(model, reading.pop("device")), **reading)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        classifier.fit(examples)
+        classifier.fit(examples, texts)
     left_out = [str(warning.message) for warning in caught]
     for message in left_out:
         say(f"clip-m2df: warning: {message}", error=True)
-    return classifier, [marks, left_out]
+    return classifier, [marks, left_out, texts]
+
+
+def _read_texts(file: Path, classes: Iterable[str]) -> dict[str, str]:
+    """What prompts say of some of these classes; a list may have others too.
+
+    Raises:
+        UserError: The list can't be read, has none of the classes, or two texts for one.
+    """
+    from clip_m2df.datasets.manifest import class_key, read_rows
+
+    labels, texts = {class_key(label): label for label in classes}, dict[str, str]()
+    for line, row in read_rows(file, "list of class texts", ("label", "text")).items():
+        label = labels.get(class_key(row["label"]))
+        if label is not None and texts.setdefault(label, row["text"]) != row["text"]:
+            raise UserError(f"line {line} of {file} gives the class {label!r} a second text: leave one of them")
+    if not texts:
+        raise UserError(f"the list of class texts {file} names no class of the support: it has {some(labels.values())}")
+    return texts
 
 
 class _Labeller:
@@ -213,11 +310,14 @@ class _Labeller:
             Windows.of(classifier.encoder.reader.frames, sliding["window"], *lengths)
             exact_rate("fps", sliding.get("fps", 1.0))
         if reject and classifier.threshold_ is None:
-            raise UserError("--reject can't tell by one example of one class: give it more examples, or another class")
+            raise UserError(
+                "--reject can't tell by one example of one class: give it more examples, another class, or --threshold"
+            )
         self.classifier, self.reject, self.sliding = classifier, reject, sliding
         times = [] if sliding is None else ["start", "end"]
+        distance = ["distance"] if reject and sliding is None else []
         columns = [f"p_{plain(name)}" for name in classifier.classes_.tolist()]
-        self.blank: Row = dict.fromkeys([*times, "label", "probability", *columns, "error"])
+        self.blank: Row = dict.fromkeys([*times, "label", "probability", *distance, *columns, "error"])
 
     def label(self, paths: Sequence[str]) -> Generator[tuple[int, list[Row]], None, None]:
         """The index of each video and its rows, as they are ready."""
@@ -241,9 +341,14 @@ class _Labeller:
         return self.blank | {"error": plain(" ".join(error.split()))}
 
     def _row(self, found: Prediction | Segment) -> Row:
+        from clip_m2df.classifier.segments import Segment
+
         probabilities = {f"p_{plain(name)}": round(value, 6) for name, value in found.probabilities.items()}
         probability = None if math.isnan(found.probability) else round(found.probability, 6)
-        return self.blank | probabilities | {"label": plain(str(found.label)), "probability": probability}
+        row = self.blank | probabilities | {"label": plain(str(found.label)), "probability": probability}
+        if not isinstance(found, Segment) and "distance" in row:
+            row["distance"] = round(found.distance, 6)
+        return row
 
     def digest(self, support: object) -> str:
         """SHA-256 of all that a row depends on, but for the video; ``support`` tells the examples from others."""
@@ -259,7 +364,8 @@ class _Labeller:
             "classes": self.classifier.classes_.tolist(),
             "support": support,
             "reader": [reader.frames, reader.resize, reader.size],
-            "question": [self.reject, self.sliding],
+            "precision": self.classifier.encoder.precision,
+            "question": [self.reject, self.sliding, self.classifier.threshold],
         }
         return digest_of(json.dumps(facts, sort_keys=True), model.model)
 
@@ -297,7 +403,23 @@ def _write_predictions(output: Path, columns: Sequence[str], table: Mapping[str,
     write_table(output, "predictions", [columns, *cells])
 
 
-def _print_summary(table: Mapping[str, Sequence[Row]], counted: str, output: Path) -> int:
+def _print_predictions(table: Mapping[str, Sequence[Row]], columns: Sequence[str]) -> None:
+    """Print what a table would say, but for the probabilities of the other classes."""
+    digits = {"start": 2, "end": 2, "probability": 3, "distance": 2}
+    shown = [name for name in columns if name in digits or name == "label"]
+    printed = Table(*(Column(name, overflow="fold") for name in ("path", *shown)))
+    for path, rows in table.items():
+        for row in rows:
+            said = row | ({"label": f"({row['error']})"} if row["error"] else {})
+            cells = [(name, said[name]) for name in shown]
+            texts = [
+                f"{cell:.{digits[name]}f}" if isinstance(cell, int | float) else cell or "" for name, cell in cells
+            ]
+            printed.add_row(plain(path), *texts)
+    console().print(printed)
+
+
+def _print_summary(table: Mapping[str, Sequence[Row]], counted: str, output: Path | None) -> int:
     """Print how much there is of each label and what can't be read; the exit status."""
     counts = Counter(row["label"] for rows in table.values() for row in rows if row["label"] is not None)
     summary = Table("label", counted)
@@ -309,7 +431,8 @@ def _print_summary(table: Mapping[str, Sequence[Row]], counted: str, output: Pat
     broken = [f"{plain(path)}: {row['error']}" for path, rows in table.items() for row in rows if row["error"]]
     if broken:
         say(f"{len(broken)} of {len(table)} videos can't be read:{some_lines(broken, MOST_NAMED)}")
-    say(f"the predictions are in {output}")
+    if output is not None:
+        say(f"the predictions are in {output}")
     return int(bool(broken))
 
 
@@ -343,8 +466,8 @@ class PartFile:
     def take_over(self, digest: str, fingerprints: Mapping[str, str], columns: Sequence[str]) -> dict[str, list[Row]]:
         """Begin, with the rows of videos that an earlier run of the same has labelled and that haven't changed since.
 
-        Lines that are torn are passed over. Videos that could not be read are tried again: with more time they may be.
-        What another run left is dropped, which is said.
+        Lines that are torn, or no rows as a run writes them, are passed over. Videos that could not be read are tried
+        again: with more time they may be. What another run left is dropped, which is said.
 
         Args:
             digest: Of all that a row depends on, but for the video.
@@ -371,13 +494,15 @@ class PartFile:
                 return {}
             if not text.endswith("\n"):  # the next line is to stand alone
                 self._file.write("\n")
-        found = {}
+        found: dict[str, list[Row]] = {}
+        doubtful = set()
         for line in lines[1:]:
             video, rows = str(line.get("video")), line.get("rows", ())
             unchanged = fingerprints.get(video) and line.get("mark") == fingerprints[video]
-            if unchanged and all(list(row) == columns and row["error"] is None for row in rows):
+            if unchanged and _are_rows(rows, columns):
+                doubtful |= {video} & found.keys()
                 found[video] = rows
-        return found
+        return {video: rows for video, rows in found.items() if video not in doubtful}
 
     def add(self, video: str, fingerprint: str, rows: Sequence[Row]) -> None:
         """Keep the rows of a video.
@@ -402,6 +527,35 @@ class PartFile:
 def _parsed(line: str) -> dict[str, Any]:
     try:
         content = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _are_rows(rows: object, columns: Sequence[str]) -> bool:
+    """Whether this is what a run writes of a video that can be read: one row, or its segments in their order."""
+    if not isinstance(rows, list) or not all(_is_row(row, columns) for row in rows):
+        return False
+    if "start" not in columns:
+        return len(rows) == 1
+    times = [row[name] for row in rows for name in ("start", "end")]
+    in_order = all(first <= then for first, then in itertools.pairwise(times))
+    return in_order and all(0 <= row["start"] < row["end"] <= LONGEST for row in rows)
+
+
+def _is_row(row: object, columns: Sequence[str]) -> bool:
+    from clip_m2df.classifier.support import NONE_OF_THESE
+
+    if not isinstance(row, dict) or list(row) != list(columns) or row["error"] is not None:
+        return False
+    shares = {name.removeprefix("p_"): row[name] for name in columns if name.startswith("p_")}
+    numbers = [*shares.values(), *(row[name] for name in ("start", "end", "distance") if name in row)]
+    label, probability = row["label"], row["probability"]
+    if not all(type(number) in (int, float) and abs(number) < LONGEST for number in numbers):
+        return False
+    rounding = 1e-6 * (len(shares) + 10)
+    if not all(0 <= share <= 1 for share in shares.values()) or abs(sum(shares.values()) - 1) > rounding:
+        return False
+    if not isinstance(label, str) or label not in shares:
+        return label == NONE_OF_THESE and probability is None and "distance" in row
+    return type(probability) in (int, float) and probability == shares[label] >= max(shares.values()) - rounding

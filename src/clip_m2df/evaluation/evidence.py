@@ -80,7 +80,7 @@ class QueryEvidence(NamedTuple):
     Attributes:
         alignments: of each view, ``(n, frames, frames)``: how OTAM aligns the query's frames, the rows, with those of
             some classes: for a hard query its own and the rival.
-        distances: of each view, OTAM's to the same classes.
+        distances: of each view, OTAM's to the same classes, above the least that there can be.
         frame_scores: ``(n_way, frames)``, cosines of PPS between each class's prompt and each frame.
         counted: bool ``(n_way, frames)``, those that a prompt's score is the mean of.
         probabilities: ``(n_way)``, PPS's.
@@ -241,7 +241,10 @@ def query_evidence(
     chosen = {"none": None, "mixture": -1, "class": int(selected.indices[0])}
     return QueryEvidence(
         alignments={view: alignment[0].cpu() for view, alignment in head.align(embedded, prototypes).items()},
-        distances={name: tuple(view.distances[0].tolist()) for name, view in views.items()},
+        distances={
+            name: tuple((view.distances[0] - head.least_distance(len(query), name)).tolist())
+            for name, view in views.items()
+        },
         frame_scores=at_least_float32(scores).cpu(),
         counted=counted.cpu(),
         probabilities=at_least_float32(selected.probabilities[0]).cpu(),

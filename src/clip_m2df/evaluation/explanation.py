@@ -40,7 +40,7 @@ class ViewVote(NamedTuple):
 
     Attributes:
         label: the closest class.
-        distances: OTAM's, by class.
+        distances: OTAM's, by class, above the least that there can be.
         text_similarities: cosines of the text parts, by class.
         visual_confidence: ``max softmax(−d)``.
         text_confidence: ``max softmax(t)``.
@@ -61,7 +61,8 @@ class Explanation(NamedTuple):
         label: the answer; no class, or empty, where it is none of the classes.
         probabilities: by class, in the order of the classes.
         threshold: the distance beyond which a clip is none of the classes; None where nothing is rejected.
-        distance: the fused distance to the closest class (of a head that measures none, minus its highest logit).
+        distance: to the closest class, fused, above the least that there can be: 0 where all frames of both are the
+            same picture. Of a head that measures none, by how much its highest logit is below the highest possible.
         prompt: the class whose prompt PPS chose; None without PPS, or where the clip got an expectation over all.
         prompt_probabilities: PPS's, by class.
         frame_scores: ``(n_way, frames)``, cosines of PPS between each class's prompt and each frame.
@@ -179,7 +180,7 @@ def explain(
         label=label,
         probabilities=_by_class(names, probabilities),
         threshold=threshold,
-        distance=-float(logits.max()),
+        distance=-float(logits.max()) - head.least_distance(len(query)),
         prompt=None if evidence.chosen in (None, -1) else names[evidence.chosen],
         prompt_probabilities=_by_class(names, output.prompt_probabilities[0]),
         frame_scores=evidence.frame_scores,
@@ -187,7 +188,7 @@ def explain(
         views={
             name: ViewVote(
                 label=names[int(view.distances[0].argmin())],
-                distances=_by_class(names, view.distances[0]),
+                distances=_by_class(names, view.distances[0] - head.least_distance(len(query), name)),
                 text_similarities=_by_class(names, view.text_similarities[0]),
                 visual_confidence=float(view.visual_confidence[0]),
                 text_confidence=float(view.text_confidence[0]),

@@ -68,6 +68,10 @@ class NearestPrototypeHead(Baseline):
         """See :meth:`Baseline.compare`."""
         return self.logit_scale * cosine(query.mean(-2), prototypes.mean(-2))
 
+    def least_distance(self, frames: int, view: str = "") -> float:
+        """Minus the scale: a cosine is 1 at most."""
+        return -self.logit_scale
+
 
 class OTAMHead(Baseline):
     """OTAM on the tower's own features (Cao et al., CVPR 2020, arXiv 1906.11415): minus the distance.
@@ -106,6 +110,11 @@ class OTAMHead(Baseline):
         costs = frame_costs(query, prototypes)
         return -otam(costs, smoothing=self.smoothing, single_direction=self.single_direction)
 
+    def least_distance(self, frames: int, view: str = "") -> float:
+        """OTAM's distance where no frame costs anything."""
+        costs = torch.zeros(frames, frames)
+        return float(otam(costs, smoothing=self.smoothing, single_direction=self.single_direction))
+
 
 class ZeroShotHead(Baseline):
     """CLIP's prompts alone (Radford et al., ICML 2021, arXiv 2103.00020): the support is not looked at.
@@ -124,6 +133,10 @@ class ZeroShotHead(Baseline):
     def compare(self, query: Tensor, prototypes: Tensor) -> Tensor:
         """See :meth:`Baseline.compare`."""
         return self.logit_scale * cosine(query, prototypes.transpose(-2, -3)).mean(-2)
+
+    def least_distance(self, frames: int, view: str = "") -> float:
+        """Minus the scale: a cosine is 1 at most."""
+        return -self.logit_scale
 
 
 class BiMHMHead(Baseline):

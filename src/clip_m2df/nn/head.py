@@ -248,6 +248,18 @@ class Head(nn.Module, Scoring):
         """
         return {}
 
+    def least_distance(self, frames: int, view: str = "") -> float:
+        """Minus the highest logit that there can be, that of videos whose frames are all the same picture.
+
+        What people are shown as a distance counts from here: OTAM's soft minimum, for one, is below 0 for what is
+        alike. 0 unless a head says otherwise.
+
+        Args:
+            frames: of a video.
+            view: the view whose own distance is meant, of a head with views; the fused one by default.
+        """
+        return 0.0
+
     def frame_scores(self, query: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor]:
         """How much each frame looks like each prompt, and which frames count in PPS.
 

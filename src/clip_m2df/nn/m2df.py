@@ -156,6 +156,11 @@ class M2DFHead(Head):
         """The OTAM distance of ``costs (…, frames, frames)``: ``(…)``."""
         return otam(costs, smoothing=self.smoothing, single_direction=self.single_direction)
 
+    def least_distance(self, frames: int, view: str = "") -> float:
+        """OTAM's distance where no frame costs anything, with the weights of the views where they are fused."""
+        least = float(self.distance(torch.zeros(frames, frames)))
+        return least if view else least * sum(self.view_weights.values())
+
     def align(self, query: Embedded, prototypes: Embedded) -> dict[str, Tensor]:
         """How OTAM aligns queries with prototypes in each view, see :meth:`clip_m2df.nn.head.Head.align`."""
         return {

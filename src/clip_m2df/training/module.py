@@ -188,6 +188,8 @@ class CLIPM2DF(lightning.LightningModule):
         self.bank_memory = bank_memory
         # The tower's name; its description, of megabytes, goes into checkpoints only, not into logs.
         self.save_hyperparameters(options | {"backbone": self.model.backbone.source})
+        # Where the model came from, for messages: its file or folder, or the tower's.
+        self.source = self.model.backbone.source
         # How the videos of its training were read, ``{"frames": T, "resize": short side}``, where that is known.
         self.reading: dict[str, int] | None = None
         self.evaluated: Evaluated | None = None
@@ -547,6 +549,7 @@ class CLIPM2DF(lightning.LightningModule):
             model.load_state_dict(checkpoint["state_dict"])
         except Exception as error:  # whatever values of other types lead to
             raise UserError(f"no model can be made of {source}: {error}") from error
+        model.source = os.fspath(source)
         return model.to(next(iter(checkpoint["state_dict"].values())).device)
 
     # ---------------------------------------------------------------------------------- folders and hub
