@@ -17,6 +17,7 @@ from clip_m2df.datasets.benchmarks import NEEDED
 from clip_m2df.datasets.manifest import SPLITS, Manifest, Video
 from clip_m2df.errors import UserError, require, some, some_lines
 from clip_m2df.files import fingerprint_text, plain, relative_path, write_table, writing
+from clip_m2df.video import Decoder
 from clip_m2df.video.isolation import Unreadable, isolated_map
 
 STATUSES = ("ok", "warning", "unusable")
@@ -29,15 +30,21 @@ class Finding:
 
     Attributes:
         failure: Why not one frame can be had; empty if evaluation's frames can.
-        frames: Frames that it has.
-        promised: Frames that its header or index tells of.
+        frames: Frames that decode.
+        promised: Frames that its header, index or packets tell of.
         width: Of the first frame as it is shown, in pixels.
         height: The same.
         fps: Frames per second on average.
-        rotation: Degrees by which it is turned clockwise to be shown.
+        rotation: Degrees by which it is turned clockwise to be shown; a multiple of 90 is applied.
         variable_rate: 1 if the time from one frame to the next varies, else 0.
+        mirrored: 1 if it is mirrored left to right before it is turned, else 0.
+        pixel_aspect: Width of a pixel by its height, as a player shows it; pixels are read as squares.
+        left_out: Stored frames that its edit list leaves out.
+        counted: Frames that evaluation and training choose from: more than ``frames`` if some don't decode.
+        broken: The first image of a folder that can't be had, and why.
         digest: SHA-256 of evaluation's frames, in hexadecimal.
         sampled: Evaluation's number of frames.
+        decoder: What a run is to read the videos with.
         fingerprint: The file's when it was read (``Fingerprint``); empty if the finding may not last.
     """
 
@@ -49,23 +56,44 @@ class Finding:
     fps: float | None = None
     rotation: int | None = None
     variable_rate: int | None = None
+    mirrored: int | None = None
+    pixel_aspect: float | None = None
+    left_out: int | None = None
+    counted: int | None = None
+    broken: str = ""
     digest: str = ""
     sampled: int = 0
+    decoder: str = "auto"
     fingerprint: str = ""
 
     def warnings(self) -> list[str]:
         """Return what a person should know of a video that can be used."""
         found = []
-        frames, promised = self.frames or 0, self.promised or 0
+        frames, promised, counted, left_out = (
+            value or 0 for value in (self.frames, self.promised, self.counted, self.left_out)
+        )
         if frames < self.sampled:
             found.append(f"shorter than {self.sampled} frames: it has {frames}")
-        # Durations are rounded, and some headers count one too many.
-        if promised - frames > max(1.0, 0.02 * promised):
+        if left_out > frames:
+            found.append(f"shows {frames} of the {frames + left_out} frames that it stores: its edit list is damaged?")
+        if self.broken:
+            found.append(f"{counted - frames} of {counted} images can't be had, the first being {self.broken}")
+        # Durations are rounded.
+        elif promised - frames > max(1.0, 0.02 * promised):
             found.append(f"ends early: {frames} of {promised} frames")
-        elif self.variable_rate:
-            found.append("variable frame rate")
+        else:
+            if counted > frames:
+                off = counted - frames
+                found.append(f"{frames} of {counted} frames decode: those chosen come up to {off} too early or late")
+            if self.variable_rate:
+                found.append("variable frame rate")
+        if self.mirrored:
+            found.append("mirrored")
         if self.rotation:
-            found.append(f"rotated by {self.rotation}°")
+            how = "" if self.rotation % 90 == 0 else ", which is not applied"
+            found.append(f"rotated by {self.rotation}°{how}")
+        if abs((self.pixel_aspect or 1.0) - 1.0) > 0.02:
+            found.append(f"its pixels are {self.pixel_aspect:g} times as wide as high, and are read as squares")
         return found
 
 
@@ -83,6 +111,7 @@ def check_videos(
     output: Path | None = None,
     fix: Path | None = None,
     frames: int = 8,
+    decoder: Decoder = "auto",
     workers: int | None = None,
     timeout: float = 60.0,
 ) -> int:
@@ -97,6 +126,8 @@ def check_videos(
         output: The table, a CSV; beside the manifest, NAME.check.csv, by default.
         fix: Write a manifest without the unusable videos.
         frames: Frames of each video at evaluation.
+        decoder: As a run's data.decoder; the videos of which decord or torchcodec may give other frames than those that
+            are shown count as unusable.
         workers: Processes that decode; as many as there are cores by default.
         timeout: Seconds after which a video is given up.
 
@@ -114,7 +145,7 @@ def check_videos(
         raise UserError(f"the table would take the place of the manifest {output}: give it another name with --output")
     part = Path(f"{output}.part")
     with writing(output, "table"):
-        findings = _find(listed, output, part, frames=frames, workers=workers, timeout=timeout)
+        findings = _find(listed, output, part, frames=frames, decoder=decoder, workers=workers, timeout=timeout)
         first: dict[str, str] = {}
         rows = []
         for video in listed.videos:
@@ -130,39 +161,57 @@ def check_videos(
     return int(any(row["status"] == "unusable" for row in rows))
 
 
-def examine(task: tuple[str, int, str]) -> Finding:
-    """Read the frames of a video that evaluation would, and what its file tells.
+def examine(task: tuple[str, int, str], decoder: Decoder = "auto") -> Finding:
+    """Read the frames of a video that evaluation would, and all of it to count those that there are.
 
     Args:
         task: The video's path, evaluation's number of frames and the file's fingerprint.
+        decoder: What a run is to read it with.
     """
-    from clip_m2df.video.reader import VideoError, as_video_error, probe, read_frames
+    from clip_m2df.video.reader import VideoError, as_video_error, broken_images, decoder_doubt, probe, read_frames
     from clip_m2df.video.transforms import segment_indices
 
     path, frames, mark = task
     try:
         with as_video_error(path):
             clip, n_frames = read_frames(path, partial(segment_indices, frames=frames))
-            facts = {} if os.path.isdir(path) else dataclasses.asdict(probe(path))
+            if doubt := decoder_doubt(path, decoder):
+                return Finding(failure=doubt, sampled=frames, decoder=decoder, fingerprint=mark)
+            is_folder = os.path.isdir(path)
+            broken = broken_images(path) if is_folder else []
+            facts = {} if is_folder else dataclasses.asdict(probe(path))
     except VideoError as error:
-        return Finding(failure=error.reason_for(path), sampled=frames, fingerprint=mark)
+        return Finding(failure=error.reason_for(path), sampled=frames, decoder=decoder, fingerprint=mark)
     shape = tuple(clip.shape)
     return Finding(
-        frames=n_frames,
+        frames=facts.get("frames", n_frames - len(broken)),
         promised=facts.get("promised"),
         width=shape[3],
         height=shape[2],
         fps=round(facts["fps"], 3) if facts.get("fps") else None,
         rotation=facts.get("rotation"),
         variable_rate=int(facts["variable_rate"]) if facts else None,
+        mirrored=int(facts["mirrored"]) if facts else None,
+        pixel_aspect=round(facts["pixel_aspect"], 3) if facts else None,
+        left_out=facts.get("left_out"),
+        counted=n_frames,
+        broken=broken[0] if broken else "",
         digest=hashlib.sha256(repr(shape).encode() + clip.contiguous().numpy().tobytes()).hexdigest(),
         sampled=frames,
+        decoder=decoder,
         fingerprint=mark,
     )
 
 
 def _find(
-    manifest: Manifest, output: Path, part: Path, *, frames: int, workers: int | None, timeout: float
+    manifest: Manifest,
+    output: Path,
+    part: Path,
+    *,
+    frames: int,
+    decoder: Decoder,
+    workers: int | None,
+    timeout: float,
 ) -> dict[str, Finding]:
     """Find what is wrong with each video, by path; what the table and its part know already is taken over."""
     from rich.console import Console
@@ -175,7 +224,11 @@ def _find(
     for video in manifest.videos:
         name, mark = relative_path(video.path, manifest.root), fingerprint_text(video.path)
         finding = known.get(name)
-        if mark and finding is not None and (finding.fingerprint, finding.sampled) == (mark, frames):
+        if (
+            mark
+            and finding is not None
+            and ((finding.fingerprint, finding.sampled, finding.decoder) == (mark, frames, decoder))
+        ):
             findings[video.path] = finding
             rows.append(_row(name, video, finding).values())
         else:
@@ -185,13 +238,17 @@ def _find(
         print(f"{len(findings)} of {len(manifest.videos)} videos have not changed since they were checked")
     with (
         open(part, "a", encoding="utf-8", newline="") as file,
-        closing(isolated_map(examine, tasks, workers=workers, timeout=timeout)) as results,
+        closing(isolated_map(partial(examine, decoder=decoder), tasks, workers=workers, timeout=timeout)) as results,
     ):
         table = csv.writer(file, lineterminator="\n")
         bar = track(results, "checking", total=len(tasks), console=Console(stderr=True), disable=not tasks)
         for task, result in bar:
             # Without a fingerprint: another time, or with more of it, the video may well be read.
-            finding = Finding(failure=str(result), sampled=frames) if isinstance(result, Unreadable) else result
+            finding = (
+                Finding(failure=str(result), sampled=frames, decoder=decoder)
+                if isinstance(result, Unreadable)
+                else result
+            )
             findings[task[0]] = finding
             table.writerow(_row(*tasks[task], finding).values())
             file.flush()
