@@ -75,7 +75,9 @@ class Finding:
         if frames < self.sampled:
             found.append(f"shorter than {self.sampled} frames: it has {frames}")
         if left_out > frames:
-            found.append(f"shows {frames} of the {frames + left_out} frames that it stores: its edit list is damaged?")
+            found.append(
+                f"shows {frames} of the {frames + left_out} frames that it stores: its edit list may be damaged"
+            )
         if self.broken:
             found.append(f"{counted - frames} of {counted} images can't be had, the first being {self.broken}")
         # Durations are rounded.
@@ -84,7 +86,7 @@ class Finding:
         else:
             if counted > frames:
                 off = counted - frames
-                found.append(f"{frames} of {counted} frames decode: those chosen come up to {off} too early or late")
+                found.append(f"{frames} of {counted} announced frames decode: an evaluation's are at most {off} off")
             if self.variable_rate:
                 found.append("variable frame rate")
         if self.mirrored:

@@ -179,7 +179,7 @@ def exif_orientation(data: bytes) -> Orientation:
     # Most have no such tag; looking for one in a PNG decodes it.
     if any(mark in data for mark in (b"Exif", b"eXIf", b"EXIF", b"exif", b"tiff:Orientation")):
         # Whatever Pillow finds in damaged tags, the picture itself may be sound.
-        with suppress(Exception), Image.open(io.BytesIO(data)) as image:
+        with suppress(Exception), warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as image:
             return _EXIF.get(image.getexif().get(ExifTags.Base.Orientation, 1), Orientation())
     return Orientation()
 
@@ -187,8 +187,7 @@ def exif_orientation(data: bytes) -> Orientation:
 def excessive_size(image: str | io.BytesIO) -> str:
     """Return what the header of an image says of its size if it has more than MOST_PIXELS, for a message."""
     # Pillow itself refuses still larger ones, and names their pixels.
-    with suppress(Exception), warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    with suppress(Exception), warnings.catch_warnings(action="ignore"):
         try:
             with Image.open(image) as opened:
                 if opened.width * opened.height > MOST_PIXELS:
