@@ -239,8 +239,9 @@ def test_what_a_decoder_that_seeks_does_not_show_as_players_do(tmp_path: Path, d
     assert "turned or mirrored" in decoder_doubt(str(path), decoder)
     for name in ("h264.avi", "h264.ts"):
         assert decoder_doubt(str(render(tmp_path / name, 12, options=B_FRAMES)), decoder) != ""
-    for how in ("auto", "pyav"):
-        assert decoder_doubt(str(path), how) == ""  # type: ignore[arg-type]
+    exact: tuple[Decoder, ...] = ("auto", "pyav")
+    for how in exact:
+        assert decoder_doubt(str(path), how) == ""
 
 
 # Broken files

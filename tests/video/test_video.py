@@ -232,6 +232,7 @@ def render_streams(path: Path, *streams: tuple[str, int, tuple[int, int], str]) 
         added: list[av.VideoStream] = []
         for codec, _, size, flag in streams:
             stream = container.add_stream(codec, rate=12)
+            assert isinstance(stream, av.VideoStream)
             stream.width, stream.height = size
             stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
             stream.disposition = av.stream.Disposition[flag] if flag else av.stream.Disposition(0)
@@ -280,7 +281,7 @@ def test_the_choice_of_stream_is_ffmpegs(tmp_path: Path) -> None:
     )
     with av.open(str(path)) as container:
         best = container.streams.best("video")
-        assert best is not None
+        assert isinstance(best, av.VideoStream)
         assert (best.width, best.height) == (WIDTH, HEIGHT)
     assert numbers(read(path)) == list(range(24))
 
@@ -685,6 +686,7 @@ def test_a_video_of_too_many_pixels_is_not_decoded(tmp_path: Path, name: str, co
     path, side = tmp_path / name, 8192
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=12, options={"preset": "ultrafast"} if codec == "libx264" else {})
+        assert isinstance(stream, av.VideoStream)
         stream.width = stream.height = side
         stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
         container.mux(stream.encode(av.VideoFrame(side, side, stream.pix_fmt)))

@@ -22,6 +22,7 @@ from clip_m2df.video.isolation import Unreadable, isolated_map
 
 STATUSES = ("ok", "warning", "unusable")
 MOST_NAMES = 20  # of the unusable, in print
+_SAME = "the same frames as"
 
 
 @dataclass(frozen=True)
@@ -37,15 +38,10 @@ class Finding:
         fps: Frames per second on average.
         rotation: Degrees by which it is turned clockwise to be shown; a multiple of 90 is applied.
         variable_rate: 1 if the time from one frame to the next varies, else 0.
-        mirrored: 1 if it is mirrored left to right before it is turned, else 0.
-        pixel_aspect: Width of a pixel by its height, as a player shows it; pixels are read as squares.
-        left_out: Stored frames that its edit list leaves out.
-        counted: Frames that evaluation and training choose from: more than ``frames`` if some don't decode.
-        broken: The first image of a folder that can't be had, and why.
         digest: SHA-256 of evaluation's frames, in hexadecimal.
         sampled: Evaluation's number of frames.
-        decoder: What a run is to read the videos with.
         fingerprint: The file's when it was read (``Fingerprint``); empty if the finding may not last.
+        notes: What else a person should know of it; in the table a part of the reason.
     """
 
     failure: str = ""
@@ -56,51 +52,40 @@ class Finding:
     fps: float | None = None
     rotation: int | None = None
     variable_rate: int | None = None
-    mirrored: int | None = None
-    pixel_aspect: float | None = None
-    left_out: int | None = None
-    counted: int | None = None
-    broken: str = ""
     digest: str = ""
     sampled: int = 0
-    decoder: str = "auto"
     fingerprint: str = ""
+    notes: str = ""
+
+    @property
+    def ends_early(self) -> bool:
+        """Whether more frames are missing than a duration that was rounded, or a header that counts one too many."""
+        frames, promised = self.frames or 0, self.promised or 0
+        return promised - frames > max(1.0, 0.02 * promised)
 
     def warnings(self) -> list[str]:
         """Return what a person should know of a video that can be used."""
         found = []
-        frames, promised, counted, left_out = (
-            value or 0 for value in (self.frames, self.promised, self.counted, self.left_out)
-        )
+        frames = self.frames or 0
         if frames < self.sampled:
             found.append(f"shorter than {self.sampled} frames: it has {frames}")
-        if left_out > frames:
-            found.append(
-                f"shows {frames} of the {frames + left_out} frames that it stores: its edit list may be damaged"
-            )
-        if self.broken:
-            found.append(f"{counted - frames} of {counted} images can't be had, the first being {self.broken}")
-        # Durations are rounded.
-        elif promised - frames > max(1.0, 0.02 * promised):
-            found.append(f"ends early: {frames} of {promised} frames")
-        else:
-            if counted > frames:
-                off = counted - frames
-                found.append(f"{frames} of {counted} announced frames decode: an evaluation's are at most {off} off")
-            if self.variable_rate:
-                found.append("variable frame rate")
-        if self.mirrored:
-            found.append("mirrored")
+        if self.ends_early:
+            found.append(f"ends early: {frames} of {self.promised} frames")
+        elif self.variable_rate:
+            found.append("variable frame rate")
         if self.rotation:
-            how = "" if self.rotation % 90 == 0 else ", which is not applied"
-            found.append(f"rotated by {self.rotation}°{how}")
-        if abs((self.pixel_aspect or 1.0) - 1.0) > 0.02:
-            found.append(f"its pixels are {self.pixel_aspect:g} times as wide as high, and are read as squares")
+            found.append(f"rotated by {self.rotation}°")
+        if self.notes:
+            found.append(self.notes)
         return found
 
 
 # The columns of the table that are facts of a finding, and the types of their cells.
-_FACTS = {f.name: (get_args(f.type) or (f.type,))[0] for f in dataclasses.fields(Finding) if f.name != "failure"}
+_FACTS = {
+    f.name: (get_args(f.type) or (f.type,))[0]
+    for f in dataclasses.fields(Finding)
+    if f.name not in ("failure", "notes")
+}
 
 COLUMNS = ("path", "label", "split", "status", "reason", *_FACTS)
 """Of the table."""
@@ -154,7 +139,7 @@ def check_videos(
             name, digest = relative_path(video.path, listed.root), findings[video.path].digest
             # The first of several videos with the same frames is not at fault.
             same = first.setdefault(digest, name) if digest else name
-            rows.append(_row(name, video, findings[video.path], [] if same == name else [f"the same frames as {same}"]))
+            rows.append(_row(name, video, findings[video.path], [] if same == name else [f"{_SAME} {same}"]))
         write_table(output, "table", [COLUMNS, *(row.values() for row in rows)])
         part.unlink()
     _print_summary(rows, output)
@@ -176,33 +161,46 @@ def examine(task: tuple[str, int, str], decoder: Decoder = "auto") -> Finding:
     path, frames, mark = task
     try:
         with as_video_error(path):
-            clip, n_frames = read_frames(path, partial(segment_indices, frames=frames))
             if doubt := decoder_doubt(path, decoder):
-                return Finding(failure=doubt, sampled=frames, decoder=decoder, fingerprint=mark)
-            is_folder = os.path.isdir(path)
-            broken = broken_images(path) if is_folder else []
-            facts = {} if is_folder else dataclasses.asdict(probe(path))
+                return Finding(failure=doubt, sampled=frames)  # another decoder reads it
+            clip, n_frames = read_frames(path, partial(segment_indices, frames=frames))
+            broken = broken_images(path) if os.path.isdir(path) else []
+            facts = None if os.path.isdir(path) else probe(path)
     except VideoError as error:
-        return Finding(failure=error.reason_for(path), sampled=frames, decoder=decoder, fingerprint=mark)
+        return Finding(failure=error.reason_for(path), sampled=frames, fingerprint=mark)
     shape = tuple(clip.shape)
-    return Finding(
-        frames=facts.get("frames", n_frames - len(broken)),
-        promised=facts.get("promised"),
+    finding = Finding(
+        frames=n_frames - len(broken),
         width=shape[3],
         height=shape[2],
-        fps=round(facts["fps"], 3) if facts.get("fps") else None,
-        rotation=facts.get("rotation"),
-        variable_rate=int(facts["variable_rate"]) if facts else None,
-        mirrored=int(facts["mirrored"]) if facts else None,
-        pixel_aspect=round(facts["pixel_aspect"], 3) if facts else None,
-        left_out=facts.get("left_out"),
-        counted=n_frames,
-        broken=broken[0] if broken else "",
         digest=hashlib.sha256(repr(shape).encode() + clip.contiguous().numpy().tobytes()).hexdigest(),
         sampled=frames,
-        decoder=decoder,
         fingerprint=mark,
     )
+    if facts is None:
+        notes = [f"{len(broken)} of {n_frames} images can't be had, the first being {name}" for name in broken[:1]]
+        return dataclasses.replace(finding, notes="; ".join(notes))
+    finding = dataclasses.replace(
+        finding,
+        frames=facts.frames,
+        promised=facts.promised,
+        fps=round(facts.fps, 3) if facts.fps else None,
+        rotation=facts.rotation,
+        variable_rate=int(facts.variable_rate),
+    )
+    notes, missing = [], n_frames - facts.frames
+    if missing > 0 and not finding.ends_early:
+        notes.append(f"{facts.frames} of {n_frames} announced frames decode: an evaluation's are at most {missing} off")
+    if facts.left_out > facts.frames:
+        stored = facts.frames + facts.left_out
+        notes.append(f"shows {facts.frames} of the {stored} frames that it stores: its edit list may be damaged")
+    if facts.mirrored:
+        notes.append("mirrored")
+    if facts.rotation % 90:
+        notes.append("its rotation is no multiple of 90°, and is not applied")
+    if abs(facts.pixel_aspect - 1) > 0.02:
+        notes.append(f"its pixels are {facts.pixel_aspect:.4g} times as wide as high, and are read as squares")
+    return dataclasses.replace(finding, notes="; ".join(notes))
 
 
 def _find(
@@ -219,18 +217,15 @@ def _find(
     from rich.console import Console
     from rich.progress import track
 
-    known = {**read_findings(output), **read_findings(part)}
+    # Another decoder may give other frames, which the table does not tell.
+    known = {**read_findings(output), **read_findings(part)} if decoder in ("auto", "pyav") else {}
     findings: dict[str, Finding] = {}
     rows: list[Iterable[object]] = [COLUMNS]
     tasks: dict[tuple[str, int, str], tuple[str, Video]] = {}
     for video in manifest.videos:
         name, mark = relative_path(video.path, manifest.root), fingerprint_text(video.path)
         finding = known.get(name)
-        if (
-            mark
-            and finding is not None
-            and ((finding.fingerprint, finding.sampled, finding.decoder) == (mark, frames, decoder))
-        ):
+        if mark and finding is not None and (finding.fingerprint, finding.sampled) == (mark, frames):
             findings[video.path] = finding
             rows.append(_row(name, video, finding).values())
         else:
@@ -246,11 +241,7 @@ def _find(
         bar = track(results, "checking", total=len(tasks), console=Console(stderr=True), disable=not tasks)
         for task, result in bar:
             # Without a fingerprint: another time, or with more of it, the video may well be read.
-            finding = (
-                Finding(failure=str(result), sampled=frames, decoder=decoder)
-                if isinstance(result, Unreadable)
-                else result
-            )
+            finding = Finding(failure=str(result), sampled=frames) if isinstance(result, Unreadable) else result
             findings[task[0]] = finding
             table.writerow(_row(*tasks[task], finding).values())
             file.flush()
@@ -281,7 +272,11 @@ def _parse(row: Mapping[str, Any]) -> Finding | None:
         return None
     with suppress(ValueError):
         facts = {name: cell_type(row[name]) for name, cell_type in _FACTS.items() if row[name]}
-        return Finding(failure="" if usable else row["reason"], **facts)
+        if not usable:
+            return Finding(failure=row["reason"], **facts)
+        finding = Finding(**facts)
+        reasons = row["reason"].partition(_SAME)[0].split("; ")
+        return dataclasses.replace(finding, notes="; ".join(r for r in reasons if r and r not in finding.warnings()))
     return None
 
 
