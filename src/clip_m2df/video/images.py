@@ -101,32 +101,13 @@ def order_images(names: Sequence[str]) -> list[str]:
         UnclearOrderError: If several kinds are left, two names have the same number, or a number can be read in
             several ways that give different orders.
     """
-    kinds: dict[str, list[str]] = defaultdict(list)
-    for name in names:
-        kinds[_NUMBER.sub("0", _SIGN.sub("", _stem(name))).lower()].append(name)
-    if len(kinds) > 1 and any("0" in kind for kind in kinds):
-        numbers = {kind: {tuple(_read(_stem(name), _NUMBER)) for name in kinds[kind]} for kind in kinds}
-        is_shared = len(set().union(*numbers.values())) < sum(map(len, numbers.values()))
-        if is_shared or len({kind.count("0") for kind in kinds}) > 1:
-            frames = [kind for kind in kinds if not _COMPANIONS & set(re.findall("[a-z]+", kind))]
-            if len(frames) != 1:
-                first, second = sorted(min(kinds[kind]) for kind in (frames or kinds))[:2]
-                raise UnclearOrderError(
-                    f"it has images of several kinds, such as {first} and {second}: leave only those of the video"
-                )
-            names = kinds[frames[0]]
-
-    stems = {name: _stem(name) for name in names}
-    if all(map(_SIGN.search, stems.values())):  # what every name has is no sign
-        stems = {name: _SIGN.sub("_", stem) for name, stem in stems.items()}
-    forms = [re.compile(_INTEGER)]
-    if all(map(_SECONDS.search, stems.values())):
-        forms = [_NUMBER]
-    elif any(map(_FRACTIONAL.search, stems.values())):
-        forms.append(_NUMBER)
+    templates = {re.sub(r"\d+", "0", _stem(name)).lower() for name in names}
+    if len(templates) == 1 and not re.search(r"0[.,e]|-0", min(templates)):  # as nearly all are, and quick
+        readings: list[dict[str, list[Any]]] = [{name: [*map(int, re.findall(r"\d+", _stem(name)))] for name in names}]
+    else:
+        readings = _read_numbers(_choose_kind(names))
     # By the numbers in them, then by their letters.
-    keys = [{name: (_read(stem, form), name) for name, stem in stems.items()} for form in forms]
-    ordered, *others = [sorted(names, key=key.__getitem__) for key in keys]
+    ordered, *others = [sorted(numbers, key=lambda name: (numbers[name], name)) for numbers in readings]
     for other in others:
         for first, second in zip(ordered, other, strict=True):
             if first != second:
@@ -135,9 +116,42 @@ def order_images(names: Sequence[str]) -> list[str]:
                     " number them with integers"
                 )
     for first, second in itertools.pairwise(ordered):
-        if keys[0][first][0] == keys[0][second][0] and (keys[0][first][0] or stems[first] == stems[second]):
+        numbers = readings[0][first]
+        if numbers == readings[0][second] and (numbers or _stem(first) == _stem(second)):
             raise UnclearOrderError(f"its images {first} and {second} have the same number: leave one of them")
     return ordered
+
+
+def _choose_kind(names: Sequence[str]) -> Sequence[str]:
+    """Leave out what is made from the frames."""
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        kinds[_NUMBER.sub("0", _SIGN.sub("", _stem(name))).lower()].append(name)
+    if len(kinds) == 1 or not any("0" in kind for kind in kinds):
+        return names
+    numbers = [{tuple(_read(_stem(name), _NUMBER)) for name in kinds[kind]} for kind in kinds]
+    if len(set().union(*numbers)) == sum(map(len, numbers)) and len({kind.count("0") for kind in kinds}) == 1:
+        return names  # which the numbers order all the same
+    frames = [kind for kind in kinds if not _COMPANIONS & set(re.findall("[a-z]+", kind))]
+    if len(frames) != 1:
+        first, second = sorted(min(kinds[kind]) for kind in (frames or kinds))[:2]
+        raise UnclearOrderError(
+            f"it has images of several kinds, such as {first} and {second}: leave only those of the video"
+        )
+    return kinds[frames[0]]
+
+
+def _read_numbers(names: Sequence[str]) -> list[dict[str, list[Any]]]:
+    """Read the numbers in names in each way in which they may be meant."""
+    stems = {name: _stem(name) for name in names}
+    if all(map(_SIGN.search, stems.values())):  # what every name has is no sign
+        stems = {name: _SIGN.sub("_", stem) for name, stem in stems.items()}
+    forms = [re.compile(_INTEGER)]
+    if all(map(_SECONDS.search, stems.values())):
+        forms = [_NUMBER]
+    elif any(map(_FRACTIONAL.search, stems.values())):
+        forms.append(_NUMBER)
+    return [{name: _read(stem, form) for name, stem in stems.items()} for form in forms]
 
 
 def _stem(name: str) -> str:
