@@ -12,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 
 from clip_m2df.cli import main
+from clip_m2df.errors import UserError
 from clip_m2df.video.frame_cache import FrameCache, decode_jpegs, encode_jpeg
-from clip_m2df.video.reader import VideoError, probe, read_frames, sample_frames
+from clip_m2df.video.reader import VideoError, decoder_doubt, probe, read_frames, sample_frames
 from clip_m2df.video.transforms import resize_short_side, segment_indices
 from tests.classifier.conftest import make_model, read_csv
 
@@ -41,15 +42,14 @@ def count(path: Path) -> int:
 
 
 def frames_of(path: Path, numbers: list[int]) -> NDArray[np.uint8]:
-    """Frames as FFmpeg shows them, (frames, height, width, 3)."""
-    chosen = "+".join(f"eq(n,{number})" for number in sorted(set(numbers)))
+    """Numbered frames, sorted, as FFmpeg shows them: (frames, height, width, 3)."""
+    chosen = "+".join(f"eq(n,{number})" for number in numbers)
     # As PyAV converts them: by the flags of FFmpeg's library, not of its command.
     pixels, said = ffmpeg(
         path, "-vf", f"select='{chosen}',scale=flags=bilinear,format=rgb24", "-f", "rawvideo", "-pix_fmt", "rgb24"
     )
     width, height = re.findall(r"Video: rawvideo.*? ([1-9]\d*)x(\d+)[, ]", said)[-1]
-    different = np.frombuffer(pixels, np.uint8).reshape(-1, int(height), int(width), 3)
-    return different[[sorted(set(numbers)).index(number) for number in numbers]]
+    return np.frombuffer(pixels, np.uint8).reshape(-1, int(height), int(width), 3)
 
 
 @each
@@ -61,15 +61,35 @@ def test_counts_are_those_of_decoding(path: Path) -> None:
 @pytest.mark.parametrize("frames", [8, 24])
 def test_frames_are_ffmpegs(path: Path, frames: int) -> None:
     # Evaluation's, and those that training may draw.
-    for offsets in (None, torch.rand(frames, generator=torch.Generator().manual_seed(frames))):
-        wanted = segment_indices(count(path), frames, offsets)
+    drawn = torch.rand(frames, generator=torch.Generator().manual_seed(frames))
+    choices = [segment_indices(count(path), frames, offsets) for offsets in (None, drawn)]
+    numbers = sorted({*choices[0], *choices[1]})
+    shown = frames_of(path, numbers)
+    for wanted in choices:
         clip = read_frames(str(path), lambda _, wanted=wanted: wanted)[0].permute(0, 2, 3, 1).numpy()  # type: ignore[misc]
-        expected = frames_of(path, wanted)
+        expected = shown[[numbers.index(number) for number in wanted]]
         assert clip.shape == expected.shape
         # Nearly all are equal. Versions of FFmpeg differ in how they convert 10 bits, and colours at odd sizes, and in
         # what they put in the place of a frame that is damaged.
         is_odd = clip.shape[1] % 2 or clip.shape[2] % 2
         assert np.abs(clip.astype(int) - expected).mean((1, 2, 3)).max() < (4 if is_odd else 1)
+
+
+@each
+def test_decord_gives_the_same_frames_or_the_file_is_refused(path: Path) -> None:
+    pytest.importorskip("decord")
+    wanted = segment_indices(count(path), 8)
+    if decoder_doubt(str(path), "decord"):
+        with pytest.raises(UserError, match=r"decord may give other frames .*--data\.decoder auto"):
+            read_frames(str(path), lambda _: wanted, decoder="decord")
+        return
+    try:
+        clip = read_frames(str(path), lambda _: wanted, decoder="decord")[0]
+    except VideoError:  # of a kind that decord does not know
+        assert path.name in ("av1_video.mkv", "corrupted.mp4")
+        return
+    difference = (clip.float() - read_frames(str(path), lambda _: wanted)[0].float()).abs().mean((1, 2, 3))
+    assert difference.max() < 4  # it converts to RGB in its own way
 
 
 @pytest.fixture(scope="module")

@@ -93,7 +93,10 @@ def read_frames(path: str, choose: Choose, *, decoder: Decoder = "auto") -> tupl
         if os.path.isdir(path):
             return _read_images(path, choose)
         if read is not _read_pyav and (doubt := decoder_doubt(path, decoder)):
-            raise UserError(f"of the video {path} {doubt}: take the decoder auto (--data.decoder auto)")
+            raise UserError(
+                f"of the video {path} {doubt}: take the decoder auto (--data.decoder auto);"
+                f" `clip-m2df check --decoder {decoder}` names all such videos"
+            )
         return read(path, choose)
 
 
@@ -338,7 +341,7 @@ def _open(source: str | io.BytesIO, path: str) -> Iterator[tuple[InputContainer,
             size = ""
         if size:
             raise unreadable(path, f"it has {size}, and at most {_MOST} are decoded: scale it down")
-        context.options = _LIMITS
+        context.options = dict(_LIMITS)
         stream.thread_count = 1  # the workers are the parallelism
         try:
             yield container, stream
