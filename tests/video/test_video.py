@@ -649,6 +649,19 @@ def test_tags_of_images_say_how_they_are_seen(tmp_path: Path, form: str, orienta
     assert torch.stack(list(sample_frames(str(tmp_path), 5, fps=5))).equal(read(tmp_path))
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_tags_of_a_video_of_pictures_say_how_it_is_seen(tmp_path: Path, orientation: int) -> None:
+    tags = Image.Exif()
+    tags[ExifTags.Base.Orientation] = orientation
+    (tmp_path / "images").mkdir()
+    Image.fromarray(picture(21)).save(tmp_path / "images" / "1.jpg", exif=tags)
+    data = (tmp_path / "images" / "1.jpg").read_bytes()
+    (tmp_path / "clip.mjpeg").write_bytes(4 * data)
+    assert read(tmp_path / "clip.mjpeg").equal(read(tmp_path / "images").repeat(4, 1, 1, 1))
+    facts = probe(str(tmp_path / "clip.mjpeg"))
+    assert (facts.frames, facts.mirrored) == (4, orientation in (2, 4, 5, 7))
+
+
 def test_other_tags_of_images(tmp_path: Path) -> None:
     info = PngImagePlugin.PngInfo()
     info.add_itxt("XML:com.adobe.xmp", '<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>')

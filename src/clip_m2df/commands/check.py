@@ -100,7 +100,7 @@ def check_videos(
     frames: int = 8,
     decoder: Decoder = "auto",
     workers: int | None = None,
-    timeout: float = 60.0,
+    timeout: float = 120.0,
 ) -> int:
     """Open every video of a manifest as evaluation would, and write a table of what is wrong with which.
 

@@ -171,8 +171,8 @@ def matrix_orientation(frame: VideoFrame) -> Orientation:
     """Tell how a frame is meant to be seen by its display matrix, as FFmpeg's own display does it."""
     try:
         data: Any = frame.side_data.get("DISPLAYMATRIX")
-    except ValueError:  # PyAV does not know the type of what else there is
-        return Orientation(degrees=-frame.rotation % 360)
+    except ValueError:  # PyAV does not know the type of what else there is, such as the tags of a picture
+        return frame.opaque if isinstance(frame.opaque, Orientation) else Orientation(degrees=-frame.rotation % 360)
     if data is None:
         return Orientation()
     # x' = a x + c y, y' = b x + d y

@@ -407,10 +407,14 @@ def _decode(path: str, numbers: set[int]) -> tuple[dict[int, _Picture], int]:
 
 def _frames(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
     """Yield what decodes, in the order of presentation."""
+    is_picture = stream.codec_context.name in _STILLS  # whose tags PyAV does not know
     with suppress(av.FFmpegError):
         for packet in container.demux(stream):
             with suppress(av.FFmpegError):  # a broken packet costs its own frames, not those after it
-                yield from packet.decode()
+                for frame in packet.decode():
+                    if is_picture:
+                        frame.opaque = exif_orientation(bytes(packet))
+                    yield frame
         return
     # A truncated file ends without the empty packet that hands out the frames still held for reordering.
     with suppress(av.FFmpegError):
