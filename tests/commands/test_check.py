@@ -268,6 +268,15 @@ def test_every_image_of_a_folder_is_decoded(tmp_path: Path) -> None:
     assert warning.startswith("2 of 50 images can't be had, the first being 1.png: it is not a video that FFmpeg knows")
 
 
+def test_images_that_are_no_frames_are_named(tmp_path: Path) -> None:
+    save_images(tmp_path, 9, size=SMALL)
+    for number in range(3):
+        save_image(tmp_path / f"{number}_mask.png", number, size=SMALL)
+    finding = examine((str(tmp_path), 8, "1:2"))
+    assert finding.frames == 9
+    assert finding.warnings() == ["3 images beside its frames are left out, such as 0_mask.png"]
+
+
 def test_what_is_shown_in_another_way_than_it_is_stored(tmp_path: Path) -> None:
     rotate(render(tmp_path / "mirrored.mp4", 9, size=SMALL), (-1, 0, 0, 1))
     rotate(render(tmp_path / "askew.mp4", 9, size=SMALL), (0.8, 0.6, -0.6, 0.8))

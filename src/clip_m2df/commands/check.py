@@ -155,7 +155,7 @@ def examine(task: tuple[str, int, str], decoder: Decoder = "auto") -> Finding:
         task: The video's path, evaluation's number of frames and the file's fingerprint.
         decoder: What a run is to read it with.
     """
-    from clip_m2df.video.reader import VideoError, as_video_error, broken_images, decoder_doubt, probe, read_frames
+    from clip_m2df.video.reader import VideoError, as_video_error, decoder_doubt, examine_images, probe, read_frames
     from clip_m2df.video.transforms import segment_indices
 
     path, frames, mark = task
@@ -164,7 +164,7 @@ def examine(task: tuple[str, int, str], decoder: Decoder = "auto") -> Finding:
             if doubt := decoder_doubt(path, decoder):
                 return Finding(failure=doubt, sampled=frames)  # another decoder reads it
             clip, n_frames = read_frames(path, partial(segment_indices, frames=frames))
-            broken = broken_images(path) if os.path.isdir(path) else []
+            broken, beside = examine_images(path) if os.path.isdir(path) else ([], [])
             facts = None if os.path.isdir(path) else probe(path)
     except VideoError as error:
         return Finding(failure=error.reason_for(path), sampled=frames, fingerprint=mark)
@@ -179,6 +179,7 @@ def examine(task: tuple[str, int, str], decoder: Decoder = "auto") -> Finding:
     )
     if facts is None:
         notes = [f"{len(broken)} of {n_frames} images can't be had, the first being {name}" for name in broken[:1]]
+        notes += [f"{len(beside)} images beside its frames are left out, such as {name}" for name in beside[:1]]
         return dataclasses.replace(finding, notes="; ".join(notes))
     finding = dataclasses.replace(
         finding,

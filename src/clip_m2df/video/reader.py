@@ -173,15 +173,21 @@ def decoder_doubt(path: str, decoder: Decoder) -> str:
     return f"{decoder} may give other frames ({why})" if why else ""
 
 
-def broken_images(folder: str) -> list[str]:
-    """Decode every image of a folder; return the names of those that cannot be had, each with the reason."""
-    broken = []
-    for image in _list_images(os.path.abspath(folder)):
+def examine_images(folder: str) -> tuple[list[str], list[str]]:
+    """Decode every image of a folder that is a frame of its video.
+
+    Returns:
+        The names of those that cannot be had, each with the reason; and those of images that are no frames, such as
+        masks.
+    """
+    folder = os.path.abspath(folder)
+    images, broken = _list_images(folder), []
+    for image in images:
         try:
             list(_pictures([image]))
         except VideoError as error:
             broken.append(error.reason_for(folder))
-    return broken
+    return broken, sorted({*_image_names(folder)} - {*map(os.path.basename, images)})
 
 
 def _find(path: str) -> str:
@@ -287,15 +293,19 @@ def _repeat(picture: _Picture, count: int) -> Iterator[Tensor]:
 
 def _list_images(folder: str) -> list[str]:
     """List the paths of a folder's images in the order of their numbers."""
-    with as_video_error(folder), os.scandir(folder) as entries:
-        # A leading dot marks what macOS and editors leave beside the images.
-        names = [e.name for e in entries if e.name.lower().endswith(_IMAGES) and e.name[0] != "." and e.is_file()]
+    names = _image_names(folder)
     if not names:
         raise unreadable(folder, f"the folder has no images ({', '.join(_IMAGES)})")
     try:
         return [os.path.join(folder, name) for name in order_images(names)]
     except UnclearOrderError as error:
         raise unreadable(folder, str(error)) from error
+
+
+def _image_names(folder: str) -> list[str]:
+    with as_video_error(folder), os.scandir(folder) as entries:
+        # A leading dot marks what macOS and editors leave beside the images.
+        return [e.name for e in entries if e.name.lower().endswith(_IMAGES) and e.name[0] != "." and e.is_file()]
 
 
 def _pictures(images: Iterable[str]) -> Iterator[_Picture]:
