@@ -101,9 +101,10 @@ def order_images(names: Sequence[str]) -> list[str]:
         UnclearOrderError: If several kinds are left, two names have the same number, or a number can be read in
             several ways that give different orders.
     """
-    templates = {re.sub(r"\d+", "0", _stem(name)).lower() for name in names}
+    parts = {name: re.split(r"(\d+)", _stem(name)) for name in names}
+    templates = {"0".join(between[::2]).lower() for between in parts.values()}
     if len(templates) == 1 and not re.search(r"0[.,e]|-0", min(templates)):  # as nearly all are, and quick
-        readings: list[dict[str, list[Any]]] = [{name: [*map(int, re.findall(r"\d+", _stem(name)))] for name in names}]
+        readings: list[dict[str, list[Any]]] = [{name: [*map(int, parts[name][1::2])] for name in names}]
     else:
         readings = _read_numbers(_choose_kind(names))
     # By the numbers in them, then by their letters.
