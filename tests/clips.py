@@ -134,11 +134,11 @@ def save_images(folder: Path, count: int, size: tuple[int, int] = (WIDTH, HEIGHT
     return folder
 
 
-def rotate(path: Path, matrix: tuple[int, int, int, int]) -> Path:
-    """Write a rotation into an mp4's only track header: the display matrix (a, b, c, d), of entries -1, 0 and 1."""
+def rotate(path: Path, matrix: tuple[float, float, float, float]) -> Path:
+    """Write a rotation into an mp4's only track header: the display matrix (a, b, c, d)."""
     data = bytearray(path.read_bytes())
     start = data.index(b"tkhd") + 4 + 40
-    a, b, c, d = (entry << 16 for entry in matrix)
+    a, b, c, d = (round(entry * (1 << 16)) for entry in matrix)
     struct.pack_into(">9i", data, start, a, b, 0, c, d, 0, 0, 0, 1 << 30)
     path.write_bytes(data)
     return path

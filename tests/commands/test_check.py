@@ -2,6 +2,7 @@ import contextlib
 import io
 import os
 import random
+import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from clip_m2df.video.isolation import Unreadable
 from clip_m2df.video.reader import VideoError, read_frames
 from clip_m2df.video.transforms import segment_indices
 from tests.classifier.conftest import read_csv
-from tests.clips import Damaged, damage, render, rotate, save_image
+from tests.clips import Damaged, damage, lose_packet, render, rotate, save_image, save_images
 
 SMALL = (48, 32)
 UNEVEN = [2 * k + 10 * (k > 8) for k in range(16)]
@@ -49,13 +50,13 @@ class Workers:
         self.fails_at: Callable[[str], None] = lambda name: None
 
     def __call__(
-        self, function: object, tasks: Iterable[Any], **_: object
+        self, function: Callable[[Any], Finding], tasks: Iterable[Any], **_: object
     ) -> Iterator[tuple[Any, Finding | Unreadable]]:
         for task in tasks:
             name = os.path.basename(task[0])
             self.fails_at(name)
             self.done.append(name)
-            yield task, Unreadable("the decoder crashed (SIGSEGV)") if name == "crash.mp4" else examine(task)
+            yield task, Unreadable("the decoder crashed (SIGSEGV)") if name == "crash.mp4" else function(task)
 
     def forget(self) -> list[str]:
         done, self.done = self.done, []
@@ -195,10 +196,135 @@ def test_the_summary_and_the_manifest_without_the_unusable(damaged: Checked) -> 
         ({"frames": 293, "promised": 300}, ["ends early: 293 of 300 frames"]),
         ({"frames": 40, "promised": 40, "variable_rate": 1, "rotation": 90}, ["variable frame rate", "rotated by 90°"]),
         ({"frames": 40}, []),
+        ({"frames": 40, "rotation": 90, "notes": "mirrored; x"}, ["rotated by 90°", "mirrored; x"]),
     ],
 )
-def test_warnings(facts: dict[str, int], warnings: list[str]) -> None:
-    assert Finding(sampled=8, **facts).warnings() == warnings  # type: ignore[arg-type]
+def test_warnings(facts: dict[str, Any], warnings: list[str]) -> None:
+    assert Finding(sampled=8, **facts).warnings() == warnings
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("clip.mp4", {"options": {"g": "50", "bf": "0"}}),
+        ("clip.mkv", {"options": {"g": "5"}}),
+        ("clip.avi", {"codec": "mpeg4", "options": {"g": "5"}}),
+        ("clip.webm", {"codec": "libvpx-vp9", "options": {"cpu-used": "8", "g": "5"}}),
+    ],
+)
+@pytest.mark.parametrize("lost", [[20], [30, 31], [49]])
+def test_frames_are_counted_by_decoding(tmp_path: Path, name: str, how: dict[str, Any], lost: list[int]) -> None:
+    path = render(tmp_path / name, 50, size=SMALL, **how)
+    for number in lost:
+        lose_packet(path, number)
+    n_frames = decodable(path)
+    finding = examine((str(path), 8, "1:2"))
+    assert (finding.failure, finding.frames, finding.promised) == ("", n_frames, 50)
+    asked: list[int] = []
+    read_frames(str(path), lambda n: asked.append(n) or segment_indices(n, 8))  # type: ignore[func-returns-value]
+    expected = []
+    if n_frames < 49:
+        expected = [f"ends early: {n_frames} of 50 frames"]
+    elif n_frames < asked[-1]:
+        expected = ["49 of 50 announced frames decode: an evaluation's are at most 1 off"]
+    assert finding.warnings() == expected
+
+
+def test_a_packet_without_a_picture_is_no_frame(tmp_path: Path) -> None:
+    whole, path = render(tmp_path / "whole.avi", 30, "mpeg4", options={"bf": "2"}, size=SMALL), tmp_path / "hmdb.avi"
+    with av.open(str(whole)) as source, av.open(str(path), "w") as container:
+        stream = container.add_stream_from_template(source.streams.video[0])
+        for number, packet in enumerate([*source.demux(video=0)][:-1]):
+            packet.stream, packet.pts, packet.dts = stream, number, number
+            container.mux(packet)
+        # As encoders end a video of packed B-frames: a picture that is not coded.
+        last = av.Packet(bytes([0, 0, 1, 0xB6, 0x51, 0x9F, 0xFF]))
+        last.stream, last.pts, last.dts = stream, 30, 30
+        container.mux(last)
+    finding = examine((str(path), 8, "1:2"))
+    assert (finding.frames, finding.promised) == (decodable(path), 31) == (30, 31)
+    assert finding.warnings() == ["30 of 31 announced frames decode: an evaluation's are at most 1 off"]
+
+
+def test_a_file_of_which_one_frame_is_shown(tmp_path: Path) -> None:
+    path = render(tmp_path / "clip.mov", 12, size=SMALL)
+    data = bytearray(path.read_bytes())
+    struct.pack_into(">I", data, data.index(b"mdhd") + 16, 0)  # the time scale
+    path.write_bytes(data)
+    assert read_frames(str(path), range)[1] == decodable(path) == 1  # as FFmpeg has it
+    finding = examine((str(path), 8, "1:2"))
+    assert finding.frames == 1
+    assert "shows 1 of the 12 frames that it stores: its edit list may be damaged" in finding.warnings()
+
+
+def test_every_image_of_a_folder_is_decoded(tmp_path: Path) -> None:
+    save_images(tmp_path, 50, size=SMALL)
+    assert examine((str(tmp_path), 8, "1:2")).warnings() == []
+    (tmp_path / "1.png").write_bytes(b"no image")  # none of those that an evaluation takes
+    (tmp_path / "10.png").write_bytes(b"")
+    finding = examine((str(tmp_path), 8, "1:2"))
+    assert (finding.failure, finding.frames) == ("", 48)
+    (warning,) = finding.warnings()
+    assert warning.startswith("2 of 50 images can't be had, the first being 1.png: it is not a video that FFmpeg knows")
+
+
+def test_images_that_are_no_frames_are_named(tmp_path: Path) -> None:
+    save_images(tmp_path, 9, size=SMALL)
+    for number in range(3):
+        save_image(tmp_path / f"{number}_mask.png", number, size=SMALL)
+    finding = examine((str(tmp_path), 8, "1:2"))
+    assert finding.frames == 9
+    assert finding.warnings() == ["3 images beside its frames are left out, such as 0_mask.png"]
+
+
+def test_what_is_shown_in_another_way_than_it_is_stored(tmp_path: Path) -> None:
+    rotate(render(tmp_path / "mirrored.mp4", 9, size=SMALL), (-1, 0, 0, 1))
+    rotate(render(tmp_path / "askew.mp4", 9, size=SMALL), (0.8, 0.6, -0.6, 0.8))
+    render(tmp_path / "wide.mp4", 9, options={"x264-params": "sar=4/3"}, size=SMALL)
+    found = {name: examine((str(tmp_path / f"{name}.mp4"), 8, "1:2")) for name in ("mirrored", "askew", "wide")}
+    assert {name: finding.warnings() for name, finding in found.items()} == {
+        "mirrored": ["mirrored"],
+        "askew": ["rotated by 37°", "its rotation is no multiple of 90°, and is not applied"],
+        "wide": ["its pixels are 1.333 times as wide as high, and are read as squares"],
+    }
+
+
+def test_videos_of_which_a_decoder_gives_other_frames(tmp_path: Path, workers: Workers) -> None:
+    b_frames: dict[str, Any] = {"options": {"bf": "2", "g": "5", "sc_threshold": "0"}}
+    render(tmp_path / "sound.mp4", 20, size=SMALL, **b_frames)
+    render(tmp_path / "b_frames.avi", 20, "mpeg4", size=SMALL, **b_frames)
+    manifest = save_manifest(tmp_path, "sound.mp4,run,train,,", "b_frames.avi,run,train,,")
+    assert run(manifest) == 0
+    assert run(manifest, decoder="decord") == 1
+    assert workers.forget() == ["sound.mp4", "b_frames.avi"] * 2
+    rows = read_table(manifest.with_suffix(".check.csv"))
+    assert [row["status"] for row in rows.values()] == ["ok", "unusable"]
+    assert rows["b_frames.avi"]["reason"] == (
+        "decord may give other frames (its frames are not shown in the order in which they are stored)"
+    )
+    # The next check is by auto again; only what decord read as well is known.
+    assert run(manifest) == 0
+    assert workers.forget() == ["b_frames.avi"]
+
+
+def test_what_is_noted_of_a_video_is_kept(tmp_path: Path, workers: Workers) -> None:
+    names = ["mirrored.mp4", "the same; as.mp4", "wide.mp4"]
+    rotate(render(tmp_path / names[0], 5, size=SMALL), (0, 1, 1, 0))
+    (tmp_path / names[1]).write_bytes((tmp_path / names[0]).read_bytes())
+    render(tmp_path / names[2], 9, options={"x264-params": "sar=2/1"}, size=SMALL)
+    (tmp_path / "again.mp4").write_bytes((tmp_path / names[1]).read_bytes())
+    manifest = save_manifest(tmp_path, *(f"{name},run,train,," for name in [*names, "again.mp4"]))
+    run(manifest)
+    table = manifest.with_suffix(".check.csv")
+    whole = table.read_text()
+    assert read_table(table)["again.mp4"]["reason"] == (
+        "shorter than 8 frames: it has 5; rotated by 270°; mirrored; the same frames as mirrored.mp4"
+    )
+    workers.forget()
+    for _ in range(2):
+        run(manifest)
+        assert workers.forget() == []
+        assert table.read_text() == whole
 
 
 def test_every_kind_of_video(tmp_path: Path, workers: Workers, capsys: pytest.CaptureFixture[str]) -> None:

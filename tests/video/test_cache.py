@@ -384,9 +384,7 @@ def test_a_full_disk(copy: Path, monkeypatch: pytest.MonkeyPatch, no_processes: 
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", full)
-        with pytest.raises(
-            UserError, match=r"cannot write the cache's shard .*: No space left"
-        ):
+        with pytest.raises(UserError, match=r"cannot write the cache's shard .*: No space left"):
             make(copy)
     assert list((copy.parent / "cache").iterdir()) == []
     assert make(copy).has(str(copy.parent / "0.mp4"))

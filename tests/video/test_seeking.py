@@ -8,11 +8,23 @@ import av
 import pytest
 from torch import Tensor
 
-from clip_m2df.video import seeking
-from clip_m2df.video.reader import VideoError, read_frames
+from clip_m2df.errors import UserError
+from clip_m2df.video import Decoder, seeking
+from clip_m2df.video.reader import VideoError, decoder_doubt, read_frames
 from clip_m2df.video.seeking import PacketTable, read_packets
 from clip_m2df.video.transforms import segment_indices
-from tests.clips import HEIGHT, WIDTH, alter_decoding, cut_start, lose_packet, note_times, numbers, render, truncate
+from tests.clips import (
+    HEIGHT,
+    WIDTH,
+    alter_decoding,
+    cut_start,
+    lose_packet,
+    note_times,
+    numbers,
+    render,
+    rotate,
+    truncate,
+)
 
 N_FRAMES = 150
 B_FRAMES = {"bf": "3", "g": "12", "sc_threshold": "0"}
@@ -188,6 +200,48 @@ def test_a_change_of_size_is_scaled_to_the_first(folder: Path, tmp_path: Path, m
     assert numbers(clip) == [50]
     assert len(decoded) < 20
     assert clip.equal(read_sequentially(tmp_path / "both.webm", [N_FRAMES + 50]))
+
+
+# Decoders that seek by keyframes
+
+
+READ_BY_DECORD = {
+    *("h264.mp4", "h264_b_frames.mp4", "h264_fragmented.mp4", "h264_shifted.mp4", "h264_uneven.mp4"),
+    *("h264_with_sound.mp4", "h264.mkv", "h264_b_frames.mkv", "h264_uneven.mkv", "h264_interlaced.mp4"),
+    *("h264_repeated_headers.mkv", "h264_long_gop.mp4", "hevc.mp4", "hevc.mkv", "mjpeg.mp4"),
+    *("vp8.webm", "vp9.webm", "vp9.mp4", "vp9_uneven.webm"),
+}
+
+
+@pytest.mark.parametrize("name", sorted((SEEKABLE | SEQUENTIAL).keys() - {"av1.webm"}))
+def test_decord_gives_the_right_frames_or_the_file_is_refused(folder: Path, name: str) -> None:
+    pytest.importorskip("decord")
+    path = str(folder / name)
+    doubt = decoder_doubt(path, "decord")
+    assert (doubt == "") == (name in READ_BY_DECORD)
+    for wanted in CHOICES[3:] if not doubt else CHOICES[:1]:
+        if not doubt:
+            assert numbers(read_frames(path, lambda _, wanted=wanted: wanted, decoder="decord")[0]) == wanted  # type: ignore[misc]
+            continue
+        with pytest.raises(UserError, match=r"decord may give other frames .*--data\.decoder auto") as caught:
+            read_frames(path, range, decoder="decord")
+        assert path in str(caught.value)
+        assert not isinstance(caught.value, VideoError)  # it is sound
+
+
+@pytest.mark.parametrize("decoder", ["decord", "torchcodec"])
+def test_what_a_decoder_that_seeks_does_not_show_as_players_do(tmp_path: Path, decoder: Decoder) -> None:
+    path = render(tmp_path / "clip.mp4", 12)
+    assert decoder_doubt(str(path), decoder) == ""
+    rotate(path, (-1, 0, 0, 1))
+    assert "turned or mirrored" in decoder_doubt(str(path), decoder)
+    rotate(path, (0.6, 0.8, -0.8, 0.6))
+    assert "turned or mirrored" in decoder_doubt(str(path), decoder)
+    for name in ("h264.avi", "h264.ts"):
+        assert decoder_doubt(str(render(tmp_path / name, 12, options=B_FRAMES)), decoder) != ""
+    exact: tuple[Decoder, ...] = ("auto", "pyav")
+    for how in exact:
+        assert decoder_doubt(str(path), how) == ""
 
 
 # Broken files

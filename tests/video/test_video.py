@@ -1,10 +1,12 @@
 import itertools
+import math
 import os
 import pickle
 import random
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -13,10 +15,12 @@ import av
 import numpy as np
 import pytest
 import torch
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 from torch import Tensor
 
 from clip_m2df.errors import UserError
 from clip_m2df.video import reader as video
+from clip_m2df.video.images import order_images
 from clip_m2df.video.reader import Choose, Decoder, VideoError, probe, read_frames, sample_frames
 from clip_m2df.video.timing import VideoFacts
 from clip_m2df.video.transforms import segment_indices
@@ -145,22 +149,141 @@ def test_frames_that_an_edit_list_cuts_away_are_not_counted(tmp_path: Path) -> N
     assert choose.asked == [N_FRAMES - 17]
     for wanted in sparse_and_random(N_FRAMES - 17):
         assert numbers(read(path, lambda _, wanted=wanted: wanted)) == [17 + k for k in wanted]  # type: ignore[misc]
-    assert probe(str(path)) == VideoFacts(N_FRAMES - 17, N_FRAMES - 17, 12.0, 0, False)
+    assert probe(str(path)) == VideoFacts(N_FRAMES - 17, N_FRAMES - 17, 12.0, 0, False, left_out=17)
     assert numbers(sampled(path, 6)) == list(range(18, N_FRAMES, 2))
 
 
-@pytest.mark.parametrize(
-    ("matrix", "quarters"), [((0, 1, -1, 0), -1), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 1)], ids=["90", "180", "270"]
-)
-def test_rotation_is_applied(tmp_path: Path, matrix: tuple[int, int, int, int], quarters: int) -> None:
-    stored = read(str(render(tmp_path / "stored.mp4", 12)), range)
-    path = rotate(render(tmp_path / "turned.mp4", 12), matrix)
-    assert read(path).equal(stored.rot90(quarters, (2, 3)))
-    for wanted in sparse_and_random(12):
-        turned = read(str(path), lambda _, wanted=wanted: wanted)  # type: ignore[misc]
-        assert numbers(turned.rot90(-quarters, (2, 3))) == wanted
-    assert probe(str(path)).rotation == -quarters % 4 * 90
+MATRICES = {  # a, b, c, d: x' = a x + c y, y' = b x + d y; what they do to a picture, clockwise
+    "upright": ((1, 0, 0, 1), False, 0),
+    "90": ((0, 1, -1, 0), False, 90),
+    "180": ((-1, 0, 0, -1), False, 180),
+    "270": ((0, -1, 1, 0), False, 270),
+    "left to right": ((-1, 0, 0, 1), True, 0),
+    "top to bottom": ((1, 0, 0, -1), True, 180),
+    "transposed": ((0, 1, 1, 0), True, 270),
+    "transposed the other way": ((0, -1, -1, 0), True, 90),
+}
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A video in which decoding may start at every sixth frame."""
+    return render(tmp_path_factory.mktemp("stored") / "stored.mp4", 48, options={"g": "6", "bf": "2"})
+
+
+@pytest.mark.parametrize(("matrix", "mirrored", "degrees"), MATRICES.values(), ids=MATRICES)
+def test_rotation_and_mirroring_are_applied(
+    stored: Path, tmp_path: Path, matrix: tuple[int, int, int, int], mirrored: bool, degrees: int
+) -> None:
+    def turn(clip: Tensor) -> Tensor:
+        return (clip.flip(3) if mirrored else clip).rot90(-degrees // 90, (2, 3))
+
+    path = tmp_path / "turned.mp4"
+    path.write_bytes(stored.read_bytes())
+    rotate(path, matrix)
+    assert read(path).equal(turn(read(stored)))
+    for wanted in sparse_and_random(48):  # by seeking, too
+        assert read(path, lambda _, wanted=wanted: wanted).equal(turn(read(stored)[wanted]))  # type: ignore[misc]
+    facts = probe(str(path))
+    assert (facts.rotation, facts.mirrored) == (degrees, mirrored)
     assert sampled(path, 6).equal(read(path)[1::2])
+    # Pixel by pixel: (x, y) moves to (a x + c y, b x + d y).
+    a, b, c, d = matrix
+    source, target = read(stored, lambda _: [21])[0], read(path, lambda _: [21])[0]
+    x, y = torch.meshgrid(torch.arange(WIDTH), torch.arange(HEIGHT), indexing="ij")
+    across, down = a * x + c * y, b * x + d * y
+    assert target[:, down - down.min(), across - across.min()].equal(source[:, y, x])
+
+
+@pytest.mark.parametrize("degrees", [10, 45, 60, 135, 200, 315])
+def test_other_angles_are_told_and_not_applied(stored: Path, tmp_path: Path, degrees: int) -> None:
+    path = tmp_path / "turned.mp4"
+    path.write_bytes(stored.read_bytes())
+    cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    rotate(path, (cosine, sine, -sine, cosine))
+    assert read(path).equal(read(stored))
+    assert (probe(str(path)).rotation, probe(str(path)).mirrored) == (degrees, False)
+
+
+@pytest.mark.parametrize("matrix", [(0, 0, 0, 0), (0, 1, 0, -1), (0, 0, 0, -1), (0, -1, 0, 1), (-1, 0, 0, 0)])
+def test_a_matrix_that_leaves_no_picture_is_ignored(
+    stored: Path, tmp_path: Path, matrix: tuple[int, int, int, int]
+) -> None:
+    path = tmp_path / "turned.mp4"
+    path.write_bytes(stored.read_bytes())
+    rotate(path, matrix)
+    assert read(path).equal(read(stored))
+
+
+@pytest.mark.parametrize("sar", ["2/1", "1/2", "4/3", "1/1"])
+def test_the_shape_of_pixels_is_told(tmp_path: Path, sar: str) -> None:
+    for name in ("clip.mp4", "clip.mkv", "clip.ts"):
+        path = render(tmp_path / name, 12, options={"x264-params": f"sar={sar}"})
+        assert read(path).shape[2:] == (HEIGHT, WIDTH)
+        assert probe(str(path)).pixel_aspect == pytest.approx(float(Fraction(sar)))
+
+
+# Which stream is the video
+
+
+def render_streams(path: Path, *streams: tuple[str, int, tuple[int, int], str]) -> Path:
+    """Render a file of several video streams: the codec of each, how many frames it has, their size, its flag."""
+    with av.open(str(path), "w") as container:
+        added: list[av.VideoStream] = []
+        for codec, _, size, flag in streams:
+            stream = container.add_stream(codec, rate=12)
+            assert isinstance(stream, av.VideoStream)
+            stream.width, stream.height = size
+            stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+            stream.disposition = av.stream.Disposition[flag] if flag else av.stream.Disposition(0)
+            added.append(stream)
+        for stream, (_, n_frames, size, _) in zip(added, streams, strict=True):
+            for number in range(n_frames):
+                frame = av.VideoFrame.from_ndarray(picture(number, *size), format="rgb24")
+                container.mux(stream.encode(frame.reformat(format=stream.pix_fmt)))
+            container.mux(stream.encode(None))
+    return path
+
+
+MAIN, SMALL, LARGE = (WIDTH, HEIGHT), (32, 32), (2 * WIDTH, 2 * HEIGHT)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".mov"])
+@pytest.mark.parametrize(
+    "streams",
+    [
+        [("libx264", 2, SMALL, ""), ("libx264", 24, MAIN, "default")],
+        [("mjpeg", 1, SMALL, ""), ("libx264", 24, MAIN, "default")],
+        [("mjpeg", 1, LARGE, ""), ("libx264", 24, MAIN, "default")],
+        [("libx264", 24, LARGE, ""), ("libx264", 24, MAIN, "default")],
+        [("libx264", 24, SMALL, "default"), ("libx264", 24, MAIN, "default")],
+        [("mjpeg", 1, LARGE, "default"), ("libx264", 24, MAIN, "default")],
+        [("libx264", 24, MAIN, "default"), ("mjpeg", 1, LARGE, "")],
+        [("libx264", 24, MAIN, "default"), ("libx264", 24, SMALL, "default")],
+    ],
+    ids=lambda streams: " then ".join(f"{codec} {n} {size[0]} {flag}" for codec, n, size, flag in streams),
+)
+def test_previews_and_covers_are_not_the_video(
+    tmp_path: Path, suffix: str, streams: list[tuple[str, int, tuple[int, int], str]]
+) -> None:
+    path = render_streams(tmp_path / f"clip{suffix}", *streams)
+    clip = read(path)
+    assert clip.shape == (24, 3, HEIGHT, WIDTH)
+    assert numbers(clip) == list(range(24))
+    assert numbers(read(path, lambda _: [20, 3])) == [20, 3]
+    assert numbers(sampled(path, 12)) == list(range(24))
+    assert probe(str(path)).frames == 24
+
+
+def test_the_choice_of_stream_is_ffmpegs(tmp_path: Path) -> None:
+    path = render_streams(
+        tmp_path / "clip.mp4", ("libx264", 30, SMALL, ""), ("libx264", 24, MAIN, "default"), ("libx264", 9, LARGE, "")
+    )
+    with av.open(str(path)) as container:
+        best = container.streams.best("video")
+        assert isinstance(best, av.VideoStream)
+        assert (best.width, best.height) == (WIDTH, HEIGHT)
+    assert numbers(read(path)) == list(range(24))
 
 
 def test_a_change_of_size_is_scaled_to_the_first(tmp_path: Path) -> None:
@@ -422,6 +545,167 @@ def test_images_are_ordered_by_their_numbers(tmp_path: Path) -> None:
     assert numbers(read(tmp_path, choose)) == [1, 2, 4, 5, 6, 7, 10, 33]
     assert choose.asked == [8]
     assert numbers(read(tmp_path, lambda _: [6, 0, 6])) == [10, 1, 10]
+
+
+@pytest.mark.parametrize(
+    "ordered",
+    [
+        ["img_00001.jpg", "img_00002.jpg", "img_00010.jpg"],
+        ["frame000001.png", "frame000002.png", "frame1000000.png"],
+        ["000001.jpg", "000002.jpg"],
+        ["1.png", "2.jpg", "03.PNG", "10.bmp"],
+        ["v2_001.png", "v2_002.png", "v2_010.png"],
+        ["1_9.png", "1_10.png", "2_1.png"],
+        ["clip.v1.2.1.png", "clip.v1.2.9.png", "clip.v1.10.1.png"],
+        ["t_0.50s.png", "t_1.25s.png", "t_1.3s.png", "t_2.00s.png", "t_10.1s.png"],
+        ["t_0.5s.png", "t_1s.png", "t_1.25s.png", "t_1.3s.png", "t_2s.png"],
+        ["1e-05 sec.png", "0.5 sec.png", "1.25 sec.png", "1.3 sec.png", "10 sec.png"],
+        ["0.001.png", "0.002.png", "0.010.png", "1.000.png"],
+        ["t_-2.png", "t_-1.png", "t_0.png", "t_1.png"],
+        ["img_-1.png", "img_-2.png", "img_-10.png"],
+        ["frame-1.png", "frame-2.png", "frame-10.png"],
+        ["2024-01-05.png", "2024-01-06.png", "2024-02-01.png"],
+        ["Img_1.png", "img_2.png", "IMG_3.png"],
+        ["a_1.png", "b_2.png", "a_3.png"],
+        ["a.png", "b.png", "c.png"],
+        ["٠.png", "١.png", "٢.png"],
+        ["s01e02_001.png", "s01e02_002.png"],
+        ["only.png"],
+    ],
+    ids=lambda ordered: ordered[1 % len(ordered)],
+)
+def test_images_are_in_the_order_of_their_numbers(ordered: list[str]) -> None:
+    for seed in range(5):
+        assert order_images(random.Random(seed).sample(ordered, len(ordered))) == ordered
+
+
+@pytest.mark.parametrize(
+    ("frame", "others"),
+    [
+        ("frame_{}.png", ["frame_{}_mask.png"]),
+        ("{}.jpg", ["{}_Mask.jpg", "mask_{}.png"]),
+        ("img_{:05}.jpg", ["flow_x_{:05}.jpg", "flow_y_{:05}.jpg"]),
+        ("{:04}.png", ["{:04}.depth.png"]),
+        ("{:04}-color.png", ["{:04}-depth.png", "thumb.jpg"]),
+    ],
+)
+def test_what_lies_beside_the_frames_is_told_apart(tmp_path: Path, frame: str, others: list[str]) -> None:
+    for number in range(12):
+        save_image(tmp_path / frame.format(number), number)
+        for other in others:
+            save_image(tmp_path / other.format(number), 255)
+    assert numbers(read(tmp_path)) == list(range(12))
+    assert len(list(sample_frames(str(tmp_path), 12, fps=12))) == 12
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        (["1.png", "01.png"], "01.png and 1.png have the same number: leave one of them"),
+        (["1.png", "1.jpg", "2.png", "2.jpg"], "1.jpg and 1.png have the same number"),
+        (["1.png", "1.PNG"], "1.PNG and 1.png have the same number"),
+        (["t_1.3s.png", "t_1.30s.png"], "have the same number"),
+        (["a.png", "a.jpg"], "have the same number"),
+        (["t_1.25.png", "t_1.3.png"], "t_1.3.png and t_1.25.png have numbers that may be decimal or not"),
+        (["t_1,25.png", "t_1,3.png"], "may be decimal or not"),
+        (["img_1.2.png", "img_1.9.png", "img_1.10.png"], "may be decimal or not"),
+        (["t_1e-3.png", "t_5e-4.png", "t_1e-2.png"], "may be decimal or not"),
+        (
+            ["left_1.png", "right_1.png", "left_2.png", "right_2.png"],
+            "several kinds, such as left_1.png and right_1.png",
+        ),
+        (["flow_x_1.png", "flow_y_1.png"], "several kinds"),
+        (["1.png", "2.png", "cover.png"], "several kinds, such as 1.png and cover.png: leave only those of the video"),
+        (["1.png", "2.png", "1 (2).png"], "several kinds"),
+        (["v1.2.png", "v1.2.3.png"], "several kinds"),
+        (["frame_09.png", "frame_0a.png", "frame_0b.png"], "several kinds"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_images_whose_order_is_not_clear(tmp_path: Path, names: list[str], reason: str) -> None:
+    for number, name in enumerate(names):
+        save_image(tmp_path / name, number)
+    assert reason in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+def test_tags_of_images_say_how_they_are_seen(tmp_path: Path, form: str, orientation: int) -> None:
+    tags = Image.Exif()
+    tags[ExifTags.Base.Orientation] = orientation
+    options = {"lossless": True} if form == "WEBP" else {}
+    suffix = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}[form]
+    for number in (21, 75):
+        Image.fromarray(picture(number)).save(tmp_path / f"{number}.{suffix}", form, exif=tags, quality=95, **options)
+    expected = []
+    for number in (21, 75):
+        with Image.open(tmp_path / f"{number}.{suffix}") as image:
+            expected.append(np.asarray(ImageOps.exif_transpose(image).convert("RGB")))
+    clip = read(tmp_path).permute(0, 2, 3, 1).numpy()
+    assert clip.shape == np.stack(expected).shape
+    # The middle of each block, as JPEG and WebP blur its edges.
+    middles = np.s_[:, 12::24, 16::32] if orientation > 4 else np.s_[:, 16::32, 12::24]
+    assert np.abs(clip[middles].astype(int) - np.stack(expected)[middles]).max() < 12
+    assert torch.stack(list(sample_frames(str(tmp_path), 5, fps=5))).equal(read(tmp_path))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_tags_of_a_video_of_pictures_say_how_it_is_seen(tmp_path: Path, orientation: int) -> None:
+    tags = Image.Exif()
+    tags[ExifTags.Base.Orientation] = orientation
+    (tmp_path / "images").mkdir()
+    Image.fromarray(picture(21)).save(tmp_path / "images" / "1.jpg", exif=tags)
+    data = (tmp_path / "images" / "1.jpg").read_bytes()
+    (tmp_path / "clip.mjpeg").write_bytes(4 * data)
+    assert read(tmp_path / "clip.mjpeg").equal(read(tmp_path / "images").repeat(4, 1, 1, 1))
+    facts = probe(str(tmp_path / "clip.mjpeg"))
+    assert (facts.frames, facts.mirrored) == (4, orientation in (2, 4, 5, 7))
+
+
+def test_other_tags_of_images(tmp_path: Path) -> None:
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("XML:com.adobe.xmp", '<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>')
+    Image.fromarray(picture(21)).save(tmp_path / "1.png", pnginfo=info)  # Pillow reads these, too
+    assert read(tmp_path).shape[2:] == (WIDTH, HEIGHT)
+    (tmp_path / "1.png").unlink()
+    Image.fromarray(picture(21)).save(tmp_path / "1.jpg")
+    upright = read(tmp_path)
+    for tags in (b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12", b"Exif\0\0nonsense", b"Exif", b""):
+        Image.fromarray(picture(21)).save(tmp_path / "1.jpg", exif=tags)
+        assert read(tmp_path).equal(upright)
+    for value in (0, 9, 65535):
+        tags_of = Image.Exif()
+        tags_of[ExifTags.Base.Orientation] = value
+        Image.fromarray(picture(21)).save(tmp_path / "1.jpg", exif=tags_of)
+        assert read(tmp_path).equal(upright)
+
+
+@pytest.mark.parametrize("name", ["1.png", "1.jpg", "1.webp", "1.bmp"])
+@pytest.mark.parametrize("side", [8200, 16000])
+def test_a_picture_of_too_many_pixels_is_not_decoded(tmp_path: Path, name: str, side: int) -> None:
+    size = (side, min(side, 8200 if name in ("1.webp", "1.bmp") else side))  # which take longer to write
+    (tmp_path / "frames").mkdir()
+    Image.new("1" if name in ("1.png", "1.bmp") else "L", size).save(tmp_path / "frames" / name)
+    for path in (tmp_path / "frames", *([tmp_path / "frames" / name] if name == "1.png" else [])):
+        message = refusal(path)
+        assert re.search(rf"it has ({size[0]} x {size[1]}|{size[0] * size[1]:,}) pixels", message)
+        assert "at most 64 million are decoded: scale it down" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"), [("clip.mp4", "libx264"), ("clip.ts", "libx264"), ("clip.webm", "libvpx"), ("clip.avi", "mjpeg")]
+)
+def test_a_video_of_too_many_pixels_is_not_decoded(tmp_path: Path, name: str, codec: str) -> None:
+    path, side = tmp_path / name, 8192
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=12, options={"preset": "ultrafast"} if codec == "libx264" else {})
+        assert isinstance(stream, av.VideoStream)
+        stream.width = stream.height = side
+        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        container.mux(stream.encode(av.VideoFrame(side, side, stream.pix_fmt)))
+        container.mux(stream.encode(None))
+    reason = "of more than 64 million pixels none is tried" if codec == "mjpeg" else "it has 8192 x 8192 pixels"
+    assert reason in refusal(path)
 
 
 def test_images_of_other_sizes_are_scaled_to_the_first(tmp_path: Path) -> None:

@@ -17,10 +17,12 @@ from clip_m2df.datasets.benchmarks import NEEDED
 from clip_m2df.datasets.manifest import SPLITS, Manifest, Video
 from clip_m2df.errors import UserError, console, require, say, some, some_lines
 from clip_m2df.files import fingerprint_text, plain, relative_path, write_table, writing
+from clip_m2df.video import Decoder
 from clip_m2df.video.isolation import Unreadable, isolated_map
 
 STATUSES = ("ok", "warning", "unusable")
 MOST_NAMES = 20  # of the unusable, in print
+_SAME = "the same frames as"
 
 
 @dataclass(frozen=True)
@@ -29,16 +31,17 @@ class Finding:
 
     Attributes:
         failure: Why not one frame can be had; empty if evaluation's frames can.
-        frames: Frames that it has.
-        promised: Frames that its header or index tells of.
+        frames: Frames that decode.
+        promised: Frames that its header, index or packets tell of.
         width: Of the first frame as it is shown, in pixels.
         height: The same.
         fps: Frames per second on average.
-        rotation: Degrees by which it is turned clockwise to be shown.
+        rotation: Degrees by which it is turned clockwise to be shown; a multiple of 90 is applied.
         variable_rate: 1 if the time from one frame to the next varies, else 0.
         digest: SHA-256 of evaluation's frames, in hexadecimal.
         sampled: Evaluation's number of frames.
         fingerprint: The file's when it was read (``Fingerprint``); empty if the finding may not last.
+        notes: What else a person should know of it; in the table a part of the reason.
     """
 
     failure: str = ""
@@ -52,25 +55,37 @@ class Finding:
     digest: str = ""
     sampled: int = 0
     fingerprint: str = ""
+    notes: str = ""
+
+    @property
+    def ends_early(self) -> bool:
+        """Whether more frames are missing than a duration that was rounded, or a header that counts one too many."""
+        frames, promised = self.frames or 0, self.promised or 0
+        return promised - frames > max(1.0, 0.02 * promised)
 
     def warnings(self) -> list[str]:
         """Return what a person should know of a video that can be used."""
         found = []
-        frames, promised = self.frames or 0, self.promised or 0
+        frames = self.frames or 0
         if frames < self.sampled:
             found.append(f"shorter than {self.sampled} frames: it has {frames}")
-        # Durations are rounded, and some headers count one too many.
-        if promised - frames > max(1.0, 0.02 * promised):
-            found.append(f"ends early: {frames} of {promised} frames")
+        if self.ends_early:
+            found.append(f"ends early: {frames} of {self.promised} frames")
         elif self.variable_rate:
             found.append("variable frame rate")
         if self.rotation:
             found.append(f"rotated by {self.rotation}°")
+        if self.notes:
+            found.append(self.notes)
         return found
 
 
 # The columns of the table that are facts of a finding, and the types of their cells.
-_FACTS = {f.name: (get_args(f.type) or (f.type,))[0] for f in dataclasses.fields(Finding) if f.name != "failure"}
+_FACTS = {
+    f.name: (get_args(f.type) or (f.type,))[0]
+    for f in dataclasses.fields(Finding)
+    if f.name not in ("failure", "notes")
+}
 
 COLUMNS = ("path", "label", "split", "status", "reason", *_FACTS)
 """Of the table."""
@@ -83,8 +98,9 @@ def check_videos(
     output: Path | None = None,
     fix: Path | None = None,
     frames: int = 8,
+    decoder: Decoder = "auto",
     workers: int | None = None,
-    timeout: float = 60.0,
+    timeout: float = 120.0,
 ) -> int:
     """Open every video of a manifest as evaluation would, and write a table of what is wrong with which.
 
@@ -97,6 +113,8 @@ def check_videos(
         output: The table, a CSV; beside the manifest, NAME.check.csv, by default.
         fix: Write a manifest without the unusable videos.
         frames: Frames of each video at evaluation.
+        decoder: As a run's data.decoder; the videos of which decord or torchcodec may give other frames than those that
+            are shown count as unusable.
         workers: Processes that decode; as many as there are cores by default.
         timeout: Seconds after which a video is given up.
 
@@ -114,14 +132,14 @@ def check_videos(
         raise UserError(f"the table would take the place of the manifest {output}: give it another name with --output")
     part = Path(f"{output}.part")
     with writing(output, "table"):
-        findings = _find(listed, output, part, frames=frames, workers=workers, timeout=timeout)
+        findings = _find(listed, output, part, frames=frames, decoder=decoder, workers=workers, timeout=timeout)
         first: dict[str, str] = {}
         rows = []
         for video in listed.videos:
             name, digest = relative_path(video.path, listed.root), findings[video.path].digest
             # The first of several videos with the same frames is not at fault.
             same = first.setdefault(digest, name) if digest else name
-            rows.append(_row(name, video, findings[video.path], [] if same == name else [f"the same frames as {same}"]))
+            rows.append(_row(name, video, findings[video.path], [] if same == name else [f"{_SAME} {same}"]))
         write_table(output, "table", [COLUMNS, *(row.values() for row in rows)])
         part.unlink()
     _print_summary(rows, output)
@@ -130,44 +148,77 @@ def check_videos(
     return int(any(row["status"] == "unusable" for row in rows))
 
 
-def examine(task: tuple[str, int, str]) -> Finding:
-    """Read the frames of a video that evaluation would, and what its file tells.
+def examine(task: tuple[str, int, str], decoder: Decoder = "auto") -> Finding:
+    """Read the frames of a video that evaluation would, and all of it to count those that there are.
 
     Args:
         task: The video's path, evaluation's number of frames and the file's fingerprint.
+        decoder: What a run is to read it with.
     """
-    from clip_m2df.video.reader import VideoError, as_video_error, probe, read_frames
+    from clip_m2df.video.reader import VideoError, as_video_error, decoder_doubt, examine_images, probe, read_frames
     from clip_m2df.video.transforms import segment_indices
 
     path, frames, mark = task
     try:
         with as_video_error(path):
+            if doubt := decoder_doubt(path, decoder):
+                return Finding(failure=doubt, sampled=frames)  # another decoder reads it
             clip, n_frames = read_frames(path, partial(segment_indices, frames=frames))
-            facts = {} if os.path.isdir(path) else dataclasses.asdict(probe(path))
+            broken, beside = examine_images(path) if os.path.isdir(path) else ([], [])
+            facts = None if os.path.isdir(path) else probe(path)
     except VideoError as error:
         return Finding(failure=error.reason_for(path), sampled=frames, fingerprint=mark)
     shape = tuple(clip.shape)
-    return Finding(
-        frames=n_frames,
-        promised=facts.get("promised"),
+    finding = Finding(
+        frames=n_frames - len(broken),
         width=shape[3],
         height=shape[2],
-        fps=round(facts["fps"], 3) if facts.get("fps") else None,
-        rotation=facts.get("rotation"),
-        variable_rate=int(facts["variable_rate"]) if facts else None,
         digest=hashlib.sha256(repr(shape).encode() + clip.contiguous().numpy().tobytes()).hexdigest(),
         sampled=frames,
         fingerprint=mark,
     )
+    if facts is None:
+        notes = [f"{len(broken)} of {n_frames} images can't be had, the first being {name}" for name in broken[:1]]
+        notes += [f"{len(beside)} images beside its frames are left out, such as {name}" for name in beside[:1]]
+        return dataclasses.replace(finding, notes="; ".join(notes))
+    finding = dataclasses.replace(
+        finding,
+        frames=facts.frames,
+        promised=facts.promised,
+        fps=round(facts.fps, 3) if facts.fps else None,
+        rotation=facts.rotation,
+        variable_rate=int(facts.variable_rate),
+    )
+    notes, missing = [], n_frames - facts.frames
+    if missing > 0 and not finding.ends_early:
+        notes.append(f"{facts.frames} of {n_frames} announced frames decode: an evaluation's are at most {missing} off")
+    if facts.left_out > facts.frames:
+        stored = facts.frames + facts.left_out
+        notes.append(f"shows {facts.frames} of the {stored} frames that it stores: its edit list may be damaged")
+    if facts.mirrored:
+        notes.append("mirrored")
+    if facts.rotation % 90:
+        notes.append("its rotation is no multiple of 90°, and is not applied")
+    if abs(facts.pixel_aspect - 1) > 0.02:
+        notes.append(f"its pixels are {facts.pixel_aspect:.4g} times as wide as high, and are read as squares")
+    return dataclasses.replace(finding, notes="; ".join(notes))
 
 
 def _find(
-    manifest: Manifest, output: Path, part: Path, *, frames: int, workers: int | None, timeout: float
+    manifest: Manifest,
+    output: Path,
+    part: Path,
+    *,
+    frames: int,
+    decoder: Decoder,
+    workers: int | None,
+    timeout: float,
 ) -> dict[str, Finding]:
     """Find what is wrong with each video, by path; what the table and its part know already is taken over."""
     from rich.progress import track
 
-    known = {**read_findings(output), **read_findings(part)}
+    # Another decoder may give other frames, which the table does not tell.
+    known = {**read_findings(output), **read_findings(part)} if decoder in ("auto", "pyav") else {}
     findings: dict[str, Finding] = {}
     rows: list[Iterable[object]] = [COLUMNS]
     tasks: dict[tuple[str, int, str], tuple[str, Video]] = {}
@@ -184,7 +235,7 @@ def _find(
         say(f"{len(findings)} of {len(manifest.videos)} videos have not changed since they were checked")
     with (
         open(part, "a", encoding="utf-8", newline="") as file,
-        closing(isolated_map(examine, tasks, workers=workers, timeout=timeout)) as results,
+        closing(isolated_map(partial(examine, decoder=decoder), tasks, workers=workers, timeout=timeout)) as results,
     ):
         table = csv.writer(file, lineterminator="\n")
         bar = track(results, "checking", total=len(tasks), console=console(error=True), disable=not tasks)
@@ -221,7 +272,11 @@ def _parse(row: Mapping[str, Any]) -> Finding | None:
         return None
     with suppress(ValueError):
         facts = {name: cell_type(row[name]) for name, cell_type in _FACTS.items() if row[name]}
-        return Finding(failure="" if usable else row["reason"], **facts)
+        if not usable:
+            return Finding(failure=row["reason"], **facts)
+        finding = Finding(**facts)
+        reasons = row["reason"].partition(_SAME)[0].split("; ")
+        return dataclasses.replace(finding, notes="; ".join(r for r in reasons if r and r not in finding.warnings()))
     return None
 
 

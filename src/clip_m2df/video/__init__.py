@@ -1,0 +1,3 @@
+from typing import Literal
+
+Decoder = Literal["auto", "decord", "pyav", "torchcodec"]

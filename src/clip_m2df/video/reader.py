@@ -11,13 +11,12 @@ import importlib
 import io
 import itertools
 import os
-import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any
 
 import av
 import numpy as np
@@ -29,10 +28,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clip_m2df.errors import UserError
-from clip_m2df.video.seeking import PacketTable, read_packets
+from clip_m2df.video import Decoder as Decoder
+from clip_m2df.video.images import (
+    MOST_PIXELS,
+    Orientation,
+    UnclearOrderError,
+    excessive_size,
+    exif_orientation,
+    matrix_orientation,
+    order_images,
+)
+from clip_m2df.video.seeking import CONTAINERS, PacketTable, decord_doubt, read_packets
 from clip_m2df.video.timing import VideoFacts, count_samples, evenly_timed, exact_rate, read_facts, timed
-
-Decoder = Literal["auto", "decord", "pyav", "torchcodec"]
 
 Choose = Callable[[int], Sequence[int]]
 """From the number of frames that a video has to the numbers of those that are wanted."""
@@ -47,6 +54,14 @@ _CONTAINERS = (
     "mov,matroska,webm,avi,asf,flv,ogg,mpeg,mpegts,mpegvideo,m4v,h264,hevc,av1,ivf,dv,mxf,gxf,nut,rm,wtv,gif,mjpeg,"
     "yuv4mpegpipe,jpeg_pipe,png_pipe,bmp_pipe,webp_pipe,gif_pipe,tiff_pipe,ppm_pipe"
 )
+
+
+_LIMITS = {"max_pixels": str(MOST_PIXELS)}
+_MOST = f"{MOST_PIXELS // 10**6} million"
+_NO_FRAME = f"not one frame of it decodes (of more than {_MOST} pixels none is tried)"
+
+_COVERS = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
+_STILLS = ("mjpeg", "png", "bmp", "gif", "tiff", "webp")
 
 
 def read_frames(path: str, choose: Choose, *, decoder: Decoder = "auto") -> tuple[Tensor, int]:
@@ -77,9 +92,11 @@ def read_frames(path: str, choose: Choose, *, decoder: Decoder = "auto") -> tupl
     with as_video_error(path, "" if read is _read_pyav else decoder):
         if os.path.isdir(path):
             return _read_images(path, choose)
-        if read is not _read_pyav:
-            with _open(path, path):  # the others would follow a playlist
-                pass
+        if read is not _read_pyav and (doubt := decoder_doubt(path, decoder)):
+            raise UserError(
+                f"of the video {path} {doubt}: take the decoder auto (--data.decoder auto);"
+                f" `clip-m2df check --decoder {decoder}` names all such videos"
+            )
         return read(path, choose)
 
 
@@ -113,18 +130,64 @@ def sample_frames(path: str, rate: float, *, fps: float | None = None) -> Iterat
 
 
 def probe(path: str) -> VideoFacts:
-    """Read what a video file tells of itself: its packets and its first frame, which has the rotation.
+    """Read what a video file tells of itself, and decode it to its end to see how much of that is true.
 
     Raises:
         VideoError: If the file is no video.
     """
     path = os.path.abspath(path)
     with as_video_error(path):
+        decoded, orientation = 0, Orientation()
+        with _open(path, path) as (container, stream):
+            for decoded, frame in enumerate(_frames(container, stream), 1):
+                if decoded == 1:
+                    orientation = matrix_orientation(frame)
+        with _open(path, path) as (container, stream):
+            return read_facts(container, stream, decoded, orientation)
+
+
+def decoder_doubt(path: str, decoder: Decoder) -> str:
+    """Tell why a decoder may give other frames of a video file than those that are shown; empty if it does not.
+
+    Raises:
+        VideoError: If the file is no video; what it names, as a playlist does, is not opened.
+    """
+    path = os.path.abspath(path)
+    if _READERS[decoder] is _read_pyav or os.path.isdir(path):
+        return ""
+    with as_video_error(path):
+        with _open(path, path) as (container, stream):
+            several, kind, codec = len(container.streams.video) > 1, container.format.name, stream.codec_context.name
+            packets = read_packets(container, stream)
         with _open(path, path) as (container, stream):
             first = next(_frames(container, stream), None)
-        rotation = 0 if first is None else -_quarters(first) % 4 * 90
-        with _open(path, path) as (container, stream):
-            return read_facts(container, stream, rotation)
+    turned = Orientation() if first is None else matrix_orientation(first)
+    if several:
+        why = "it has several video streams"
+    elif turned.mirrored or turned.degrees % 90 or (turned.degrees and decoder == "torchcodec"):
+        why = "it is to be shown turned or mirrored"
+    elif decoder == "torchcodec":
+        why = "" if packets.in_order or kind in CONTAINERS else "its frames have no reliable times"
+    else:
+        why = decord_doubt(packets, codec)
+    return f"{decoder} may give other frames ({why})" if why else ""
+
+
+def examine_images(folder: str) -> tuple[list[str], list[str]]:
+    """Decode every image of a folder that is a frame of its video.
+
+    Returns:
+        The names of those that cannot be had, each with the reason; and those of images that are no frames, such as
+        masks.
+    """
+    folder = os.path.abspath(folder)
+    images, broken = _list_images(folder), []
+    for image in images:
+        try:
+            list(_pictures([image]))
+        except VideoError as error:
+            broken.append(error.reason_for(folder))
+    return broken, sorted({*_image_names(folder)} - {*map(os.path.basename, images)})
 
 
 def _find(path: str) -> str:
@@ -160,7 +223,7 @@ def _read_pyav(path: str, choose: Choose) -> tuple[Tensor, int]:
             return _stack(pictures, wanted), n_frames
         # It ended before the last wanted frame, so this is fewer than before.
         n_frames = decoded
-    raise unreadable(path, "not one frame of it decodes")
+    raise unreadable(path, _NO_FRAME)
 
 
 def _read_images(folder: str, choose: Choose) -> tuple[Tensor, int]:
@@ -213,7 +276,7 @@ def _sample_pyav(path: str, rate: Fraction, fps: Fraction | None) -> Iterator[Te
             if count:
                 yield from _repeat(_picture(frame, size), count)
     if size is None:
-        raise unreadable(path, "not one frame of it decodes")
+        raise unreadable(path, _NO_FRAME)
 
 
 def _sample_images(images: Sequence[str], rate: Fraction, fps: Fraction) -> Iterator[Tensor]:
@@ -230,33 +293,42 @@ def _repeat(picture: _Picture, count: int) -> Iterator[Tensor]:
 
 def _list_images(folder: str) -> list[str]:
     """List the paths of a folder's images in the order of their numbers."""
-    with as_video_error(folder), os.scandir(folder) as entries:
-        # A leading dot marks what macOS and editors leave beside the images.
-        names = [e.name for e in entries if e.name.lower().endswith(_IMAGES) and e.name[0] != "." and e.is_file()]
+    names = _image_names(folder)
     if not names:
         raise unreadable(folder, f"the folder has no images ({', '.join(_IMAGES)})")
-    # By the numbers in them, then by their letters.
-    names.sort(key=lambda name: ([int(digits) for digits in re.findall(r"\d+", name)], name))
-    return [os.path.join(folder, name) for name in names]
+    try:
+        return [os.path.join(folder, name) for name in order_images(names)]
+    except UnclearOrderError as error:
+        raise unreadable(folder, str(error)) from error
+
+
+def _image_names(folder: str) -> list[str]:
+    with as_video_error(folder), os.scandir(folder) as entries:
+        # A leading dot marks what macOS and editors leave beside the images.
+        return [e.name for e in entries if e.name.lower().endswith(_IMAGES) and e.name[0] != "." and e.is_file()]
 
 
 def _pictures(images: Iterable[str]) -> Iterator[_Picture]:
     """Read images, each scaled to the size of the first."""
     size: tuple[int, int] | None = None
     for path in images:
-        # From memory: FFmpeg would take a name such as "img_%d.jpg" for a pattern.
-        with as_video_error(path), _open(io.BytesIO(Path(path).read_bytes()), path) as (container, stream):
-            frame = next(_frames(container, stream), None)
-            if frame is None:
-                raise unreadable(path, "the image does not decode")
-            size = size or _size(frame)
-            picture = _picture(frame, size)
+        with as_video_error(path):
+            data = Path(path).read_bytes()
+            # From memory: FFmpeg would take a name such as "img_%d.jpg" for a pattern.
+            with _open(io.BytesIO(data), path) as (container, stream):
+                frame = next(_frames(container, stream), None)
+                if frame is None:
+                    raise unreadable(path, "the image does not decode")
+                orientation = exif_orientation(data)
+                size = size or _size(frame, orientation)
+                picture = _picture(frame, size, orientation)
         yield picture
 
 
 @contextmanager
-def _open(source: str | IO[bytes], path: str) -> Iterator[tuple[InputContainer, VideoStream]]:
-    options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"}
+def _open(source: str | io.BytesIO, path: str) -> Iterator[tuple[InputContainer, VideoStream]]:
+    # Opening may decode a frame.
+    options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file", **_LIMITS}
     try:
         # Old files carry titles in any encoding.
         container = av.open(source, "r", metadata_errors="replace", options=options)
@@ -265,18 +337,43 @@ def _open(source: str | IO[bytes], path: str) -> Iterator[tuple[InputContainer, 
     except av.FFmpegError as error:
         raise unreadable(path, f"it is not a video that FFmpeg knows ({error.strerror})") from error
     with container:
-        # A cover picture is a video stream too.
-        streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
-        if not streams:
+        stream = _main_stream(container)
+        if stream is None:
             raise unreadable(path, "it has no video stream")
-        stream = streams[0]
-        if stream.codec_context is None:
+        context = stream.codec_context
+        if context is None:
             raise unreadable(path, "there is no decoder for its codec")
+        if context.width * context.height > MOST_PIXELS:
+            size = f"{context.width} x {context.height} pixels"
+        elif context.width == 0:  # where only decoding tells it, which the limits forbid
+            size = excessive_size(source if isinstance(source, str) else io.BytesIO(source.getvalue()))
+        else:
+            size = ""
+        if size:
+            raise unreadable(path, f"it has {size}, and at most {_MOST} are decoded: scale it down")
+        context.options = dict(_LIMITS)
         stream.thread_count = 1  # the workers are the parallelism
         try:
             yield container, stream
         except av.FFmpegError as error:
             raise unreadable(path, f"a frame cannot be converted to RGB ({error.strerror})") from error
+
+
+def _main_stream(container: InputContainer) -> VideoStream | None:
+    """Choose the stream of a file that players show, which need not be the first: others are covers and previews."""
+    streams = [s for s in container.streams.video if not s.disposition & _COVERS]
+    if len(streams) < 2:
+        return streams[0] if streams else None
+    # FFmpeg's choice, but for one of more pixels where FFmpeg would take the first.
+    best = container.streams.best("video")
+
+    def rank(stream: VideoStream) -> tuple[int, ...]:
+        is_best = best is not None and stream.index == best.index
+        is_still = stream.frames == 1 or (stream.codec_context is not None and stream.codec_context.name in _STILLS)
+        is_default = bool(stream.disposition & av.stream.Disposition.default)
+        return is_default, is_best or not is_still, stream.width * stream.height, is_best
+
+    return max(streams, key=rank)
 
 
 def _decode_runs(path: str, packets: PacketTable, numbers: set[int]) -> dict[int, _Picture]:
@@ -320,32 +417,33 @@ def _decode(path: str, numbers: set[int]) -> tuple[dict[int, _Picture], int]:
 
 def _frames(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
     """Yield what decodes, in the order of presentation."""
+    is_picture = stream.codec_context.name in _STILLS  # whose tags PyAV does not know
     with suppress(av.FFmpegError):
         for packet in container.demux(stream):
             with suppress(av.FFmpegError):  # a broken packet costs its own frames, not those after it
-                yield from packet.decode()
+                for frame in packet.decode():
+                    if is_picture:
+                        frame.opaque = exif_orientation(bytes(packet))
+                    yield frame
         return
     # A truncated file ends without the empty packet that hands out the frames still held for reordering.
     with suppress(av.FFmpegError):
         yield from stream.decode(None)
 
 
-def _size(frame: VideoFrame) -> tuple[int, int]:
+def _size(frame: VideoFrame, orientation: Orientation | None = None) -> tuple[int, int]:
     """Return the width and height of a frame as it is shown."""
-    return (frame.height, frame.width) if _quarters(frame) % 2 else (frame.width, frame.height)
+    orientation = orientation or matrix_orientation(frame)
+    return (frame.width, frame.height) if orientation.is_upright else (frame.height, frame.width)
 
 
-def _picture(frame: VideoFrame, size: tuple[int, int]) -> _Picture:
-    """Convert a frame to RGB, turned as it is shown and scaled to a width and height."""
-    quarters = _quarters(frame)
-    width, height = size[::-1] if quarters % 2 else size
+def _picture(frame: VideoFrame, size: tuple[int, int], orientation: Orientation | None = None) -> _Picture:
+    """Convert a frame to RGB, scaled to a width and height and turned as it is shown."""
+    orientation = orientation or matrix_orientation(frame)
+    width, height = size if orientation.is_upright else size[::-1]
     # By default PyAV starts a thread a core for each frame.
-    array = frame.reformat(width=width, height=height, format="rgb24", threads=1).to_ndarray()
-    return np.rot90(array, quarters)
-
-
-def _quarters(frame: VideoFrame) -> int:
-    return round(frame.rotation / 90) % 4
+    array: Any = frame.reformat(width=width, height=height, format="rgb24", threads=1).to_ndarray()
+    return orientation.apply(array)
 
 
 def _stack(pictures: dict[int, _Picture], wanted: Sequence[int]) -> Tensor:

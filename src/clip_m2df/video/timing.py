@@ -18,6 +18,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from clip_m2df.errors import UserError, require
+from clip_m2df.video.images import Orientation
 
 Item = TypeVar("Item")
 
@@ -107,14 +108,18 @@ def count_samples(frames: Iterable[Timed[Item]], rate: Fraction) -> Iterator[tup
 
 @dataclass(frozen=True)
 class VideoFacts:
-    """What a video file tells without being decoded.
+    """What a video file tells, and how much of that is true.
 
     Attributes:
-        frames: Frames that are stored to be shown; some of a damaged file may not decode.
-        promised: Frames that it should have by its index or its duration: more than ``frames`` if it was cut off.
+        frames: Frames that decode.
+        promised: Frames that it should have by its packets, its index or its duration: more than ``frames`` if it was
+            cut off or damaged, or announces some that are none.
         fps: Frames per second on average, where it says.
-        rotation: Degrees by which a frame is turned clockwise to be shown: 0, 90, 180 or 270.
+        rotation: Degrees by which a frame is turned clockwise to be shown; only 0, 90, 180 and 270 are applied.
         variable_rate: Whether the time from one frame to the next varies.
+        mirrored: Whether it is mirrored left to right before it is turned.
+        pixel_aspect: Width of a stored pixel by its height, as a player shows it.
+        left_out: Stored frames that its edit list leaves out.
     """
 
     frames: int
@@ -122,18 +127,28 @@ class VideoFacts:
     fps: float | None
     rotation: int
     variable_rate: bool
+    mirrored: bool = False
+    pixel_aspect: float = 1.0
+    left_out: int = 0
 
 
-def read_facts(container: InputContainer, stream: VideoStream, rotation: int) -> VideoFacts:
-    """Read all packets of a video that has just been opened; only a decoded frame has the rotation."""
+def read_facts(container: InputContainer, stream: VideoStream, decoded: int, orientation: Orientation) -> VideoFacts:
+    """Read all packets of a video that has just been opened.
+
+    Args:
+        container: The file.
+        stream: Its video.
+        decoded: How many frames decode.
+        orientation: How the first of them is meant to be seen.
+    """
     times: list[float] = []
-    frames, end = 0, 0.0
+    stored, end = 0, 0.0
     with suppress(av.FFmpegError):
         # A file's duration is that of its longest stream.
         for packet in container.demux():
             time = packet.dts if packet.pts is None or guesses_times(container) else packet.pts
             shown = packet.size > 0 and packet.stream.index == stream.index and not packet.is_discard
-            frames += shown
+            stored += shown
             if packet.size > 0 and time is not None and packet.time_base:
                 end = max(end, float((time + (packet.duration or 0)) * packet.time_base))
                 if shown:
@@ -151,12 +166,22 @@ def read_facts(container: InputContainer, stream: VideoStream, rotation: int) ->
         # As many as there would be if the frames went on so until the end of the duration, which is counted from 0, as
         # Matroska does, also where the first frame comes later.
         expected = len(times) + round(max(duration - end, 0.0) * len(times) / (end - times[0]))
-    promised = max(frames, indexed, expected)
+    promised = max(decoded, stored, indexed, expected)
     gaps = sorted(later - earlier for earlier, later in itertools.pairwise(times)) or [0.0]
     usual = gaps[len(gaps) // 2]
     # More than by rounding, to milliseconds in Matroska.
     varies = max(gaps[-1] - usual, usual - gaps[0]) > max(0.1 * usual, 0.002)
-    return VideoFacts(frames, promised, float(stream.average_rate) if stream.average_rate else None, rotation, varies)
+    return VideoFacts(
+        frames=decoded,
+        promised=promised,
+        fps=float(stream.average_rate) if stream.average_rate else None,
+        rotation=orientation.degrees,
+        variable_rate=varies,
+        mirrored=orientation.mirrored,
+        pixel_aspect=float(stream.sample_aspect_ratio or 1),
+        # An mp4 counts what it stores, and has an index of what it shows.
+        left_out=max(0, stream.frames - indexed) if "mp4" in container.format.name else 0,
+    )
 
 
 def guesses_times(container: InputContainer) -> bool:
