@@ -334,7 +334,8 @@ def test_class_texts_from_a_file_take_the_place_of_the_manifests(tmp_path: Path)
     ("lines", "message"),
     [
         ([], "names no class of .*, such as 'run': its labels are spelt as in the manifest"),
-        (["Run,running"], "names no class of"),
+        (["Running,running"], "names no class of"),
+        (["run,running", "Run,to run"], r"line 3 of the list of class texts .* gives the class 'Run' a second text"),
         (["run,running", "run,to run"], r"line 3 of the list of class texts .* gives the class 'run' a second text"),
         (["run"], r"line 2 of the list of class texts .* another number of cells than the header, 1 and not 2"),
         (["run,"], r"line 2 of the list of class texts .* has an empty text"),

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import signal
-import sys
 import threading
 import warnings
 from collections import Counter
@@ -147,7 +146,8 @@ def _list_videos(arguments: Sequence[str]) -> tuple[dict[str, str], set[str]]:
     empty = set()
     for argument in arguments:
         try:
-            paths = videos_in(argument) if os.path.isdir(argument) else [argument]
+            with _said_warnings():
+                paths = videos_in(argument) if os.path.isdir(argument) else [argument]
         except UserError:
             paths = [argument]
             empty.add(os.path.abspath(argument))
@@ -177,7 +177,8 @@ def _make_classifier(
         raise UserError(
             f"{ckpt_path or backbone} knows no classes: give --support, a folder with a folder of examples for each"
         )
-    examples = list_examples(support)  # before the model, which takes longer
+    with _said_warnings():
+        examples = list_examples(support)  # before the model, which takes longer
     names = [(label, name_of(clip)) for label, clips in examples.items() for clip in clips]
     marks = [(label, os.path.relpath(name, support), fingerprint_text(name)) for label, name in names]
     if ckpt_path is not None:
@@ -185,13 +186,21 @@ def _make_classifier(
     else:
         model = CLIPM2DF(backbone=str(backbone), head=head, freeze_backbone=True)
         classifier = FewShotClassifier(placed(model, None), **reading)
+    with _said_warnings() as left_out:
+        classifier.fit(examples)
+    return classifier, [marks, left_out]
+
+
+@contextmanager
+def _said_warnings() -> Iterator[list[str]]:
+    """Print warnings as lines of the command; those are given at the end."""
+    messages: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        classifier.fit(examples)
-    left_out = [str(warning.message) for warning in caught]
-    for message in left_out:
-        print(f"clip-m2df: warning: {message}", file=sys.stderr)
-    return classifier, [marks, left_out]
+        yield messages
+    for warning in caught:
+        messages.append(str(warning.message))
+        say(f"clip-m2df: warning: {messages[-1]}", error=True)
 
 
 class _Labeller:

@@ -11,7 +11,7 @@ from clip_m2df.datasets.benchmarks import BENCHMARKS, N_WAY, NEEDED
 from clip_m2df.datasets.importers import Outcome, match_classes, match_entries, match_split_folders, nearest_class
 from clip_m2df.datasets.manifest import SPLITS, Manifest, Video, readable
 from clip_m2df.datasets.split_lists import SplitLists, read_lists
-from clip_m2df.datasets.tree import Tree, is_storable, scan
+from clip_m2df.datasets.tree import Tree, describe, is_storable, scan
 from clip_m2df.errors import UserError, some
 from clip_m2df.files import lies_under, write_table
 
@@ -68,7 +68,9 @@ def prepare(
             raise UserError(f"{dataset} needs its split lists: name their folder with --lists")
     with Console(stderr=True).status(f"looking for videos in {root}"):
         tree = scan(root)
+    folder = os.path.abspath(root)
     outcome = _match(dataset, known, tree, root)
+    outcome.leave_out_links(folder)
     if report is not None:
         rows = [
             (p.split, p.label, p.entry, p.problem, " | ".join(file.inner_path for file in p.candidates))
@@ -77,13 +79,12 @@ def prepare(
         write_table(report, "report", [("split", "label", "entry", "problem", "candidates"), *rows])
     if not outcome.found:
         raise _nothing_found(outcome, tree, root)
-    folder = os.path.abspath(root)
     videos = [
         Video(os.path.join(folder, *file.folder, file.name), label, split, readable(label))
         for split, label, file in outcome.found
     ]
     videos.sort(key=lambda video: (SPLITS.index(video.split), video.label, video.path))
-    Manifest(videos).write(output)
+    Manifest(videos).write(output, root)
     return _print_outcome(dataset, outcome, tree, root, output, report)
 
 
@@ -100,7 +101,10 @@ def _match(dataset: str, known: SplitLists | None, tree: Tree, root: Path) -> Ou
 def _nothing_found(outcome: Outcome, tree: Tree, root: Path) -> UserError:
     """The error of a tree in which not one video could be used."""
     if not tree.files:
-        return UserError(f"there is no video under {root}, nor a folder of images: --root names the folder with them")
+        left_out = f"; there are {describe(tree.left_out)}" if tree.left_out else ""
+        return UserError(
+            f"there is no video under {root}, nor a folder of images: --root names the folder with them{left_out}"
+        )
     ambiguous = [problem for problem in outcome.problems if problem.problem == "ambiguous"]
     if ambiguous:
         names = some([repr(file.inner_path) for file in ambiguous[0].candidates], 2)
@@ -172,11 +176,14 @@ def _remarks(dataset: str, outcome: Outcome, tree: Tree, report: Path | None) ->
         lines.append(f"{report or '--report FILE'} names every missing and every ambiguous video")
     for names, what in (
         ([file.inner_path for file in outcome.outside], "lie in no folder of a class"),
+        ([file.inner_path for file in outcome.links], "are links to others that are taken"),
         (tree.unusable, "have names that a manifest cannot hold: rename them"),
         (tree.unreadable, "cannot be read: check their permissions"),
     ):
         if names:
             lines.append(f"passed over {len(names)} that {what}: {some([repr(name) for name in names], 3)}")
+    if tree.left_out:
+        lines.append(f"passed over {describe(tree.left_out)}")
     if benchmark := BENCHMARKS.get(dataset):
         counts = outcome.listed or Counter(split for split, _, _ in outcome.found)
         sizes = [(len(outcome.classes[split]), counts[split]) for split in SPLITS]

@@ -8,7 +8,7 @@ import os
 import re
 import shlex
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -128,7 +128,7 @@ class Manifest:
         source, folder = f"the manifest {path}", os.path.dirname(os.path.abspath(path))
         # Of several texts of a class the first; that it has only one is checked below.
         texts = {row["label"]: row["text"] for row in reversed(rows.values()) if row.get("text")}
-        start = folder if root is None else _start([row["path"] for row in rows.values()], folder, os.path.abspath(root))
+        start = _start([row["path"] for row in rows.values()], folder, root)
         videos = [
             Video(
                 path=os.path.abspath(os.path.join(start, row["path"])),
@@ -169,11 +169,15 @@ class Manifest:
                 f"{some(map(repr, missing))}; relative paths start at {self.root}: put the videos there, mend the "
                 "paths, remove the rows, or name the folder that they start at with --data.root"
             )
-        for video, first in same_files(self.videos):
+        by_path = {video.path: video for video in self.videos}
+        for later, earlier in same_files(by_path).items():
+            first, second = (
+                f"{relative_path(path, self.root)!r} ({by_path[path].label!r}, {by_path[path].split})"
+                for path in (earlier, later)
+            )
             raise UserError(
-                f"{self._source} lists one file twice, as {relative_path(first.path, self.root)!r} ({first.label}, "
-                f"{first.split}) and as {relative_path(video.path, self.root)!r} ({video.label}, {video.split}): "
-                "remove one, or let clip-m2df check --fix leave it out"
+                f"{self._source} lists one file twice, as {first} and as {second}: remove one, or let "
+                "clip-m2df check --fix leave it out"
             )
 
     def with_texts(self, file: str | Path) -> "Manifest":
@@ -257,27 +261,29 @@ class Manifest:
         write_table(path, "manifest", itertools.chain([[*_REQUIRED, "text", *extras]], rows))
 
 
-def same_files(videos: Iterable[Video]) -> Iterator[tuple[Video, Video]]:
-    """Find videos that are the file, or the folder, of an earlier one, by a link or another spelling of its path.
+def same_files(paths: Iterable[str]) -> dict[str, str]:
+    """Find paths that lead to the file, or folder, of an earlier one, by a link or by another spelling.
 
-    Yields:
-        Such a video, and the earlier one.
+    Returns:
+        The earlier path by the later one.
     """
-    first: dict[tuple[int, int], Video] = {}
-    for video in videos:
+    first: dict[tuple[int, int], str] = {}
+    same = {}
+    for path in paths:
         with suppress(OSError, ValueError):  # it is not there
-            status = os.stat(video.path)
-            earlier = first.setdefault((status.st_dev, status.st_ino), video)
-            if earlier is not video and status.st_ino:  # 0: the file system has no such numbers
-                yield video, earlier
+            status = os.stat(path)
+            earlier = first.setdefault((status.st_dev, status.st_ino), path)
+            if earlier != path and status.st_ino:  # 0: the file system has no such numbers
+                same[path] = earlier
+    return same
 
 
-def _start(paths: Sequence[str], folder: str, root: str) -> str:
+def _start(paths: Sequence[str], folder: str, root: str | Path | None) -> str:
     """The folder that the relative paths of a manifest start at: its own, or the one that a person named."""
-    # Absolute ones, or such that lead out of the folder, were written for the folder.
-    if any(os.path.isabs(path) or os.path.normpath(path).startswith(os.pardir) for path in paths):
+    # Beside absolute ones, or such that lead out of the folder, relative ones were written for the folder.
+    if root is None or any(os.path.isabs(path) or os.pardir in path.split("/") for path in paths):
         return folder
-    return folder if any(os.path.lexists(os.path.join(folder, path)) for path in paths) else root
+    return folder if any(os.path.lexists(os.path.join(folder, path)) for path in paths) else os.path.abspath(root)
 
 
 def _check(videos: Sequence[Video], rows: Sequence[str], source: str) -> None:
