@@ -4,6 +4,7 @@ import os
 import shlex
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +13,7 @@ from clip_m2df.datasets.importers import Outcome, match_classes, match_entries, 
 from clip_m2df.datasets.manifest import SPLITS, Manifest, Video, readable
 from clip_m2df.datasets.split_lists import SplitLists, read_lists
 from clip_m2df.datasets.tree import Tree, describe, is_storable, scan
-from clip_m2df.errors import UserError, some
+from clip_m2df.errors import UserError, say, some
 from clip_m2df.files import lies_under, write_table
 
 DataSet = Literal["kinetics100", "ssv2", "ssv2_small", "hmdb51", "ucf101", "folder"]
@@ -33,7 +34,7 @@ def prepare(
         dataset: The data set; folder: a tree split/class/video, or class/video with --lists.
         root: Folder with the videos, or folders of frames, at any depth.
         lists: Folder with the split lists, or a list (hmdb51 and ucf101: their splits are built in).
-        annotations: Files with class names, such as something-something-v2-train.json.
+        annotations: Files with class names, such as something-something-v2-train.json, or a class index, a name a line.
         output: The manifest, a CSV.
         report: A CSV that names every missing and every ambiguous video.
 
@@ -60,14 +61,23 @@ def prepare(
     if dataset != "folder" and dataset not in BENCHMARKS:
         raise UserError(f"there is no data set {dataset!r}: choose from {', '.join(BENCHMARKS)}, folder")
     known = None
+
+    @cache
+    def looked_for() -> Tree:
+        with Console(stderr=True).status(f"looking for videos in {root}"):
+            return scan(root)
+
+    @cache
+    def folders() -> dict[str, str]:
+        return {file.stem: file.folder[-1] for file in looked_for().files if file.folder}
+
     if lists is not None:
-        known = read_lists(lists, dataset, annotations)
+        known = read_lists(lists, dataset, annotations, lambda stem: folders().get(stem, ""))
     elif dataset != "folder":
         known = SplitLists(BENCHMARKS[dataset].class_split)
         if not known.classes:
             raise UserError(f"{dataset} needs its split lists: name their folder with --lists")
-    with Console(stderr=True).status(f"looking for videos in {root}"):
-        tree = scan(root)
+    tree = looked_for()
     folder = os.path.abspath(root)
     outcome = _match(dataset, known, tree, root)
     outcome.leave_out_links(folder)
@@ -85,7 +95,7 @@ def prepare(
     ]
     videos.sort(key=lambda video: (SPLITS.index(video.split), video.label, video.path))
     Manifest(videos).write(output, root)
-    return _print_outcome(dataset, outcome, tree, root, output, report)
+    return _print_outcome(dataset, outcome, tree, root, output, report, known.remarks if known else ())
 
 
 def _match(dataset: str, known: SplitLists | None, tree: Tree, root: Path) -> Outcome:
@@ -95,7 +105,7 @@ def _match(dataset: str, known: SplitLists | None, tree: Tree, root: Path) -> Ou
     if known.videos is None:
         # The names of a benchmark's videos are unique; in other trees only those of one folder are.
         return match_classes(known.classes, tree.files, home, unique_names=dataset in BENCHMARKS)
-    return match_entries(known, tree.files, home, kinetics=dataset == "kinetics100")
+    return match_entries(known, tree.files, home, kinetics=known.by_id or dataset == "kinetics100")
 
 
 def _nothing_found(outcome: Outcome, tree: Tree, root: Path) -> UserError:
@@ -120,7 +130,15 @@ def _nothing_found(outcome: Outcome, tree: Tree, root: Path) -> UserError:
     )
 
 
-def _print_outcome(dataset: str, outcome: Outcome, tree: Tree, root: Path, output: Path, report: Path | None) -> int:
+def _print_outcome(
+    dataset: str,
+    outcome: Outcome,
+    tree: Tree,
+    root: Path,
+    output: Path,
+    report: Path | None,
+    remarks: Sequence[str],
+) -> int:
     """Print what was found; the exit status."""
     from rich.console import Console
     from rich.table import Table
@@ -151,7 +169,7 @@ def _print_outcome(dataset: str, outcome: Outcome, tree: Tree, root: Path, outpu
     console.print(table)
     if short.row_count:
         console.print(short)
-    lines = [*wanting, *_remarks(dataset, outcome, tree, report)]
+    lines = [*wanting, *remarks, *_remarks(dataset, outcome, tree, report)]
     lines.append(f"the manifest is {output}, with {len(outcome.found)} videos; next, see that they open, and train:")
     manifest = shlex.quote(str(output))
     config = f"{dataset}_5way1shot.yaml" if dataset in BENCHMARKS else "CONFIG"
@@ -159,7 +177,7 @@ def _print_outcome(dataset: str, outcome: Outcome, tree: Tree, root: Path, outpu
     check_root, fit_root = ("", "") if beside else (f" --{data}root {shlex.quote(str(root))}" for data in ("", "data."))
     lines.append(f"  clip-m2df check --manifest {manifest}{check_root}")
     lines.append(f"  clip-m2df fit --config {config} --data.manifest {manifest}{fit_root}")
-    print(*lines, sep="\n")
+    say(*lines)
     return 1 if short.row_count or wanting else 0
 
 
