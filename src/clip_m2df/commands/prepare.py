@@ -204,7 +204,7 @@ def _remarks(dataset: str, outcome: Outcome, tree: Tree, report: Path | None) ->
         lines.append(f"passed over {describe(tree.left_out)}")
     if benchmark := BENCHMARKS.get(dataset):
         counts = outcome.listed or Counter(split for split, _, _ in outcome.found)
-        sizes = [(len(outcome.classes[split]), counts[split]) for split in SPLITS]
+        sizes = [(len(outcome.classes.get(split, ())), counts[split]) for split in SPLITS]
         if sizes != list(zip(benchmark.n_classes, benchmark.n_videos, strict=True)):
             n_classes, n_videos = (" / ".join(map(str, sizes)) for sizes in (benchmark.n_classes, benchmark.n_videos))
             lines.append(f"the published split has {n_classes} classes and {n_videos} videos")
