@@ -217,7 +217,7 @@ def test_every_kind_of_video(tmp_path: Path, workers: Workers, capsys: pytest.Ca
     expected = {
         "good.mp4": ("ok", ""),
         "again [x].mkv": ("ok", ""),
-        "twin.mp4": ("warning", "the same frames as good.mp4"),
+        "twin.mp4": ("warning", "the same frames as good.mp4, of the class 'g, x' in val"),
         "short.avi": ("warning", "shorter than 8 frames: it has 5"),
         "turned.mp4": ("warning", "rotated by 90°"),
         "uneven.mp4": ("warning", "variable frame rate"),

@@ -3,8 +3,8 @@
 import itertools
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -137,11 +137,20 @@ def list_examples(support: Mapping[str, Clips] | str | os.PathLike[str]) -> dict
 
 def unique(clips: Sequence[Clip], known: Iterable[str] = ()) -> list[Clip]:
     """The clips without files that come twice, or are known already; links to the same file are one."""
-    known_files = {os.path.realpath(path) for path in known if path}
-    by_file: dict[str | int, Clip] = {}
+    known_files = {file_of(path) for path in known if path}
+    by_file: dict[Hashable, Clip] = {}
     for index, clip in enumerate(clips):
-        by_file.setdefault(os.path.realpath(name_of(clip)) if name_of(clip) else index, clip)
+        by_file.setdefault(file_of(name_of(clip)) if name_of(clip) else index, clip)
     return [clip for file, clip in by_file.items() if file not in known_files]
+
+
+def file_of(path: str) -> Hashable:
+    """What all names of a file share, links and spellings of its path."""
+    with suppress(OSError, ValueError):  # it is not there
+        status = os.stat(path)
+        if status.st_ino:
+            return status.st_dev, status.st_ino
+    return os.path.realpath(path)
 
 
 def name_of(clip: object) -> str:
