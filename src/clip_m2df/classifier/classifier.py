@@ -175,7 +175,8 @@ class FewShotClassifier:
 
         Raises:
             UserError: a class without an example that can be read, an example of two classes, two classes with one
-                prompt where prompts count, or no class at all. Other examples that can't be read are named in a warning, and left out.
+                prompt where prompts count, or no class at all. Other examples that can't be read are named in a
+                warning, and left out.
         """
         examples = list_examples(support)
         if texts is not None and not isinstance(texts, Mapping):

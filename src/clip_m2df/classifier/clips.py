@@ -84,14 +84,14 @@ def _found(folder: str | os.PathLike[str], tree: Tree) -> list[str]:
         return [os.fspath(folder)]
     found = [os.path.join(folder, *file.folder, file.name) for file in tree.files]
     if not found and not tree.unreadable:
-        left_out = f"; left out are {describe(tree.left_out)}" if tree.left_out else ""
+        left_out = f"; it has {describe(tree.left_out)}" if tree.left_out else ""
         raise UserError(f"{os.fspath(folder)} holds no videos: name a folder with some, at any depth{left_out}")
     return sorted(found + tree.unreadable)
 
 
 def _warn_of_left_out(folder: str | os.PathLike[str], left_out: Mapping[str, Sequence[str]]) -> None:
     if left_out:
-        warnings.warn(f"of {os.fspath(folder)} are left out {describe(left_out)}", stacklevel=4)
+        warnings.warn(f"not taken for videos in {os.fspath(folder)}: {describe(left_out)}", stacklevel=4)
 
 
 def list_examples(support: Mapping[str, Clips] | str | os.PathLike[str]) -> dict[str, list[Clip]]:

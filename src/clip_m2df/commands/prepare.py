@@ -111,7 +111,7 @@ def _match(dataset: str, known: SplitLists | None, tree: Tree, root: Path) -> Ou
 def _nothing_found(outcome: Outcome, tree: Tree, root: Path) -> UserError:
     """The error of a tree in which not one video could be used."""
     if not tree.files:
-        left_out = f"; there are {describe(tree.left_out)}" if tree.left_out else ""
+        left_out = f"; it has {describe(tree.left_out)}" if tree.left_out else ""
         return UserError(
             f"there is no video under {root}, nor a folder of images: --root names the folder with them{left_out}"
         )
@@ -201,7 +201,7 @@ def _remarks(dataset: str, outcome: Outcome, tree: Tree, report: Path | None) ->
         if names:
             lines.append(f"passed over {len(names)} that {what}: {some([repr(name) for name in names], 3)}")
     if tree.left_out:
-        lines.append(f"passed over {describe(tree.left_out)}")
+        lines.append(f"not taken for videos: {describe(tree.left_out)}")
     if benchmark := BENCHMARKS.get(dataset):
         counts = outcome.listed or Counter(split for split, _, _ in outcome.found)
         sizes = [(len(outcome.classes.get(split, ())), counts[split]) for split in SPLITS]

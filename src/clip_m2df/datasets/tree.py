@@ -171,17 +171,15 @@ def extension_of(name: str) -> str:
 
 
 def describe(left_out: Mapping[str, Sequence[str]]) -> str:
-    """What was left out of a folder, for a message: how many of each kind, with a name or two.
+    """What was not taken for a video, for a message: how much of each kind, with a name or two.
 
     Returns:
-        Such as ``4 that are no videos: .txt: 3 (a.txt, b.txt and 1 more), archives: 1 (c.zip)``; empty for nothing.
+        Such as ``.txt: 3 (a.txt, b.txt and 1 more), archives: 1 (c.zip); unpack those with videos``.
     """
     kinds = sorted(left_out.items(), key=lambda item: -len(item[1]))
     counts = ", ".join(f"{printable(kind)}: {len(names)} ({some(names, 2)})" for kind, names in kinds)
-    number = sum(len(names) for _, names in kinds)
     remedies = [r for kind, r in {"archives": "unpack", "partial downloads": "complete"}.items() if kind in left_out]
-    remedy = f"; {' and '.join(remedies)} those with videos" if remedies else ""
-    return f"{number} that are no videos: {counts}{remedy}" if number else ""
+    return f"{counts}; {' and '.join(remedies)} those with videos" if remedies else counts
 
 
 def is_storable(name: str) -> bool:
