@@ -47,7 +47,7 @@ _COLUMNS = {
 _YOUTUBE_ID = re.compile(r"[\w-]{11}", re.ASCII)
 
 # "a/b c.mp4 12 40 3" and "a/b c.mp4,3": after a file's name up to three numbers and the class.
-_FILE = re.compile(rf"(.+(?:{'|'.join(map(re.escape, sorted(VIDEO_EXTENSIONS)))}))[\s,;]+(?=\S)", re.IGNORECASE)
+_FILE = re.compile(rf"(.+(?:{'|'.join(map(re.escape, sorted(VIDEO_EXTENSIONS)))}))[\"']?[\s,;]+(?=\S)", re.IGNORECASE)
 _AFTER_FILE = re.compile(r"((?:-?\d+(?:\.\d+)?[\s,;]+){0,3})(.+)")
 # "a/b 163 3": a folder of frames, and at its end numbers.
 _AFTER_FOLDER = re.compile(r"(.+?)((?:[\s,;]+\d+){1,3})")
@@ -363,14 +363,17 @@ def _rows(lines: Sequence[str]) -> list[_Row]:
     matches = [match for match in found if match]
     if len(matches) < len(lines):
         return []
-    # A name may end in numbers too.
-    count = min(len(match[2].replace(",", " ").replace(";", " ").split()) for match in matches)
-    rows: list[_Row] = []
-    for line in lines:
-        tokens = re.findall(r"[\s,;]+\d+", line)[-count:]
-        path = line[: len(line) - sum(map(len, tokens))]
-        numbers = [token.strip(" \t,;") for token in tokens]
-        rows.append((path, numbers[:-1], numbers[-1]))
+    # A name may end in numbers too: as many are taken off as all lines have, or fewer if that keeps the paths apart.
+    most = min(len(re.findall(r"\d+", match[2])) for match in matches)
+    for count in range(most, 0, -1):
+        tokens = [re.findall(r"[\s,;]+\d+", line)[-count:] for line in lines]
+        paths = [line.removesuffix("".join(numbers)) for line, numbers in zip(lines, tokens, strict=True)]
+        if len(set(paths)) == len(paths):
+            break
+    rows = [
+        (path, [token.strip(" \t,;") for token in numbers[:-1]], numbers[-1].strip(" \t,;"))
+        for path, numbers in zip(paths, tokens, strict=True)
+    ]
     folders = [path.rpartition("/")[0] for path, _, _ in rows]
     if count == 1:
         # "eat/eat 1" is a class and a video, unless each folder has a number of its own, for several videos.
@@ -384,7 +387,7 @@ def _rows(lines: Sequence[str]) -> list[_Row]:
 def _take_row(file: Path, number: int, text: str, row: _Row, split: str, form: str = "row") -> _Line:
     path, numbers, label = row
     *folders, name = re.split(r"[/\\]", path.rstrip("/\\"))
-    if not label or not _is_sound(text) or (form == "row" and not name.strip()):
+    if not label or not _is_sound(text.replace("\t", " ")) or (form == "row" and not name.strip()):
         raise _no_line(file, number, text, form)
     is_number = re.fullmatch(r"\d{1,9}", label) is not None
     folder = (folders[-1].strip() if folders else "") if is_number else label
