@@ -34,6 +34,10 @@ class Problem:
     candidates: tuple[VideoFile, ...] = ()
 
 
+def _order(problem: Problem) -> tuple[int, str, str]:
+    return SPLITS.index(problem.split), problem.label, problem.entry
+
+
 @dataclass
 class Outcome:
     """Which videos the manifest is made of, and what is wanting.
@@ -68,6 +72,7 @@ class Outcome:
             for split, label, file in map(rows.pop, paths):
                 self.problems.append(Problem(split, label, file.inner_path, "ambiguous", files))
         self.found = list(rows.values())
+        self.problems.sort(key=_order)
 
 
 def match_entries(known: SplitLists, files: Sequence[VideoFile], home: Home, *, kinetics: bool) -> Outcome:
@@ -127,7 +132,7 @@ def match_entries(known: SplitLists, files: Sequence[VideoFile], home: Home, *, 
                 leave_out(video, "ambiguous", [file])
             else:
                 outcome.found.append((video.split, video.label, file))
-    outcome.problems.sort(key=lambda problem: (SPLITS.index(problem.split), problem.label, problem.entry))
+    outcome.problems.sort(key=_order)
     return outcome
 
 

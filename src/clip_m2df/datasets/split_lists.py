@@ -50,7 +50,8 @@ _YOUTUBE_ID = re.compile(r"[\w-]{11}", re.ASCII)
 _FILE = re.compile(rf"(.+(?:{'|'.join(map(re.escape, sorted(VIDEO_EXTENSIONS)))}))[\"']?[\s,;]+(?=\S)", re.IGNORECASE)
 _AFTER_FILE = re.compile(r"((?:-?\d+(?:\.\d+)?[\s,;]+){0,3})(.+)")
 # "a/b 163 3": a folder of frames, and at its end numbers.
-_AFTER_FOLDER = re.compile(r"(.+?)((?:[\s,;]+\d+){1,3})")
+_NUMBER = r"(?<![\s,;])[\s,;]++\d++"  # in time that grows with the line, whatever it is
+_AFTER_FOLDER = re.compile(rf"(.+?)((?:{_NUMBER}){{1,3}})")
 
 # The split as a word of a file's name: train.list, vallist03.txt, test_few_shot.txt.
 _SPLIT_WORD = re.compile(r"(?<![a-z])(train|val|valid|validate|validation|test)(?:ing)?(?:list)?(?![a-z])")
@@ -366,7 +367,7 @@ def _rows(lines: Sequence[str]) -> list[_Row]:
     # A name may end in numbers too: as many are taken off as all lines have, or fewer if that keeps the paths apart.
     most = min(len(re.findall(r"\d+", match[2])) for match in matches)
     for count in range(most, 0, -1):
-        tokens = [re.findall(r"[\s,;]+\d+", line)[-count:] for line in lines]
+        tokens = [re.findall(_NUMBER, line)[-count:] for line in lines]
         paths = [line.removesuffix("".join(numbers)) for line, numbers in zip(lines, tokens, strict=True)]
         if len(set(paths)) == len(paths):
             break
@@ -512,7 +513,10 @@ def _class_index(content: Any) -> dict[int, Any]:
     if not isinstance(content, str):
         return {}
     lines = [line.strip() for line in content.splitlines() if line.strip()]
-    for form in (r"(?P<number>\d{1,9})[\s,;:]+(?P<name>.*\S)", r"(?P<name>.*?\S)[\s,;:]+(?P<number>\d{1,9})"):
+    for form in (
+        r"(?P<number>\d{1,9})[\s,;:]+(?P<name>.*\S)",
+        r"(?P<name>.+?)(?<![\s,;:])[\s,;:]++(?P<number>\d{1,9})",
+    ):
         matches = [re.fullmatch(form, line) for line in lines]
         if len(matches) > 1 and not matches[0]:  # a header
             matches = matches[1:]
