@@ -121,7 +121,7 @@ def scan(root: Path, *, storable: bool = True) -> Tree:
             else:
                 tree.is_video = True
             names.pop("image")
-        for kind in names.keys() - {"folder", "link", "video"}:
+        for kind in sorted(names.keys() - {"folder", "link", "video"}):
             for name in sorted(names[kind]):
                 tree.leave_out("single images" if kind == "image" else kind, folder, name)
         for kind in ("folder", "link", "video"):
@@ -176,7 +176,7 @@ def describe(left_out: Mapping[str, Sequence[str]]) -> str:
     Returns:
         Such as ``.txt: 3 (a.txt, b.txt and 1 more), archives: 1 (c.zip); unpack those with videos``.
     """
-    kinds = sorted(left_out.items(), key=lambda item: -len(item[1]))
+    kinds = sorted(left_out.items(), key=lambda item: (-len(item[1]), item[0]))
     counts = ", ".join(f"{printable(kind)}: {len(names)} ({some(names, 2)})" for kind, names in kinds)
     remedies = [r for kind, r in {"archives": "unpack", "partial downloads": "complete"}.items() if kind in left_out]
     return f"{counts}; {' and '.join(remedies)} those with videos" if remedies else counts
