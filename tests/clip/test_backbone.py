@@ -86,7 +86,8 @@ def test_from_pretrained_agrees_with_transformers(tiny_clip_dir: Path) -> None:
     reference = CLIPModel.from_pretrained(tiny_clip_dir)
     reference_tokenizer = CLIPTokenizer.from_pretrained(tiny_clip_dir)
     backbone = CLIPBackbone.load(str(tiny_clip_dir))
-    images, texts = torch.randn(3, 3, 32, 32), ["a photo of a cat", "juggling", "shaking hands, then a very long tail indeed"]
+    images = torch.randn(3, 3, 32, 32)
+    texts = ["a photo of a cat", "juggling", "shaking hands, then a very long tail indeed"]
 
     tokens = backbone.tokenize(texts)
     inputs = reference_tokenizer(texts, padding="max_length", truncation=True, max_length=32, return_tensors="pt")

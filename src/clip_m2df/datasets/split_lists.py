@@ -371,7 +371,7 @@ def _rows(lines: Sequence[str]) -> list[_Row]:
         paths = [line.removesuffix("".join(numbers)) for line, numbers in zip(lines, tokens, strict=True)]
         if len(set(paths)) == len(paths):
             break
-    rows = [
+    rows: list[_Row] = [
         (path, [token.strip(" \t,;") for token in numbers[:-1]], numbers[-1].strip(" \t,;"))
         for path, numbers in zip(paths, tokens, strict=True)
     ]
