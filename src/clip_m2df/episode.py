@@ -19,7 +19,7 @@ A batch's type says what it carries: :class:`Episode` frames, :class:`FeatureEpi
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, Protocol, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict, TypeVar
 
 import numpy as np
 
@@ -32,26 +32,38 @@ STREAMS = {"videos": 0, "augmentation": 1, "prompts": 2, "stand-ins": 3, "stored
 STAGES = {"train": 0, "val": 1, "test": 2}
 
 
-class Labels(TypedDict):
+class Extras(TypedDict, total=False):
+    """What a batch of episodes may have, and may lack.
+
+    Attributes:
+        draws: float32 ``(episodes, n_queries)``, uniforms in [0, 1) by which PPS samples (:func:`episode_draws`); a
+            head that samples needs them, as ``m2df`` does in training.
+        replaced: int64 ``(episodes)``, how many videos were unusable and had others put in their places; for the log.
+        same: of frames, int64 ``(episodes, n_way · n_shot + n_queries)``, for each clip of the batch, the support
+            before the query in each episode, the index of the first that has the same frames: those need encoding once.
+    """
+
+    draws: torch.Tensor
+    replaced: torch.Tensor
+    same: torch.Tensor
+
+
+class Labels(Extras):
     """What a batch of episodes has beside its videos.
 
     Attributes:
         query_labels: int64 ``(episodes, n_queries)``, each query's class as an index in the episode, 0 … n_way − 1.
         class_indices: int64 ``(episodes, n_way)``, the episode's classes as indices in ``class_names``.
         class_names: what the prompts say, one text a class of the split, in the order of its class table.
-        draws: float32 ``(episodes, n_queries)``, uniforms in [0, 1) by which PPS samples (:func:`episode_draws`).
-        replaced: int64 ``(episodes)``, how many videos were unusable and had others put in their places; for the log.
     """
 
     query_labels: torch.Tensor
     class_indices: torch.Tensor
     class_names: list[str]
-    draws: torch.Tensor
-    replaced: NotRequired[torch.Tensor]
 
 
 class Episode(Labels):
-    """A batch of episodes as frames; all that ``CLIPM2DF`` needs of a data module.
+    """A batch of episodes as frames; all that ``CLIPM2DF`` needs of a data module, but for the :class:`Extras`.
 
     Videos come as bytes and are scaled and normalised on the device. ``torch.utils.data.default_collate`` doesn't fit
     (``class_names`` belongs to the batch): :func:`clip_m2df.episodes.dataset.collate_episodes` stacks single episodes.
@@ -59,13 +71,10 @@ class Episode(Labels):
     Attributes:
         support: uint8 frames ``(episodes, n_way, n_shot, frames, 3, height, width)``.
         query: uint8 frames ``(episodes, n_queries, frames, 3, height, width)``, in any order.
-        same: int64 ``(episodes, n_way · n_shot + n_queries)``, for each clip of the batch, the support before the query
-            in each episode, the index of the first that has the same frames: those need encoding once.
     """
 
     support: torch.Tensor
     query: torch.Tensor
-    same: NotRequired[torch.Tensor]
 
 
 class FeatureEpisode(Labels):

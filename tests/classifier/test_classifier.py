@@ -104,6 +104,22 @@ def test_fit_returns_itself_and_forgets_earlier_classes(make: Make, classifier: 
     assert np.array_equal(probabilities(classifier), probabilities(make("otam").fit(support)))
 
 
+@pytest.mark.parametrize("head", ["zero_shot", "otam"])
+def test_two_classes_with_one_text_are_refused_where_texts_count(head: str) -> None:
+    classifier = FewShotClassifier(CLIPM2DF(backbone="tiny", head=head, freeze_backbone=True))
+    support = {"open": noise(0), "close": noise(1)}
+    texts = {"Open": "moving", "close": "moving"}  # the class is spelled "open"
+    if head == "otam":
+        assert classifier.fit(support, texts=texts).classes_.tolist() == ["open", "close"]
+        return
+    with pytest.raises(UserError, match="the classes 'open' and 'close' have one text, 'moving'"):
+        classifier.fit(support, texts=texts)
+    classifier.fit(support)
+    with pytest.raises(UserError, match="the classes 'open' and 'shut' have one text, 'open'"):
+        classifier.add("shut", noise(2), text="open")
+    assert classifier.classes_.tolist() == ["open", "close"]
+
+
 def test_texts_are_what_the_prompts_say() -> None:
     model = plain_model("zero_shot")  # looks at nothing but prompts
     support: dict[str, Any] = {"HandstandPushups": noise(0), "draw_sword": noise(1)}

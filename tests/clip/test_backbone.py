@@ -99,10 +99,11 @@ def test_from_pretrained_agrees_with_transformers(tiny_clip_dir: Path) -> None:
     reference = CLIPModel.from_pretrained(tiny_clip_dir)
     reference_tokenizer = CLIPTokenizer.from_pretrained(tiny_clip_dir)
     backbone = CLIPBackbone.load(str(tiny_clip_dir))
-    images, texts = torch.randn(3, 3, 32, 32), ["a photo of a cat", "juggling", "shaking hands, then a very long tail"]
+    images = torch.randn(3, 3, 32, 32)
+    texts = ["a photo of a cat", "juggling", "shaking hands, then a very long tail indeed"]
 
     tokens = backbone.tokenize(texts)
-    inputs = reference_tokenizer(texts, padding="max_length", truncation=True, max_length=16, return_tensors="pt")
+    inputs = reference_tokenizer(texts, padding="max_length", truncation=True, max_length=32, return_tensors="pt")
     with torch.no_grad():
         torch.testing.assert_close(
             backbone.encode_frames(images), reference.get_image_features(images).pooler_output, rtol=1e-4, atol=1e-5
@@ -225,15 +226,15 @@ def test_tokens_are_padded_and_cut_at_the_end_of_text(tiny_clip_dir: Path) -> No
     tokens = backbone.tokenize(["cab", "x" * 40])
 
     assert tokens.dtype == torch.long
-    assert tokens.shape == (2, 16)
+    assert tokens.shape == (2, 32)
     start, c_a, b = tokens[0, :3].tolist()
     assert start == end - 1
-    assert tokens[0, 3:].tolist() == [end] * 13
+    assert tokens[0, 3:].tolist() == [end] * 29
     assert c_a == end - 2  # the merge
     assert b not in (start, end)
     assert tokens[1, -1] == end
     assert end not in tokens[1, :-1]
-    assert backbone.tokenize([]).shape == (0, 16)
+    assert backbone.tokenize([]).shape == (0, 32)
 
 
 def test_padding_is_never_read(tiny_clip_dir: Path) -> None:
@@ -241,7 +242,7 @@ def test_padding_is_never_read(tiny_clip_dir: Path) -> None:
     tokens = backbone.tokenize(["a photo"])
     with torch.no_grad():
         torch.testing.assert_close(backbone.encode_text(tokens), backbone.encode_text(tokens[:, :9]))
-    with pytest.raises(UserError, match="at most 16 tokens a text, not 32"):
+    with pytest.raises(UserError, match="at most 32 tokens a text, not 64"):
         backbone.encode_text(tokens.repeat(1, 2))
 
 
@@ -640,7 +641,7 @@ def test_a_model_in_the_cache_needs_no_network(
     hub: Callable[[str, Path], None], tiny_clip_dir: Path, tmp_path: Path
 ) -> None:
     hub("somebody/clip", tiny_clip_dir)
-    assert CLIPBackbone.load("somebody/clip").tokenize(["a cat"]).shape == (1, 16)
+    assert CLIPBackbone.load("somebody/clip").tokenize(["a cat"]).shape == (1, 32)
 
     (tmp_path / "rn50").mkdir()
     save_file(read_golden("clip_resnet")[1], tmp_path / "rn50" / RN50_FILE)
@@ -745,7 +746,7 @@ def test_pickled_weights_and_shards_in_a_folder(copied: Path, sharded: bool) -> 
     expected = CLIPBackbone.load(str(copied)).state_dict()
     (copied / "model.safetensors").unlink()
     if sharded:
-        weights["text_model.embeddings.position_ids"] = torch.arange(16)[None]  # as older versions stored
+        weights["text_model.embeddings.position_ids"] = torch.arange(32)[None]  # as older versions stored
         half = len(weights) // 2
         torch.save(dict(list(weights.items())[:half]), copied / "pytorch_model-00001-of-00002.bin")
         torch.save(dict(list(weights.items())[half:]), copied / "pytorch_model-00002-of-00002.bin")

@@ -1,4 +1,5 @@
 import contextlib
+import csv
 import io
 import os
 import random
@@ -17,6 +18,7 @@ from clip_m2df.commands import check
 from clip_m2df.commands.check import COLUMNS, Finding, check_videos, examine, read_findings
 from clip_m2df.datasets.manifest import Manifest
 from clip_m2df.errors import UserError
+from clip_m2df.files import locked
 from clip_m2df.video import reader as video
 from clip_m2df.video.isolation import Unreadable
 from clip_m2df.video.reader import VideoError, read_frames
@@ -343,7 +345,7 @@ def test_every_kind_of_video(tmp_path: Path, workers: Workers, capsys: pytest.Ca
     expected = {
         "good.mp4": ("ok", ""),
         "again [x].mkv": ("ok", ""),
-        "twin.mp4": ("warning", "the same frames as good.mp4"),
+        "twin.mp4": ("warning", "the same frames as good.mp4, of the class 'g, x' in val"),
         "short.avi": ("warning", "shorter than 8 frames: it has 5"),
         "turned.mp4": ("warning", "rotated by 90°"),
         "uneven.mp4": ("warning", "variable frame rate"),
@@ -476,6 +478,130 @@ def test_rows_that_are_damaged_are_left_out(six: Path, workers: Workers) -> None
         assert all(findings[name].fingerprint != right[name].fingerprint for name in wrong)
 
 
+@pytest.mark.parametrize(
+    "cells",
+    [
+        {"frames": "-3"},
+        {"frames": "0"},
+        {"frames": "9" * 400},
+        {"frames": "nine"},
+        {"frames": "\uff19"},
+        {"frames": "1_0"},
+        {"fps": "nan"},
+        {"fps": "inf"},
+        {"fps": "-1.0"},
+        {"width": "1.5"},
+        {"variable_rate": "2"},
+        {"rotation": "=1+1"},
+        {"sampled": "0"},
+        {"status": "fine"},
+        {"digest": "x" * 64},
+        {"reason": "x" * 200_000},
+        {"fingerprint": ""},
+        {"label": '"'},
+    ],
+)
+@pytest.mark.parametrize("name", ["manifest.check.csv", "manifest.check.csv.part"])
+def test_rows_that_no_check_wrote_are_not_taken_over(
+    six: Path, workers: Workers, cells: dict[str, str], name: str
+) -> None:
+    run(six)
+    table = six.with_suffix(".check.csv")
+    whole = table.read_bytes()
+    rows = read_csv(table)
+    rows[2] |= cells
+    table.unlink()
+    with open(six.with_name(name), "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    workers.forget()
+    run(six)
+    # What comes after a cell that is too long is lost.
+    done = [] if "label" in cells else [f"{k}.mp4" for k in range(2, 6 if "reason" in cells else 3)]
+    assert workers.forget() == done
+    assert table.read_bytes() == whole
+    assert not Path(f"{table}.part").exists()
+
+
+@pytest.mark.parametrize(
+    "content", [b"null\n5\n[]\n", b"[" * 200_000, b'"' + b"x" * 200_000, b"\0\xff\n", b"a,b\n1,2\n"]
+)
+def test_a_part_that_is_none(six: Path, workers: Workers, content: bytes) -> None:
+    part = six.with_name("manifest.check.csv.part")
+    part.write_bytes(content)
+    assert run(six) == 0
+    assert workers.forget() == [f"{k}.mp4" for k in range(6)]
+    assert not part.exists()
+
+
+# Others who write
+
+
+def test_one_check_writes_a_table(six: Path, workers: Workers) -> None:
+    table = six.with_suffix(".check.csv")
+    with (
+        locked(Path(f"{table}.part"), "table", table),
+        pytest.raises(UserError, match=r"another process writes the table .*check\.csv: wait for its end, or name an"),
+    ):
+        run(six)
+    assert workers.done == []
+    assert not table.exists()
+    assert run(six, output=six.with_name("other.csv")) == 0
+    assert run(six) == 0
+
+
+def test_links_are_not_followed(six: Path, workers: Workers) -> None:
+    precious = six.with_name("precious.txt")
+    precious.write_text("precious")
+    table = six.with_suffix(".check.csv")
+    part = Path(f"{table}.part")
+    part.symlink_to(precious)
+    with pytest.raises(UserError, match=r"cannot write the table .*part is a link or no regular file; delete it"):
+        run(six)
+    part.unlink()
+    fix = six.with_name("fixed.csv")
+    for link in (table, fix):
+        link.symlink_to(precious)
+    assert run(six, fix=fix) == 0
+    assert precious.read_text() == "precious"
+    assert not table.is_symlink()
+    assert not fix.is_symlink()
+
+
+def test_one_file_under_two_names(six: Path, workers: Workers, capsys: pytest.CaptureFixture[str]) -> None:
+    (six.parent / "link.mp4").symlink_to("1.mp4")
+    os.link(six.parent / "2.mp4", six.parent / "hard.mp4")
+    fix = six.with_name("fixed.csv")
+    manifest = save_manifest(
+        six.parent, *(f"{k}.mp4,run,train,," for k in range(6)), "link.mp4,hug,test,,", "hard.mp4,run,train,,"
+    )
+    assert run(manifest, fix=fix) == 1
+    rows = read_table(manifest.with_suffix(".check.csv"))
+    reasons = {name: (rows[name]["status"], rows[name]["reason"]) for name in ("link.mp4", "hard.mp4")}
+    assert reasons == {
+        "link.mp4": ("unusable", "the same file as 1.mp4, by a link"),
+        "hard.mp4": ("unusable", "the same file as 2.mp4, by a link"),
+    }
+    assert [os.path.basename(video.path) for video in Manifest.read(fix).videos] == [f"{k}.mp4" for k in range(6)]
+    assert workers.forget() == [f"{k}.mp4" for k in range(6)]
+    assert run(manifest) == 1
+    assert workers.forget() == []
+
+
+def test_a_manifest_that_starts_elsewhere(six: Path, workers: Workers, capsys: pytest.CaptureFixture[str]) -> None:
+    (six.parent / "lists").mkdir()
+    moved = six.rename(six.parent / "lists" / "manifest.csv")
+    assert run(moved) == 1
+    assert f"not one video is there: paths start at {moved.parent}; name the folder where they do with --root" in (
+        capsys.readouterr().out
+    )
+    fix = moved.with_name("fixed.csv")
+    assert run(moved, root=six.parent, fix=fix) == 0
+    assert "0.mp4,run,train," in fix.read_text()
+    assert len(Manifest.read(fix, six.parent).videos) == 6
+
+
 # Options and files
 
 
@@ -518,6 +644,6 @@ def test_a_table_in_place_of_a_manifest(six: Path) -> None:
 
 def test_a_table_that_cannot_be_written(six: Path, workers: Workers) -> None:
     for output in (six / "table.csv", six.parent):
-        with pytest.raises(UserError, match=r"cannot write the table .*; name a file in a folder that can be written"):
+        with pytest.raises(UserError, match=r"cannot write the table .*; name a file"):
             run(six, output=output)
     assert workers.done == []

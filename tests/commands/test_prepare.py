@@ -1,5 +1,6 @@
 import csv
 import os
+import random
 import shutil
 import sys
 import unicodedata
@@ -7,14 +8,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import av
+import numpy as np
 import pytest
 
+from clip_m2df.classifier.clips import list_examples, videos_in
 from clip_m2df.cli import main
 from clip_m2df.commands.prepare import prepare
 from clip_m2df.datasets.benchmarks import BENCHMARKS
 from clip_m2df.datasets.manifest import Manifest
-from clip_m2df.datasets.tree import scan
+from clip_m2df.datasets.tree import describe, scan
 from clip_m2df.errors import UserError
+from tests.clips import render, save_image
 
 CLASSES = {
     "train": ["draw sword", "hurling (sport)", "air drumming", "busking", "yoga"],
@@ -31,6 +36,17 @@ def touch(root: Path, names: Iterable[str]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     return root
+
+
+def film(path: Path, codec: str, pix_fmt: str = "yuv420p") -> None:
+    """A video in the format that its extension says."""
+    with av.open(str(path), "w") as output:
+        stream: Any = output.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, pix_fmt
+        for number in range(5):
+            picture = np.full((48, 64, 3), 40 * number, np.uint8)
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        output.mux(stream.encode(None))
 
 
 def listed() -> dict[str, list[str]]:
@@ -293,7 +309,180 @@ def test_splits_that_supply_no_episodes(tmp_path: Path, capsys: pytest.CaptureFi
     assert "there is no test split" in out
 
 
+# Lists that others make of all videos
+
+
+def test_kinetics_own_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = touch(
+        tmp_path / "videos", ["open door/-abcdefghij_000001_000011.mp4", "wave/_bcdefghij-.mkv", "x/other.mp4"]
+    )
+    lists = touch(tmp_path / "lists", ["train.csv", "test.csv"])
+    header = "label,youtube_id,time_start,time_end,split\n"
+    (lists / "train.csv").write_text(f"{header}open door,-abcdefghij,1,11,train\nwave,#NAME?,3,13,train\n")
+    (lists / "test.csv").write_text(f'{header}"wave",_bcdefghij-,1,11,test\nwave,cccdefghij-,1,11,test\n')
+    for dataset in ("kinetics100", "folder"):
+        run = Run(tmp_path, dataset, "--lists", lists)
+        assert run.status == 1
+        assert run.rows == [
+            ("train", "open door", "open door/-abcdefghij_000001_000011.mp4"),
+            ("test", "wave", "wave/_bcdefghij-.mkv"),
+        ]
+        assert run.problems == [["test", "wave", "wave,cccdefghij-,1,11,test", "missing", ""]]
+        out = capsys.readouterr().out
+        assert (
+            "passed over 1 lines without the id of a video, which a spreadsheet may have destroyed: 'wave,#NAME?" in out
+        )
+    assert root.is_dir()
+
+
+def test_paths_with_numbers_take_their_classes_from_the_tree(tmp_path: Path) -> None:
+    touch(tmp_path / "videos", ["open door/a b.mp4", "open door/c/1.jpg", "wave/d.avi"])
+    lists = touch(tmp_path / "lists", ["train.txt", "test.txt"])
+    (lists / "train.txt").write_text("a b.mp4 0\n")
+    (lists / "test.txt").write_text("d.avi 12 40 1\n")
+    wanted = [("train", "open door", "open door/a b.mp4"), ("test", "wave", "wave/d.avi")]
+    assert Run(tmp_path, "folder", "--lists", lists).rows == wanted
+    (lists / "train.txt").write_text("open door/a b.mp4 0\n")
+    assert Run(tmp_path, "folder", "--lists", lists).rows == wanted
+    (tmp_path / "index.txt").write_text("opening\nwaving\n")
+    run = Run(tmp_path, "folder", "--lists", lists, "--annotations", tmp_path / "index.txt")
+    assert run.rows == [("train", "opening", "open door/a b.mp4"), ("test", "waving", "wave/d.avi")]
+
+
+# The manifest
+
+
+@pytest.mark.parametrize("output", ["out/m.csv", "m.csv", "videos/m.csv"])
+def test_manifests_hold_no_absolute_path_and_move(tmp_path: Path, output: str) -> None:
+    touch(tmp_path / "a" / "videos", [f"{s}/{c}/{k}.mp4" for s in COUNTS for c in CLASSES[s] for k in range(COUNTS[s])])
+    root = tmp_path / "a" / "videos"
+    assert main(["prepare", "folder", "--root", str(root), "--output", str(tmp_path / "a" / output)]) == 0
+    before = Manifest.read(tmp_path / "a" / output, root)
+    assert str(tmp_path) not in (tmp_path / "a" / output).read_text()
+    (tmp_path / "a").rename(tmp_path / "b")
+    after = Manifest.read(tmp_path / "b" / output, tmp_path / "b" / "videos")
+    assert [os.path.relpath(video.path, tmp_path / "b") for video in after.videos] == [
+        os.path.relpath(video.path, tmp_path / "a") for video in before.videos
+    ]
+
+
+def test_links_to_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = touch(tmp_path / "videos", [f"{s}/{c}/{k}.mp4" for s in COUNTS for c in CLASSES[s] for k in range(10)])
+    (root / "train/yoga/again.mp4").symlink_to(root / "train/yoga/1.mp4")
+    os.link(root / "train/yoga/2.mp4", root / "train/yoga/hard.mp4")
+    (root / "test/eat/leak.mp4").symlink_to(root / "train/yoga/3.mp4")
+    os.link(root / "test/eat/1.mp4", root / "val/hug/leak.mp4")
+    run = Run(tmp_path, "folder")
+    assert len(run.rows) == 148
+    assert [row[:4] for row in run.problems] == [
+        ["train", "yoga", "train/yoga/3.mp4", "ambiguous"],
+        ["val", "hug", "val/hug/leak.mp4", "ambiguous"],
+        ["test", "eat", "test/eat/1.mp4", "ambiguous"],
+        ["test", "eat", "test/eat/leak.mp4", "ambiguous"],
+    ]
+    out = capsys.readouterr().out
+    links = "'train/yoga/again.mp4', 'train/yoga/hard.mp4'"
+    assert f"passed over 2 that are links to others that are taken: {links}" in out
+
+
 # The tree
+
+
+def put_every_kind(folder: Path) -> Path:
+    """Videos under names that hide it, and what is no video."""
+    clip = render(folder / "clip.mp4", 8, size=(48, 32))
+    for name in ("no_extension", "strange.xyz", "UPPER.MP4", "half.mp4.part", "half.mkv.crdownload", ".hidden.mp4"):
+        (folder / name).write_bytes(clip.read_bytes())
+    for name, codec, options in (
+        ("anim.gif", "gif", {"pix_fmt": "rgb8"}),
+        ("t0.ogg", "libvpx", {}),
+        ("t1.mxf", "mpeg2video", {}),
+        ("t2.m2v", "mpeg2video", {}),
+        ("t3.y4m", "rawvideo", {}),
+        ("t4.h264", "libx264", {}),
+    ):
+        film(folder / name, codec, **options)
+    (folder / "notes").write_text("Once upon a time.\n" * 50)
+    (folder / "list").write_text("#EXTM3U\nclip.mp4\n")
+    (folder / "noise").write_bytes(random.Random(0).randbytes(10_000))
+    (folder / "picture").write_bytes(save_image(folder / "single.png", 1).read_bytes())
+    for name in ("notes.txt", "a.json", "b.JSON", "c.csv", "Thumbs.db", ".DS_Store", "videos.zip", "more.tar.gz"):
+        (folder / name).write_bytes(clip.read_bytes())  # none is opened
+    (folder / "broken.mp4").symlink_to(folder / "none.mp4")
+    os.mkfifo(folder / "pipe.mp4")
+    return folder
+
+
+VIDEOS = sorted(
+    [
+        "clip.mp4",
+        "no_extension",
+        "strange.xyz",
+        "UPPER.MP4",
+        "anim.gif",
+        "t0.ogg",
+        "t1.mxf",
+        "t2.m2v",
+        "t3.y4m",
+        "t4.h264",
+    ]
+)
+LEFT_OUT = {
+    "without an extension": ["list", "noise", "notes", "picture"],
+    "partial downloads": ["half.mkv.crdownload", "half.mp4.part"],
+    "hidden": [".DS_Store", ".hidden.mp4"],
+    ".json": ["a.json", "b.JSON"],
+    "archives": ["more.tar.gz", "videos.zip"],
+    ".txt": ["notes.txt"],
+    ".csv": ["c.csv"],
+    ".db": ["Thumbs.db"],
+    "broken links": ["broken.mp4"],
+    "neither files nor folders": ["pipe.mp4"],
+    "single images": ["single.png"],
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no FIFOs")
+def test_what_a_folder_has_is_taken_or_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "videos" / "train" / "yoga").mkdir(parents=True)
+    folder = put_every_kind(tmp_path / "videos" / "train" / "yoga")
+    tree = scan(folder)
+    assert [file.name for file in tree.files] == VIDEOS
+    assert tree.left_out == LEFT_OUT
+    run = Run(tmp_path, "folder")
+    assert sorted(os.path.basename(path) for path in run.paths) == VIDEOS
+    out = capsys.readouterr().out
+    assert "not taken for videos: without an extension: 4 (train/yoga/list, train/yoga/noise and 2 more), " in out
+    assert "archives: 2 (train/yoga/more.tar.gz, train/yoga/videos.zip)" in out
+    assert "; unpack and complete those with videos" in out
+    with pytest.warns(UserWarning, match="not taken for videos in ") as caught:
+        assert sorted(os.path.basename(path) for path in videos_in(folder)) == VIDEOS
+    assert str(caught[0].message) == f"not taken for videos in {folder}: {describe(LEFT_OUT)}"
+    with pytest.warns(UserWarning, match="not taken for videos in ") as caught:
+        (examples,) = list_examples(folder.parent).values()
+    assert len(examples) == len(VIDEOS)
+    assert "yoga/half.mp4.part" in str(caught[0].message)
+
+
+def test_a_folder_of_frames_stays_one_whatever_is_beside_them(tmp_path: Path) -> None:
+    root = touch(tmp_path / "videos", ["frames/1.jpg", "frames/2.jpg", "frames/read.me", "frames/flow.flo"])
+    render(root / "preview.mp4", 8, size=(48, 32)).rename(root / "frames" / "preview")
+    tree = scan(root)
+    assert [file.inner_path for file in tree.files] == ["frames"]
+    assert sorted(name for names in tree.left_out.values() for name in names) == [
+        *("frames/flow.flo", "frames/preview", "frames/read.me")
+    ]
+
+
+def test_unknown_files_without_end_are_not_all_opened(tmp_path: Path) -> None:
+    root = touch(tmp_path / "videos", [f"{k}.feat" for k in range(150)])
+    clip = render(tmp_path / "clip.mp4", 8, size=(48, 32))
+    for name in ("000.feat", "~.feat", "~.dat"):
+        (root / name).write_bytes(clip.read_bytes())
+    assert [file.name for file in scan(root).files] == ["000.feat", "~.dat", "~.feat"]
+    (root / "000.feat").unlink()
+    assert [file.name for file in scan(root).files] == ["~.dat"]
+    assert len(scan(root).left_out[".feat"]) == 151
 
 
 def test_links_are_followed_once(tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+import ast
 import copy
 import itertools
 import os
@@ -206,6 +207,75 @@ def test_a_video_that_is_listed_twice(tmp_path: Path, again: str) -> None:
     assert f"lists the video {tmp_path / 'v/a.mp4'} twice, on line 2 and on line 4: remove one" in message
 
 
+SPELLINGS = [
+    ("HandstandPushups", "HandStandPushups"),
+    ("open door", "open_door"),
+    ("open door", "Open-Door"),
+    ("open door", "opendoor"),
+    ("pull\u2010up", "pull-up"),
+    ("caf\u00e9", "cafe\u0301"),
+    ("\u00dcbung", "u\u0308bung"),
+    ("stra\u00dfe", "STRASSE"),
+    ("run", "\uff32\uff35\uff2e"),
+    ("\ufb01sh", "fish"),
+    ("x\u00b2", "x2"),
+    ("run", "run\u200b"),
+    ("run", "\ufeffrun"),
+    ("run", "r\u00adun"),
+    ("run", "ru\u200dn"),
+    ("run", "\u202erun\u202c"),
+    ("run", "run\ufe0f"),
+    ("run", "run\u2800"),
+    ("run", "r\x07un"),
+    ("open\u00a0door", "open door"),
+    ("open\u3000door", "open door"),
+    ("open  door", "open door"),
+]
+DISTINCT = [("run", "runs"), ("11", "1 1"), ("-1", "1"), ("C", "C++"), ("a.b", "ab"), ("_", "-"), ("\u00e9", "e")]
+
+
+@pytest.mark.parametrize(("first", "second"), SPELLINGS)
+def test_spellings_of_one_class(tmp_path: Path, first: str, second: str) -> None:
+    message = refusal(tmp_path, rows(f"a,{first},train", f"b,{second},test"))
+    assert " is in two splits, train on line 2 as " in message
+    assert " and test on line 3 of the manifest " in message
+    message = refusal(tmp_path, rows(f"a,{first},train", f"b,{second},train"))
+    assert message.startswith("one class has two spellings in the manifest ")
+    one, other = re.findall(r"('.*') on line 2 and ('.*') on line 3: keep one$", message)[0]
+    assert one != other
+    assert [ast.literal_eval(name) for name in (one, other)] == [first, second]
+
+
+@pytest.mark.parametrize(("first", "second"), DISTINCT)
+def test_names_that_are_no_spellings_of_one_class(tmp_path: Path, first: str, second: str) -> None:
+    manifest = Manifest.read(save(tmp_path, rows(f"a,{first},train", f"b,{second},test")), check_files=False)
+    assert [split.class_names for split in manifest.splits.values()] == [(first,), (second,)]
+
+
+@pytest.mark.parametrize("kind", ["symbolic", "hard", "folder", "parent", "frames"])
+def test_one_file_under_two_names(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "v").mkdir()
+    (tmp_path / "v" / "a.mp4").touch()
+    first, second = "v/a.mp4", "link.mp4"
+    if kind == "symbolic":
+        (tmp_path / second).symlink_to("v/a.mp4")
+    elif kind == "hard":
+        os.link(tmp_path / first, tmp_path / second)
+    else:
+        (tmp_path / "w").symlink_to("v")
+        first, second = ("v", "w") if kind == "frames" else (first, "w/a.mp4" if kind == "folder" else "w/../v/a.mp4")
+    path = save(tmp_path, rows(f"{first},x,train", f"{second},y,test"))
+    if kind == "parent":
+        with pytest.raises(UserError, match=r"lists the video .* twice, on line 2 and on line 3"):
+            Manifest.read(path)
+        return
+    with pytest.raises(UserError) as caught:
+        Manifest.read(path)
+    expected = f"lists one file twice, as '{first}' ('x', train) and as '{second}' ('y', test): remove one, or let "
+    assert expected in str(caught.value)
+    assert len(Manifest.read(path, check_files=False).videos) == 2
+
+
 def test_missing_videos(tmp_path: Path) -> None:
     (tmp_path / "2.mp4").touch()
     message = refusal(tmp_path, rows(*(f"{k}.mp4,run,train" for k in range(9))), check_files=True)
@@ -316,6 +386,43 @@ def test_the_folder_is_made_where_it_can_be(tmp_path: Path) -> None:
         manifest_of({"run": 1}).write(tmp_path / "file" / "manifest.csv")
 
 
+def test_a_manifest_moves_with_its_videos(tmp_path: Path) -> None:
+    for folder in ("data/a", "data/b"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "1.mp4").touch()
+    videos = [Video(str(tmp_path / "data" / c / "1.mp4"), c, "train", c) for c in "ab"]
+    Manifest(videos).write(tmp_path / "lists" / "absolute.csv", tmp_path / "elsewhere")
+    assert Manifest.read(tmp_path / "lists" / "absolute.csv", tmp_path / "data").videos == tuple(videos)
+    for output in ("lists/m.csv", "m.csv", "data/m.csv", "data/lists/m.csv"):
+        Manifest(videos).write(tmp_path / output, tmp_path / "data")
+        text = (tmp_path / output).read_text()
+        assert str(tmp_path) not in text
+        assert ".." not in text
+        assert Manifest.read(tmp_path / output, tmp_path / "data").videos == tuple(videos)
+        moved = tmp_path / "moved" / output
+        moved.parent.mkdir(parents=True, exist_ok=True)
+        moved.write_text(text)
+    with pytest.raises(UserError, match=r"2 of the 2 videos .* name the folder that they start at with --data\.root"):
+        Manifest.read(tmp_path / "lists" / "m.csv")
+    (tmp_path / "data").rename(tmp_path / "moved" / "renamed")
+    for output in ("lists/m.csv", "data/lists/m.csv"):
+        found = Manifest.read(tmp_path / "moved" / output, tmp_path / "moved" / "renamed").videos
+        assert [video.path for video in found] == [str(tmp_path / "moved" / "renamed" / c / "1.mp4") for c in "ab"]
+
+
+def test_relative_paths_start_at_the_manifest_where_it_has_their_videos(tmp_path: Path) -> None:
+    for folder in ("here", "root"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "1.mp4").touch()
+    path = save(tmp_path / "here", rows("1.mp4,run,train", "2.mp4,run,train"))
+    found = Manifest.read(path, tmp_path / "root", check_files=False).videos
+    assert [video.path for video in found] == [str(tmp_path / "here" / f"{k}.mp4") for k in (1, 2)]
+    for outside in ("../root/1.mp4", str(tmp_path / "root" / "1.mp4")):
+        path = save(tmp_path / "here", rows(f"{outside},run,train", "2.mp4,run,train"))
+        found = Manifest.read(path, tmp_path / "root", check_files=False).videos
+        assert [video.path for video in found] == [str(tmp_path / "root/1.mp4"), str(tmp_path / "here/2.mp4")]
+
+
 # Texts from elsewhere
 
 
@@ -328,13 +435,15 @@ def test_class_texts_from_a_file_take_the_place_of_the_manifests(tmp_path: Path)
     split = with_texts(tmp_path, 'open_door,"a door, opening"', "another,data set's").split("train")
     assert split.class_names == ("open_door", "run")
     assert split.class_texts == ("a door, opening", "run")
+    assert with_texts(tmp_path, "Open Door,opening").split("train").class_texts == ("opening", "run")
 
 
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
         ([], "names no class of .*, such as 'run': its labels are spelt as in the manifest"),
-        (["Run,running"], "names no class of"),
+        (["Running,running"], "names no class of"),
+        (["run,running", "Run,to run"], r"line 3 of the list of class texts .* gives the class 'Run' a second text"),
         (["run,running", "run,to run"], r"line 3 of the list of class texts .* gives the class 'run' a second text"),
         (["run"], r"line 2 of the list of class texts .* another number of cells than the header, 1 and not 2"),
         (["run,"], r"line 2 of the list of class texts .* has an empty text"),

@@ -1,5 +1,6 @@
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -116,6 +117,144 @@ def test_names_of_classes(tmp_path: Path) -> None:
 def test_one_file_can_hold_all_splits(tmp_path: Path) -> None:
     file = save(tmp_path, {"all": "".join(ID_FORM.values())}) / "all"
     assert read_lists(file, "kinetics100") == read_lists(save(tmp_path / "three", ID_FORM), "kinetics100")
+
+
+# Lists that others make of all videos
+
+
+HEADER = "label,youtube_id,time_start,time_end,split"
+
+
+def kinetics(*rows: str, header: str = HEADER) -> str:
+    return "\n".join([header, *rows, ""])
+
+
+@pytest.mark.parametrize(
+    ("header", "row", "name"),
+    [
+        (HEADER, "open door,-abcdefghij,12,22,train", "-abcdefghij_000012_000022"),
+        ("label,youtube_id,time_start,time_end,split,is_cc", '"open door",abc_efghij-,1,11,train,0', None),
+        ("youtube_id,time_start,time_end,split,label", "abcdefghijk,1.0,11.0,training,open door", None),
+        ("Label;YouTube_ID;split", "open door;abcdefghijk;train", "abcdefghijk"),
+        ("label,youtube_id", "open door,abcdefghijk", "abcdefghijk"),
+        ("path,start,end,label", "a/open door 3.mp4,12,40,open door", "open door 3"),
+        ("video\tclass", "x y.avi\topen door", "x y"),
+    ],
+)
+def test_tables(tmp_path: Path, header: str, row: str, name: str | None) -> None:
+    lists = read_lists(save(tmp_path, {"train.csv": kinetics(row, row, header=header)}), "folder")
+    assert lists.classes == {"train": ("open door",)}
+    assert lists.videos is not None
+    (video,) = lists.videos
+    assert (video.split, video.label, video.line) == ("train", "open door", row)
+    assert video.stem == (name or video.stem)
+    assert lists.by_id == ("youtube_id" in header.lower())
+    assert len(lists.remarks) == ("start,end" in header)
+
+
+def test_a_table_says_the_split_itself(tmp_path: Path) -> None:
+    rows = [f"{c},{c * 11},1,11,{split}" for c, split in zip("abcd", ("train", "validate", "val", "test"), strict=True)]
+    lists = read_lists(save(tmp_path, {"all.csv": kinetics(*rows)}) / "all.csv", "kinetics100")
+    assert lists.classes == {"train": ("a",), "val": ("b", "c"), "test": ("d",)}
+    assert read_lists(save(tmp_path / "folder", {"all.csv": kinetics(*rows)}), "kinetics100") == lists
+    message = refusal_of_lists(tmp_path, {"all.csv": kinetics(rows[0], "e,eeeeeeeeeee,1,11,holdout")})
+    assert "line 3 of the list" in message
+    assert "has the split 'holdout': it can be train, val, test" in message
+
+
+@pytest.mark.parametrize("destroyed", ["#NAME?", "#VALUE!", "", "1.2E+11", "abc"])
+def test_ids_that_a_spreadsheet_destroyed(tmp_path: Path, destroyed: str) -> None:
+    text = kinetics("open door,-abcdefghij,1,11,train", f"wave,{destroyed},3,13,train")
+    lists = read_lists(save(tmp_path / "lists", {"train.csv": text}), "kinetics100")
+    assert lists.classes == {"train": ("open door",)}
+    assert lists.remarks == (
+        "passed over 1 lines without the id of a video, which a spreadsheet may have destroyed: "
+        f"'wave,{destroyed},3,13,train' on line 3 of the list {tmp_path / 'lists' / 'train.csv'}",
+    )
+    message = refusal_of_lists(tmp_path / "lists", {"train.csv": kinetics(f"wave,{destroyed},3,13,train")})
+    assert "has no id of a video, and so have all others" in message
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["open door/open door 0.mp4 0", "drink (1)/drink (1) 1.mp4 1"],
+        ["open door/a.mp4,0", "drink (1)/b.avi,1"],
+        ["/data/k400/open door/a.mp4\t0", "/data/k400/drink (1)/b.avi\t1"],
+        ['"open door/a.mp4" 0', '"drink (1)/b.avi" 1'],
+        ["open door/a.mp4 12 40 0", "drink (1)/b.webm 1 90 1"],
+        ["open door/a.mp4 12.5 40.25 open door", "drink (1)/b.webm 1 90 drink (1)"],
+        ["v/a.mp4,12,40,open door", "v/b.webm,1,90,drink (1)"],
+        ["open door/clip 3 163 0", "open door/clip 4 12 0", "drink (1)/clip 5 90 1"],
+        ["open door/clip_a 12 163 0", "drink (1)/clip_b 1 90 1"],
+        ["open door/a 0", "open door/b 0", "drink (1)/c 1"],
+    ],
+)
+def test_paths_with_numbers(tmp_path: Path, lines: list[str]) -> None:
+    lists = read_lists(save(tmp_path, {"train_list_videos.txt": "\n".join(lines)}), "folder")
+    assert lists.classes == {"train": ("open door", "drink (1)")}
+    assert [video.line for video in lists.videos or ()] == lines
+    assert not any(re.search(r"\.(mp4|avi|webm)|[\"\t,]| \d+ \d+$", video.stem) for video in lists.videos or ())
+
+
+def test_names_that_end_in_numbers_are_no_classes(tmp_path: Path) -> None:
+    lists = read_lists(save(tmp_path, {"train.txt": "eat/eat 0\neat/eat 1\nkick/kick 0\n"}), "folder")
+    assert lists.classes == {"train": ("eat", "kick")}
+    assert [video.stem for video in lists.videos or ()] == ["eat 0", "eat 1", "kick 0"]
+    lists = read_lists(save(tmp_path, {"train.txt": "jump 1\njump 2\n"}), "folder")
+    assert (lists.classes, lists.videos) == ({"train": ("jump 1", "jump 2")}, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "index"),
+    [
+        ("map.txt", "open door\nwave\n"),
+        ("classInd.txt", "1 open door\r\n2 wave\r\n"),
+        ("map.csv", "id,name\n1,open door\n2,wave\n"),
+        ("map.csv", "name,id\nopen door,1\nwave,2\n"),
+        ("map.json", '["open door", "wave"]'),
+        ("map.json", '{"open door": 1, "wave": "2"}'),
+        ("map.json", '{"1": "open door", "2": "wave"}'),
+    ],
+)
+def test_numbers_of_classes_by_an_index(tmp_path: Path, name: str, index: str) -> None:
+    save(tmp_path, {name: index})
+    folder = save(tmp_path / "lists", {"train.txt": "a.mp4 1\n", "test.txt": "b.mp4 2\n"})
+    assert read_lists(folder, "folder", [tmp_path / name]).classes == {"train": ("open door",), "test": ("wave",)}
+    folder = save(tmp_path / "lists", {"train.txt": "wave/a.mp4 1\n"})
+    message = refusal(lambda: read_lists(folder, "folder", [tmp_path / name]))
+    assert "the class number 1 is 'open door' in the annotations, and 'wave' on line 1 of the list" in message
+
+
+def test_numbers_of_classes_by_the_folders_of_the_files(tmp_path: Path) -> None:
+    folder = save(tmp_path / "lists", {"train.txt": "v/a.mp4 0\nv/b.mp4 1\n"})
+    assert "nothing names the classes number 0, number 1 of the lists" in refusal(lambda: read_lists(folder, "folder"))
+    lists = read_lists(folder, "folder", folder_of={"a": "open door", "b": "wave"}.__getitem__)
+    assert lists.classes == {"train": ("open door", "wave")}
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        (
+            {"train.csv": kinetics("run,abcdefghijk,1,2,train"), "test.csv": kinetics("run,bbcdefghijk,1,2,test")},
+            "so keep it in one; lists as Kinetics' own divide videos and not classes",
+        ),
+        (
+            {"train.txt": "run/a.mp4 0", "test.txt": "run/b.mp4 0"},
+            "so keep it in one; lists as those of MMAction2 and TSN divide videos and not classes",
+        ),
+        ({"test.csv": "youtube_id,time_start,time_end,split\nabcdefghijk,1,11,test"}, "but none with the class, as"),
+        ({"train.csv": kinetics("run,abcdefghijk")}, "it should be a cell for each column, as its other lines"),
+        ({"train.csv": kinetics('"run,abcdefghijk,1,2,train')}, "it should be a cell for each column"),
+        ({"train.csv": kinetics()}, "train.csv is empty: give one with a video on each line"),
+        ({"train.txt": "a/b.mp4 0\na/c.mp4 0\na/d.mp4\n"}, "line 3 of the list"),
+        ({"train.txt": "a/b.mp4 0\na/c.mp4 0\na/d.mp4\n"}, "it should be a path, its start and end or number of"),
+        ({"train.txt": "a/b.mp4 0\nc/d.mp4 0\n"}, "the class number 0 is 'a' on line 1 of the list"),
+    ],
+)
+def test_lists_of_all_videos_that_make_no_sense(tmp_path: Path, files: dict[str, str], reason: str) -> None:
+    assert reason in refusal_of_lists(tmp_path, files, "folder")
 
 
 @pytest.mark.parametrize(
@@ -314,8 +453,10 @@ def check_damage(path: Path, whole: bytes, read: Callable[[], object]) -> None:
         ("kinetics100", ID_FORM),
         ("ssv2", SSV2_FORM),
         ("folder", {"train.txt": "run\nlong jump\n", "val.txt": "hug\n", "test.txt": "zap\n"}),
+        ("folder", {"train.csv": kinetics("a b,abcdefghijk,1,2,train", 'c,"-bcdefghijk",3,13,val')}),
+        ("folder", {"train.txt": "a/b c.mp4 1 40 0\nd/e.mp4 3 13 1\n", "val.txt": "f/g.mp4 1 2 3"}),
     ],
-    ids=["class", "id", "ssv2", "names"],
+    ids=["class", "id", "ssv2", "names", "table", "rows"],
 )
 def test_any_damage_to_a_list_ends_in_a_list_or_in_a_user_error(
     tmp_path: Path, dataset: str, files: dict[str, str]

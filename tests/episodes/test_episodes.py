@@ -1,12 +1,14 @@
 import itertools
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
 from clip_m2df.datasets.manifest import Manifest, Split, Video
-from clip_m2df.episode import episode_draws
+from clip_m2df.episode import Episode, episode_draws
 from clip_m2df.episodes.dataset import EpisodeDataset, collate_episodes
 from clip_m2df.episodes.plan import EpisodeSampler, EpisodeShape, plan_episode
 from clip_m2df.errors import UserError
@@ -62,6 +64,48 @@ def test_workers_change_nothing(train: Split, num_workers: int) -> None:
         assert torch.equal(batch["support"], expected["support"])
         assert torch.equal(batch["query"], expected["query"])
         assert torch.equal(batch["draws"], expected["draws"])
+
+
+def own_episode(number: int, keys: Iterable[str], *, leading: bool) -> dict[str, Any]:
+    """An episode as somebody else makes one."""
+    values: dict[str, Any] = {
+        "support": torch.full((2, 1, 3, 3, 8, 8), number, dtype=torch.uint8),
+        "query": torch.full((4, 3, 3, 8, 8), number, dtype=torch.uint8),
+        "query_labels": torch.tensor([0, 0, 1, 1]),
+        "class_indices": torch.tensor([number, number + 1]),
+        "draws": torch.full((4,), number / 10),
+        "replaced": torch.tensor(number),
+        "same": torch.arange(6),
+    }
+    tensors = {key: values[key].unsqueeze(0) if leading else values[key] for key in keys if key != "class_names"}
+    return tensors | {"class_names": ["a", "b", "c", "d"]}
+
+
+@pytest.mark.parametrize("leading", [True, False])
+@pytest.mark.parametrize("more", [(), ("draws",), ("draws", "replaced", "same")])
+def test_episodes_of_ones_own_are_joined(more: tuple[str, ...], leading: bool) -> None:
+    assert Episode.__required_keys__ == {"support", "query", "query_labels", "class_indices", "class_names"}
+    assert Episode.__optional_keys__ == {"draws", "replaced", "same"}
+    keys = [*Episode.__required_keys__, *more]
+    batch: Any = collate_episodes([own_episode(k, keys, leading=leading) for k in (1, 2)])  # type: ignore[type-var]
+    assert batch.keys() == set(keys) - {"same"}
+    assert batch["support"].shape == (2, 2, 1, 3, 3, 8, 8)
+    assert batch["query"].shape == (2, 4, 3, 3, 8, 8)
+    assert batch["query"].flatten(1)[:, 0].tolist() == [1, 2]
+    assert batch["class_indices"].tolist() == [[1, 2], [2, 3]]
+    assert batch["class_names"] == ["a", "b", "c", "d"]
+    if "replaced" in more:
+        assert batch["replaced"].tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("key", ["support", "query", "query_labels", "class_indices", "class_names", "draws"])
+def test_an_episode_that_lacks_a_key(key: str) -> None:
+    keys = ["support", "query", "query_labels", "class_indices", "class_names", "draws"]
+    first, second = (own_episode(k, keys, leading=False) for k in (1, 2))
+    del second[key]
+    for episodes in [[first, second], [second, second]][: 1 if key == "draws" else 2]:
+        with pytest.raises(UserError, match=f"an episode has no '{key}': give each the keys of clip_m2df.Episode"):
+            collate_episodes(episodes)  # type: ignore[type-var]
 
 
 def test_the_batch_is_what_its_legend_says(train: Split) -> None:

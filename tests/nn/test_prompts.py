@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from clip_m2df import CLIPM2DF
 from clip_m2df.errors import UserError
 from clip_m2df.nn.prompts import (
     check_templates,
@@ -90,3 +91,29 @@ def test_an_ensemble_is_the_mean_of_normalised_embeddings_at_their_mean_norm() -
     torch.testing.assert_close(ensemble(embeddings), torch.tensor(expected))
     assert torch.equal(ensemble(embeddings[:1]), embeddings[0])
     torch.testing.assert_close(ensemble(embeddings[[0, 0, 0]]), embeddings[0])
+
+
+LONG = "a person who " + "very slowly and carefully " * 20
+
+
+@pytest.mark.parametrize(
+    ("texts", "reason"),
+    [
+        (("moving", "jumping", "moving"), "'x' and 'z' have one text, 'moving', so that no prompt tells them apart"),
+        (("Moving", "jumping", "moving "), "'x' and 'z' have one text"),
+        ((f"{LONG}opens", "jumping", f"{LONG}closes"), "which reads 77 tokens: give each a text that differs before"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("head", "refused"), [("m2df", True), ("clip_fsar", True), ("zero_shot", True), ("otam", False)]
+)
+def test_classes_with_one_prompt(texts: tuple[str, ...], reason: str, head: str, refused: bool) -> None:
+    model = CLIPM2DF(backbone="tiny", head=head).model
+    if not refused:
+        assert model.encode_prompts(texts, "xyz").shape[0] == 3
+        # The text counts in other ways too.
+        model = CLIPM2DF(backbone="tiny", head=head, text_fusion=0.5).model
+    with pytest.raises(UserError, match="the classes 'x' and 'z' have ") as caught:
+        model.encode_prompts(texts, "xyz")
+    assert reason in str(caught.value)
+    assert "in the column text of the manifest, or as its name" in str(caught.value)

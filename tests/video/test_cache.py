@@ -20,7 +20,7 @@ from clip_m2df.cli import main
 from clip_m2df.commands import cache as module
 from clip_m2df.commands.cache import cache_frames
 from clip_m2df.errors import UserError
-from clip_m2df.files import fingerprint
+from clip_m2df.files import fingerprint, locked_folder
 from clip_m2df.video import reader
 from clip_m2df.video.frame_cache import DamagedCacheError, FrameCache, decode_jpegs, encode_jpeg
 from clip_m2df.video.isolation import Unreadable
@@ -402,6 +402,27 @@ def test_the_output_is_a_file(tiny: Path) -> None:
     manifest = tiny / "manifest.csv"
     with pytest.raises(UserError, match=r"the output .*manifest\.csv is no folder: name the cache's folder"):
         cache_frames(manifest=manifest, output=manifest)
+
+
+def test_one_process_writes_a_cache(copy: Path) -> None:
+    with (
+        locked_folder(copy.parent / "cache", "cache"),
+        pytest.raises(UserError, match=r"another process writes the cache .*cache: wait for its end, or name another"),
+    ):
+        make(copy)
+    before = sorted(path.name for path in (copy.parent / "cache").glob("frames-*"))
+    make(copy)  # the lock is free again, and leaves nothing
+    assert (copy.parent / "cache" / ".lock").exists() is False
+    assert sorted(path.name for path in (copy.parent / "cache").glob("frames-*")) >= before
+
+
+def test_the_lock_of_a_cache_follows_no_link(copy: Path) -> None:
+    (copy.parent / "precious.txt").write_text("precious")
+    (copy.parent / "new").mkdir()
+    (copy.parent / "new" / ".lock").symlink_to(copy.parent / "precious.txt")
+    with pytest.raises(UserError, match=r"cannot write the cache .*\.lock is a link or no regular file; delete it"):
+        cache_frames(manifest=copy, output=copy.parent / "new")
+    assert (copy.parent / "precious.txt").read_text() == "precious"
 
 
 def test_not_one_video(tmp_path: Path, no_processes: None) -> None:

@@ -36,6 +36,7 @@ from clip_m2df.classifier.support import (
     check_names,
     make_classes,
 )
+from clip_m2df.datasets.manifest import class_key
 from clip_m2df.errors import UserError, printable, require, some
 from clip_m2df.evaluation.explanation import Explanation, compared_classes, explain
 from clip_m2df.hub import other_model
@@ -254,16 +255,21 @@ class FewShotClassifier:
             texts: what the prompt says of a class, where that is not its name in plain words.
 
         Raises:
-            UserError: a class without an example that can be read, an example of two classes, or no class at all.
-                Other examples that can't be read are named in a warning, and left out.
+            UserError: a class without an example that can be read, an example of two classes, two classes with one
+                prompt where prompts count, or no class at all. Other examples that can't be read are named in a
+                warning, and left out.
         """
         examples = list_examples(support)
         if texts is not None and not isinstance(texts, Mapping):
             raise UserError(f"texts is of type {type(texts).__name__}: give what prompts say by the class's name")
-        if unknown := [label for label in texts or () if label not in examples]:
+        spelled = {class_key(str(label)): label for label in examples}
+        by_key = {class_key(str(label)): text for label, text in (texts or {}).items()}
+        if unknown := [label for label in texts or () if class_key(str(label)) not in spelled]:
             raise UserError(f"texts names {some(map(repr, unknown))}, which is no class of the support")
-        classes = make_classes(self.encoder, examples, texts or {})
-        check_disjoint(classes.values())
+        if len(by_key) < len(texts or ()):
+            raise UserError("texts names a class twice, in two spellings: keep one")
+        classes = make_classes(self.encoder, examples, {spelled[key]: text for key, text in by_key.items()})
+        self._check(classes)
         self._take(classes)
         return self
 
@@ -289,7 +295,7 @@ class FewShotClassifier:
         else:
             new = old.changed(self.model, text, make_classes(self.encoder, {label: more}, texts)[label])
         classes = self._classes | {label: new}
-        check_disjoint(classes.values())
+        self._check(classes)
         self._take(classes)
         return self
 
@@ -306,6 +312,10 @@ class FewShotClassifier:
             raise UserError(f"{label!r} is the only class: add another before it is removed")
         self._take({name: c for name, c in self._classes.items() if name != label})
         return self
+
+    def _check(self, classes: Mapping[str, SupportClass]) -> None:
+        check_disjoint(classes.values())
+        self.model.model.check_prompts([c.text for c in classes.values()], list(classes))
 
     def _take(self, classes: dict[str, SupportClass]) -> None:
         scorer = ClassScorer(self.model, list(classes.values()))

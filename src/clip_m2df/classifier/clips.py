@@ -2,8 +2,9 @@
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+import warnings
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -13,12 +14,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clip_m2df.datasets.tree import VIDEO_EXTENSIONS, scan
+from clip_m2df.datasets.tree import VIDEO_EXTENSIONS, Tree, describe, scan
 from clip_m2df.errors import UserError, require, some
 from clip_m2df.nn.weights import check_finite
 from clip_m2df.training.module import CLIPM2DF
 from clip_m2df.video.isolation import Unreadable, isolated_map
-from clip_m2df.video.reader import VideoError
+from clip_m2df.video.reader import VideoError, is_video
 from clip_m2df.video.transforms import ClipReader, resize_and_crop, segment_indices
 
 # A video file, a folder of numbered images, or uint8 RGB frames (frames, height, width, 3).
@@ -68,18 +69,32 @@ def list_clips(clips: Clips) -> tuple[list[Clip], bool]:
 def videos_in(folder: str | os.PathLike[str]) -> list[str]:
     """The videos in a folder at any depth, in the order of their names; the folder itself if it holds images alone.
 
-    A folder that may not be read stands for its videos: whoever reads it is told why.
+    A folder that may not be read stands for its videos: whoever reads it is told why. What is no video is counted and
+    named in a warning.
 
     Raises:
         UserError: there are none.
     """
     tree = scan(Path(folder), storable=False)
+    if found := _found(folder, tree):
+        _warn_of_left_out(folder, tree.left_out)
+    return found
+
+
+def _found(folder: str | os.PathLike[str], tree: Tree) -> list[str]:
+    """The paths of a tree's videos, see :func:`videos_in`."""
     if tree.is_video:
         return [os.fspath(folder)]
     found = [os.path.join(folder, *file.folder, file.name) for file in tree.files]
     if not found and not tree.unreadable:
-        raise UserError(f"{os.fspath(folder)} holds no videos: name a folder with some, at any depth")
+        left_out = f"; it has {describe(tree.left_out)}" if tree.left_out else ""
+        raise UserError(f"{os.fspath(folder)} holds no videos: name a folder with some, at any depth{left_out}")
     return sorted(found + tree.unreadable)
+
+
+def _warn_of_left_out(folder: str | os.PathLike[str], left_out: Mapping[str, Sequence[str]]) -> None:
+    if left_out:
+        warnings.warn(f"not taken for videos in {os.fspath(folder)}: {describe(left_out)}", stacklevel=4)
 
 
 def list_examples(support: Mapping[str, Clips] | str | os.PathLike[str]) -> dict[str, list[Clip]]:
@@ -110,18 +125,35 @@ def list_examples(support: Mapping[str, Clips] | str | os.PathLike[str]) -> dict
     labels = [path.name for path in entries if path.is_dir()]
     if not labels:
         raise UserError(f"{folder} has no folders: put the examples of each class into a folder of its name")
-    if beside := [path.name for path in entries if path.suffix.lower() in VIDEO_EXTENSIONS and not path.is_dir()]:
+    files = [path for path in entries if path.name not in labels]
+    if beside := [path.name for path in files if path.suffix.lower() in VIDEO_EXTENSIONS or is_video(os.fspath(path))]:
         raise UserError(f"{folder} has videos beside the folders of its classes: move {some(beside)} into one")
-    return {label: list(videos_in(folder / label)) for label in labels}
+    trees = {label: scan(folder / label, storable=False) for label in labels}
+    left_out = {"beside the folders": [path.name for path in files]} if files else {}
+    for label, tree in trees.items():
+        for kind, names in tree.left_out.items():
+            left_out.setdefault(kind, []).extend(f"{label}/{name}" for name in names)
+    examples: dict[str, list[Clip]] = {label: list(_found(folder / label, tree)) for label, tree in trees.items()}
+    _warn_of_left_out(folder, left_out)
+    return examples
 
 
 def unique(clips: Sequence[Clip], known: Iterable[str] = ()) -> list[Clip]:
     """The clips without files that come twice, or are known already; links to the same file are one."""
-    known_files = {os.path.realpath(path) for path in known if path}
-    by_file: dict[str | int, Clip] = {}
+    known_files = {file_of(path) for path in known if path}
+    by_file: dict[Hashable, Clip] = {}
     for index, clip in enumerate(clips):
-        by_file.setdefault(os.path.realpath(name_of(clip)) if name_of(clip) else index, clip)
+        by_file.setdefault(file_of(name_of(clip)) if name_of(clip) else index, clip)
     return [clip for file, clip in by_file.items() if file not in known_files]
+
+
+def file_of(path: str) -> Hashable:
+    """What all names of a file share, links and spellings of its path."""
+    with suppress(OSError, ValueError):  # it is not there
+        status = os.stat(path)
+        if status.st_ino:
+            return status.st_dev, status.st_ino
+    return os.path.realpath(path)
 
 
 def name_of(clip: object) -> str:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from clip_m2df.classifier.clips import Clip, ClipEncoder, Encoded, name_of, unique
+from clip_m2df.classifier.clips import Clip, ClipEncoder, Encoded, file_of, name_of, unique
 from clip_m2df.datasets.manifest import class_key, readable
 from clip_m2df.errors import UserError, some
 from clip_m2df.nn.class_text import fuse_text
@@ -177,13 +176,13 @@ def check_disjoint(classes: Iterable[SupportClass]) -> None:
     Raises:
         UserError: names it.
     """
-    owners: dict[str, str] = {}
+    owners: dict[Hashable, str] = {}
     spellings: dict[str, str] = {}
     for c in classes:
         if (other := spellings.setdefault(class_key(c.label), c.label)) != c.label:
             raise UserError(f"{other!r} and {c.label!r} are spellings of one class: give their examples one name")
         for path in filter(None, c.examples):
-            if (owner := owners.setdefault(os.path.realpath(path), c.label)) != c.label:
+            if (owner := owners.setdefault(file_of(path), c.label)) != c.label:
                 raise UserError(f"{path} is an example of both {owner!r} and {c.label!r}: leave it to one of them")
 
 

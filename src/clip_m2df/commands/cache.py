@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from clip_m2df.datasets.manifest import Manifest
 from clip_m2df.errors import UserError, require, say, some_lines
-from clip_m2df.files import fingerprint, relative_path
+from clip_m2df.files import fingerprint, locked_folder, relative_path
 from clip_m2df.video.isolation import Unreadable, isolated_map
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def cache_frames(
 
     Raises:
         UserError: An option is out of range, the manifest is at fault, the folder holds a cache with other settings or
-            a damaged one, not one video can be read, or a shard cannot be written.
+            a damaged one, not one video can be read, a shard cannot be written, or another process writes the cache.
     """
     from rich.progress import track
 
@@ -65,18 +65,10 @@ def cache_frames(
     videos = [video.path for video in Manifest.read(manifest, root, check_files=False).videos]
     folder = os.path.dirname(os.path.abspath(manifest))
     settings = Settings(short_side, frames, QUALITY)
-    found, kept = read_headers(output, folder)
-    if found not in (None, settings):
-        raise UserError(f"the cache {output} has {found}, not {settings}: give another --output, or delete it")
-    output.mkdir(parents=True, exist_ok=True)
-    for draft in output.glob("frames-*.part"):
-        draft.unlink()
-    cache = FrameCache(settings, kept)
-    missing = [path for path in videos if not cache.has(path)]
     unread: dict[str, str] = {}
     keep = partial(keep_frames, short_side=short_side, frames=frames)
 
-    def readable() -> Iterator[tuple[CachedVideo, list[bytes]]]:
+    def readable(missing: Sequence[str]) -> Iterator[tuple[CachedVideo, list[bytes]]]:
         results = isolated_map(keep, missing, workers=workers, timeout=timeout)
         for path, result in track(results, "Caching frames", total=len(missing), disable=not missing):
             if isinstance(result, Unreadable):
@@ -84,12 +76,20 @@ def cache_frames(
             else:
                 yield result
 
-    kept_videos = readable()
-    while of_shard := list(itertools.islice(kept_videos, SHARD_VIDEOS)):
-        write_shard(output, folder, settings, of_shard)
+    with locked_folder(output, "cache"):
+        found, kept = read_headers(output, folder)
+        if found not in (None, settings):
+            raise UserError(f"the cache {output} has {found}, not {settings}: give another --output, or delete it")
+        for draft in output.glob("frames-*.part"):
+            draft.unlink()
+        cache = FrameCache(settings, kept)
+        kept_videos = readable([path for path in videos if not cache.has(path)])
+        while of_shard := list(itertools.islice(kept_videos, SHARD_VIDEOS)):
+            write_shard(output, folder, settings, of_shard)
     if not list_shards(output):
         path, reason = next(iter(unread.items()))
-        raise UserError(f"not one video of the manifest {manifest} could be read, for example {path}: {reason}")
+        remedy = "" if os.path.lexists(path) else "; name the folder that its paths start at with --root"
+        raise UserError(f"not one video of the manifest {manifest} could be read, for example {path}: {reason}{remedy}")
     _print_summary(videos, unread, output, folder)
 
 

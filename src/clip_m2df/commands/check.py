@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import hashlib
+import io
 import os
 import re
 from collections import Counter
@@ -11,12 +12,12 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TextIO, get_args
 
 from clip_m2df.datasets.benchmarks import NEEDED
-from clip_m2df.datasets.manifest import SPLITS, Manifest, Video
+from clip_m2df.datasets.manifest import SPLITS, Manifest, Video, same_files
 from clip_m2df.errors import UserError, console, require, say, some, some_lines
-from clip_m2df.files import fingerprint_text, plain, relative_path, write_table, writing
+from clip_m2df.files import beside, check_output, fingerprint_text, locked, plain, relative_path, write_table, writing
 from clip_m2df.video import Decoder
 from clip_m2df.video.isolation import Unreadable, isolated_map
 
@@ -122,7 +123,8 @@ def check_videos(
         The exit status: 0, or 1 if a video is unusable.
 
     Raises:
-        UserError: If an option is out of range, the manifest cannot be read, or a file cannot be written.
+        UserError: If an option is out of range, the manifest cannot be read, a file cannot be written, or another
+            process writes the table.
     """
     require(least=1, frames=frames, workers=workers)
     require(above=0, timeout=timeout)
@@ -130,21 +132,19 @@ def check_videos(
     output = manifest.with_suffix(".check.csv") if output is None else output
     if os.path.abspath(output) in [os.path.abspath(other) for other in (manifest, fix) if other is not None]:
         raise UserError(f"the table would take the place of the manifest {output}: give it another name with --output")
-    part = Path(f"{output}.part")
-    with writing(output, "table"):
-        findings = _find(listed, output, part, frames=frames, decoder=decoder, workers=workers, timeout=timeout)
-        first: dict[str, str] = {}
-        rows = []
-        for video in listed.videos:
-            name, digest = relative_path(video.path, listed.root), findings[video.path].digest
-            # The first of several videos with the same frames is not at fault.
-            same = first.setdefault(digest, name) if digest else name
-            rows.append(_row(name, video, findings[video.path], [] if same == name else [f"{_SAME} {same}"]))
-        write_table(output, "table", [COLUMNS, *(row.values() for row in rows)])
-        part.unlink()
-    _print_summary(rows, output)
+    check_output(output, "table")
     if fix is not None:
-        _write_fixed(listed, rows, fix)
+        check_output(fix, "manifest")
+    with locked(beside(output, ".part"), "table", output) as part, writing(output, "table"):
+        findings = _find(listed, output, part, frames=frames, decoder=decoder, workers=workers, timeout=timeout)
+        rows = _rows(listed, findings)
+        write_table(output, "table", [COLUMNS, *(row.values() for row in rows)])
+        part.truncate(0)
+    _print_summary(rows, output)
+    if root is None and not any(os.path.lexists(video.path) for video in listed.videos):
+        say(f"not one video is there: paths start at {listed.root}; name the folder where they do with --root")
+    if fix is not None:
+        _write_fixed(listed, rows, fix, root)
     return int(any(row["status"] == "unusable" for row in rows))
 
 
@@ -207,7 +207,7 @@ def examine(task: tuple[str, int, str], decoder: Decoder = "auto") -> Finding:
 def _find(
     manifest: Manifest,
     output: Path,
-    part: Path,
+    part: TextIO,
     *,
     frames: int,
     decoder: Decoder,
@@ -217,48 +217,70 @@ def _find(
     """Find what is wrong with each video, by path; what the table and its part know already is taken over."""
     from rich.progress import track
 
+    table = csv.writer(part, lineterminator="\n")
     # Another decoder may give other frames, which the table does not tell.
-    known = {**read_findings(output), **read_findings(part)} if decoder in ("auto", "pyav") else {}
+    taken_over = _take_over(part, table)
+    known = read_findings(output) | taken_over if decoder in ("auto", "pyav") else {}
     findings: dict[str, Finding] = {}
-    rows: list[Iterable[object]] = [COLUMNS]
     tasks: dict[tuple[str, int, str], tuple[str, Video]] = {}
+    # A link finds nothing of its own.
+    same = same_files(video.path for video in manifest.videos)
     for video in manifest.videos:
         name, mark = relative_path(video.path, manifest.root), fingerprint_text(video.path)
         finding = known.get(name)
-        if mark and finding is not None and (finding.fingerprint, finding.sampled) == (mark, frames):
+        if first := same.get(video.path):
+            failure = f"the same file as {relative_path(first, manifest.root)}, by a link"
+            findings[video.path] = Finding(failure=failure, sampled=frames)
+        elif mark and finding is not None and (finding.fingerprint, finding.sampled) == (mark, frames):
             findings[video.path] = finding
-            rows.append(_row(name, video, finding).values())
         else:
             tasks[video.path, frames, mark] = (name, video)
-    write_table(part, "table", rows)
-    if findings:
-        say(f"{len(findings)} of {len(manifest.videos)} videos have not changed since they were checked")
-    with (
-        open(part, "a", encoding="utf-8", newline="") as file,
-        closing(isolated_map(partial(examine, decoder=decoder), tasks, workers=workers, timeout=timeout)) as results,
-    ):
-        table = csv.writer(file, lineterminator="\n")
+    if unchanged := len(findings) - len(same):
+        say(f"{unchanged} of {len(manifest.videos)} videos have not changed since they were checked")
+    with closing(isolated_map(partial(examine, decoder=decoder), tasks, workers=workers, timeout=timeout)) as results:
         bar = track(results, "checking", total=len(tasks), console=console(error=True), disable=not tasks)
         for task, result in bar:
             # Without a fingerprint: another time, or with more of it, the video may well be read.
             finding = Finding(failure=str(result), sampled=frames) if isinstance(result, Unreadable) else result
             findings[task[0]] = finding
             table.writerow(_row(*tasks[task], finding).values())
-            file.flush()
+            part.flush()
     return findings
+
+
+def _take_over(part: TextIO, table: Any) -> dict[str, Finding]:
+    """The findings of a run that was interrupted; what is damaged goes, and the part can be added to."""
+    part.seek(0)
+    content = part.read()
+    rows = _read_rows(io.StringIO(content, newline=""))
+    if len(rows) + 1 != content.count("\n") or not content.endswith("\n"):
+        part.truncate(0)
+        table.writerow(COLUMNS)
+        table.writerows(row.values() for row, _ in rows)
+        part.flush()
+    return {row["path"]: finding for row, finding in rows}
 
 
 def read_findings(table: Path) -> dict[str, Finding]:
-    """Read the findings of a table, or of one that was interrupted, by the videos' names in it.
+    """Read the findings of a table by the videos' names in it.
 
     Rows that are damaged are left out; a file that is not there, or is no such table, has none.
     """
-    findings = {}
-    with suppress(FileNotFoundError, csv.Error), open(table, encoding="utf-8", errors="replace", newline="") as file:
-        for row in csv.DictReader(file):
-            if finding := _parse(row):
-                findings[row["path"]] = finding
-    return findings
+    if not table.is_file():  # opening a FIFO would wait for ever
+        return {}
+    with open(table, encoding="utf-8", errors="replace", newline="") as file:
+        return {row["path"]: finding for row, finding in _read_rows(file)}
+
+
+def _read_rows(lines: Iterable[str]) -> list[tuple[dict[str, str], Finding]]:
+    rows: list[tuple[dict[str, str], Finding]] = []
+    with suppress(csv.Error):  # of the rows before, those are left
+        rows.extend((row, finding) for row in csv.DictReader(lines) if (finding := _parse(row)))
+    return rows
+
+
+# What cells of a type look like.
+_CELLS = {int: r"\d{1,18}", float: r"\d{1,18}(\.\d{1,18})?", str: ".*"}
 
 
 def _parse(row: Mapping[str, Any]) -> Finding | None:
@@ -266,18 +288,41 @@ def _parse(row: Mapping[str, Any]) -> Finding | None:
     if tuple(row) != COLUMNS or None in row.values():
         return None
     usable = row["status"] in ("ok", "warning")
-    digest = "[0-9a-f]{64}" if usable else ""
-    forms = {"status": "|".join(STATUSES), "digest": digest, "sampled": ".+", "fingerprint": r"\d+(:\d+)+"}
-    if not all(re.fullmatch(form, row[name]) for name, form in forms.items()):
+    forms = {name: f"({_CELLS[cell_type]})?" for name, cell_type in _FACTS.items()} | {
+        "status": "|".join(STATUSES),
+        "digest": "[0-9a-f]{64}" if usable else "",
+        "frames": r"[1-9]\d{0,17}" if usable else r"\d{0,18}",
+        "rotation": r"(-?\d{1,3}(\.\d{1,18})?)?",
+        "variable_rate": "[01]?",
+        "sampled": r"[1-9]\d{0,17}",
+        "fingerprint": r"\d+(:\d+)+",
+    }
+    if not all(re.fullmatch(form, row[name], re.ASCII) for name, form in forms.items()):
         return None
     with suppress(ValueError):
         facts = {name: cell_type(row[name]) for name, cell_type in _FACTS.items() if row[name]}
         if not usable:
-            return Finding(failure=row["reason"], **facts)
+            return Finding(failure=row["reason"] or "unusable", **facts)
         finding = Finding(**facts)
         reasons = row["reason"].partition(_SAME)[0].split("; ")
         return dataclasses.replace(finding, notes="; ".join(r for r in reasons if r and r not in finding.warnings()))
     return None
+
+
+def _rows(manifest: Manifest, findings: Mapping[str, Finding]) -> list[dict[str, Any]]:
+    """Make the rows of the table, with what the videos have in common."""
+    first: dict[str, Video] = {}
+    rows = []
+    for video in manifest.videos:
+        finding = findings[video.path]
+        # The first of several videos with the same frames is not at fault.
+        same = first.setdefault(finding.digest, video) if finding.digest else video
+        more = []
+        if same is not video:
+            whose = "" if same.label == video.label else f", of the class {same.label!r} in {same.split}"
+            more = [f"{_SAME} {relative_path(same.path, manifest.root)}{whose}"]
+        rows.append(_row(relative_path(video.path, manifest.root), video, finding, more))
+    return rows
 
 
 def _row(name: str, video: Video, finding: Finding, more: Sequence[str] = ()) -> dict[str, Any]:
@@ -309,13 +354,13 @@ def _print_summary(rows: Sequence[Mapping[str, Any]], output: Path) -> None:
     say(f"the table of all videos is {output}")
 
 
-def _write_fixed(manifest: Manifest, rows: Sequence[Mapping[str, Any]], fix: Path) -> None:
+def _write_fixed(manifest: Manifest, rows: Sequence[Mapping[str, Any]], fix: Path, root: Path | None) -> None:
     """Write the manifest without the unusable videos."""
     videos = [video for video, row in zip(manifest.videos, rows, strict=True) if row["status"] != "unusable"]
     if not videos:
         say(f"{fix} is not written: not one video is usable")
         return
-    Manifest(videos).write(fix)
+    Manifest(videos).write(fix, root)
     say(f"{fix} leaves out {len(rows) - len(videos)} of {len(rows)} videos")
     before, after = (Counter((v.label, v.split) for v in which) for which in (manifest.videos, videos))
     short = [

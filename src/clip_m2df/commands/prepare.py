@@ -4,6 +4,7 @@ import os
 import shlex
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +12,7 @@ from clip_m2df.datasets.benchmarks import BENCHMARKS, N_WAY, NEEDED
 from clip_m2df.datasets.importers import Outcome, match_classes, match_entries, match_split_folders, nearest_class
 from clip_m2df.datasets.manifest import SPLITS, Manifest, Video, readable
 from clip_m2df.datasets.split_lists import SplitLists, read_lists
-from clip_m2df.datasets.tree import Tree, is_storable, scan
+from clip_m2df.datasets.tree import Tree, describe, is_storable, scan
 from clip_m2df.errors import UserError, console, say, some
 from clip_m2df.files import for_spreadsheet, lies_under, write_table
 
@@ -33,7 +34,7 @@ def prepare(
         dataset: The data set; folder: a tree split/class/video, or class/video with --lists.
         root: Folder with the videos, or folders of frames, at any depth.
         lists: Folder with the split lists, or a list (hmdb51 and ucf101: their splits are built in).
-        annotations: Files with class names, such as something-something-v2-train.json.
+        annotations: Files with class names, such as something-something-v2-train.json, or a class index, a name a line.
         output: The manifest, a CSV.
         report: A CSV that names every missing and every ambiguous video.
 
@@ -58,15 +59,26 @@ def prepare(
     if dataset != "folder" and dataset not in BENCHMARKS:
         raise UserError(f"there is no data set {dataset!r}: choose from {', '.join(BENCHMARKS)}, folder")
     known = None
+
+    @cache
+    def looked_for() -> Tree:
+        with console(error=True).status(f"looking for videos in {root}"):
+            return scan(root)
+
+    @cache
+    def folders() -> dict[str, str]:
+        return {file.stem: file.folder[-1] for file in looked_for().files if file.folder}
+
     if lists is not None:
-        known = read_lists(lists, dataset, annotations)
+        known = read_lists(lists, dataset, annotations, lambda stem: folders().get(stem, ""))
     elif dataset != "folder":
         known = SplitLists(BENCHMARKS[dataset].class_split)
         if not known.classes:
             raise UserError(f"{dataset} needs its split lists: name their folder with --lists")
-    with console(error=True).status(f"looking for videos in {root}"):
-        tree = scan(root)
+    tree = looked_for()
+    folder = os.path.abspath(root)
     outcome = _match(dataset, known, tree, root)
+    outcome.leave_out_links(folder)
     if report is not None:
         rows = [
             (p.split, p.label, p.entry, p.problem, " | ".join(file.inner_path for file in p.candidates))
@@ -79,14 +91,13 @@ def prepare(
         )
     if not outcome.found:
         raise _nothing_found(outcome, tree, root)
-    folder = os.path.abspath(root)
     videos = [
         Video(os.path.join(folder, *file.folder, file.name), label, split, readable(label))
         for split, label, file in outcome.found
     ]
     videos.sort(key=lambda video: (SPLITS.index(video.split), video.label, video.path))
-    Manifest(videos).write(output)
-    return _print_outcome(dataset, outcome, tree, root, output, report)
+    Manifest(videos).write(output, root)
+    return _print_outcome(dataset, outcome, tree, root, output, report, known.remarks if known else ())
 
 
 def _match(dataset: str, known: SplitLists | None, tree: Tree, root: Path) -> Outcome:
@@ -96,13 +107,16 @@ def _match(dataset: str, known: SplitLists | None, tree: Tree, root: Path) -> Ou
     if known.videos is None:
         # The names of a benchmark's videos are unique; in other trees only those of one folder are.
         return match_classes(known.classes, tree.files, home, unique_names=dataset in BENCHMARKS)
-    return match_entries(known, tree.files, home, kinetics=dataset == "kinetics100")
+    return match_entries(known, tree.files, home, kinetics=known.by_id or dataset == "kinetics100")
 
 
 def _nothing_found(outcome: Outcome, tree: Tree, root: Path) -> UserError:
     """The error of a tree in which not one video could be used."""
     if not tree.files:
-        return UserError(f"there is no video under {root}, nor a folder of images: --root names the folder with them")
+        left_out = f"; it has {describe(tree.left_out)}" if tree.left_out else ""
+        return UserError(
+            f"there is no video under {root}, nor a folder of images: --root names the folder with them{left_out}"
+        )
     ambiguous = [problem for problem in outcome.problems if problem.problem == "ambiguous"]
     if ambiguous:
         names = some([repr(file.inner_path) for file in ambiguous[0].candidates], 2)
@@ -118,7 +132,15 @@ def _nothing_found(outcome: Outcome, tree: Tree, root: Path) -> UserError:
     )
 
 
-def _print_outcome(dataset: str, outcome: Outcome, tree: Tree, root: Path, output: Path, report: Path | None) -> int:
+def _print_outcome(
+    dataset: str,
+    outcome: Outcome,
+    tree: Tree,
+    root: Path,
+    output: Path,
+    report: Path | None,
+    remarks: Sequence[str],
+) -> int:
     """Print what was found; the exit status."""
     from rich.table import Table
 
@@ -147,7 +169,7 @@ def _print_outcome(dataset: str, outcome: Outcome, tree: Tree, root: Path, outpu
     console().print(table)
     if short.row_count:
         console().print(short)
-    lines = [*wanting, *_remarks(dataset, outcome, tree, report)]
+    lines = [*wanting, *remarks, *_remarks(dataset, outcome, tree, report)]
     lines.append(f"the manifest is {output}, with {len(outcome.found)} videos; next, see that they open, and train:")
     manifest = shlex.quote(str(output))
     config = f"{dataset}_5way1shot.yaml" if dataset in BENCHMARKS else "CONFIG"
@@ -172,14 +194,17 @@ def _remarks(dataset: str, outcome: Outcome, tree: Tree, report: Path | None) ->
         lines.append(f"{report or '--report FILE'} names every missing and every ambiguous video")
     for names, what in (
         ([file.inner_path for file in outcome.outside], "lie in no folder of a class"),
+        ([file.inner_path for file in outcome.links], "are links to others that are taken"),
         (tree.unusable, "have names that a manifest cannot hold: rename them"),
         (tree.unreadable, "cannot be read: check their permissions"),
     ):
         if names:
             lines.append(f"passed over {len(names)} that {what}: {some([repr(name) for name in names], 3)}")
+    if tree.left_out:
+        lines.append(f"not taken for videos: {describe(tree.left_out)}")
     if benchmark := BENCHMARKS.get(dataset):
         counts = outcome.listed or Counter(split for split, _, _ in outcome.found)
-        sizes = [(len(outcome.classes[split]), counts[split]) for split in SPLITS]
+        sizes = [(len(outcome.classes.get(split, ())), counts[split]) for split in SPLITS]
         if sizes != list(zip(benchmark.n_classes, benchmark.n_videos, strict=True)):
             n_classes, n_videos = (" / ".join(map(str, sizes)) for sizes in (benchmark.n_classes, benchmark.n_videos))
             lines.append(f"the published split has {n_classes} classes and {n_videos} videos")

@@ -1,5 +1,6 @@
 """Matches videos in a tree with split lists, class splits or folders: what makes up a manifest, and what is wanting."""
 
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -7,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from clip_m2df.datasets.manifest import SPLITS, class_key, fold, two_splits
+from clip_m2df.datasets.manifest import SPLITS, class_key, fold, same_files, two_splits
 from clip_m2df.datasets.split_lists import ListedVideo, SplitLists
 from clip_m2df.datasets.tree import VideoFile
 from clip_m2df.errors import UserError
@@ -33,6 +34,10 @@ class Problem:
     candidates: tuple[VideoFile, ...] = ()
 
 
+def _order(problem: Problem) -> tuple[int, str, str]:
+    return SPLITS.index(problem.split), problem.label, problem.entry
+
+
 @dataclass
 class Outcome:
     """Which videos the manifest is made of, and what is wanting.
@@ -43,6 +48,7 @@ class Outcome:
         problems: The videos that are left out.
         listed: How many videos the lists name of each split; None without lists of videos.
         outside: Videos in no folder of a class.
+        links: Videos that are others of their class under another name.
     """
 
     classes: Mapping[str, Sequence[str]]
@@ -50,6 +56,23 @@ class Outcome:
     problems: list[Problem] = field(default_factory=list)
     listed: Counter[str] | None = None
     outside: list[VideoFile] = field(default_factory=list)
+    links: list[VideoFile] = field(default_factory=list)
+
+    def leave_out_links(self, root: str) -> None:
+        """Use each file once: under the first of its names in a class, and not at all if it is of two classes."""
+        rows = {os.path.join(root, *file.folder, file.name): (split, label, file) for split, label, file in self.found}
+        owners: dict[str, list[str]] = {}
+        for later, earlier in same_files(sorted(rows)).items():
+            owners.setdefault(earlier, [earlier]).append(later)
+        for paths in owners.values():
+            if len({rows[path][1] for path in paths}) == 1:
+                self.links += [rows.pop(path)[2] for path in paths[1:]]
+                continue
+            files = tuple(rows[path][2] for path in paths)
+            for split, label, file in map(rows.pop, paths):
+                self.problems.append(Problem(split, label, file.inner_path, "ambiguous", files))
+        self.found = list(rows.values())
+        self.problems.sort(key=_order)
 
 
 def match_entries(known: SplitLists, files: Sequence[VideoFile], home: Home, *, kinetics: bool) -> Outcome:
@@ -109,7 +132,7 @@ def match_entries(known: SplitLists, files: Sequence[VideoFile], home: Home, *, 
                 leave_out(video, "ambiguous", [file])
             else:
                 outcome.found.append((video.split, video.label, file))
-    outcome.problems.sort(key=lambda problem: (SPLITS.index(problem.split), problem.label, problem.entry))
+    outcome.problems.sort(key=_order)
     return outcome
 
 

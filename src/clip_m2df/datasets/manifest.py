@@ -9,7 +9,9 @@ import re
 import shlex
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 from clip_m2df.errors import UserError, some
@@ -71,8 +73,8 @@ class Manifest:
         root: The folder, or None.
 
     Raises:
-        UserError: If there are no videos, a split is unknown, a video is listed twice, or a class lies in two splits or
-            has two texts.
+        UserError: If there are no videos, a split is unknown, a video is listed twice, or a class lies in two splits,
+            or has two spellings or two texts.
     """
 
     def __init__(
@@ -104,7 +106,8 @@ class Manifest:
         """Read a manifest and check it.
 
         The file is CSV in UTF-8 with the columns ``path``, ``label`` and ``split`` and optionally ``text``: what a
-        prompt says of the class, its label where empty. Other columns are kept. Relative paths start at its folder.
+        prompt says of the class, its label where empty. Other columns are kept. Relative paths start at its folder; if
+        there is no video of them, and all paths are relative, at ``root``, as ``clip-m2df prepare`` writes them.
 
         A manifest can come from anybody, so it can't name any file of this machine: its videos have to lie in its
         folder, or in one that a person names. Symbolic links there may lead elsewhere; whoever made them wanted it.
@@ -112,7 +115,7 @@ class Manifest:
         Args:
             path: The CSV file.
             root: A folder outside the manifest's own in which its videos may lie too.
-            check_files: Whether to refuse a manifest whose videos are not all there.
+            check_files: Whether to refuse a manifest whose videos are not all there, or that lists a file twice.
 
         Returns:
             The manifest.
@@ -125,9 +128,10 @@ class Manifest:
         source, folder = f"the manifest {path}", os.path.dirname(os.path.abspath(path))
         # Of several texts of a class the first; that it has only one is checked below.
         texts = {row["label"]: row["text"] for row in reversed(rows.values()) if row.get("text")}
+        start = _start([row["path"] for row in rows.values()], folder, root)
         videos = [
             Video(
-                path=os.path.abspath(os.path.join(folder, row["path"])),
+                path=os.path.abspath(os.path.join(start, row["path"])),
                 label=row["label"],
                 split=row["split"],
                 text=row.get("text") or texts.get(row["label"], row["label"]),
@@ -150,44 +154,55 @@ class Manifest:
         return manifest
 
     def check_files(self, is_there: Callable[[str], bool] = os.path.exists) -> None:
-        """Check that all videos are there.
+        """Check that all videos are there, and that each is a file of its own.
 
         Args:
             is_there: Tells it of a path.
 
         Raises:
-            UserError: If some are not.
+            UserError: If some are not there, or two are one file by a link or another spelling of its path.
         """
         missing = [relative_path(video.path, self.root) for video in self.videos if not is_there(video.path)]
         if missing:
             raise UserError(
                 f"{len(missing)} of the {len(self.videos)} videos in {self._source} are not there: "
-                f"{some(map(repr, missing))}; relative paths start at {self.root}: "
-                "put the videos there, mend the paths or remove the rows"
+                f"{some(map(repr, missing))}; relative paths start at {self.root}: put the videos there, mend the "
+                "paths, remove the rows, or name the folder that they start at with --data.root"
+            )
+        by_path = {video.path: video for video in self.videos}
+        for later, earlier in same_files(by_path).items():
+            first, second = (
+                f"{relative_path(path, self.root)!r} ({by_path[path].label!r}, {by_path[path].split})"
+                for path in (earlier, later)
+            )
+            raise UserError(
+                f"{self._source} lists one file twice, as {first} and as {second}: remove one, or let "
+                "clip-m2df check --fix leave it out"
             )
 
     def with_texts(self, file: str | Path) -> "Manifest":
         """Return this manifest with other texts for its classes.
 
         Args:
-            file: CSV in UTF-8 with the columns ``label`` and ``text``. Classes that it doesn't name keep their text.
+            file: CSV in UTF-8 with the columns ``label`` and ``text``. Classes that it doesn't name keep their text;
+                names are compared by :func:`class_key`.
 
         Raises:
             UserError: If it cannot be read, gives a class two texts, or names no class of the manifest.
         """
         texts: dict[str, str] = {}
         for line, row in read_rows(file, "list of class texts", ("label", "text")).items():
-            if texts.setdefault(row["label"], row["text"]) != row["text"]:
+            if texts.setdefault(class_key(row["label"]), row["text"]) != row["text"]:
                 raise UserError(
                     f"line {line} of the list of class texts {file} gives the class {row['label']!r} a second text: "
                     "keep one"
                 )
-        if not any(video.label in texts for video in self.videos):
+        if not any(class_key(video.label) in texts for video in self.videos):
             raise UserError(
                 f"the list of class texts {file} names no class of {self._source}, such as {self.videos[0].label!r}: "
                 "its labels are spelt as in the manifest"
             )
-        videos = [replace(video, text=texts.get(video.label, video.text)) for video in self.videos]
+        videos = [replace(video, text=texts.get(class_key(video.label), video.text)) for video in self.videos]
         return Manifest(videos, root=self.root, source=self._source)
 
     @property
@@ -221,28 +236,58 @@ class Manifest:
                 state.update("".join(cell + "\0" for cell in [*cells, ""]).encode())
         return state.hexdigest()
 
-    def write(self, path: str | Path) -> None:
+    def write(self, path: str | Path, root: str | Path | None = None) -> None:
         """Write the manifest as CSV, whole or not at all.
 
-        Videos under the file's folder are named by their path from there, others by their absolute path.
+        Videos under the file's folder are named by their path from there. Where some are not, but all are under
+        ``root``, all are named from there, so that the manifest can be moved; else those outside by absolute paths.
 
         Args:
             path: The CSV file; one that is there is replaced.
+            root: The folder that will be named with the manifest when it is read.
 
         Raises:
             UserError: If it cannot be written.
         """
-        folder = os.path.dirname(os.path.abspath(path))
+        start = os.path.dirname(os.path.abspath(path))
+        if root is not None and not all(lies_under(video.path, start) for video in self.videos):
+            folder = os.path.abspath(root)
+            start = folder if all(lies_under(video.path, folder) for video in self.videos) else start
         extras = list(dict.fromkeys(name for video in self.videos for name in video.extra))
         rows = (
-            [relative_path(v.path, folder), v.label, v.split, v.text, *(v.extra.get(name, "") for name in extras)]
+            [relative_path(v.path, start), v.label, v.split, v.text, *(v.extra.get(name, "") for name in extras)]
             for v in self.videos
         )
         write_table(path, "manifest", itertools.chain([[*_REQUIRED, "text", *extras]], rows))
 
 
+def same_files(paths: Iterable[str]) -> dict[str, str]:
+    """Find paths that lead to the file, or folder, of an earlier one, by a link or by another spelling.
+
+    Returns:
+        The earlier path by the later one.
+    """
+    first: dict[tuple[int, int], str] = {}
+    same = {}
+    for path in paths:
+        with suppress(OSError, ValueError):  # it is not there
+            status = os.stat(path)
+            earlier = first.setdefault((status.st_dev, status.st_ino), path)
+            if earlier != path and status.st_ino:  # 0: the file system has no such numbers
+                same[path] = earlier
+    return same
+
+
+def _start(paths: Sequence[str], folder: str, root: str | Path | None) -> str:
+    """The folder that the relative paths of a manifest start at: its own, or the one that a person named."""
+    # Beside absolute ones, or such that lead out of the folder, relative ones were written for the folder.
+    if root is None or any(os.path.isabs(path) or os.pardir in path.split("/") for path in paths):
+        return folder
+    return folder if any(os.path.lexists(os.path.join(folder, path)) for path in paths) else os.path.abspath(root)
+
+
 def _check(videos: Sequence[Video], rows: Sequence[str], source: str) -> None:
-    """Refuse an unknown split, a video listed twice and a class with two splits or two texts."""
+    """Refuse an unknown split, a video listed twice and a class with two splits, spellings or texts."""
     first_of_path: dict[str, str] = {}
     first_of_class: dict[str, tuple[Video, str]] = {}
     for video, row in zip(videos, rows, strict=True):
@@ -252,9 +297,15 @@ def _check(videos: Sequence[Video], rows: Sequence[str], source: str) -> None:
         earlier = first_of_path.setdefault(os.path.normcase(os.path.normpath(video.path)), row)
         if earlier is not row:
             raise UserError(f"{source} lists the video {video.path} twice, on {earlier} and on {row}: remove one")
-        known, where = first_of_class.setdefault(video.label, (video, row))
+        known, where = first_of_class.setdefault(class_key(video.label), (video, row))
         if known.split != video.split:
-            raise two_splits(video.label, f"{known.split} on {where}", f"{video.split} on {row} of {source}")
+            named = "" if known.label == video.label else f" as {spelled(known.label, video.label)}"
+            raise two_splits(video.label, f"{known.split} on {where}{named}", f"{video.split} on {row} of {source}")
+        if known.label != video.label:
+            raise UserError(
+                f"one class has two spellings in {source}, {spelled(known.label, video.label)} on {where} and "
+                f"{spelled(video.label, known.label)} on {row}: keep one"
+            )
         if known.text != video.text:
             raise UserError(
                 f"the class {video.label!r} has two texts in {source}, {known.text!r} on {where} and {video.text!r} "
@@ -341,13 +392,41 @@ def readable(label: str) -> str:
 
 
 def fold(name: str) -> str:
-    """Return what spellings of a name share: its letters whatever their case and encoding, a space as an underscore."""
+    """Return what spellings of a file's name share: its letters whatever their case and encoding, a space as ``_``."""
     if name.isascii():
         return name.lower().replace(" ", "_")
     folded = unicodedata.normalize("NFC", name).casefold()
     return unicodedata.normalize("NFC", folded).replace(" ", "_")
 
 
+# What a reader does not see: control characters, what Unicode calls default ignorable, and the blank of Braille.
+_INVISIBLE = re.compile(
+    "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
+    "\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U0001bca0-\U0001bca3\U0001d173-\U0001d17a"
+    "\U000e0000-\U000e0fff]"
+)
+_SEPARATORS = r"[\s_\-\u2010-\u2015\u2212]+"
+_BETWEEN_DIGITS = re.compile(rf"(?<=\d){_SEPARATORS}(?=\d)")
+_MINUS = re.compile(r"[-\u2212]\d")
+
+
+@lru_cache(maxsize=1 << 16)
 def class_key(label: str) -> str:
-    """Return what spellings of a class share: ``draw_sword``, ``Draw sword`` and ``DrawSword`` have one key."""
-    return fold(label).replace("_", "")
+    """Return what spellings of a class share; the one comparison of class names.
+
+    ``draw_sword``, ``Draw sword``, ``draw-sword`` and ``DrawSword`` have one key, whatever the form in Unicode and with
+    invisible characters or without. Digits stay apart (``1 1`` is not ``11``), and a minus before a number counts.
+    """
+    key = label
+    if not key.isascii():
+        key = unicodedata.normalize("NFKC", _INVISIBLE.sub("", key)).casefold()
+        key = unicodedata.normalize("NFKC", key)
+    key = _INVISIBLE.sub("", key).lower().strip()
+    sign = "-" if _MINUS.match(key) else ""
+    return sign + re.sub(_SEPARATORS, "", _BETWEEN_DIGITS.sub("/", key)) or label
+
+
+def spelled(label: str, other: str) -> str:
+    """A class's name for a message that has another spelling too; as escapes where the two would look the same."""
+    alike = unicodedata.normalize("NFKC", label) == unicodedata.normalize("NFKC", other)
+    return ascii(label) if alike else repr(label)

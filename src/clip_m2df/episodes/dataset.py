@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -28,6 +29,11 @@ class ReadEpisode(Episode):
     unusable: dict[str, str]
     short: dict[str, int]
     clips: list[tuple[int, str]]
+
+
+_REMARKS = ("unusable", "short", "clips")
+
+Batch = TypeVar("Batch", Episode, ReadEpisode)
 
 
 @dataclass(eq=False)
@@ -167,16 +173,31 @@ class EpisodeDataset(Dataset[ReadEpisode]):
             self.note("")
 
 
-def collate_episodes(episodes: Sequence[ReadEpisode]) -> ReadEpisode:
-    """Join episodes of one split and shape along their leading axis."""
-    joined = episodes[0].copy()
-    for key in ("support", "query", "query_labels", "class_indices", "draws", "replaced"):
-        joined[key] = torch.cat([episode[key] for episode in episodes])
-    keys = [key for episode in episodes for key in episode["clips"]]
-    first = {key: index for index, key in reversed(list(enumerate(keys)))}
-    joined["same"] = torch.tensor([first[key] for key in keys]).view(len(episodes), -1)
-    joined["clips"] = keys
-    for episode in episodes:
-        joined["unusable"] = joined["unusable"] | episode["unusable"]
-        joined["short"] = joined["short"] | episode["short"]
-    return joined
+def collate_episodes(episodes: Sequence[Batch]) -> Batch:
+    """Join episodes of one split and shape to a batch.
+
+    Args:
+        episodes: one dict each with the keys of :class:`clip_m2df.Episode`, optional ones in all or in none; tensors
+            with a leading axis of size 1, as those of :class:`EpisodeDataset`, or without.
+
+    Raises:
+        UserError: a key is missing; names it.
+    """
+    rows: list[dict[str, Any]] = [dict(episode) for episode in episodes]
+    known = [key for key in rows[0] if key not in ("same", *_REMARKS)]  # "same" counts clips within a batch
+    missing = Episode.__required_keys__ - rows[0].keys()
+    missing |= {key for key in known for row in rows if key not in row}
+    if missing:
+        raise UserError(f"an episode has no {min(missing)!r}: give each the keys of clip_m2df.Episode")
+    join = torch.cat if rows[0]["query_labels"].ndim > 1 else torch.stack
+    joined = {
+        key: join([row[key] for row in rows]) if isinstance(rows[0][key], Tensor) else rows[0][key] for key in known
+    }
+    if "clips" in rows[0]:
+        clips = [clip for row in rows for clip in row["clips"]]
+        first = {clip: index for index, clip in reversed(list(enumerate(clips)))}
+        joined["same"] = torch.tensor([first[clip] for clip in clips]).view(len(rows), -1)
+        joined["clips"] = clips
+        for what in ("unusable", "short"):
+            joined[what] = {path: remark for row in rows for path, remark in row[what].items()}
+    return cast(Batch, joined)

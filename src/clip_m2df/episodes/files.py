@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from clip_m2df.datasets.manifest import Split, Video
+from clip_m2df.datasets.manifest import Split, Video, class_key
 from clip_m2df.episodes.plan import EpisodePlan, EpisodeShape
 from clip_m2df.errors import UserError
 from clip_m2df.files import read_text, relative_path, whole_file
@@ -58,7 +58,7 @@ def read_episodes_file(file: str | Path, split: Split, root: str | None, shape: 
     """
     text = read_text(file, "episodes file")
     videos = {video.path: (c, video) for c, row in enumerate(split.videos) for video in row}
-    classes = {label: c for c, label in enumerate(split.class_names)}
+    classes = {class_key(label): c for c, label in enumerate(split.class_names)}
     plans = []
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
@@ -82,16 +82,21 @@ def _plan(
         raise ValueError(f"it is no JSON ({error}); expected {wanted}") from error
     if not isinstance(episode, dict) or not all(_is_role(episode.get(role)) for role in ("support", "query")):
         raise ValueError(f"expected {wanted}")
-    support, query = episode["support"], episode["query"]
-    if unknown := [label for label in support if label not in classes]:
+    support, query = (
+        {class_key(label): paths for label, paths in episode[role].items()} for role in ("support", "query")
+    )
+    if len(support) < len(episode["support"]) or len(query) < len(episode["query"]):
+        raise ValueError("it has one class in two spellings: use the manifest's labels")
+    if unknown := [label for label in episode["support"] if class_key(label) not in classes]:
         raise ValueError(f"there is no class {unknown[0]!r} in the split: use the manifest's labels")
-    if strangers := [label for label in query if label not in support]:
+    if strangers := [label for label in episode["query"] if class_key(label) not in support]:
         raise ValueError(f"the class {strangers[0]!r} has queries, but no support")
     seen: set[str] = set()
 
-    def find(label: str, path: str) -> Video:
+    def find(key: str, path: str) -> Video:
         known, video = videos.get(os.path.abspath(os.path.join(root, path)), (None, None))
-        if video is None or known != classes[label]:
+        if video is None or known != classes[key]:
+            label = next(label for label in episode["support"] if class_key(label) == key)
             raise ValueError(f"the split has no video {path!r} of the class {label!r}: paths start at {root}")
         if video.path in seen:
             raise ValueError(f"the video {path!r} comes twice")
@@ -99,9 +104,9 @@ def _plan(
         return video
 
     plan = EpisodePlan(
-        tuple(classes[label] for label in support),
-        tuple(tuple(find(label, path) for path in paths) for label, paths in support.items()),
-        tuple(tuple(find(label, path) for path in query.get(label, [])) for label in support),
+        tuple(classes[key] for key in support),
+        tuple(tuple(find(key, path) for path in paths) for key, paths in support.items()),
+        tuple(tuple(find(key, path) for path in query.get(key, [])) for key in support),
     )
     n_queries = sum(map(len, plan.query))
     if len(plan.classes) != shape.n_way:

@@ -27,6 +27,7 @@ class Baseline(Head):
     """
 
     trained = False
+    uses_prompts = False
 
     def embed(self, videos: Tensor, prompt: Tensor | None) -> Embedded:
         """The frame features themselves."""
@@ -122,6 +123,7 @@ class ZeroShotHead(Baseline):
     A query's score is the mean, over its frames, of their cosines with the class's prompt.
     """
 
+    uses_prompts = True
     # CLIP's own: its temperature was learnt up to the bound of 1/100.
     logit_scale = 100.0
 
@@ -179,6 +181,7 @@ class CLIPFSARHead(OTAMHead):
     """
 
     trained = True
+    uses_prompts = True
 
     def __init__(
         self,

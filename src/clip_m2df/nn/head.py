@@ -191,6 +191,7 @@ class Head(nn.Module, Scoring):
 
     Attributes:
         trained: whether it has anything to train; one that has not is measured without a checkpoint.
+        uses_prompts: whether scores depend on the prompts, so that two classes with one prompt are refused.
         selection: how PPS picks at evaluation.
         train_selection: how it picks in training.
 
@@ -199,6 +200,7 @@ class Head(nn.Module, Scoring):
     """
 
     trained: ClassVar[bool] = True
+    uses_prompts: ClassVar[bool] = True
     selection: Selection = "argmax"
     train_selection: Selection = "argmax"
 

@@ -17,6 +17,7 @@ from clip_m2df.nn.prompts import (
     SELECTIONS,
     SelectedPrompts,
     Selection,
+    check_distinct,
     check_templates,
     ensemble,
     fill_template,
@@ -248,6 +249,9 @@ class M2DF(nn.Module):
         head: :class:`M2DFHead`, or another.
         template: the prompt, with ``{}`` where the class goes; of several, :func:`clip_m2df.nn.prompts.ensemble`.
         freeze_backbone: train the head alone.
+
+    Attributes:
+        distinct_prompts: refuse classes that have one prompt; by default where the head's scores depend on prompts.
     """
 
     def __init__(
@@ -262,6 +266,7 @@ class M2DF(nn.Module):
         self.head = head
         self.templates = check_templates(template)
         self.freeze_backbone = freeze_backbone
+        self.distinct_prompts = head.uses_prompts
         backbone.visual.requires_grad_(not freeze_backbone)
         if backbone.text is not None:
             backbone.text.requires_grad_(False)
@@ -296,17 +301,40 @@ class M2DF(nn.Module):
         return features[:, :n_support].unflatten(1, support.shape[1:3]), features[:, n_support:]
 
     @torch.no_grad()
-    def encode_prompts(self, class_names: Sequence[str]) -> Tensor:
-        """The prompt table ``(n_classes, dim)`` of these classes, float32, computed once and kept."""
+    def encode_prompts(self, class_names: Sequence[str], labels: Sequence[str] | None = None) -> Tensor:
+        """The prompt table ``(n_classes, dim)`` of these classes, float32, computed once and kept.
+
+        Args:
+            class_names: what the prompts say.
+            labels: what messages call the classes; the same by default.
+
+        Raises:
+            UserError: two classes have one prompt, see :meth:`check_prompts`.
+        """
         names = tuple(class_names)
         device = self.device
         if names not in self._prompt_tables or self._prompt_tables[names].device != device:
+            self.check_prompts(names, names if labels is None else labels)
             prompts = [self.backbone.tokenize(fill_template(t, names)).to(device) for t in self.templates]
             # Outside inference mode: what is made under it could not take part in training later.
             with torch.autocast(device.type, enabled=False), torch.inference_mode(False):
                 embeddings = torch.stack([at_least_float32(self.backbone.encode_text(tokens)) for tokens in prompts])
                 self._prompt_tables[names] = ensemble(embeddings)
         return self._prompt_tables[names]
+
+    def check_prompts(self, class_names: Sequence[str], labels: Sequence[str]) -> None:
+        """Refuse classes that have one prompt, where ``distinct_prompts`` says so.
+
+        Args:
+            class_names: what the prompts say.
+            labels: what messages call the classes.
+
+        Raises:
+            UserError: names two such classes.
+        """
+        if self.distinct_prompts and len(class_names) > 1:
+            prompts = [self.backbone.tokenize(fill_template(t, class_names)) for t in self.templates]
+            check_distinct(torch.stack(prompts), class_names, labels)
 
     @property
     def device(self) -> torch.device:

@@ -59,6 +59,34 @@ def fill_template(template: str, class_names: Sequence[str]) -> list[str]:
     return [template.replace("{}", name) for name in class_names]
 
 
+def check_distinct(tokens: Tensor, texts: Sequence[str], labels: Sequence[str]) -> None:
+    """Refuse two classes that the text tower can't tell apart.
+
+    Args:
+        tokens: ``(n_templates, n_classes, length)``, of their prompts.
+        texts: what the prompts say of the classes.
+        labels: what messages call the classes.
+
+    Raises:
+        UserError: names two classes.
+    """
+    first: dict[tuple[int, ...], int] = {}
+    for c, row in enumerate(tokens.transpose(0, 1).flatten(1).tolist()):
+        other = first.setdefault(tuple(row), c)
+        if other == c:
+            continue
+        classes = f"the classes {labels[other]!r:.80} and {labels[c]!r:.80}"
+        if " ".join(texts[other].lower().split()) == " ".join(texts[c].lower().split()):
+            raise UserError(
+                f"{classes} have one text, {texts[c]!r:.80}, so that no prompt tells them apart: give each its own in "
+                "the column text of the manifest, or as its name"
+            )
+        raise UserError(
+            f"{classes} have texts that are the same to the text tower, which reads {tokens.shape[-1]} tokens: give "
+            "each a text that differs before, in the column text of the manifest, or as its name"
+        )
+
+
 @full_precision
 def ensemble(embeddings: Tensor) -> Tensor:
     """The prompt embeddings of classes from those of several templates: the mean of the normalised ones.

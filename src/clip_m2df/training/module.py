@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from clip_m2df.clip.backbone import CLIPBackbone
+from clip_m2df.datasets.manifest import Manifest
 from clip_m2df.episode import Episode, FeatureEpisode, TableEpisodes, VideoTable
 from clip_m2df.errors import UserError, require, some
 from clip_m2df.evaluation.bank import EpisodeBank, encode_videos
@@ -167,6 +168,7 @@ class CLIPM2DF(lightning.LightningModule):
         if gradient_checkpointing:
             tower.enable_gradient_checkpointing()
         self.model = M2DF(tower, build_head(head, {"dim": tower.dim, **own}), template, freeze_backbone)
+        self.model.distinct_prompts |= bool(class_weight or text_fusion)
         if compile:  # in place, so that the weights keep their names
             tower.visual.compile()
             self.model.head.compile()
@@ -213,8 +215,15 @@ class CLIPM2DF(lightning.LightningModule):
         return output
 
     def encode_prompts(self, class_names: Sequence[str]) -> Tensor:
-        """The prompt table ``(n_classes, dim)`` of any class names, new ones too."""
-        return self.model.encode_prompts(class_names)
+        """The prompt table ``(n_classes, dim)`` of any class names, new ones too.
+
+        Raises:
+            UserError: two classes have one prompt, and their scores depend on it.
+        """
+        manifest = getattr(getattr(self._trainer, "datamodule", None), "manifest", None)
+        splits = manifest.splits.values() if isinstance(manifest, Manifest) else ()
+        labels = (split.class_names for split in splits if split.class_texts == tuple(class_names))
+        return self.model.encode_prompts(class_names, next(labels, None))
 
     # ------------------------------------------------------------------------------------------- steps
 
@@ -288,7 +297,7 @@ class CLIPM2DF(lightning.LightningModule):
             return cast(FeatureEpisode, {**rows, "support": support, "query": query})
         if batch["support"].is_floating_point():
             return batch
-        support, query = self.model.encode_episode(cast(Episode, batch))
+        support, query = self.model.encode_episode(batch)
         return cast(FeatureEpisode, {**batch, "support": support, "query": query})
 
     def _encode(self, table: VideoTable, stage: str) -> Tensor:

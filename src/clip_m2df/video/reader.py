@@ -129,6 +129,17 @@ def sample_frames(path: str, rate: float, *, fps: float | None = None) -> Iterat
     return _sample_images(_list_images(path), exact, own)
 
 
+def is_video(path: str) -> bool:
+    """Tell by its content whether a file, whatever it is called, is a video: no text, sound, picture or playlist."""
+    try:
+        path = _find(path)
+        with as_video_error(path), _open(path, path) as (container, stream):
+            # FFmpeg's formats of single pictures are called png_pipe and so on.
+            return not container.format.name.endswith("_pipe") and next(_frames(container, stream), None) is not None
+    except VideoError:
+        return False
+
+
 def probe(path: str) -> VideoFacts:
     """Read what a video file tells of itself, and decode it to its end to see how much of that is true.
 
