@@ -190,8 +190,7 @@ def _list_videos(arguments: Sequence[str]) -> tuple[dict[str, str], set[str]]:
     empty = set()
     for argument in arguments:
         try:
-            with _said_warnings():
-                paths = videos_in(argument) if os.path.isdir(argument) else [argument]
+            paths = videos_in(argument) if os.path.isdir(argument) else [argument]
         except UserError as error:
             say(f"clip-m2df: warning: {error}", error=True)
             paths = [argument]
