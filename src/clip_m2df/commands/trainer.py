@@ -1,5 +1,6 @@
 """``fit``, ``validate``, ``test`` and ``episodes`` through one LightningCLI."""
 
+import difflib
 import inspect
 import logging
 import os
@@ -48,6 +49,14 @@ IGNORED_WARNINGS = (
 )
 
 
+class _Parser(LightningArgumentParser):
+    """Opens no file that the value of an option names: a config within a config would be read unchecked."""
+
+    def add_class_arguments(self, *args: Any, **kwargs: Any) -> list[str]:
+        """Add the options of a class, without configs of their own."""
+        return super().add_class_arguments(*args, **kwargs | {"sub_configs": False})
+
+
 class CLI(LightningCLI):
     """The trainer's commands for :class:`CLIPM2DF` and :class:`EpisodeDataModule`.
 
@@ -66,7 +75,9 @@ class CLI(LightningCLI):
             save_config_kwargs={"save_to_log_dir": False},
             seed_everything_default=0,
             trainer_defaults={"default_root_dir": "runs"},
-            parser_kwargs={"prog": "clip-m2df", "exit_on_error": False}
+            parser_class=_Parser,
+            # Whole names alone: an option that is added later may begin like another.
+            parser_kwargs={"prog": "clip-m2df", "exit_on_error": False, "allow_abbrev": False}
             | {name: {"exit_on_error": False} for name in self.subcommands()},
             # Otherwise any ``optimizer:`` group would replace the model's own two learning rates.
             auto_configure_optimizers=False,
@@ -96,8 +107,12 @@ class CLI(LightningCLI):
         """Parse, without LightningCLI's warning about arguments that don't come from ``sys.argv``."""
         try:
             self.config = parser.parse_args(args)
-        except ArgumentError:
-            raise
+        except ArgumentError as error:
+            of_command = self._subcommand_parsers[args[0]]
+            options = [option.dest for option in of_command._actions]
+            command = of_command.prog.rpartition(" ")[2]
+            why = _explain(" ".join(str(error).split()), options, args[0])
+            raise UserError(f"{why}\n(clip-m2df {command} --help explains the options)") from error
         except Exception as error:  # values that the parser itself trips over
             raise UserError(f"the options can't be read: {' '.join(str(error).split())}") from error
 
@@ -292,8 +307,6 @@ def run(args: Sequence[str], cli: type[CLI] | None = None) -> CLI:
         warnings.filterwarnings("ignore", message=f".*{message}")
     try:
         return cli(args)
-    except ArgumentError as error:
-        raise UserError(f"{' '.join(str(error).split())}\n(clip-m2df {args[0]} --help explains the options)") from error
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
     except RuntimeError as error:
@@ -302,6 +315,53 @@ def run(args: Sequence[str], cli: type[CLI] | None = None) -> CLI:
         raise
     except SIGTERMException as error:  # Lightning's own, where nothing is trained
         raise Stopped(signal.SIGTERM) from error
+
+
+def _explain(message: str, options: Sequence[str], command: str) -> str:
+    """What is wrong with the options, in their names as they are typed, and what may have been meant.
+
+    Args:
+        message: the parser's, in one line.
+        options: that there are.
+        command: whose they are; the parser puts it before the names of options that are missing.
+    """
+    if found := re.search("are required: (.*)", message):
+        missing = [name.strip().removeprefix(f"{command}.") for name in found[1].split(",")]
+        typed = " and ".join(f"--{name}" for name in missing if name != "data.manifest")
+        if "data.manifest" not in missing:
+            return f"give {typed}"
+        also = f", and {typed}" if typed else ""
+        return f"give --config NAME (clip-m2df configs lists them) or --data.manifest{also}"
+    if found := re.search("unrecognized arguments: (.*)|does not accept option '(.*)'", message):
+        name = (found[1] or found[2]).split(" ")[0].partition("=")[0]
+        bare = name.lstrip("-").rstrip("+").removeprefix(f"{command}.")
+        if bare in options:  # in a table of the command's, say
+            return f"there is no option {name}; write it without {command}: in a config, which serves all commands"
+        if found[1] and not name.startswith("-"):
+            return f"{found[1]!r} belongs to no option; each value comes after the --NAME of its option"
+        near = difflib.get_close_matches(bare, options, n=1)
+        # An option without its section is none that looks alike.
+        near = near or [option for option in options if option.rpartition(".")[2] == bare][:1]
+        hint = f"; did you mean {'--' if found[1] else ''}{near[0]}?" if near else ""
+        return f"there is no option {name}{hint}"
+    if found := re.match(r'Parser key "([\w.]+)": (.*)', message):
+        name, why = found[1].removeprefix(f"{command}."), found[2]
+        given = why.partition("Got value: ")[2] or why.partition("Given value: ")[2]
+        choices = [c.strip(" '") for group in re.findall(r"Literal\[(.*?)\]", why) for c in group.split(",")]
+        names = [n for module in (lightning.pytorch.loggers, lightning.pytorch.callbacks) for n in module.__all__]
+        near = difflib.get_close_matches(given, choices or names, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        if os.path.isfile(given):
+            return f"{name} is the file {given}, which is not read: write out what is in it in a --config"
+        if choices:
+            return f"{name} is {given!r}; it must be one of {', '.join(dict.fromkeys(choices))}{hint}"
+        reasons = re.search("Problem with given class_path '([^']*)': (.*?) - ", why)
+        if reasons:
+            return f"{name}: {reasons[1]}: {reasons[2]}"
+        if "Union subtypes" in why:
+            return f"{name} is {given!r}, which it can't be{hint}"
+        return f"{found[0]}{hint}".replace(found[1], name, 1)
+    return message
 
 
 def _listed(option: Any) -> list[Any]:
