@@ -8,6 +8,8 @@ import re
 import signal
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +18,20 @@ import torch
 import yaml
 from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.mpi import MPIEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from clip_m2df.episodes.datamodule import EpisodeDataModule
 from clip_m2df.episodes.files import write_episodes_file
 from clip_m2df.errors import Stopped, UserError
+from clip_m2df.files import locked_folder
 from clip_m2df.motion_shapes import NO_KNOBS
 from clip_m2df.nn.baselines import head_class
 from clip_m2df.report.evaluation import EvaluationPage
@@ -68,6 +73,10 @@ class CLI(LightningCLI):
         self.args = list(args)
         self.goes_on = False
         self.checkpoint: dict[str, Any] | None = None  # read once; the Trainer's plugin takes it over
+        with ExitStack() as self.until_end:
+            self._run()
+
+    def _run(self) -> None:
         super().__init__(
             CLIPM2DF,
             EpisodeDataModule,
@@ -174,6 +183,9 @@ class CLI(LightningCLI):
         config = self.config[str(self.subcommand)]
         run_folder = Path(config.trainer.default_root_dir or ".")
         folder = run_folder / checkpoints.FOLDER
+        if self.subcommand == "fit" and not config.trainer.fast_dev_run and _is_first_process():
+            # Before anything in the folder is read. Validations and tests write files of their own, and may run beside.
+            self.until_end.enter_context(locked_folder(run_folder, "run folder"))
         if config.ckpt_path == "last":
             path, self.checkpoint = checkpoints.read_last(run_folder)
             config.ckpt_path = str(path)
@@ -195,7 +207,7 @@ class CLI(LightningCLI):
         if config.ckpt_path is not None:
             self.checkpoint = self.checkpoint or checkpoints.read_checkpoint(config.ckpt_path)
             self._take_options_from(self.checkpoint, config)
-            self.parser.add_instantiator(self._build_model, CLIPM2DF, subclasses=False)
+            self.parser.add_instantiator(partial(_build_model, self.saved_options), CLIPM2DF, subclasses=False)
 
     def after_instantiate_classes(self) -> None:
         """Check that the data module makes frames of the tower's size; leave cores to the workers that decode.
@@ -243,9 +255,17 @@ class CLI(LightningCLI):
         for option in saved:
             config.model[option] = kept[option]
 
-    def _build_model(self, cls: type[CLIPM2DF], *args: Any, **kwargs: Any) -> CLIPM2DF:
-        """With the towers' description that a checkpoint holds: as an option it would be parsed once more."""
-        return cls(*args, **kwargs | self.saved_options)
+
+def _build_model(saved_options: dict[str, Any], cls: type[CLIPM2DF], *args: Any, **kwargs: Any) -> CLIPM2DF:
+    """With the towers' description that a checkpoint holds: as an option it would be parsed once more."""
+    return cls(*args, **kwargs | saved_options)
+
+
+def _is_first_process() -> bool:
+    """Whether this is the process of rank 0, as far as that is known before there is a Trainer."""
+    node = os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0"))
+    mpi = MPIEnvironment().global_rank() if MPIEnvironment.detect() else 0
+    return rank_zero_only.rank == 0 and node in ("", "0") and mpi == 0
 
 
 class EpisodesCLI(CLI):
