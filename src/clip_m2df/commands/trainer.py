@@ -5,6 +5,7 @@ import inspect
 import logging
 import os
 import re
+import shlex
 import signal
 import warnings
 from collections.abc import Sequence
@@ -24,20 +25,20 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from clip_m2df.episodes.datamodule import EpisodeDataModule
 from clip_m2df.episodes.files import write_episodes_file
-from clip_m2df.errors import Stopped, UserError
+from clip_m2df.errors import Stopped, UserError, say
 from clip_m2df.files import locked_folder
+from clip_m2df.loops import raised_while_restoring
 from clip_m2df.motion_shapes import NO_KNOBS
 from clip_m2df.nn.baselines import head_class
 from clip_m2df.report.evaluation import EvaluationPage
 from clip_m2df.training import checkpoints
 from clip_m2df.training.build import saved_options
-from clip_m2df.training.callbacks import RunConfig, RunProgressBar, RunReport
+from clip_m2df.training.callbacks import RunConfig, RunLogger, RunProgressBar, RunReport, logger_of_run
 from clip_m2df.training.dashboard import Dashboard
 from clip_m2df.training.module import CLIPM2DF
 from clip_m2df.training.wandb_run import resume_run
@@ -51,6 +52,9 @@ IGNORED_WARNINGS = (
     "exists and is not empty",  # the folder of a run that goes on
     "in eval mode at the start of training",  # a frozen tower is so on purpose
     "sync_dist=True",  # the metrics that are logged have been summed over ranks already
+    "does not have many workers",  # how many decode is data.num_workers, see after_instantiate_classes
+    "suggested max number of worker",
+    "num_workers",
 )
 
 
@@ -98,7 +102,12 @@ class CLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """The commands, and what of the Trainer's methods is not an option."""
-        return {name: left_out for name, left_out in LightningCLI.subcommands().items() if name != "predict"}
+        return {name: {*out, "verbose"} for name, out in LightningCLI.subcommands().items() if name != "predict"}
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        # RunReport says what an evaluation found.
+        quiet = {} if subcommand == "fit" else {"verbose": False}
+        return super()._prepare_subcommand_kwargs(subcommand) | quiet
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options of :class:`clip_m2df.training.checkpoints.RunCheckpoint` and :class:`Dashboard`."""
@@ -132,28 +141,64 @@ class CLI(LightningCLI):
         """Make the trainer, with the run's report, and its progress bar unless none is wanted."""
         subcommand = str(self.subcommand)
         options = self.config_init[subcommand].trainer
+        checkpoint, self.checkpoint = self.checkpoint, None
         folder = Path(options.default_root_dir or ".")
         options.callbacks = [*_listed(options.callbacks), RunReport()]
         if options.enable_progress_bar is not False:
             options.callbacks.append(RunProgressBar())
         options.plugins = _listed(options.plugins)
         if not any(isinstance(plugin, CheckpointIO) for plugin in options.plugins):
-            options.plugins.append(
-                checkpoints.RunCheckpointIO(self.config[subcommand].ckpt_path or "", self.checkpoint)
-            )
-        self.checkpoint = None
+            options.plugins.append(checkpoints.RunCheckpointIO(self.config[subcommand].ckpt_path or "", checkpoint))
         told = TorchElasticEnvironment.detect() or any(isinstance(p, ClusterEnvironment) for p in options.plugins)
         if SLURMEnvironment.detect() and not told:
             # Lightning would save wherever a signal comes, into a file that later runs take without being asked.
             options.plugins.append(SLURMEnvironment(auto_requeue=False))
         if options.logger in (None, True):  # Lightning's own choice depends on what happens to be installed
-            options.logger = CSVLogger(folder)
+            options.logger = RunLogger(folder)
+        first = checkpoints.steps_made(checkpoint) if self.goes_on and checkpoint else 0
+        loggers = [logger_of_run(logger, subcommand, first) for logger in _listed(options.logger or None)]
+        options.logger = [logger for logger in loggers if logger is not None] or False
         if self.goes_on:
-            resume_run(options.logger, folder)
+            resume_run(options.logger or [], folder)
         if subcommand == "test" and self.config.test.report is not None:
             text = self._parser("test").dump(self.config.test, skip_unset=False)
             options.callbacks.append(EvaluationPage(Path(self.config.test.report), yaml.safe_load(text)))
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        if subcommand == "fit" and checkpoint is not None:
+            path = self.config.fit.ckpt_path
+            checkpoints.check_training_state(path, checkpoint, trainer, self.model, self.datamodule)
+        return trainer
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except (UserError, MisconfigurationException):
+            raise
+        except Exception as error:
+            if not raised_while_restoring(error):
+                raise
+            raise UserError(
+                f"{self.config[subcommand].ckpt_path} holds what can't be taken over"
+                f" ({type(error).__name__}: {' '.join(str(error).split()):.200}): give another checkpoint"
+            ) from error
+
+    def after_fit(self) -> None:
+        """Say where the best checkpoint is, and what to type next."""
+        kept = self.trainer.checkpoint_callback
+        if not (self.trainer.is_global_zero and isinstance(kept, checkpoints.RunCheckpoint)):
+            return
+        if self.config.fit.trainer.fast_dev_run or not kept.last_model_path:
+            return
+        config = Path(self.trainer.default_root_dir) / "config.yaml"
+        test = f"clip-m2df test --config {shlex.quote(str(config))} --ckpt_path"
+        if kept.best_model_path and kept.best_model_score is not None:
+            score = float(kept.best_model_score)
+            worth = f"{100 * score:.1f} %" if "accuracy" in str(kept.monitor) else f"{score:.4g}"
+            say(f"the best checkpoint is {kept.best_model_path}, with {kept.monitor} {worth}; next:", f"  {test} best")
+        else:
+            say(
+                f"there was no validation to tell the best; the last is {kept.last_model_path}; next:", f"  {test} last"
+            )
 
     def _set_seed(self) -> None:
         try:
@@ -217,6 +262,13 @@ class CLI(LightningCLI):
         """
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) - self.datamodule.num_workers))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        if self.datamodule.num_workers > 2 * max(cores, 2):
+            warnings.warn(
+                f"data.num_workers is {self.datamodule.num_workers}, but there are {cores} cores: more processes than"
+                " cores decode no faster, and take memory",
+                stacklevel=2,
+            )
         size, wanted = self.datamodule.reader.size, self.model.model.backbone.image_size
         if size != wanted:
             raise UserError(
