@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from clip_m2df.clip.formats import public_source, read_weights
 from clip_m2df.errors import UserError
-from clip_m2df.files import sha256_of, whole_file, write_text
+from clip_m2df.files import check_regular, sha256_of, whole_file, write_text
 
 MODEL_FORMAT = "clip-m2df model 1"
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -157,6 +157,8 @@ def read_model(folder: Path) -> dict[str, Any]:
         UserError: a file is missing, damaged, or of another model.
     """
     path = folder / CONFIG
+    for file in (path, folder / WEIGHTS):
+        check_regular(file, "model's file")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         checksum = sha256_of(folder / WEIGHTS)

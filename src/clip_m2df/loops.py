@@ -169,6 +169,16 @@ def steps_of(progress: Mapping[str, Any]) -> tuple[int, int]:
     return steps, loop["epoch_loop.batch_progress"]["current"]["ready"]
 
 
+def number_steps(trainer: lightning.Trainer) -> None:
+    """Have a training that goes on number what it logs as one that was left alone; to be called at ``on_train_start``.
+
+    Relies on: the epoch loop's ``_batches_that_stepped`` is the step of what is logged, and is raised by one after
+    ``on_train_start`` where the loop goes on after a whole step; a training that came to its end had raised it already.
+    """
+    if trainer.global_step:
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step - 1
+
+
 def raised_while_restoring(error: BaseException) -> bool:
     """Whether an error comes from what a checkpoint holds: it was raised while a Trainer took that over.
 

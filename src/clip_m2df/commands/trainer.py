@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import signal
+import threading
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -78,6 +79,10 @@ class CLI(LightningCLI):
         self.goes_on = False
         self.checkpoint: dict[str, Any] | None = None  # read once; the Trainer's plugin takes it over
         with ExitStack() as self.until_end:
+            if _is_first_process() and threading.current_thread() is threading.main_thread():
+                # Before and after what listens to signals itself, Lightning would note this one and go on.
+                before = signal.signal(signal.SIGTERM, partial(_stop, os.getpid()))
+                self.until_end.callback(signal.signal, signal.SIGTERM, before)
             self._run()
 
     def _run(self) -> None:
@@ -311,6 +316,14 @@ class CLI(LightningCLI):
 def _build_model(saved_options: dict[str, Any], cls: type[CLIPM2DF], *args: Any, **kwargs: Any) -> CLIPM2DF:
     """With the towers' description that a checkpoint holds: as an option it would be parsed once more."""
     return cls(*args, **kwargs | saved_options)
+
+
+def _stop(owner: int, number: int, frame: Any) -> None:
+    """End the command at a signal; a process that was forked from it ends as any other does."""
+    if os.getpid() == owner:
+        raise Stopped(number)
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
 
 
 def _is_first_process() -> bool:

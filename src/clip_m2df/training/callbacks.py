@@ -22,7 +22,7 @@ from torch import Tensor
 from clip_m2df.errors import UserError, say, some
 from clip_m2df.evaluation.metrics import class_results
 from clip_m2df.files import read_text, write_table, write_text, writing
-from clip_m2df.loops import logs_step
+from clip_m2df.loops import logs_step, number_steps
 
 
 class RunProgressBar(RichProgressBar):
@@ -205,6 +205,10 @@ class RunReport(lightning.Callback):
 
     In training it lets all ranks know of the videos that one of them found unusable, as often as the Trainer logs.
     """
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Number what is logged by the steps of the whole run."""
+        number_steps(trainer)
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int

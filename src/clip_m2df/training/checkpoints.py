@@ -21,7 +21,7 @@ from torch import Tensor
 
 from clip_m2df import loops
 from clip_m2df.errors import Stopped, UserError, require
-from clip_m2df.files import check_archive, whole_file
+from clip_m2df.files import check_archive, check_regular, whole_file
 
 FOLDER = "checkpoints"
 BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
@@ -41,6 +41,7 @@ def read_checkpoint(path: str | os.PathLike[str], *, map_location: Any = "cpu", 
     Raises:
         UserError: there is no such file, or it is damaged or no checkpoint.
     """
+    check_regular(path, "checkpoint")
     if not os.path.isfile(path):
         raise UserError(f"checkpoint {path}: no such file; give the path of a .ckpt file that fit wrote")
     try:
@@ -67,7 +68,7 @@ def read_last(folder: Path) -> tuple[Path, dict[str, Any]]:
     """
     last, damaged = folder / FOLDER / LAST, []
     for path in (last, last.with_name(PREVIOUS)):
-        if path.exists():
+        if path.is_file():
             try:
                 checkpoint = read_checkpoint(path)
             except UserError:
