@@ -19,7 +19,8 @@ from clip_m2df.errors import UserError
 
 # Bytes of the longest name that a file can have, on all common file systems.
 LONGEST_NAME = 255
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What the system says of a disk, a quota or a limit that is used up.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def check_regular(path: str | Path, what: str) -> None:
@@ -90,7 +91,7 @@ def writing(path: str | Path, what: str) -> Iterator[None]:
         yield
     except OSError as error:
         remedy = "name a file in a folder that can be written"
-        if error.errno in _FULL:
+        if error.errno in FULL:
             kept = "what was there before still is" if os.path.exists(path) else "nothing of it is kept"
             remedy = f"make room; {kept}"
         raise UserError(f"cannot write the {what} {path}: {error.strerror or error}; {remedy}") from error

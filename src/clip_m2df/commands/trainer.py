@@ -32,7 +32,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from clip_m2df.episodes.datamodule import EpisodeDataModule
 from clip_m2df.episodes.files import write_episodes_file
 from clip_m2df.errors import Stopped, UserError, say
-from clip_m2df.files import locked_folder
+from clip_m2df.files import FULL, locked_folder
 from clip_m2df.loops import raised_while_restoring
 from clip_m2df.motion_shapes import NO_KNOBS
 from clip_m2df.nn.baselines import head_class
@@ -180,6 +180,13 @@ class CLI(LightningCLI):
         except (UserError, MisconfigurationException):
             raise
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in FULL:  # of a logger, say
+                folder = Path(self.trainer.default_root_dir)
+                goes_on = (
+                    "; --ckpt_path last goes on" if (folder / checkpoints.FOLDER / checkpoints.LAST).exists() else ""
+                )
+                name = error.filename or f"the files of the run {folder}"
+                raise UserError(f"cannot write {name}: {error.strerror}; make room{goes_on}") from error
             if not raised_while_restoring(error):
                 raise
             raise UserError(

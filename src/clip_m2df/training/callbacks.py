@@ -100,10 +100,14 @@ class _MetricsFile:
         self._columns: list[str] | None = None  # of the file, once this has written it
 
     def log_hparams(self, params: dict[str, Any]) -> None:
-        """Add hyper-parameters, and write all."""
+        """Add hyper-parameters to those of the run so far, and write all."""
+        path = self.path.with_name("hparams.yaml")
+        if self._first and not self.hparams and path.exists():
+            with suppress(UserError, yaml.YAMLError):
+                self.hparams |= yaml.safe_load(read_text(path, "hyper-parameters")) or {}
         self.hparams |= params
         text = yaml.safe_dump(yaml.safe_load(yaml.dump(self.hparams)))
-        write_text(self.path.with_name("hparams.yaml"), "hyper-parameters", text)
+        write_text(path, "hyper-parameters", text)
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Take a row."""
