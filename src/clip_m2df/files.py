@@ -23,7 +23,7 @@ LONGEST_NAME = 255
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def check_regular(path: str | Path, what: str) -> None:
+def check_regular(path: str | os.PathLike[str], what: str) -> None:
     """Refuse what is no file before it is opened: a FIFO waits for ever, and a device may have no end.
 
     Args:

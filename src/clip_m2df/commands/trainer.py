@@ -64,7 +64,8 @@ class _Parser(LightningArgumentParser):
 
     def add_class_arguments(self, *args: Any, **kwargs: Any) -> list[str]:
         """Add the options of a class, without configs of their own."""
-        return super().add_class_arguments(*args, **kwargs | {"sub_configs": False})
+        added: list[str] = super().add_class_arguments(*args, **kwargs | {"sub_configs": False})
+        return added
 
 
 class CLI(LightningCLI):
@@ -337,7 +338,7 @@ def _is_first_process() -> bool:
     """Whether this is the process of rank 0, as far as that is known before there is a Trainer."""
     node = os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0"))
     mpi = MPIEnvironment().global_rank() if MPIEnvironment.detect() else 0
-    return rank_zero_only.rank == 0 and node in ("", "0") and mpi == 0
+    return getattr(rank_zero_only, "rank", 0) == 0 and node in ("", "0") and mpi == 0
 
 
 class EpisodesCLI(CLI):

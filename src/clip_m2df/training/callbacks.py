@@ -11,10 +11,10 @@ from typing import Any
 
 import lightning
 import yaml
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.loggers.logger import rank_zero_experiment
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -80,7 +80,8 @@ class RunLogger(CSVLogger):
     @rank_zero_experiment
     def experiment(self) -> Any:
         """What writes the files."""
-        self._experiment = self._experiment or _MetricsFile(Path(self.log_dir), self.first)
+        if self._experiment is None:
+            self._experiment = _MetricsFile(Path(self.log_dir), self.first)  # type: ignore[assignment]
         return self._experiment
 
     def finalize(self, status: str) -> None:
