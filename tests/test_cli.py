@@ -1,6 +1,10 @@
+import csv
 import importlib
 import math
 import os
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -19,6 +23,7 @@ from clip_m2df.cli import COMMANDS, command_parser, main
 from clip_m2df.commands.configs import find_config, resolve_configs, shipped_configs
 from clip_m2df.commands.trainer import run
 from clip_m2df.episodes.datamodule import EpisodeDataModule
+from clip_m2df.errors import UserError
 from clip_m2df.training.callbacks import RunProgressBar
 from clip_m2df.training.checkpoints import read_checkpoint
 from clip_m2df.training.module import CLIPM2DF
@@ -60,9 +65,14 @@ def test_validate_and_test_print_the_accuracy(
     for command, prefix in (("validate", "val"), ("test", "test")):
         assert main([command, *best]) == 0
         said = capsys.readouterr().out
-        assert f"{prefix}/accuracy" in said
-        assert f"{prefix}/interval" in said
+        accuracy = re.search(rf"{prefix}/accuracy *┃ *([\d.]+) ± ([\d.]+) %", said)
+        assert accuracy
+        with (fitted / f"{prefix}_metrics.csv").open() as file:
+            numbers = {row["metric"]: float(row["value"]) for row in csv.DictReader(file)}
+        assert f"{100 * numbers[f'{prefix}/accuracy']:.1f}" == accuracy[1]
+        assert f"{100 * numbers[f'{prefix}/interval']:.1f}" == accuracy[2]
         assert f"{prefix}/local_accuracy" in said
+        assert not re.search(r"\d\.\d{9}", said)
     assert "hardest classes" in said
     assert (fitted / "val_classes.csv").read_text().count("val class") == 3
     classes = (fitted / "test_classes.csv").read_text().splitlines()
@@ -181,6 +191,131 @@ def test_misspelt_keys_are_named(own: list[str], tmp_path: Path, capsys: pytest.
     assert "broken.yaml" in fails(["fit", "--config", str(broken)], capsys)
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--model.lrr=1"], "there is no option --model.lrr; did you mean --model.lr?"),
+        (["--model.lrr", "1"], "there is no option --model.lrr; did you mean --model.lr?"),
+        (["--model.l=1"], "there is no option --model.l; did you mean --model.lr?"),
+        (["--max_steps=3"], "there is no option --max_steps; did you mean --trainer.max_steps?"),
+        (["--trainer.mx_steps=3"], "did you mean --trainer.max_steps?"),
+        (["--ckpt_pth", "last"], "there is no option --ckpt_pth; did you mean --ckpt_path?"),
+        (["last"], "'last' belongs to no option"),
+        (
+            ["--data.decoder=pyva"],
+            "data.decoder is 'pyva'; it must be one of auto, decord, pyav, torchcodec; did you mean pyav?",
+        ),
+        (["--model.selection=argmx"], "did you mean argmax?"),
+        (["--model.head=m2fd"], "did you mean m2df?"),
+        (["--trainer.precision=bf16-mixd"], "did you mean bf16-mixed?"),
+        (["--trainer.logger=CSVLoger"], "trainer.logger is 'CSVLoger', which it can't be; did you mean CSVLogger?"),
+        (["--model.head_options.depht=2"], "did you mean 'depth'?"),
+        (["data: {n_ways: 5}"], "there is no option data.n_ways; did you mean data.n_way?"),
+        (["modl: {lr: 1}"], "there is no option modl.lr; did you mean model.lr?"),
+        (["seed_everythin: 1"], "there is no option seed_everythin; did you mean seed_everything?"),
+        (["fit: {data: {n_way: 5}}"], "there is no option fit.data.n_way; write it without fit:"),
+        (["trainer: {precision: 17}"], "trainer.precision is '17'; it must be one of 64, 32, 16"),
+    ],
+)
+def test_what_was_meant_is_suggested(
+    more: list[str], said: str, own: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if ": " in more[0]:
+        (tmp_path / "own.yaml").write_text(more[0])
+        more = [f"--config={tmp_path / 'own.yaml'}"]
+    found = fails(["fit", *own, *more], capsys)
+    assert said in found
+    assert "fit." not in found or "fit." in said
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "episodes"])
+def test_a_command_alone_says_where_configs_are(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    said = fails([command], capsys)
+    assert "give --config NAME (clip-m2df configs lists them) or --data.manifest" in said
+    assert ("and --output" in said) == (command == "episodes")
+    assert f"clip-m2df {command} --help" in said
+
+
+def test_fit_ends_with_what_to_type_next(
+    own: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", *own, f"--trainer.default_root_dir={tmp_path / 'my run'}"]) == 0
+    *_, best, command = capsys.readouterr().out.strip().splitlines()
+    score = read_checkpoint(tmp_path / "my run" / "checkpoints" / "last.ckpt")["callbacks"]
+    (value,) = (state["best_model_score"] for state in score.values() if "best_model_score" in state)
+    assert f"{tmp_path}/my run/checkpoints/best.ckpt, with val/accuracy {100 * float(value):.1f} %; next:" in best
+    program, *args = shlex.split(command)
+    assert program == "clip-m2df"
+    assert main(args) == 0
+    assert main(["fit", *own, f"--trainer.default_root_dir={tmp_path / 'b'}", "--trainer.limit_val_batches=0"]) == 0
+    *_, command = capsys.readouterr().out.strip().splitlines()
+    assert main(shlex.split(command)[1:]) == 0
+
+
+def metrics(folder: Path) -> list[tuple[int, bool, float]]:
+    """The rows of a run's only metrics: the step, whether it is a training's, and the loss."""
+    (path,) = folder.rglob("metrics.csv")
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    return [
+        (int(row["step"]), bool(row["train/loss/total"]), float(row["train/loss/total"] or row["val/loss/total"]))
+        for row in rows
+    ]
+
+
+def test_curves_are_of_one_piece(own: list[str], manifest: Path, tiny_clip_dir: Path, tmp_path: Path) -> None:
+    steps = ["--trainer.log_every_n_steps=1", "--trainer.max_steps"]
+    alone = options(manifest, tiny_clip_dir, tmp_path / "alone", *steps[:1], "--trainer.max_steps=4")
+    assert main(["fit", *alone]) == 0
+    assert main(["fit", *own, *steps, "2"]) == 0
+    assert main(["test", *own, "--ckpt_path=best"]) == 0
+    assert main(["validate", *own, "--ckpt_path=best"]) == 0
+    assert main(["fit", *own, *steps, "3", "--ckpt_path=last"]) == 0
+    (path,) = tmp_path.joinpath("lightning_logs").rglob("metrics.csv")
+    # A row of a step that comes anew, and one that was cut short by a crash.
+    header = path.read_text().splitlines()[0].split(",")
+    with path.open("a") as file:
+        file.write(",".join("7" if name == "step" else "0.5" for name in header) + "\n0,")
+    assert main(["fit", *own, *steps, "4", "--ckpt_path=last"]) == 0
+    assert [entry.name for entry in (tmp_path / "lightning_logs").iterdir()] == ["version_0"]
+    assert metrics(tmp_path / "lightning_logs") == metrics(tmp_path / "alone")
+    # From an earlier checkpoint the steps after it come anew, and the validation after it once.
+    shutil.copy(tmp_path / "checkpoints" / "previous.ckpt", tmp_path / "checkpoints" / "early.ckpt")
+    assert main(["fit", *own, *steps, "4", f"--ckpt_path={tmp_path / 'checkpoints' / 'early.ckpt'}"]) == 0
+    assert metrics(tmp_path / "lightning_logs") == metrics(tmp_path / "alone")
+
+
+@pytest.mark.slow
+def test_a_configured_logger_goes_on_too(own: list[str], tmp_path: Path) -> None:
+    (tmp_path / "tb.yaml").write_text(
+        "trainer: {logger: [{class_path: TensorBoardLogger, init_args: {save_dir: LOGS}},"
+        " {class_path: CSVLogger, init_args: {save_dir: LOGS, name: csv}}]}".replace("LOGS", str(tmp_path / "logs"))
+    )
+    more = [f"--config={tmp_path / 'tb.yaml'}", "--trainer.log_every_n_steps=1"]
+    assert main(["fit", own[0], *more, *own[1:]]) == 0
+    assert main(["test", own[0], *more, *own[1:], "--ckpt_path=best"]) == 0
+    assert main(["fit", own[0], *more, *own[1:], "--ckpt_path=last", "--trainer.max_steps=3"]) == 0
+    for name in ("lightning_logs", "csv"):
+        assert [entry.name for entry in (tmp_path / "logs" / name).iterdir()] == ["version_0"]
+    assert [row[0] for row in metrics(tmp_path / "logs") if row[1]] == [0, 1, 2]
+
+
+def test_a_run_that_is_refused_at_its_start_leaves_the_config_of_the_one_before(
+    own: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", *own]) == 0
+    before = (tmp_path / "config.yaml").read_bytes()
+    for more in (["--data.seed=5"], ["--data.episodes_per_step=2"], []):
+        fails(["fit", *own, "--ckpt_path=last", "--trainer.log_every_n_steps=9", *more], capsys)
+        assert (tmp_path / "config.yaml").read_bytes() == before
+
+
+@pytest.mark.filterwarnings("error:.*workers?.*")
+def test_nothing_is_said_of_few_workers(own: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    done = subprocess.run([sys.executable, "-m", "clip_m2df", "fit", *own], capture_output=True, text=True, check=True)
+    assert "worker" not in done.stdout + done.stderr
+
+
 def test_errors_of_the_data_come_as_one_line(own: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     args = ["fit", *own]
     assert "n_way is 1" in fails([*args, "--data.n_way=1"], capsys)
@@ -204,7 +339,7 @@ def test_a_folder_that_cannot_be_written_ends_in_one_line(
     args = ["fit", *own, f"--trainer.default_root_dir={tmp_path / 'file' / 'run'}"]
     assert "file/run" in fails(args, capsys)
     for switched in ([*args, "--traceback"], ["--traceback", *args]):
-        with pytest.raises(OSError, match="file/run"):
+        with pytest.raises(UserError, match="file/run"):
             main(switched)
 
 

@@ -299,7 +299,7 @@ def test_a_folder_in_use_is_left_alone(plain_model: CLIPM2DF, tmp_path: Path) ->
     for folder in (tmp_path, tmp_path / "notes.txt"):
         with pytest.raises(UserError, match="holds something already: name an empty or a new folder"):
             export_model(plain_model, folder, **SHAPES)
-    with pytest.raises(UserError, match=r"cannot export to .*notes\.txt/e: Not a directory"):
+    with pytest.raises(UserError, match=r"cannot write the export .*notes\.txt/e: Not a directory"):
         export_model(plain_model, tmp_path / "notes.txt" / "e", **SHAPES)
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
 

@@ -242,3 +242,50 @@ def test_tests_sanity_checks_and_trial_runs_are_told_apart(tmp_path: Path) -> No
     trial = Trial()
     make_trainer(tmp_path, trial, fast_dev_run=2).fit(Line(), datamodule=Data())
     assert (trial.trained, trial.batches) == ([0, 1], [0, 1])
+
+
+def test_how_far_a_training_is_can_be_read_from_its_checkpoint(tmp_path: Path) -> None:
+    trainer = quiet_trainer(tmp_path, max_steps=4)
+    trainer.fit(Line(), Data())
+    trainer.save_checkpoint(tmp_path / "c.ckpt")
+    checkpoint = torch.load(tmp_path / "c.ckpt", weights_only=True)
+    assert loops.steps_of(checkpoint["loops"]) == (4, 4 * BATCHES)
+    fresh = loops.progress_of(quiet_trainer(tmp_path))["fit_loop"]
+    assert fresh.keys() == checkpoint["loops"]["fit_loop"].keys()
+
+
+@pytest.mark.parametrize("stopped", [2, 4])  # by another, and at its own end
+def test_a_training_that_goes_on_numbers_what_it_logs_as_one_left_alone(tmp_path: Path, stopped: int) -> None:
+    class Numbers(lightning.Callback):
+        logged: list[int] = []  # noqa: RUF012 - of all runs
+
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            loops.number_steps(trainer)
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if loops.ends_step(trainer, batch_idx):
+                self.logged.append(trainer.fit_loop.epoch_loop._batches_that_stepped)
+                if trainer.global_step == stopped == 2:
+                    trainer.save_checkpoint(tmp_path / "c.ckpt")
+
+    trainer = quiet_trainer(tmp_path, max_steps=4, callbacks=[Numbers()])
+    trainer.fit(Line(), Data())
+    if stopped == 4:
+        trainer.save_checkpoint(tmp_path / "c.ckpt")
+    assert Numbers.logged == [0, 1, 2, 3]
+    quiet_trainer(tmp_path, max_steps=6, callbacks=[Numbers()]).fit(Line(), Data(), ckpt_path=tmp_path / "c.ckpt")
+    assert Numbers.logged[4:] == list(range(stopped, 6))
+
+
+def test_an_error_of_what_a_checkpoint_holds_is_told_from_others(tmp_path: Path) -> None:
+    trainer = quiet_trainer(tmp_path, max_steps=2)
+    trainer.fit(Line(), Data())
+    trainer.save_checkpoint(tmp_path / "c.ckpt")
+    content = torch.load(tmp_path / "c.ckpt", weights_only=True)
+    torch.save(content | {"optimizer_states": 3}, tmp_path / "c.ckpt")
+    with pytest.raises(TypeError) as caught:
+        quiet_trainer(tmp_path, max_steps=4).fit(Line(), Data(), ckpt_path=tmp_path / "c.ckpt")
+    assert loops.raised_while_restoring(caught.value)
+    with pytest.raises(ZeroDivisionError) as other:
+        print(1 / 0)
+    assert not loops.raised_while_restoring(other.value)

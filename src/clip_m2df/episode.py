@@ -153,12 +153,14 @@ class VideoTable(Protocol):
     Attributes:
         videos: what the indices of episodes mean.
         reading: how frames are read, in words.
+        frames: of a video.
         store: a folder for features, or None.
         block: how many episodes make a batch.
     """
 
     videos: Sequence[Any]
     reading: str
+    frames: int
     store: str | None
     block: int
 

@@ -24,7 +24,7 @@ from torch.export import ExportedProgram
 
 from clip_m2df.__about__ import __version__
 from clip_m2df.errors import UserError
-from clip_m2df.files import write_text
+from clip_m2df.files import locked_folder, write_text
 from clip_m2df.nn.class_text import fuse_text
 from clip_m2df.nn.head import Head
 from clip_m2df.nn.m2df import Towers
@@ -94,17 +94,24 @@ def export_model(
             f"an export to ONNX needs {', '.join(missing)}: pip install clip-m2df[export], or give formats=['pt2']"
         )
     folder = Path(folder)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+    if folder.is_file():
         raise UserError(f"{folder} holds something already: name an empty or a new folder for the export")
+    with locked_folder(folder, "export"):
+        if any(path.name != ".lock" for path in folder.iterdir()):
+            raise UserError(f"{folder} holds something already: name an empty or a new folder for the export")
+        return _write(model, folder, shapes, class_names, formats)
 
+
+def _write(
+    model: CLIPM2DF, folder: Path, shapes: dict[str, int], class_names: Sequence[str], formats: Sequence[Format]
+) -> dict[str, float]:
     prompts = model.encode_prompts(class_names).cpu().contiguous() if class_names else None
     programs = {
-        "tower": tower_program(model, batch=batch),
-        "head": head_program(model, n_way=n_way, n_shot=n_shot, n_queries=n_queries, frames=frames),
+        "tower": tower_program(model, batch=shapes.pop("batch")),
+        "head": head_program(model, **shapes),
     }
     differences: dict[str, float] = {}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=folder) as draft:
             for name, program in programs.items():
                 differences |= write_program(program, Path(draft) / name, formats)

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import NamedTuple, TextIO
+from weakref import WeakSet
 
 from filelock import lock_descriptor
 
@@ -18,7 +19,23 @@ from clip_m2df.errors import UserError
 
 # Bytes of the longest name that a file can have, on all common file systems.
 LONGEST_NAME = 255
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What the system says of a disk, a quota or a limit that is used up.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def check_regular(path: str | os.PathLike[str], what: str) -> None:
+    """Refuse what is no file before it is opened: a FIFO waits for ever, and a device may have no end.
+
+    Args:
+        path: The file; where there is none, nothing is said.
+        what: What messages call it.
+
+    Raises:
+        UserError: It is a folder, or no regular file.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        kind = "a folder" if os.path.isdir(path) else "no regular file"
+        raise UserError(f"the {what} {path} is {kind}: name the file itself")
 
 
 def read_bytes(path: str | Path, what: str) -> bytes:
@@ -31,9 +48,7 @@ def read_bytes(path: str | Path, what: str) -> bytes:
     Raises:
         UserError: If there is none, it is no regular file, or it may not be read.
     """
-    if os.path.exists(path) and not os.path.isfile(path):
-        kind = "a folder" if os.path.isdir(path) else "no regular file"
-        raise UserError(f"the {what} {path} is {kind}: name the file itself")
+    check_regular(path, what)
     try:
         return Path(path).read_bytes()
     except FileNotFoundError as error:
@@ -76,8 +91,9 @@ def writing(path: str | Path, what: str) -> Iterator[None]:
         yield
     except OSError as error:
         remedy = "name a file in a folder that can be written"
-        if error.errno in _FULL:
-            remedy = "make room; what was written before is still there"
+        if error.errno in FULL:
+            kept = "what was there before still is" if os.path.exists(path) else "nothing of it is kept"
+            remedy = f"make room; {kept}"
         raise UserError(f"cannot write the {what} {path}: {error.strerror or error}; {remedy}") from error
 
 
@@ -208,14 +224,36 @@ def locked(path: str | Path, what: str, owner: str | Path) -> Iterator[TextIO]:
     with writing(owner, what):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = _open_locked(path, what, owner)
+    _LOCKED.add(file)
     try:
         yield file
     finally:
+        _LOCKED.discard(file)
         with writing(owner, what):
             file.flush()
-            if os.fstat(file.fileno()).st_size == 0:
+            found = os.fstat(file.fileno())
+            if stat.S_ISREG(found.st_mode) and found.st_size == 0:  # else it is a forked process's, which owns nothing
                 path.unlink(missing_ok=True)  # while it is locked, so that nobody else's is deleted
             file.close()
+
+
+_LOCKED: WeakSet[TextIO] = WeakSet()
+
+
+def _let_go_of_locks() -> None:
+    """In a forked process: the lock is its parent's, and ends with that, however long this process lives.
+
+    The files are not closed, which would write what the parent has yet to write; they lead nowhere from here on.
+    """
+    if _LOCKED:
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for file in _LOCKED:
+            os.dup2(nowhere, file.fileno(), inheritable=False)
+        os.close(nowhere)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go_of_locks)
 
 
 def locked_folder(folder: str | Path, what: str) -> AbstractContextManager[TextIO]:

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from clip_m2df.clip.formats import known_backbone, public_source, read_weights
 from clip_m2df.errors import UserError, some
-from clip_m2df.files import locked_folder, sha256_of, whole_file, write_text
+from clip_m2df.files import check_regular, locked_folder, sha256_of, whole_file, write_text
 from clip_m2df.nn.weights import not_finite
 
 MODEL_FORMAT = "clip-m2df model 1"
@@ -196,8 +196,7 @@ def read_model(folder: Path) -> dict[str, Any]:
     if other := other_model(folder):
         raise UserError(other)
     for file in (path, folder / WEIGHTS):
-        if os.path.lexists(file) and not file.is_file():  # before it is opened: a FIFO would wait for a writer
-            raise UserError(f"{file} is no regular file: {REMEDY}")
+        check_regular(file, "model's file")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         checksum = sha256_of(folder / WEIGHTS)

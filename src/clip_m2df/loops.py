@@ -5,7 +5,9 @@ Reading what the Trainer documents, such as ``global_step`` and ``should_stop``,
 """
 
 import sys
+import traceback
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -234,6 +236,43 @@ def validate_now(trainer: lightning.Trainer) -> None:
     trainer.fit_loop.epoch_loop.val_loop.restarting = False
     trainer.fit_loop.epoch_loop.val_loop.run()
     trainer.training = True
+
+
+def progress_of(trainer: lightning.Trainer) -> dict[str, Any]:
+    """How far a training is, as a checkpoint keeps it under ``loops``; of a new trainer, what that looks like.
+
+    Relies on: ``fit_loop.state_dict`` is what ``fit_loop.load_state_dict`` takes, plain numbers and tables of them.
+    """
+    return {"fit_loop": trainer.fit_loop.state_dict()}
+
+
+def steps_of(progress: Mapping[str, Any]) -> tuple[int, int]:
+    """The optimiser steps and the batches of a training that a checkpoint keeps under ``loops``.
+
+    Relies on: the names by which the fit loop keeps its optimiser's steps, which are ``global_step``, and its batches.
+    """
+    loop = progress["fit_loop"]
+    steps = loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]["completed"]
+    return steps, loop["epoch_loop.batch_progress"]["current"]["ready"]
+
+
+def number_steps(trainer: lightning.Trainer) -> None:
+    """Have a training that goes on number what it logs as one that was left alone; to be called at ``on_train_start``.
+
+    Relies on: the epoch loop's ``_batches_that_stepped`` is the step of what is logged, and is raised by one after
+    ``on_train_start`` where the loop goes on after a whole step; a training that came to its end had raised it already.
+    """
+    if trainer.global_step:
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step - 1
+
+
+def raised_while_restoring(error: BaseException) -> bool:
+    """Whether an error comes from what a checkpoint holds: it was raised while a Trainer took that over.
+
+    Relies on: all of that is called from Lightning's ``checkpoint_connector``.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(Path(frame.filename).stem == "checkpoint_connector" and "restore" in frame.name for frame in frames)
 
 
 def move_end(trainer: lightning.Trainer, steps: int) -> None:

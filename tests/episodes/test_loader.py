@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+import multiprocessing
 import os
 import signal
 import threading
@@ -147,6 +148,24 @@ def test_a_worker_that_is_killed_ends_the_run_with_the_videos_name(split: Split)
     loader, _ = load(split, Reader(deadly=["c1_v2"]), workers=2)
     with pytest.raises(UserError, match=r"a worker was killed; it was reading the video .*/c1_v2: clip-m2df check"):
         list(loader)
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize("after", [0, 1, 5])
+def test_a_worker_that_is_killed_between_batches_ends_the_run_with_a_videos_name(
+    split: Split, after: int, persistent: bool
+) -> None:
+    loader, _ = load(split, Reader(), workers=2, persistent_workers=persistent)
+    if persistent:
+        list(loader)
+    batches = iter(loader)
+    with pytest.raises(UserError, match=r"a worker was killed; .* video.*: clip-m2df check .*lower data.num_workers"):  # noqa: PT012
+        for number, _ in enumerate(batches):
+            if number == after:
+                os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
+                # Wherever this process is by then: in a step of the training, say.
+                signal.sigtimedwait([], 10)
+                torch.ones(300, 300) @ torch.ones(300, 300)
 
 
 def test_a_worker_that_is_stuck_ends_the_run_with_the_videos_name(split: Split) -> None:

@@ -4,9 +4,11 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import pickle
 import shutil
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,11 +19,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save
+from safetensors.torch import save_file
 
 from clip_m2df import CLIPM2DF, load_published
 from clip_m2df.cli import main
 from clip_m2df.clip.backbone import TINY_CLIP, CLIPBackbone
+from clip_m2df.clip.formats import read_weights
 from clip_m2df.commands.check import read_findings
+from clip_m2df.commands.configs import resolve_configs
 from clip_m2df.datasets.manifest import Manifest
 from clip_m2df.datasets.split_lists import read_annotations, read_lists
 from clip_m2df.episodes.datamodule import EpisodeDataModule
@@ -30,11 +35,11 @@ from clip_m2df.episodes.plan import EpisodeShape
 from clip_m2df.errors import UserError
 from clip_m2df.evaluation.bank import FEATURES_FORMAT, FeatureStore
 from clip_m2df.files import Fingerprint, fingerprint
-from clip_m2df.training.checkpoints import RunCheckpoint
+from clip_m2df.training.checkpoints import RunCheckpoint, read_checkpoint
 from clip_m2df.video import frame_cache
 from clip_m2df.video.frame_cache import CachedVideo, FrameCache, Settings, write_shard
 from clip_m2df.video.reader import read_frames
-from tests.conftest import options, save_checkpoint
+from tests.conftest import fails, options, save_checkpoint
 
 
 @pytest.fixture
@@ -185,6 +190,224 @@ def test_a_config_of_aliases_does_not_grow_without_end(tmp_path: Path, capsys: p
         (tmp_path / "c.yaml").write_text(text)
         assert main(["fit", f"--config={tmp_path / 'c.yaml'}", "--model.backbone=tiny"]) == 2
         assert f"config {tmp_path / 'c.yaml'} can't be read: " in capsys.readouterr().err
+
+
+SECRET = "root: [x\n  password = hunter2"
+
+
+@pytest.mark.parametrize(
+    "content", [SECRET, "hunter2", "root: hunter2", "- hunter2", "a: &hunter2 1\nb: *hunter3", "@"]
+)
+@pytest.mark.parametrize(
+    "place",
+    [
+        *("config: FILE", "config: [FILE]", "model: FILE", "data: FILE", "trainer: FILE", "checkpoint: FILE"),
+        *("dashboard: FILE", "trainer: {logger: FILE}", "trainer: {callbacks: FILE}", "trainer: {callbacks: [FILE]}"),
+        *("trainer: {plugins: FILE}", "model: {head_options: FILE}", "data: {knobs: FILE}", "fit: {config: FILE}"),
+        *("--config=FILE", "--data=FILE", "--model=FILE", "--trainer=FILE", "--checkpoint=FILE", "--dashboard=FILE"),
+        *(
+            "--trainer.logger=FILE",
+            "--trainer.callbacks=FILE",
+            "--trainer.callbacks+=FILE",
+            "--model.head_options=FILE",
+        ),
+        *("--data.knobs=FILE", "--model.milestones=FILE", "--trainer.logger=[FILE]", "--dat=FILE"),
+    ],
+)
+def test_no_option_reads_another_file(
+    place: str, content: str, manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "other.yaml").write_text(content)
+    arg = place.replace("FILE", str(tmp_path / "other.yaml"))
+    if not place.startswith("--"):
+        (tmp_path / "c.yaml").write_text(arg)
+        arg = f"--config={tmp_path / 'c.yaml'}"
+    said = fails(["fit", "--model.backbone=tiny", f"--data.manifest={manifest}", arg], capsys)
+    assert "hunter" not in said
+    assert "password" not in said
+
+
+@pytest.mark.parametrize("how", ["config: other.yaml", "config: c.yaml", "data: other.yaml"])
+def test_a_config_within_a_config_is_refused_with_what_to_write(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = ["model:", "  head_options:", "    a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"    a{k}: &a{k} [{', '.join(9 * [f'*a{k - 1}'])}]" for k in range(1, 10)]
+    (tmp_path / "other.yaml").write_text("\n".join(lines))
+    (tmp_path / "c.yaml").write_text(how)
+    assert "by a --config of its own" in fails(["fit", "--config=c.yaml", "--model.backbone=tiny"], capsys)
+
+
+# What is no file
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder", "socket", "device"])
+@pytest.mark.parametrize(
+    "place", ["config", "checkpoint", "weights", "features", "shard", "manifest", "model", "episodes"]
+)
+def test_what_is_no_regular_file_is_not_opened(
+    kind: str, place: str, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {"shard": "frames-00000.safetensors", "model": "config.json", "weights": "w.safetensors"}
+    store = FeatureStore(tmp_path, torch.nn.Linear(2, 2), "")
+    path = store.path if place == "features" else tmp_path / names.get(place, "file")
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        with socket.socket(socket.AF_UNIX) as listening:
+            monkeypatch.chdir(tmp_path)  # its name may not be long
+            listening.bind(path.name)
+    readers: dict[str, Callable[[], object]] = {
+        "config": lambda: resolve_configs([f"--config={path}"]),
+        "checkpoint": lambda: CLIPM2DF.load_from_checkpoint(path),
+        "weights": lambda: read_weights(path),
+        "features": store.read,
+        "shard": lambda: FrameCache.open(tmp_path, tmp_path),
+        "manifest": lambda: Manifest.read(path),
+        "model": lambda: CLIPBackbone.load(str(tmp_path)),
+        "episodes": lambda: read_episodes_file(
+            path, Manifest.read(manifest).split("test"), None, EpisodeShape(2, 1, 1)
+        ),
+    }
+    with pytest.raises(UserError, match="is a folder" if kind == "folder" else "is no regular file"):
+        readers[place]()
+
+
+# What features may be
+
+
+@pytest.mark.parametrize(
+    "features",
+    [
+        torch.zeros(2, 3, 4, 1),
+        torch.zeros(2, 3, 5),
+        torch.zeros(2, 4, 4),
+        torch.zeros(2, 12),
+        torch.zeros(2),
+        torch.zeros(()),
+        torch.zeros(1, 3, 4),
+        torch.zeros(2, 3, 4, dtype=torch.bfloat16),
+        torch.zeros(2, 3, 4, dtype=torch.float64),
+        torch.zeros(2, 3, 4, dtype=torch.int64),
+        torch.zeros(2, 3, 4, dtype=torch.bool),
+        torch.zeros(2, 3, 4, dtype=torch.complex64),
+        torch.full((2, 3, 4), math.nan),
+        torch.full((2, 3, 4), math.inf),
+    ],
+    ids=lambda t: f"{t.dtype} {tuple(t.shape)} {t.flatten()[0].item()}",
+)
+def test_features_that_the_tower_does_not_make_are_made_anew(features: torch.Tensor, tmp_path: Path) -> None:
+    store = FeatureStore(tmp_path, torch.nn.Linear(2, 2), "frames 3", shape=(3, 4))
+    videos = json.dumps(["a.mp4 1", "b.mp4 1"])
+
+    def write(content: torch.Tensor) -> None:
+        raw = content.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        metadata = {"format": FEATURES_FORMAT, "key": store.key, "videos": videos}
+        save_file(
+            {"features": content}, store.path, metadata | {"sha256": hashlib.sha256(videos.encode() + raw).hexdigest()}
+        )
+
+    write(torch.ones(2, 3, 4))
+    assert set(store.read()) == {"a.mp4 1", "b.mp4 1"}
+    write(features)
+    with pytest.warns(UserWarning, match="can't be used .*: they are made anew"):
+        assert store.read() == {}
+
+
+# What a run may go on from
+
+
+DELETED = object()
+STEP = (
+    "loops",
+    "fit_loop",
+    "epoch_loop.automatic_optimization.optim_progress",
+    "optimizer",
+    "step",
+    "total",
+    "completed",
+)
+WEIGHT, GROUP = ("optimizer_states", 0, "state", 0), ("optimizer_states", 0, "param_groups", 0)
+STATE = [
+    *(
+        ("global_step",),
+        ("epoch",),
+        ("loops",),
+        ("loops", "fit_loop"),
+        STEP,
+        ("callbacks",),
+        ("callbacks", "RunCheckpoint"),
+    ),
+    *(("callbacks", "RunCheckpoint", name) for name in ("best_model_score", "best_model_path", "validated")),
+    *(("optimizer_states",), ("optimizer_states", 0), ("optimizer_states", 0, "state"), WEIGHT, (*WEIGHT, "exp_avg")),
+    *((*WEIGHT, "exp_avg_sq"), (*WEIGHT, "step"), ("optimizer_states", 0, "param_groups"), (*GROUP, "lr")),
+    *((*GROUP, "betas"), (*GROUP, "params"), (*GROUP, "amsgrad"), (*GROUP, "fused")),
+    *(("lr_schedulers",), ("lr_schedulers", 0), ("lr_schedulers", 0, "last_epoch"), ("lr_schedulers", 0, "base_lrs")),
+    *(("EpisodeDataModule",), ("EpisodeDataModule", "steps"), ("EpisodeDataModule", "batches_per_step")),
+]
+# What is no forgery: other callbacks, and numbers that are in their range.
+RIGHT: dict[tuple[str | int, ...], list[object]] = {
+    ("epoch",): [10**6],
+    ("callbacks",): [{"x": 1}],
+    ("callbacks", "RunCheckpoint", "best_model_path"): ["a"],
+    (*GROUP, "lr"): [10**6, 2.5],
+}
+FORGED = ["a", -5, math.nan, [], {"x": 1}, DELETED, torch.tensor(math.nan), torch.zeros(3), 10**6, 2.5]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", STATE, ids=str)
+def test_a_forged_training_state_ends_in_a_message_and_changes_nothing(
+    at: tuple[str | int, ...],
+    fitted: Path,
+    manifest: Path,
+    tiny_clip_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    path.parent.mkdir()
+    args = ["fit", *options(manifest, tiny_clip_dir, tmp_path, "--ckpt_path=last", "--trainer.max_steps=3")]
+    for value in FORGED:
+        content = read_checkpoint(fitted / "checkpoints" / "last.ckpt")
+        if any(type(value) is type(right) and value == right for right in RIGHT.get(at, [])):
+            continue
+        place: Any = content
+        *parents, last = at
+        for key in parents:
+            place = place[
+                next((k for k in place if str(k).startswith(f"{key}{{")), key) if isinstance(place, dict) else key
+            ]
+        last = next((k for k in place if str(k).startswith(f"{last}{{")), last) if isinstance(place, dict) else last
+        if value is DELETED:
+            if at in (("callbacks", "RunCheckpoint"), ("optimizer_states", 0)):
+                continue  # of a run without one; a list of none is another case
+            del place[last]
+        else:
+            place[last] = value
+        torch.save(content, path)
+        before = path.read_bytes()
+        said = fails(args, capsys)
+        assert str(path) in said or "optimiser steps already" in said, (at, value)
+        assert path.read_bytes() == before
+        assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoints"]
+
+
+@pytest.mark.parametrize(
+    "head", ["torch.nn.Softmax", "torch.nn.Module", "os.system", "clip_m2df.nn.head.Head", "sys.path"]
+)
+def test_a_head_that_a_file_names_is_a_head(checkpoint: tuple[Path, dict[str, Any]], head: str) -> None:
+    path, content = checkpoint
+    for options_of_head in ({}, None, {"dim": 1}):
+        content["hyper_parameters"] |= {"head": head, "head_options": options_of_head}
+        torch.save(content, path)
+        with pytest.raises(UserError, match=rf"head.*{head}"):
+            CLIPM2DF.load_from_checkpoint(path)
 
 
 # What a checkpoint may say

@@ -2,11 +2,12 @@
 
 import csv
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from benchmarks import soak
 from clip_m2df import CLIPM2DF, EpisodeDataModule
 from clip_m2df.cli import main
 from clip_m2df.errors import Stopped, UserError
+from clip_m2df.files import locked_folder
 from clip_m2df.training.checkpoints import BEST, FOLDER, LAST, PREVIOUS, RunCheckpointIO, read_checkpoint, read_last
 from tests.conftest import fails, options, quiet_trainer
 
@@ -479,25 +481,101 @@ def test_last_may_be_missing_between_two_renamings(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/dev/full")
+class Full(lightning.Callback):
+    """The disk is full from the fifth step on."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 9:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+@pytest.fixture
+def any_size() -> Iterator[None]:
+    """Lets files have any size again afterwards."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def test_a_full_disk_ends_a_run_with_a_line(
-    run: Run, goes_on: GoesOn, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Run, goes_on: GoesOn, tmp_path: Path, capsys: pytest.CaptureFixture[str], any_size: None
 ) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
     assert main(run("--trainer.max_steps=3")) == 0
-    draft = tmp_path / FOLDER / f"{LAST}.{os.getpid()}.part"
-
-    class Full(lightning.Callback):
-        """What is written from the fifth step on meets a full disk."""
-
-        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-            if batch_idx == 9 and not draft.is_symlink():
-                draft.symlink_to("/dev/full")
-
-    globals()["Full"] = Full
     said = fails(run("--ckpt_path=last", "--checkpoint.every=5", f"--trainer.callbacks+={__name__}.Full"), capsys)
-    assert "last.ckpt: No space left on device; what was saved before is still there" in said
+    assert "last.ckpt: File too large; make room; what was there before still is, and --ckpt_path last goes on" in said
     assert step_of(tmp_path) == 4
-    assert not draft.is_symlink()
+    assert not list(tmp_path.rglob("*.part"))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
     goes_on()
+
+
+def test_where_nothing_was_saved_a_full_disk_does_not_say_go_on(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], any_size: None
+) -> None:
+    said = fails(
+        run("--data.validate_every=5", "--trainer.max_steps=5", f"--trainer.callbacks+={__name__}.Full"), capsys
+    )
+    assert "last.ckpt: File too large; make room; nothing of it is kept" in said
+    assert "--ckpt_path last" not in said
+    assert not list((tmp_path / FOLDER).iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [0, 100, 1024])
+def test_on_a_full_disk_no_good_file_is_cut(run: Run, tmp_path: Path, size: int) -> None:
+    more = ["--trainer.log_every_n_steps=1", "--dashboard.figures=true"]
+    assert main(run("--trainer.max_steps=3", *more)) == 0
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    done = subprocess.run(
+        [sys.executable, "-m", "clip_m2df", *run("--ckpt_path=last", *more)],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert f" {tmp_path}/" in done.stderr
+    assert "File too large; make room; what was there before still is" in done.stderr
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
+
+
+def test_one_fit_has_a_run_folder(run: Run, alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(alone, tmp_path, dirs_exist_ok=True)
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with locked_folder(tmp_path, "run folder"):  # as another process does
+        for more in ([], ["--ckpt_path=last", "--trainer.max_steps=8"], ["--data.seed=7"]):
+            said = fails(run(*more), capsys)
+            assert f"another process writes the run folder {tmp_path}: wait for its end, or name another" in said
+        assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p.name != ".lock"} == files
+        # Others write files of their own.
+        for command in ("test", "validate"):
+            assert main([command, *run()[1:], "--ckpt_path=best"]) == 0
+        assert all((tmp_path / path.relative_to(tmp_path)).read_bytes() == content for path, content in files.items())
+    assert main(run("--ckpt_path=last", "--trainer.max_steps=8")) == 0
+    assert not (tmp_path / ".lock").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [[], ["--trainer.strategy=ddp_fork"]])
+def test_a_second_fit_is_refused_until_the_first_is_gone(run: Run, tmp_path: Path, how: list[str]) -> None:
+    several = ["--trainer.devices=2", *how, "--data.num_workers=2", "--trainer.max_steps=100000"]
+    command = [sys.executable, "-m", "clip_m2df"]
+    first = subprocess.Popen([*command, *run(*several)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while not (tmp_path / "config.yaml").exists():  # it trains, and has workers
+            assert first.poll() is None
+        second = subprocess.run([*command, *run()], capture_output=True, text=True, check=False)
+        assert second.returncode == 2
+        assert "another process writes the run folder" in second.stderr
+        workers = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
+        assert workers
+    finally:
+        first.kill()
+        first.wait()
+    # Processes that it forked may live for a while yet: the lock was not theirs.
+    with locked_folder(tmp_path, "run folder"):
+        pass
 
 
 def test_every_is_a_number_of_steps(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from clip_m2df.errors import UserError, some
-from clip_m2df.files import check_archive
+from clip_m2df.files import check_archive, check_regular
 
 # What CLIP was trained with; a folder in transformers' format may say otherwise.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -77,6 +77,7 @@ def read_weights(file: Path, inside: str = "") -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    check_regular(file, "file of weights")
     if not file.is_file():
         raise UserError(f"{file}: no such file or folder")
     if file.suffix == ".safetensors":
@@ -168,6 +169,8 @@ def read_folder(folder: Path, source: str) -> tuple[dict[str, Any], dict[str, Te
     """
     from transformers import CLIPConfig
 
+    for name in ("config.json", "processor_config.json", "preprocessor_config.json"):
+        check_regular(folder / name, "model's description")
     if not (folder / "config.json").is_file():
         hint = "; give the file of weights in it" if (folder / OPEN_CLIP_CONFIG).is_file() else ""
         raise UserError(f"{source} isn't a model in transformers' format: there is no config.json in it{hint}")

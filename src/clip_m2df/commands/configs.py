@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,16 @@ from typing import Any
 import yaml
 
 from clip_m2df.errors import RENAMED_OPTIONS, UserError, say
+from clip_m2df.files import read_text
 
 # Of a config; a few lines of aliases of aliases stand for as many as one likes, all of which the parser would visit.
 MOST_VALUES = 10_000
 # Options of earlier versions, and what to write instead. Those of heads are left to the head: others may have any.
 FORMER_OPTIONS = {name: today for name, today in RENAMED_OPTIONS.items() if not name.startswith("model.head_options.")}
 FORMER_OPTIONS["profile"] = "trainer.profiler simple"
+# Tables of options, and the options that stand beside them in a config.
+SECTIONS = ("trainer", "model", "data", "checkpoint", "dashboard")
+OTHERS = ("config", "seed_everything", "ckpt_path", "weights_only", "report", "output", "profile")
 # What Lightning writes first into the config of a run.
 RUN_HEADER = "# lightning.pytorch=="
 
@@ -46,7 +51,9 @@ def find_config(name: str) -> Path:
     Raises:
         UserError: There is none.
     """
-    if Path(name).is_file():
+    if not name:
+        raise UserError("--config: give a file, or a shipped config's name; clip-m2df configs lists these")
+    if os.path.exists(name):
         return Path(name)
     shipped = shipped_configs()
     if name in shipped:
@@ -68,33 +75,68 @@ def resolve_configs(args: Sequence[str]) -> list[str]:
     resolved, remaining = [], iter(args)
     for arg in remaining:
         flag, equals, value = arg.partition("=")
+        name = flag.removeprefix("--")
         if flag in ("--config", "-c"):
             arg = f"--config={_check_config(find_config(value if equals else next(remaining, '')))}"
-        elif flag.startswith("--") and (name := flag.removeprefix("--")) in FORMER_OPTIONS:
+        elif flag.startswith("--") and name in FORMER_OPTIONS:
             raise UserError(_instead_of(name))
+        elif flag.startswith("--") and name.rstrip("+") in SECTIONS:
+            value = value if equals else next(remaining, "")
+            if not _is_table(value):
+                raise UserError(
+                    f"{flag} {value!r}: no table of options; give a file by --config, with {name.rstrip('+')}: over its"
+                    f" options, or an option by itself, as in --{name.rstrip('+')}.NAME VALUE"
+                )
+            arg = f"{flag}={value}"
         resolved.append(arg)
     return resolved
+
+
+def _is_table(text: str) -> bool:
+    """Whether the parser takes a text for a table; it takes another for the name of a file, and reads that."""
+    try:
+        return not os.path.exists(text) and isinstance(yaml.safe_load(text), dict)
+    except (ValueError, RecursionError, yaml.YAMLError):
+        return False
 
 
 def _check_config(path: Path) -> str:
     """What the parser is to read: the path; or the content, where a run of an earlier version wrote it.
 
+    Messages show nothing of a file that is no config: any file may be named in the place of one.
+
     Raises:
         UserError: Names the file, which the parser's own messages don't.
     """
+    text = read_text(path, "config")
     try:
-        text = path.read_text(encoding="utf-8")
         content = yaml.safe_load(text)
         if _count(content, {}) > MOST_VALUES:
             raise ValueError(f"with its aliases written out, it has more than {MOST_VALUES} values")
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"config {path} can't be read: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict | None):
+    except yaml.constructor.ConstructorError as error:
+        raise UserError(f"config {path} can't be read: {error.problem}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "it"
+        raise UserError(f"config {path} can't be read: {line} is no YAML") from error
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise UserError(f"config {path} can't be read: {reason}") from error
+    content = {} if content is None else content
+    known = (*SECTIONS, *OTHERS, "fit", "validate", "test", "episodes")
+    if not isinstance(content, dict) or (content and not any(_near(key, known) for key in content)):
         raise UserError(f"config {path} is not a table of options; start from one that clip-m2df configs lists")
-    content = content or {}
-    for section in ("model", "data", "trainer", "checkpoint"):
+    if content.get("config"):
+        raise UserError(
+            f"config {path} names other configs under config: give each by a --config of its own, the later over the"
+            " earlier"
+        )
+    for section in SECTIONS:
         if not isinstance(content.get(section, {}), dict):
-            raise UserError(f"config {path}: {section} is {content[section]!r} and no table of options")
+            raise UserError(
+                f"config {path}: {section} is no table of options; write them out under {section}:, or give another"
+                " file by a --config of its own"
+            )
     if text.startswith(RUN_HEADER):
         updated = _update(content)
         return str(path) if updated == content else yaml.safe_dump(updated)
@@ -102,6 +144,12 @@ def _check_config(path: Path) -> str:
     if former := sorted(FORMER_OPTIONS.keys() & names):
         raise UserError(f"config {path}: {_instead_of(former[0])}")
     return str(path)
+
+
+def _near(key: object, known: Sequence[str]) -> bool:
+    """Whether a key is an option or a misspelt one, in dots or not, with its command before it or not."""
+    parts = str(key).split(".")
+    return any(difflib.get_close_matches(part, known, n=1) for part in parts[:2])
 
 
 def _update(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,7 @@ from rich.table import Table
 
 from clip_m2df.commands.configs import find_config
 from clip_m2df.errors import UserError, console, require, say
+from clip_m2df.files import locked, locked_folder
 
 if TYPE_CHECKING:
     from clip_m2df.episodes.datamodule import EpisodeDataModule
@@ -33,6 +36,21 @@ def run_demo(*overrides: str, output: Path = Path("runs/demo"), episodes: int = 
     Raises:
         UserError: ``output`` is there and is no earlier demo's, or there are too few episodes for an interval.
     """
+    require(least=2, episodes=episodes)
+    if output.exists() and not (output / MARKER).is_file():
+        raise UserError(f"{output} is there already, and no earlier demo; give another --output")
+    with locked(output / MARKER, "demo", output) as marker:
+        marker.write("" if os.fstat(marker.fileno()).st_size else "made by clip-m2df demo, which replaces it\n")
+        with locked_folder(output, "run folder"):
+            for entry in output.iterdir():
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry)
+                elif entry.name not in (MARKER, ".lock"):
+                    entry.unlink()
+        _run_demo(overrides, output, episodes)
+
+
+def _run_demo(overrides: Sequence[str], output: Path, episodes: int) -> None:
     import lightning
     import torch
 
@@ -40,14 +58,7 @@ def run_demo(*overrides: str, output: Path = Path("runs/demo"), episodes: int = 
     from clip_m2df.motion_shapes import render
     from clip_m2df.training.module import CLIPM2DF
 
-    require(least=2, episodes=episodes)
-    if output.exists() and not (output / MARKER).is_file():
-        raise UserError(f"{output} is there already, and no earlier demo; give another --output")
-    shutil.rmtree(output, ignore_errors=True)
-    output.mkdir(parents=True)
-    (output / MARKER).touch()
     started = time.perf_counter()
-
     render()
     rendered = time.perf_counter()
     # One device: Lightning would start the whole command anew for each further one.

@@ -1,12 +1,17 @@
 """``fit``, ``validate``, ``test`` and ``episodes`` through one LightningCLI."""
 
+import difflib
 import inspect
 import logging
 import os
 import re
+import shlex
 import signal
+import threading
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +20,28 @@ import torch
 import yaml
 from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.mpi import MPIEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.multiprocessing.spawn import ProcessException
 
 from clip_m2df.episodes.datamodule import EpisodeDataModule
 from clip_m2df.episodes.files import write_episodes_file
 from clip_m2df.errors import Stopped, UserError, say
+from clip_m2df.files import FULL, locked_folder
+from clip_m2df.loops import raised_while_restoring
 from clip_m2df.motion_shapes import NO_KNOBS
 from clip_m2df.nn.baselines import head_class
 from clip_m2df.report.evaluation import EvaluationPage
 from clip_m2df.training import checkpoints
 from clip_m2df.training.build import saved_options
-from clip_m2df.training.callbacks import RunConfig, RunProgressBar, RunReport
+from clip_m2df.training.callbacks import RunConfig, RunLogger, RunProgressBar, RunReport, logger_of_run
 from clip_m2df.training.dashboard import Dashboard
 from clip_m2df.training.module import CLIPM2DF
 from clip_m2df.training.wandb_run import resume_run
@@ -47,7 +55,19 @@ IGNORED_WARNINGS = (
     "exists and is not empty",  # the folder of a run that goes on
     "in eval mode at the start of training",  # a frozen tower is so on purpose
     "sync_dist=True",  # the metrics that are logged have been summed over ranks already
+    "does not have many workers",  # how many decode is data.num_workers, see after_instantiate_classes
+    "suggested max number of worker",
+    "num_workers",
 )
+
+
+class _Parser(LightningArgumentParser):
+    """Opens no file that the value of an option names: a config within a config would be read unchecked."""
+
+    def add_class_arguments(self, *args: Any, **kwargs: Any) -> list[str]:
+        """Add the options of a class, without configs of their own."""
+        added: list[str] = super().add_class_arguments(*args, **kwargs | {"sub_configs": False})
+        return added
 
 
 class CLI(LightningCLI):
@@ -61,6 +81,14 @@ class CLI(LightningCLI):
         self.args = list(args)
         self.goes_on = False
         self.checkpoint: dict[str, Any] | None = None  # read once; the Trainer's plugin takes it over
+        with ExitStack() as self.until_end:
+            if _is_first_process() and threading.current_thread() is threading.main_thread():
+                # Before and after what listens to signals itself, Lightning would note this one and go on.
+                before = signal.signal(signal.SIGTERM, partial(_stop, os.getpid()))
+                self.until_end.callback(signal.signal, signal.SIGTERM, before)
+            self._run()
+
+    def _run(self) -> None:
         super().__init__(
             CLIPM2DF,
             EpisodeDataModule,
@@ -68,7 +96,9 @@ class CLI(LightningCLI):
             save_config_kwargs={"save_to_log_dir": False},
             seed_everything_default=0,
             trainer_defaults={"default_root_dir": "runs"},
-            parser_kwargs={"prog": "clip-m2df", "exit_on_error": False}
+            parser_class=_Parser,
+            # Whole names alone: an option that is added later may begin like another.
+            parser_kwargs={"prog": "clip-m2df", "exit_on_error": False, "allow_abbrev": False}
             | {name: {"exit_on_error": False} for name in self.subcommands()},
             # Otherwise any ``optimizer:`` group would replace the model's own two learning rates.
             auto_configure_optimizers=False,
@@ -80,7 +110,12 @@ class CLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """The commands, and what of the Trainer's methods is not an option."""
-        return {name: left_out for name, left_out in LightningCLI.subcommands().items() if name != "predict"}
+        return {name: {*out, "verbose"} for name, out in LightningCLI.subcommands().items() if name != "predict"}
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        # RunReport says what an evaluation found.
+        quiet = {} if subcommand == "fit" else {"verbose": False}
+        return super()._prepare_subcommand_kwargs(subcommand) | quiet
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options of :class:`clip_m2df.training.checkpoints.RunCheckpoint` and :class:`Dashboard`."""
@@ -98,8 +133,12 @@ class CLI(LightningCLI):
         """Parse, without LightningCLI's warning about arguments that don't come from ``sys.argv``."""
         try:
             self.config = parser.parse_args(args)
-        except ArgumentError:
-            raise
+        except ArgumentError as error:
+            of_command = self._subcommand_parsers[args[0]]
+            options = [option.dest for option in of_command._actions]
+            command = of_command.prog.rpartition(" ")[2]
+            why = _explain(" ".join(str(error).split()), options, args[0])
+            raise UserError(f"{why}\n(clip-m2df {command} --help explains the options)") from error
         except Exception as error:  # values that the parser itself trips over
             raise UserError(f"the options can't be read: {' '.join(str(error).split())}") from error
 
@@ -110,28 +149,71 @@ class CLI(LightningCLI):
         """Make the trainer, with the run's report, and its progress bar unless none is wanted."""
         subcommand = str(self.subcommand)
         options = self.config_init[subcommand].trainer
+        checkpoint, self.checkpoint = self.checkpoint, None
         folder = Path(options.default_root_dir or ".")
         options.callbacks = [*_listed(options.callbacks), RunReport()]
         if options.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in options.callbacks):
             options.callbacks.append(RunProgressBar())
         options.plugins = _listed(options.plugins)
         if not any(isinstance(plugin, CheckpointIO) for plugin in options.plugins):
-            options.plugins.append(
-                checkpoints.RunCheckpointIO(self.config[subcommand].ckpt_path or "", self.checkpoint)
-            )
-        self.checkpoint = None
+            options.plugins.append(checkpoints.RunCheckpointIO(self.config[subcommand].ckpt_path or "", checkpoint))
         told = TorchElasticEnvironment.detect() or any(isinstance(p, ClusterEnvironment) for p in options.plugins)
         if SLURMEnvironment.detect() and not told:
             # Lightning would save wherever a signal comes, into a file that later runs take without being asked.
             options.plugins.append(SLURMEnvironment(auto_requeue=False))
         if options.logger in (None, True):  # Lightning's own choice depends on what happens to be installed
-            options.logger = CSVLogger(folder)
+            options.logger = RunLogger(folder)
+        first = checkpoints.steps_made(checkpoint) if self.goes_on and checkpoint else 0
+        loggers = [logger_of_run(logger, subcommand, first) for logger in _listed(options.logger or None)]
+        options.logger = [logger for logger in loggers if logger is not None] or False
         if self.goes_on:
-            resume_run(options.logger, folder)
+            resume_run(options.logger or [], folder)
         if subcommand == "test" and self.config.test.report is not None:
             text = self._parser("test").dump(self.config.test, skip_unset=False)
             options.callbacks.append(EvaluationPage(Path(self.config.test.report), yaml.safe_load(text)))
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        if subcommand == "fit" and checkpoint is not None:
+            path = self.config.fit.ckpt_path
+            checkpoints.check_training_state(path, checkpoint, trainer, self.model, self.datamodule)
+        return trainer
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except (UserError, MisconfigurationException):
+            raise
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in FULL:  # of a logger, say
+                folder = Path(self.trainer.default_root_dir)
+                goes_on = (
+                    "; --ckpt_path last goes on" if (folder / checkpoints.FOLDER / checkpoints.LAST).exists() else ""
+                )
+                name = error.filename or f"the files of the run {folder}"
+                raise UserError(f"cannot write {name}: {error.strerror}; make room{goes_on}") from error
+            if not raised_while_restoring(error):
+                raise
+            raise UserError(
+                f"{self.config[subcommand].ckpt_path} holds what can't be taken over"
+                f" ({type(error).__name__}: {' '.join(str(error).split()):.200}): give another checkpoint"
+            ) from error
+
+    def after_fit(self) -> None:
+        """Say where the best checkpoint is, and what to type next."""
+        kept = self.trainer.checkpoint_callback
+        if not (self.trainer.is_global_zero and isinstance(kept, checkpoints.RunCheckpoint)):
+            return
+        if self.config.fit.trainer.fast_dev_run or not kept.last_model_path:
+            return
+        config = Path(self.trainer.default_root_dir) / "config.yaml"
+        test = f"clip-m2df test --config {shlex.quote(str(config))} --ckpt_path"
+        if kept.best_model_path and kept.best_model_score is not None:
+            score = float(kept.best_model_score)
+            worth = f"{100 * score:.1f} %" if "accuracy" in str(kept.monitor) else f"{score:.4g}"
+            say(f"the best checkpoint is {kept.best_model_path}, with {kept.monitor} {worth}; next:", f"  {test} best")
+        else:
+            say(
+                f"there was no validation to tell the best; the last is {kept.last_model_path}; next:", f"  {test} last"
+            )
 
     def _set_seed(self) -> None:
         try:
@@ -161,6 +243,9 @@ class CLI(LightningCLI):
         config = self.config[str(self.subcommand)]
         run_folder = Path(config.trainer.default_root_dir or ".")
         folder = run_folder / checkpoints.FOLDER
+        if self.subcommand == "fit" and not config.trainer.fast_dev_run and _is_first_process():
+            # Before anything in the folder is read. Validations and tests write files of their own, and may run beside.
+            self.until_end.enter_context(locked_folder(run_folder, "run folder"))
         if config.ckpt_path == "last":
             path, self.checkpoint = checkpoints.read_last(run_folder)
             config.ckpt_path = str(path)
@@ -182,7 +267,7 @@ class CLI(LightningCLI):
         if config.ckpt_path is not None:
             self.checkpoint = self.checkpoint or checkpoints.read_checkpoint(config.ckpt_path)
             self._take_options_from(self.checkpoint, config)
-            self.parser.add_instantiator(self._build_model, CLIPM2DF, subclasses=False)
+            self.parser.add_instantiator(partial(_build_model, self.saved_options), CLIPM2DF, subclasses=False)
 
     def after_instantiate_classes(self) -> None:
         """Check that the data module makes frames of the tower's size; leave cores to the workers that decode.
@@ -192,6 +277,13 @@ class CLI(LightningCLI):
         """
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) - self.datamodule.num_workers))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        if self.datamodule.num_workers > 2 * max(cores, 2):
+            warnings.warn(
+                f"data.num_workers is {self.datamodule.num_workers}, but there are {cores} cores: more processes than"
+                " cores decode no faster, and take memory",
+                stacklevel=2,
+            )
         size, wanted = self.datamodule.reader.size, self.model.model.backbone.image_size
         if size != wanted:
             raise UserError(
@@ -230,9 +322,25 @@ class CLI(LightningCLI):
         for option in saved:
             config.model[option] = kept[option]
 
-    def _build_model(self, cls: type[CLIPM2DF], *args: Any, **kwargs: Any) -> CLIPM2DF:
-        """With the towers' description that a checkpoint holds: as an option it would be parsed once more."""
-        return cls(*args, **kwargs | self.saved_options)
+
+def _build_model(saved_options: dict[str, Any], cls: type[CLIPM2DF], *args: Any, **kwargs: Any) -> CLIPM2DF:
+    """With the towers' description that a checkpoint holds: as an option it would be parsed once more."""
+    return cls(*args, **kwargs | saved_options)
+
+
+def _stop(owner: int, number: int, frame: Any) -> None:
+    """End the command at a signal; a process that was forked from it ends as any other does."""
+    if os.getpid() == owner:
+        raise Stopped(number)
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
+def _is_first_process() -> bool:
+    """Whether this is the process of rank 0, as far as that is known before there is a Trainer."""
+    node = os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0"))
+    mpi = MPIEnvironment().global_rank() if MPIEnvironment.detect() else 0
+    return getattr(rank_zero_only, "rank", 0) == 0 and node in ("", "0") and mpi == 0
 
 
 class EpisodesCLI(CLI):
@@ -294,8 +402,6 @@ def run(args: Sequence[str], cli: type[CLI] | None = None) -> CLI:
         warnings.filterwarnings("ignore", message=f".*{message}")
     try:
         return cli(args)
-    except ArgumentError as error:
-        raise UserError(f"{' '.join(str(error).split())}\n(clip-m2df {args[0]} --help explains the options)") from error
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
     except ProcessException as error:  # of ddp_spawn, which knows errors as text alone
@@ -313,6 +419,53 @@ def run(args: Sequence[str], cli: type[CLI] | None = None) -> CLI:
         raise
     except SIGTERMException as error:  # Lightning's own, where nothing is trained
         raise Stopped(signal.SIGTERM) from error
+
+
+def _explain(message: str, options: Sequence[str], command: str) -> str:
+    """What is wrong with the options, in their names as they are typed, and what may have been meant.
+
+    Args:
+        message: the parser's, in one line.
+        options: that there are.
+        command: whose they are; the parser puts it before the names of options that are missing.
+    """
+    if found := re.search("are required: (.*)", message):
+        missing = [name.strip().removeprefix(f"{command}.") for name in found[1].split(",")]
+        typed = " and ".join(f"--{name}" for name in missing if name != "data.manifest")
+        if "data.manifest" not in missing:
+            return f"give {typed}"
+        also = f", and {typed}" if typed else ""
+        return f"give --config NAME (clip-m2df configs lists them) or --data.manifest{also}"
+    if found := re.search("unrecognized arguments: (.*)|does not accept option '(.*)'", message):
+        name = (found[1] or found[2]).split(" ")[0].partition("=")[0]
+        bare = name.lstrip("-").rstrip("+").removeprefix(f"{command}.")
+        if bare in options:  # in a table of the command's, say
+            return f"there is no option {name}; write it without {command}: in a config, which serves all commands"
+        if found[1] and not name.startswith("-"):
+            return f"{found[1]!r} belongs to no option; each value comes after the --NAME of its option"
+        near = difflib.get_close_matches(bare, options, n=1)
+        # An option without its section is none that looks alike.
+        near = near or [option for option in options if option.rpartition(".")[2] == bare][:1]
+        hint = f"; did you mean {'--' if found[1] else ''}{near[0]}?" if near else ""
+        return f"there is no option {name}{hint}"
+    if found := re.match(r'Parser key "([\w.]+)": (.*)', message):
+        name, why = found[1].removeprefix(f"{command}."), found[2]
+        given = why.partition("Got value: ")[2] or why.partition("Given value: ")[2]
+        choices = [c.strip(" '") for group in re.findall(r"Literal\[(.*?)\]", why) for c in group.split(",")]
+        names = [n for module in (lightning.pytorch.loggers, lightning.pytorch.callbacks) for n in module.__all__]
+        near = difflib.get_close_matches(given, choices or names, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        if os.path.isfile(given):
+            return f"{name} is the file {given}, which is not read: write out what is in it in a --config"
+        if choices:
+            return f"{name} is {given!r}; it must be one of {', '.join(dict.fromkeys(choices))}{hint}"
+        reasons = re.search("Problem with given class_path '([^']*)': (.*?) - ", why)
+        if reasons:
+            return f"{name}: {reasons[1]}: {reasons[2]}"
+        if "Union subtypes" in why:
+            return f"{name} is {given!r}, which it can't be{hint}"
+        return f"{found[0]}{hint}".replace(found[1], name, 1)
+    return message
 
 
 def _listed(option: Any) -> list[Any]:

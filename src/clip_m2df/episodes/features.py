@@ -43,6 +43,7 @@ class EpisodeTable(Dataset[int], VideoTable):
         num_workers: processes that decode.
         stuck_after: see :class:`clip_m2df.episodes.loader.VideoLoader`.
         reading: how frames are read, in words.
+        frames: of a video.
         videos: what the indices of episodes mean.
     """
 
@@ -58,6 +59,7 @@ class EpisodeTable(Dataset[int], VideoTable):
 
     def __post_init__(self) -> None:
         self.reading = repr(self.dataset.reader)
+        self.frames = self.dataset.reader.frames
         self.videos: list[Video] = []
 
     def replace(self, unusable: Mapping[str, str]) -> None:

@@ -6,8 +6,11 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pickle import UnpicklingError
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -38,16 +41,31 @@ class ReadingNow:
         if worker is None:
             return
         row = self._rows[worker.id]
-        note = f"{time.monotonic()} {os.getpid()} {path}".encode(errors="surrogateescape") if path else b""
-        note = note[: len(row) - 1] + b"\0"
+        if not path:
+            row[0] = ord("-")
+            return
+        note = f"+{time.monotonic()} {os.getpid()} {path}".encode(errors="surrogateescape")[: len(row) - 1] + b"\0"
         row[: len(note)] = torch.frombuffer(bytearray(note), dtype=torch.uint8)
 
-    def paths(self, processes: Sequence[int] = ()) -> list[str]:
-        """The videos being read, the longest waiting first; of certain processes only, if any of them reads one."""
-        notes = [bytes(row.tolist()).partition(b"\0")[0].decode(errors="surrogateescape") for row in self._rows]
-        reading = sorted((float(start), int(pid), path) for start, pid, path in (n.split(" ", 2) for n in notes if n))
-        chosen = [path for _, pid, path in reading if pid in processes]
-        return chosen or [path for _, _, path in reading]
+    def paths(self) -> list[str]:
+        """The videos being read, the longest waiting first."""
+        return [path for reading, _, path in self._notes() if reading]
+
+    def of(self, processes: Sequence[int]) -> str:
+        """In words, what the first of certain processes that has read anything is reading, or has read last."""
+        for reading, process, path in self._notes():
+            if process in processes:
+                return f"it was reading the video {path}" if reading else f"the last video that it read is {path}"
+        return ""
+
+    def _notes(self) -> list[tuple[bool, int, str]]:
+        found = []
+        for row in self._rows:
+            note = bytes(row.tolist()).partition(b"\0")[0].decode(errors="surrogateescape")
+            with suppress(ValueError):  # there is none yet, or its worker was killed while it wrote it
+                start, process, path = note[1:].split(" ", 2)
+                found.append((note[0] == "-", float(start), int(process), path))
+        return [(not done, process, path) for done, _, process, path in sorted(found)]
 
 
 class VideoLoader(DataLoader[Any]):
@@ -88,30 +106,91 @@ class VideoLoader(DataLoader[Any]):
         Raises:
             UserError: a worker is stuck or was killed.
         """
-        batches = super().__iter__()
+        batches: Any = None
         try:
+            batches = super().__iter__()
+            if self.num_workers:
+                _ITERATORS[batches] = self.note
+                _name_videos_of_killed_workers()
             yield from map(self.receive, batches)
-        except RuntimeError as error:
-            if what := self._lost(str(error)):
-                batches._shutdown_workers()  # type: ignore[attr-defined]  # whose end is no further error then
-                for worker in batches._workers:  # type: ignore[attr-defined]
-                    worker.join(1)
-                    worker.kill()
-                raise UserError(what) from error
+        except UserError:
+            _end_workers(batches)
             raise
+        except Exception as error:  # a queue whose other end is gone fails in many ways
+            batches = self._iterator if batches is None else batches
+            dead = [w.pid for w in getattr(batches, "_workers", []) if w.exitcode not in (None, 0)]
+            what = _killed(str(error), [self.note])
+            if str(error).startswith("DataLoader timed out"):
+                paths = self.note.paths()
+                video = f"it was reading the video {paths[0]}" if paths else "it was reading no video"
+                what = (
+                    f"a worker hangs: nothing came for {self.timeout:g} s; {video}: {_FIND}; raise data.stuck_after if"
+                    " it is only slow"
+                )
+            elif dead and not what and isinstance(error, RuntimeError | OSError | EOFError | UnpicklingError):
+                what = _killed(f"DataLoader worker (pid(s) {', '.join(map(str, dead))})", [self.note])
+            if not what:
+                raise
+            _end_workers(batches)
+            raise UserError(what) from error
 
-    def _lost(self, message: str) -> str:
-        """What became of a worker, from torch's own message; nothing if that is of something else."""
-        if message.startswith("DataLoader timed out"):
-            paths = self.note.paths()
-            what, remedy = f"hangs: nothing came for {self.timeout:g} s", "raise data.stuck_after if it is only slow"
-        elif message.startswith("DataLoader worker (pid"):
-            paths = self.note.paths([int(number) for number in re.findall(r"\d+", message)])
-            what, remedy = "was killed", "lower data.num_workers if memory ran out"
-        else:
-            return ""
-        video = f"it was reading the video {paths[0]}" if paths else "it was reading no video"
-        return f"a worker {what}; {video}: clip-m2df check finds the videos that a decoder fails on; {remedy}"
+
+_FIND = "clip-m2df check finds the videos that a decoder fails on"
+# The loaders at work, by what torch iterates over.
+_ITERATORS: WeakKeyDictionary[Any, ReadingNow] = WeakKeyDictionary()
+
+
+def _killed(message: str, notes: Iterable[ReadingNow]) -> str:
+    """What became of a worker, where torch's own message says that it is gone; else nothing."""
+    if not message.startswith("DataLoader worker (pid"):
+        return ""
+    processes = [int(number) for number in re.findall(r"\d+", message)]
+    video = next((found for note in notes if (found := note.of(processes))), "it was reading no video")
+    return f"a worker was killed; {video}: {_FIND}; lower data.num_workers if memory ran out"
+
+
+def _name_videos_of_killed_workers() -> None:
+    """Have the end of a worker raise a ``UserError``: torch's handler raises its own wherever the process just is."""
+    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+        return
+    of_torch = signal.getsignal(signal.SIGCHLD)
+    if not callable(of_torch) or isinstance(of_torch, _OnWorkersEnd):
+        return
+    signal.signal(signal.SIGCHLD, _OnWorkersEnd(of_torch))
+
+
+class _OnWorkersEnd:
+    """What is done where a child process has ended.
+
+    Args:
+        of_torch: torch's handler.
+    """
+
+    def __init__(self, of_torch: Callable[[int, Any], Any]) -> None:
+        self.of_torch = of_torch
+
+    def __call__(self, number: int, frame: Any) -> None:
+        try:
+            self.of_torch(number, frame)
+        except RuntimeError as error:
+            message = str(error)
+            processes = {int(number) for number in re.findall(r"\d+", message)}
+            for batches in list(_ITERATORS):
+                if batches._shutdown and processes & {worker.pid for worker in batches._workers}:
+                    return  # it was to end anyway
+            what = _killed(message, list(_ITERATORS.values()))
+            if not what:
+                raise
+            raise UserError(what) from error
+
+
+def _end_workers(batches: Any) -> None:
+    """End the workers of a loader, so that their end is no further error."""
+    if hasattr(batches, "_workers"):
+        batches._shutdown_workers()
+        for worker in batches._workers:
+            worker.join(1)
+            worker.kill()
 
 
 def _obey_parent_alone(worker: int) -> None:

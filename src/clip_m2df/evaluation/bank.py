@@ -13,6 +13,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from clip_m2df.episode import IndexedEpisode, VideoTable, of_all_ranks, select_episodes
 from clip_m2df.errors import UserError
-from clip_m2df.files import whole_file
+from clip_m2df.files import beside, check_regular, locked, whole_file
 from clip_m2df.nn.head import Embedded, Head, HeadOutput, QueryPrompt, Scoring
 from clip_m2df.nn.m2df import M2DF
 from clip_m2df.nn.prompts import SelectedPrompts
@@ -202,11 +203,44 @@ def encode_videos(
     Returns:
         ``(videos, frames, dim)`` in the order of the table's videos, on the model's device; zero where no episode
         names the video.
+
+    Raises:
+        UserError: another process adds features to the same file; or videos are unusable that may not be replaced.
     """
     store = _open_store(model, table, precision) if table.store and keep else None
-    kept = store.read() if store and rank == 0 else {}
-    if store and world_size > 1:  # one word for all: each has to miss the same
-        kept = of_all_ranks(kept, world_size)[0]
+    with ExitStack() as until_written:
+        kept, refusal = _kept_features(store, table, numbers, until_written) if store and rank == 0 else ({}, None)
+        if store and world_size > 1:  # one word for all: each has to miss the same, or to end
+            kept, refusal = of_all_ranks((kept, refusal), world_size)[0]
+        if refusal is not None:
+            raise UserError(refusal)
+        return _encode_missing(model, table, numbers, kept, store, rank, world_size)
+
+
+def _kept_features(
+    store: FeatureStore, table: VideoTable, numbers: Sequence[int], until_written: ExitStack
+) -> tuple[dict[str, Tensor], str | None]:
+    """The features that are there, or why there are none; where some are missing, those to come are this process's."""
+    try:
+        kept = store.read()
+        if any(table.identity(index) not in kept for index in table.named(numbers)):
+            until_written.enter_context(locked(beside(store.path, ".lock"), "features", store.path))
+            kept = store.read()  # what another one wrote meanwhile
+    except UserError as error:
+        if not isinstance(error.__cause__, OSError):  # a folder that can't be written keeps nothing, which is said then
+            return {}, str(error)
+    return kept, None
+
+
+def _encode_missing(
+    model: M2DF,
+    table: VideoTable,
+    numbers: Sequence[int],
+    kept: Mapping[str, Tensor],
+    store: FeatureStore | None,
+    rank: int,
+    world_size: int,
+) -> Tensor:
     encoded: dict[int, Tensor] = {}
     fresh: dict[str, Tensor] = {}
     while indices := [index for index in table.named(numbers) if index not in encoded]:
@@ -217,7 +251,8 @@ def encode_videos(
         if unusable:
             table.replace(unusable)
     if store and fresh and rank == 0:
-        store.write(kept | fresh)
+        dtype = next(iter(fresh.values())).dtype
+        store.write({name: feature for name, feature in kept.items() if feature.dtype == dtype} | fresh)
     some = next(iter(encoded.values()))
     features = torch.zeros((len(table.videos), *some.shape), dtype=some.dtype, device=model.device)
     for index, feature in encoded.items():
@@ -229,7 +264,7 @@ def _open_store(model: M2DF, table: VideoTable, precision: str) -> FeatureStore:
     tower = model.backbone
     preprocessing = [tower.visual_config, tower.mean.flatten().tolist(), tower.std.flatten().tolist()]
     how = json.dumps([table.reading, precision, preprocessing], sort_keys=True, default=str)
-    return FeatureStore(str(table.store), tower.visual, how)
+    return FeatureStore(str(table.store), tower.visual, how, shape=(table.frames, tower.dim))
 
 
 def _encode(
@@ -263,14 +298,24 @@ class FeatureStore:
         folder: where files are; made when first written.
         tower: its weights tell it.
         how: how frames are read and computed, in words.
+        shape: ``(frames, dim)`` of a video's features; by default any.
     """
 
-    def __init__(self, folder: str | Path, tower: nn.Module, how: str) -> None:
+    def __init__(self, folder: str | Path, tower: nn.Module, how: str, *, shape: tuple[int, int] | None = None) -> None:
         self.key = digest_of(how, tower)
+        self.shape = shape
         self.path = Path(folder) / f"features-{self.key[:16]}.safetensors"
+        # Under autocast features are half as wide as weights; the key tells the precision.
+        self.dtypes = {torch.float16, torch.bfloat16} if "mixed" in how else set()
+        self.dtypes |= {weight.dtype for weight in tower.parameters()}
 
     def read(self) -> dict[str, Tensor]:
-        """Features ``(frames, dim)`` by what tells their video; nothing where there are none that can be trusted."""
+        """Features ``(frames, dim)`` by what tells their video; nothing where there are none that can be trusted.
+
+        Raises:
+            UserError: what is there is no regular file.
+        """
+        check_regular(self.path, "file of features")
         if not self.path.exists():
             return {}
         try:
@@ -279,12 +324,26 @@ class FeatureStore:
                 if (metadata["format"], metadata["key"]) != (FEATURES_FORMAT, self.key):
                     raise ValueError("another format or tower")
                 features = file.get_tensor("features")
-                if _checksum(metadata["videos"], features) != metadata["sha256"]:
-                    raise ValueError("another checksum")
-                return dict(zip(json.loads(metadata["videos"]), map(Tensor.clone, features), strict=True))
+            if _checksum(metadata["videos"], features) != metadata["sha256"]:
+                raise ValueError("another checksum")
+            videos = json.loads(metadata["videos"])
+            self._check(videos, features)
+            return dict(zip(videos, map(Tensor.clone, features), strict=True))
         except (OSError, SafetensorError, ValueError, LookupError, TypeError, RuntimeError) as error:
             warnings.warn(f"the features in {self.path} can't be used ({error}): they are made anew", stacklevel=2)
             return {}
+
+    def _check(self, videos: object, features: Tensor) -> None:
+        """Refuse, by a ``ValueError``, what this tower does not make: a checksum can be right for any content."""
+        if not isinstance(videos, list) or not all(isinstance(video, str) for video in videos):
+            raise ValueError("no list of videos")
+        if features.ndim != 3 or (self.shape and tuple(features.shape[1:]) != self.shape):
+            wanted = "three axes" if self.shape is None else f"(videos, {self.shape[0]}, {self.shape[1]})"
+            raise ValueError(f"of shape {tuple(features.shape)} where {wanted} belongs")
+        if features.dtype not in self.dtypes:
+            raise ValueError(f"of type {features.dtype}")
+        if not features.isfinite().all():
+            raise ValueError("with values that are no finite numbers")
 
     def write(self, features: Mapping[str, Tensor]) -> None:
         """Put features there, by what tells their video, in the place of all that were."""

@@ -179,7 +179,8 @@ def _key(family: str, knobs: Knobs, counts: Mapping[str, int], seed: int) -> str
 def _finished(folder: Path, key: str) -> bool:
     """Whether the folder holds the whole of just this rendering."""
     try:
-        return (folder / "manifest.csv").is_file() and json.loads((folder / "render.json").read_text())["key"] == key
+        described = (folder / "manifest.csv").is_file() and (folder / "render.json").is_file()
+        return described and json.loads((folder / "render.json").read_text())["key"] == key
     except (OSError, ValueError, KeyError):
         return False
 

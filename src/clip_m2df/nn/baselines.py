@@ -250,8 +250,10 @@ def head_class(name: str) -> type[Head]:
     path = HEADS.get(name, name)
     module, _, attribute = path.rpartition(".")
     if not module:
+        near = difflib.get_close_matches(name, HEADS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(
-            f"head: {name!r} is neither one of {', '.join(HEADS)} nor a class path like package.module.Class"
+            f"head: {name!r} is neither one of {', '.join(HEADS)} nor a class path like package.module.Class{hint}"
         )
     try:
         found = getattr(importlib.import_module(module), attribute)

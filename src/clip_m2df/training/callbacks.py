@@ -1,22 +1,28 @@
 """What a run of the command line shows and leaves in its folder: progress, configuration, tables of an evaluation."""
 
+import csv
 import enum
+import io
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import lightning
 import yaml
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from rich.table import Table
 from torch import Tensor
 
-from clip_m2df.errors import console, say
+from clip_m2df.errors import UserError, console, say, some
 from clip_m2df.evaluation.metrics import class_results
-from clip_m2df.files import for_spreadsheet, write_table, write_text
-from clip_m2df.loops import logs_step
+from clip_m2df.files import for_spreadsheet, read_text, write_table, write_text, writing
+from clip_m2df.loops import logs_step, number_steps
 
 
 class RunProgressBar(RichProgressBar):
@@ -44,18 +50,169 @@ yaml.SafeDumper.add_multi_representer(enum.Enum, lambda dumper, member: dumper.r
 
 
 class RunConfig(SaveConfigCallback):
-    """Writes the configuration of a run into its folder, not beside a logger's files."""
+    """Writes the configuration of a run into its folder, not beside a logger's files, once the run has begun.
+
+    A run that is refused at its start leaves the configuration of the one before as it was.
+    """
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Nothing yet."""
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Save it."""
+        if trainer.is_global_zero:
+            self.save_config(trainer, pl_module, "fit")
 
     def save_config(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Write ``<run folder>/config.yaml`` for ``fit``, and give the loggers the whole configuration."""
-        if stage != "fit":
-            return
-        folder = Path(trainer.default_root_dir)
+        """Write ``<run folder>/config.yaml``, and give the loggers the whole configuration."""
         for logger in trainer.loggers:
             logger.log_hyperparams(yaml.safe_load(self.parser.dump(self.config, skip_unset=False)))
         config = self.config.clone()
         config.ckpt_path = None  # the run's, not that of whoever starts from its configuration
-        write_text(folder / "config.yaml", "config", self.parser.dump(config, skip_unset=False))
+        path = Path(trainer.default_root_dir) / "config.yaml"
+        write_text(path, "config", self.parser.dump(config, skip_unset=False))
+
+
+class RunLogger(CSVLogger):
+    """Writes metrics as Lightning's ``CSVLogger`` does, at once, and goes on with the file of a run that goes on.
+
+    Args:
+        save_dir: see ``CSVLogger``.
+        first: the optimiser steps that were made before; what the file has of later ones, which come anew, goes.
+        **options: of ``CSVLogger``.
+    """
+
+    def __init__(self, save_dir: str | Path, *, first: int = 0, **options: Any) -> None:
+        super().__init__(save_dir, **{"flush_logs_every_n_steps": 1} | options)
+        self.first = first
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """What writes the files."""
+        if self._experiment is None:
+            self._experiment = _MetricsFile(Path(self.log_dir), self.first)  # type: ignore[assignment]
+        return self._experiment
+
+    def finalize(self, status: str) -> None:
+        """Write what is left; where a run failed, that has been said, and a full disk is no further error."""
+        with suppress(*[] if status == "success" else [UserError]):
+            super().finalize(status)
+
+
+class _MetricsFile:
+    """``metrics.csv`` and ``hparams.yaml``: the whole of them is there at any moment, on a full disk too."""
+
+    def __init__(self, folder: Path, first: int) -> None:
+        self.path = folder / "metrics.csv"
+        self.hparams: dict[str, Any] = {}
+        self._first = first
+        self._new: list[dict[str, Any]] = []
+        self._columns: list[str] | None = None  # of the file, once this has written it
+
+    def log_hparams(self, params: dict[str, Any]) -> None:
+        """Add hyper-parameters to those of the run so far, and write all."""
+        path = self.path.with_name("hparams.yaml")
+        if self._first and not self.hparams and path.exists():
+            with suppress(UserError, yaml.YAMLError):
+                self.hparams |= yaml.safe_load(read_text(path, "hyper-parameters")) or {}
+        self.hparams |= params
+        text = yaml.safe_dump(yaml.safe_load(yaml.dump(self.hparams)))
+        write_text(path, "hyper-parameters", text)
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Take a row."""
+        values = {name: value.item() if isinstance(value, Tensor) else value for name, value in metrics.items()}
+        self._new.append(values | {"step": step})
+
+    def save(self) -> None:
+        """Write the rows that were taken since the last time.
+
+        Raises:
+            UserError: They can't be written; what was written before still is there.
+        """
+        if not self._new:
+            return
+        if self._columns is None or not set().union(*self._new) <= set(self._columns):
+            self._write_all()
+        else:
+            self._append([[row.get(column, "") for column in self._columns] for row in self._new])
+        self._new = []
+
+    def _write_all(self) -> None:
+        rows = [*self._kept(), *self._new]
+        columns = sorted(set().union(*rows))
+        write_table(self.path, "metrics", [columns, *([row.get(column, "") for column in columns] for row in rows)])
+        self._columns = columns
+
+    def _append(self, rows: Sequence[Sequence[Any]]) -> None:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(rows)
+        with writing(self.path, "metrics"), self.path.open("ab", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            left = text.getvalue().encode()
+            try:
+                while left:
+                    left = left[file.write(left) or 0 :]
+            except OSError:
+                os.ftruncate(file.fileno(), size)
+                raise
+
+    def _kept(self) -> list[dict[str, Any]]:
+        """The rows that the file has; of a run that goes on, those of steps that don't come anew."""
+        if not self.path.exists() or (self._columns is None and not self._first):
+            return []
+        header, *rows = csv.reader(io.StringIO(read_text(self.path, "metrics"))) or [[]]
+        kept = [dict(zip(header, row, strict=True)) for row in rows if len(row) == len(header)]  # else it was cut short
+        kept = [{column: value for column, value in row.items() if value} for row in kept]
+        if self._columns is not None:
+            return kept
+        again = {(str(row["step"]), *sorted(row)) for row in self._new}  # a validation that is made up for
+        kept = [row for row in kept if row.get("step", "").isdecimal() and int(row["step"]) < self._first]
+        return [row for row in kept if (row["step"], *sorted(row)) not in again]
+
+
+def logger_of_run(logger: Any, command: str, first: int = 0) -> Any:
+    """What logs a command, in the place of a logger that a person has chosen.
+
+    A run has one version of a logger's files: ``fit`` makes it, and goes on with it; ``test`` and ``validate`` leave a
+    CSV file to the training and write their numbers into the run's folder.
+
+    Args:
+        logger: The logger.
+        command: ``fit``, ``validate`` or ``test``.
+        first: Optimiser steps that were made before the training goes on.
+
+    Returns:
+        The logger, or another in its place; None for none.
+    """
+    if not isinstance(logger, CSVLogger | TensorBoardLogger):
+        return logger
+    if isinstance(logger, CSVLogger) and command != "fit":
+        return None
+    if logger._version is None and (first or command != "fit"):
+        logger._version = _latest_version(Path(logger.root_dir))
+    if isinstance(logger, TensorBoardLogger):
+        if first:
+            logger._kwargs.setdefault("purge_step", first)
+    elif type(logger) is CSVLogger:
+        options = {"prefix": logger._prefix, "flush_logs_every_n_steps": logger._flush_logs_every_n_steps}
+        return RunLogger(logger.save_dir, name=logger.name, version=logger._version, first=first, **options)
+    elif isinstance(logger, RunLogger):
+        logger.first = first
+    return logger
+
+
+def _latest_version(folder: Path) -> int | None:
+    """The latest version that a training has written; earlier versions of this package made some for tests, too."""
+    found = []
+    for path in folder.glob("version_*"):
+        number = path.name.removeprefix("version_")
+        if number.isdecimal() and path.is_dir():
+            metrics = path / "metrics.csv"
+            header = read_text(metrics, "metrics").partition("\n")[0] if metrics.is_file() else ""
+            found.append(("train/" in header, "test/" not in header, int(number)))
+    return max(found)[2] if found else None
 
 
 class RunReport(lightning.Callback):
@@ -63,6 +220,10 @@ class RunReport(lightning.Callback):
 
     In training it lets all ranks know of the videos that one of them found unusable, as often as the Trainer logs.
     """
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Number what is logged by the steps of the whole run."""
+        number_steps(trainer)
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -72,22 +233,53 @@ class RunReport(lightning.Callback):
             trainer.datamodule.share_unusable()  # type: ignore[attr-defined]
 
     def on_test_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Write ``test_classes.csv`` and ``test_confusion.csv``."""
+        """Write ``test_metrics.csv``, ``test_classes.csv`` and ``test_confusion.csv``."""
         self._write("test", trainer, pl_module)
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Write ``val_classes.csv`` and ``val_confusion.csv`` where that is all there is to do."""
+        """Write ``val_metrics.csv``, ``val_classes.csv`` and ``val_confusion.csv`` where that is all there is to do."""
         if trainer.state.fn == "validate":
             self._write("val", trainer, pl_module)
 
     def _write(self, split: str, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         evaluated, data = getattr(pl_module, "evaluated", None), trainer.datamodule  # type: ignore[attr-defined]
-        if trainer.is_global_zero and evaluated is not None and evaluated.confusion.numel():
+        if not trainer.is_global_zero or evaluated is None:
+            return
+        folder = Path(trainer.default_root_dir)
+        numbers = {name: float(value) for name, value in evaluated.numbers.items()}
+        rows = [[f"{split}/{name}", repr(value)] for name, value in numbers.items()]
+        write_table(folder / f"{split}_metrics.csv", "table", [["metric", "value"], *rows])
+        files = [folder / f"{split}_metrics.csv"]
+        if evaluated.confusion.numel():
             confusion = evaluated.confusion.cpu()
             class_names = data.manifest.split(split).class_names
-            files = write_report(Path(trainer.default_root_dir), split, class_names, confusion)
+            files += write_report(folder, split, class_names, confusion)
             console().print(hardest_classes(class_names, confusion))
-            say(f"all classes are in {' and '.join(map(str, files))}")
+        shape, queries = data.eval_shape, int(evaluated.confusion.sum())
+        episodes = queries // (shape.n_way * shape.n_query)
+        console().print(result_table(split, numbers, f"{episodes} episodes, {shape.n_way}-way {shape.n_shot}-shot"))
+        say(f"all numbers and classes are in {some(map(str, files))}")
+
+
+# What the numbers of an evaluation are that are no shares.
+_COUNTS, _LOSSES = ("replaced_videos",), "loss/"
+
+
+def result_table(split: str, numbers: Mapping[str, float], what: str) -> Table:
+    """A table of what an evaluation found, its accuracy with the 95 % interval first.
+
+    Args:
+        split: ``val`` or ``test``.
+        numbers: by the names under which they are logged, without the stage.
+        what: was played.
+    """
+    accuracy, interval = (100 * numbers.get(name, math.nan) for name in ("accuracy", "interval"))
+    table = Table(f"{split}/accuracy", f"{accuracy:.1f} ± {interval:.1f} %", title=what, title_justify="left")
+    for name, value in numbers.items():
+        if name not in ("accuracy", "interval"):
+            share = name not in _COUNTS and not name.startswith(_LOSSES)
+            table.add_row(f"{split}/{name}", f"{100 * value:.1f} %" if share else f"{value:.4g}")
+    return table
 
 
 def write_report(folder: Path, stage: str, class_names: Sequence[str], confusion: Tensor) -> list[Path]:

@@ -1,23 +1,27 @@
 """The checkpoints of a run: written whole or not at all, the best and the last two kept; saved when it is stopped."""
 
+import errno
+import math
 import os
 import signal
 import threading
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, BinaryIO
 
 import lightning
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from clip_m2df import loops
 from clip_m2df.errors import Stopped, UserError, require
-from clip_m2df.files import check_archive, whole_file
+from clip_m2df.files import check_archive, check_regular, whole_file
 
 FOLDER = "checkpoints"
 BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
@@ -37,6 +41,7 @@ def read_checkpoint(path: str | os.PathLike[str], *, map_location: Any = "cpu", 
     Raises:
         UserError: there is no such file, or it is damaged or no checkpoint.
     """
+    check_regular(path, "checkpoint")
     if not os.path.isfile(path):
         raise UserError(f"checkpoint {path}: no such file; give the path of a .ckpt file that fit wrote")
     try:
@@ -63,7 +68,7 @@ def read_last(folder: Path) -> tuple[Path, dict[str, Any]]:
     """
     last, damaged = folder / FOLDER / LAST, []
     for path in (last, last.with_name(PREVIOUS)):
-        if path.exists():
+        if path.is_file():
             try:
                 checkpoint = read_checkpoint(path)
             except UserError:
@@ -76,6 +81,176 @@ def read_last(folder: Path) -> tuple[Path, dict[str, Any]]:
     if damaged:
         raise UserError(f"{' and '.join(damaged)}: damaged; give --ckpt_path best, or start anew in another folder")
     raise UserError(f"there is no {last}: fit has saved nothing there yet, and starts without --ckpt_path")
+
+
+def steps_made(checkpoint: Mapping[str, Any]) -> int:
+    """How many optimiser steps a checkpoint has made, by its own word; 0 where that is no number."""
+    steps = checkpoint.get("global_step")
+    return steps if type(steps) is int and steps > 0 else 0
+
+
+def check_training_state(
+    path: str | os.PathLike[str],
+    checkpoint: Mapping[str, Any],
+    trainer: lightning.Trainer,
+    model: lightning.LightningModule,
+    data: lightning.LightningDataModule,
+) -> None:
+    """Refuse a training state that the run's own could not have become, before anything of it is taken over.
+
+    Args:
+        path: of the checkpoint, for the message.
+        checkpoint: what it holds.
+        trainer: that will go on; it has not begun.
+        model: whose optimiser it is.
+        data: whose state it is.
+
+    Raises:
+        UserError: names what is missing, of another type or size, out of its range, or contradicts the rest.
+    """
+    if missing := [key for key in ("loops", "callbacks", "optimizer_states", "lr_schedulers") if key not in checkpoint]:
+        raise UserError(
+            f"{path} has no {missing[0]}, so that no training can go on from it: give --ckpt_path last of a run, or"
+            " start anew without it"
+        )
+    fault = _fault_of_progress(checkpoint, trainer, data) or _fault_of_callbacks(checkpoint, trainer)
+    # Other strategies keep an optimiser in ways of their own.
+    if not fault and isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+        fault = _fault_of_optimizer(checkpoint, model)
+    if fault:
+        raise UserError(
+            f"the training can't go on from {path}: {fault}; give another checkpoint, or start anew in another folder"
+        )
+
+
+def _fault_of_progress(
+    checkpoint: Mapping[str, Any], trainer: lightning.Trainer, data: lightning.LightningDataModule
+) -> str:
+    name = type(data).__qualname__
+    own = {"pytorch-lightning_version": "", "epoch": 0, "global_step": 0, "loops": loops.progress_of(trainer)}
+    kept = {name: dict.fromkeys(("episodes_per_step", "batches_per_step", "steps"), 0)}
+    if fault := _unlike(checkpoint, own | kept):
+        return fault
+    of_data = checkpoint[name]
+    known = {key: value for key, value in data.state_dict().items() if key in of_data}
+    if fault := _unlike(of_data, known, name):
+        return fault
+    steps, batches = loops.steps_of(checkpoint["loops"])
+    if not checkpoint["global_step"] == of_data["steps"] == steps:
+        return f"global_step is {checkpoint['global_step']}, but it has made {steps} steps, or {of_data['steps']}"
+    if batches != steps * of_data["batches_per_step"]:
+        return f"it has taken {batches} batches, but made {steps} steps of {of_data['batches_per_step']}"
+    seed = checkpoint.get("draws_seed")
+    if not (seed is None or (type(seed) is int and 0 <= seed < 2**64)):
+        return f"draws_seed is {seed!r}"
+    reading = checkpoint.get("reading") or {}
+    if not isinstance(reading, dict) or any(_is_no_number(value) for value in reading.values()):
+        return "reading is no table of numbers"
+    scaler = checkpoint.get("MixedPrecision", {})
+    if not isinstance(scaler, dict) or any(_is_no_number(value) for value in scaler.values()):
+        return "MixedPrecision is no table of numbers"
+    return ""
+
+
+def _fault_of_callbacks(checkpoint: Mapping[str, Any], trainer: lightning.Trainer) -> str:
+    states = checkpoint["callbacks"]
+    if not isinstance(states, dict):
+        return "callbacks is no table"
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        key, own = callback.state_key, callback.state_dict()
+        if key not in states or not own:
+            continue
+        state, name = states[key], type(callback).__name__
+        # What is an empty table before a training is filled by it.
+        if fault := _unlike(state, {option: value for option, value in own.items() if value != {}}, name):
+            return fault
+        if isinstance(callback, RunCheckpoint):
+            score = state["best_model_score"]
+            is_number = isinstance(score, Tensor) and score.numel() == 1 and not score.isnan().any()
+            if not is_number and (score is not None or state["best_model_path"]):
+                return f"{name}.best_model_score is no number"
+            if state["validated"] > checkpoint["global_step"]:
+                return f"{name}.validated is {state['validated']}, a step that is yet to come"
+    return ""
+
+
+def _fault_of_optimizer(checkpoint: Mapping[str, Any], model: lightning.LightningModule) -> str:
+    made: Any = model.configure_optimizers()
+    optimizer, scheduler = made["optimizer"], made["lr_scheduler"]["scheduler"]
+    steps, groups = checkpoint["global_step"], optimizer.state_dict()["param_groups"]
+    of_schedule = {"base_lrs": scheduler.base_lrs, "last_epoch": 0}
+    own = {"optimizer_states": [{"param_groups": groups}], "lr_schedulers": [of_schedule]}
+    if fault := _unlike(checkpoint, own):
+        return fault
+    found, schedule = checkpoint["optimizer_states"][0], checkpoint["lr_schedulers"][0]
+    for group, like in zip(found["param_groups"], groups, strict=True):
+        for key, value in like.items():
+            # Switches that are None are the machine's to decide, the others this model's.
+            right = isinstance(group[key], bool | None) if value is None else group[key] == value
+            if (value is None or isinstance(value, bool) or key == "params") and not right:
+                return f"optimizer_states.{key} is not that of this model"
+        if max(group["betas"]) >= 1:
+            return f"optimizer_states.betas is {group['betas']}"
+    if fault := _unlike(schedule, {k: v for k, v in scheduler.state_dict().items() if k in schedule}, "lr_schedulers"):
+        return fault
+    if schedule["last_epoch"] != steps:
+        return f"lr_schedulers.last_epoch is {schedule['last_epoch']}, but {steps} steps are made"
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    state = found.get("state")
+    if not isinstance(state, dict) or not state.keys() <= set(range(len(weights))):
+        return "optimizer_states.state is no table of its weights"
+    if steps and len(state) < len(weights) and "MixedPrecision" not in checkpoint:  # whose scaler may skip steps
+        return f"optimizer_states has {len(state)} of {len(weights)} weights"
+    faults = (_fault_of_moments(of_weight, weights[index], index, steps) for index, of_weight in state.items())
+    return next((fault for fault in faults if fault), "")
+
+
+def _fault_of_moments(state: object, weight: Tensor, index: int, steps: int) -> str:
+    name = f"optimizer_states.state[{index}]"
+    if not isinstance(state, dict) or not {"step", "exp_avg", "exp_avg_sq"} <= state.keys():
+        return f"{name} has not what Adam keeps of a weight"
+    step, *moments = (state[key] for key in ("step", "exp_avg", "exp_avg_sq"))
+    if not all(isinstance(m, Tensor) and m.shape == weight.shape and m.is_floating_point() for m in moments):
+        return f"{name} is not of its weight's shape {tuple(weight.shape)}"
+    if isinstance(step, Tensor) and step.numel() == 1 and not step.is_complex():
+        step = step.item()
+    if _is_no_number(step) or step > steps:
+        return f"{name}.step is {step}, but {steps} steps are made"
+    if not all(m.isfinite().all() for m in moments) or (moments[1] < 0).any():
+        return f"{name} has values that are no finite numbers, or below 0"
+    return ""
+
+
+def _unlike(found: object, own: object, name: str = "") -> str:
+    """Where a state that was read is unlike one's own: in its type, its size, or as no finite number from 0 up."""
+    if isinstance(own, dict):
+        if not isinstance(found, dict) or (not own and found):
+            return f"{name} is no table of its kind"
+        for key, value in own.items():
+            inner = f"{name}.{key}" if name else str(key)
+            if key not in found:
+                return f"{inner} is missing"
+            if fault := _unlike(found[key], value, inner):
+                return fault
+        return ""
+    if isinstance(own, list | tuple):
+        if not isinstance(found, list | tuple) or len(found) != len(own):
+            return f"{name} is no list of {len(own)}"
+        faults = (_unlike(a, b, f"{name}[{i}]") for i, (a, b) in enumerate(zip(found, own, strict=True)))
+        return next((fault for fault in faults if fault), "")
+    if isinstance(own, Tensor):
+        alike = isinstance(found, Tensor) and found.shape == own.shape and found.dtype == own.dtype
+        return "" if alike else f"{name} is no tensor of its kind"
+    if isinstance(own, bool | str):
+        return "" if type(found) is type(own) else f"{name} is of type {type(found).__name__}"
+    if isinstance(own, int | float):
+        whole = isinstance(own, int) and type(found) is not int
+        return f"{name} is {found!r:.40}" if whole or _is_no_number(found) else ""
+    return ""
+
+
+def _is_no_number(value: object) -> bool:
+    return isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf
 
 
 class RunCheckpointIO(TorchCheckpointIO):
@@ -101,18 +276,15 @@ class RunCheckpointIO(TorchCheckpointIO):
         try:
             with whole_file(path, "checkpoint") as draft:
                 with draft.open("wb") as file:
-                    torch.save(checkpoint, file)
+                    _save(checkpoint, file)
                     file.flush()
                     os.fsync(file.fileno())
                 # A damaged one must not take the place of a good one.
                 if path.name == LAST and path in self._whole and path.exists():
                     path.replace(path.with_name(PREVIOUS))
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-            reason = next((e for e in (error, error.__cause__, error.__context__) if isinstance(e, OSError)), error)
-            raise UserError(
-                f"cannot write the checkpoint {path}: {getattr(reason, 'strerror', None) or reason}; what was saved"
-                " before is still there: make room, and go on with --ckpt_path last"
-            ) from error
+        except UserError as error:
+            saved = any(path.with_name(name).exists() for name in (LAST, PREVIOUS))
+            raise UserError(f"{error}{', and --ckpt_path last goes on from it' if saved else ''}") from error
         self._whole.add(path)
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
@@ -123,6 +295,14 @@ class RunCheckpointIO(TorchCheckpointIO):
             checkpoint = read_checkpoint(path, map_location=map_location or "cpu")
         self._whole.add(path)
         return checkpoint
+
+
+def _save(checkpoint: dict[str, Any], file: BinaryIO) -> None:
+    try:
+        torch.save(checkpoint, file)
+    except RuntimeError as error:  # as which torch reports a full disk
+        reasons = (error.__cause__, error.__context__)
+        raise next((e for e in reasons if isinstance(e, OSError)), OSError(errno.EIO, str(error))) from error
 
 
 class RunCheckpoint(ModelCheckpoint):

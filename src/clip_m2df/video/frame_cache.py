@@ -41,7 +41,7 @@ from safetensors.numpy import save
 from torch import Tensor
 
 from clip_m2df.errors import UserError
-from clip_m2df.files import Fingerprint, fingerprint, relative_path, whole_file
+from clip_m2df.files import Fingerprint, check_regular, fingerprint, relative_path, whole_file
 from clip_m2df.video.reader import Choose, chosen_frames
 
 CACHE_FORMAT = "clip-m2df frames 1"
@@ -217,6 +217,7 @@ def read_headers(folder: Path, root: str | Path | None) -> tuple[Settings | None
 
 
 def _read_header(shard: Path, root: str | Path | None) -> tuple[Settings, list[CachedVideo]]:
+    check_regular(shard, "cache's shard")
     videos = []
     try:
         with safe_open(shard, framework="numpy") as file:
