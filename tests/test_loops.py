@@ -242,3 +242,23 @@ def test_tests_sanity_checks_and_trial_runs_are_told_apart(tmp_path: Path) -> No
     trial = Trial()
     make_trainer(tmp_path, trial, fast_dev_run=2).fit(Line(), datamodule=Data())
     assert (trial.trained, trial.batches) == ([0, 1], [0, 1])
+
+
+def test_a_trainer_is_between_steps_when_a_batch_ends_one(tmp_path: Path) -> None:
+    class Between(Watch):
+        def __init__(self) -> None:
+            super().__init__()
+            self.between: list[bool] = []
+
+        def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
+            self.between.append(loops.between_steps(trainer))
+
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            super().on_train_batch_end(trainer, *args)
+            self.between.append(loops.between_steps(trainer))
+
+    watch = Between()
+    make_trainer(tmp_path, watch, max_steps=2).fit(Line(), datamodule=Data())
+    # Before and after each batch.
+    expected = [at % BATCHES == 0 for batch in range(2 * BATCHES) for at in (batch, batch + 1)]
+    assert watch.between == expected
