@@ -289,3 +289,23 @@ def test_an_error_of_what_a_checkpoint_holds_is_told_from_others(tmp_path: Path)
     with pytest.raises(ZeroDivisionError) as other:
         print(1 / 0)
     assert not loops.raised_while_restoring(other.value)
+
+
+def test_a_trainer_is_between_steps_when_a_batch_ends_one(tmp_path: Path) -> None:
+    class Between(Watch):
+        def __init__(self) -> None:
+            super().__init__()
+            self.between: list[bool] = []
+
+        def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
+            self.between.append(loops.between_steps(trainer))
+
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            super().on_train_batch_end(trainer, *args)
+            self.between.append(loops.between_steps(trainer))
+
+    watch = Between()
+    make_trainer(tmp_path, watch, max_steps=2).fit(Line(), datamodule=Data())
+    # Before and after each batch.
+    expected = [at % BATCHES == 0 for batch in range(2 * BATCHES) for at in (batch, batch + 1)]
+    assert watch.between == expected

@@ -266,6 +266,10 @@ class RunCheckpointIO(TorchCheckpointIO):
         self._read = {} if checkpoint is None else {Path(path): checkpoint}
         self._whole: set[Path] = set()  # files known to be so
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Processes that are spawned read for themselves: they would all train on the same memory."""
+        return self.__dict__ | {"_read": {}}
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Replace a checkpoint's file atomically.
 
