@@ -16,6 +16,7 @@ from torch import Tensor
 from clip_m2df import CLIPM2DF, CLIPBackbone, UserError, export
 from clip_m2df.clip.resnet import ModifiedResNet
 from clip_m2df.export import FORMATS, Program, export_model, head_program, tower_program, write_program
+from clip_m2df.files import locked_folder
 from clip_m2df.nn.baselines import HEADS
 from clip_m2df.nn.class_text import fuse_text
 from tests.conftest import read_golden
@@ -292,6 +293,12 @@ def test_missing_packages_are_named(plain_model: CLIPM2DF, tmp_path: Path, monke
     ):
         export_model(plain_model, tmp_path / "e", **SHAPES)
     assert list(export_model(plain_model, tmp_path / "e", **SHAPES, formats=["pt2"])) == ["tower.pt2", "head.pt2"]
+
+
+def test_one_export_has_a_folder(plain_model: CLIPM2DF, tmp_path: Path) -> None:
+    with locked_folder(tmp_path / "e", "export"), pytest.raises(UserError, match="another process writes the export"):
+        export_model(plain_model, tmp_path / "e", **SHAPES)
+    assert not list((tmp_path / "e").iterdir())
 
 
 def test_a_folder_in_use_is_left_alone(plain_model: CLIPM2DF, tmp_path: Path) -> None:

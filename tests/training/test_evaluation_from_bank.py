@@ -13,6 +13,7 @@ import torch
 
 from clip_m2df import CLIPM2DF, EpisodeDataModule, UserError
 from clip_m2df.evaluation.bank import FeatureStore
+from clip_m2df.files import beside, locked
 from clip_m2df.nn.baselines import HEADS
 from clip_m2df.nn.head import HeadOutput
 from clip_m2df.nn.m2df import M2DFHead
@@ -254,6 +255,24 @@ def test_features_on_disk_serve_another_shot_and_seed(many: Path, tiny_clip_dir:
         next(model.model.backbone.visual.parameters()).add_(0.1)
     assert test(test_episodes=100)[1] == 2 * 30
     assert len(list(store.iterdir())) == 3
+
+
+def test_one_process_adds_features_to_a_file_and_any_number_reads_it(
+    many: Path, tiny_clip_dir: Path, tmp_path: Path
+) -> None:
+    model, options = make(tiny_clip_dir), {"store": str(tmp_path / "store")}
+    (first,) = trainer(tmp_path).test(model, data(many, test_episodes=5, **options), verbose=False)
+    (file,) = (tmp_path / "store").iterdir()
+    before = file.read_bytes()
+    with locked(beside(file, ".lock"), "features", file):  # as another process does
+        (again,) = trainer(tmp_path).test(model, data(many, test_episodes=5, **options), verbose=False)
+        with pytest.raises(UserError, match=rf"another process writes the features {file}: wait for its end"):
+            trainer(tmp_path).test(model, data(many, test_episodes=100, **options), verbose=False)
+    assert again == first
+    assert file.read_bytes() == before
+    trainer(tmp_path).test(model, data(many, test_episodes=100, **options), verbose=False)
+    assert len(file.read_bytes()) > len(before)
+    assert list((tmp_path / "store").iterdir()) == [file]
 
 
 def test_any_damage_to_features_on_disk_is_seen(tmp_path: Path) -> None:
