@@ -21,7 +21,6 @@ from safetensors.torch import save_file
 from clip_m2df.clip.formats import known_backbone, public_source, read_weights
 from clip_m2df.errors import UserError, some
 from clip_m2df.files import check_regular, locked_folder, sha256_of, whole_file, write_text
-from clip_m2df.nn.weights import not_finite
 
 MODEL_FORMAT = "clip-m2df model 1"
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -47,10 +46,6 @@ def write_model(folder: str | os.PathLike[str], checkpoint: Mapping[str, Any], *
         raise UserError(
             f"{folder / CARD} is there already and is kept, so that what was measured would be lost: remove it,"
             " or write the figures into it yourself"
-        )
-    if broken := not_finite(checkpoint["state_dict"]):
-        raise UserError(
-            f"the model's weights are not finite (NaN or infinite), {some(broken)}: a training had failed; save another"
         )
     options, reading = checkpoint["hyper_parameters"], checkpoint["reading"]
     # A path of whoever saves the model would tell others nothing but that person's folders.

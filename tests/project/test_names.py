@@ -124,7 +124,11 @@ def assert_neutral(table: Path) -> None:
 
 
 def test_folders_and_files_of_any_name_are_prepared_and_labelled(
-    tmp_path: Path, rendered: list[Path], tiny_clip_dir: Path, says: Callable[..., str]
+    tmp_path: Path,
+    rendered: list[Path],
+    tiny_clip_dir: Path,
+    says: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tree = tmp_path / "tree"
     for split in ("train", "test"):
@@ -169,7 +173,7 @@ def test_folders_and_files_of_any_name_are_prepared_and_labelled(
     says(*own, "--segments", "--output", output, "--report", page, statuses=(1,))
     assert {original(row["path"]) for row in read_table(output)} <= names
     # Relative names may begin like a formula, or like an option.
-    os.chdir(videos)
+    monkeypatch.chdir(videos)
     says(*own[:5], "--videos", *HOSTILE[7:9], *own[-2:], "--output", output, statuses=(1,))
     assert {original(row["path"]) for row in read_table(output)} == {*HOSTILE[7:9]}
     assert_neutral(output)

@@ -178,11 +178,12 @@ def numbers_of(name: str, model: CLIPM2DF, inputs: dict[str, np.ndarray]) -> dic
 
 def measured(folder: Path) -> dict[str, object]:
     """What a test has measured: the figures of its table, and the confusion matrix."""
-    (file,) = folder.rglob("metrics.csv")
-    (row,) = csv.DictReader(file.read_text(encoding="utf-8").splitlines())
+    _, *metrics = csv.reader((folder / "test_metrics.csv").read_text(encoding="utf-8").splitlines())
     _, *confusion = csv.reader((folder / "test_confusion.csv").read_text(encoding="utf-8").splitlines())
-    metrics = {name: float(value) for name, value in row.items() if name.startswith("test/")}
-    return {"metrics": metrics, "confusion": [list(map(int, counts[1:])) for counts in confusion]}
+    return {
+        "metrics": {name: float(value) for name, value in metrics},
+        "confusion": [list(map(int, counts[1:])) for counts in confusion],
+    }
 
 
 def stored_features(videos: list[str]) -> np.ndarray:

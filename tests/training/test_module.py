@@ -362,7 +362,9 @@ def test_a_head_without_weights_behind_a_frozen_tower_has_nothing_to_train(tiny_
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
+)
 def test_models_are_copied_and_pickled_with_their_scores(tiny_clip_dir: Path, head: str, copied: Any) -> None:
     model = make(tiny_clip_dir, head=head).eval()
     again = copied(model)

@@ -134,7 +134,7 @@ def test_without_a_checkpoint_callback_a_training_ends_too(
 def test_a_model_that_is_not_finite_is_not_saved_as_a_folder(tiny_clip_dir: Path, tmp_path: Path) -> None:
     model = make(tiny_clip_dir)
     model.model.head.scale.data.fill_(math.nan)
-    with pytest.raises(UserError, match=r"the weights \(model.head.scale\) are not finite"):
+    with pytest.raises(UserError, match=r"the model's weights are not finite .*: a training"):
         model.save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model").exists()
 

@@ -138,7 +138,8 @@ def _fault_of_progress(
     steps, batches = loops.steps_of(checkpoint["loops"])
     if not checkpoint["global_step"] == of_data["steps"] == steps:
         return f"global_step is {checkpoint['global_step']}, but it has made {steps} steps, or {of_data['steps']}"
-    if batches != steps * of_data["batches_per_step"]:
+    # What was saved within a step, the data module refuses in its own words.
+    if batches != steps * of_data["batches_per_step"] and of_data.get("whole_step", True):
         return f"it has taken {batches} batches, but made {steps} steps of {of_data['batches_per_step']}"
     seed = checkpoint.get("draws_seed")
     if not (seed is None or (type(seed) is int and 0 <= seed < 2**64)):
@@ -162,7 +163,8 @@ def _fault_of_callbacks(checkpoint: Mapping[str, Any], trainer: lightning.Traine
             continue
         state, name = states[key], type(callback).__name__
         # What is an empty table before a training is filled by it.
-        if fault := _unlike(state, {option: value for option, value in own.items() if value != {}}, name):
+        own = {option: value for option, value in own.items() if value != {}}
+        if fault := _unlike(state, own, name, exact=isinstance(callback, RunCheckpoint)):
             return fault
         if isinstance(callback, RunCheckpoint):
             score = state["best_model_score"]
@@ -221,8 +223,15 @@ def _fault_of_moments(state: object, weight: Tensor, index: int, steps: int) -> 
     return ""
 
 
-def _unlike(found: object, own: object, name: str = "") -> str:
-    """Where a state that was read is unlike one's own: in its type, its size, or as no finite number from 0 up."""
+def _unlike(found: object, own: object, name: str = "", *, exact: bool = True) -> str:
+    """Where a state that was read is unlike one's own: in its type or its size.
+
+    Args:
+        found: what was read.
+        own: what it should be like.
+        name: its name, for the message.
+        exact: numbers are finite and not below 0, and counts are whole; other people's may be any.
+    """
     if isinstance(own, dict):
         if not isinstance(found, dict) or (not own and found):
             return f"{name} is no table of its kind"
@@ -230,13 +239,13 @@ def _unlike(found: object, own: object, name: str = "") -> str:
             inner = f"{name}.{key}" if name else str(key)
             if key not in found:
                 return f"{inner} is missing"
-            if fault := _unlike(found[key], value, inner):
+            if fault := _unlike(found[key], value, inner, exact=exact):
                 return fault
         return ""
     if isinstance(own, list | tuple):
         if not isinstance(found, list | tuple) or len(found) != len(own):
             return f"{name} is no list of {len(own)}"
-        faults = (_unlike(a, b, f"{name}[{i}]") for i, (a, b) in enumerate(zip(found, own, strict=True)))
+        faults = (_unlike(a, b, f"{name}[{i}]", exact=exact) for i, (a, b) in enumerate(zip(found, own, strict=True)))
         return next((fault for fault in faults if fault), "")
     if isinstance(own, Tensor):
         alike = isinstance(found, Tensor) and found.shape == own.shape and found.dtype == own.dtype
@@ -244,8 +253,10 @@ def _unlike(found: object, own: object, name: str = "") -> str:
     if isinstance(own, bool | str):
         return "" if type(found) is type(own) else f"{name} is of type {type(found).__name__}"
     if isinstance(own, int | float):
-        whole = isinstance(own, int) and type(found) is not int
-        return f"{name} is {found!r:.40}" if whole or _is_no_number(found) else ""
+        wrong = _is_no_number(found) or (isinstance(own, int) and type(found) is not int)
+        if not exact:
+            wrong = isinstance(found, bool) or not isinstance(found, int | float)
+        return f"{name} is {found!r:.40}" if wrong else ""
     return ""
 
 

@@ -483,8 +483,14 @@ class CLIPM2DF(lightning.LightningModule):
             UserError: the weights, or averages of them, are not finite: nothing good is to be written over by them.
         """
         for weights in (checkpoint["state_dict"], checkpoint.get("current_model_state", {})):
-            if broken := not_finite(weights):
+            broken = not_finite(weights)
+            if broken and self._trainer is not None and self._trainer.training:
                 raise self._diverged(f"the weights ({some(broken, 1)}) are")
+            if broken:
+                raise UserError(
+                    f"the model's weights are not finite (NaN or infinite), {some(broken)}: a training had failed; save"
+                    " another"
+                )
         description = self.model.backbone.description()
         checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = {**self.hparams, "backbone": description}
         checkpoint["draws_seed"] = self._draws_seed
