@@ -300,8 +300,9 @@ def test_benchmarks_spell_their_own_classes(
         lambda text: text.replace("\n", "  \t\n\n"),
         lambda text: text.rstrip("\n"),
         lambda text: text + text,
+        lambda text: "# made by hand\n" + text,
     ],
-    ids=["BOM", "CRLF", "CR", "spaces and blank lines", "no last line end", "every line twice"],
+    ids=["BOM", "CRLF", "CR", "spaces and blank lines", "no last line end", "every line twice", "a comment"],
 )
 @pytest.mark.parametrize("form", [CLASS_FORM, ID_FORM])
 def test_what_editors_do_changes_nothing(tmp_path: Path, form: dict[str, str], change: Callable[[str], str]) -> None:
