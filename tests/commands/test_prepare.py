@@ -11,6 +11,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from clip_m2df.classifier.clips import list_examples, videos_in
 from clip_m2df.cli import main
@@ -462,6 +463,22 @@ def test_what_a_folder_has_is_taken_or_named(tmp_path: Path, capsys: pytest.Capt
         (examples,) = list_examples(folder.parent).values()
     assert len(examples) == len(VIDEOS)
     assert "yoga/half.mp4.part" in str(caught[0].message)
+
+
+def test_kinds_without_end_are_not_all_named() -> None:
+    text = describe({f".{number:05}": [f"a.{number:05}"] for number in range(5000)})
+    assert text.count(": 1 (") == 40
+    assert text.endswith(", 4960 other kinds: 4960 (a.00040, a.00041 and 4958 more)")
+
+
+def test_motion_jpeg_is_a_video_and_pictures_are_none(tmp_path: Path) -> None:
+    (tmp_path / "frames").mkdir()
+    (tmp_path / "videos").mkdir()
+    Image.new("RGB", (48, 32)).save(tmp_path / "frames" / "1.jpg")
+    picture = (tmp_path / "frames" / "1.jpg").read_bytes()
+    for name in ("clip.mjpeg", "clip.mjpg", "picture"):
+        (tmp_path / "videos" / name).write_bytes((4 if name != "picture" else 1) * picture)
+    assert [file.name for file in scan(tmp_path / "videos").files] == ["clip.mjpeg", "clip.mjpg"]
 
 
 def test_a_folder_of_frames_stays_one_whatever_is_beside_them(tmp_path: Path) -> None:

@@ -230,8 +230,14 @@ SPELLINGS = [
     ("open\u00a0door", "open door"),
     ("open\u3000door", "open door"),
     ("open  door", "open door"),
+    ("\u0130p atla", "ip atla"),
+    ("s\u2018arr\u00eater", "s\u2019arr\u00eater"),
 ]
-DISTINCT = [("run", "runs"), ("11", "1 1"), ("-1", "1"), ("C", "C++"), ("a.b", "ab"), ("_", "-"), ("\u00e9", "e")]
+DISTINCT = [
+    *(("run", "runs"), ("11", "1 1"), ("-1", "1"), ("C", "C++"), ("a.b", "ab"), ("_", "-"), ("\u00e9", "e")),
+    *(("turn -90", "turn 90"), ("turn_-90", "turn_90"), ("turn (\u221290)", "turn (90)"), ("1 -1", "1 1")),
+    *(("2.5 somersaults", "25 somersaults"), ("k\u0131r", "kir"), ("C++", "C#"), ("A+", "A")),
+]
 
 
 @pytest.mark.parametrize(("first", "second"), SPELLINGS)

@@ -226,6 +226,25 @@ def test_numbers_of_classes_by_an_index(tmp_path: Path, name: str, index: str) -
     assert "the class number 1 is 'open door' in the annotations, and 'wave' on line 1 of the list" in message
 
 
+def test_lists_of_something_something(tmp_path: Path) -> None:
+    rows = {
+        "train.csv": "12;Pouring something, slowly\n9;Pouring something, slowly\n",
+        "dev.csv": "5;Opening something\n",
+        "test.csv": "7;Turning 90 degrees\n",
+    }
+    lists = read_lists(save(tmp_path / "rows", rows), "ssv2")
+    assert lists.classes == {
+        "train": ("Pouring something, slowly",),
+        "val": ("Opening something",),
+        "test": ("Turning 90 degrees",),
+    }
+    assert [video.stem for video in lists.videos or ()] == ["12", "9", "5", "7"]
+    save(tmp_path, {"labels.json": json.dumps({"Opening something": "0", "Pouring something": "1"})})
+    numbered = save(tmp_path / "lists", {"train_videos.txt": "12.webm 1\n9.webm 1\n", "val_videos.txt": "5.webm 0\n"})
+    lists = read_lists(numbered, "ssv2", [tmp_path / "labels.json"])
+    assert lists.classes == {"train": ("Pouring something",), "val": ("Opening something",)}
+
+
 def test_numbers_of_classes_by_the_folders_of_the_files(tmp_path: Path) -> None:
     folder = save(tmp_path / "lists", {"train.txt": "v/a.mp4 0\nv/b.mp4 1\n"})
     assert "nothing names the classes number 0, number 1 of the lists" in refusal(lambda: read_lists(folder, "folder"))
@@ -281,8 +300,9 @@ def test_benchmarks_spell_their_own_classes(
         lambda text: text.replace("\n", "  \t\n\n"),
         lambda text: text.rstrip("\n"),
         lambda text: text + text,
+        lambda text: "# made by hand\n" + text,
     ],
-    ids=["BOM", "CRLF", "CR", "spaces and blank lines", "no last line end", "every line twice"],
+    ids=["BOM", "CRLF", "CR", "spaces and blank lines", "no last line end", "every line twice", "a comment"],
 )
 @pytest.mark.parametrize("form", [CLASS_FORM, ID_FORM])
 def test_what_editors_do_changes_nothing(tmp_path: Path, form: dict[str, str], change: Callable[[str], str]) -> None:
@@ -297,6 +317,7 @@ def test_what_editors_do_changes_nothing(tmp_path: Path, form: dict[str, str], c
         ("train.list", "val.list", "test.list"),
         ("trainlist07.txt", "vallist07.txt", "testlist07.txt"),
         ("Training.csv", "Validation.csv", "Testing.csv"),
+        ("train.txt", "dev.txt", "test.txt"),
         ("hmdb_train_classes", "hmdb_valid_classes", "hmdb_test_classes"),
         ("kinetics100train.txt", "kinetics100val.txt", "kinetics100test.txt"),
     ],
@@ -399,7 +420,7 @@ def test_a_huge_file_is_no_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         (b'[{"id": "1", "template": " "}]', "is not the name of a class: give it a line of plain text"),
         (b'[{"id": "1", "template": "\\ud800"}]', "is not the name of a class"),
         (b'[{"id": "1", "template": "a"}, {"id": "1", "template": "b"}]', "call '1' 'b', but it is 'a' as well"),
-        (b'{"Approaching something with your camera": "0"}', "don't say which video is of which class"),
+        (b'{"Approaching something with your camera": "0"}', "nothing names the classes train8, train50, val2"),
         (b'{"ssv2": {"train": "x"}}', "'train' of ssv2 in the annotations"),
         (b'{"ssv2": {"train": [1]}}', "name 0 of 'train' of ssv2 in the annotations"),
         (b"3", "don't say which video is of which class"),

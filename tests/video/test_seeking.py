@@ -6,6 +6,7 @@ from typing import Any
 
 import av
 import pytest
+from av.bitstream import BitStreamFilterContext
 from torch import Tensor
 
 from clip_m2df.errors import UserError
@@ -242,6 +243,31 @@ def test_what_a_decoder_that_seeks_does_not_show_as_players_do(tmp_path: Path, d
     exact: tuple[Decoder, ...] = ("auto", "pyav")
     for how in exact:
         assert decoder_doubt(str(path), how) == ""
+
+
+@pytest.mark.parametrize("name", ["turned.mp4", "turned.mkv"])
+@pytest.mark.parametrize("how", ["rotate=90", "rotate=180", "flip=horizontal"])
+def test_a_turn_that_only_some_frames_tell_holds_for_all(tmp_path: Path, name: str, how: str) -> None:
+    upright = render(tmp_path / f"upright{name[6:]}", 60, options={"bf": "0", "g": "12"})
+    with av.open(str(upright)) as source, av.open(str(tmp_path / name), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        tell = BitStreamFilterContext(f"h264_metadata=display_orientation=insert:{how}", source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                for told in tell.filter(packet):
+                    told.stream = stream
+                    target.mux(told)
+    clip = read_frames(str(upright), range)[0]
+    ways = {  # FFmpeg's versions differ in which way this filter counts
+        "rotate=90": [clip.rot90(1, (2, 3)), clip.rot90(3, (2, 3))],
+        "rotate=180": [clip.rot90(2, (2, 3))],
+        "flip=horizontal": [clip.flip(3)],
+    }
+    turned = read_frames(str(tmp_path / name), range)[0]
+    assert any(turned.equal(way) for way in ways[how])
+    for wanted in ([59], [50, 13]):  # by seeking
+        assert read_frames(str(tmp_path / name), lambda _, wanted=wanted: wanted)[0].equal(turned[wanted])  # type: ignore[misc]
+    assert "turned or mirrored" in decoder_doubt(str(tmp_path / name), "decord")
 
 
 # Broken files

@@ -570,6 +570,8 @@ def test_images_are_ordered_by_their_numbers(tmp_path: Path) -> None:
         ["a.png", "b.png", "c.png"],
         ["٠.png", "١.png", "٢.png"],
         ["s01e02_001.png", "s01e02_002.png"],
+        ["clip.mp4.2.png", "clip.mp4.10.png", "clip.mp4.11.png"],
+        ["t_40ms.png", "t_80ms.png", "t_120ms.png"],
         ["only.png"],
     ],
     ids=lambda ordered: ordered[1 % len(ordered)],
@@ -594,6 +596,7 @@ def test_what_lies_beside_the_frames_is_told_apart(tmp_path: Path, frame: str, o
         save_image(tmp_path / frame.format(number), number)
         for other in others:
             save_image(tmp_path / other.format(number), 255)
+    save_image(tmp_path / "thumb_99.png", 255)  # which has a number of its own
     assert numbers(read(tmp_path)) == list(range(12))
     assert len(list(sample_frames(str(tmp_path), 12, fps=12))) == 12
 
@@ -618,6 +621,7 @@ def test_what_lies_beside_the_frames_is_told_apart(tmp_path: Path, frame: str, o
         (["1.png", "2.png", "cover.png"], "several kinds, such as 1.png and cover.png: leave only those of the video"),
         (["1.png", "2.png", "1 (2).png"], "several kinds"),
         (["v1.2.png", "v1.2.3.png"], "several kinds"),
+        (["t_500ms.png", "t_1s.png", "t_1500ms.png"], "have times in ms and in s: number them with integers"),
         (["frame_09.png", "frame_0a.png", "frame_0b.png"], "several kinds"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -663,11 +667,17 @@ def test_tags_of_a_video_of_pictures_say_how_it_is_seen(tmp_path: Path, orientat
 
 
 def test_other_tags_of_images(tmp_path: Path) -> None:
-    info = PngImagePlugin.PngInfo()
-    info.add_itxt("XML:com.adobe.xmp", '<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>')
-    Image.fromarray(picture(21)).save(tmp_path / "1.png", pnginfo=info)  # Pillow reads these, too
-    assert read(tmp_path).shape[2:] == (WIDTH, HEIGHT)
+    for compressed in (False, True):  # Pillow reads these, too
+        info = PngImagePlugin.PngInfo()
+        xmp = '<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+        info.add_itxt("XML:com.adobe.xmp", xmp, zip=compressed)
+        Image.fromarray(picture(21)).save(tmp_path / "1.png", pnginfo=info)
+        assert read(tmp_path).shape[2:] == (WIDTH, HEIGHT)
     (tmp_path / "1.png").unlink()
+    sideways = Image.Exif()
+    sideways[ExifTags.Base.Orientation] = 6
+    Image.fromarray(picture(21)).save(tmp_path / "1.jpg", "TIFF", exif=sideways)
+    assert read(tmp_path).shape[2:] == (WIDTH, HEIGHT)
     Image.fromarray(picture(21)).save(tmp_path / "1.jpg")
     upright = read(tmp_path)
     for tags in (b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12", b"Exif\0\0nonsense", b"Exif", b""):

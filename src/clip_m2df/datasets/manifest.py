@@ -407,7 +407,9 @@ _INVISIBLE = re.compile(
 )
 _SEPARATORS = r"[\s_\-\u2010-\u2015\u2212]+"
 _BETWEEN_DIGITS = re.compile(rf"(?<=\d){_SEPARATORS}(?=\d)")
-_MINUS = re.compile(r"[-\u2212]\d")
+_MINUS = re.compile(r"(?<![^\s_(\[=,;:/])[-\u2212](?=\d)")
+# Quotes are curly or not by the keyboard, and Turkish writes the dot of a small i on the capital too.
+_QUOTES = str.maketrans("\u2018\u2019\u02bc\u201c\u201d", "'''\"\"")
 
 
 @lru_cache(maxsize=1 << 16)
@@ -415,15 +417,16 @@ def class_key(label: str) -> str:
     """Return what spellings of a class share; the one comparison of class names.
 
     ``draw_sword``, ``Draw sword``, ``draw-sword`` and ``DrawSword`` have one key, whatever the form in Unicode and with
-    invisible characters or without. Digits stay apart (``1 1`` is not ``11``), and a minus before a number counts.
+    invisible characters or without. Digits stay apart (``1 1`` is not ``11``), and a minus before a number counts
+    (``turn -90`` is not ``turn 90``).
     """
     key = label
     if not key.isascii():
         key = unicodedata.normalize("NFKC", _INVISIBLE.sub("", key)).casefold()
-        key = unicodedata.normalize("NFKC", key)
+        key = unicodedata.normalize("NFKC", key.replace("i\u0307", "i")).translate(_QUOTES)
     key = _INVISIBLE.sub("", key).lower().strip()
-    sign = "-" if _MINUS.match(key) else ""
-    return sign + re.sub(_SEPARATORS, "", _BETWEEN_DIGITS.sub("/", key)) or label
+    key = _BETWEEN_DIGITS.sub("/", _MINUS.sub("~", key))
+    return re.sub(_SEPARATORS, "", key) or label
 
 
 def spelled(label: str, other: str) -> str:

@@ -53,8 +53,11 @@ _AFTER_FILE = re.compile(r"((?:-?\d+(?:\.\d+)?[\s,;]+){0,3})(.+)")
 _NUMBER = r"(?<![\s,;])[\s,;]++\d++"  # in time that grows with the line, whatever it is
 _AFTER_FOLDER = re.compile(rf"(.+?)((?:{_NUMBER}){{1,3}})")
 
+# "100218;Something falling like a rock", as in the lists of Something-Something.
+_ID_AND_TEMPLATE = re.compile(r"(\d+);\s*(\S.*)")
+
 # The split as a word of a file's name: train.list, vallist03.txt, test_few_shot.txt.
-_SPLIT_WORD = re.compile(r"(?<![a-z])(train|val|valid|validate|validation|test)(?:ing)?(?:list)?(?![a-z])")
+_SPLIT_WORD = re.compile(r"(?<![a-z])(train|val|valid|validate|validation|dev|test)(?:ing)?(?:list)?(?![a-z])")
 
 _SSV2_FILES = "something-something-v2-train.json and something-something-v2-validation.json"
 
@@ -201,7 +204,7 @@ def read_annotations(paths: Iterable[Path], dataset: str) -> dict[str, str]:
             content = json.loads(text) if is_json else text
         except (ValueError, RecursionError) as error:
             raise UserError(f"the annotations {path} are no JSON ({error}): give {_SSV2_FILES}") from error
-        index = {} if dataset.startswith("ssv2") and not isinstance(content, str) else _class_index(content)
+        index = _class_index(content)
         if index:
             found = [
                 (f"number {number}", _sound_label(label, f"class number {number} of the annotations {path}"))
@@ -257,7 +260,7 @@ def _may_be_list(file: Path) -> bool:
 
 def _read_list(file: Path, *, required: bool) -> list[_Line]:
     """Read the lines of a list; none of a file that isn't one, unless it has to be."""
-    words = {"val" if word.startswith("val") else word for word in _SPLIT_WORD.findall(file.name.lower())}
+    words = _split_words(file.name)
     required = required or bool(words)
     if file.is_file() and file.stat().st_size > MOST_BYTES:
         raise UserError(
@@ -270,7 +273,7 @@ def _read_list(file: Path, *, required: bool) -> list[_Line]:
             return []
         raise
     numbered = [(n, line.strip()) for n, line in enumerate(re.split(r"\r\n|\n|\r", text), start=1)]
-    numbered = [(n, line) for n, line in numbered if line]
+    numbered = [(n, line) for n, line in numbered if line and not line.startswith("# ")]
     with_numbers = sum(_NUMBERED.fullmatch(line) is not None for _, line in numbered)
     if 2 * with_numbers > len(numbered):
         return [_take_apart(file, n, line, "number") for n, line in numbered]
@@ -339,8 +342,12 @@ def _read_table(file: Path, numbered: Sequence[tuple[int, str]], columns: Mappin
 
 
 def _split_of(word: str) -> str:
-    words = {"val" if found.startswith("val") else found for found in _SPLIT_WORD.findall(word.lower())}
+    words = _split_words(word)
     return words.pop() if len(words) == 1 else ""
+
+
+def _split_words(text: str) -> set[str]:
+    return {"val" if word.startswith(("val", "dev")) else word for word in _SPLIT_WORD.findall(text.lower())}
 
 
 _Row = tuple[str, Sequence[str], str]
@@ -360,6 +367,8 @@ def _rows(lines: Sequence[str]) -> list[_Row]:
             else _NO_ROW
             for file, rest in zip(files, after, strict=True)
         ]
+    if all(match := [_ID_AND_TEMPLATE.fullmatch(line) for line in lines]):
+        return [(found[1], (), found[2]) for found in match if found]
     found = [_AFTER_FOLDER.fullmatch(line) for line in lines]
     matches = [match for match in found if match]
     if len(matches) < len(lines):

@@ -15,7 +15,9 @@ _VIDEOS = """
     .vob .webm .wmv .y4m"""
 VIDEO_EXTENSIONS = frozenset(_VIDEOS.split())
 # Those of files that may hold videos, and may not.
-_VIDEOS_OR_NOT = frozenset((".dv", ".gif", ".gxf", ".h264", ".hevc", ".ivf", ".mjpeg", ".nut", ".ogg", ".rm", ".wtv"))
+_VIDEOS_OR_NOT = frozenset(
+    (".dv", ".gif", ".gxf", ".h264", ".hevc", ".ivf", ".mjpeg", ".mjpg", ".nut", ".obu", ".ogg", ".rm", ".wtv")
+)
 _IMAGE_EXTENSIONS = frozenset((".bmp", ".jpeg", ".jpg", ".png", ".webp"))
 # Files that are never opened, by what they are called when they are left out; the others say whether they are videos.
 _LEFT_OUT = {
@@ -30,6 +32,8 @@ _LEFT_OUT = {
 _KINDS = {extension: kind or extension for kind, names in _LEFT_OUT.items() for extension in names.split()}
 # So many files of an unknown extension are opened; if none is a video, the rest of that extension is not.
 _TRIED = 100
+# So many kinds of what is left out are named one by one.
+_MOST_KINDS = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +181,8 @@ def describe(left_out: Mapping[str, Sequence[str]]) -> str:
         Such as ``.txt: 3 (a.txt, b.txt and 1 more), archives: 1 (c.zip); unpack those with videos``.
     """
     kinds = sorted(left_out.items(), key=lambda item: (-len(item[1]), item[0]))
+    if rest := [name for _, names in kinds[_MOST_KINDS:] for name in names]:
+        kinds[_MOST_KINDS:] = [(f"{len(kinds) - _MOST_KINDS} other kinds", rest)]
     counts = ", ".join(f"{printable(kind)}: {len(names)} ({some(names, 2)})" for kind, names in kinds)
     remedies = [r for kind, r in {"archives": "unpack", "partial downloads": "complete"}.items() if kind in left_out]
     return f"{counts}; {' and '.join(remedies)} those with videos" if remedies else counts

@@ -37,12 +37,12 @@ _COMPANIONS = {
 }
 
 _INTEGER = r"\d+"
-_DECIMAL = r"(?<![\d.,])\d+[.,]\d+(?![.,]?\d)"  # not a part of 1.2.3
+_DECIMAL = r"(?<![\d.,])(?<!\.mp)\d+[.,]\d+(?![.,]?\d)"  # not a part of 1.2.3 or clip.mp4.5
 _SCIENTIFIC = r"(?<![\d.,])\d+(?:[.,]\d+)?[eE][+-]?\d{1,3}(?![.,]?\d)"
 _SIGN = re.compile(r"(?:(?<=[_\s=(])|^)-(?=\d)")
 _FRACTIONAL = re.compile(f"{_SCIENTIFIC}|{_DECIMAL}")
 _NUMBER = re.compile(f"{_SCIENTIFIC}|{_DECIMAL}|{_INTEGER}")
-_SECONDS = re.compile(rf"(?:{_NUMBER.pattern}) ?(?:s|secs?|seconds?|ms)(?![a-z])", re.IGNORECASE)
+_SECONDS = re.compile(rf"(?:{_NUMBER.pattern}) ?(?:s|secs?|seconds?|(ms))(?![a-z])", re.IGNORECASE)
 
 
 class Orientation(NamedTuple):
@@ -130,16 +130,14 @@ def _choose_kind(names: Sequence[str]) -> Sequence[str]:
         kinds[_NUMBER.sub("0", _SIGN.sub("", _stem(name))).lower()].append(name)
     if len(kinds) == 1 or not any("0" in kind for kind in kinds):
         return names
-    numbers = [{tuple(_read(_stem(name), _NUMBER)) for name in kinds[kind]} for kind in kinds]
-    if len(set().union(*numbers)) == sum(map(len, numbers)) and len({kind.count("0") for kind in kinds}) == 1:
-        return names  # which the numbers order all the same
-    frames = [kind for kind in kinds if not _COMPANIONS & set(re.findall("[a-z]+", kind))]
-    if len(frames) != 1:
-        first, second = sorted(min(kinds[kind]) for kind in (frames or kinds))[:2]
+    frames = [kind for kind in kinds if not _COMPANIONS & set(re.findall("[a-z]+", kind))] or list(kinds)
+    numbers = [{tuple(_read(_stem(name), _NUMBER)) for name in kinds[kind]} for kind in frames]
+    if len(set().union(*numbers)) < sum(map(len, numbers)) or len({kind.count("0") for kind in frames}) > 1:
+        first, second = sorted(min(kinds[kind]) for kind in frames)[:2]
         raise UnclearOrderError(
             f"it has images of several kinds, such as {first} and {second}: leave only those of the video"
         )
-    return kinds[frames[0]]
+    return [name for kind in frames for name in kinds[kind]]  # of several kinds, the numbers order them all the same
 
 
 def _read_numbers(names: Sequence[str]) -> list[dict[str, list[Any]]]:
@@ -148,8 +146,14 @@ def _read_numbers(names: Sequence[str]) -> list[dict[str, list[Any]]]:
     if all(map(_SIGN.search, stems.values())):  # what every name has is no sign
         stems = {name: _SIGN.sub("_", stem) for name, stem in stems.items()}
     forms = [re.compile(_INTEGER)]
-    if all(map(_SECONDS.search, stems.values())):
+    times = {name: _SECONDS.search(stem) for name, stem in stems.items()}
+    if all(times.values()):
         forms = [_NUMBER]
+        in_ms, others = ([name for name, time in times.items() if time and bool(time[1]) is ms] for ms in (True, False))
+        if in_ms and others:
+            raise UnclearOrderError(
+                f"its images {in_ms[0]} and {others[0]} have times in ms and in s: number them with integers"
+            )
     elif any(map(_FRACTIONAL.search, stems.values())):
         forms.append(_NUMBER)
     return [{name: _read(stem, form) for name, stem in stems.items()} for form in forms]
@@ -189,10 +193,14 @@ def matrix_orientation(frame: VideoFrame) -> Orientation:
     return Orientation(mirrored, (degrees + 180) % 360 if mirrored else degrees)
 
 
+# What is in an image with tags; the text of XMP itself may be compressed.
+_TAGS = (b"Exif", b"eXIf", b"EXIF", b"exif", b"tiff:Orientation", b"XML:com.adobe.xmp", b"II*\0", b"MM\0*")
+
+
 def exif_orientation(data: bytes) -> Orientation:
     """Tell how an image is meant to be seen by its tags, as Pillow does."""
     # Most have no such tag; looking for one in a PNG decodes it.
-    if any(mark in data for mark in (b"Exif", b"eXIf", b"EXIF", b"exif", b"tiff:Orientation")):
+    if any(mark in data for mark in _TAGS):
         # Whatever Pillow finds in damaged tags, the picture itself may be sound.
         with suppress(Exception), warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as image:
             return _EXIF.get(image.getexif().get(ExifTags.Base.Orientation, 1), Orientation())

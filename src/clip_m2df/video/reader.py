@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -51,7 +51,7 @@ _IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 # FFmpeg's names of what holds all of its pictures itself. A playlist, whatever it is called, names other files, and so
 # would lead out of the data set.
 _CONTAINERS = (
-    "mov,matroska,webm,avi,asf,flv,ogg,mpeg,mpegts,mpegvideo,m4v,h264,hevc,av1,ivf,dv,mxf,gxf,nut,rm,wtv,gif,mjpeg,"
+    "mov,matroska,webm,avi,asf,flv,ogg,mpeg,mpegts,mpegvideo,m4v,h264,hevc,av1,obu,ivf,dv,mxf,gxf,nut,rm,wtv,gif,mjpeg,"
     "yuv4mpegpipe,jpeg_pipe,png_pipe,bmp_pipe,webp_pipe,gif_pipe,tiff_pipe,ppm_pipe"
 )
 
@@ -134,8 +134,9 @@ def is_video(path: str) -> bool:
     try:
         path = _find(path)
         with as_video_error(path), _open(path, path) as (container, stream):
-            # FFmpeg's formats of single pictures are called png_pipe and so on.
-            return not container.format.name.endswith("_pipe") and next(_frames(container, stream), None) is not None
+            # FFmpeg's formats of single pictures are called png_pipe and so on; Motion JPEG looks like several.
+            is_picture = container.format.name.endswith("_pipe") and not path.lower().endswith((".mjpeg", ".mjpg"))
+            return not is_picture and next(_frames(container, stream), None) is not None
     except VideoError:
         return False
 
@@ -171,11 +172,13 @@ def decoder_doubt(path: str, decoder: Decoder) -> str:
             several, kind, codec = len(container.streams.video) > 1, container.format.name, stream.codec_context.name
             packets = read_packets(container, stream)
         with _open(path, path) as (container, stream):
-            first = next(_frames(container, stream), None)
-    turned = Orientation() if first is None else matrix_orientation(first)
+            orientations = [matrix_orientation(f) for f in itertools.islice(_frames(container, stream), 2)]
+    turned = orientations[0] if orientations else Orientation()
+    # decord turns by the header of MOV and MP4 alone, which holds for all frames.
+    by_header = decoder == "decord" and kind == CONTAINERS[0] and len(set(orientations)) == 1
     if several:
         why = "it has several video streams"
-    elif turned.mirrored or turned.degrees % 90 or (turned.degrees and decoder == "torchcodec"):
+    elif turned.mirrored or turned.degrees % 90 or (turned.degrees and not by_header):
         why = "it is to be shown turned or mirrored"
     elif decoder == "torchcodec":
         why = "" if packets.in_order or kind in CONTAINERS else "its frames have no reliable times"
@@ -278,15 +281,15 @@ _READERS = {"auto": _read_pyav, "decord": _read_decord, "pyav": _read_pyav, "tor
 
 
 def _sample_pyav(path: str, rate: Fraction, fps: Fraction | None) -> Iterator[Tensor]:
-    size: tuple[int, int] | None = None
+    view: _View | None = None
     with as_video_error(path), _open(path, path) as (container, stream):
         frames = _frames(container, stream)
         stamped = timed(frames, container, stream, path) if fps is None else evenly_timed(frames, fps)
         for frame, count in count_samples(stamped, rate):
-            size = size or _size(frame)
+            view = view or _view(frame, matrix_orientation(frame))
             if count:
-                yield from _repeat(_picture(frame, size), count)
-    if size is None:
+                yield from _repeat(_picture(frame, view), count)
+    if view is None:
         raise unreadable(path, _NO_FRAME)
 
 
@@ -321,7 +324,7 @@ def _image_names(folder: str) -> list[str]:
 
 def _pictures(images: Iterable[str]) -> Iterator[_Picture]:
     """Read images, each scaled to the size of the first."""
-    size: tuple[int, int] | None = None
+    size: tuple[int, int] | None = None  # as it is shown
     for path in images:
         with as_video_error(path):
             data = Path(path).read_bytes()
@@ -330,9 +333,9 @@ def _pictures(images: Iterable[str]) -> Iterator[_Picture]:
                 frame = next(_frames(container, stream), None)
                 if frame is None:
                     raise unreadable(path, "the image does not decode")
-                orientation = exif_orientation(data)
-                size = size or _size(frame, orientation)
-                picture = _picture(frame, size, orientation)
+                view = _view(frame, exif_orientation(data))
+                size = size or view.shown
+                picture = _picture(frame, view._replace(shown=size))
         yield picture
 
 
@@ -406,9 +409,9 @@ def _decode_runs(path: str, packets: PacketTable, numbers: set[int]) -> dict[int
                 if frame.pts != packets.times[number] or frame.is_corrupt:
                     return pictures
                 if number == 0:
-                    size = _size(frame)
+                    view = _view(frame, matrix_orientation(frame))
                 if number in numbers:
-                    pictures[number] = _picture(frame, size)
+                    pictures[number] = _picture(frame, view)
     return pictures
 
 
@@ -420,9 +423,9 @@ def _decode(path: str, numbers: set[int]) -> tuple[dict[int, _Picture], int]:
         for number, frame in enumerate(itertools.islice(_frames(container, stream), max(numbers) + 1)):
             decoded = number + 1
             if number == 0:
-                size = _size(frame)
+                view = _view(frame, matrix_orientation(frame))
             if number in numbers:
-                pictures[number] = _picture(frame, size)
+                pictures[number] = _picture(frame, view)
     return pictures, decoded
 
 
@@ -442,19 +445,23 @@ def _frames(container: InputContainer, stream: VideoStream) -> Iterator[VideoFra
         yield from stream.decode(None)
 
 
-def _size(frame: VideoFrame, orientation: Orientation | None = None) -> tuple[int, int]:
-    """Return the width and height of a frame as it is shown."""
-    orientation = orientation or matrix_orientation(frame)
-    return (frame.width, frame.height) if orientation.is_upright else (frame.height, frame.width)
+class _View(NamedTuple):
+    """How all frames of a video are shown; it is that of the first, as later ones may not repeat how it is turned."""
+
+    orientation: Orientation
+    shown: tuple[int, int]  # width and height
 
 
-def _picture(frame: VideoFrame, size: tuple[int, int], orientation: Orientation | None = None) -> _Picture:
-    """Convert a frame to RGB, scaled to a width and height and turned as it is shown."""
-    orientation = orientation or matrix_orientation(frame)
-    width, height = size if orientation.is_upright else size[::-1]
+def _view(frame: VideoFrame, orientation: Orientation) -> _View:
+    return _View(orientation, (frame.width, frame.height) if orientation.is_upright else (frame.height, frame.width))
+
+
+def _picture(frame: VideoFrame, view: _View) -> _Picture:
+    """Convert a frame to RGB, scaled and turned as it is shown."""
+    width, height = view.shown if view.orientation.is_upright else view.shown[::-1]
     # By default PyAV starts a thread a core for each frame.
     array: Any = frame.reformat(width=width, height=height, format="rgb24", threads=1).to_ndarray()
-    return orientation.apply(array)
+    return view.orientation.apply(array)
 
 
 def _stack(pictures: dict[int, _Picture], wanted: Sequence[int]) -> Tensor:
