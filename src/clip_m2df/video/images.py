@@ -22,19 +22,7 @@ from PIL import ExifTags, Image
 MOST_PIXELS = 64_000_000
 
 # What often lies beside the frames of a video and is made from them, by a word of its name.
-_COMPANIONS = {
-    "alpha",
-    "depth",
-    "flow",
-    "mask",
-    "masks",
-    "matte",
-    "seg",
-    "segmentation",
-    "thumb",
-    "thumbs",
-    "thumbnail",
-}
+_COMPANIONS = re.compile(r"(?<![a-z])(alpha|depth|flow|masks?|matte|seg|segmentation|thumbs?|thumbnail)(?![a-z])")
 
 _INTEGER = r"\d+"
 _DECIMAL = r"(?<![\d.,])\d+[.,]\d+(?![.,]?\d)"  # not a part of 1.2.3
@@ -67,24 +55,16 @@ class Orientation(NamedTuple):
         return picture if self.degrees % 90 else np.rot90(picture, -self.degrees // 90)
 
 
-_EXIF = dict(
-    enumerate(
-        itertools.starmap(
-            Orientation,
-            [
-                (False, 0),
-                (True, 0),
-                (False, 180),
-                (True, 180),
-                (True, 270),
-                (False, 90),
-                (True, 90),
-                (False, 270),
-            ],
-        ),
-        start=1,
-    )
-)
+# By the values of the tag; others, and 1, are upright.
+_EXIF = {
+    2: Orientation(mirrored=True),
+    3: Orientation(degrees=180),
+    4: Orientation(mirrored=True, degrees=180),
+    5: Orientation(mirrored=True, degrees=270),
+    6: Orientation(degrees=90),
+    7: Orientation(mirrored=True, degrees=90),
+    8: Orientation(degrees=270),
+}
 
 
 class UnclearOrderError(ValueError):
@@ -133,7 +113,7 @@ def _choose_kind(names: Sequence[str]) -> Sequence[str]:
     numbers = [{tuple(_read(_stem(name), _NUMBER)) for name in kinds[kind]} for kind in kinds]
     if len(set().union(*numbers)) == sum(map(len, numbers)) and len({kind.count("0") for kind in kinds}) == 1:
         return names  # which the numbers order all the same
-    frames = [kind for kind in kinds if not _COMPANIONS & set(re.findall("[a-z]+", kind))]
+    frames = [kind for kind in kinds if not _COMPANIONS.search(kind)]
     if len(frames) != 1:
         first, second = sorted(min(kinds[kind]) for kind in (frames or kinds))[:2]
         raise UnclearOrderError(
