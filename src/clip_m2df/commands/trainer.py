@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import signal
-import threading
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -27,13 +26,14 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.multiprocessing.spawn import ProcessException
 
 from clip_m2df.episodes.datamodule import EpisodeDataModule
 from clip_m2df.episodes.files import write_episodes_file
-from clip_m2df.errors import Stopped, UserError, say
+from clip_m2df.errors import Stopped, UserError, ended_by_sigterm, say
 from clip_m2df.files import FULL, locked_folder
 from clip_m2df.loops import raised_while_restoring
 from clip_m2df.motion_shapes import NO_KNOBS
@@ -41,7 +41,7 @@ from clip_m2df.nn.baselines import head_class
 from clip_m2df.report.evaluation import EvaluationPage
 from clip_m2df.training import checkpoints
 from clip_m2df.training.build import saved_options
-from clip_m2df.training.callbacks import RunConfig, RunLogger, RunProgressBar, RunReport, logger_of_run
+from clip_m2df.training.callbacks import RunConfig, RunProgressBar, RunReport, logger_of_run
 from clip_m2df.training.dashboard import Dashboard
 from clip_m2df.training.module import CLIPM2DF
 from clip_m2df.training.wandb_run import resume_run
@@ -82,10 +82,9 @@ class CLI(LightningCLI):
         self.goes_on = False
         self.checkpoint: dict[str, Any] | None = None  # read once; the Trainer's plugin takes it over
         with ExitStack() as self.until_end:
-            if _is_first_process() and threading.current_thread() is threading.main_thread():
+            if _is_first_process():
                 # Before and after what listens to signals itself, Lightning would note this one and go on.
-                before = signal.signal(signal.SIGTERM, partial(_stop, os.getpid()))
-                self.until_end.callback(signal.signal, signal.SIGTERM, before)
+                self.until_end.enter_context(ended_by_sigterm())
             self._run()
 
     def _run(self) -> None:
@@ -162,7 +161,7 @@ class CLI(LightningCLI):
             # Lightning would save wherever a signal comes, into a file that later runs take without being asked.
             options.plugins.append(SLURMEnvironment(auto_requeue=False))
         if options.logger in (None, True):  # Lightning's own choice depends on what happens to be installed
-            options.logger = RunLogger(folder)
+            options.logger = CSVLogger(folder, flush_logs_every_n_steps=1)
         first = checkpoints.steps_made(checkpoint) if self.goes_on and checkpoint else 0
         loggers = [logger_of_run(logger, subcommand, first) for logger in _listed(options.logger or None)]
         options.logger = [logger for logger in loggers if logger is not None] or False
@@ -326,14 +325,6 @@ class CLI(LightningCLI):
 def _build_model(saved_options: dict[str, Any], cls: type[CLIPM2DF], *args: Any, **kwargs: Any) -> CLIPM2DF:
     """With the towers' description that a checkpoint holds: as an option it would be parsed once more."""
     return cls(*args, **kwargs | saved_options)
-
-
-def _stop(owner: int, number: int, frame: Any) -> None:
-    """End the command at a signal; a process that was forked from it ends as any other does."""
-    if os.getpid() == owner:
-        raise Stopped(number)
-    signal.signal(number, signal.SIG_DFL)
-    os.kill(os.getpid(), number)
 
 
 def _is_first_process() -> bool:

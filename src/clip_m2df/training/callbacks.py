@@ -74,7 +74,7 @@ class RunConfig(SaveConfigCallback):
 
 
 class RunLogger(CSVLogger):
-    """Writes metrics as Lightning's ``CSVLogger`` does, at once, and goes on with the file of a run that goes on.
+    """Writes metrics as Lightning's ``CSVLogger`` does, and goes on with the file of a run that goes on.
 
     Args:
         save_dir: see ``CSVLogger``.
@@ -82,8 +82,8 @@ class RunLogger(CSVLogger):
         **options: of ``CSVLogger``.
     """
 
-    def __init__(self, save_dir: str | Path, *, first: int = 0, **options: Any) -> None:
-        super().__init__(save_dir, **{"flush_logs_every_n_steps": 1} | options)
+    def __init__(self, save_dir: str | Path, *, first: int, **options: Any) -> None:
+        super().__init__(save_dir, **options)
         self.first = first
 
     @property
@@ -198,8 +198,6 @@ def logger_of_run(logger: Any, command: str, first: int = 0) -> Any:
     elif type(logger) is CSVLogger:
         options = {"prefix": logger._prefix, "flush_logs_every_n_steps": logger._flush_logs_every_n_steps}
         return RunLogger(logger.save_dir, name=logger.name, version=logger._version, first=first, **options)
-    elif isinstance(logger, RunLogger):
-        logger.first = first
     return logger
 
 

@@ -207,7 +207,7 @@ def _check_optimizer(checkpoint: Mapping[str, Any], model: lightning.LightningMo
             raise ValueError(f"{name} has values that are not finite, or below 0")
 
 
-def _check_like(found: object, own: object, name: str = "", *, exact: bool = True) -> None:
+def _check_like(found: Any, own: object, name: str = "", *, exact: bool = True) -> None:
     """Refuse a state that was read and is unlike one's own, in its types or its sizes.
 
     Args:
