@@ -257,7 +257,7 @@ def _may_be_list(file: Path) -> bool:
 
 def _read_list(file: Path, *, required: bool) -> list[_Line]:
     """Read the lines of a list; none of a file that isn't one, unless it has to be."""
-    words = {"val" if word.startswith("val") else word for word in _SPLIT_WORD.findall(file.name.lower())}
+    words = _splits_in(file.name)
     required = required or bool(words)
     if file.is_file() and file.stat().st_size > MOST_BYTES:
         raise UserError(
@@ -277,7 +277,7 @@ def _read_list(file: Path, *, required: bool) -> list[_Line]:
     columns = _columns(numbered[0][1]) if numbered else {}
     if not required and "split" not in columns:
         return []
-    if not numbered:
+    if len(numbered) <= bool(columns):  # no more than a header
         raise UserError(f"the list {file} is empty: give one with a video on each line")
     if len(words) != 1 and "split" not in columns:
         raise UserError(
@@ -321,8 +321,8 @@ def _read_table(file: Path, numbered: Sequence[tuple[int, str]], columns: Mappin
         if len(cells) <= max(columns.values()) or not cells[columns["label"]]:
             raise _no_line(file, number, text, "table")
         row = {what: cells[column] for what, column in columns.items()}
-        own = _split_of(row["split"]) if row.get("split") else split
-        if not own:
+        own = _splits_in(row["split"]) if row.get("split") else {split}
+        if len(own) != 1:
             raise UserError(
                 f"line {number} of the list {file} has the split {row['split']!r}: it can be train, val, test"
             )
@@ -332,15 +332,13 @@ def _read_table(file: Path, numbered: Sequence[tuple[int, str]], columns: Mappin
             path, numbers = "_".join([name, *(f"{int(float(time)):06d}" for time in times)]) if name else "", []
         else:
             path, numbers = row["path"], [row[what] for what in ("start", "end") if row.get(what)]
-        lines.append(_take_row(file, number, text, (path, numbers, row["label"]), own, "table"))
-    if not lines:
-        raise UserError(f"the list {file} is empty: give one with a video on each line")
+        lines.append(_take_row(file, number, text, (path, numbers, row["label"]), own.pop(), "table"))
     return lines
 
 
-def _split_of(word: str) -> str:
-    words = {"val" if found.startswith("val") else found for found in _SPLIT_WORD.findall(word.lower())}
-    return words.pop() if len(words) == 1 else ""
+def _splits_in(text: str) -> set[str]:
+    """The splits whose words a text has."""
+    return {"val" if word.startswith("val") else word for word in _SPLIT_WORD.findall(text.lower())}
 
 
 _Row = tuple[str, Sequence[str], str]
