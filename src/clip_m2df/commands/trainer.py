@@ -1,7 +1,6 @@
 """``fit``, ``validate``, ``test`` and ``episodes`` through one LightningCLI."""
 
 import difflib
-import inspect
 import logging
 import os
 import re
@@ -34,13 +33,13 @@ from torch.multiprocessing.spawn import ProcessException
 from clip_m2df.episodes.datamodule import EpisodeDataModule
 from clip_m2df.episodes.files import write_episodes_file
 from clip_m2df.errors import Stopped, UserError, ended_by_sigterm, say
-from clip_m2df.files import FULL, locked_folder
+from clip_m2df.files import FULL, locked_folder, writing
 from clip_m2df.loops import raised_while_restoring
 from clip_m2df.motion_shapes import NO_KNOBS
 from clip_m2df.nn.baselines import head_class
 from clip_m2df.report.evaluation import EvaluationPage
 from clip_m2df.training import checkpoints
-from clip_m2df.training.build import saved_options
+from clip_m2df.training.build import options_by_name, saved_options
 from clip_m2df.training.callbacks import RunConfig, RunProgressBar, RunReport, logger_of_run
 from clip_m2df.training.dashboard import Dashboard
 from clip_m2df.training.module import CLIPM2DF
@@ -183,12 +182,8 @@ class CLI(LightningCLI):
             raise
         except Exception as error:
             if isinstance(error, OSError) and error.errno in FULL:  # of a logger, say
-                folder = Path(self.trainer.default_root_dir)
-                goes_on = (
-                    "; --ckpt_path last goes on" if (folder / checkpoints.FOLDER / checkpoints.LAST).exists() else ""
-                )
-                name = error.filename or f"the files of the run {folder}"
-                raise UserError(f"cannot write {name}: {error.strerror}; make room{goes_on}") from error
+                with writing(error.filename or self.trainer.default_root_dir, "files of the run"):
+                    raise
             if not raised_while_restoring(error):
                 raise
             raise UserError(
@@ -294,32 +289,28 @@ class CLI(LightningCLI):
         saved = checkpoint.get(CLIPM2DF.CHECKPOINT_HYPER_PARAMS_KEY)
         saved = saved_options(config.ckpt_path, saved, CLIPM2DF, head=config.model.head)
         given = self.parser.parse_args(self.args, defaults=False)[str(self.subcommand)].get("model")
-        kept = saved | {"backbone": saved["backbone"]["source"]}
-        asked = given.as_dict() if given else {}
-        # Options of the head one by one, those that the checkpoint doesn't name at their defaults.
-        kept |= {
-            f"head_options.{option}": (saved["head_options"] or {}).get(option, parameter.default)
-            for option, parameter in inspect.signature(head_class(saved["head"])).parameters.items()
-            if option != "selection"
-        }
-        asked |= {f"head_options.{option}": value for option, value in (asked.pop("head_options", None) or {}).items()}
+        source = saved["backbone"]["source"]
+        kept = options_by_name(saved) | {"model.backbone": source}
+        asked = {f"model.{option}": value for option, value in (given.as_dict() if given else {}).items()}
+        of_head = "model.head_options."
+        asked |= {f"{of_head}{option}": v for option, v in (asked.pop("model.head_options", None) or {}).items()}
         run_config = Path(config.ckpt_path).parent.parent / "config.yaml"
         hint = f", or take the run's own --config {run_config}" if run_config.exists() else ""
         for option, value in asked.items():
-            if option in kept and _plain(value) != _plain(kept[option]):
+            if option in kept and (list(value) if isinstance(value, tuple) else value) != kept[option]:
                 raise UserError(
-                    f"model.{option} is {value!r}, but {kept[option]!r} in {config.ckpt_path}: a checkpoint keeps the"
+                    f"{option} is {value!r}, but {kept[option]!r} in {config.ckpt_path}: a checkpoint keeps the"
                     f" options that it was trained with; leave it out{hint}"
                 )
-            if option.startswith("head_options.") and option not in kept:
-                own = ", ".join(name.removeprefix("head_options.") for name in kept if name.startswith("head_options."))
+            if option.startswith(of_head) and option not in kept:
+                own = ", ".join(name.removeprefix(of_head) for name in kept if name.startswith(of_head))
                 raise UserError(
-                    f"model.{option} is no option of the head in {config.ckpt_path}, which has {own}; selection is an"
-                    " option of the model itself, --model.selection"
+                    f"{option} is no option of the head in {config.ckpt_path}, which has {own}; selection is an option"
+                    " of the model itself, --model.selection"
                 )
         self.saved_options = saved
-        for option in saved:
-            config.model[option] = kept[option]
+        for option, value in (saved | {"backbone": source}).items():
+            config.model[option] = value
 
 
 def _build_model(saved_options: dict[str, Any], cls: type[CLIPM2DF], *args: Any, **kwargs: Any) -> CLIPM2DF:
@@ -462,10 +453,6 @@ def _explain(message: str, options: Sequence[str], command: str) -> str:
 def _listed(option: Any) -> list[Any]:
     """What may be given once, several times or not at all."""
     return [*option] if isinstance(option, list) else [] if option is None else [option]
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:
