@@ -318,6 +318,11 @@ def test_nothing_is_said_of_few_workers(own: list[str], capsys: pytest.CaptureFi
     assert "worker" not in done.stdout + done.stderr
 
 
+def test_more_workers_than_cores_are_said_to_be_of_no_use(own: list[str]) -> None:
+    with pytest.warns(UserWarning, match="data.num_workers is 10000, but there are .* cores"):
+        assert main(["fit", *own, "--data.num_workers=10000", "--data.size=24"]) == 2
+
+
 def test_errors_of_the_data_come_as_one_line(own: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     args = ["fit", *own]
     assert "n_way is 1" in fails([*args, "--data.n_way=1"], capsys)

@@ -56,7 +56,7 @@ IGNORED_WARNINGS = (
     "sync_dist=True",  # the metrics that are logged have been summed over ranks already
     "does not have many workers",  # how many decode is data.num_workers, see after_instantiate_classes
     "suggested max number of worker",
-    "num_workers",
+    "persistent_workers",  # data.num_workers may be 0
 )
 
 
@@ -305,8 +305,8 @@ class CLI(LightningCLI):
             if option.startswith(of_head) and option not in kept:
                 own = ", ".join(name.removeprefix(of_head) for name in kept if name.startswith(of_head))
                 raise UserError(
-                    f"{option} is no option of the head in {config.ckpt_path}, which has {own}; selection is an option"
-                    " of the model itself, --model.selection"
+                    f"{option} is not an option of the head in {config.ckpt_path}, which has {own}; selection is an"
+                    " option of the model itself, --model.selection"
                 )
         self.saved_options = saved
         for option, value in (saved | {"backbone": source}).items():
@@ -426,7 +426,7 @@ def _explain(message: str, options: Sequence[str], command: str) -> str:
         if found[1] and not name.startswith("-"):
             return f"{found[1]!r} belongs to no option; each value comes after the --NAME of its option"
         near = difflib.get_close_matches(bare, options, n=1)
-        # An option without its section is none that looks alike.
+        # An option without its section does not look alike.
         near = near or [option for option in options if option.rpartition(".")[2] == bare][:1]
         hint = f"; did you mean {'--' if found[1] else ''}{near[0]}?" if near else ""
         return f"there is no option {name}{hint}"
