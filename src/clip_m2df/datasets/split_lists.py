@@ -294,7 +294,7 @@ def _read_list(file: Path, *, required: bool) -> list[_Line]:
 
 
 def _columns(header: str) -> dict[str, int]:
-    """Which column of a table holds what, by the names in its first line; none if that is no header."""
+    """Which column of a table holds what, by the names in its first line; none if that is not a header."""
     names = [cell.strip().strip("\"'").lower() for cell in re.split("[,;\t]", header)]
     found = {}
     for what, known in _COLUMNS.items():
@@ -358,8 +358,7 @@ def _rows(lines: Sequence[str]) -> list[_Row]:
             else _NO_ROW
             for file, rest in zip(files, after, strict=True)
         ]
-    found = [_AFTER_FOLDER.fullmatch(line) for line in lines]
-    matches = [match for match in found if match]
+    matches = [match for match in map(_AFTER_FOLDER.fullmatch, lines) if match]
     if len(matches) < len(lines):
         return []
     # A name may end in numbers too: as many are taken off as all lines have, or fewer if that keeps the paths apart.
@@ -367,7 +366,7 @@ def _rows(lines: Sequence[str]) -> list[_Row]:
     for count in range(most, 0, -1):
         tokens = [re.findall(_NUMBER, line)[-count:] for line in lines]
         paths = [line.removesuffix("".join(numbers)) for line, numbers in zip(lines, tokens, strict=True)]
-        if len(set(paths)) == len(paths):
+        if distinct := len(set(paths)) == len(paths):
             break
     rows: list[_Row] = [
         (path, [token.strip(" \t,;") for token in numbers[:-1]], numbers[-1].strip(" \t,;"))
@@ -379,8 +378,7 @@ def _rows(lines: Sequence[str]) -> list[_Row]:
         pairs = set(zip(folders, (label for _, _, label in rows), strict=True))
         own = len(pairs) == len({folder for folder, _ in pairs}) == len({label for _, label in pairs})
         return rows if all(folders) and own and len(pairs) < len(rows) else []
-    distinct = len({path for path, _, _ in rows}) == len(rows)
-    return rows if all(folders) or (distinct and not any(re.search(r"\s", path) for path, _, _ in rows)) else []
+    return rows if all(folders) or (distinct and not any(re.search(r"\s", path) for path in paths)) else []
 
 
 def _take_row(file: Path, number: int, text: str, row: _Row, split: str, form: str = "row") -> _Line:
