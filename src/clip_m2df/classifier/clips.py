@@ -69,8 +69,8 @@ def list_clips(clips: Clips) -> tuple[list[Clip], bool]:
 def videos_in(folder: str | os.PathLike[str]) -> list[str]:
     """The videos in a folder at any depth, in the order of their names; the folder itself if it holds images alone.
 
-    A folder that may not be read stands for its videos: whoever reads it is told why. What is no video is counted and
-    named in a warning.
+    A folder that may not be read stands for its videos: whoever reads it is told why. What is not a video is counted
+    and named in a warning.
 
     Raises:
         UserError: there are none.

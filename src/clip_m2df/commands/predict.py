@@ -394,7 +394,7 @@ def _print_summary(table: Mapping[str, Sequence[Row]], counted: str, output: Pat
         summary.add_row(label, str(count))
     console().print(summary)
     if nothing := [plain(path) for path, rows in table.items() if not rows]:
-        say(f"none of these from beginning to end, and no row: {some(nothing, MOST_NAMED)}")
+        say(f"none of these throughout, and no row: {some(nothing, MOST_NAMED)}")
     broken = [f"{plain(path)}: {row['error']}" for path, rows in table.items() for row in rows if row["error"]]
     if broken:
         say(f"{len(broken)} of {len(table)} videos can't be read:{some_lines(broken, MOST_NAMED)}")

@@ -186,7 +186,7 @@ class _OnWorkersEnd:
 
 
 def _end_workers(batches: Any) -> None:
-    """End the workers of a loader, so that their end is no further error."""
+    """End the workers of a loader, so that their end is not a further error."""
     if hasattr(batches, "_workers"):
         batches._shutdown_workers()
         for worker in batches._workers:

@@ -50,7 +50,7 @@ yaml.SafeDumper.add_multi_representer(enum.Enum, lambda dumper, member: dumper.r
 
 
 class RunConfig(SaveConfigCallback):
-    """Writes the configuration of a run into its folder, not beside a logger's files, once the run has begun.
+    """Writes the configuration of a run into its folder, not beside a logger's files, once the run has started.
 
     A run that is refused at its start leaves the configuration of the one before as it was.
     """
@@ -95,7 +95,7 @@ class RunLogger(CSVLogger):
         return self._experiment
 
     def finalize(self, status: str) -> None:
-        """Write what is left; where a run failed, that has been said, and a full disk is no further error."""
+        """Write what is left; where a run failed, that has been said, and a full disk is not a further error."""
         with suppress(*[] if status == "success" else [UserError]):
             super().finalize(status)
 
@@ -259,7 +259,7 @@ class RunReport(lightning.Callback):
         say(f"all numbers and classes are in {some(map(str, files))}")
 
 
-# What the numbers of an evaluation are that are no shares.
+# Numbers of an evaluation that are not shares.
 _COUNTS, _LOSSES = ("replaced_videos",), "loss/"
 
 

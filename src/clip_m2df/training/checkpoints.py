@@ -365,7 +365,7 @@ class RunCheckpoint(ModelCheckpoint):
             return
         if not self._wants_validation(trainer, trainer.max_steps):
             raise loops.no_steps_left(trainer.max_steps, trainer.max_steps)
-        # Otherwise Lightning would end before it begins.
+        # Otherwise Lightning would end before it starts.
         self._one_more = True
         loops.move_end(trainer, 1)
 

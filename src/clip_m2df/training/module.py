@@ -436,7 +436,7 @@ class CLIPM2DF(lightning.LightningModule):
             raise self._diverged("the loss is")
 
     def _diverged(self, what: str) -> UserError:
-        """The error of a training that is not finite any more."""
+        """The error of a training that is not finite."""
         precision = str(self._trainer.precision) if self._trainer else ""
         other = f", or trainer.precision bf16-mixed in the place of {precision}" if precision.startswith("16") else ""
         return UserError(

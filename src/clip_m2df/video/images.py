@@ -38,7 +38,7 @@ class Orientation(NamedTuple):
 
     Attributes:
         mirrored: Whether it is mirrored left to right, before it is turned.
-        degrees: By how much it is turned clockwise. What is no multiple of 90 is not applied.
+        degrees: By how much it is turned clockwise. What is not a multiple of 90 is not applied.
     """
 
     mirrored: bool = False
@@ -75,7 +75,7 @@ def order_images(names: Sequence[str]) -> list[str]:
     """Order the images of a folder by the numbers in their names, or by their letters where none has a number.
 
     Names that differ in more than their numbers, such as ``0.png`` and ``0_mask.png``, are of several kinds. Where
-    kinds share numbers only one can be the video: that which is no mask, depth, optical flow or thumbnail by its name.
+    kinds share numbers only one can be the video: that which its name does not call a mask, depth, flow or thumbnail.
 
     Raises:
         UnclearOrderError: If several kinds are left, two names have the same number, or a number can be read in
@@ -125,7 +125,7 @@ def _choose_kind(names: Sequence[str]) -> Sequence[str]:
 def _read_numbers(names: Sequence[str]) -> list[dict[str, list[Any]]]:
     """Read the numbers in names in each way in which they may be meant."""
     stems = {name: _stem(name) for name in names}
-    if all(map(_SIGN.search, stems.values())):  # what every name has is no sign
+    if all(map(_SIGN.search, stems.values())):  # what every name has is not a sign
         stems = {name: _SIGN.sub("_", stem) for name, stem in stems.items()}
     forms = [re.compile(_INTEGER)]
     if all(map(_SECONDS.search, stems.values())):
