@@ -479,7 +479,9 @@ def test_the_name_of_a_checkpoint_in_its_run_is_no_model(tmp_path: Path, monkeyp
 @pytest.mark.parametrize("name", ["ViT-B/16", "vit_b_16", "openai/clip-vit-base-patch16", "CLIP-ViT-B/16"])
 def test_the_name_of_clip_is_no_trained_model(name: str) -> None:
     for load in (CLIPM2DF.from_pretrained, FewShotClassifier.from_checkpoint):
-        with pytest.raises(UserError, match=r"CLIP's own and not a trained model.* backbone=, 'openai/clip-vit-base-patch16'"):
+        with pytest.raises(
+            UserError, match=r"CLIP's own and not a trained model.* backbone=, 'openai/clip-vit-base-patch16'"
+        ):
             load(name)
 
 
