@@ -6,7 +6,7 @@ import hashlib
 import os
 import stat
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -331,6 +331,14 @@ def fingerprint(path: str) -> Fingerprint:
     else:
         stats = [os.stat(path)]
     return Fingerprint(len(stats), sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0))
+
+
+def file_of(path: str) -> Hashable:
+    """What all names of a file share, links and spellings of its path."""
+    with suppress(OSError, ValueError):  # it is not there, or has a name that no file can have
+        status = os.stat(path)
+        return (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(path)
+    return os.path.abspath(path)
 
 
 def lies_under(path: str, folder: str) -> bool:

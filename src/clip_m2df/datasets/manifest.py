@@ -8,14 +8,13 @@ import os
 import re
 import shlex
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
 from clip_m2df.errors import UserError, some
-from clip_m2df.files import lies_under, read_text, relative_path, write_table
+from clip_m2df.files import file_of, lies_under, read_text, relative_path, write_table
 
 SPLITS = ("train", "val", "test")
 """The names that a split may have, in the order in which they are listed."""
@@ -255,14 +254,11 @@ def same_files(paths: Iterable[str]) -> dict[str, str]:
     Returns:
         The earlier path by the later one.
     """
-    first: dict[tuple[int, int], str] = {}
+    first: dict[Hashable, str] = {}
     same = {}
     for path in paths:
-        with suppress(OSError, ValueError):  # it is not there
-            status = os.stat(path)
-            earlier = first.setdefault((status.st_dev, status.st_ino), path)
-            if earlier != path and status.st_ino:  # 0: the file system has no such numbers
-                same[path] = earlier
+        if (earlier := first.setdefault(file_of(path), path)) != path:
+            same[path] = earlier
     return same
 
 
