@@ -263,7 +263,8 @@ def metrics(folder: Path) -> list[tuple[int, bool, float]]:
     ]
 
 
-def test_curves_are_of_one_piece(own: list[str], manifest: Path, tiny_clip_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_run_that_goes_on_has_one_log(own: list[str], manifest: Path, tiny_clip_dir: Path, tmp_path: Path) -> None:
     steps = ["--trainer.log_every_n_steps=1", "--trainer.max_steps"]
     alone = options(manifest, tiny_clip_dir, tmp_path / "alone", *steps[:1], "--trainer.max_steps=4")
     assert main(["fit", *alone]) == 0
@@ -310,10 +311,16 @@ def test_a_run_that_is_refused_at_its_start_leaves_the_config_of_the_one_before(
         assert (tmp_path / "config.yaml").read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error:.*workers?.*")
 def test_nothing_is_said_of_few_workers(own: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     done = subprocess.run([sys.executable, "-m", "clip_m2df", "fit", *own], capture_output=True, text=True, check=True)
     assert "worker" not in done.stdout + done.stderr
+
+
+def test_more_workers_than_cores_are_said_to_be_of_no_use(own: list[str]) -> None:
+    with pytest.warns(UserWarning, match="data.num_workers is 10000, but there are .* cores"):
+        assert main(["fit", *own, "--data.num_workers=10000", "--data.size=24"]) == 2
 
 
 def test_errors_of_the_data_come_as_one_line(own: list[str], capsys: pytest.CaptureFixture[str]) -> None:

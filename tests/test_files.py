@@ -28,7 +28,7 @@ def test_reading_says_what_is_wrong(tmp_path: Path) -> None:
     for name, message in (
         ("b", r"there is no list .*/b: check the name; relative names start at"),
         ("", r"the list .* is a folder: name the file itself"),
-        ("fifo", r"the list .*/fifo is no regular file: name the file itself"),
+        ("fifo", r"the list .*/fifo is not a regular file: name the file itself"),
         ("a/b", r"cannot read the list .*/a/b: Not a directory"),
         ("a" * 300, r"cannot read the list .*: File name too long"),
     ):
@@ -104,7 +104,7 @@ def test_what_is_written_never_follows_a_link(tmp_path: Path, link: str) -> None
             os.mkfifo(path)
     if link == "folder":
         drafts[0].mkdir()
-    with pytest.raises(UserError, match=r"out\.part is a link or no regular file"):
+    with pytest.raises(UserError, match=r"out\.part is a link or not a regular file"):
         locked(drafts[0], "table", out).__enter__()
     write_text(out, "table", "new")
     assert out.read_text() == "new"

@@ -4,11 +4,14 @@ rich is imported where something is drawn, because most commands' errors need no
 """
 
 import logging
+import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
@@ -46,6 +49,31 @@ class Stopped(BaseException):
         super().__init__(f"stopped by {signal.Signals(signum).name}; {saved}")
         self.silent = silent
         self.status = 0 if silent else 128 + signum
+
+
+@contextmanager
+def ended_by_sigterm(saved: str = "nothing has been saved") -> Iterator[None]:
+    """End at SIGTERM by :class:`Stopped`, which closes all that is open, workers among it.
+
+    Args:
+        saved: what is kept, and how to go on.
+    """
+    owner = os.getpid()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == owner:
+            raise Stopped(number, saved)
+        signal.signal(number, signal.SIG_DFL)  # a process that was forked from it ends as any other does
+        os.kill(os.getpid(), number)
+
+    if threading.current_thread() is not threading.main_thread():  # where no handler may be set
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None where it was not set by Python
 
 
 # Invisible, but part of the spelling of words in some languages, and of emoji.

@@ -6,7 +6,7 @@ import hashlib
 import os
 import stat
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -24,17 +24,17 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def check_regular(path: str | os.PathLike[str], what: str) -> None:
-    """Refuse what is no file before it is opened: a FIFO waits for ever, and a device may have no end.
+    """Refuse what is not a file before it is opened: a FIFO waits for ever, and a device may have no end.
 
     Args:
         path: The file; where there is none, nothing is said.
         what: What messages call it.
 
     Raises:
-        UserError: It is a folder, or no regular file.
+        UserError: It is a folder, or not a regular file.
     """
     if os.path.exists(path) and not os.path.isfile(path):
-        kind = "a folder" if os.path.isdir(path) else "no regular file"
+        kind = "a folder" if os.path.isdir(path) else "not a regular file"
         raise UserError(f"the {what} {path} is {kind}: name the file itself")
 
 
@@ -46,7 +46,7 @@ def read_bytes(path: str | Path, what: str) -> bytes:
         what: What messages call it.
 
     Raises:
-        UserError: If there is none, it is no regular file, or it may not be read.
+        UserError: If there is none, it is not a regular file, or it may not be read.
     """
     check_regular(path, what)
     try:
@@ -218,7 +218,7 @@ def locked(path: str | Path, what: str, owner: str | Path) -> Iterator[TextIO]:
         The file, in UTF-8.
 
     Raises:
-        UserError: Another process has it, it is a link or no regular file, or it cannot be written.
+        UserError: Another process has it, it is a link or not a regular file, or it cannot be written.
     """
     path = Path(path)
     with writing(owner, what):
@@ -273,7 +273,7 @@ def _open_locked(path: Path, what: str, owner: str | Path) -> TextIO:
     # Links are not followed, and a FIFO does not wait for a writer, where the system knows how.
     flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     while True:
-        refusal = UserError(f"cannot write the {what} {owner}: {path} is a link or no regular file; delete it")
+        refusal = UserError(f"cannot write the {what} {owner}: {path} is a link or not a regular file; delete it")
         if path.is_symlink() or (path.exists() and not path.is_file()):
             raise refusal
         file = os.fdopen(os.open(path, flags, 0o666), "a+", encoding="utf-8", errors="replace")
@@ -331,6 +331,14 @@ def fingerprint(path: str) -> Fingerprint:
     else:
         stats = [os.stat(path)]
     return Fingerprint(len(stats), sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0))
+
+
+def file_of(path: str) -> Hashable:
+    """What all names of a file share, links and spellings of its path."""
+    with suppress(OSError, ValueError):  # it is not there, or has a name that no file can have
+        status = os.stat(path)
+        return (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(path)
+    return os.path.abspath(path)
 
 
 def lies_under(path: str, folder: str) -> bool:

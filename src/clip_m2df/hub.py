@@ -58,7 +58,7 @@ def write_model(folder: str | os.PathLike[str], checkpoint: Mapping[str, Any], *
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with locked_folder(folder, "model"):
-            (folder / CONFIG).unlink(missing_ok=True)  # it is written last: without it the folder is no model
+            (folder / CONFIG).unlink(missing_ok=True)  # it is written last: without it the folder is not a model
             with whole_file(folder / WEIGHTS, "weights") as draft:
                 draft.touch()
                 mode = draft.stat().st_mode
@@ -156,7 +156,7 @@ def find_model(name_or_folder: str | os.PathLike[str], **options: Any) -> Path:
 
 
 def other_model(path: Path) -> str:
-    """What to give in the place of a name or a folder that is no model of :func:`write_model`, if that can be told.
+    """What to give in the place of a name or a folder that is not a model of :func:`write_model`, if that can be told.
 
     Args:
         path: a run's folder or that of its checkpoints, what a checkpoint is called in a run, or CLIP's own name.
@@ -166,7 +166,7 @@ def other_model(path: Path) -> str:
         patterns = ("*.ckpt", "checkpoints/*.ckpt", "*/checkpoints/*.ckpt")
         found = [file for pattern in patterns for file in sorted(path.glob(pattern))]
         best = [str(file) for file in found if file.name == "best.ckpt"] or [str(file) for file in found]
-        return f"{name} is the folder of a run, no model: give its checkpoint, {some(best)}" if best else ""
+        return f"{name} is the folder of a run and not a model: give its checkpoint, {some(best)}" if best else ""
     if name.removesuffix(".ckpt") in ("best", "last") and not path.exists():
         file = f"{name.removesuffix('.ckpt')}.ckpt"
         patterns = (f"checkpoints/{file}", f"*/checkpoints/{file}", f"runs/*/checkpoints/{file}")
@@ -174,7 +174,7 @@ def other_model(path: Path) -> str:
         known = f"{some(here)} here" if here else f"RUN/checkpoints/{file}"
         return f"{name!r} is what fit and test call a checkpoint of their own run: give the path of the file, {known}"
     if backbone := known_backbone(name):
-        return f"{name!r} is CLIP's own, no trained model: give it as --backbone, or backbone=, {backbone!r}"
+        return f"{name!r} is CLIP's own and not a trained model: give it as --backbone, or backbone=, {backbone!r}"
     return ""
 
 

@@ -176,7 +176,7 @@ def test_the_summary_and_the_manifest_without_the_unusable(damaged: Checked) -> 
     assert f"  {unusable[20]}: " not in printed
     assert f"and {len(unusable) - 20} more\n" in printed
     assert f"leaves out {len(unusable)} of 300 videos" in printed
-    assert "classes that are now short of videos for 5-way 5-shot episodes: 'empty' has 0 of 10" in printed
+    assert "classes that are then short of videos for 5-way 5-shot episodes: 'empty' has 0 of 10" in printed
     kept = [os.path.basename(video.path) for video in Manifest.read(folder / "fixed.csv").videos]
     assert kept == [name for name in table if name not in unusable]
     assert not list(folder.glob("*.part"))
@@ -286,7 +286,7 @@ def test_what_is_shown_in_another_way_than_it_is_stored(tmp_path: Path) -> None:
     found = {name: examine((str(tmp_path / f"{name}.mp4"), 8, "1:2")) for name in ("mirrored", "askew", "wide")}
     assert {name: finding.warnings() for name, finding in found.items()} == {
         "mirrored": ["mirrored"],
-        "askew": ["rotated by 37°", "its rotation is no multiple of 90°, and is not applied"],
+        "askew": ["rotated by 37°", "its rotation is not a multiple of 90°, and is not applied"],
         "wide": ["its pixels are 1.333 times as wide as high, and are read as squares"],
     }
 
@@ -557,7 +557,7 @@ def test_links_are_not_followed(six: Path, workers: Workers) -> None:
     table = six.with_suffix(".check.csv")
     part = Path(f"{table}.part")
     part.symlink_to(precious)
-    with pytest.raises(UserError, match=r"cannot write the table .*part is a link or no regular file; delete it"):
+    with pytest.raises(UserError, match=r"cannot write the table .*part is a link or not a regular file; delete it"):
         run(six)
     part.unlink()
     fix = six.with_name("fixed.csv")

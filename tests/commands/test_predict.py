@@ -435,7 +435,7 @@ def test_texts_of_classes(support: Path, folder: Path, tmp_path: Path, capsys: p
         (["--workers", "-1"], "workers is -1"),
         (["--timeout", "0"], "timeout"),
         (["--output", "folder.csv"], "cannot write the predictions folder.csv: it is a folder"),
-        (["--output", "d.csv"], "cannot write the predictions d.csv: d.csv.part is a link or no regular file"),
+        (["--output", "d.csv"], "cannot write the predictions d.csv: d.csv.part is a link or not a regular file"),
     ],
 )
 def test_errors(
@@ -481,7 +481,8 @@ def test_what_goes_with_which_model(
         (runs / name).touch()
         for given in (runs, runs.parent):
             arguments = predict_args(support, [folder], tmp_path / "l.csv", "--ckpt_path", str(given))
-            assert f"is the folder of a run, no model: give its checkpoint, {runs / name}" in fails(arguments, capsys)
+            said = fails(arguments, capsys)
+            assert f"is the folder of a run and not a model: give its checkpoint, {runs / name}" in said
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_the_work(

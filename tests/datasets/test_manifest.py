@@ -447,7 +447,7 @@ def test_class_texts_from_a_file_take_the_place_of_the_manifests(tmp_path: Path)
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([], "names no class of .*, such as 'run': its labels are spelt as in the manifest"),
+        ([], "names no class of .*, such as 'run': use its labels"),
         (["Running,running"], "names no class of"),
         (["run,running", "Run,to run"], r"line 3 of the list of class texts .* gives the class 'Run' a second text"),
         (["run,running", "run,to run"], r"line 3 of the list of class texts .* gives the class 'run' a second text"),

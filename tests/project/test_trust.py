@@ -274,7 +274,7 @@ def test_what_is_no_regular_file_is_not_opened(
             path, Manifest.read(manifest).split("test"), None, EpisodeShape(2, 1, 1)
         ),
     }
-    with pytest.raises(UserError, match="is a folder" if kind == "folder" else "is no regular file"):
+    with pytest.raises(UserError, match="is a folder" if kind == "folder" else "is not a regular file"):
         readers[place]()
 
 

@@ -129,6 +129,7 @@ def test_a_callback_that_works_changes_no_step(
         assert {read_checkpoint(path)["global_step"] for path in own} == set(range(1, 7))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [LAST, PREVIOUS])
 @pytest.mark.parametrize("kind", ["EMAWeightAveraging", "WeightAveraging"])
 @pytest.mark.parametrize("ended", ["by itself", "by a signal", "with its last step"])

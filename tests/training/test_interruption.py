@@ -480,7 +480,6 @@ def test_last_may_be_missing_between_two_renamings(tmp_path: Path) -> None:
         assert read_last(tmp_path)[0] == tmp_path / FOLDER / PREVIOUS
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="/dev/full")
 class Full(lightning.Callback):
     """The disk is full from the fifth step on."""
 

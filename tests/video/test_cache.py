@@ -420,7 +420,7 @@ def test_the_lock_of_a_cache_follows_no_link(copy: Path) -> None:
     (copy.parent / "precious.txt").write_text("precious")
     (copy.parent / "new").mkdir()
     (copy.parent / "new" / ".lock").symlink_to(copy.parent / "precious.txt")
-    with pytest.raises(UserError, match=r"cannot write the cache .*\.lock is a link or no regular file; delete it"):
+    with pytest.raises(UserError, match=r"cannot write the cache .*\.lock is a link or not a regular file; delete it"):
         cache_frames(manifest=copy, output=copy.parent / "new")
     assert (copy.parent / "precious.txt").read_text() == "precious"
 

@@ -4,7 +4,7 @@ import itertools
 import os
 import warnings
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from clip_m2df.datasets.tree import VIDEO_EXTENSIONS, Tree, describe, scan
 from clip_m2df.errors import UserError, require, some
+from clip_m2df.files import file_of
 from clip_m2df.nn.weights import check_finite
 from clip_m2df.training.module import CLIPM2DF
 from clip_m2df.video.isolation import Unreadable, isolated_map
@@ -69,15 +70,15 @@ def list_clips(clips: Clips) -> tuple[list[Clip], bool]:
 def videos_in(folder: str | os.PathLike[str]) -> list[str]:
     """The videos in a folder at any depth, in the order of their names; the folder itself if it holds images alone.
 
-    A folder that may not be read stands for its videos: whoever reads it is told why. What is no video is counted and
-    named in a warning.
+    A folder that may not be read stands for its videos: whoever reads it is told why. What is not a video is counted
+    and named in a warning.
 
     Raises:
         UserError: there are none.
     """
     tree = scan(Path(folder), storable=False)
-    if found := _found(folder, tree):
-        _warn_of_left_out(folder, tree.left_out)
+    found = _found(folder, tree)
+    _warn_of_left_out(folder, tree.left_out)
     return found
 
 
@@ -145,15 +146,6 @@ def unique(clips: Sequence[Clip], known: Iterable[str] = ()) -> list[Clip]:
     for index, clip in enumerate(clips):
         by_file.setdefault(file_of(name_of(clip)) if name_of(clip) else index, clip)
     return [clip for file, clip in by_file.items() if file not in known_files]
-
-
-def file_of(path: str) -> Hashable:
-    """What all names of a file share, links and spellings of its path."""
-    with suppress(OSError, ValueError):  # it is not there
-        status = os.stat(path)
-        if status.st_ino:
-            return status.st_dev, status.st_ino
-    return os.path.realpath(path)
 
 
 def name_of(clip: object) -> str:

@@ -147,7 +147,7 @@ def read_support(folder: Path) -> tuple[list[SavedClass], Reading]:
 def _classes(table: dict[str, Any], tensors: dict[str, Tensor]) -> list[SavedClass]:
     rows = [(row["label"], row["text"], list(row["examples"])) for row in table["classes"]]
     if not all(isinstance(name, str) and "\0" not in name for _, _, names in rows for name in names):
-        raise ValueError("an example is no name of a file")
+        raise ValueError("an example is not the name of a file")
     counts = [len(names) for _, _, names in rows]
     if not counts or 0 in counts or len({label for label, _, _ in rows}) < len(rows):
         raise ValueError("its classes have no examples, or one is there twice")

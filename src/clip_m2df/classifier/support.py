@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clip_m2df.classifier.clips import Clip, ClipEncoder, Encoded, file_of, name_of, unique
+from clip_m2df.classifier.clips import Clip, ClipEncoder, Encoded, name_of, unique
 from clip_m2df.datasets.manifest import class_key, readable
 from clip_m2df.errors import UserError, some
+from clip_m2df.files import file_of
 from clip_m2df.nn.class_text import fuse_text
 from clip_m2df.nn.head import Embedded, HeadOutput
 from clip_m2df.nn.weights import check_finite

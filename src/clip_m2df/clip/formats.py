@@ -419,7 +419,7 @@ def looks_like_a_path(name: str) -> bool:
     return name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name or name.lower().endswith(suffixes)
 
 
-# What people call CLIP's models, without what is no letter or digit, and what the option ``backbone`` takes.
+# What people call CLIP's models, without what is not a letter or digit, and what the option ``backbone`` takes.
 _KNOWN_BACKBONES = {
     "vitb16": "openai/clip-vit-base-patch16",
     "vitb32": "openai/clip-vit-base-patch32",

@@ -139,7 +139,7 @@ def _in_words(message: str) -> Iterator[None]:
     except UserError:
         raise
     except BaseException as error:
-        # The library panics at what it didn't expect, and its panic is no Exception.
+        # The library panics at what it didn't expect, and its panic is not an Exception.
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{message}: {reason}; fetch its files again") from error
@@ -157,5 +157,5 @@ def _read_own(folder: Path, name: str) -> str:
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no token")
+        raise TypeError(f"{value!r} is not a token")
     return value

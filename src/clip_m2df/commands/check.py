@@ -198,7 +198,7 @@ def examine(task: tuple[str, int, str], decoder: Decoder = "auto") -> Finding:
     if facts.mirrored:
         notes.append("mirrored")
     if facts.rotation % 90:
-        notes.append("its rotation is no multiple of 90°, and is not applied")
+        notes.append("its rotation is not a multiple of 90°, and is not applied")
     if abs(facts.pixel_aspect - 1) > 0.02:
         notes.append(f"its pixels are {facts.pixel_aspect:.4g} times as wide as high, and are read as squares")
     return dataclasses.replace(finding, notes="; ".join(notes))
@@ -369,4 +369,4 @@ def _write_fixed(manifest: Manifest, rows: Sequence[Mapping[str, Any]], fix: Pat
         if after[label, split] < min(count, NEEDED[split])
     ]
     if short:
-        say(f"classes that are now short of videos for 5-way 5-shot episodes: {some(short, MOST_NAMES)}")
+        say(f"classes that are then short of videos for 5-way 5-shot episodes: {some(short, MOST_NAMES)}")

@@ -84,8 +84,8 @@ def resolve_configs(args: Sequence[str]) -> list[str]:
             value = value if equals else next(remaining, "")
             if not _is_table(value):
                 raise UserError(
-                    f"{flag} {value!r}: no table of options; give a file by --config, with {name.rstrip('+')}: over its"
-                    f" options, or an option by itself, as in --{name.rstrip('+')}.NAME VALUE"
+                    f"{flag} {value!r}: not a table of options; give a file by --config, with {name.rstrip('+')}: over"
+                    f" its options, or an option by itself, as in --{name.rstrip('+')}.NAME VALUE"
                 )
             arg = f"{flag}={value}"
         resolved.append(arg)
@@ -103,7 +103,7 @@ def _is_table(text: str) -> bool:
 def _check_config(path: Path) -> str:
     """What the parser is to read: the path; or the content, where a run of an earlier version wrote it.
 
-    Messages show nothing of a file that is no config: any file may be named in the place of one.
+    Messages show nothing of a file that is not a config: any file may be named in the place of one.
 
     Raises:
         UserError: Names the file, which the parser's own messages don't.
@@ -118,7 +118,7 @@ def _check_config(path: Path) -> str:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "it"
-        raise UserError(f"config {path} can't be read: {line} is no YAML") from error
+        raise UserError(f"config {path} can't be read: {line} is not YAML") from error
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise UserError(f"config {path} can't be read: {reason}") from error
@@ -134,7 +134,7 @@ def _check_config(path: Path) -> str:
     for section in SECTIONS:
         if not isinstance(content.get(section, {}), dict):
             raise UserError(
-                f"config {path}: {section} is no table of options; write them out under {section}:, or give another"
+                f"config {path}: {section} is not a table of options; write them out under {section}:, or give another"
                 " file by a --config of its own"
             )
     if text.startswith(RUN_HEADER):

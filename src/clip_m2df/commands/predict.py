@@ -6,21 +6,18 @@ import itertools
 import json
 import math
 import os
-import signal
-import threading
 import warnings
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from rich.progress import track
 from rich.table import Column, Table
 
 from clip_m2df.__about__ import __version__
-from clip_m2df.errors import Stopped, UserError, console, say, some, some_lines
+from clip_m2df.errors import UserError, console, ended_by_sigterm, say, some, some_lines
 from clip_m2df.files import (
     beside,
     check_output,
@@ -149,7 +146,10 @@ def predict_videos(
     }
     reading: dict[str, Any] = {"device": device, "precision": precision, "threshold": threshold, "timeout": timeout}
     reading["workers"] = os.cpu_count() if workers is None else workers
-    with _terminable(), nullcontext() if output is None else open_part(output) as part:
+    with (
+        ended_by_sigterm("the same command goes on where it was"),
+        nullcontext() if output is None else open_part(output) as part,
+    ):
         if ckpt_path is not None and os.path.isfile(os.path.join(ckpt_path, TABLE)):
             classifier, support_facts = _load_classifier(ckpt_path, told, reading)
         else:
@@ -245,6 +245,7 @@ def _fit_classifier(
     """
     from clip_m2df.classifier.classifier import FewShotClassifier
     from clip_m2df.classifier.clips import list_examples, name_of, placed
+    from clip_m2df.datasets.manifest import read_class_texts
     from clip_m2df.training.module import CLIPM2DF
 
     support: Path | None = told["support"]
@@ -253,7 +254,7 @@ def _fit_classifier(
             f"{ckpt_path or backbone} knows no classes: give --support, a folder with a folder of examples for each"
         )
     examples = list_examples(support)  # before the model, which takes longer
-    texts = {} if told["texts"] is None else _read_texts(told["texts"], examples)
+    texts = {} if told["texts"] is None else read_class_texts(told["texts"], examples, "the support")
     names = [(label, name_of(clip)) for label, clips in examples.items() for clip in clips]
     marks = [(label, os.path.relpath(name, support), fingerprint_text(name)) for label, name in names]
     options: dict[str, Any] = {} if told["template"] is None else {"template": list(told["template"])}
@@ -270,24 +271,6 @@ def _fit_classifier(
     for message in left_out:
         say(f"clip-m2df: warning: {message}", error=True)
     return classifier, [marks, left_out, texts]
-
-
-def _read_texts(file: Path, classes: Iterable[str]) -> dict[str, str]:
-    """What prompts say of some of these classes; a list may have others too.
-
-    Raises:
-        UserError: The list can't be read, has none of the classes, or two texts for one.
-    """
-    from clip_m2df.datasets.manifest import class_key, read_rows
-
-    labels, texts = {class_key(label): label for label in classes}, dict[str, str]()
-    for line, row in read_rows(file, "list of class texts", ("label", "text")).items():
-        label = labels.get(class_key(row["label"]))
-        if label is not None and texts.setdefault(label, row["text"]) != row["text"]:
-            raise UserError(f"line {line} of {file} gives the class {label!r} a second text: leave one of them")
-    if not texts:
-        raise UserError(f"the list of class texts {file} names no class of the support: it has {some(labels.values())}")
-    return texts
 
 
 class _Labeller:
@@ -371,23 +354,6 @@ class _Labeller:
         return digest_of(json.dumps(facts, sort_keys=True), model.model)
 
 
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """End at SIGTERM as at Ctrl-C: by way of all that is to be closed, workers among it."""
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        raise Stopped(number, "the same command goes on where it was")
-
-    if threading.current_thread() is not threading.main_thread():  # where no handler may be set
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, handle)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None where it was not set by Python
-
-
 def _write_predictions(output: Path, columns: Sequence[str], table: Mapping[str, Sequence[Row]]) -> None:
     rows = [{"path": plain(path), **row} for path, of_video in table.items() for row in of_video]
     if output.suffix == ".jsonl":
@@ -428,7 +394,7 @@ def _print_summary(table: Mapping[str, Sequence[Row]], counted: str, output: Pat
         summary.add_row(label, str(count))
     console().print(summary)
     if nothing := [plain(path) for path, rows in table.items() if not rows]:
-        say(f"none of these from beginning to end, and no row: {some(nothing, MOST_NAMED)}")
+        say(f"none of these throughout, and no row: {some(nothing, MOST_NAMED)}")
     broken = [f"{plain(path)}: {row['error']}" for path, rows in table.items() for row in rows if row["error"]]
     if broken:
         say(f"{len(broken)} of {len(table)} videos can't be read:{some_lines(broken, MOST_NAMED)}")

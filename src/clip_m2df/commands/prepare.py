@@ -14,7 +14,7 @@ from clip_m2df.datasets.manifest import SPLITS, Manifest, Video, readable
 from clip_m2df.datasets.split_lists import SplitLists, read_lists
 from clip_m2df.datasets.tree import Tree, describe, is_storable, scan
 from clip_m2df.errors import UserError, console, say, some
-from clip_m2df.files import for_spreadsheet, lies_under, write_table
+from clip_m2df.files import check_output, for_spreadsheet, lies_under, write_table
 
 DataSet = Literal["kinetics100", "ssv2", "ssv2_small", "hmdb51", "ucf101", "folder"]
 
@@ -44,10 +44,6 @@ def prepare(
     Raises:
         UserError: If an input cannot be read or understood, an output cannot be written, or not one video is found.
     """
-    for path in filter(None, (output, report)):  # before the work
-        parent = next(folder for folder in path.absolute().parents if folder.exists())
-        if path.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
-            raise UserError(f"cannot write {path}: name a file in a folder that can be written")
     if report is not None and report.absolute() == output.absolute():
         raise UserError(f"--output and --report are both {output}: give them two names")
     if not root.is_dir():
@@ -58,6 +54,9 @@ def prepare(
         raise UserError("--annotations names the classes of --lists, and there are none: give both, or neither")
     if dataset != "folder" and dataset not in BENCHMARKS:
         raise UserError(f"there is no data set {dataset!r}: choose from {', '.join(BENCHMARKS)}, folder")
+    check_output(output, "manifest")
+    if report is not None:
+        check_output(report, "report")
     known = None
 
     @cache

@@ -1,13 +1,11 @@
 """``fit``, ``validate``, ``test`` and ``episodes`` through one LightningCLI."""
 
 import difflib
-import inspect
 import logging
 import os
 import re
 import shlex
 import signal
-import threading
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -27,21 +25,22 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.multiprocessing.spawn import ProcessException
 
 from clip_m2df.episodes.datamodule import EpisodeDataModule
 from clip_m2df.episodes.files import write_episodes_file
-from clip_m2df.errors import Stopped, UserError, say
-from clip_m2df.files import FULL, locked_folder
+from clip_m2df.errors import Stopped, UserError, ended_by_sigterm, say
+from clip_m2df.files import FULL, locked_folder, writing
 from clip_m2df.loops import raised_while_restoring
 from clip_m2df.motion_shapes import NO_KNOBS
 from clip_m2df.nn.baselines import head_class
 from clip_m2df.report.evaluation import EvaluationPage
 from clip_m2df.training import checkpoints
-from clip_m2df.training.build import saved_options
-from clip_m2df.training.callbacks import RunConfig, RunLogger, RunProgressBar, RunReport, logger_of_run
+from clip_m2df.training.build import options_by_name, saved_options
+from clip_m2df.training.callbacks import RunConfig, RunProgressBar, RunReport, logger_of_run
 from clip_m2df.training.dashboard import Dashboard
 from clip_m2df.training.module import CLIPM2DF
 from clip_m2df.training.wandb_run import resume_run
@@ -57,7 +56,7 @@ IGNORED_WARNINGS = (
     "sync_dist=True",  # the metrics that are logged have been summed over ranks already
     "does not have many workers",  # how many decode is data.num_workers, see after_instantiate_classes
     "suggested max number of worker",
-    "num_workers",
+    "persistent_workers",  # data.num_workers may be 0
 )
 
 
@@ -82,10 +81,9 @@ class CLI(LightningCLI):
         self.goes_on = False
         self.checkpoint: dict[str, Any] | None = None  # read once; the Trainer's plugin takes it over
         with ExitStack() as self.until_end:
-            if _is_first_process() and threading.current_thread() is threading.main_thread():
+            if _is_first_process():
                 # Before and after what listens to signals itself, Lightning would note this one and go on.
-                before = signal.signal(signal.SIGTERM, partial(_stop, os.getpid()))
-                self.until_end.callback(signal.signal, signal.SIGTERM, before)
+                self.until_end.enter_context(ended_by_sigterm())
             self._run()
 
     def _run(self) -> None:
@@ -162,7 +160,7 @@ class CLI(LightningCLI):
             # Lightning would save wherever a signal comes, into a file that later runs take without being asked.
             options.plugins.append(SLURMEnvironment(auto_requeue=False))
         if options.logger in (None, True):  # Lightning's own choice depends on what happens to be installed
-            options.logger = RunLogger(folder)
+            options.logger = CSVLogger(folder, flush_logs_every_n_steps=1)
         first = checkpoints.steps_made(checkpoint) if self.goes_on and checkpoint else 0
         loggers = [logger_of_run(logger, subcommand, first) for logger in _listed(options.logger or None)]
         options.logger = [logger for logger in loggers if logger is not None] or False
@@ -184,12 +182,8 @@ class CLI(LightningCLI):
             raise
         except Exception as error:
             if isinstance(error, OSError) and error.errno in FULL:  # of a logger, say
-                folder = Path(self.trainer.default_root_dir)
-                goes_on = (
-                    "; --ckpt_path last goes on" if (folder / checkpoints.FOLDER / checkpoints.LAST).exists() else ""
-                )
-                name = error.filename or f"the files of the run {folder}"
-                raise UserError(f"cannot write {name}: {error.strerror}; make room{goes_on}") from error
+                with writing(error.filename or self.trainer.default_root_dir, "files of the run"):
+                    raise
             if not raised_while_restoring(error):
                 raise
             raise UserError(
@@ -295,45 +289,33 @@ class CLI(LightningCLI):
         saved = checkpoint.get(CLIPM2DF.CHECKPOINT_HYPER_PARAMS_KEY)
         saved = saved_options(config.ckpt_path, saved, CLIPM2DF, head=config.model.head)
         given = self.parser.parse_args(self.args, defaults=False)[str(self.subcommand)].get("model")
-        kept = saved | {"backbone": saved["backbone"]["source"]}
-        asked = given.as_dict() if given else {}
-        # Options of the head one by one, those that the checkpoint doesn't name at their defaults.
-        kept |= {
-            f"head_options.{option}": (saved["head_options"] or {}).get(option, parameter.default)
-            for option, parameter in inspect.signature(head_class(saved["head"])).parameters.items()
-            if option != "selection"
-        }
-        asked |= {f"head_options.{option}": value for option, value in (asked.pop("head_options", None) or {}).items()}
+        source = saved["backbone"]["source"]
+        kept = options_by_name(saved) | {"model.backbone": source}
+        asked = {f"model.{option}": value for option, value in (given.as_dict() if given else {}).items()}
+        of_head = "model.head_options."
+        asked |= {f"{of_head}{option}": v for option, v in (asked.pop("model.head_options", None) or {}).items()}
         run_config = Path(config.ckpt_path).parent.parent / "config.yaml"
         hint = f", or take the run's own --config {run_config}" if run_config.exists() else ""
         for option, value in asked.items():
-            if option in kept and _plain(value) != _plain(kept[option]):
+            if option in kept and (list(value) if isinstance(value, tuple) else value) != kept[option]:
                 raise UserError(
-                    f"model.{option} is {value!r}, but {kept[option]!r} in {config.ckpt_path}: a checkpoint keeps the"
+                    f"{option} is {value!r}, but {kept[option]!r} in {config.ckpt_path}: a checkpoint keeps the"
                     f" options that it was trained with; leave it out{hint}"
                 )
-            if option.startswith("head_options.") and option not in kept:
-                own = ", ".join(name.removeprefix("head_options.") for name in kept if name.startswith("head_options."))
+            if option.startswith(of_head) and option not in kept:
+                own = ", ".join(name.removeprefix(of_head) for name in kept if name.startswith(of_head))
                 raise UserError(
-                    f"model.{option} is no option of the head in {config.ckpt_path}, which has {own}; selection is an"
+                    f"{option} is not an option of the head in {config.ckpt_path}, which has {own}; selection is an"
                     " option of the model itself, --model.selection"
                 )
         self.saved_options = saved
-        for option in saved:
-            config.model[option] = kept[option]
+        for option, value in (saved | {"backbone": source}).items():
+            config.model[option] = value
 
 
 def _build_model(saved_options: dict[str, Any], cls: type[CLIPM2DF], *args: Any, **kwargs: Any) -> CLIPM2DF:
     """With the towers' description that a checkpoint holds: as an option it would be parsed once more."""
     return cls(*args, **kwargs | saved_options)
-
-
-def _stop(owner: int, number: int, frame: Any) -> None:
-    """End the command at a signal; a process that was forked from it ends as any other does."""
-    if os.getpid() == owner:
-        raise Stopped(number)
-    signal.signal(number, signal.SIG_DFL)
-    os.kill(os.getpid(), number)
 
 
 def _is_first_process() -> bool:
@@ -444,7 +426,7 @@ def _explain(message: str, options: Sequence[str], command: str) -> str:
         if found[1] and not name.startswith("-"):
             return f"{found[1]!r} belongs to no option; each value comes after the --NAME of its option"
         near = difflib.get_close_matches(bare, options, n=1)
-        # An option without its section is none that looks alike.
+        # An option without its section does not look alike.
         near = near or [option for option in options if option.rpartition(".")[2] == bare][:1]
         hint = f"; did you mean {'--' if found[1] else ''}{near[0]}?" if near else ""
         return f"there is no option {name}{hint}"
@@ -471,10 +453,6 @@ def _explain(message: str, options: Sequence[str], command: str) -> str:
 def _listed(option: Any) -> list[Any]:
     """What may be given once, several times or not at all."""
     return [*option] if isinstance(option, list) else [] if option is None else [option]
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:

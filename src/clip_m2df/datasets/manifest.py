@@ -8,14 +8,13 @@ import os
 import re
 import shlex
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
 from clip_m2df.errors import UserError, some
-from clip_m2df.files import lies_under, read_text, relative_path, write_table
+from clip_m2df.files import file_of, lies_under, read_text, relative_path, write_table
 
 SPLITS = ("train", "val", "test")
 """The names that a split may have, in the order in which they are listed."""
@@ -184,25 +183,13 @@ class Manifest:
         """Return this manifest with other texts for its classes.
 
         Args:
-            file: CSV in UTF-8 with the columns ``label`` and ``text``. Classes that it doesn't name keep their text;
-                names are compared by :func:`class_key`.
+            file: See :func:`read_class_texts`; classes that it doesn't name keep their text.
 
         Raises:
             UserError: If it cannot be read, gives a class two texts, or names no class of the manifest.
         """
-        texts: dict[str, str] = {}
-        for line, row in read_rows(file, "list of class texts", ("label", "text")).items():
-            if texts.setdefault(class_key(row["label"]), row["text"]) != row["text"]:
-                raise UserError(
-                    f"line {line} of the list of class texts {file} gives the class {row['label']!r} a second text: "
-                    "keep one"
-                )
-        if not any(class_key(video.label) in texts for video in self.videos):
-            raise UserError(
-                f"the list of class texts {file} names no class of {self._source}, such as {self.videos[0].label!r}: "
-                "its labels are spelt as in the manifest"
-            )
-        videos = [replace(video, text=texts.get(class_key(video.label), video.text)) for video in self.videos]
+        texts = read_class_texts(file, (video.label for video in self.videos), self._source)
+        videos = [replace(video, text=texts.get(video.label, video.text)) for video in self.videos]
         return Manifest(videos, root=self.root, source=self._source)
 
     @property
@@ -267,14 +254,11 @@ def same_files(paths: Iterable[str]) -> dict[str, str]:
     Returns:
         The earlier path by the later one.
     """
-    first: dict[tuple[int, int], str] = {}
+    first: dict[Hashable, str] = {}
     same = {}
     for path in paths:
-        with suppress(OSError, ValueError):  # it is not there
-            status = os.stat(path)
-            earlier = first.setdefault((status.st_dev, status.st_ino), path)
-            if earlier != path and status.st_ino:  # 0: the file system has no such numbers
-                same[path] = earlier
+        if (earlier := first.setdefault(file_of(path), path)) != path:
+            same[path] = earlier
     return same
 
 
@@ -374,6 +358,36 @@ def read_rows(path: str | Path, what: str, required: Sequence[str]) -> dict[int,
 
 # A capital after a small letter or a digit, and the last capital of a run: HandstandPushups, TVShow.
 _CAMEL_CASE = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+
+
+def read_class_texts(file: str | Path, labels: Iterable[str], whose: str) -> dict[str, str]:
+    """Read what prompts say of classes.
+
+    Args:
+        file: CSV in UTF-8 with the columns ``label`` and ``text``; it may name other classes too.
+        labels: The classes, whose names are compared by :func:`class_key`.
+        whose: What has them, for messages.
+
+    Returns:
+        The text of each class that the file names.
+
+    Raises:
+        UserError: If it cannot be read, gives a class two texts, or names none of the classes.
+    """
+    texts: dict[str, str] = {}
+    for line, row in read_rows(file, "list of class texts", ("label", "text")).items():
+        if texts.setdefault(class_key(row["label"]), row["text"]) != row["text"]:
+            raise UserError(
+                f"line {line} of the list of class texts {file} gives the class {row['label']!r} a second text: "
+                "keep one"
+            )
+    labels = dict.fromkeys(labels)
+    found = {label: texts[class_key(label)] for label in labels if class_key(label) in texts}
+    if not found:
+        raise UserError(
+            f"the list of class texts {file} names no class of {whose}, such as {next(iter(labels))!r}: use its labels"
+        )
+    return found
 
 
 def readable(label: str) -> str:

@@ -260,7 +260,7 @@ def _may_be_list(file: Path) -> bool:
 
 def _read_list(file: Path, *, required: bool) -> list[_Line]:
     """Read the lines of a list; none of a file that isn't one, unless it has to be."""
-    words = _split_words(file.name)
+    words = _splits_in(file.name)
     required = required or bool(words)
     if file.is_file() and file.stat().st_size > MOST_BYTES:
         raise UserError(
@@ -280,7 +280,7 @@ def _read_list(file: Path, *, required: bool) -> list[_Line]:
     columns = _columns(numbered[0][1]) if numbered else {}
     if not required and "split" not in columns:
         return []
-    if not numbered:
+    if len(numbered) <= bool(columns):  # no more than a header
         raise UserError(f"the list {file} is empty: give one with a video on each line")
     if len(words) != 1 and "split" not in columns:
         raise UserError(
@@ -297,7 +297,7 @@ def _read_list(file: Path, *, required: bool) -> list[_Line]:
 
 
 def _columns(header: str) -> dict[str, int]:
-    """Which column of a table holds what, by the names in its first line; none if that is no header."""
+    """Which column of a table holds what, by the names in its first line; none if that is not a header."""
     names = [cell.strip().strip("\"'").lower() for cell in re.split("[,;\t]", header)]
     found = {}
     for what, known in _COLUMNS.items():
@@ -324,8 +324,8 @@ def _read_table(file: Path, numbered: Sequence[tuple[int, str]], columns: Mappin
         if len(cells) <= max(columns.values()) or not cells[columns["label"]]:
             raise _no_line(file, number, text, "table")
         row = {what: cells[column] for what, column in columns.items()}
-        own = _split_of(row["split"]) if row.get("split") else split
-        if not own:
+        own = _splits_in(row["split"]) if row.get("split") else {split}
+        if len(own) != 1:
             raise UserError(
                 f"line {number} of the list {file} has the split {row['split']!r}: it can be train, val, test"
             )
@@ -335,18 +335,12 @@ def _read_table(file: Path, numbered: Sequence[tuple[int, str]], columns: Mappin
             path, numbers = "_".join([name, *(f"{int(float(time)):06d}" for time in times)]) if name else "", []
         else:
             path, numbers = row["path"], [row[what] for what in ("start", "end") if row.get(what)]
-        lines.append(_take_row(file, number, text, (path, numbers, row["label"]), own, "table"))
-    if not lines:
-        raise UserError(f"the list {file} is empty: give one with a video on each line")
+        lines.append(_take_row(file, number, text, (path, numbers, row["label"]), own.pop(), "table"))
     return lines
 
 
-def _split_of(word: str) -> str:
-    words = _split_words(word)
-    return words.pop() if len(words) == 1 else ""
-
-
-def _split_words(text: str) -> set[str]:
+def _splits_in(text: str) -> set[str]:
+    """The splits whose words a text has."""
     return {"val" if word.startswith(("val", "dev")) else word for word in _SPLIT_WORD.findall(text.lower())}
 
 
@@ -369,8 +363,7 @@ def _rows(lines: Sequence[str]) -> list[_Row]:
         ]
     if all(match := [_ID_AND_TEMPLATE.fullmatch(line) for line in lines]):
         return [(found[1], (), found[2]) for found in match if found]
-    found = [_AFTER_FOLDER.fullmatch(line) for line in lines]
-    matches = [match for match in found if match]
+    matches = [match for match in map(_AFTER_FOLDER.fullmatch, lines) if match]
     if len(matches) < len(lines):
         return []
     # A name may end in numbers too: as many are taken off as all lines have, or fewer if that keeps the paths apart.
@@ -378,7 +371,7 @@ def _rows(lines: Sequence[str]) -> list[_Row]:
     for count in range(most, 0, -1):
         tokens = [re.findall(_NUMBER, line)[-count:] for line in lines]
         paths = [line.removesuffix("".join(numbers)) for line, numbers in zip(lines, tokens, strict=True)]
-        if len(set(paths)) == len(paths):
+        if distinct := len(set(paths)) == len(paths):
             break
     rows: list[_Row] = [
         (path, [token.strip(" \t,;") for token in numbers[:-1]], numbers[-1].strip(" \t,;"))
@@ -390,8 +383,7 @@ def _rows(lines: Sequence[str]) -> list[_Row]:
         pairs = set(zip(folders, (label for _, _, label in rows), strict=True))
         own = len(pairs) == len({folder for folder, _ in pairs}) == len({label for _, label in pairs})
         return rows if all(folders) and own and len(pairs) < len(rows) else []
-    distinct = len({path for path, _, _ in rows}) == len(rows)
-    return rows if all(folders) or (distinct and not any(re.search(r"\s", path) for path, _, _ in rows)) else []
+    return rows if all(folders) or (distinct and not any(re.search(r"\s", path) for path in paths)) else []
 
 
 def _take_row(file: Path, number: int, text: str, row: _Row, split: str, form: str = "row") -> _Line:

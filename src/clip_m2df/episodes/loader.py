@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pickle import UnpicklingError
 from typing import Any
@@ -51,7 +51,7 @@ class ReadingNow:
         """The videos being read, the longest waiting first."""
         return [path for reading, _, path in self._notes() if reading]
 
-    def of(self, processes: Sequence[int]) -> str:
+    def of(self, processes: Container[int]) -> str:
         """In words, what the first of certain processes that has read anything is reading, or has read last."""
         for reading, process, path in self._notes():
             if process in processes:
@@ -118,8 +118,9 @@ class VideoLoader(DataLoader[Any]):
             raise
         except Exception as error:  # a queue whose other end is gone fails in many ways
             batches = self._iterator if batches is None else batches
-            dead = [w.pid for w in getattr(batches, "_workers", []) if w.exitcode not in (None, 0)]
-            what = _killed(str(error), [self.note])
+            processes = _processes(str(error))
+            if not processes and isinstance(error, RuntimeError | OSError | EOFError | UnpicklingError):
+                processes = {w.pid for w in getattr(batches, "_workers", []) if w.exitcode not in (None, 0)}
             if str(error).startswith("DataLoader timed out"):
                 paths = self.note.paths()
                 video = f"it was reading the video {paths[0]}" if paths else "it was reading no video"
@@ -127,9 +128,9 @@ class VideoLoader(DataLoader[Any]):
                     f"a worker hangs: nothing came for {self.timeout:g} s; {video}: {_FIND}; raise data.stuck_after if"
                     " it is only slow"
                 )
-            elif dead and not what and isinstance(error, RuntimeError | OSError | EOFError | UnpicklingError):
-                what = _killed(f"DataLoader worker (pid(s) {', '.join(map(str, dead))})", [self.note])
-            if not what:
+            elif processes:
+                what = _killed(processes, [self.note])
+            else:
                 raise
             _end_workers(batches)
             raise UserError(what) from error
@@ -140,11 +141,13 @@ _FIND = "clip-m2df check finds the videos that a decoder fails on"
 _ITERATORS: WeakKeyDictionary[Any, ReadingNow] = WeakKeyDictionary()
 
 
-def _killed(message: str, notes: Iterable[ReadingNow]) -> str:
-    """What became of a worker, where torch's own message says that it is gone; else nothing."""
-    if not message.startswith("DataLoader worker (pid"):
-        return ""
-    processes = [int(number) for number in re.findall(r"\d+", message)]
+def _processes(message: str) -> set[int]:
+    """The workers that are gone by torch's own message; none if that says something else."""
+    return set(map(int, re.findall(r"\d+", message))) if message.startswith("DataLoader worker (pid") else set()
+
+
+def _killed(processes: Container[int], notes: Iterable[ReadingNow]) -> str:
+    """What to say of workers that are gone, by what they read."""
     video = next((found for note in notes if (found := note.of(processes))), "it was reading no video")
     return f"a worker was killed; {video}: {_FIND}; lower data.num_workers if memory ran out"
 
@@ -173,19 +176,17 @@ class _OnWorkersEnd:
         try:
             self.of_torch(number, frame)
         except RuntimeError as error:
-            message = str(error)
-            processes = {int(number) for number in re.findall(r"\d+", message)}
+            processes = _processes(str(error))
             for batches in list(_ITERATORS):
                 if batches._shutdown and processes & {worker.pid for worker in batches._workers}:
                     return  # it was to end anyway
-            what = _killed(message, list(_ITERATORS.values()))
-            if not what:
+            if not processes:
                 raise
-            raise UserError(what) from error
+            raise UserError(_killed(processes, list(_ITERATORS.values()))) from error
 
 
 def _end_workers(batches: Any) -> None:
-    """End the workers of a loader, so that their end is no further error."""
+    """End the workers of a loader, so that their end is not a further error."""
     if hasattr(batches, "_workers"):
         batches._shutdown_workers()
         for worker in batches._workers:

@@ -313,7 +313,7 @@ class FeatureStore:
         """Features ``(frames, dim)`` by what tells their video; nothing where there are none that can be trusted.
 
         Raises:
-            UserError: what is there is no regular file.
+            UserError: what is there is not a regular file.
         """
         check_regular(self.path, "file of features")
         if not self.path.exists():
@@ -343,7 +343,7 @@ class FeatureStore:
         if features.dtype not in self.dtypes:
             raise ValueError(f"of type {features.dtype}")
         if not features.isfinite().all():
-            raise ValueError("with values that are no finite numbers")
+            raise ValueError("with values that are not finite")
 
     def write(self, features: Mapping[str, Tensor]) -> None:
         """Put features there, by what tells their video, in the place of all that were."""

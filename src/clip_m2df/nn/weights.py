@@ -48,7 +48,7 @@ def published_head(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor],
 
 
 def check_weights(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
-    """Refuse weights that are not exactly those of a module, or no finite numbers.
+    """Refuse weights that are not exactly those of a module, or not finite.
 
     Args:
         module: where they are to go.

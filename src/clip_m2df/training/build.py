@@ -3,6 +3,7 @@
 import inspect
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,15 @@ def saved_options(
             key if key in known else former.get(key, key): value for key, value in options["head_options"].items()
         }
     return options
+
+
+def options_by_name(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a model by their full names, those of the head one by one; weights tell the backbone."""
+    own = {name: value for name, value in options.items() if name not in ("backbone", "head_options")}
+    known = inspect.signature(head_class(options["head"])).parameters
+    head = {name: parameter.default for name, parameter in known.items()} | (options["head_options"] or {})
+    head = {f"head_options.{name}": value for name, value in head.items() if name not in ("dim", "selection")}
+    return {f"model.{name}": list(v) if isinstance(v, tuple) else v for name, v in (own | head).items()}
 
 
 def load_published(file: str | os.PathLike[str], *, tokenizer: str | None = None, **options: Any) -> M2DF:

@@ -50,7 +50,7 @@ yaml.SafeDumper.add_multi_representer(enum.Enum, lambda dumper, member: dumper.r
 
 
 class RunConfig(SaveConfigCallback):
-    """Writes the configuration of a run into its folder, not beside a logger's files, once the run has begun.
+    """Writes the configuration of a run into its folder, not beside a logger's files, once the run has started.
 
     A run that is refused at its start leaves the configuration of the one before as it was.
     """
@@ -74,7 +74,7 @@ class RunConfig(SaveConfigCallback):
 
 
 class RunLogger(CSVLogger):
-    """Writes metrics as Lightning's ``CSVLogger`` does, at once, and goes on with the file of a run that goes on.
+    """Writes metrics as Lightning's ``CSVLogger`` does, and goes on with the file of a run that goes on.
 
     Args:
         save_dir: see ``CSVLogger``.
@@ -82,8 +82,8 @@ class RunLogger(CSVLogger):
         **options: of ``CSVLogger``.
     """
 
-    def __init__(self, save_dir: str | Path, *, first: int = 0, **options: Any) -> None:
-        super().__init__(save_dir, **{"flush_logs_every_n_steps": 1} | options)
+    def __init__(self, save_dir: str | Path, *, first: int, **options: Any) -> None:
+        super().__init__(save_dir, **options)
         self.first = first
 
     @property
@@ -95,7 +95,7 @@ class RunLogger(CSVLogger):
         return self._experiment
 
     def finalize(self, status: str) -> None:
-        """Write what is left; where a run failed, that has been said, and a full disk is no further error."""
+        """Write what is left; where a run failed, that has been said, and a full disk is not a further error."""
         with suppress(*[] if status == "success" else [UserError]):
             super().finalize(status)
 
@@ -198,8 +198,6 @@ def logger_of_run(logger: Any, command: str, first: int = 0) -> Any:
     elif type(logger) is CSVLogger:
         options = {"prefix": logger._prefix, "flush_logs_every_n_steps": logger._flush_logs_every_n_steps}
         return RunLogger(logger.save_dir, name=logger.name, version=logger._version, first=first, **options)
-    elif isinstance(logger, RunLogger):
-        logger.first = first
     return logger
 
 
@@ -261,7 +259,7 @@ class RunReport(lightning.Callback):
         say(f"all numbers and classes are in {some(map(str, files))}")
 
 
-# What the numbers of an evaluation are that are no shares.
+# Numbers of an evaluation that are not shares.
 _COUNTS, _LOSSES = ("replaced_videos",), "loss/"
 
 

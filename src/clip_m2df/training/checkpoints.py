@@ -84,7 +84,7 @@ def read_last(folder: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def steps_made(checkpoint: Mapping[str, Any]) -> int:
-    """How many optimiser steps a checkpoint has made, by its own word; 0 where that is no number."""
+    """How many optimiser steps a checkpoint says that it has made; 0 where that is not a number."""
     steps = checkpoint.get("global_step")
     return steps if type(steps) is int and steps > 0 else 0
 
@@ -101,7 +101,7 @@ def check_training_state(
     Args:
         path: of the checkpoint, for the message.
         checkpoint: what it holds.
-        trainer: that will go on; it has not begun.
+        trainer: that will go on; it has not started.
         model: whose optimiser it is.
         data: whose state it is.
 
@@ -113,155 +113,139 @@ def check_training_state(
             f"{path} has no {missing[0]}, so that no training can go on from it: give --ckpt_path last of a run, or"
             " start anew without it"
         )
-    fault = _fault_of_progress(checkpoint, trainer, data) or _fault_of_callbacks(checkpoint, trainer)
-    # Other strategies keep an optimiser in ways of their own.
-    if not fault and isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
-        fault = _fault_of_optimizer(checkpoint, model)
-    if fault:
+    try:
+        _check_progress(checkpoint, trainer, data)
+        _check_callbacks(checkpoint, trainer)
+        # Other strategies keep an optimiser in ways of their own.
+        if isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+            _check_optimizer(checkpoint, model)
+    except ValueError as error:
         raise UserError(
-            f"the training can't go on from {path}: {fault}; give another checkpoint, or start anew in another folder"
-        )
+            f"the training can't go on from {path}: {error}; give another checkpoint, or start anew in another folder"
+        ) from error
 
 
-def _fault_of_progress(
+def _check_progress(
     checkpoint: Mapping[str, Any], trainer: lightning.Trainer, data: lightning.LightningDataModule
-) -> str:
+) -> None:
     name = type(data).__qualname__
     own = {"pytorch-lightning_version": "", "epoch": 0, "global_step": 0, "loops": loops.progress_of(trainer)}
     kept = {name: dict.fromkeys(("episodes_per_step", "batches_per_step", "steps"), 0)}
-    if fault := _unlike(checkpoint, own | kept):
-        return fault
+    _check_like(checkpoint, own | kept)
     of_data = checkpoint[name]
-    known = {key: value for key, value in data.state_dict().items() if key in of_data}
-    if fault := _unlike(of_data, known, name):
-        return fault
+    _check_like(of_data, {key: value for key, value in data.state_dict().items() if key in of_data}, name)
     steps, batches = loops.steps_of(checkpoint["loops"])
     if not checkpoint["global_step"] == of_data["steps"] == steps:
-        return f"global_step is {checkpoint['global_step']}, but it has made {steps} steps, or {of_data['steps']}"
-    # What was saved within a step, the data module refuses in its own words.
+        raise ValueError(
+            f"global_step is {checkpoint['global_step']}, but it has made {steps} steps, or {of_data['steps']}"
+        )
+    # The data module itself refuses what was saved within a step.
     if batches != steps * of_data["batches_per_step"] and of_data.get("whole_step", True):
-        return f"it has taken {batches} batches, but made {steps} steps of {of_data['batches_per_step']}"
+        raise ValueError(f"it has taken {batches} batches, but made {steps} steps of {of_data['batches_per_step']}")
     seed = checkpoint.get("draws_seed")
     if not (seed is None or (type(seed) is int and 0 <= seed < 2**64)):
-        return f"draws_seed is {seed!r}"
-    reading = checkpoint.get("reading") or {}
-    if not isinstance(reading, dict) or any(_is_no_number(value) for value in reading.values()):
-        return "reading is no table of numbers"
-    scaler = checkpoint.get("MixedPrecision", {})
-    if not isinstance(scaler, dict) or any(_is_no_number(value) for value in scaler.values()):
-        return "MixedPrecision is no table of numbers"
-    return ""
+        raise ValueError(f"draws_seed is {seed!r}")
+    for key in ("reading", "MixedPrecision"):
+        table = checkpoint.get(key) or {}
+        if not isinstance(table, dict) or not all(map(_is_number, table.values())):
+            raise ValueError(f"{key} is not a table of numbers")
 
 
-def _fault_of_callbacks(checkpoint: Mapping[str, Any], trainer: lightning.Trainer) -> str:
+def _check_callbacks(checkpoint: Mapping[str, Any], trainer: lightning.Trainer) -> None:
     states = checkpoint["callbacks"]
     if not isinstance(states, dict):
-        return "callbacks is no table"
+        raise ValueError("callbacks is not a table")
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        key, own = callback.state_key, callback.state_dict()
-        if key not in states or not own:
+        if callback.state_key not in states:
             continue
-        state, name = states[key], type(callback).__name__
+        state, name = states[callback.state_key], type(callback).__name__
         # What is an empty table before a training is filled by it.
-        own = {option: value for option, value in own.items() if value != {}}
-        if fault := _unlike(state, own, name, exact=isinstance(callback, RunCheckpoint)):
-            return fault
+        if own := {option: value for option, value in callback.state_dict().items() if value != {}}:
+            _check_like(state, own, name, exact=isinstance(callback, RunCheckpoint))
         if isinstance(callback, RunCheckpoint):
             score = state["best_model_score"]
             is_number = isinstance(score, Tensor) and score.numel() == 1 and not score.isnan().any()
             if not is_number and (score is not None or state["best_model_path"]):
-                return f"{name}.best_model_score is no number"
+                raise ValueError(f"{name}.best_model_score is not a number")
             if state["validated"] > checkpoint["global_step"]:
-                return f"{name}.validated is {state['validated']}, a step that is yet to come"
-    return ""
+                raise ValueError(f"{name}.validated is {state['validated']}, a step that is yet to come")
 
 
-def _fault_of_optimizer(checkpoint: Mapping[str, Any], model: lightning.LightningModule) -> str:
+def _check_optimizer(checkpoint: Mapping[str, Any], model: lightning.LightningModule) -> None:
     made: Any = model.configure_optimizers()
     optimizer, scheduler = made["optimizer"], made["lr_scheduler"]["scheduler"]
     steps, groups = checkpoint["global_step"], optimizer.state_dict()["param_groups"]
     of_schedule = {"base_lrs": scheduler.base_lrs, "last_epoch": 0}
-    own = {"optimizer_states": [{"param_groups": groups}], "lr_schedulers": [of_schedule]}
-    if fault := _unlike(checkpoint, own):
-        return fault
+    own = {"optimizer_states": [{"param_groups": groups, "state": {}}], "lr_schedulers": [of_schedule]}
+    _check_like(checkpoint, own)
     found, schedule = checkpoint["optimizer_states"][0], checkpoint["lr_schedulers"][0]
     for group, like in zip(found["param_groups"], groups, strict=True):
         for key, value in like.items():
             # Switches that are None are the machine's to decide, the others this model's.
             right = isinstance(group[key], bool | None) if value is None else group[key] == value
             if (value is None or isinstance(value, bool) or key == "params") and not right:
-                return f"optimizer_states.{key} is not that of this model"
+                raise ValueError(f"optimizer_states.{key} is not that of this model")
         if max(group["betas"]) >= 1:
-            return f"optimizer_states.betas is {group['betas']}"
-    if fault := _unlike(schedule, {k: v for k, v in scheduler.state_dict().items() if k in schedule}, "lr_schedulers"):
-        return fault
+            raise ValueError(f"optimizer_states.betas is {group['betas']}")
+    known = {key: value for key, value in scheduler.state_dict().items() if key in schedule}
+    _check_like(schedule, known, "lr_schedulers")
     if schedule["last_epoch"] != steps:
-        return f"lr_schedulers.last_epoch is {schedule['last_epoch']}, but {steps} steps are made"
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    state = found.get("state")
-    if not isinstance(state, dict) or not state.keys() <= set(range(len(weights))):
-        return "optimizer_states.state is no table of its weights"
+        raise ValueError(f"lr_schedulers.last_epoch is {schedule['last_epoch']}, but {steps} steps are made")
+    weights = dict(enumerate(weight for group in optimizer.param_groups for weight in group["params"]))
+    state = found["state"]
+    if not state.keys() <= weights.keys():
+        raise ValueError("optimizer_states.state is not a table of its weights")
     if steps and len(state) < len(weights) and "MixedPrecision" not in checkpoint:  # whose scaler may skip steps
-        return f"optimizer_states has {len(state)} of {len(weights)} weights"
-    faults = (_fault_of_moments(of_weight, weights[index], index, steps) for index, of_weight in state.items())
-    return next((fault for fault in faults if fault), "")
+        raise ValueError(f"optimizer_states has {len(state)} of {len(weights)} weights")
+    for index, of_weight in state.items():
+        name, weight = f"optimizer_states.state[{index}]", weights[index]
+        _check_like(of_weight, {"step": torch.tensor(0.0), "exp_avg": weight, "exp_avg_sq": weight}, name)
+        if not 0 <= of_weight["step"] <= steps:
+            raise ValueError(f"{name}.step is {float(of_weight['step'])}, but {steps} steps are made")
+        mean, square = of_weight["exp_avg"], of_weight["exp_avg_sq"]
+        if not (mean.isfinite().all() and square.isfinite().all() and (square >= 0).all()):
+            raise ValueError(f"{name} has values that are not finite, or below 0")
 
 
-def _fault_of_moments(state: object, weight: Tensor, index: int, steps: int) -> str:
-    name = f"optimizer_states.state[{index}]"
-    if not isinstance(state, dict) or not {"step", "exp_avg", "exp_avg_sq"} <= state.keys():
-        return f"{name} has not what Adam keeps of a weight"
-    step, *moments = (state[key] for key in ("step", "exp_avg", "exp_avg_sq"))
-    if not all(isinstance(m, Tensor) and m.shape == weight.shape and m.is_floating_point() for m in moments):
-        return f"{name} is not of its weight's shape {tuple(weight.shape)}"
-    if isinstance(step, Tensor) and step.numel() == 1 and not step.is_complex():
-        step = step.item()
-    if _is_no_number(step) or step > steps:
-        return f"{name}.step is {step}, but {steps} steps are made"
-    if not all(m.isfinite().all() for m in moments) or (moments[1] < 0).any():
-        return f"{name} has values that are no finite numbers, or below 0"
-    return ""
-
-
-def _unlike(found: object, own: object, name: str = "", *, exact: bool = True) -> str:
-    """Where a state that was read is unlike one's own: in its type or its size.
+def _check_like(found: Any, own: object, name: str = "", *, exact: bool = True) -> None:
+    """Refuse a state that was read and is unlike one's own, in its types or its sizes.
 
     Args:
         found: what was read.
-        own: what it should be like.
+        own: what it should be like; an empty table is like any.
         name: its name, for the message.
         exact: numbers are finite and not below 0, and counts are whole; other people's may be any.
+
+    Raises:
+        ValueError: names what differs.
     """
+    right = True
     if isinstance(own, dict):
-        if not isinstance(found, dict) or (not own and found):
-            return f"{name} is no table of its kind"
-        for key, value in own.items():
+        right = isinstance(found, dict)
+        for key, value in own.items() if isinstance(found, dict) else ():
             inner = f"{name}.{key}" if name else str(key)
             if key not in found:
-                return f"{inner} is missing"
-            if fault := _unlike(found[key], value, inner, exact=exact):
-                return fault
-        return ""
-    if isinstance(own, list | tuple):
-        if not isinstance(found, list | tuple) or len(found) != len(own):
-            return f"{name} is no list of {len(own)}"
-        faults = (_unlike(a, b, f"{name}[{i}]", exact=exact) for i, (a, b) in enumerate(zip(found, own, strict=True)))
-        return next((fault for fault in faults if fault), "")
-    if isinstance(own, Tensor):
-        alike = isinstance(found, Tensor) and found.shape == own.shape and found.dtype == own.dtype
-        return "" if alike else f"{name} is no tensor of its kind"
-    if isinstance(own, bool | str):
-        return "" if type(found) is type(own) else f"{name} is of type {type(found).__name__}"
-    if isinstance(own, int | float):
-        wrong = _is_no_number(found) or (isinstance(own, int) and type(found) is not int)
-        if not exact:
-            wrong = isinstance(found, bool) or not isinstance(found, int | float)
-        return f"{name} is {found!r:.40}" if wrong else ""
-    return ""
+                raise ValueError(f"{inner} is missing")
+            _check_like(found[key], value, inner, exact=exact)
+    elif isinstance(own, list | tuple):
+        right = isinstance(found, list | tuple) and len(found) == len(own)
+        for index, (a, b) in enumerate(zip(found, own, strict=True)) if right else ():
+            _check_like(a, b, f"{name}[{index}]", exact=exact)
+    elif isinstance(own, Tensor):
+        right = isinstance(found, Tensor) and found.shape == own.shape
+        right = right and found.is_floating_point() == own.is_floating_point()
+    elif isinstance(own, bool | str):
+        right = type(found) is type(own)
+    elif isinstance(own, int | float) and exact:
+        right = _is_number(found) and isinstance(found, type(own) | int)
+    elif isinstance(own, int | float):
+        right = isinstance(found, int | float) and not isinstance(found, bool)
+    if not right:
+        raise ValueError(f"{name} is {' '.join(repr(found).split()):.40}")
 
 
-def _is_no_number(value: object) -> bool:
-    return isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 class RunCheckpointIO(TorchCheckpointIO):
@@ -381,7 +365,7 @@ class RunCheckpoint(ModelCheckpoint):
             return
         if not self._wants_validation(trainer, trainer.max_steps):
             raise loops.no_steps_left(trainer.max_steps, trainer.max_steps)
-        # Otherwise Lightning would end before it begins.
+        # Otherwise Lightning would end before it starts.
         self._one_more = True
         loops.move_end(trainer, 1)
 

@@ -31,7 +31,7 @@ from clip_m2df.nn.head import HeadOutput
 from clip_m2df.nn.m2df import M2DF
 from clip_m2df.nn.prompts import DEFAULT_TEMPLATE, Selection
 from clip_m2df.nn.weights import check_finite, check_weights, not_finite
-from clip_m2df.training.build import saved_options
+from clip_m2df.training.build import options_by_name, saved_options
 from clip_m2df.training.checkpoints import RunCheckpoint, read_checkpoint
 
 # Options that a person may change from run to run. They stay out of the checkpoint, so that what is asked for wins.
@@ -436,7 +436,7 @@ class CLIPM2DF(lightning.LightningModule):
             raise self._diverged("the loss is")
 
     def _diverged(self, what: str) -> UserError:
-        """The error of a training that is not finite any more."""
+        """The error of a training that is not finite."""
         precision = str(self._trainer.precision) if self._trainer else ""
         other = f", or trainer.precision bf16-mixed in the place of {precision}" if precision.startswith("16") else ""
         return UserError(
@@ -514,7 +514,8 @@ class CLIPM2DF(lightning.LightningModule):
             known = inspect.signature(CLIPM2DF).parameters  # a class derived from it may save more
             saved = {n: v for n, v in checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY].items() if n in known}
             saved = saved_options("the checkpoint", saved, CLIPM2DF, head=self.hparams["head"])
-            check_same(_by_name(saved) | checkpoint.get("goes_by", {}), _by_name(self.hparams) | self._goes_by())
+            own = options_by_name(self.hparams) | self._goes_by()
+            check_same(options_by_name(saved) | checkpoint.get("goes_by", {}), own)
             averages = any(isinstance(c, WeightAveraging) for c in self._trainer.callbacks)  # type: ignore[attr-defined]
             if "current_model_state" in checkpoint and not averages:
                 raise UserError(
@@ -677,12 +678,3 @@ class CLIPM2DF(lightning.LightningModule):
             revision=revision,
         )
         return cls._restore(folder, read_model(folder), model_kwargs).eval()
-
-
-def _by_name(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a model by their full names, those of the head one by one; weights tell the backbone."""
-    own = {name: value for name, value in options.items() if name not in ("backbone", "head_options")}
-    known = inspect.signature(head_class(options["head"])).parameters
-    head = {name: parameter.default for name, parameter in known.items()} | (options["head_options"] or {})
-    head = {f"head_options.{name}": value for name, value in head.items() if name not in ("dim", "selection")}
-    return {f"model.{name}": list(v) if isinstance(v, tuple) else v for name, v in (own | head).items()}

@@ -22,19 +22,7 @@ from PIL import ExifTags, Image
 MOST_PIXELS = 64_000_000
 
 # What often lies beside the frames of a video and is made from them, by a word of its name.
-_COMPANIONS = {
-    "alpha",
-    "depth",
-    "flow",
-    "mask",
-    "masks",
-    "matte",
-    "seg",
-    "segmentation",
-    "thumb",
-    "thumbs",
-    "thumbnail",
-}
+_COMPANIONS = re.compile(r"(?<![a-z])(alpha|depth|flow|masks?|matte|seg|segmentation|thumbs?|thumbnail)(?![a-z])")
 
 _INTEGER = r"\d+"
 _DECIMAL = r"(?<![\d.,])(?<!\.mp)\d+[.,]\d+(?![.,]?\d)"  # not a part of 1.2.3 or clip.mp4.5
@@ -50,7 +38,7 @@ class Orientation(NamedTuple):
 
     Attributes:
         mirrored: Whether it is mirrored left to right, before it is turned.
-        degrees: By how much it is turned clockwise. What is no multiple of 90 is not applied.
+        degrees: By how much it is turned clockwise. What is not a multiple of 90 is not applied.
     """
 
     mirrored: bool = False
@@ -67,24 +55,16 @@ class Orientation(NamedTuple):
         return picture if self.degrees % 90 else np.rot90(picture, -self.degrees // 90)
 
 
-_EXIF = dict(
-    enumerate(
-        itertools.starmap(
-            Orientation,
-            [
-                (False, 0),
-                (True, 0),
-                (False, 180),
-                (True, 180),
-                (True, 270),
-                (False, 90),
-                (True, 90),
-                (False, 270),
-            ],
-        ),
-        start=1,
-    )
-)
+# By the values of the tag; others, and 1, are upright.
+_EXIF = {
+    2: Orientation(mirrored=True),
+    3: Orientation(degrees=180),
+    4: Orientation(mirrored=True, degrees=180),
+    5: Orientation(mirrored=True, degrees=270),
+    6: Orientation(degrees=90),
+    7: Orientation(mirrored=True, degrees=90),
+    8: Orientation(degrees=270),
+}
 
 
 class UnclearOrderError(ValueError):
@@ -95,7 +75,7 @@ def order_images(names: Sequence[str]) -> list[str]:
     """Order the images of a folder by the numbers in their names, or by their letters where none has a number.
 
     Names that differ in more than their numbers, such as ``0.png`` and ``0_mask.png``, are of several kinds. Where
-    kinds share numbers only one can be the video: that which is no mask, depth, optical flow or thumbnail by its name.
+    kinds share numbers only one can be the video: that which its name does not call a mask, depth, flow or thumbnail.
 
     Raises:
         UnclearOrderError: If several kinds are left, two names have the same number, or a number can be read in
@@ -130,7 +110,7 @@ def _choose_kind(names: Sequence[str]) -> Sequence[str]:
         kinds[_NUMBER.sub("0", _SIGN.sub("", _stem(name))).lower()].append(name)
     if len(kinds) == 1 or not any("0" in kind for kind in kinds):
         return names
-    frames = [kind for kind in kinds if not _COMPANIONS & set(re.findall("[a-z]+", kind))] or list(kinds)
+    frames = [kind for kind in kinds if not _COMPANIONS.search(kind)] or list(kinds)
     numbers = [{tuple(_read(_stem(name), _NUMBER)) for name in kinds[kind]} for kind in frames]
     if len(set().union(*numbers)) < sum(map(len, numbers)) or len({kind.count("0") for kind in frames}) > 1:
         first, second = sorted(min(kinds[kind]) for kind in frames)[:2]
@@ -143,7 +123,7 @@ def _choose_kind(names: Sequence[str]) -> Sequence[str]:
 def _read_numbers(names: Sequence[str]) -> list[dict[str, list[Any]]]:
     """Read the numbers in names in each way in which they may be meant."""
     stems = {name: _stem(name) for name in names}
-    if all(map(_SIGN.search, stems.values())):  # what every name has is no sign
+    if all(map(_SIGN.search, stems.values())):  # what every name has is not a sign
         stems = {name: _SIGN.sub("_", stem) for name, stem in stems.items()}
     forms = [re.compile(_INTEGER)]
     times = {name: _SECONDS.search(stem) for name, stem in stems.items()}

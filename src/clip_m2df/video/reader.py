@@ -81,7 +81,7 @@ def read_frames(path: str, choose: Choose, *, decoder: Decoder = "auto") -> tupl
         uint8 RGB pixels, shape ``(frames, 3, height, width)``; and how many frames there were to choose from.
 
     Raises:
-        VideoError: If the file is no video, or not one frame of it decodes.
+        VideoError: If the file is not a video, or not one frame of it decodes.
         UserError: If the decoder is unknown or not installed.
         ChoiceError: If a frame is chosen that there is not.
     """
@@ -116,7 +116,7 @@ def sample_frames(path: str, rate: float, *, fps: float | None = None) -> Iterat
         the video: none at all for one that is not longer than 0.5 / rate.
 
     Raises:
-        VideoError: If the file is no video, or not one frame of it decodes; in part only when frames are asked for.
+        VideoError: If the file is not a video, or not one frame of it decodes; in part only when frames are asked for.
         UserError: If rate or fps is not above 0, or fps is needed.
     """
     exact = exact_rate("rate", rate)
@@ -145,7 +145,7 @@ def probe(path: str) -> VideoFacts:
     """Read what a video file tells of itself, and decode it to its end to see how much of that is true.
 
     Raises:
-        VideoError: If the file is no video.
+        VideoError: If the file is not a video.
     """
     path = os.path.abspath(path)
     with as_video_error(path):
@@ -162,7 +162,7 @@ def decoder_doubt(path: str, decoder: Decoder) -> str:
     """Tell why a decoder may give other frames of a video file than those that are shown; empty if it does not.
 
     Raises:
-        VideoError: If the file is no video; what it names, as a playlist does, is not opened.
+        VideoError: If the file is not a video; what it names, as a playlist does, is not opened.
     """
     path = os.path.abspath(path)
     if _READERS[decoder] is _read_pyav or os.path.isdir(path):
@@ -191,7 +191,7 @@ def examine_images(folder: str) -> tuple[list[str], list[str]]:
     """Decode every image of a folder that is a frame of its video.
 
     Returns:
-        The names of those that cannot be had, each with the reason; and those of images that are no frames, such as
+        The names of those that cannot be had, each with the reason; and those of images that are not frames, such as
         masks.
     """
     folder = os.path.abspath(folder)
