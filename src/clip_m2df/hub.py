@@ -163,7 +163,7 @@ def other_model(path: Path) -> str:
     """
     name = str(path)
     if path.exists() and not path.is_dir():
-        return f"{name} is no folder of a model, and no checkpoint, whose name ends in .ckpt: give one of them"
+        return f"{name} is no folder of a model, and no file of a checkpoint: give one of them"
     if path.is_dir() and not (path / CONFIG).exists():
         patterns = ("*.ckpt", "checkpoints/*.ckpt", "*/checkpoints/*.ckpt")
         found = [file for pattern in patterns for file in sorted(path.glob(pattern))]

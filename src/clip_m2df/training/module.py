@@ -525,7 +525,9 @@ class CLIPM2DF(lightning.LightningModule):
     def _goes_by(self) -> dict[str, Any]:
         """What a training and the choice of its best depend on beside the options that a checkpoint keeps."""
         algorithm = self.trainer.gradient_clip_algorithm
+        kept = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, RunCheckpoint)]
         return {
+            **{f"checkpoint.{name}": getattr(c, name) for c in kept for name in ("monitor", "mode")},
             "trainer.gradient_clip_val": self.trainer.gradient_clip_val,
             "trainer.gradient_clip_algorithm": None if algorithm is None else str(algorithm.value),
             "model.selection": self.model.head.selection,
