@@ -565,7 +565,8 @@ class CLIPM2DF(lightning.LightningModule):
             model.on_load_checkpoint(checkpoint)
             model.load_state_dict(checkpoint["state_dict"])
         except Exception as error:  # whatever values of other types lead to
-            raise UserError(f"no model can be made of {source}: {error}") from error
+            reason = str(error) if isinstance(error, UserError) else f"{str(error).partition(chr(10))[0]:.300}"
+            raise UserError(f"no model can be made of {source}: {reason}") from error
         model.source = os.fspath(source)
         return model.to(next(iter(checkpoint["state_dict"].values())).device)
 
