@@ -363,6 +363,29 @@ def test_configs_are_found_here_first_and_among_the_shipped_second(
 
 
 @pytest.mark.parametrize(
+    ("text", "twice"),
+    [
+        ("data: {n_way: 3}\nmodel: {}\ndata:\n  n_shot: 1\n", "data stands in it twice, in lines 1 and 3"),
+        ("data:\n  n_way: 3\n  n_shot: 1\n  'n_way': 2\n", "n_way stands in it twice, in lines 2 and 4"),
+    ],
+)
+def test_an_option_that_a_config_has_twice_is_named(
+    text: str, twice: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    assert f"config {tmp_path / 'c.yaml'} can't be read: {twice}" in fails(
+        ["fit", f"--config={tmp_path}/c.yaml"], capsys
+    )
+
+
+def test_a_message_repeats_no_value_of_any_length(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "c.yaml").write_text(f"data: {{n_way: {'x' * 100_000}}}\n")
+    said = fails(["fit", f"--config={tmp_path / 'c.yaml'}"], capsys)
+    assert '"data.n_way": Expected' in said
+    assert len(said) < 2000
+
+
+@pytest.mark.parametrize(
     "args",
     [
         [],

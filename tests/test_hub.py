@@ -476,6 +476,17 @@ def test_the_name_of_a_checkpoint_in_its_run_is_no_model(tmp_path: Path, monkeyp
         FewShotClassifier.from_checkpoint("runs/best.ckpt")
 
 
+def test_what_is_neither_a_folder_nor_a_checkpoint_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "weights.txt").write_text("")
+    os.mkfifo(tmp_path / "fifo")
+    for name in (tmp_path / "fifo", Path(os.devnull)):
+        for load in (CLIPM2DF.from_pretrained, FewShotClassifier.from_checkpoint):
+            with pytest.raises(UserError, match=f"{name} is no folder of a model, and no file of a checkpoint"):
+                load(str(name))
+    with pytest.raises(UserError, match=r"weights.txt is no folder of a model, and no file of a checkpoint"):
+        CLIPM2DF.from_pretrained(tmp_path / "weights.txt")
+
+
 @pytest.mark.parametrize("name", ["ViT-B/16", "vit_b_16", "openai/clip-vit-base-patch16", "CLIP-ViT-B/16"])
 def test_the_name_of_clip_is_no_trained_model(name: str) -> None:
     for load in (CLIPM2DF.from_pretrained, FewShotClassifier.from_checkpoint):

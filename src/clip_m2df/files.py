@@ -115,12 +115,14 @@ def check_output(path: str | Path, what: str) -> None:
         what: What the message calls it.
 
     Raises:
-        UserError: It is a folder, its folder cannot be written, or it has a name that no file can have.
+        UserError: It is a folder or no regular file, its folder cannot be written, or it has a name that no file can
+            have.
     """
     path = Path(path)
     with writing(path, what):
         if path.is_dir():
             raise UserError(f"cannot write the {what} {path}: it is a folder; name a file")
+        check_regular(path, what)
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with suppress(FileNotFoundError):
@@ -144,8 +146,11 @@ def whole_file(path: str | Path, what: str) -> Iterator[Path]:
         The draft's path.
 
     Raises:
-        UserError: If it cannot be written; what was there before still is.
+        UserError: If it cannot be written, or is a device or another thing that a file would replace; what was there
+            before still is.
     """
+    if not os.path.isdir(path):  # which the system refuses to replace
+        check_regular(path, what)
     draft = beside(path, f".{os.getpid()}.part")
     with writing(path, what):
         draft.parent.mkdir(parents=True, exist_ok=True)

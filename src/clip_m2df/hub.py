@@ -162,6 +162,8 @@ def other_model(path: Path) -> str:
         path: a run's folder or that of its checkpoints, what a checkpoint is called in a run, or CLIP's own name.
     """
     name = str(path)
+    if path.exists() and not path.is_dir():
+        return f"{name} is no folder of a model, and no file of a checkpoint: give one of them"
     if path.is_dir() and not (path / CONFIG).exists():
         patterns = ("*.ckpt", "checkpoints/*.ckpt", "*/checkpoints/*.ckpt")
         found = [file for pattern in patterns for file in sorted(path.glob(pattern))]

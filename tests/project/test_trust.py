@@ -186,7 +186,10 @@ def test_a_config_makes_no_objects_of_python(
 def test_a_config_of_aliases_does_not_grow_without_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = ["model:", "  head_options:", "    a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     lines += [f"    a{k}: &a{k} [{', '.join(9 * [f'*a{k - 1}'])}]" for k in range(1, 10)]
-    for text in ("\n".join(lines), "model: &m {head_options: *m}", "model: {head_options: {x: " + "[" * 3000):
+    merges = ["model:", "  a0: &a0 {x: 1}"]
+    merges += [f"  a{k}: &a{k} {{<<: [{', '.join(9 * [f'*a{k - 1}'])}]}}" for k in range(1, 10)]
+    texts = ["\n".join(lines), "\n".join(merges), "model: &m {head_options: *m}", "model: &m {<<: *m}"]
+    for text in (*texts, "model: {head_options: {x: " + "[" * 3000):
         (tmp_path / "c.yaml").write_text(text)
         assert main(["fit", f"--config={tmp_path / 'c.yaml'}", "--model.backbone=tiny"]) == 2
         assert f"config {tmp_path / 'c.yaml'} can't be read: " in capsys.readouterr().err

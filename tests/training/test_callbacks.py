@@ -50,6 +50,8 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "unknown": (callback("EarlyStopping", monitor="val/acc"), "there is no metric 'val/acc'"),
     "of no stage": (callback("EarlyStopping", monitor="accuracy"), "there is no metric 'accuracy'"),
     "of a test": (callback("ModelCheckpoint", monitor="test/accuracy"), "val/… have accuracy, interval"),
+    "without its metric": (callback("EarlyStopping"), "EarlyStopping: the following arguments are required: monitor"),
+    "without its rates": (callback("StochasticWeightAveraging"), "arguments are required: swa_lrs"),
 }
 
 
@@ -113,8 +115,9 @@ def alone(manifest: Path, tiny_clip_dir: Path, tmp_path_factory: pytest.TempPath
 
 @pytest.mark.parametrize("case", WORKS)
 def test_a_callback_that_works_changes_no_step(
-    alone: Path, manifest: Path, tiny_clip_dir: Path, tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    alone: Path, manifest: Path, tiny_clip_dir: Path, tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     more = [*RUN, "--trainer.log_every_n_steps=1", *WORKS[case]]
     arguments = ["fit", *options(manifest, tiny_clip_dir, tmp_path, *more)]
@@ -124,6 +127,7 @@ def test_a_callback_that_works_changes_no_step(
     plain = saved.get("current_model_state", saved["state_dict"])
     assert all(torch.equal(weight, plain[name]) for name, weight in expected["state_dict"].items())
     assert saved["global_step"] == 6
+    assert f"the best checkpoint is {tmp_path / FOLDER / 'best.ckpt'}, with val/accuracy" in capsys.readouterr().out
     if "checkpoints" in case:
         own = tmp_path.rglob("step=*.ckpt")
         assert {read_checkpoint(path)["global_step"] for path in own} == set(range(1, 7))

@@ -278,6 +278,8 @@ CHANGES: dict[str, str] = {
     "--model.match_weight=2": "model.match_weight is 2.0, but 1.0",
     "--model.head_options.temperature=3": "model.head_options.temperature is 3, but",
     "--trainer.gradient_clip_val=1": "trainer.gradient_clip_val is 1, but None",
+    "--checkpoint.monitor=val/loss/total": "checkpoint.monitor is 'val/loss/total', but 'val/accuracy'",
+    "--checkpoint.mode=min": "checkpoint.mode is 'min', but 'max'",
 }
 
 

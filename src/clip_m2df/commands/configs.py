@@ -95,7 +95,7 @@ def resolve_configs(args: Sequence[str]) -> list[str]:
 def _is_table(text: str) -> bool:
     """Whether the parser takes a text for a table; it takes another for the name of a file, and reads that."""
     try:
-        return not os.path.exists(text) and isinstance(yaml.safe_load(text), dict)
+        return not os.path.exists(text) and isinstance(_load(text), dict)
     except (ValueError, RecursionError, yaml.YAMLError):
         return False
 
@@ -110,9 +110,7 @@ def _check_config(path: Path) -> str:
     """
     text = read_text(path, "config")
     try:
-        content = yaml.safe_load(text)
-        if _count(content, {}) > MOST_VALUES:
-            raise ValueError(f"with its aliases written out, it has more than {MOST_VALUES} values")
+        content = _load(text)
     except yaml.constructor.ConstructorError as error:
         raise UserError(f"config {path} can't be read: {error.problem}") from error
     except yaml.YAMLError as error:
@@ -171,9 +169,28 @@ def _instead_of(name: str) -> str:
     return f"there is no option {name} any more: write --{FORMER_OPTIONS[name]} instead"
 
 
-def _count(node: Any, known: dict[int, int]) -> int:
+def _load(text: str) -> Any:
+    """Read YAML, once its size has been seen: aliases, and merges of them, are written out only then.
+
+    Raises:
+        ValueError: It has too many values, or an option twice, of which the parser would take the last.
+    """
+    node = yaml.compose(text, Loader=yaml.SafeLoader)
+    if _count(node, {}) > MOST_VALUES:
+        raise ValueError(f"with its aliases written out, it has more than {MOST_VALUES} values")
+    return yaml.safe_load(text)
+
+
+def _count(node: yaml.Node | None, known: dict[int, int]) -> int:
     """Count the values of a tree, what stands in several places in each of them."""
     if id(node) not in known:
-        children = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+        children = node.value if isinstance(node, yaml.SequenceNode) else ()
+        if isinstance(node, yaml.MappingNode):
+            children, lines = [value for _, value in node.value], dict[str, int]()
+            for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]:
+                line = key.start_mark.line + 1
+                if key.value in lines:
+                    raise ValueError(f"{key.value} stands in it twice, in lines {lines[key.value]} and {line}")
+                lines[key.value] = line
         known[id(node)] = 1 + sum(_count(child, known) for child in children)
     return known[id(node)]

@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import signal
+import textwrap
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -135,7 +136,7 @@ class CLI(LightningCLI):
             of_command = self._subcommand_parsers[args[0]]
             options = [option.dest for option in of_command._actions]
             command = of_command.prog.rpartition(" ")[2]
-            why = _explain(" ".join(str(error).split()), options, args[0])
+            why = textwrap.shorten(_explain(" ".join(str(error).split()), options, args[0]), 1000, placeholder=" …")
             raise UserError(f"{why}\n(clip-m2df {command} --help explains the options)") from error
         except Exception as error:  # values that the parser itself trips over
             raise UserError(f"the options can't be read: {' '.join(str(error).split())}") from error
@@ -193,10 +194,11 @@ class CLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Say where the best checkpoint is, and what to type next."""
-        kept = self.trainer.checkpoint_callback
-        if not (self.trainer.is_global_zero and isinstance(kept, checkpoints.RunCheckpoint)):
+        if not self.trainer.is_global_zero or self.config.fit.trainer.fast_dev_run:
             return
-        if self.config.fit.trainer.fast_dev_run or not kept.last_model_path:
+        # Beside which people may have checkpoint callbacks of their own.
+        kept = next(c for c in self.trainer.checkpoint_callbacks if isinstance(c, checkpoints.RunCheckpoint))
+        if not kept.last_model_path:
             return
         config = Path(self.trainer.default_root_dir) / "config.yaml"
         test = f"clip-m2df test --config {shlex.quote(str(config))} --ckpt_path"
@@ -411,7 +413,7 @@ def _explain(message: str, options: Sequence[str], command: str) -> str:
         options: that there are.
         command: whose they are; the parser puts it before the names of options that are missing.
     """
-    if found := re.search("are required: (.*)", message):
+    if not message.startswith("Parser key") and (found := re.search("are required: (.*)", message)):
         missing = [name.strip().removeprefix(f"{command}.") for name in found[1].split(",")]
         typed = " and ".join(f"--{name}" for name in missing if name != "data.manifest")
         if "data.manifest" not in missing:

@@ -526,7 +526,9 @@ class CLIPM2DF(lightning.LightningModule):
     def _goes_by(self) -> dict[str, Any]:
         """What a training and the choice of its best depend on beside the options that a checkpoint keeps."""
         algorithm = self.trainer.gradient_clip_algorithm
+        kept = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, RunCheckpoint)]
         return {
+            **{f"checkpoint.{name}": getattr(c, name) for c in kept for name in ("monitor", "mode")},
             "trainer.gradient_clip_val": self.trainer.gradient_clip_val,
             "trainer.gradient_clip_algorithm": None if algorithm is None else str(algorithm.value),
             "model.selection": self.model.head.selection,
@@ -564,7 +566,8 @@ class CLIPM2DF(lightning.LightningModule):
             model.on_load_checkpoint(checkpoint)
             model.load_state_dict(checkpoint["state_dict"])
         except Exception as error:  # whatever values of other types lead to
-            raise UserError(f"no model can be made of {source}: {error}") from error
+            reason = str(error) if isinstance(error, UserError) else f"{str(error).partition(chr(10))[0]:.300}"
+            raise UserError(f"no model can be made of {source}: {reason}") from error
         model.source = os.fspath(source)
         return model.to(next(iter(checkpoint["state_dict"].values())).device)
 
