@@ -21,6 +21,8 @@ from clip_m2df.video.transforms import resize_and_crop
 
 # Frames that are resized and encoded together.
 CHUNK = 16
+# Frames a second that windows are made of at most.
+FASTEST = 1000
 
 
 class Segment(NamedTuple):
@@ -73,6 +75,7 @@ class Windows(NamedTuple):
         stride = window / 4 if stride is None else stride
         smoothing = window / 2 if smoothing is None else smoothing
         require(above=0, below=math.inf, window=window)
+        require(least=frames / FASTEST, window=window)
         require(above=0, most=window, stride=stride)
         require(least=0, below=math.inf, smoothing=smoothing)
         rate = frames / window

@@ -113,6 +113,8 @@ class CLIPBackbone(nn.Module):
         elif Path(name).expanduser().is_file():
             backbone = cls.from_openai(name)
         else:
+            if Path(name).suffix in (".ckpt", ".safetensors", ".pt", ".pth", ".bin") or not name.strip():
+                raise UserError(f"there is no file {name!r} of weights: check the name, which starts at {Path.cwd()}")
             known = formats.known_backbone(name)
             if known not in ("", name) and not Path(name).expanduser().exists():
                 raise UserError(f"there is no backbone {name!r}: give {known!r}, which is the same model")
