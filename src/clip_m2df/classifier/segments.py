@@ -21,8 +21,8 @@ from clip_m2df.video.transforms import resize_and_crop
 
 # Frames that are resized and encoded together.
 CHUNK = 16
-# Frames a second that windows are made of at most.
-FASTEST = 1000
+# Frames a second that windows are made of at most, and that a video may have at least.
+FASTEST, SLOWEST = 1000, 1 / 3600
 
 
 class Segment(NamedTuple):
@@ -138,6 +138,9 @@ def _frames_at(video: Clip, rate: float, fps: float | None) -> Iterator[Tensor]:
     Raises:
         UserError: the video can't be read, or frames without times come without ``fps``.
     """
+    if fps is not None:
+        exact_rate("fps", fps)
+        require(least=SLOWEST, fps=fps)
     if isinstance(video, str | os.PathLike):
         return (frame.unsqueeze(0) for frame in sample_frames(os.fspath(video), rate, fps=fps))
     check_frames(video)

@@ -113,8 +113,6 @@ class CLIPBackbone(nn.Module):
         elif Path(name).expanduser().is_file():
             backbone = cls.from_openai(name)
         else:
-            if Path(name).suffix in (".ckpt", ".safetensors", ".pt", ".pth", ".bin") or not name.strip():
-                raise UserError(f"there is no file {name!r} of weights: check the name, which starts at {Path.cwd()}")
             known = formats.known_backbone(name)
             if known not in ("", name) and not Path(name).expanduser().exists():
                 raise UserError(f"there is no backbone {name!r}: give {known!r}, which is the same model")
@@ -122,6 +120,8 @@ class CLIPBackbone(nn.Module):
                 raise UserError(
                     f"of OpenAI's ResNets rn50 alone is fetched by its name: give the file of {name}'s weights"
                 )
+            if name.endswith((".ckpt", ".pth")) or not name.strip():
+                raise UserError(f"{name!r}: no such file or folder; relative names start at {Path.cwd()}")
             backbone = cls.from_pretrained(str(TINY_CLIP) if name == "tiny" else name)
         backbone.source = name
         backbone.freeze_batch_norm = freeze_batch_norm

@@ -44,11 +44,9 @@ def exact_rate(name: str, rate: float) -> Fraction:
     """Return what a person means by a number a second, where 0.8 is four fifths, and not the float nearest to it.
 
     Raises:
-        UserError: If it is not above 0, or infinite; or a picture would last longer than an hour.
+        UserError: If it is not above 0, or infinite.
     """
     require(above=0, below=math.inf, **{name: rate})
-    if name == "fps":  # which is a picture's time
-        require(least=1 / LONGEST, fps=rate)
     return Fraction(rate).limit_denominator() or Fraction(rate)
 
 
