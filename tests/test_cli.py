@@ -411,6 +411,18 @@ def test_help_comes_without_torch_or_lightning(args: list[str]) -> None:
     assert (__version__ if args == ["--version"] else "fit") in done.stdout or args[0] in COMMANDS
 
 
+@pytest.mark.parametrize("args", [["configs"], ["--help"], ["predict", "--help"]], ids=" ".join)
+def test_output_that_nobody_reads_any_more_ends_quietly(args: list[str]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as closed:
+        command = [sys.executable, "-m", "clip_m2df", *args]
+        done = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True, check=False)
+    # argparse passes over it where each line is written at once.
+    assert done.returncode in ((141,) if args == ["configs"] else (0, 141))
+    assert not done.stderr
+
+
 def test_the_package_has_the_names_that_it_lists() -> None:
     assert all(hasattr(clip_m2df, name) for name in clip_m2df.__all__)
     assert set(clip_m2df.__all__) == set(dir(clip_m2df))

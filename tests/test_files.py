@@ -168,8 +168,9 @@ def test_a_name_is_shown_without_what_a_terminal_obeys() -> None:
 
 def test_a_cell_is_no_formula_and_can_be_read_back(tmp_path: Path) -> None:
     texts = ["=1+1", "+a", "-b", "@c", "\t=d", " =e", "\r", "\n", "'f", "''", "＝g", "plain", "", "a=b", "1"]
+    texts += [f"{hidden}{sign}h" for hidden in "\u200b\ufeff\u202e\u00a0\x1b" for sign in "=+-@＝"]
     write_table(tmp_path / "t.csv", "table", [[for_spreadsheet(text)] for text in texts])
     with open(tmp_path / "t.csv", encoding="utf-8", newline="") as file:
         cells = [row[0] if row else "" for row in csv.reader(file)]
-    assert all(not cell.lstrip().startswith(tuple("=+-@＝")) for cell in cells)
+    assert all(not cell.lstrip("\u200b\ufeff\u202e\u00a0\x1b\t ").startswith(tuple("=+-@＝")) for cell in cells)
     assert [cell.removeprefix("'") for cell in cells] == texts

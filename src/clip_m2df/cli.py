@@ -4,6 +4,7 @@ import argparse
 import difflib
 import inspect
 import io
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -51,6 +52,8 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         with names_as_data():
             return _run([arg for arg in args if arg != "--traceback"])
+    except BrokenPipeError:
+        raise
     except (UserError, OSError) as error:  # OSError: a folder that can't be written, a full disk
         if show_traceback:
             raise
@@ -70,7 +73,15 @@ def entry_point() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names may have letters that the terminal's encoding lacks
-    sys.exit(main())
+    try:
+        try:
+            status = main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads the output, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 141  # as a shell has it of SIGPIPE
+    sys.exit(status)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -120,6 +120,9 @@ def console(*, error: bool = False) -> "Console":
         def render_str(self, text: str, **options: Any) -> Text:  # every cell, title and description goes through it
             return super().render_str(printable(text), **options)
 
+        def on_broken_pipe(self) -> None:  # rich's ends the process with status 1
+            raise
+
     return PlainConsole(stderr=error, markup=False, emoji=False, highlight=False)
 
 
@@ -193,11 +196,16 @@ def require(
     bounds = {"at least": least, "above": above, "at most": most, "below": below}
     wanted = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None)
     for option, value in options.items():
-        # Written so that what is not a number is refused.
-        if value is not None and not (
-            (least is None or value >= least)
-            and (above is None or value > above)
-            and (most is None or value <= most)
-            and (below is None or value < below)
-        ):
+        if value is None:
+            continue
+        try:  # written so that NaN is refused
+            within = (
+                (least is None or value >= least)
+                and (above is None or value > above)
+                and (most is None or value <= most)
+                and (below is None or value < below)
+            )
+        except TypeError as error:
+            raise UserError(f"{option} is {value!r:.80}; it must be a number, {wanted}") from error
+        if not within:
             raise UserError(f"{option} is {value}; it must be {wanted}")

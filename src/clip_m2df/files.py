@@ -201,10 +201,11 @@ def write_table(path: str | Path, what: str, rows: Iterable[Iterable[object]]) -
 def for_spreadsheet(text: str) -> str:
     """Write a text so that no spreadsheet takes it for a formula, for cells of tables that people open.
 
-    What begins like a formula, or with an apostrophe, gets an apostrophe in front; to read such a cell back, drop one
-    that it begins with.
+    What begins like a formula, or with an apostrophe, after whatever is invisible, gets an apostrophe in front; to read
+    such a cell back, drop one that it begins with.
     """
-    starts = text.lstrip().startswith(tuple("=+-@'\uff1d\uff0b\uff0d\uff20")) or text.startswith(("\t", "\r", "\n"))
+    seen = next((letter for letter in text if letter.isprintable() and letter != " "), "")
+    starts = seen in tuple("=+-@'\uff1d\uff0b\uff0d\uff20") or text.startswith(("\t", "\r", "\n"))
     return f"'{text}" if starts else text
 
 

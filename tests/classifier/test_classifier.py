@@ -50,14 +50,51 @@ def test_nothing_is_said_before_classes_are_known(make: Make, name: str) -> None
     [
         ({"frames": 0}, "frames is 0 and resize 40: set them to whole numbers, frames to 1 or more"),
         ({"frames": 8.0}, "frames is 8.0 .* set them to whole numbers"),
+        ({"frames": 10**8}, "frames is 100000000 .* at most 1000"),
+        ({"frames": "8"}, "frames is '8' .* set them to whole numbers"),
         ({"resize": 39}, "resize 39: .* resize to 40, the side that the tower takes, or more"),
+        ({"resize": 10**5}, "resize 100000: .* at most 4096"),
         ({"workers": -1}, "workers is -1"),
+        ({"workers": "2"}, "workers is '2'; it must be a number, at least 0"),
+        ({"workers": 1.5}, "workers is 1.5: give a whole number"),
         ({"timeout": float("nan")}, "timeout is nan"),
+        ({"timeout": "long"}, "timeout is 'long'; it must be a number, above 0"),
+        ({"threshold": "3"}, "threshold is '3'; it must be a number"),
     ],
 )
 def test_options_out_of_range(make: Make, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         make("otam", **options)
+
+
+def test_numbers_of_numpy_are_numbers(make: Make, videos: Path, tmp_path: Path) -> None:
+    classifier = make("otam", frames=np.int64(4), resize=np.int32(48), threshold=np.float32(0.5), workers=np.int8(0))
+    classifier.fit({"a": videos / "eat" / "0.mp4"}).save(tmp_path / "saved")
+    assert FewShotClassifier.load(tmp_path / "saved").threshold == 0.5
+
+
+@pytest.mark.parametrize("change", [("threshold", "3"), ("threshold", float("nan"))])
+def test_what_is_no_threshold_is_not_saved(make: Make, videos: Path, tmp_path: Path, change: tuple[str, Any]) -> None:
+    classifier = make("otam").fit({"a": videos / "eat" / "0.mp4"})
+    setattr(classifier, *change)
+    with pytest.raises(UserError, match="threshold is"):
+        classifier.save(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_what_is_computed_from_labels_is_plain(make: Make, videos: Path) -> None:
+    found = make("otam").fit(videos).predict([videos / "eat" / "0.mp4"] * 2)
+    label = found[0]
+    right = found == [label, "no class"]
+    assert type(right) is np.ndarray
+    assert right.tolist() == [True, False]
+    assert f"{right.mean():.1%}" == "50.0%"
+    assert (found == label).all()
+    assert type((found != label).sum()) is np.int64
+    assert found.tolist() == [label, label]
+    assert np.unique(found).tolist() == [label]
+    found[1] = "corrected"
+    assert "corrected" in repr(found)
 
 
 def test_a_model_that_draws_is_refused() -> None:

@@ -51,6 +51,7 @@ def test_windows_in_frames() -> None:
     [
         (0.0, None, None, "window is 0.0; it must be above 0"),
         (math.nan, None, None, "window is nan"),
+        (1e-9, None, None, "window is 1e-09; it must be at least"),
         (math.inf, None, None, "window is inf"),
         (2.0, 0.0, None, "stride is 0.0; it must be above 0 and at most 2"),
         (2.0, 2.1, None, "stride is 2.1; .* at most 2"),
@@ -201,6 +202,8 @@ def test_frames_without_times_need_a_rate(classifier: FewShotClassifier, images:
         classifier.segments(images)
     with pytest.raises(UserError, match=r"fps is 0\.0"):
         classifier.segments(noise(0, 40), fps=0.0)
+    with pytest.raises(UserError, match="fps is 1e-09; it must be at least"):  # pictures that would last for years
+        classifier.segments(noise(0, 40), fps=1e-9)
     pictures = np.stack([clips.picture(7 * number, 48, 32) for number in range(12)])
     for fps in (2, 5):  # longer and shorter than a window
         found, expected = classifier.segments(images, fps=fps), classifier.segments(pictures, fps=fps)

@@ -88,8 +88,11 @@ class Labels(np.ndarray[Any, np.dtype[np.object_]]):
     def __array_finalize__(self, other: object) -> None:
         self.predictions = ()
 
+    def __array_wrap__(self, array: Any, context: Any = None, return_scalar: bool = False) -> Any:
+        return np.asarray(array)[()]  # what numpy computes from labels are no labels
+
     def __repr__(self) -> str:
-        if not any(p.video for p in self.predictions):
+        if not any(p.video for p in self.predictions) or self.tolist() != [p.label for p in self.predictions]:
             return repr(np.asarray(self))
         rows = [(printable(p.video) or f"array {index}", p) for index, p in enumerate(self.predictions)]
         width = max(len(name) for name, _ in rows)
@@ -514,7 +517,9 @@ class FewShotClassifier:
         folder, reader = Path(folder), self.encoder.reader
         saving.check_folder(folder)
         options = {"text_fusion": self.model.text_fusion, "selection": self.model.model.head.selection}
-        reading = saving.Reading(reader.frames, reader.resize, options, self.threshold)
+        require(above=-math.inf, below=math.inf, threshold=self.threshold)
+        threshold = None if self.threshold is None else float(self.threshold)
+        reading = saving.Reading(reader.frames, reader.resize, options, threshold)
         saving.write_classifier(folder, self.model, list(self._classes.values()), reading)
 
     @classmethod

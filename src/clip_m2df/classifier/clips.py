@@ -1,6 +1,7 @@
 """What may be given as a clip, and how its frames are read."""
 
 import itertools
+import operator
 import os
 import warnings
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
@@ -32,6 +33,8 @@ Clips: TypeAlias = "Clip | Iterable[Clip]"
 TOGETHER = 16
 # What the visual tower computes in, by the names that Lightning has for it.
 PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+# Frames of a clip, and pixels of their short side, beyond which memory does not suffice.
+MOST_FRAMES, MOST_SIDE = 1000, 4096
 # Side of the small frames that are kept of a clip, in pixels.
 SMALL_SIDE = 64
 
@@ -266,19 +269,25 @@ class ClipEncoder:
         known = model.reading or {"frames": 8, "resize": size}
         frames = known["frames"] if frames is None else frames
         resize = known["resize"] if resize is None else resize
-        if not isinstance(frames, int) or not isinstance(resize, int) or frames < 1 or resize < size:
+        with suppress(TypeError):  # numpy's whole numbers too
+            frames, resize = operator.index(frames), operator.index(resize)
+        whole = isinstance(frames, int) and isinstance(resize, int)
+        if not (whole and 1 <= frames <= MOST_FRAMES and size <= resize <= MOST_SIDE):
             raise UserError(
-                f"frames is {frames} and resize {resize}: set them to whole numbers, frames to 1 or more, and resize to"
-                f" {size}, the side that the tower takes, or more"
+                f"frames is {frames!r:.40} and resize {resize!r:.40}: set them to whole numbers, frames to 1 or more,"
+                f" at most {MOST_FRAMES}, and resize to {size}, the side that the tower takes, or more, at most"
+                f" {MOST_SIDE}"
             )
         require(least=0, workers=workers)
+        if workers != int(workers):
+            raise UserError(f"workers is {workers}: give a whole number")
         require(above=0, timeout=timeout)
         if precision not in PRECISIONS:
             raise UserError(f"precision is {precision!r}: give one of {', '.join(PRECISIONS)}")
         self.model = model
         self.precision = precision
         self.reader = ClipReader(frames=frames, resize=resize, size=size)
-        self.workers = workers
+        self.workers = int(workers)
         self.timeout = timeout
 
     def encode(self, clips: Sequence[Clip]) -> Iterator[list[tuple[int, Encoded | Unreadable]]]:
@@ -344,6 +353,8 @@ def placed(model: CLIPM2DF, device: str | None) -> CLIPM2DF:
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        if torch.device(device).type == "meta":
+            raise RuntimeError("nothing is computed there")
         return model.to(device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise UserError(f"device {device!r} can't be used: {str(error).splitlines()[0]}") from error

@@ -21,6 +21,8 @@ from clip_m2df.video.transforms import resize_and_crop
 
 # Frames that are resized and encoded together.
 CHUNK = 16
+# Frames a second that windows are made of at most, and that a video may have at least.
+FASTEST, SLOWEST = 1000, 1 / 3600
 
 
 class Segment(NamedTuple):
@@ -73,6 +75,7 @@ class Windows(NamedTuple):
         stride = window / 4 if stride is None else stride
         smoothing = window / 2 if smoothing is None else smoothing
         require(above=0, below=math.inf, window=window)
+        require(least=frames / FASTEST, window=window)
         require(above=0, most=window, stride=stride)
         require(least=0, below=math.inf, smoothing=smoothing)
         rate = frames / window
@@ -135,6 +138,9 @@ def _frames_at(video: Clip, rate: float, fps: float | None) -> Iterator[Tensor]:
     Raises:
         UserError: the video can't be read, or frames without times come without ``fps``.
     """
+    if fps is not None:
+        exact_rate("fps", fps)
+        require(least=SLOWEST, fps=fps)
     if isinstance(video, str | os.PathLike):
         return (frame.unsqueeze(0) for frame in sample_frames(os.fspath(video), rate, fps=fps))
     check_frames(video)

@@ -120,6 +120,8 @@ class CLIPBackbone(nn.Module):
                 raise UserError(
                     f"of OpenAI's ResNets rn50 alone is fetched by its name: give the file of {name}'s weights"
                 )
+            if name.endswith((".ckpt", ".pth")) or not name.strip():
+                raise UserError(f"{name!r}: no such file or folder; relative names start at {Path.cwd()}")
             backbone = cls.from_pretrained(str(TINY_CLIP) if name == "tiny" else name)
         backbone.source = name
         backbone.freeze_batch_norm = freeze_batch_norm

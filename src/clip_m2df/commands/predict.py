@@ -17,7 +17,7 @@ from rich.progress import track
 from rich.table import Column, Table
 
 from clip_m2df.__about__ import __version__
-from clip_m2df.errors import UserError, console, ended_by_sigterm, say, some, some_lines
+from clip_m2df.errors import UserError, console, ended_by_sigterm, require, say, some, some_lines
 from clip_m2df.files import (
     beside,
     check_output,
@@ -286,13 +286,14 @@ class _Labeller:
     """
 
     def __init__(self, classifier: FewShotClassifier, reject: bool, sliding: dict[str, float] | None) -> None:
-        from clip_m2df.classifier.segments import Windows
+        from clip_m2df.classifier.segments import SLOWEST, Windows
         from clip_m2df.video.timing import exact_rate
 
         if sliding is not None:
             lengths = [sliding.get(name) for name in ("stride", "smoothing")]
             Windows.of(classifier.encoder.reader.frames, sliding["window"], *lengths)
             exact_rate("fps", sliding.get("fps", 1.0))
+            require(least=SLOWEST, fps=sliding.get("fps"))
         if reject and classifier.threshold_ is None:
             raise UserError(
                 "--reject can't tell by one example of one class: give it more examples, another class, or --threshold"

@@ -291,7 +291,7 @@ def build_head(name: str, options: Mapping[str, Any]) -> Head:
     except UserError:
         raise
     except (TypeError, ValueError) as error:
-        raise UserError(f"head_options: {cls.__name__} does not take {dict(options)}: {error}") from error
+        raise UserError(f"head_options: {cls.__name__} does not take {dict(options)!r:.200}: {error}") from error
 
 
 def options_of(cls: type[Head]) -> tuple[str, ...]:
