@@ -107,7 +107,7 @@ def test_what_is_written_never_follows_a_link(tmp_path: Path, link: str) -> None
     with pytest.raises(UserError, match=r"out\.part is a link or not a regular file"):
         locked(drafts[0], "table", out).__enter__()
     if link == "fifo":
-        with pytest.raises(UserError, match=r"the table .*/out is no regular file"):
+        with pytest.raises(UserError, match=r"the table .*/out is not a regular file"):
             write_text(out, "table", "new")
         assert out.is_fifo()
     else:
@@ -140,9 +140,9 @@ def test_what_is_no_file_is_not_replaced_by_one(tmp_path: Path, kind: str) -> No
         path.symlink_to(special)
     else:
         os.mkfifo(path)
-    with pytest.raises(UserError, match=r"the table .* is no regular file: name the file itself"):
+    with pytest.raises(UserError, match=r"the table .* is not a regular file: name the file itself"):
         check_output(path, "table")
-    with pytest.raises(UserError, match=r"the table .* is no regular file: name the file itself"):
+    with pytest.raises(UserError, match=r"the table .* is not a regular file: name the file itself"):
         write_text(path, "table", "x")
     assert path.is_symlink() == ("link" in kind)
     assert path.is_fifo() or path.is_char_device()

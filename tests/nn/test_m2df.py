@@ -290,7 +290,7 @@ def test_matching_and_losses_under_autocast_are_within_a_thousandth_of_a_float64
         ({"head": "clip_fsar", "num_heads": 3}, "dim 16 is no multiple of 3 attention heads"),
         ({"dept": 2}, "M2DFHead has no option 'dept'; did you mean 'depth'"),
         ({"head": f"{__name__}.OtherHead", "zzz": 2}, "OtherHead has no option 'zzz'; it has dim, width"),
-        ({"head": "otam", "smoothing": "much"}, "head_options: OTAMHead does not take"),
+        ({"head": "otam", "smoothing": "much"}, "smoothing is .much.; it must be a number"),
         ({"head": "m2dff"}, "head: 'm2dff' is neither one of m2df, .*, clip_fsar nor a class path"),
         ({"head": "no.such.Head"}, "'no.such.Head' can't be imported"),
         ({"head": "os.path.join"}, "'os.path.join' is no head"),

@@ -98,7 +98,7 @@ def test_a_command_takes_a_checkpoint_with_former_names_and_refuses_them_typed(
     args = ["test", *options(manifest, tiny_clip_dir, tmp_path, f"--ckpt_path={former}")]
     assert main(args) == 0
     said = fails([*args, "--model.head_options={hidden_dim: 32, heads: 4}"], capsys)
-    assert "head_options.heads is no option" in said
+    assert "head_options.heads is not an option" in said
     assert "num_heads" in said
 
 
