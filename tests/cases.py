@@ -52,12 +52,17 @@ CALLBACKS = "--trainer.callbacks+=lightning.pytorch.callbacks."
 def command(*arguments: object) -> tuple[int, str]:
     """Run a command: its status, and all that it says."""
     said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+    with (
+        contextlib.redirect_stdout(said),
+        contextlib.redirect_stderr(said),
+        warnings.catch_warnings(record=True) as caught,  # which pytest would keep to itself
+    ):
+        warnings.simplefilter("always")
         try:
             status: Any = main(list(map(str, arguments)))
         except SystemExit as ended:
             status = ended.code
-    return status, said.getvalue()
+    return status, said.getvalue() + "".join(f"\n{warning.message}" for warning in caught)
 
 
 def refused(*words: str, by: Callable[[], object]) -> None:

@@ -109,14 +109,14 @@ def offline_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
 
 @pytest.fixture(scope="session")
 def tiny_clip_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CLIP in transformers' format, with random weights: 32 x 32 images, 32 tokens, embeddings of 32."""
+    """A CLIP in transformers' format, with random weights: 32 x 32 images, 77 tokens, embeddings of 32."""
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPConfig, CLIPModel
 
     folder = tmp_path_factory.mktemp("tiny_clip")
     vocab_size = save_tokenizer(folder, ByteLevel.alphabet())
     tower = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = {"vocab_size": vocab_size, "max_position_embeddings": 32, "bos_token_id": vocab_size - 2}
+    text = {"vocab_size": vocab_size, "max_position_embeddings": 77, "bos_token_id": vocab_size - 2}
     config = CLIPConfig(
         text_config={**tower, **text, "eos_token_id": vocab_size - 1},
         vision_config={**tower, "image_size": 32, "patch_size": 8},

@@ -100,10 +100,10 @@ def test_from_pretrained_agrees_with_transformers(tiny_clip_dir: Path) -> None:
     reference_tokenizer = CLIPTokenizer.from_pretrained(tiny_clip_dir)
     backbone = CLIPBackbone.load(str(tiny_clip_dir))
     images = torch.randn(3, 3, 32, 32)
-    texts = ["a photo of a cat", "juggling", "shaking hands, then a very long tail indeed"]
+    texts = ["a photo of a cat", "juggling", "shaking hands, then" + " a very long tail" * 9]
 
     tokens = backbone.tokenize(texts)
-    inputs = reference_tokenizer(texts, padding="max_length", truncation=True, max_length=32, return_tensors="pt")
+    inputs = reference_tokenizer(texts, padding="max_length", truncation=True, max_length=77, return_tensors="pt")
     with torch.no_grad():
         torch.testing.assert_close(
             backbone.encode_frames(images), reference.get_image_features(images).pooler_output, rtol=1e-4, atol=1e-5
@@ -223,18 +223,18 @@ def test_tokens_are_padded_and_cut_at_the_end_of_text(tiny_clip_dir: Path) -> No
     assert backbone.text_config is not None
     end = backbone.text_config["eos_token_id"]
 
-    tokens = backbone.tokenize(["cab", "x" * 40])
+    tokens = backbone.tokenize(["cab", "x" * 100])
 
     assert tokens.dtype == torch.long
-    assert tokens.shape == (2, 32)
+    assert tokens.shape == (2, 77)
     start, c_a, b = tokens[0, :3].tolist()
     assert start == end - 1
-    assert tokens[0, 3:].tolist() == [end] * 29
+    assert tokens[0, 3:].tolist() == [end] * 74
     assert c_a == end - 2  # the merge
     assert b not in (start, end)
     assert tokens[1, -1] == end
     assert end not in tokens[1, :-1]
-    assert backbone.tokenize([]).shape == (0, 32)
+    assert backbone.tokenize([]).shape == (0, 77)
 
 
 def test_padding_is_never_read(tiny_clip_dir: Path) -> None:
@@ -242,7 +242,7 @@ def test_padding_is_never_read(tiny_clip_dir: Path) -> None:
     tokens = backbone.tokenize(["a photo"])
     with torch.no_grad():
         torch.testing.assert_close(backbone.encode_text(tokens), backbone.encode_text(tokens[:, :9]))
-    with pytest.raises(UserError, match="at most 32 tokens a text, not 64"):
+    with pytest.raises(UserError, match="at most 77 tokens a text, not 154"):
         backbone.encode_text(tokens.repeat(1, 2))
 
 
@@ -641,7 +641,7 @@ def test_a_model_in_the_cache_needs_no_network(
     hub: Callable[[str, Path], None], tiny_clip_dir: Path, tmp_path: Path
 ) -> None:
     hub("somebody/clip", tiny_clip_dir)
-    assert CLIPBackbone.load("somebody/clip").tokenize(["a cat"]).shape == (1, 32)
+    assert CLIPBackbone.load("somebody/clip").tokenize(["a cat"]).shape == (1, 77)
 
     (tmp_path / "rn50").mkdir()
     save_file(read_golden("clip_resnet")[1], tmp_path / "rn50" / RN50_FILE)
@@ -746,7 +746,7 @@ def test_pickled_weights_and_shards_in_a_folder(copied: Path, sharded: bool) -> 
     expected = CLIPBackbone.load(str(copied)).state_dict()
     (copied / "model.safetensors").unlink()
     if sharded:
-        weights["text_model.embeddings.position_ids"] = torch.arange(32)[None]  # as older versions stored
+        weights["text_model.embeddings.position_ids"] = torch.arange(77)[None]  # as older versions stored
         half = len(weights) // 2
         torch.save(dict(list(weights.items())[:half]), copied / "pytorch_model-00001-of-00002.bin")
         torch.save(dict(list(weights.items())[half:]), copied / "pytorch_model-00002-of-00002.bin")
