@@ -355,18 +355,31 @@ def test_no_link_leads_out_of_a_tokenizers_folder(name: str, copied: Path, tmp_p
 EXPLODING = {"type": "Split", "pattern": {"Regex": "(a+)+(a+)+(a+)+(a+)+$"}, "behavior": "Isolated", "invert": False}
 
 
-def test_a_pattern_that_explodes_is_not_run_or_an_error(copied: Path) -> None:
+LONGER = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 1000}
+ENDS = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "z", "type_id": 0}}] * 100_000}
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"pre_tokenizer": EXPLODING},
+        {"normalizer": {**EXPLODING, "type": "Replace", "content": ""}},
+        {"normalizer": {"type": "Sequence", "normalizers": [LONGER] * 6}},  # an "a" would take 10^18 bytes
+        {"post_processor": {**ENDS, "pair": [], "special_tokens": {"z": {"id": "z", "ids": [5], "tokens": ["z"]}}}},
+        {"normalizer": None, "pre_tokenizer": None, "decoder": 3},
+    ],
+)
+def test_patterns_and_templates_that_explode_are_not_run(part: dict[str, Any], copied: Path) -> None:
     text = "a" * 40 + "b"
     backbone = CLIPBackbone.load(str(copied))
     expected = backbone.tokenize([text])
-    content = json.loads((copied / "tokenizer.json").read_text())
-    for part in ({"pre_tokenizer": EXPLODING}, {"normalizer": {**EXPLODING, "type": "Replace", "content": ""}}):
-        (copied / "tokenizer.json").write_text(json.dumps(content | part))
-        assert torch.equal(CLIPBackbone.load(str(copied)).tokenize([text]), expected)
     description = backbone.description()
-    saved = json.loads(description["tokenizer"]) | {"pre_tokenizer": EXPLODING}
-    with pytest.raises(UserError, match=r"the tokenizer of .* fails at a text"):
-        CLIPBackbone.from_description(description | {"tokenizer": json.dumps(saved)}).tokenize([text])
+    saved = json.dumps(json.loads(description["tokenizer"]) | part)
+    again = CLIPBackbone.from_description(description | {"tokenizer": saved})
+    assert torch.equal(again.tokenize([text]), expected)
+    assert again.description() == description
+    (copied / "tokenizer.json").write_text(saved)
+    assert torch.equal(CLIPBackbone.load(str(copied)).tokenize([text]), expected)
 
 
 @pytest.mark.parametrize(
@@ -392,6 +405,10 @@ def test_a_pattern_that_explodes_is_not_run_or_an_error(copied: Path) -> None:
     ],
 )
 def test_forged_tokenizers_are_refused(damage: dict[str, Any], copied: Path) -> None:
+    description = CLIPBackbone.load(str(copied)).description()
+    saved = json.dumps(json.loads(description["tokenizer"]) | damage)
+    with pytest.raises(UserError, match=r"the tokenizer of .* (can't be read|has)"):
+        CLIPBackbone.from_description(description | {"tokenizer": saved})
     content = json.loads((copied / "tokenizer.json").read_text())
     (copied / "tokenizer.json").write_text(json.dumps(content | damage))
     with pytest.raises(UserError, match=r"the tokenizer (in|of) .* (can't be read|has)"):

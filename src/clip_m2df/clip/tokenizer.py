@@ -27,8 +27,8 @@ def has_tokenizer(folder: Path) -> bool:
 def read_tokenizer(folder: Path, config: Mapping[str, Any], source: str) -> Tokenizer:
     """The tokenizer of a folder, which pads and truncates to the length of the text tower.
 
-    Only words and merges are taken from its files, and their names are fixed: how CLIP cuts texts is known, and what a
-    configuration says of regular expressions, classes and further files is not read.
+    The names of its files are fixed, and what a configuration says of classes and further files is not read. See
+    :func:`_made` for what is taken from them.
 
     Args:
         folder: Where it lies.
@@ -38,9 +38,6 @@ def read_tokenizer(folder: Path, config: Mapping[str, Any], source: str) -> Toke
     Raises:
         UserError: There is none, it can't be read, or it is another tower's.
     """
-    from tokenizers import AddedToken
-    from transformers import CLIPTokenizer
-
     # Asked for one that isn't there, transformers makes one of two tokens without a word.
     if not has_tokenizer(folder):
         raise UserError(f"{folder} has no tokenizer: neither tokenizer.json, nor vocab.json and merges.txt")
@@ -52,39 +49,53 @@ def read_tokenizer(folder: Path, config: Mapping[str, Any], source: str) -> Toke
                 token = settings.get(name)
                 if token := token.get("content") if isinstance(token, dict) else token:
                     special[name] = _text(token)
-        added: list[dict[str, Any]] = []
         if (folder / "tokenizer.json").is_file():
             content = json.loads(_read_own(folder, "tokenizer.json"))
-            vocab, merges = content["model"]["vocab"], content["model"]["merges"]
-            pairs: Any = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
-            added = sorted(content.get("added_tokens") or [], key=lambda token: token["id"])
         else:
             vocab = json.loads(_read_own(folder, "vocab.json"))
             lines = _read_own(folder, "merges.txt").splitlines()
-            pairs = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
-        made = CLIPTokenizer(vocab={_text(word): number for word, number in vocab.items()}, merges=pairs, **special)
-        tokenizer: Tokenizer = made.backend_tokenizer
-        flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
-        for token in added:
-            own = AddedToken(_text(token["content"]), **{flag: bool(token.get(flag)) for flag in flags})
-            tokenizer.add_special_tokens([own]) if own.special else tokenizer.add_tokens([own])
-            if tokenizer.token_to_id(own.content) != token["id"]:
-                raise ValueError(f"the token {own.content!r} can't have the number {token['id']}")
-        tokenizer = tokenizer.from_str(tokenizer.to_str())
+            pairs = [line.split() for line in lines if line.strip() and not line.startswith("#version")]
+            content = {"model": {"vocab": vocab, "merges": pairs}}
+        tokenizer = _made(content, special)
     return fitted(tokenizer, config, source)
 
 
 def saved_tokenizer(text: str, config: Mapping[str, Any], source: str) -> Tokenizer:
-    """The tokenizer that a description of a backbone has; see :func:`fitted`.
+    """The tokenizer that a description of a backbone has, such as a checkpoint's; see :func:`_made`.
 
     Raises:
         UserError: It can't be read, or it is another tower's.
     """
-    from tokenizers import Tokenizer
-
     with _in_words(f"the tokenizer of {source} can't be read"):
-        tokenizer = Tokenizer.from_str(text)
+        content = json.loads(text)
+        special = {"unk_token": content["model"].get("unk_token")}
+        ends = content.get("post_processor") or {}
+        for name, end in (("bos_token", "cls"), ("eos_token", "sep")):
+            special[name] = ends[end][0] if end in ends else None
+        tokenizer = _made(content, {name: _text(token) for name, token in special.items() if token})
     return fitted(tokenizer, config, source)
+
+
+def _made(content: Mapping[str, Any], special: Mapping[str, str]) -> Tokenizer:
+    """CLIP's tokenizer with the words, merges and added tokens of a ``tokenizer.json``.
+
+    How CLIP cuts texts is known: the file's own regular expressions, replacements and templates, which may take any
+    time and memory, are not read.
+    """
+    from tokenizers import AddedToken
+    from transformers import CLIPTokenizer
+
+    words, merges = content["model"]["vocab"].items(), content["model"]["merges"]
+    pairs: Any = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
+    made = CLIPTokenizer(vocab={_text(word): number for word, number in words}, merges=pairs, **special)
+    tokenizer: Tokenizer = made.backend_tokenizer
+    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    for token in sorted(content.get("added_tokens") or [], key=lambda token: token["id"]):
+        own = AddedToken(_text(token["content"]), **{flag: bool(token.get(flag)) for flag in flags})
+        tokenizer.add_special_tokens([own]) if own.special else tokenizer.add_tokens([own])
+        if tokenizer.token_to_id(own.content) != token["id"]:
+            raise ValueError(f"the token {own.content!r} can't have the number {token['id']}")
+    return tokenizer.from_str(tokenizer.to_str())
 
 
 def fitted(tokenizer: Tokenizer, config: Mapping[str, Any], source: str) -> Tokenizer:
