@@ -490,8 +490,10 @@ def test_heads_and_activation_are_told_or_refused(width: int, head_width: int, a
     for change, message in (
         ({"vision_cfg": vision | {"layers": 3}}, "is another model's"),
         ({"embed_dim": 512}, "is another model's"),
+        ({"vision_cfg": vision | {"patch_size": 16}}, "is another model's"),
         ({"vision_cfg": vision | {"head_width": 0}}, "head_width is 0"),
         ({"vision_cfg": vision | {"head_width": "x"}}, "head_width is 'x'"),
+        ({"vision_cfg": vision | {"head_width": True}}, "head_width is True"),
         ({"vision_cfg": vision | {"head_width": 7}}, "heads of 7 channels: the width"),
         ({"vision_cfg": vision | {"timm_model_name": "vit"}}, "its vision_cfg has timm_model_name, unknown here"),
         ({"text_cfg": {"hf_model_name": "roberta"}}, "its text_cfg has hf_model_name, unknown here"),
@@ -500,6 +502,12 @@ def test_heads_and_activation_are_told_or_refused(width: int, head_width: int, a
         (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": cfg | change}))
         with pytest.raises(UserError, match=message):
             CLIPBackbone.load(str(file))
+    for name in ("mean", "std"):
+        for value in (0.5, "abc", [0.5, 0.5], ["a", "b", "c"], [0.5] * 4, [1, 1, 1e999], {"r": 1}, [[1], 2, 3]):
+            told_of = {"model_cfg": cfg, "preprocess_cfg": {name: value}}
+            (tmp_path / "open_clip_config.json").write_text(json.dumps(told_of))
+            with pytest.raises(UserError, match="have to be three finite numbers each"):
+                CLIPBackbone.load(str(file))
 
 
 @pytest.mark.parametrize(
@@ -725,7 +733,7 @@ def test_folders_that_are_no_clip_are_refused(copied: Path) -> None:
         ("preprocessor_config.json", '{"image_std": ["a", "b", "c"]}', "the preprocessing in .* can't be used"),
         ("preprocessor_config.json", '{"image_std": [0, 0, 0]}', r"can't be built: .* image_std \[0\.0, 0"),
         ("preprocessor_config.json", '{"image_std": [1, -1, 1]}', "std above 0"),
-        ("preprocessor_config.json", '{"image_mean": [NaN, 0, 0]}', "have to be finite"),
+        ("preprocessor_config.json", '{"image_mean": [NaN, 0, 0]}', "have to be three finite"),
         ("preprocessor_config.json", '{"image_mean": null}', "the preprocessing in .* can't be used"),
         ("preprocessor_config.json", '{"rescale_factor": 0}', "the preprocessing in .* can't be used"),
         ("preprocessor_config.json", '{"rescale_factor": "x"}', "the preprocessing in .* can't be used"),
@@ -865,6 +873,17 @@ def test_shards_are_whole_or_refused(index: bool, suffix: str, copied: Path) -> 
 def test_an_adapter_beside_the_weights_is_named(name: str, copied: Path) -> None:
     (copied / name).write_text("{}")
     with pytest.raises(UserError, match=f"has an adapter, {name}, which is not applied here: merge it"):
+        CLIPBackbone.load(str(copied))
+    (copied / "config.json").unlink()  # as peft saves it
+    with pytest.raises(UserError, match=f"has an adapter, {name}, which is not applied here: merge it"):
+        CLIPBackbone.load(str(copied))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool, torch.complex64])
+def test_weights_of_no_floating_type_are_refused(dtype: torch.dtype, copied: Path) -> None:
+    weights = load_file(copied / "model.safetensors")
+    save_file({name: weight.to(dtype) for name, weight in weights.items()}, copied / "model.safetensors")
+    with pytest.raises(UserError, match=f"is of the type {dtype}, which is no floating one"):
         CLIPBackbone.load(str(copied))
 
 

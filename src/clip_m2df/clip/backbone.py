@@ -84,8 +84,15 @@ class CLIPBackbone(nn.Module):
             self._tokenizer = saved_tokenizer(tokenizer, self.text_config, repr(source))
         self._tokenizer_repository: str | None = None  # where to fetch it from once a text has to be read
 
-        if not all(isfinite(value) for value in (*mean, *std)) or min(std) <= 0:
-            raise UserError(f"image_mean is {[*mean]} and image_std {[*std]}: they have to be finite, and std above 0")
+        try:
+            usable = len(mean) == len(std) == 3 and all(map(isfinite, (*mean, *std))) and min(std) > 0
+        except (TypeError, OverflowError):
+            usable = False
+        if not usable:
+            raise UserError(
+                f"image_mean is {mean!r:.100} and image_std {std!r:.100}: they have to be three finite numbers each, "
+                "and std above 0"
+            )
         # Not in the state dict: they belong to the description, and weights from elsewhere don't have them.
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1), persistent=False)

@@ -140,7 +140,9 @@ def load_weights(
     for key, name in names.items():
         if name in state:
             weight = _openai_part(key, name, state[name])
-            if weight.shape == own[key].shape:
+            if own[key].is_floating_point() and not weight.is_floating_point():
+                problems[name] = f"of the type {weight.dtype}, which is no floating one"
+            elif weight.shape == own[key].shape:
                 own[key].copy_(weight)  # the very memory of the parameters; float16 becomes float32 here
                 if not own[key].isfinite().all():
                     problems[name] = "not finite (NaN or infinite)"
@@ -173,6 +175,11 @@ def read_folder(folder: Path, source: str) -> tuple[dict[str, Any], dict[str, Te
 
     for name in ("config.json", "processor_config.json", "preprocessor_config.json"):
         check_regular(folder / name, "model's description")
+    if adapter := next(folder.glob("adapter_*"), None):
+        raise UserError(
+            f"{source} has an adapter, {adapter.name}, which is not applied here: merge it into the model and save that"
+            " (peft's merge_and_unload), or move it elsewhere"
+        )
     if not (folder / "config.json").is_file():
         hint = "; give the file of weights in it" if (folder / OPEN_CLIP_CONFIG).is_file() else ""
         raise UserError(f"{source} isn't a model in transformers' format: there is no config.json in it{hint}")
@@ -209,11 +216,6 @@ def read_folder(folder: Path, source: str) -> tuple[dict[str, Any], dict[str, Te
 
 def _read_folder_weights(folder: Path, source: str) -> dict[str, Tensor]:
     """The weights of a folder in transformers' format: those that transformers' own names say, and no stray ones."""
-    if adapter := next(folder.glob("adapter_*"), None):
-        raise UserError(
-            f"{source} has an adapter, {adapter.name}, which is not applied here: merge it into the model and save that"
-            " (peft's merge_and_unload), or move it elsewhere"
-        )
     for name, pattern in _WEIGHTS:
         if (folder / name).is_file():
             return read_weights(folder / name)
@@ -307,12 +309,12 @@ def read_open_clip_config(file: Path) -> dict[str, Any]:
         if unknown := [field for field, value in fields if field not in known and value not in _OPEN_CLIP_DEFAULTS]:
             raise UserError(f"{file} describes a model of another kind: its {name} has {some(unknown)}, unknown here")
     heads = {"head_width": vision.get("head_width", 64), "text_heads": text.get("heads", 8)}
-    if wrong := [name for name, value in heads.items() if not isinstance(value, int) or value < 1]:
+    if wrong := [name for name, value in heads.items() if type(value) is not int or value < 1]:
         raise UserError(f"{file} is damaged: {wrong[0]} is {heads[wrong[0]]!r}; fetch it again")
     return {
         **heads,
         "activation": "quick_gelu" if model.get("quick_gelu") else "gelu",
-        "stated": [vision.get("layers"), vision.get("width"), model.get("embed_dim")],
+        "stated": [*map(vision.get, ("layers", "width", "patch_size")), model.get("embed_dim")],
         "mean": preprocessing.get("mean") or CLIP_MEAN,
         "std": preprocessing.get("std") or CLIP_STD,
     }
@@ -335,7 +337,8 @@ def openai_configs(
         head_width: Channels of each attention head of a ViT. Shapes don't tell it; OpenAI's have 64.
         text_heads: Attention heads of the text tower; by default they have 64 channels each.
         activation: Between the layers of transformers: ``quick_gelu``, as OpenAI has it, or ``gelu``.
-        stated: Layers, width and width of embeddings that a configuration says, or None; it may be another model's.
+        stated: Layers, width, patch size and width of embeddings that a configuration says, or None; it may be another
+            model's.
 
     Raises:
         KeyError: Names a weight that isn't there.
