@@ -14,6 +14,7 @@ from clip_m2df.files import (
     for_spreadsheet,
     locked,
     locked_folder,
+    near_by,
     read_bytes,
     whole_file,
     write_table,
@@ -174,3 +175,14 @@ def test_a_cell_is_no_formula_and_can_be_read_back(tmp_path: Path) -> None:
         cells = [row[0] if row else "" for row in csv.reader(file)]
     assert all(not cell.lstrip("\u200b\ufeff\u202e\u00a0\x1b\t ").startswith(tuple("=+-@＝")) for cell in cells)
     assert [cell.removeprefix("'") for cell in cells] == texts
+
+
+def test_a_name_much_like_one_that_is_there_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "best.ckpt").touch()
+    (tmp_path / "jars_classifier").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert near_by("best.ckp") == "; did you mean best.ckpt?"
+    assert near_by("jars_classifer/") == "; did you mean jars_classifier?"
+    assert near_by(str(tmp_path / "bset.ckpt")) == f"; did you mean {tmp_path / 'best.ckpt'}?"
+    for other in ("best.ckpt", "", "openai/clip-vit-base-patch16", "nothing", "\0", "best.ckpt/x"):
+        assert near_by(other) == ""

@@ -1,6 +1,7 @@
 """Files: reading them, writing them whole or not at all, and telling whether they have changed."""
 
 import csv
+import difflib
 import errno
 import hashlib
 import os
@@ -95,6 +96,16 @@ def writing(path: str | Path, what: str) -> Iterator[None]:
             kept = "what was there before still is" if os.path.exists(path) else "nothing of it is kept"
             remedy = f"make room; {kept}"
         raise UserError(f"cannot write the {what} {path}: {error.strerror or error}; {remedy}") from error
+
+
+def near_by(path: str) -> str:
+    """A question after the name that was meant, where nothing is at ``path`` and a name beside it is much alike."""
+    folder, name = os.path.split(path.rstrip("/"))
+    there: list[str] = []
+    with suppress(OSError):
+        there = [] if os.path.lexists(path) else os.listdir(folder or ".")
+    near = difflib.get_close_matches(name, there, n=1)
+    return f"; did you mean {os.path.join(folder, near[0])}?" if near else ""
 
 
 def beside(path: str | Path, suffix: str) -> Path:

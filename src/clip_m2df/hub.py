@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from clip_m2df.clip.formats import known_backbone, public_source, read_weights
 from clip_m2df.errors import UserError, some
-from clip_m2df.files import check_regular, locked_folder, sha256_of, whole_file, write_text
+from clip_m2df.files import check_regular, locked_folder, near_by, sha256_of, whole_file, write_text
 
 MODEL_FORMAT = "clip-m2df model 1"
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -145,6 +145,7 @@ def find_model(name_or_folder: str | os.PathLike[str], **options: Any) -> Path:
     except (HFValidationError, RepositoryNotFoundError) as error:
         raise UserError(
             f"{name!r} is neither a folder here nor a model of the hub that you may see: check the name, or give token="
+            + near_by(name)
         ) from error
     except RevisionNotFoundError as error:
         raise UserError(f"{name!r} has no revision {options['revision']!r}: check it on the hub") from error
@@ -152,6 +153,7 @@ def find_model(name_or_folder: str | os.PathLike[str], **options: Any) -> Path:
         raise UserError(
             f"{name!r} is no folder here, and as a model of the hub it is not on this machine and can't be fetched:"
             f" connect once, or download {CONFIG} and {WEIGHTS} from https://huggingface.co/{name} and give the folder"
+            + near_by(name)
         ) from error
 
 

@@ -24,6 +24,7 @@ from clip_m2df.files import (
     fingerprint_text,
     for_spreadsheet,
     locked,
+    near_by,
     plain,
     sha256_of,
     write_table,
@@ -252,6 +253,7 @@ def _fit_classifier(
     if support is None:
         raise UserError(
             f"{ckpt_path or backbone} knows no classes: give --support, a folder with a folder of examples for each"
+            + near_by(ckpt_path or "")
         )
     examples = list_examples(support)  # before the model, which takes longer
     texts = {} if told["texts"] is None else read_class_texts(told["texts"], examples, "the support")
