@@ -57,24 +57,22 @@ def write_model(folder: str | os.PathLike[str], checkpoint: Mapping[str, Any], *
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with locked_folder(folder, "model"):
-            (folder / CONFIG).unlink(missing_ok=True)  # it is written last: without it the folder is not a model
-            with whole_file(folder / WEIGHTS, "weights") as draft:
-                draft.touch()
-                mode = draft.stat().st_mode
-                save_file(copies, draft, {"format": "pt"})
-                draft.chmod(mode)  # safetensors lets nobody but the writer read
-            config = {
-                "format": MODEL_FORMAT,
-                "options": options,
-                "reading": reading,
-                "sha256": sha256_of(folder / WEIGHTS),
-            }
+        # All is written before the first takes its place, so that the model that was there outlives a full disk. The
+        # config, which has the checksum of the weights, comes last.
+        with (
+            locked_folder(folder, "model"),
+            whole_file(folder / CONFIG, "model") as config_draft,
+            whole_file(folder / WEIGHTS, "weights") as draft,
+        ):
+            mode = draft.stat().st_mode
+            save_file(copies, draft, {"format": "pt"})
+            draft.chmod(mode)  # safetensors lets nobody but the writer read
+            config = {"format": MODEL_FORMAT, "options": options, "reading": reading, "sha256": sha256_of(draft)}
             try:
                 text = json.dumps(config, indent=2)
             except (TypeError, ValueError) as error:
                 raise UserError(f"the model's options can't be saved as JSON: {error}; give plain values") from error
-            write_text(folder / CONFIG, "model", text + "\n")
+            config_draft.write_bytes(f"{text}\n".encode())
             if not (folder / CARD).exists():
                 write_text(folder / CARD, "model card", str(model_card(options, reading, **card)))
     except (OSError, SafetensorError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from clip_m2df import CLIPM2DF, FewShotClassifier, UserError
 from clip_m2df.classifier.saving import LOCK, read_support
 from clip_m2df.files import locked
 from tests.classifier.conftest import Make, make_model, noise
+from tests.conftest import files_up_to
 from tests.project.damage import SCRAPS, Rng, alter, damage
 
 CLIPS = [noise(seed) for seed in range(10, 16)]
@@ -217,6 +219,18 @@ def test_a_full_disk(folder: Path, videos: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Path, "write_bytes", no_room)
     with pytest.raises(UserError, match=r"cannot write the examples .*support.safetensors: No space left on device"):
         fitted(videos, "otam").save(folder)
+
+
+@pytest.mark.parametrize("size", [10, 30_000, 100_000])  # of the examples, of the weights
+def test_on_a_full_disk_the_classifier_that_was_there_stays(size: int, folder: Path, videos: Path) -> None:
+    files = {path: path.read_bytes() for path in folder.iterdir()}
+    other = fitted(videos, "otam").add("run", noise(7))
+    with torch.no_grad():
+        for weight in other.model.parameters():
+            weight.mul_(1.1)
+    with files_up_to(size), pytest.raises(UserError, match=rf"{re.escape(str(folder))}.*make room"):
+        other.save(folder)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == files
 
 
 def test_the_features_of_another_model_are_refused(folder: Path, videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from clip_m2df.classifier.support import SupportClass, check_names
 from clip_m2df.errors import UserError, some
-from clip_m2df.files import locked, read_bytes, sha256_of, whole_file, write_text
+from clip_m2df.files import locked, read_bytes, sha256_of, whole_file
 from clip_m2df.hub import CONFIG
 from clip_m2df.training.module import CLIPM2DF
 
@@ -91,21 +91,22 @@ def _write(folder: Path, model: CLIPM2DF, classes: Sequence[SupportClass], readi
         "thumbnails": torch.cat([c.thumbnails.cpu() for c in classes]).contiguous(),
     }
     content = save_tensors(tensors)
-    with whole_file(folder / SUPPORT, "examples") as draft:
+    # All but the table is written before the first takes its place: at a full disk the classifier that was there stays.
+    with whole_file(folder / TABLE, "classifier") as table_draft, whole_file(folder / SUPPORT, "examples") as draft:
         draft.write_bytes(content)
-    model.save_pretrained(folder)
-    table = {
-        "format": CLASSIFIER_FORMAT,
-        **reading._asdict(),
-        "classes": [
-            {"label": c.label, "text": c.text, "examples": [os.path.abspath(e) if e else "" for e in c.examples]}
-            for c in classes
-        ],
-        "sha256": hashlib.sha256(content).hexdigest(),
-        "model": sha256_of(folder / CONFIG),
-    }
-    # In ASCII: a file's name may have bytes that are no UTF-8.
-    write_text(folder / TABLE, "classifier", json.dumps(table, indent=2) + "\n")
+        model.save_pretrained(folder)
+        table = {
+            "format": CLASSIFIER_FORMAT,
+            **reading._asdict(),
+            "classes": [
+                {"label": c.label, "text": c.text, "examples": [os.path.abspath(e) if e else "" for e in c.examples]}
+                for c in classes
+            ],
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "model": sha256_of(folder / CONFIG),
+        }
+        # In ASCII: a file's name may have bytes that are no UTF-8.
+        table_draft.write_bytes(f"{json.dumps(table, indent=2)}\n".encode())
 
 
 def read_support(folder: Path) -> tuple[list[SavedClass], Reading]:
