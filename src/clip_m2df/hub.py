@@ -206,8 +206,7 @@ def read_model(folder: Path) -> dict[str, Any]:
         )
         raise UserError(f"{path} is of another model or version: its format is {found!r}, not {MODEL_FORMAT!r}{hint}")
     reading = config.get("reading", {})
-    numbers = reading.values() if isinstance(reading, dict) and reading.keys() == {"frames", "resize"} else [None]
-    if reading is not None and not all(type(number) is int and number > 0 for number in numbers):
+    if not is_reading(reading):
         raise UserError(f"{path} is damaged, its reading is not a number of frames and one of pixels: {REMEDY}")
     if config.get("sha256") != checksum:
         raise UserError(
@@ -216,6 +215,13 @@ def read_model(folder: Path) -> dict[str, Any]:
         )
     weights = read_weights(folder / WEIGHTS)
     return {"hyper_parameters": config.get("options"), "reading": reading, "state_dict": weights}
+
+
+def is_reading(reading: object) -> bool:
+    """Whether this says how a model's videos were read: a number of frames and one of pixels, or None: not known."""
+    if not isinstance(reading, dict):
+        return reading is None
+    return reading.keys() == {"frames", "resize"} and all(type(n) is int and n > 0 for n in reading.values())
 
 
 def model_card(

@@ -299,7 +299,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         "its features are not of its model",
     ),
     "beyond numbers": (lambda f: write_tensors(f, features=torch.full((6, 5, 64), 1e38)), "not finite"),
-    "nothing seen": (lambda f: write_tensors(f, features=torch.zeros(6, 5, 64)), "or all are zero"),
+    "nothing seen": (lambda f: write_tensors(f, features=torch.zeros(6, 5, 64)), "of a frame are zero"),
+    "one frame unseen": (
+        lambda f: write_tensors(f, features=torch.ones(6, 5, 64).index_fill(1, torch.tensor(2), 0)),
+        "of a frame are zero",
+    ),
     "pictures in floats": (lambda f: write_tensors(f, thumbnails=torch.ones(6, 5, 3, 8, 8)), "its small frames are"),
     "pictures in grey": (lambda f: write_tensors(f, thumbnails=pictures(6, 5, 1, 8, 8)), "its small frames are"),
     "pictures of nothing": (lambda f: write_tensors(f, thumbnails=pictures(6, 5, 3, 0, 8)), "its small frames are"),

@@ -155,8 +155,8 @@ def _classes(table: dict[str, Any], tensors: dict[str, Tensor]) -> list[SavedCla
     for label, text, _ in rows:
         check_names(label, text)
     features, thumbnails = tensors["features"], tensors["thumbnails"]
-    if not features.is_floating_point() or not features.isfinite().all() or not features.any():
-        raise ValueError("its features are not finite numbers, or all are zero")
+    if not features.is_floating_point() or not features.isfinite().all() or not features.any(-1).all():
+        raise ValueError("its features are not finite numbers, or those of a frame are zero")
     if thumbnails.dtype != torch.uint8 or thumbnails.ndim != 5 or thumbnails.shape[2] != 3 or 0 in thumbnails.shape:
         raise ValueError(f"its small frames are {thumbnails.dtype} {tuple(thumbnails.shape)}")
     parts = zip(rows, features.split(counts), thumbnails.split(counts), strict=True)
