@@ -94,7 +94,7 @@ def export_model(
             f"an export to ONNX needs {', '.join(missing)}: pip install clip-m2df[export], or give formats=['pt2']"
         )
     folder = Path(folder)
-    if folder.is_file():
+    if os.path.isfile(folder):
         raise UserError(f"{folder} holds something already: name an empty or a new folder for the export")
     with locked_folder(folder, "export"):
         if any(path.name != ".lock" for path in folder.iterdir()):

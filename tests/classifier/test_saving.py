@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save
 
 from clip_m2df import CLIPM2DF, FewShotClassifier, UserError
 from clip_m2df.classifier.saving import LOCK, read_support
+from clip_m2df.export import export_model
 from clip_m2df.files import locked
 from tests.classifier.conftest import Make, make_model, noise
 from tests.conftest import files_up_to
@@ -219,6 +220,20 @@ def test_a_full_disk(folder: Path, videos: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Path, "write_bytes", no_room)
     with pytest.raises(UserError, match=r"cannot write the examples .*support.safetensors: No space left on device"):
         fitted(videos, "otam").save(folder)
+
+
+def test_a_name_that_no_folder_can_have(videos: Path, tmp_path: Path) -> None:
+    classifier, name = fitted(videos, "otam"), tmp_path / ("é" * 128)
+    writers: list[Callable[[Path], object]] = [
+        classifier.save,
+        classifier.model.save_pretrained,
+        lambda folder: export_model(
+            classifier.model, folder, n_way=2, n_shot=1, n_queries=1, frames=2, formats=["pt2"]
+        ),
+    ]
+    for write in writers:
+        with pytest.raises(UserError, match="File name too long"):
+            write(name)
 
 
 @pytest.mark.parametrize("size", [10, 30_000, 100_000])  # of the examples, of the weights

@@ -63,9 +63,9 @@ def check_folder(folder: Path) -> None:
     Raises:
         UserError: the folder holds something else.
     """
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    names = {path.name for path in folder.iterdir()} if os.path.isdir(folder) else set()
     ours = names & {TABLE, SUPPORT, LOCK}  # the latter two after an interrupted save, or during another
-    if folder.is_file() or (names and not ours):
+    if os.path.isfile(folder) or (names and not ours):
         raise UserError(f"{folder} holds something other than a classifier: name an empty or a new folder")
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -316,7 +317,7 @@ class FeatureStore:
             UserError: what is there is not a regular file.
         """
         check_regular(self.path, "file of features")
-        if not self.path.exists():
+        if not os.path.exists(self.path):
             return {}
         try:
             with safe_open(self.path, framework="pt") as file:
