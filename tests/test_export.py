@@ -1,5 +1,6 @@
 """Exported programs give the model's numbers, in onnxruntime and after ``torch.export.load``; others are not kept."""
 
+import io
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from clip_m2df.export import FORMATS, Program, export_model, head_program, tower
 from clip_m2df.files import locked_folder
 from clip_m2df.nn.baselines import HEADS
 from clip_m2df.nn.class_text import fuse_text
-from tests.conftest import read_golden
+from tests.conftest import files_up_to, read_golden
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs/export.md").read_text(encoding="utf-8")
 SMALL = {"hidden_dim": 32, "num_heads": 4}
@@ -295,6 +296,16 @@ def test_missing_packages_are_named(plain_model: CLIPM2DF, tmp_path: Path, monke
     assert list(export_model(plain_model, tmp_path / "e", **SHAPES, formats=["pt2"])) == ["tower.pt2", "head.pt2"]
 
 
+@pytest.mark.parametrize("size", [10, 20_000])
+@pytest.mark.parametrize("format_", FORMATS)
+def test_a_full_disk_ends_an_export_with_a_line(
+    format_: export.Format, size: int, plain_model: CLIPM2DF, tmp_path: Path
+) -> None:
+    with files_up_to(size), pytest.raises(UserError, match=f"cannot export to {tmp_path}: File too large; make room"):
+        export_model(plain_model, tmp_path, formats=[format_], **SHAPES)
+    assert not list(tmp_path.iterdir())
+
+
 def test_one_export_has_a_folder(plain_model: CLIPM2DF, tmp_path: Path) -> None:
     with locked_folder(tmp_path / "e", "export"), pytest.raises(UserError, match="another process writes the export"):
         export_model(plain_model, tmp_path / "e", **SHAPES)
@@ -335,12 +346,13 @@ def test_a_program_that_differs_is_refused(error: float, refused: bool, tmp_path
 def test_nothing_is_kept_with_a_damaged_file(
     plain_model: CLIPM2DF, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = torch.export.save
+    save, written = torch.export.save, []
 
-    def cut(exported: Any, path: Path) -> None:
-        save(exported, path)
-        if path.name == "head.pt2":  # the last
-            path.write_bytes(path.read_bytes()[:1000])
+    def cut(exported: Any, file: io.BytesIO) -> None:
+        save(exported, file)
+        written.append(file)
+        if len(written) == 2:  # the head, which is the last
+            file.truncate(1000)
 
     monkeypatch.setattr(torch.export, "save", cut)
     with pytest.raises(UserError, match="the head can't be exported: "):

@@ -25,6 +25,7 @@ from clip_m2df.cli import main
 from clip_m2df.files import locked_folder, sha256_of
 from clip_m2df.hub import MODEL_FORMAT
 from clip_m2df.training.module import RUN_OPTIONS
+from tests.conftest import files_up_to
 from tests.project.test_trust import FORMS, pickled
 from tests.training.test_module import make_episodes
 
@@ -510,6 +511,20 @@ def test_one_process_at_a_time_writes_a_model(tiny_clip_dir: Path, tmp_path: Pat
     assert {path.name for path in (tmp_path / "other").iterdir()} == {"config.json", "model.safetensors", "README.md"}
     model.save_pretrained(tmp_path / "model")
     assert {path.name for path in (tmp_path / "model").iterdir()} == {"config.json", "model.safetensors", "README.md"}
+
+
+@pytest.mark.parametrize("size", [10, 2000, 100_000])
+def test_on_a_full_disk_the_model_that_was_there_stays(size: int, folder: Path, tiny_clip_dir: Path) -> None:
+    (folder / "README.md").unlink()  # the card is written anew
+    files = {path: path.read_bytes() for path in folder.iterdir()}
+    other = make(tiny_clip_dir)
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.mul_(1.1)
+    message = rf"{re.escape(str(folder))}.*make room"
+    with files_up_to(size), pytest.raises(UserError, match=message):
+        other.save_pretrained(folder)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == files
 
 
 def test_no_link_is_followed(tiny_clip_dir: Path, tmp_path: Path) -> None:

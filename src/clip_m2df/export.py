@@ -4,6 +4,7 @@ What is exported is copies in evaluation mode: the model itself stays as it is, 
 """
 
 import copy
+import io
 import json
 import logging
 import os
@@ -94,7 +95,7 @@ def export_model(
             f"an export to ONNX needs {', '.join(missing)}: pip install clip-m2df[export], or give formats=['pt2']"
         )
     folder = Path(folder)
-    if folder.is_file():
+    if os.path.isfile(folder):
         raise UserError(f"{folder} holds something already: name an empty or a new folder for the export")
     with locked_folder(folder, "export"):
         if any(path.name != ".lock" for path in folder.iterdir()):
@@ -252,7 +253,9 @@ def write_program(program: Program, stem: Path, formats: Sequence[str]) -> dict[
                 if name == "onnx":
                     _save_onnx(exported, program, path)
                 else:
-                    torch.export.save(exported, path)
+                    content = io.BytesIO()  # given a file, torch ends the process where the disk is full
+                    torch.export.save(exported, content)
+                    path.write_bytes(content.getbuffer())
                 differences[path.name] = _check(program, path)
     except (OSError, UserError):
         raise

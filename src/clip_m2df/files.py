@@ -92,7 +92,9 @@ def writing(path: str | Path, what: str) -> Iterator[None]:
         yield
     except OSError as error:
         remedy = "name a file in a folder that can be written"
-        if error.errno in FULL:
+        if error.errno == errno.ENAMETOOLONG:
+            remedy = "give a shorter name"
+        elif error.errno in FULL:
             kept = "what was there before still is" if os.path.exists(path) else "nothing of it is kept"
             remedy = f"make room; {kept}"
         raise UserError(f"cannot write the {what} {path}: {error.strerror or error}; {remedy}") from error

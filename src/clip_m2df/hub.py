@@ -57,24 +57,22 @@ def write_model(folder: str | os.PathLike[str], checkpoint: Mapping[str, Any], *
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with locked_folder(folder, "model"):
-            (folder / CONFIG).unlink(missing_ok=True)  # it is written last: without it the folder is not a model
-            with whole_file(folder / WEIGHTS, "weights") as draft:
-                draft.touch()
-                mode = draft.stat().st_mode
-                save_file(copies, draft, {"format": "pt"})
-                draft.chmod(mode)  # safetensors lets nobody but the writer read
-            config = {
-                "format": MODEL_FORMAT,
-                "options": options,
-                "reading": reading,
-                "sha256": sha256_of(folder / WEIGHTS),
-            }
+        # All is written before the first takes its place, so that the model that was there outlives a full disk. The
+        # config, which has the checksum of the weights, comes last.
+        with (
+            locked_folder(folder, "model"),
+            whole_file(folder / CONFIG, "model") as config_draft,
+            whole_file(folder / WEIGHTS, "weights") as draft,
+        ):
+            mode = draft.stat().st_mode
+            save_file(copies, draft, {"format": "pt"})
+            draft.chmod(mode)  # safetensors lets nobody but the writer read
+            config = {"format": MODEL_FORMAT, "options": options, "reading": reading, "sha256": sha256_of(draft)}
             try:
                 text = json.dumps(config, indent=2)
             except (TypeError, ValueError) as error:
                 raise UserError(f"the model's options can't be saved as JSON: {error}; give plain values") from error
-            write_text(folder / CONFIG, "model", text + "\n")
+            config_draft.write_bytes(f"{text}\n".encode())
             if not (folder / CARD).exists():
                 write_text(folder / CARD, "model card", str(model_card(options, reading, **card)))
     except (OSError, SafetensorError) as error:
@@ -210,8 +208,7 @@ def read_model(folder: Path) -> dict[str, Any]:
         )
         raise UserError(f"{path} is of another model or version: its format is {found!r}, not {MODEL_FORMAT!r}{hint}")
     reading = config.get("reading", {})
-    numbers = reading.values() if isinstance(reading, dict) and reading.keys() == {"frames", "resize"} else [None]
-    if reading is not None and not all(type(number) is int and number > 0 for number in numbers):
+    if not is_reading(reading):
         raise UserError(f"{path} is damaged, its reading is not a number of frames and one of pixels: {REMEDY}")
     if config.get("sha256") != checksum:
         raise UserError(
@@ -220,6 +217,13 @@ def read_model(folder: Path) -> dict[str, Any]:
         )
     weights = read_weights(folder / WEIGHTS)
     return {"hyper_parameters": config.get("options"), "reading": reading, "state_dict": weights}
+
+
+def is_reading(reading: object) -> bool:
+    """Whether this says how a model's videos were read: a number of frames and one of pixels, or None: not known."""
+    if not isinstance(reading, dict):
+        return reading is None
+    return reading.keys() == {"frames", "resize"} and all(type(n) is int and n > 0 for n in reading.values())
 
 
 def model_card(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Callable
@@ -18,8 +19,10 @@ from safetensors.torch import load_file, save
 
 from clip_m2df import CLIPM2DF, FewShotClassifier, UserError
 from clip_m2df.classifier.saving import LOCK, read_support
+from clip_m2df.export import export_model
 from clip_m2df.files import locked
 from tests.classifier.conftest import Make, make_model, noise
+from tests.conftest import files_up_to
 from tests.project.damage import SCRAPS, Rng, alter, damage
 
 CLIPS = [noise(seed) for seed in range(10, 16)]
@@ -219,6 +222,32 @@ def test_a_full_disk(folder: Path, videos: Path, monkeypatch: pytest.MonkeyPatch
         fitted(videos, "otam").save(folder)
 
 
+def test_a_name_that_no_folder_can_have(videos: Path, tmp_path: Path) -> None:
+    classifier, name = fitted(videos, "otam"), tmp_path / ("é" * 128)
+    writers: list[Callable[[Path], object]] = [
+        classifier.save,
+        classifier.model.save_pretrained,
+        lambda folder: export_model(
+            classifier.model, folder, n_way=2, n_shot=1, n_queries=1, frames=2, formats=["pt2"]
+        ),
+    ]
+    for write in writers:
+        with pytest.raises(UserError, match="File name too long"):
+            write(name)
+
+
+@pytest.mark.parametrize("size", [10, 30_000, 100_000])  # of the examples, of the weights
+def test_on_a_full_disk_the_classifier_that_was_there_stays(size: int, folder: Path, videos: Path) -> None:
+    files = {path: path.read_bytes() for path in folder.iterdir()}
+    other = fitted(videos, "otam").add("run", noise(7))
+    with torch.no_grad():
+        for weight in other.model.parameters():
+            weight.mul_(1.1)
+    with files_up_to(size), pytest.raises(UserError, match=rf"{re.escape(str(folder))}.*make room"):
+        other.save(folder)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == files
+
+
 def test_the_features_of_another_model_are_refused(folder: Path, videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As after a broken-off save, which has written the model alone."""
     other = make_model("otam")
@@ -285,7 +314,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         "its features are not of its model",
     ),
     "beyond numbers": (lambda f: write_tensors(f, features=torch.full((6, 5, 64), 1e38)), "not finite"),
-    "nothing seen": (lambda f: write_tensors(f, features=torch.zeros(6, 5, 64)), "or all are zero"),
+    "nothing seen": (lambda f: write_tensors(f, features=torch.zeros(6, 5, 64)), "of a frame are zero"),
+    "one frame unseen": (
+        lambda f: write_tensors(f, features=torch.ones(6, 5, 64).index_fill(1, torch.tensor(2), 0)),
+        "of a frame are zero",
+    ),
     "pictures in floats": (lambda f: write_tensors(f, thumbnails=torch.ones(6, 5, 3, 8, 8)), "its small frames are"),
     "pictures in grey": (lambda f: write_tensors(f, thumbnails=pictures(6, 5, 1, 8, 8)), "its small frames are"),
     "pictures of nothing": (lambda f: write_tensors(f, thumbnails=pictures(6, 5, 3, 0, 8)), "its small frames are"),

@@ -301,6 +301,7 @@ def test_what_is_no_regular_file_is_not_opened(
         torch.zeros(2, 3, 4, dtype=torch.complex64),
         torch.full((2, 3, 4), math.nan),
         torch.full((2, 3, 4), math.inf),
+        torch.ones(2, 3, 4).index_fill(1, torch.tensor(1), 0),
     ],
     ids=lambda t: f"{t.dtype} {tuple(t.shape)} {t.flatten()[0].item()}",
 )
@@ -450,6 +451,24 @@ def test_a_checkpoint_does_not_name_what_is_imported(
     CLIPM2DF.load_from_checkpoint(path, head=head)
     assert sys.modules.pop("module_of_a_stranger")
     marker.rmdir()
+
+
+@pytest.mark.parametrize(
+    "reading",
+    [5, "x", [8, 32], {}, {"frames": 8}, torch.tensor(8.0)]
+    + [{"frames": f, "resize": r} for f, r in ((0, 32), (-1, 32), ("8", 32), (True, 32), (8, None), (8, 32.5))],
+)
+def test_a_checkpoint_says_how_videos_are_read_in_numbers(
+    reading: object, checkpoint: tuple[Path, dict[str, Any]], manifest: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, content = checkpoint
+    torch.save(content | {"reading": reading}, path)
+    support = path.parent / "support" / "one"
+    support.mkdir(parents=True)
+    shutil.copy(manifest.parent / "test0_0.mp4", support)
+    said = fails(["predict", f"--ckpt_path={path}", f"--support={support.parent}", f"--videos={support}"], capsys)
+    assert str(path) in said
+    assert "not a number of frames and one of pixels; give another" in said
 
 
 TOWERS = ("visual_config", "text_config")

@@ -277,7 +277,7 @@ def test_one_process_adds_features_to_a_file_and_any_number_reads_it(
 
 def test_any_damage_to_features_on_disk_is_seen(tmp_path: Path) -> None:
     store = FeatureStore(tmp_path, torch.nn.Linear(2, 2), "frames 2")
-    features = {f"{k}.mp4 1:2:3": torch.full((2, 4), float(k)) for k in range(5)}
+    features = {f"{k}.mp4 1:2:3": torch.full((2, 4), k + 1.0) for k in range(5)}
     store.write(features)
     whole = store.path.read_bytes()
     rng = random.Random(0)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from clip_m2df.classifier.support import SupportClass, check_names
 from clip_m2df.errors import UserError, some
-from clip_m2df.files import locked, read_bytes, sha256_of, whole_file, write_text
+from clip_m2df.files import locked, read_bytes, sha256_of, whole_file
 from clip_m2df.hub import CONFIG
 from clip_m2df.training.module import CLIPM2DF
 
@@ -63,9 +63,9 @@ def check_folder(folder: Path) -> None:
     Raises:
         UserError: the folder holds something else.
     """
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    names = {path.name for path in folder.iterdir()} if os.path.isdir(folder) else set()
     ours = names & {TABLE, SUPPORT, LOCK}  # the latter two after an interrupted save, or during another
-    if folder.is_file() or (names and not ours):
+    if os.path.isfile(folder) or (names and not ours):
         raise UserError(f"{folder} holds something other than a classifier: name an empty or a new folder")
 
 
@@ -91,21 +91,22 @@ def _write(folder: Path, model: CLIPM2DF, classes: Sequence[SupportClass], readi
         "thumbnails": torch.cat([c.thumbnails.cpu() for c in classes]).contiguous(),
     }
     content = save_tensors(tensors)
-    with whole_file(folder / SUPPORT, "examples") as draft:
+    # All but the table is written before the first takes its place: at a full disk the classifier that was there stays.
+    with whole_file(folder / TABLE, "classifier") as table_draft, whole_file(folder / SUPPORT, "examples") as draft:
         draft.write_bytes(content)
-    model.save_pretrained(folder)
-    table = {
-        "format": CLASSIFIER_FORMAT,
-        **reading._asdict(),
-        "classes": [
-            {"label": c.label, "text": c.text, "examples": [os.path.abspath(e) if e else "" for e in c.examples]}
-            for c in classes
-        ],
-        "sha256": hashlib.sha256(content).hexdigest(),
-        "model": sha256_of(folder / CONFIG),
-    }
-    # In ASCII: a file's name may have bytes that are no UTF-8.
-    write_text(folder / TABLE, "classifier", json.dumps(table, indent=2) + "\n")
+        model.save_pretrained(folder)
+        table = {
+            "format": CLASSIFIER_FORMAT,
+            **reading._asdict(),
+            "classes": [
+                {"label": c.label, "text": c.text, "examples": [os.path.abspath(e) if e else "" for e in c.examples]}
+                for c in classes
+            ],
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "model": sha256_of(folder / CONFIG),
+        }
+        # In ASCII: a file's name may have bytes that are no UTF-8.
+        table_draft.write_bytes(f"{json.dumps(table, indent=2)}\n".encode())
 
 
 def read_support(folder: Path) -> tuple[list[SavedClass], Reading]:
@@ -154,8 +155,8 @@ def _classes(table: dict[str, Any], tensors: dict[str, Tensor]) -> list[SavedCla
     for label, text, _ in rows:
         check_names(label, text)
     features, thumbnails = tensors["features"], tensors["thumbnails"]
-    if not features.is_floating_point() or not features.isfinite().all() or not features.any():
-        raise ValueError("its features are not finite numbers, or all are zero")
+    if not features.is_floating_point() or not features.isfinite().all() or not features.any(-1).all():
+        raise ValueError("its features are not finite numbers, or those of a frame are zero")
     if thumbnails.dtype != torch.uint8 or thumbnails.ndim != 5 or thumbnails.shape[2] != 3 or 0 in thumbnails.shape:
         raise ValueError(f"its small frames are {thumbnails.dtype} {tuple(thumbnails.shape)}")
     parts = zip(rows, features.split(counts), thumbnails.split(counts), strict=True)

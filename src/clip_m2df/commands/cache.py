@@ -60,7 +60,7 @@ def cache_frames(
 
     require(least=1, short_side=short_side, frames=frames, workers=workers)
     require(above=0, timeout=timeout)
-    if output.exists() and not output.is_dir():
+    if os.path.exists(output) and not os.path.isdir(output):
         raise UserError(f"the output {output} is no folder: name the cache's folder, which is made if need be")
     videos = [video.path for video in Manifest.read(manifest, root, check_files=False).videos]
     folder = os.path.dirname(os.path.abspath(manifest))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -316,7 +317,7 @@ class FeatureStore:
             UserError: what is there is not a regular file.
         """
         check_regular(self.path, "file of features")
-        if not self.path.exists():
+        if not os.path.exists(self.path):
             return {}
         try:
             with safe_open(self.path, framework="pt") as file:
@@ -342,8 +343,10 @@ class FeatureStore:
             raise ValueError(f"of shape {tuple(features.shape)} where {wanted} belongs")
         if features.dtype not in self.dtypes:
             raise ValueError(f"of type {features.dtype}")
-        if not features.isfinite().all():
-            raise ValueError("with values that are not finite")
+        if not len(features) == len(videos) == len(set(videos)):
+            raise ValueError(f"of {len(features)} videos where {len(set(videos))} are named")
+        if not features.isfinite().all() or not features.any(-1).all():
+            raise ValueError("with values that are not finite, or a frame of zeros")
 
     def write(self, features: Mapping[str, Tensor]) -> None:
         """Put features there, by what tells their video, in the place of all that were."""

@@ -23,7 +23,7 @@ from clip_m2df.errors import UserError, require, some
 from clip_m2df.evaluation.bank import EpisodeBank, encode_videos
 from clip_m2df.evaluation.evidence import Played
 from clip_m2df.evaluation.metrics import NAMES, StageMetrics
-from clip_m2df.hub import find_model, push_model, read_model, write_model
+from clip_m2df.hub import find_model, is_reading, push_model, read_model, write_model
 from clip_m2df.loops import check_same, ends_step, episodes_played, logs_step
 from clip_m2df.nn.baselines import build_head, head_class, options_of
 from clip_m2df.nn.class_text import class_text_loss, fuse_text
@@ -507,8 +507,15 @@ class CLIPM2DF(lightning.LightningModule):
         path = self._trainer.ckpt_path if self._trainer else None  # others name it themselves
         for weights in (checkpoint["state_dict"], checkpoint.get("current_model_state")):
             if weights is not None:
-                check_weights(self, weights, "a checkpoint of this model" + (f", {path}," if path else ""))
-        self.reading = checkpoint.get("reading")
+                check_weights(self, weights, "a checkpoint of this model" + (f" ({path})" if path else ""))
+        reading = checkpoint.get("reading")
+        if not is_reading(reading):
+            of_file = f" {path}" if path else ""
+            raise UserError(
+                f"the checkpoint{of_file} is damaged, its reading is {reading!r:.80}, not a number of frames and one of"
+                " pixels; give another"
+            )
+        self.reading = reading
         if self._trainer is not None and self._trainer.state.fn == "fit":  # a run that goes on
             self._draws_seed = checkpoint.get("draws_seed")
             known = inspect.signature(CLIPM2DF).parameters  # a class derived from it may save more
