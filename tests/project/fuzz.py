@@ -176,7 +176,7 @@ def features(samples: Path, scratch: Path, rng: Rng) -> str:
     from clip_m2df.evaluation.bank import FeatureStore
 
     store = FeatureStore(scratch, torch.nn.Linear(2, 2, bias=False).requires_grad_(False), "frames 2")
-    kept = {f"{k}.mp4 1:2:3": torch.full((2, 4), float(k)) for k in range(5)}
+    kept = {f"{k}.mp4 1:2:3": torch.full((2, 4), float(k + 1)) for k in range(5)}
     store.write(kept)
     store.path.write_bytes(damage(rng, store.path.read_bytes(), (b"0", b"]", b'"', b"}", b"[" * 3000)))
     found = store.read()
