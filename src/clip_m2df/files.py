@@ -128,7 +128,7 @@ def check_output(path: str | Path, what: str) -> None:
         what: What the message calls it.
 
     Raises:
-        UserError: It is a folder or no regular file, its folder cannot be written, or it has a name that no file can
+        UserError: It is a folder or not a regular file, its folder cannot be written, or it has a name that no file can
             have.
     """
     path = Path(path)

@@ -592,12 +592,14 @@ def test_one_file_under_two_names(six: Path, workers: Workers, capsys: pytest.Ca
 def test_a_manifest_that_starts_elsewhere(six: Path, workers: Workers, capsys: pytest.CaptureFixture[str]) -> None:
     (six.parent / "lists").mkdir()
     moved = six.rename(six.parent / "lists" / "manifest.csv")
+    fix = moved.with_name("fixed.csv")
+    assert run(moved, root=six.parent, fix=fix) == 0
+    table = moved.with_name("manifest.check.csv").read_bytes()
     assert run(moved) == 1
     assert f"not one video is there: paths start at {moved.parent}; name the folder where they do with --root" in (
         capsys.readouterr().out
     )
-    fix = moved.with_name("fixed.csv")
-    assert run(moved, root=six.parent, fix=fix) == 0
+    assert moved.with_name("manifest.check.csv").read_bytes() == table  # what was found with --root is kept
     assert "0.mp4,run,train," in fix.read_text()
     assert len(Manifest.read(fix, six.parent).videos) == 6
 

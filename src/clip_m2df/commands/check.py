@@ -120,7 +120,7 @@ def check_videos(
         timeout: Seconds after which a video is given up.
 
     Returns:
-        The exit status: 0, or 1 if a video is unusable.
+        The exit status: 0, or 1 if a video is unusable. If not one is there and no root is given, no table is written.
 
     Raises:
         UserError: If an option is out of range, the manifest cannot be read, a file cannot be written, or another
@@ -132,6 +132,12 @@ def check_videos(
     output = manifest.with_suffix(".check.csv") if output is None else output
     if os.path.abspath(output) in [os.path.abspath(other) for other in (manifest, fix) if other is not None]:
         raise UserError(f"the table would take the place of the manifest {output}: give it another name with --output")
+    if root is None and not any(os.path.lexists(video.path) for video in listed.videos):
+        # A table of them would take the place of what an earlier check with --root has found.
+        say(f"not one video is there: paths start at {listed.root}; name the folder where they do with --root")
+        if fix is not None:
+            say(f"{fix} is not written: not one video is usable")
+        return 1
     check_output(output, "table")
     if fix is not None:
         check_output(fix, "manifest")
@@ -141,8 +147,6 @@ def check_videos(
         write_table(output, "table", [COLUMNS, *(row.values() for row in rows)])
         part.truncate(0)
     _print_summary(rows, output)
-    if root is None and not any(os.path.lexists(video.path) for video in listed.videos):
-        say(f"not one video is there: paths start at {listed.root}; name the folder where they do with --root")
     if fix is not None:
         _write_fixed(listed, rows, fix, root)
     return int(any(row["status"] == "unusable" for row in rows))
