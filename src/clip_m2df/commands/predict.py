@@ -148,7 +148,7 @@ def predict_videos(
     reading: dict[str, Any] = {"device": device, "precision": precision, "threshold": threshold, "timeout": timeout}
     reading["workers"] = os.cpu_count() if workers is None else workers
     with (
-        ended_by_sigterm("the same command goes on where it was"),
+        ended_by_sigterm(*[] if output is None else ["the same command goes on where it was"]),
         nullcontext() if output is None else open_part(output) as part,
     ):
         if ckpt_path is not None and os.path.isfile(os.path.join(ckpt_path, TABLE)):
