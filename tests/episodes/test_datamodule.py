@@ -13,6 +13,7 @@ from clip_m2df.episodes.datamodule import EpisodeDataModule
 from clip_m2df.episodes.files import write_episodes_file
 from clip_m2df.episodes.plan import plan_episode
 from clip_m2df.errors import UserError
+from tests import clips
 
 SMALL: dict[str, Any] = {
     "n_way": 3,
@@ -236,6 +237,21 @@ def test_an_evaluation_with_a_share_of_unusable_videos(manifest: Path, tmp_path:
     for fewer in (0.1, 0.0):
         with pytest.raises(UserError, match=r"1 of the 9 videos of the val split are unusable, more than the share 0"):
             make(broken, val_episodes=20, max_unusable=fewer).setup("validate")
+
+
+@pytest.mark.parametrize(("split", "stage"), [("train", "fit"), ("val", "fit"), ("val", "validate"), ("test", "test")])
+def test_videos_that_a_chosen_decoder_may_read_wrongly_are_refused_at_the_start(
+    manifest: Path, tmp_path: Path, split: str, stage: str
+) -> None:
+    pytest.importorskip("decord")
+    copy = broken_copy(manifest, tmp_path)
+    clips.render(tmp_path / "b_frames.avi", 12, options={"bf": "3", "g": "12", "sc_threshold": "0"}).replace(
+        tmp_path / f"{split}0_0.mp4"
+    )
+    make(copy).setup(stage)
+    message = f"of 1 videos of the {split} split decord may give other frames .*{split}0_0.mp4; take the decoder auto"
+    with pytest.raises(UserError, match=message):
+        make(copy, decoder="decord").setup(stage)
 
 
 def test_training_may_find_one_video_in_twenty_unusable(manifest: Path, tmp_path: Path) -> None:

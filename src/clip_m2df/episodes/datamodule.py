@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import os
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -21,11 +22,11 @@ from clip_m2df.episodes.features import EvaluationTable, TrainingTable
 from clip_m2df.episodes.files import read_episodes_file
 from clip_m2df.episodes.loader import ReadingNow, UnusableVideos, VideoLoader
 from clip_m2df.episodes.plan import EpisodePlan, EpisodeSampler, EpisodeShape, plan_episode, with_outliers
-from clip_m2df.errors import UserError, require
+from clip_m2df.errors import UserError, require, some
 from clip_m2df.files import relative_path
 from clip_m2df.loops import batches_limit, batches_of_step, between_steps, check_goes_on, count_in_steps
 from clip_m2df.video.frame_cache import FrameCache
-from clip_m2df.video.reader import Decoder
+from clip_m2df.video.reader import Decoder, VideoError, decoder_doubt
 from clip_m2df.video.transforms import ClipReader
 
 # Share of unusable videos that a training may find by default.
@@ -236,10 +237,27 @@ class EpisodeDataModule(lightning.LightningDataModule):
             self._add_dataset("test")
         elif stage == "validate" or not self.trainer or self.trainer.limit_val_batches:
             self._add_dataset("val")
+        for name in self._datasets:
+            self._check_decoder(name)
         # A bank reads its videos before it plays: only in fit is that long after the start.
         name = "test" if stage == "test" else "val"
         if name in self._tables and (self.evaluation == "direct" or stage == "fit"):
             self._check_videos(name)
+
+    def _check_decoder(self, name: str) -> None:
+        """Refuse at the start a split of which the decoder that was chosen may give other frames."""
+        reader, doubts = self.reader, {}
+        for video in itertools.chain(*self._datasets[name].split.videos):
+            if reader.cache is None or not reader.cache.has(video.path):
+                with suppress(VideoError):  # which is said when it is read
+                    if doubt := decoder_doubt(video.path, reader.decoder):
+                        doubts[video.path] = doubt
+        if doubts:
+            raise UserError(
+                f"of {len(doubts)} videos of the {name} split {next(iter(doubts.values()))}: {some(doubts)}; take the"
+                f" decoder auto (--data.decoder auto), or leave them out by clip-m2df check --decoder {reader.decoder}"
+                " --fix"
+            )
 
     def test_plans(self) -> tuple[Split, list[EpisodePlan]]:
         """The test split and the videos of its episodes; from the manifest alone, no video is needed."""

@@ -15,6 +15,7 @@ import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clip_m2df.errors import UserError
+from clip_m2df.files import Fingerprint, fingerprint
 from clip_m2df.video import Decoder as Decoder
 from clip_m2df.video.images import (
     MOST_PIXELS,
@@ -167,6 +169,12 @@ def decoder_doubt(path: str, decoder: Decoder) -> str:
     path = os.path.abspath(path)
     if _READERS[decoder] is _read_pyav or os.path.isdir(path):
         return ""
+    with as_video_error(path):
+        return _decoder_doubt(path, decoder, fingerprint(path))
+
+
+@lru_cache(maxsize=1 << 20)  # told once before a training, and not again each time that a video is read
+def _decoder_doubt(path: str, decoder: Decoder, key: Fingerprint) -> str:
     with as_video_error(path):
         with _open(path, path) as (container, stream):
             several, kind, codec = len(container.streams.video) > 1, container.format.name, stream.codec_context.name
