@@ -18,9 +18,10 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, R
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from clip_m2df.clip.formats import known_backbone, public_source, read_weights
+from clip_m2df.clip.formats import known_backbone, public_source
 from clip_m2df.errors import UserError, some
 from clip_m2df.files import check_regular, locked_folder, near_by, sha256_of, whole_file, write_text
+from clip_m2df.weight_files import read_weights
 
 MODEL_FORMAT = "clip-m2df model 1"
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"

@@ -11,7 +11,7 @@ import clip_m2df
 
 ROOT = Path(clip_m2df.__file__).parent
 # A part is a folder or a file right under the package. Each may import itself, and these.
-ANY = {"errors", "files", "episode", "__about__"}
+ANY = {"errors", "files", "weight_files", "episode", "__about__"}
 MODEL = ANY | {"nn", "evaluation", "clip", "hub", "loops"}
 DATA = ANY | {"video", "datasets", "motion_shapes", "loops"}
 TRAINING = MODEL | DATA | {"episodes", "training"}
@@ -20,12 +20,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__about__": set(),
     "errors": set(),
     "files": {"errors"},
+    "weight_files": {"errors", "files"},
     "episode": {"errors"},
     # The method.
     "nn": ANY,
     "evaluation": ANY | {"nn"},
     # The towers, beside the method; what builds both from names and files.
-    "clip": {"errors", "files"},
+    "clip": {"errors", "files", "weight_files"},
     "hub": ANY | {"nn", "clip"},
     # Videos and episodes.
     "motion_shapes": {"errors", "files"},

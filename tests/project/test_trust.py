@@ -24,7 +24,6 @@ from safetensors.torch import save_file
 from clip_m2df import CLIPM2DF, load_published
 from clip_m2df.cli import main
 from clip_m2df.clip.backbone import TINY_CLIP, CLIPBackbone
-from clip_m2df.clip.formats import read_weights
 from clip_m2df.commands.check import read_findings
 from clip_m2df.commands.configs import resolve_configs
 from clip_m2df.datasets.manifest import Manifest
@@ -39,6 +38,7 @@ from clip_m2df.training.checkpoints import RunCheckpoint, read_checkpoint
 from clip_m2df.video import frame_cache
 from clip_m2df.video.frame_cache import CachedVideo, FrameCache, Settings, write_shard
 from clip_m2df.video.reader import read_frames
+from clip_m2df.weight_files import read_weights
 from tests.conftest import fails, options, save_checkpoint
 
 

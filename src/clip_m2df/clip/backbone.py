@@ -24,6 +24,7 @@ from clip_m2df.clip.formats import CLIP_MEAN, CLIP_STD, STANDARD_TOKENIZER
 from clip_m2df.clip.resnet import Bottleneck, ModifiedResNet
 from clip_m2df.clip.tokenizer import encoded, has_tokenizer, read_tokenizer, saved_tokenizer
 from clip_m2df.errors import UserError, some
+from clip_m2df.weight_files import read_weights
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -188,7 +189,7 @@ class CLIPBackbone(nn.Module):
         told: dict[str, Any] = {}
         if isinstance(state_dict_or_file, str):
             file = Path(state_dict_or_file).expanduser()
-            source, state = state_dict_or_file, formats.read_weights(file)
+            source, state = state_dict_or_file, read_weights(file)
             if tokenizer is None and has_tokenizer(file.parent):
                 tokenizer = str(file.parent)
             if (config := file.with_name(formats.OPEN_CLIP_CONFIG)).is_file():

@@ -8,16 +8,15 @@ import itertools
 import json
 import math
 import re
-import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from clip_m2df.errors import UserError, some
-from clip_m2df.files import check_archive, check_regular
+from clip_m2df.files import check_regular
+from clip_m2df.weight_files import read_weights
 
 # What CLIP was trained with; a folder in transformers' format may say otherwise.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -59,61 +58,6 @@ _OPEN_CLIP_FIELDS = {
     "text_cfg": ("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"),
 }
 _OPEN_CLIP_DEFAULTS = (None, False, "tok", "argmax", "linear", "learnable")
-
-
-# Files of weights
-
-
-def read_weights(file: Path, inside: str = "") -> dict[str, Tensor]:
-    """Read a file of named tensors, without running anything that is in it.
-
-    Args:
-        file: ``.safetensors``, or what ``torch.save`` wrote.
-        inside: The key of a training checkpoint under which its weights lie, where it has that key.
-
-    Raises:
-        UserError: The file doesn't exist, is damaged, is a program, or holds something else.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    check_regular(file, "file of weights")
-    if not file.is_file():
-        raise UserError(f"{file}: no such file or folder")
-    if file.suffix == ".safetensors":
-        try:
-            return load_file(file)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} is damaged, or no safetensors file ({error}): fetch it again") from error
-
-    if _is_torchscript(file):
-        raise UserError(
-            f"{file} is a TorchScript archive, a program that isn't run here. Convert it where you trust it:\n"
-            "  import torch, safetensors.torch\n"
-            f"  state = torch.jit.load({file.name!r}, map_location='cpu').state_dict()\n"
-            f"  safetensors.torch.save_file({{k: v.contiguous() for k, v in state.items()}}, "
-            f"{file.with_suffix('.safetensors').name!r})"
-        )
-    try:
-        check_archive(file)
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle raises nearly anything
-        raise UserError(f"{file} is damaged, or holds more than tensors ({error}): fetch it again") from error
-    if isinstance(state, dict):
-        if "pytorch-lightning_version" in state and inside not in state:
-            raise UserError(f"{file} is a training's checkpoint, no CLIP's weights: predict takes it as --ckpt_path")
-        state = state.get(inside, state)
-    if not isinstance(state, dict) or not all(isinstance(weight, Tensor) for weight in state.values()):
-        raise UserError(f"{file} isn't a plain table of tensors, name by name: save the model's state_dict() alone")
-    return state
-
-
-def _is_torchscript(file: Path) -> bool:
-    try:
-        with zipfile.ZipFile(file) as archive:
-            return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except Exception:  # no zip file, or a damaged one, which reading it tells
-        return False
 
 
 def load_weights(

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from clip_m2df.clip.backbone import CLIPBackbone
-from clip_m2df.clip.formats import read_weights
 from clip_m2df.errors import RENAMED_OPTIONS, UserError
 from clip_m2df.nn.baselines import HEADS, head_class, options_of
 from clip_m2df.nn.m2df import M2DF, M2DFHead
+from clip_m2df.weight_files import read_weights
 
 
 def saved_options(

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from clip_m2df import loops
 from clip_m2df.errors import Stopped, UserError, require
-from clip_m2df.files import check_archive, check_regular, whole_file
+from clip_m2df.files import check_regular, whole_file
+from clip_m2df.weight_files import check_archive
 
 FOLDER = "checkpoints"
 BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
