@@ -21,7 +21,7 @@ import torch
 from safetensors.numpy import save
 from safetensors.torch import save_file
 
-from clip_m2df import CLIPM2DF, load_published
+from clip_m2df import CLIPM2DF
 from clip_m2df.cli import main
 from clip_m2df.clip.backbone import TINY_CLIP, CLIPBackbone
 from clip_m2df.commands.check import read_findings
@@ -109,7 +109,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "weights.bin": lambda path: CLIPBackbone.load(str(path.rename(path.with_suffix(".bin")))),
     "weights.safetensors": lambda path: CLIPBackbone.load(str(path.rename(path.with_suffix(".safetensors")))),
     "pytorch_model.bin": _pickled_weights,
-    "published": load_published,
+    "published": lambda path: CLIPM2DF.from_published(path, clip="tiny"),
     "manifest": Manifest.read,
     "class texts": lambda path: Manifest.read(_some_manifest(path)).with_texts(path),
     "split list": lambda path: read_lists(path.rename(path.with_name("train.txt")), "folder"),
@@ -154,7 +154,7 @@ def test_a_program_is_not_run(marker: Path) -> None:
         archive.writestr("clip/constants.pkl", pickle.dumps(Malicious(marker)))
         archive.writestr("clip/data.pkl", pickle.dumps(Malicious(marker)))
         archive.writestr("clip/version", "3")
-    for read in (CLIPBackbone.load, load_published):
+    for read in (CLIPBackbone.load, CLIPM2DF.from_published):
         with pytest.raises(UserError, match="is a TorchScript archive, a program that isn't run here"):
             read(str(marker.with_name("clip.pt")))
     with pytest.raises(UserError, match="is damaged or no checkpoint"):

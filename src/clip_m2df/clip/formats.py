@@ -43,6 +43,8 @@ _OPTIONAL_FILES = [
     *("preprocessor_config.json", "processor_config.json", "vocab.json", "merges.txt", "adapter_config.json"),
     *(f"{name}.index.json" for name, _ in _WEIGHTS),
 ]
+# What OpenAI's files have beside the towers' weights.
+OPENAI_CONSTANTS = ("input_resolution", "context_length", "vocab_size", "logit_scale")
 # What lies beside weights in OpenAI's layout where they are not OpenAI's.
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 # OpenAI's own releases: width, layers and patch size of a ViT, or layers and width of a ResNet; and the width of

@@ -83,8 +83,9 @@ def predict_videos(
 
     Args:
         ckpt_path: A trained model: a .ckpt file, a folder that save_pretrained wrote, or a name on the hub; or a folder
-            that FewShotClassifier.save wrote, which has its classes. Either this or --backbone.
-        backbone: CLIP's own weights instead, nothing trained: a name on the hub, a folder, rn50 or tiny.
+            that FewShotClassifier.save wrote, which has its classes. Either this or --backbone; both with a checkpoint
+            of CLIP-M²DF's published code, which lacks the text tower.
+        backbone: CLIP's own weights instead, nothing trained: a name on the hub, a folder, a file, rn50 or tiny.
         head: How a clip is compared with the examples, with --backbone; otam by default.
         head_options: Options of that head, as in smoothing=0.1.
         template: The prompt, with {} where the class goes, or several; by default the model's own.
@@ -120,11 +121,11 @@ def predict_videos(
     from clip_m2df.report.page import check_page
     from clip_m2df.report.predictions import write_predictions
 
-    if (ckpt_path is None) == (backbone is None):
+    if ckpt_path is None and backbone is None:
         raise UserError("give either --ckpt_path, a trained model, or --backbone, CLIP's own weights")
     if head is not None and ckpt_path is not None:
         raise UserError("--head goes with --backbone: a trained model has a head of its own; leave it out")
-    if head_options is not None and ckpt_path is not None:
+    if head_options is not None and backbone is None:
         raise UserError("--head_options goes with --backbone: a trained model has those of its training; leave it out")
     if threshold is not None and not reject:
         raise UserError("--threshold is of --reject: give that too, or leave it out")
@@ -152,7 +153,7 @@ def predict_videos(
         nullcontext() if output is None else open_part(output) as part,
     ):
         if ckpt_path is not None and os.path.isfile(os.path.join(ckpt_path, TABLE)):
-            classifier, support_facts = _load_classifier(ckpt_path, told, reading)
+            classifier, support_facts = _load_classifier(ckpt_path, told | {"backbone": backbone}, reading)
         else:
             classifier, support_facts = _fit_classifier(ckpt_path, backbone, own_head, told, reading)
         labeller = _Labeller(classifier, reject, {"window": 2.0, **sliding} if segments else None)
@@ -262,7 +263,9 @@ def _fit_classifier(
     options: dict[str, Any] = {} if told["template"] is None else {"template": list(told["template"])}
     reading = {"frames": told["frames"], "resize": told["resize"], **reading}
     if ckpt_path is not None:
-        classifier = FewShotClassifier.from_checkpoint(ckpt_path, **reading, **options)
+        if own_head["head_options"]:  # of which a published checkpoint keeps none but the sizes
+            options["head_options"] = own_head["head_options"]
+        classifier = FewShotClassifier.from_checkpoint(ckpt_path, clip=backbone, **reading, **options)
     else:
         model = CLIPM2DF(backbone=str(backbone), freeze_backbone=True, **own_head, **options)
         classifier = FewShotClassifier(placed(model, reading.pop("device")), **reading)

@@ -29,10 +29,18 @@ from clip_m2df.nn.baselines import build_head, head_class, options_of
 from clip_m2df.nn.class_text import class_text_loss, fuse_text
 from clip_m2df.nn.head import HeadOutput
 from clip_m2df.nn.m2df import M2DF
-from clip_m2df.nn.prompts import DEFAULT_TEMPLATE, Selection
-from clip_m2df.nn.weights import check_finite, check_weights, not_finite
+from clip_m2df.nn.prompts import DEFAULT_TEMPLATE, SELECTIONS, Selection
+from clip_m2df.nn.weights import (
+    check_finite,
+    check_weights,
+    not_finite,
+    published_head,
+    published_state,
+    published_tower,
+)
 from clip_m2df.training.build import options_by_name, saved_options
 from clip_m2df.training.checkpoints import RunCheckpoint, read_checkpoint
+from clip_m2df.weight_files import read_weights
 
 # Options that a person may change from run to run. They stay out of the checkpoint, so that what is asked for wins.
 RUN_OPTIONS = ("selection", "text_fusion", "gradient_checkpointing", "bank_memory", "compile")
@@ -111,11 +119,13 @@ class CLIPM2DF(lightning.LightningModule):
         distill_weight: λ of the distillation term.
         class_weight: λ of the class-text loss over all classes of the split, a sum over support and query videos; off
             at 0, as published.
-        selection: how PPS picks at evaluation: ``argmax``, ``sample`` or ``expectation``.
+        selection: how PPS picks at evaluation: ``argmax``, ``sample`` or ``expectation``; by default as the model goes:
+            ``sample`` for a published checkpoint, and what was saved of one, ``argmax`` for all others.
         text_fusion: β of ``p = p_text^β · p_visual^(1−β)`` at evaluation, the text's probabilities from the class
             logits of the episode's classes; 0 leaves the text out.
 
     Attributes:
+        default_selection: what ``selection`` is where nobody asks for another.
         evaluated: what the last validation or test counted, for callbacks.
 
     Raises:
@@ -143,7 +153,7 @@ class CLIPM2DF(lightning.LightningModule):
         match_weight: float = 1.0,
         distill_weight: float = 1.0,
         class_weight: float = 0.0,
-        selection: Selection = "argmax",
+        selection: Selection | None = None,
         text_fusion: float = 0.0,
     ) -> None:
         given = locals().items()
@@ -161,8 +171,10 @@ class CLIPM2DF(lightning.LightningModule):
             )
         if "dim" in own:
             raise UserError("head_options: dim follows from the backbone; leave it out")
+        self.default_selection: Selection = "argmax"
+        self._by_default = selection is None and "selection" in options_of(head_class(head))
         if "selection" in options_of(head_class(head)):
-            own["selection"] = selection
+            own["selection"] = selection or self.default_selection
         tower = CLIPBackbone.load(backbone) if isinstance(backbone, str) else CLIPBackbone.from_description(backbone)
         tower.freeze_batch_norm = freeze_batch_norm
         if gradient_checkpointing:
@@ -495,6 +507,7 @@ class CLIPM2DF(lightning.LightningModule):
         checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = {**self.hparams, "backbone": description}
         checkpoint["draws_seed"] = self._draws_seed
         checkpoint["reading"] = self.reading
+        checkpoint["selection"] = self.default_selection
         if self._trainer is not None:
             checkpoint["goes_by"] = self._goes_by()
 
@@ -516,6 +529,7 @@ class CLIPM2DF(lightning.LightningModule):
                 " pixels; give another"
             )
         self.reading = reading
+        self._select_by_default(checkpoint.get("selection", "argmax"))
         if self._trainer is not None and self._trainer.state.fn == "fit":  # a run that goes on
             self._draws_seed = checkpoint.get("draws_seed")
             known = inspect.signature(CLIPM2DF).parameters  # a class derived from it may save more
@@ -530,6 +544,14 @@ class CLIPM2DF(lightning.LightningModule):
                     " EMAWeightAveraging, or the run's own config.yaml"
                 )
 
+    def _select_by_default(self, selection: Selection) -> None:
+        """Set how PPS picks at evaluation where nobody has asked for it."""
+        if not (isinstance(selection, str) and selection in SELECTIONS):
+            raise UserError(f"the checkpoint is damaged, its selection is {selection!r:.80}; give another")
+        self.default_selection = selection
+        if self._by_default:
+            self.model.head.selection = selection
+
     def _goes_by(self) -> dict[str, Any]:
         """What a training and the choice of its best depend on beside the options that a checkpoint keeps."""
         algorithm = self.trainer.gradient_clip_algorithm
@@ -543,13 +565,16 @@ class CLIPM2DF(lightning.LightningModule):
         }
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, map_location: Any = None, **options: Any) -> Self:  # type: ignore[override]
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: Any, map_location: Any = None, *, clip: str | CLIPBackbone | None = None, **options: Any
+    ) -> Self:
         """Load a model with its options, tower, tokenizer and preprocessing; needs no network.
 
         Args:
-            checkpoint_path: the file.
+            checkpoint_path: the file; it may be a published one, see :meth:`from_published`.
             map_location: where the model goes, as ``torch.load`` takes it; by default where it was saved from, or the
                 CPU on a machine without CUDA.
+            clip: with a published checkpoint alone, see :meth:`from_published`.
             **options: of the model; they win over the checkpoint's.
 
         Raises:
@@ -559,14 +584,88 @@ class CLIPM2DF(lightning.LightningModule):
         if map_location is None and not torch.cuda.is_available():
             map_location = "cpu"
         checkpoint = read_checkpoint(checkpoint_path, map_location=map_location)
+        if (state := published_state(checkpoint)) is not None:
+            model = cls._from_published(checkpoint_path, state, clip, options)
+            return model.to(next(iter(state.values())).device)
+        if clip is not None:
+            raise UserError(
+                f"{checkpoint_path} is no published checkpoint, and has its towers itself: leave out CLIP's weights"
+            )
         return cls._restore(checkpoint_path, checkpoint, options)
+
+    @classmethod
+    def from_published(
+        cls, file: str | os.PathLike[str], *, clip: str | CLIPBackbone | None = None, **options: Any
+    ) -> Self:
+        """Load a checkpoint of CLIP-M²DF's published code, in evaluation mode.
+
+        The model goes as the published one does: frames in [0, 1] without CLIP's mean and std, prompts that are drawn
+        at evaluation too, clips of 8 frames. It stays so when it is saved and loaded again.
+
+        Args:
+            file: the checkpoint, as the published training saved it, with or without DataParallel, optimiser and
+                schedule.
+            clip: the CLIP that its training began with, as the option ``backbone`` names it, or loaded; the model has
+                its text tower and its tokenizer. It may be left out if both towers are in the file.
+            **options: of the model, such as ``head_options``, of which the file keeps none but the sizes.
+
+        Raises:
+            UserError: there is no such file, it is damaged, or of another model; or ``clip`` is missing, or is another
+                one than the training began with.
+        """
+        state = published_state(read_weights(Path(file).expanduser(), inside="model_state_dict"))
+        return cls._from_published(file, state or {}, clip, options)
+
+    @classmethod
+    def _from_published(
+        cls,
+        file: str | os.PathLike[str],
+        state: dict[str, Tensor],
+        clip: str | CLIPBackbone | None,
+        options: dict[str, Any],
+    ) -> Self:
+        """The model of published weights that have been read from a file."""
+        cls._check_options(options)
+        if (head := options.get("head") or "m2df") != "m2df":
+            raise UserError(f"{file} is a checkpoint of CLIP-M²DF, whose head is m2df and not {head}: leave head out")
+        if "backbone" in options:
+            raise UserError(f"{file} is a published checkpoint: give CLIP's weights as clip, not as backbone")
+        try:
+            shapes, towers = published_head(state)[1], published_tower(state)
+            if clip is None and all(name.startswith("visual.") for name in towers):
+                raise UserError(
+                    "it has the visual tower alone, and the prompts need the text tower: give as clip the CLIP that its"
+                    " training began with, such as the file ViT-B-16.pt or openai/clip-vit-base-patch16 (on the command"
+                    " line --model.backbone, for predict --backbone)"
+                )
+            if clip is None:
+                clip = CLIPBackbone.from_openai(towers, head_width=64, activation="quick_gelu")
+            tower = clip if isinstance(clip, CLIPBackbone) else CLIPBackbone.load(clip)
+            if tower.text is not None:
+                tower.tokenize([""])  # fetches the tokenizer: without it there are no prompts, and so no scores
+            head_options = {"depth": shapes["depth"], "hidden_dim": shapes["hidden_dim"]}
+            head_options |= options.get("head_options") or {}
+            model = cls(**options | {"backbone": tower.description(), "head_options": head_options})
+            model.model.backbone.load_state_dict(tower.state_dict())
+            model.model.load_published(state)
+        except UserError as error:
+            raise UserError(f"no model can be made of {file}: {error}") from error
+        # As its videos were read: 8 frames, and a crop of 224 pixels of a short side of 256, or of 84 of 96.
+        model.reading = {"frames": 8, "resize": round(tower.image_size * 8 / 7)}
+        model._select_by_default("sample")
+        model.source = os.fspath(file)
+        return model.eval()
+
+    @classmethod
+    def _check_options(cls, given: Mapping[str, Any]) -> None:
+        known = inspect.signature(cls).parameters
+        if unknown := [option for option in given if option not in known]:
+            raise UserError(f"{cls.__name__} has no option {unknown[0]!r}; its options are {', '.join(sorted(known))}")
 
     @classmethod
     def _restore(cls, source: str | os.PathLike[str], checkpoint: dict[str, Any], given: dict[str, Any]) -> Self:
         """The model in a checkpoint that has been read from a file; options that are given win over its own."""
-        known = inspect.signature(cls).parameters
-        if unknown := [option for option in given if option not in known]:
-            raise UserError(f"{cls.__name__} has no option {unknown[0]!r}; its options are {', '.join(sorted(known))}")
+        cls._check_options(given)
         options = saved_options(source, checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_KEY), cls, head=given.get("head"))
         try:
             model = cls(**(options | given))
