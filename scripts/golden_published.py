@@ -97,7 +97,7 @@ def run(tower: str, tokens: Tensor, training: Any, model_module: Any, clip_model
     name, *_, side = TOWERS[tower]
     task, frames, labels = episode(make_frames(side))
 
-    class Small(model_module.MDMF_CLIPFSAR):  # type: ignore[misc, name-defined]
+    class Small(model_module.MDMF_CLIPFSAR):  # type: ignore[misc]
         mid_dim = property(lambda self: DIM, lambda self, value: None)
 
     train = SimpleNamespace(CLASS_NAME=NAMES, USE_CLASSIFICATION=True)
@@ -111,8 +111,8 @@ def run(tower: str, tokens: Tensor, training: Any, model_module: Any, clip_model
         lambdas=[0, 1, 1], tasks_per_batch=1,
     )  # fmt: skip
     with (
-        mock.patch.object(model_module, "load", lambda *_, **__: (clip_model.build_model(dict(clip)), None)),
-        mock.patch.object(model_module, "tokenize", lambda texts: tokens),
+        mock.patch.object(model_module, "load", return_value=(clip_model.build_model(dict(clip)), None)),
+        mock.patch.object(model_module, "tokenize", return_value=tokens),
         mock.patch.object(model_module, "Transformer_v1", partial(model_module.Transformer_v1, mlp_dim=64)),
     ):
         model = Small(args, config)

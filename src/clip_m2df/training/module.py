@@ -646,7 +646,7 @@ class CLIPM2DF(lightning.LightningModule):
             head_options = {"depth": shapes["depth"], "hidden_dim": shapes["hidden_dim"]}
             head_options |= options.get("head_options") or {}
             model = cls(**options | {"backbone": tower.description(), "head_options": head_options})
-            model.model.backbone.load_state_dict(tower.state_dict())
+            cast(CLIPBackbone, model.model.backbone).load_state_dict(tower.state_dict())
             model.model.load_published(state)
         except UserError as error:
             raise UserError(f"no model can be made of {file}: {error}") from error
