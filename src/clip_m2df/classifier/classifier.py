@@ -184,7 +184,7 @@ class FewShotClassifier:
         precision: str = "32-true",
         workers: int = 0,
         timeout: float = 60.0,
-        clip: str | None = None,
+        clip: str | os.PathLike[str] | None = None,
         **options: Any,
     ) -> Self:
         """A classifier with a trained model.
@@ -211,7 +211,10 @@ class FewShotClassifier:
         if os.path.isfile(path):
             model = CLIPM2DF.load_from_checkpoint(path, map_location="cpu", clip=clip, **options)
         elif clip is not None:
-            raise UserError(f"{path_or_hub_name} is no published checkpoint: leave out CLIP's weights, {clip}")
+            raise UserError(
+                f"{path_or_hub_name} is no file of a published checkpoint, which alone takes CLIP's weights beside it:"
+                f" check the name, or leave out {clip}"
+            )
         elif os.path.isfile(os.path.join(path, saving.TABLE)):
             raise UserError(f"{path_or_hub_name} is a classifier with its classes: FewShotClassifier.load takes it")
         elif path.endswith(".ckpt"):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from clip_m2df.clip.backbone import CLIPBackbone
+from clip_m2df.clip.tokenizer import has_tokenizer
 from clip_m2df.datasets.manifest import Manifest
 from clip_m2df.episode import Episode, FeatureEpisode, TableEpisodes, VideoTable
 from clip_m2df.errors import UserError, require, some
@@ -56,6 +57,8 @@ MOST_SKIPPED = 20
 LOG_NO_MORE = ("lightning.pytorch.callbacks.", "clip_m2df.")
 
 Batch: TypeAlias = Episode | FeatureEpisode | TableEpisodes
+# CLIP's weights, as the option ``backbone`` names them, or loaded.
+Clip: TypeAlias = str | os.PathLike[str] | CLIPBackbone
 
 
 class EncodedTable(NamedTuple):
@@ -574,7 +577,7 @@ class CLIPM2DF(lightning.LightningModule):
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
-        cls, checkpoint_path: Any, map_location: Any = None, *, clip: str | CLIPBackbone | None = None, **options: Any
+        cls, checkpoint_path: Any, map_location: Any = None, *, clip: Clip | None = None, **options: Any
     ) -> Self:
         """Load a model with its options, tower, tokenizer and preprocessing; needs no network.
 
@@ -602,9 +605,7 @@ class CLIPM2DF(lightning.LightningModule):
         return cls._restore(checkpoint_path, checkpoint, options)
 
     @classmethod
-    def from_published(
-        cls, file: str | os.PathLike[str], *, clip: str | CLIPBackbone | None = None, **options: Any
-    ) -> Self:
+    def from_published(cls, file: str | os.PathLike[str], *, clip: Clip | None = None, **options: Any) -> Self:
         """Load a checkpoint of CLIP-M²DF's published code, in evaluation mode.
 
         The model goes as the published one does: frames in [0, 1] without CLIP's mean and std, prompts that are drawn
@@ -614,7 +615,8 @@ class CLIPM2DF(lightning.LightningModule):
             file: the checkpoint, as the published training saved it, with or without DataParallel, optimiser and
                 schedule.
             clip: the CLIP that its training began with, as the option ``backbone`` names it, or loaded; the model has
-                its text tower and its tokenizer. It may be left out if both towers are in the file.
+                its text tower and its tokenizer. It may be left out if both towers are in the file; then the tokenizer
+                is that beside the file, or CLIP's standard one.
             **options: of the model, such as ``head_options``, of which the file keeps none but the sizes.
 
         Raises:
@@ -629,7 +631,7 @@ class CLIPM2DF(lightning.LightningModule):
         cls,
         file: str | os.PathLike[str],
         state: dict[str, Tensor],
-        clip: str | CLIPBackbone | None,
+        clip: Clip | None,
         options: dict[str, Any],
     ) -> Self:
         """The model of published weights that have been read from a file."""
@@ -638,6 +640,16 @@ class CLIPM2DF(lightning.LightningModule):
             raise UserError(f"{file} is a checkpoint of CLIP-M²DF, whose head is m2df and not {head}: leave head out")
         if "backbone" in options:
             raise UserError(f"{file} is a published checkpoint: give CLIP's weights as clip, not as backbone")
+        of_clip = dict(options.get("backbone_options") or {})
+        for name, own in (("mean", 0.0), ("std", 1.0)):
+            given = of_clip.pop(name, None)
+            if given is not None and given not in ([own] * 3, (own,) * 3):
+                raise UserError(
+                    f"backbone_options.{name} is {given!r:.80}, but {file} was trained on frames in [0, 1], without"
+                    " CLIP's mean and std: leave it out"
+                )
+        if of_clip and (clip is None or isinstance(clip, CLIPBackbone)):
+            raise UserError("backbone_options are of weights that are loaded by a name: give clip as one")
         try:
             shapes, towers = published_head(state)[1], published_tower(state)
             if clip is None and all(name.startswith("visual.") for name in towers):
@@ -647,19 +659,22 @@ class CLIPM2DF(lightning.LightningModule):
                     " line --model.backbone, for predict --backbone)"
                 )
             if clip is None:
-                clip = CLIPBackbone.from_openai(towers, head_width=64, activation="quick_gelu")
-            tower = clip if isinstance(clip, CLIPBackbone) else CLIPBackbone.load(clip)
+                beside = str(Path(file).parent) if has_tokenizer(Path(file).parent) else None
+                clip = CLIPBackbone.from_openai(towers, tokenizer=beside, head_width=64, activation="quick_gelu")
+            tower = clip if isinstance(clip, CLIPBackbone) else CLIPBackbone.load(os.fspath(clip), **of_clip)
             if tower.text is not None:
                 tower.tokenize([""])  # fetches the tokenizer: without it there are no prompts, and so no scores
             head_options = {"depth": shapes["depth"], "hidden_dim": shapes["hidden_dim"]}
             head_options |= options.get("head_options") or {}
+            options = {name: value for name, value in options.items() if name != "backbone_options"}
             model = cls(**options | {"backbone": tower.description(), "head_options": head_options})
             cast(CLIPBackbone, model.model.backbone).load_state_dict(tower.state_dict())
             model.model.load_published(state)
-        except UserError as error:
-            raise UserError(f"no model can be made of {file}: {error}") from error
-        # As its videos were read: 8 frames, and a crop of 224 pixels of a short side of 256, or of 84 of 96.
-        model.reading = {"frames": 8, "resize": round(tower.image_size * 8 / 7)}
+        except Exception as error:  # whatever shapes and values of other types lead to
+            raise _unusable(file, error) from error
+        # As its videos were read; there a crop of 224 pixels is of a short side of 256, and one of 84 of 96.
+        size = round(tower.image_size * 8 / 7)
+        model.reading = {"frames": 8, "resize": size, "resize_mode": "short_side", "sampling": "linspace"}
         model._select_by_default("sample")
         model.source = os.fspath(file)
         return model.eval()
@@ -680,8 +695,7 @@ class CLIPM2DF(lightning.LightningModule):
             model.on_load_checkpoint(checkpoint)
             model.load_state_dict(checkpoint["state_dict"])
         except Exception as error:  # whatever values of other types lead to
-            reason = str(error) if isinstance(error, UserError) else f"{str(error).partition(chr(10))[0]:.300}"
-            raise UserError(f"no model can be made of {source}: {reason}") from error
+            raise _unusable(source, error) from error
         model.source = os.fspath(source)
         return model.to(next(iter(checkpoint["state_dict"].values())).device)
 
@@ -795,3 +809,8 @@ class CLIPM2DF(lightning.LightningModule):
             revision=revision,
         )
         return cls._restore(folder, read_model(folder), model_kwargs).eval()
+
+
+def _unusable(file: str | os.PathLike[str], error: Exception) -> UserError:
+    reason = str(error) if isinstance(error, UserError) else f"{str(error).partition(chr(10))[0]:.300}"
+    return UserError(f"no model can be made of {file}: {reason}")
