@@ -53,7 +53,7 @@ def read_weights(file: Path, inside: str = "") -> dict[str, Tensor]:
     except Exception as error:  # a damaged pickle raises nearly anything
         raise UserError(f"{file} is damaged, or holds more than tensors ({error}): fetch it again") from error
     if isinstance(state, dict):
-        if "pytorch-lightning_version" in state and inside not in state:
+        if "pytorch-lightning_version" in state:
             raise UserError(f"{file} is a training's checkpoint, no CLIP's weights: predict takes it as --ckpt_path")
         state = state.get(inside, state)
     if not isinstance(state, dict) or not all(isinstance(weight, Tensor) for weight in state.values()):

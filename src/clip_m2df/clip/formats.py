@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ _TOWER_FIELDS = (
 _VISION_FIELDS = (*_TOWER_FIELDS, "image_size", "patch_size", "num_channels")
 TEXT_FIELDS = (*_TOWER_FIELDS, "vocab_size", "max_position_embeddings", "eos_token_id")
 # Those of a visual tower of either kind.
-VISUAL_FIELDS = ("kind", "layers", "width", "dim", *_VISION_FIELDS)
+VISUAL_FIELDS = ("kind", "layers", "width", "dim", "head_width", *_VISION_FIELDS)
 
 RN50_REPOSITORY, RN50_FILE = "timm/resnet50_clip.openai", "open_clip_model.safetensors"
 # All of OpenAI's releases share one vocabulary of 49,408 tokens; this is the smallest repository that has it.
@@ -45,19 +46,49 @@ _OPTIONAL_FILES = [
 ]
 # What lies beside weights in OpenAI's layout where they are not OpenAI's.
 OPEN_CLIP_CONFIG = "open_clip_config.json"
-# OpenAI's own releases: width, layers and patch size of a ViT, or layers and width of a ResNet; and the width of
-# embeddings.
-_OPENAI_MODELS = (
-    *((768, 12, 32, 512), (768, 12, 16, 512), (1024, 24, 14, 768)),
-    *(([3, 4, 6, 3], 64, 1024), ([3, 4, 23, 3], 64, 512), ([4, 6, 10, 6], 80, 640)),
-    *(([6, 8, 18, 8], 96, 768), ([3, 15, 36, 10], 128, 1024)),
-)
-# What of open_clip's configurations is known here; other fields may change what a tower computes.
-_OPEN_CLIP_FIELDS = {
-    "vision_cfg": ("image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio", "patch_dropout"),
-    "text_cfg": ("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"),
+# The weights in a folder of OpenCLIP's, the best first.
+_OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
+# The class of OpenAI's models in TorchScript: in the published archives, and in those that OpenAI's public code makes.
+_OPENAI_PROGRAMS = ("__torch__.multimodal.model.multimodal_transformer.Multimodal", "__torch__.clip.model.CLIP")
+# What OpenAI's own models have and shapes don't tell.
+OPENAI: dict[str, Any] = {"activation": "quick_gelu", "head_width": 64}
+# Those models by the names of their files: layers, width and patch size of the visual tower, the width of embeddings,
+# height and width of images, and the width of the text tower.
+_OPENAI_MODELS = {
+    "ViT-B-32": (12, 768, 32, 512, 224, 512),
+    "ViT-B-16": (12, 768, 16, 512, 224, 512),
+    "ViT-L-14": (24, 1024, 14, 768, 224, 768),
+    "ViT-L-14-336px": (24, 1024, 14, 768, 336, 768),
+    "RN50": ([3, 4, 6, 3], 64, None, 1024, 224, 512),
+    "RN101": ([3, 4, 23, 3], 64, None, 512, 224, 512),
+    "RN50x4": ([4, 6, 10, 6], 80, None, 640, 288, 640),
+    "RN50x16": ([6, 8, 18, 8], 96, None, 768, 384, 768),
+    "RN50x64": ([3, 15, 36, 10], 128, None, 1024, 448, 1024),
 }
-_OPEN_CLIP_DEFAULTS = (None, False, "tok", "argmax", "linear", "learnable")
+# The fields of open_clip's configurations that are obeyed here, held against the weights, or of no account for
+# embeddings. All others change the network or its images: they have to be off, or to be what OpenAI's layout has.
+_OPEN_CLIP_FIELDS = {
+    "model_cfg": (
+        *("embed_dim", "vision_cfg", "text_cfg", "preprocess_cfg", "quick_gelu", "custom_text"),
+        *("init_logit_scale", "init_logit_bias", "nonscalar_logit_scale"),
+    ),
+    "vision_cfg": (
+        *("image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio", "patch_dropout"),
+        *("final_ln_after_pool", "attn_pooler_queries", "attn_pooler_heads", "timm_model_pretrained", "timm_pool"),
+        *("timm_proj", "timm_proj_bias", "timm_drop", "timm_drop_path"),
+    ),
+    "text_cfg": (
+        *("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "pad_id", "eos_id"),
+        *("final_ln_after_pool", "hf_model_pretrained", "hf_proj_type", "hf_pooler_type"),
+    ),
+    "preprocess_cfg": ("size", "mean", "std", "interpolation", "fill_color"),
+}
+_OPEN_CLIP_VALUES = {
+    **{("vision_cfg", name): value for name, value in (("pool_type", "tok"), ("pos_embed_type", "learnable"))},
+    **{("text_cfg", name): value for name, value in (("pool_type", "argmax"), ("proj_type", "linear"))},
+    **{(name, "block_type"): "default" for name in ("vision_cfg", "text_cfg")},
+    **{("preprocess_cfg", name): value for name, value in (("mode", "RGB"), ("resize_mode", "shortest"))},
+}
 
 
 def load_weights(
@@ -237,30 +268,84 @@ def _openai_part(key: str, name: str, weight: Tensor) -> Tensor:
     return weight
 
 
-def read_open_clip_config(file: Path) -> dict[str, Any]:
-    """What the configuration of a model of open_clip's says beside its shapes: see :func:`openai_configs`.
+def is_openais(program: str) -> bool:
+    """Whether a TorchScript archive is one of OpenAI's models, by the class of what is in it."""
+    return re.sub(r"\.___torch_mangle_\d+", "", program) in _OPENAI_PROGRAMS
+
+
+def openai_state(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Weights by their names in OpenAI's layout, without what trainings and OpenCLIP put before them.
 
     Raises:
-        UserError: It is damaged, or of a model that OpenAI's layout can't hold.
+        UserError: Two weights have one name then.
+    """
+    # Of DistributedDataParallel and torch.compile; and of a model whose text tower is a module of its own.
+    before = re.compile(r"^(?:(?:module|_orig_mod)\.)*(?:text\.(?=transformer\.|token_|positional_|ln_final\.|text_proj))?")
+    named = {before.sub("", name): weight for name, weight in state.items()}
+    if len(named) < len(state):
+        raise UserError(f"{source} has several models' weights, with and without module. before their names: save one")
+    return named
+
+
+def open_clip_weights(folder: Path) -> Path | None:
+    """The file of weights in a folder of OpenCLIP's; None for any other, and for one that is transformers' as well.
+
+    Repositories often hold one model in both formats. transformers' is taken then, as it always was.
+    """
+    if not (folder / OPEN_CLIP_CONFIG).is_file():
+        return None
+    described = (folder / "config.json").is_file() and _read_json(folder / "config.json").get("model_type") == "clip"
+    if described and any(any(folder.glob(pattern)) for of_format in _WEIGHTS for pattern in of_format):
+        return None
+    return next((folder / name for name in _OPEN_CLIP_WEIGHTS if (folder / name).is_file()), None)
+
+
+def read_open_clip_config(file: Path) -> dict[str, Any]:
+    """What the configuration of a model of open_clip's says of it and of its images.
+
+    Returns:
+        ``mean``, ``std`` and ``interpolation`` of the images; the rest goes to :func:`openai_configs`.
+
+    Raises:
+        UserError: It is damaged, or of a model or of images that OpenAI's layout doesn't have.
     """
     values = _read_json(file)
-    model, preprocessing = values.get("model_cfg", values), values.get("preprocess_cfg") or {}
-    vision, text = (model.get(name) if isinstance(model, dict) else None for name in _OPEN_CLIP_FIELDS)
-    if not isinstance(vision, dict) or not isinstance(text, dict) or not isinstance(preprocessing, dict):
+    model = values.get("model_cfg", values)
+    vision, text = (model.get(name) if isinstance(model, dict) else None for name in ("vision_cfg", "text_cfg"))
+    images = values.get("preprocess_cfg") or {}
+    if not isinstance(vision, dict) or not isinstance(text, dict) or not isinstance(images, dict):
         raise UserError(f"{file} is damaged: it has no model_cfg with vision_cfg and text_cfg; fetch it again")
-    for name, known in _OPEN_CLIP_FIELDS.items():
-        fields = model[name].items()
-        if unknown := [field for field, value in fields if field not in known and value not in _OPEN_CLIP_DEFAULTS]:
-            raise UserError(f"{file} describes a model of another kind: its {name} has {some(unknown)}, unknown here")
+    stated = {"model_cfg": model, "vision_cfg": vision, "text_cfg": text, "preprocess_cfg": images}
+    for name, table in stated.items():
+        for field, value in table.items():
+            if field in _OPEN_CLIP_FIELDS[name] or value in (None, False, {}, _OPEN_CLIP_VALUES.get((name, field))):
+                continue
+            if field == "resize_mode":
+                raise UserError(
+                    f"{file} has the resize_mode {value!r:.80}; frames are resized by their short side and cropped: to"
+                    " take the weights all the same, write shortest there"
+                )
+            raise UserError(
+                f"{file} describes a model of another kind: its {name} has {field}, unknown here ({value!r:.80})"
+            )
     heads = {"head_width": vision.get("head_width", 64), "text_heads": text.get("heads", 8)}
     if wrong := [name for name, value in heads.items() if type(value) is not int or value < 1]:
-        raise UserError(f"{file} is damaged: {wrong[0]} is {heads[wrong[0]]!r}; fetch it again")
+        raise UserError(f"{file} is damaged: {wrong[0]} is {heads[wrong[0]]!r:.80}; fetch it again")
+    quick = model.get("quick_gelu") or False
+    interpolation = images.get("interpolation") or "bicubic"
+    for name, value, known in (
+        ("quick_gelu", quick, (True, False)),
+        ("interpolation", interpolation, ("bicubic", "bilinear", "random")),
+    ):
+        if value not in known:
+            raise UserError(f"{file}: {name} is {value!r:.80}; it has to be one of {some(map(str, known))}")
     return {
         **heads,
-        "activation": "quick_gelu" if model.get("quick_gelu") else "gelu",
-        "stated": [*map(vision.get, ("layers", "width", "patch_size")), model.get("embed_dim")],
-        "mean": preprocessing.get("mean") or CLIP_MEAN,
-        "std": preprocessing.get("std") or CLIP_STD,
+        "activation": "quick_gelu" if quick else "gelu",
+        "stated": stated,
+        "mean": images.get("mean") or CLIP_MEAN,
+        "std": images.get("std") or CLIP_STD,
+        "interpolation": "bilinear" if interpolation == "bilinear" else "bicubic",  # random is of trainings
     }
 
 
@@ -268,84 +353,175 @@ def openai_configs(
     state: Mapping[str, Tensor],
     source: str,
     *,
+    file: Path | None = None,
     head_width: int | None = None,
     text_heads: int | None = None,
     activation: str | None = None,
-    stated: Sequence[Any] = (),
+    stated: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Read the architecture of the visual and of the text tower, if there is one, off the shapes of the weights.
 
     Args:
         state: The weights.
         source: Where they come from, for messages.
-        head_width: Channels of each attention head of a ViT. Shapes don't tell it; OpenAI's have 64.
+        file: The same as a path; None of weights in memory, which are taken for OpenAI's by their shapes alone.
+        head_width: Channels of each attention head of the visual tower. Shapes don't tell it; OpenAI's have 64.
         text_heads: Attention heads of the text tower; by default they have 64 channels each.
         activation: Between the layers of transformers: ``quick_gelu``, as OpenAI has it, or ``gelu``.
-        stated: Layers, width, patch size and width of embeddings that a configuration says, or None; it may be another
-            model's.
+        stated: The tables of a configuration; it may be another model's.
 
     Raises:
         KeyError: Names a weight that isn't there.
-        UserError: The width of a tower is none of CLIP's, or its heads and activation are not known.
+        UserError: The configuration is another model's; the width of a tower is no multiple of its heads; or heads and
+            activation are not known.
     """
-    visual: dict[str, Any]
-    if "visual.attnpool.positional_embedding" in state:
-        visual = {
+    shapes = _shapes(state)
+    vision, text = shapes["vision_cfg"], shapes["text_cfg"]
+    resnet = vision["patch_size"] is None
+    unit = vision["patch_size"] or 32
+    image_size, stated = vision["image_size"], stated or {}
+    for table, fields in shapes.items():
+        for field, own in fields.items():
+            said = stated.get(table, {}).get(field)
+            if isinstance(said, list) and field.endswith("_size") and len(said) == 2 and said[0] == said[1]:
+                said = said[0]
+            if field == "mlp_ratio":  # the width between the layers is rounded down
+                same = isinstance(said, int | float) and 0 <= fields["width"] * said - own < 1
+            elif field == "image_size" and type(said) is int:  # a remainder without a patch is never read
+                same = said // unit == own // unit
+                image_size = said
+            else:
+                same = said == own
+            if said is not None and not same:
+                name = f"{table}.{field}".removeprefix("model_cfg.")
+                raise UserError(
+                    f"the {OPEN_CLIP_CONFIG} beside {source} is another model's: its {name} is {said!r:.80}, and the"
+                    f" weights have {own}"
+                )
+    if (size := stated.get("preprocess_cfg", {}).get("size")) not in (None, image_size, [image_size, image_size]):
+        raise UserError(
+            f"the {OPEN_CLIP_CONFIG} beside {source} makes images of {size!r:.80} pixels, where the tower takes"
+            f" {image_size}"
+        )
+    if (head_width is None or activation is None) and (model := _openai_model(shapes, file)):
+        head_width, activation = head_width or OPENAI["head_width"], activation or OPENAI["activation"]
+        if file is not None:
+            warnings.warn(
+                f"{source} is taken for OpenAI's {model}, whose name and shapes it has: quick_gelu, heads of 64 channels;"
+                " another model's weights need backbone_options, or another name",
+                stacklevel=2,
+            )
+    if head_width is None or (activation is None and not (resnet and not text)):
+        known = (
+            "have the shapes of none of OpenAI's models"
+            if file is None
+            else "are not known to be OpenAI's, by an archive or by the name of the file and their shapes"
+        )
+        raise UserError(
+            f"the weights of {source} {known}, and don't tell their heads' width and activation: put the model's"
+            f" {OPEN_CLIP_CONFIG} beside the file, or give backbone_options (from_openai in Python has them too):"
+            " activation, gelu for LAION's and DataComp's models, quick_gelu for OpenAI's, MetaCLIP's and DFN's; and"
+            " head_width, 64 but for ViT-H/14 (80), g/14 (88) and bigG/14 (104)"
+        )
+    if activation not in ("gelu", "quick_gelu", None):
+        raise UserError(f"activation is {activation!r:.80}; it must be gelu or quick_gelu")
+    heads = _heads(vision["width"] * (32 if resnet else 1), head_width, "the visual tower")
+    if resnet:
+        visual: dict[str, Any] = {
             "kind": "resnet",
-            "layers": [_count(state, f"visual.layer{stage}") for stage in (1, 2, 3, 4)],
-            "width": state["visual.layer1.0.conv1.weight"].shape[0],
-            "dim": state["visual.attnpool.c_proj.weight"].shape[0],
-            "image_size": _side(state["visual.attnpool.positional_embedding"]) * 32,
+            **{name: vision[name] for name in ("layers", "width")},
+            "dim": shapes["model_cfg"]["embed_dim"],
+            "image_size": image_size,
+            **({} if head_width == OPENAI["head_width"] else {"head_width": head_width}),
         }
-        model: tuple[Any, ...] = (visual["layers"], visual["width"], visual["dim"])
     else:
-        patch_size = state["visual.conv1.weight"].shape[-1]
-        width, dim = state["visual.proj"].shape
-        model = (width, _count(state, "visual.transformer.resblocks"), patch_size, dim)
-        visual = {"kind": "vit"}
-    if any(value is not None and value not in model for value in stated):
-        raise UserError(
-            f"the {OPEN_CLIP_CONFIG} beside {source} is another model's: it says {stated}, the weights {model}"
-        )
-    visual_only = all(key.startswith("visual.") for key in state)
-    if model in _OPENAI_MODELS or (visual and visual["kind"] == "resnet" and visual_only):
-        head_width, activation = head_width or 64, activation or "quick_gelu"
-    if head_width is None or activation is None:
-        raise UserError(
-            f"the weights of {source} have the shapes of none of OpenAI's models, and don't tell their heads' width and"
-            f" activation: put the model's {OPEN_CLIP_CONFIG} beside the file, or give head_width and activation to"
-            " CLIPBackbone.from_openai"
-        )
-    if visual["kind"] == "vit":
-        visual |= {
-            **_transformer_config(state, "visual.transformer", head_width, activation),
-            "projection_dim": dim,
-            "image_size": _side(state["visual.positional_embedding"]) * patch_size,
-            "patch_size": patch_size,
+        visual = {
+            "kind": "vit",
+            **_transformer_config(vision, heads, activation, shapes["model_cfg"]["embed_dim"]),
+            "image_size": image_size,
+            "patch_size": unit,
         }
-    if visual_only:
+    if not text:
         return visual, None
-    width = state["transformer.resblocks.0.mlp.c_fc.weight"].shape[1]
+    if text_heads is None:
+        text_heads = _heads(text["width"], OPENAI["head_width"], "the text tower")
+    elif text["width"] % text_heads:
+        raise UserError(f"{source}: the width {text['width']} of the text tower isn't a multiple of its {text_heads} heads")
     return visual, {
-        **_transformer_config(state, "transformer", 64 if text_heads is None else width // text_heads, activation),
-        "projection_dim": state["text_projection"].shape[1],
-        "vocab_size": state["token_embedding.weight"].shape[0],
-        "max_position_embeddings": state["positional_embedding"].shape[0],
+        **_transformer_config(text, text_heads, activation, shapes["model_cfg"]["embed_dim"]),
+        "vocab_size": text["vocab_size"],
+        "max_position_embeddings": text["context_length"],
         "eos_token_id": 2,  # transformers' sign for: the end of text is the largest id of each text
     }
 
 
-def _transformer_config(state: Mapping[str, Tensor], prefix: str, head_width: int, activation: str) -> dict[str, Any]:
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """What the shapes of weights tell, in the words of open_clip's configurations, but for ``mlp_ratio``: that width.
+
+    Raises:
+        KeyError: Names a weight that isn't there.
+    """
+    if "visual.attnpool.positional_embedding" in state:
+        dim = state["visual.attnpool.c_proj.weight"].shape[0]
+        vision = {
+            "layers": [_count(state, f"visual.layer{stage}") for stage in (1, 2, 3, 4)],
+            "width": state["visual.layer1.0.conv1.weight"].shape[0],
+            "patch_size": None,
+            "image_size": _side(state["visual.attnpool.positional_embedding"]) * 32,
+        }
+    else:
+        patch_size = state["visual.conv1.weight"].shape[-1]
+        dim = state["visual.proj"].shape[1]
+        vision = {
+            **_transformer_shapes(state, "visual.transformer"),
+            "patch_size": patch_size,
+            "image_size": _side(state["visual.positional_embedding"]) * patch_size,
+        }
+    text: dict[str, Any] = {}
+    if not all(key.startswith("visual.") for key in state):
+        text = {
+            **_transformer_shapes(state, "transformer"),
+            "vocab_size": state["token_embedding.weight"].shape[0],
+            "context_length": state["positional_embedding"].shape[0],
+        }
+        dim = state["text_projection"].shape[1]
+    return {"model_cfg": {"embed_dim": dim}, "vision_cfg": vision, "text_cfg": text}
+
+
+def _transformer_shapes(state: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
     intermediate, width = state[f"{prefix}.resblocks.0.mlp.c_fc.weight"].shape
-    if not isinstance(head_width, int) or head_width < 1 or width % head_width:
-        raise UserError(f"heads of {head_width} channels: the width {width} of {prefix} isn't a multiple of that")
+    return {"layers": _count(state, f"{prefix}.resblocks"), "width": width, "mlp_ratio": intermediate}
+
+
+def _transformer_config(shapes: Mapping[str, Any], heads: int, activation: str | None, dim: int) -> dict[str, Any]:
     return {
-        "hidden_size": width,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": _count(state, f"{prefix}.resblocks"),
-        "num_attention_heads": width // head_width,
+        "hidden_size": shapes["width"],
+        "intermediate_size": shapes["mlp_ratio"],
+        "num_hidden_layers": shapes["layers"],
+        "num_attention_heads": heads,
         "hidden_act": activation,
+        "projection_dim": dim,
     }
+
+
+def _heads(width: int, head_width: int, tower: str) -> int:
+    if type(head_width) is not int or head_width < 1 or width % head_width:
+        raise UserError(f"heads of {head_width!r:.80} channels: the width {width} of {tower} isn't a multiple of that")
+    return width // head_width
+
+
+def _openai_model(shapes: Mapping[str, Mapping[str, Any]], file: Path | None) -> str:
+    """The name of the model of OpenAI's whose weights these are, as far as can be told, or ""."""
+    vision, text = shapes["vision_cfg"], shapes["text_cfg"]
+    own = (*(vision[name] for name in ("layers", "width", "patch_size")), shapes["model_cfg"]["embed_dim"])
+    texts = tuple(text.get(name) for name in ("width", "layers", "context_length", "vocab_size"))
+    for name, (*visual, image_size, text_width) in _OPENAI_MODELS.items():
+        if own != tuple(visual):
+            continue
+        whole = vision["image_size"] == image_size and (not text or texts == (text_width, 12, 77, 49408))
+        if file is None or (whole and file.stem.lower() == name.lower()):
+            return name
+    return "ResNet" if file is None and vision["patch_size"] is None and not text else ""
 
 
 def _count(state: Iterable[str], prefix: str) -> int:
