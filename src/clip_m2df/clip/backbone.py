@@ -198,7 +198,9 @@ class CLIPBackbone(nn.Module):
         backbone = cls.from_description({**description, "source": name_or_dir})
         # What else such a file may hold, its logit scale and older versions' position numbers, isn't needed.
         formats.load_weights(backbone, state, formats.transformers_name, name_or_dir, strict=False)
-        backbone._read_tokenizer(folder if tokenizer is None else Path(tokenizer).expanduser(), tokenizer or name_or_dir)
+        backbone._read_tokenizer(
+            folder if tokenizer is None else Path(tokenizer).expanduser(), tokenizer or name_or_dir
+        )
         return backbone
 
     @classmethod

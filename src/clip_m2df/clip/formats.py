@@ -38,16 +38,21 @@ RN50_REPOSITORY, RN50_FILE = "timm/resnet50_clip.openai", "open_clip_model.safet
 STANDARD_TOKENIZER = "openai/clip-vit-base-patch32"
 # The weights of a folder in transformers' format, the best first: one file, or shards, which may have an index beside.
 _WEIGHTS = (("model.safetensors", "model-*-of-*.safetensors"), ("pytorch_model.bin", "pytorch_model-*-of-*.bin"))
+# What lies beside weights in OpenAI's layout where they are not OpenAI's.
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+# The weights in a folder of OpenCLIP's, the best first.
+_OPEN_CLIP_WEIGHTS = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+)
 # What is fetched of a model.
 MODEL_FILES = [["config.json", "tokenizer*.json", files] for of_format in _WEIGHTS for files in of_format]
+MODEL_FILES += [[OPEN_CLIP_CONFIG, "tokenizer*.json", name] for name in _OPEN_CLIP_WEIGHTS]
 _OPTIONAL_FILES = [
     *("preprocessor_config.json", "processor_config.json", "vocab.json", "merges.txt", "adapter_config.json"),
     *(f"{name}.index.json" for name, _ in _WEIGHTS),
 ]
-# What lies beside weights in OpenAI's layout where they are not OpenAI's.
-OPEN_CLIP_CONFIG = "open_clip_config.json"
-# The weights in a folder of OpenCLIP's, the best first.
-_OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 # The class of OpenAI's models in TorchScript: in the published archives, and in those that OpenAI's public code makes.
 _OPENAI_PROGRAMS = ("__torch__.multimodal.model.multimodal_transformer.Multimodal", "__torch__.clip.model.CLIP")
 # What OpenAI's own models have and shapes don't tell.
@@ -280,7 +285,9 @@ def openai_state(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
         UserError: Two weights have one name then.
     """
     # Of DistributedDataParallel and torch.compile; and of a model whose text tower is a module of its own.
-    before = re.compile(r"^(?:(?:module|_orig_mod)\.)*(?:text\.(?=transformer\.|token_|positional_|ln_final\.|text_proj))?")
+    before = re.compile(
+        r"^(?:(?:module|_orig_mod)\.)*(?:text\.(?=transformer\.|token_|positional_|ln_final\.|text_proj))?"
+    )
     named = {before.sub("", name): weight for name, weight in state.items()}
     if len(named) < len(state):
         raise UserError(f"{source} has several models' weights, with and without module. before their names: save one")
@@ -412,16 +419,12 @@ def openai_configs(
                 stacklevel=2,
             )
     if head_width is None or (activation is None and not (resnet and not text)):
-        known = (
-            "have the shapes of none of OpenAI's models"
-            if file is None
-            else "are not known to be OpenAI's, by an archive or by the name of the file and their shapes"
-        )
         raise UserError(
-            f"the weights of {source} {known}, and don't tell their heads' width and activation: put the model's"
-            f" {OPEN_CLIP_CONFIG} beside the file, or give backbone_options (from_openai in Python has them too):"
-            " activation, gelu for LAION's and DataComp's models, quick_gelu for OpenAI's, MetaCLIP's and DFN's; and"
-            " head_width, 64 but for ViT-H/14 (80), g/14 (88) and bigG/14 (104)"
+            f"the weights of {source} {'have the shapes of no model' if file is None else 'are not'} known to be OpenAI's,"
+            " and don't tell the width of their heads and their activation: put the model's"
+            f" {OPEN_CLIP_CONFIG} beside the file, or give backbone_options, head_width (64; ViT-H/14 80, g/14 88,"
+            " bigG/14 104) and activation (quick_gelu of OpenAI's, MetaCLIP's and DFN's models, gelu of LAION's and"
+            " DataComp's); a file of OpenAI's own is known by its name and shapes, as in ViT-B-16.pt"
         )
     if activation not in ("gelu", "quick_gelu", None):
         raise UserError(f"activation is {activation!r:.80}; it must be gelu or quick_gelu")
@@ -446,7 +449,9 @@ def openai_configs(
     if text_heads is None:
         text_heads = _heads(text["width"], OPENAI["head_width"], "the text tower")
     elif text["width"] % text_heads:
-        raise UserError(f"{source}: the width {text['width']} of the text tower isn't a multiple of its {text_heads} heads")
+        raise UserError(
+            f"{source}: the width {text['width']} of the text tower isn't a multiple of its {text_heads} heads"
+        )
     return visual, {
         **_transformer_config(text, text_heads, activation, shapes["model_cfg"]["embed_dim"]),
         "vocab_size": text["vocab_size"],

@@ -86,9 +86,7 @@ class ModifiedResNet(nn.Module):
         head_width: Channels of each head of the attention pooling; 64 in OpenAI's, as in CLIP's transformers.
     """
 
-    def __init__(
-        self, layers: Sequence[int], width: int, dim: int, image_size: int, head_width: int = 64
-    ) -> None:
+    def __init__(self, layers: Sequence[int], width: int, dim: int, image_size: int, head_width: int = 64) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width // 2)
