@@ -2,9 +2,10 @@
 
 Usage: python scripts/golden_towers.py OPENAI OPENCLIP
 
-Two folders: one with OpenAI's ``clip/model.py``, as the wheel of clip-anytorch 2.6.0 has it, and one with ``open_clip``,
-as that of open_clip_torch 3.3.0 has it, which imports torchvision and ftfy. The weights are drawn by tests/clip/towers.py
-and stay out of the file; it has their names and shapes, OpenCLIP's configuration of each model, and the embeddings.
+Two folders: one with OpenAI's ``clip/model.py``, as the wheel of clip-anytorch 2.6.0 has it, and one with
+``open_clip``, as that of open_clip_torch 3.3.0 has it, which imports torchvision and ftfy. The weights are drawn by
+tests/clip/towers.py and stay out of the file; it has their names and shapes, OpenCLIP's configuration of each model,
+and the embeddings.
 """
 
 import importlib.util
@@ -52,15 +53,14 @@ OPEN_CLIP: dict[str, dict[str, Any]] = {
 }
 
 
-def openai_model(code: Any, config: dict[str, Any]) -> torch.nn.Module:
+def openai_model(code: Any, config: dict[str, Any]) -> Any:
     """The model of OpenAI's class that a configuration describes."""
     vision, text = config["vision_cfg"], config["text_cfg"]
-    model: torch.nn.Module = code.CLIP(
+    return code.CLIP(
         config["embed_dim"],
         *(vision[name] for name in ("image_size", "layers", "width", "patch_size")),
         *(text[name] for name in ("context_length", "vocab_size", "width", "heads", "layers")),
     )
-    return model
 
 
 def main(openai: str, open_clip: str) -> None:

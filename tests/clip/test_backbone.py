@@ -824,7 +824,8 @@ def test_each_field_of_openclips_configuration_is_obeyed_or_refused(
     table: str, field: str, value: Any, message: str, open_clip_folder: tuple[Path, dict[str, Any]]
 ) -> None:
     folder, config = open_clip_folder
-    model, preprocessing = json.loads(json.dumps(config)), {}
+    model: dict[str, Any] = json.loads(json.dumps(config))
+    preprocessing: dict[str, Any] = {}
     (model if table == "model_cfg" else preprocessing if table == "preprocess_cfg" else model[table])[field] = value
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model, "preprocess_cfg": preprocessing}))
     if message:

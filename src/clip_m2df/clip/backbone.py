@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from clip_m2df import weight_files
 from clip_m2df.clip import formats
 from clip_m2df.clip.formats import CLIP_MEAN, CLIP_STD, STANDARD_TOKENIZER
 from clip_m2df.clip.resnet import Bottleneck, ModifiedResNet
 from clip_m2df.clip.tokenizer import encoded, has_tokenizer, read_tokenizer, saved_tokenizer
 from clip_m2df.errors import UserError, some
-from clip_m2df import weight_files
 from clip_m2df.weight_files import read_weights
 
 program_class = getattr(weight_files, "program_class", lambda file: "")  # until it is there
@@ -121,17 +121,7 @@ class CLIPBackbone(nn.Module):
             UserError: There is no such thing, it can't be fetched, or it isn't CLIP; an option that there is not, that
                 has another value, or that this format has no use for.
         """
-        if unknown := [option for option in options if option not in BACKBONE_OPTIONS]:
-            raise UserError(f"backbone_options has no {unknown[0]!r}; there are {', '.join(BACKBONE_OPTIONS)}")
-        given = {option: value for option, value in options.items() if value is not None}
-        for option in ("mean", "std"):
-            if option in given and not _three_numbers(given[option], positive=option == "std"):
-                above = ", above 0" if option == "std" else ""
-                raise UserError(
-                    f"backbone_options.{option} is {given[option]!r:.80}; it must be three finite numbers{above}"
-                )
-        if not isinstance(given.get("tokenizer", ""), str):
-            raise UserError(f"backbone_options.tokenizer is {given['tokenizer']!r:.80}; it must be a file or a folder")
+        given = check_options(options)
         if name == "rn50":
             _check_known(given, formats.OPENAI, "rn50 is OpenAI's")
             folder = formats.fetch(formats.RN50_REPOSITORY, [[formats.RN50_FILE]])
@@ -256,9 +246,9 @@ class CLIPBackbone(nn.Module):
             told["file"] = file
         else:
             source, state = "a state dict", dict(state_dict_or_file)
-        for constant in ("input_resolution", "context_length", "vocab_size", "logit_scale", "logit_bias"):
+        for constant in formats.OPENAI_CONSTANTS:
             state.pop(constant, None)
-        images = {name: told.pop(name) for name in ("mean", "std", "interpolation") if name in told}
+        images: dict[str, Any] = {name: told.pop(name) for name in ("mean", "std", "interpolation") if name in told}
         images.pop("interpolation", None)
         try:
             visual_config, text_config = formats.openai_configs(state, source, **told | given)
@@ -438,6 +428,26 @@ class CLIPBackbone(nn.Module):
     def _read_tokenizer(self, folder: Path, source: str) -> Tokenizer:
         self._tokenizer = read_tokenizer(folder, self._text_values(), source)
         return self._tokenizer
+
+
+def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What is said of weights beside their name, without what is None.
+
+    Raises:
+        UserError: An option that there is not, or a tokenizer, mean or std that can't be one.
+    """
+    if unknown := [option for option in options if option not in BACKBONE_OPTIONS]:
+        raise UserError(f"backbone_options has no {unknown[0]!r}; there are {', '.join(BACKBONE_OPTIONS)}")
+    given = _given(**options)
+    for option in ("mean", "std"):
+        if option in given and not _three_numbers(given[option], positive=option == "std"):
+            above = ", above 0" if option == "std" else ""
+            raise UserError(
+                f"backbone_options.{option} is {given[option]!r:.80}; it must be three finite numbers{above}"
+            )
+    if not isinstance(given.get("tokenizer", ""), str):
+        raise UserError(f"backbone_options.tokenizer is {given['tokenizer']!r:.80}; it must be a file or a folder")
+    return given
 
 
 def _given(**options: Any) -> dict[str, Any]:

@@ -38,6 +38,8 @@ RN50_REPOSITORY, RN50_FILE = "timm/resnet50_clip.openai", "open_clip_model.safet
 STANDARD_TOKENIZER = "openai/clip-vit-base-patch32"
 # The weights of a folder in transformers' format, the best first: one file, or shards, which may have an index beside.
 _WEIGHTS = (("model.safetensors", "model-*-of-*.safetensors"), ("pytorch_model.bin", "pytorch_model-*-of-*.bin"))
+# What OpenAI's files have beside the towers' weights, and OpenCLIP's.
+OPENAI_CONSTANTS = ("input_resolution", "context_length", "vocab_size", "logit_scale", "logit_bias")
 # What lies beside weights in OpenAI's layout where they are not OpenAI's.
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 # The weights in a folder of OpenCLIP's, the best first.
@@ -273,6 +275,21 @@ def _openai_part(key: str, name: str, weight: Tensor) -> Tensor:
     return weight
 
 
+def told_options(description: Mapping[str, Any]) -> dict[str, Any]:
+    """What a backbone's description says of what ``backbone_options`` may say, but for the tokenizer.
+
+    Nothing of a description that is damaged, which building it tells.
+    """
+    try:
+        vision, text = description["visual_config"], description["text_config"] or {}
+        heads, activation = vision.get("head_width", OPENAI["head_width"]), text.get("hidden_act")
+        if vision["kind"] == "vit":
+            heads, activation = vision["hidden_size"] // vision["num_attention_heads"], vision["hidden_act"]
+        return {"activation": activation, "head_width": heads, "mean": description["mean"], "std": description["std"]}
+    except (ArithmeticError, AttributeError, LookupError, TypeError):
+        return {}
+
+
 def is_openais(program: str) -> bool:
     """Whether a TorchScript archive is one of OpenAI's models, by the class of what is in it."""
     return re.sub(r"\.___torch_mangle_\d+", "", program) in _OPENAI_PROGRAMS
@@ -414,17 +431,17 @@ def openai_configs(
         head_width, activation = head_width or OPENAI["head_width"], activation or OPENAI["activation"]
         if file is not None:
             warnings.warn(
-                f"{source} is taken for OpenAI's {model}, whose name and shapes it has: quick_gelu, heads of 64 channels;"
-                " another model's weights need backbone_options, or another name",
+                f"{source} is taken for OpenAI's {model}, whose name and shapes it has: quick_gelu, and heads of 64"
+                " channels; if it is another model's, give backbone_options",
                 stacklevel=2,
             )
     if head_width is None or (activation is None and not (resnet and not text)):
         raise UserError(
-            f"the weights of {source} {'have the shapes of no model' if file is None else 'are not'} known to be OpenAI's,"
-            " and don't tell the width of their heads and their activation: put the model's"
+            f"the weights of {source} {'have the shapes of no model' if file is None else 'are not'} known to be"
+            " OpenAI's, and don't tell the width of their heads and their activation: put the model's"
             f" {OPEN_CLIP_CONFIG} beside the file, or give backbone_options, head_width (64; ViT-H/14 80, g/14 88,"
             " bigG/14 104) and activation (quick_gelu of OpenAI's, MetaCLIP's and DFN's models, gelu of LAION's and"
-            " DataComp's); a file of OpenAI's own is known by its name and shapes, as in ViT-B-16.pt"
+            " DataComp's); a file of OpenAI's own is known by its name, such as ViT-B-16.pt, and its shapes"
         )
     if activation not in ("gelu", "quick_gelu", None):
         raise UserError(f"activation is {activation!r:.80}; it must be gelu or quick_gelu")

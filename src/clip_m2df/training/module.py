@@ -90,9 +90,9 @@ class CLIPM2DF(lightning.LightningModule):
     Args:
         backbone: CLIP's weights: a name on the hub or a folder, in transformers' format (ViT) or OpenCLIP's; a file in
             OpenAI's layout; ``rn50`` for the public ResNet-50; ``tiny`` for the small CLIP that comes with the package.
-        backbone_options: what they don't tell, or what wins over what they do: ``activation`` (``gelu`` or
-            ``quick_gelu``) and ``head_width`` of weights in OpenAI's layout, ``tokenizer``, a file or a folder, ``mean``
-            and ``std``, three numbers each for pixels between 0 and 1; see :meth:`clip_m2df.CLIPBackbone.load`.
+        backbone_options: what they don't tell, or tell otherwise: ``activation`` (``gelu`` or ``quick_gelu``) and
+            ``head_width`` of weights in OpenAI's layout; ``tokenizer``, a file or a folder; ``mean`` and ``std``, three
+            numbers each for pixels between 0 and 1.
         head: what scores the queries: ``m2df``; for comparison ``clip_fsar``, ``otam``, ``bi_mhm``,
             ``nearest_prototype`` or ``zero_shot``; or the class path of another head.
         head_options: options of the head's class; for ``m2df`` those of :class:`clip_m2df.nn.m2df.M2DFHead`.
