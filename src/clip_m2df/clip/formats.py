@@ -55,8 +55,9 @@ _OPTIONAL_FILES = [
     *("preprocessor_config.json", "processor_config.json", "vocab.json", "merges.txt", "adapter_config.json"),
     *(f"{name}.index.json" for name, _ in _WEIGHTS),
 ]
-# The class of OpenAI's models in TorchScript: in the published archives, and in those that OpenAI's public code makes.
-_OPENAI_PROGRAMS = ("__torch__.multimodal.model.multimodal_transformer.Multimodal", "__torch__.clip.model.CLIP")
+# The class of OpenAI's models in TorchScript: in the published archives, and in those that the public code makes, which
+# others ship under folders of their own.
+_OPENAI_PROGRAM = r"__torch__\.(multimodal\.model\.multimodal_transformer\.Multimodal|(\w+\.)*clip\.model\.CLIP)"
 # What OpenAI's own models have and shapes don't tell.
 OPENAI: dict[str, Any] = {"activation": "quick_gelu", "head_width": 64}
 # Those models by the names of their files: layers, width and patch size of the visual tower, the width of embeddings,
@@ -292,7 +293,7 @@ def told_options(description: Mapping[str, Any]) -> dict[str, Any]:
 
 def is_openais(program: str) -> bool:
     """Whether a TorchScript archive is one of OpenAI's models, by the class of what is in it."""
-    return re.sub(r"\.___torch_mangle_\d+", "", program) in _OPENAI_PROGRAMS
+    return re.fullmatch(_OPENAI_PROGRAM, program) is not None
 
 
 def openai_state(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
