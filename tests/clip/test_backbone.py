@@ -612,6 +612,27 @@ def test_other_layouts_are_refused(state: State) -> None:
             CLIPBackbone.from_openai(changed, **OPENAI)
 
 
+@pytest.mark.parametrize("name", ["clip_resnet", "clip_vit"])
+def test_weights_with_other_axes_are_refused(name: str) -> None:
+    state = read_golden(name)[1]
+    keys = [key for key in state if not re.search(r"resblocks\.1|layer[234]|\.bn|ln_|\.bias|num_batches", key)]
+    assert len(keys) > 12
+    for key in [*keys, "transformer.resblocks.0.attn.in_proj_bias"]:
+        for weight in (torch.tensor(1.0), torch.ones(0, 0), torch.ones(2, 2, 2, 2, 2)):
+            with pytest.raises(UserError):
+                CLIPBackbone.from_openai(state | {key: weight}, **OPENAI)
+    square = "transformer.resblocks.0.attn.in_proj_weight"  # as large as what it would be split into
+    with pytest.raises(UserError, match=f"{square} is .* where "):
+        CLIPBackbone.from_openai(state | {square: torch.ones(64, 64)}, **OPENAI)
+
+
+def test_numbers_of_layers_are_no_larger_than_the_files(state: State) -> None:
+    with pytest.raises(UserError, match=r"resblocks\.9{12}\.mlp\.c_fc\.weight is unexpected"):
+        CLIPBackbone.from_openai(
+            state | {f"visual.transformer.resblocks.{'9' * 12}.mlp.c_fc.weight": torch.ones(1)}, **OPENAI
+        )
+
+
 def test_a_file_in_transformers_layout_says_so(tiny_clip_dir: Path) -> None:
     with pytest.raises(UserError, match=r"visual\.conv1\.weight is missing.*are given by their folder"):
         CLIPBackbone.load(str(tiny_clip_dir / "model.safetensors"))

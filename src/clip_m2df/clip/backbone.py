@@ -152,9 +152,10 @@ class CLIPBackbone(nn.Module):
         name_or_dir: str,
         *,
         tokenizer: str | None = None,
+        head_width: int | None = None,
+        activation: Literal["quick_gelu", "gelu"] | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
-        **in_openais_layout: Any,
     ) -> Self:
         """Load a ViT CLIP in transformers' format, or a CLIP in OpenCLIP's.
 
@@ -164,11 +165,11 @@ class CLIPBackbone(nn.Module):
             name_or_dir: A folder with ``config.json``, weights and a tokenizer; one with ``open_clip_config.json`` and
                 ``open_clip_model.safetensors`` or ``open_clip_pytorch_model.bin``; or a model's name on the hub.
             tokenizer: Where it lies; by default in the folder.
+            head_width: Of OpenCLIP's, see :meth:`from_openai`; folders in transformers' format have their own.
+            activation: The same.
             mean: What is subtracted from pixels between 0 and 1, a number a channel. By default what the folder's
                 ``preprocessor_config.json`` or ``open_clip_config.json`` says; without it, CLIP's.
             std: What they are divided by, likewise.
-            **in_openais_layout: ``activation`` and ``head_width``, see :meth:`from_openai`; transformers' folders have
-                their own.
 
         Raises:
             UserError: The folder doesn't exist, the model can't be fetched, isn't CLIP, or is damaged.
@@ -179,10 +180,16 @@ class CLIPBackbone(nn.Module):
                 raise UserError(f"backbone {name_or_dir!r}: no such file or folder")
             folder = formats.fetch(name_or_dir, formats.MODEL_FILES)
         if file := formats.open_clip_weights(folder):
-            backbone = cls.from_openai(str(file), tokenizer=tokenizer, mean=mean, std=std, **in_openais_layout)
+            backbone = cls.from_openai(
+                str(file), tokenizer=tokenizer, head_width=head_width, activation=activation, mean=mean, std=std
+            )
             backbone.source = name_or_dir
             return backbone
-        _check_known(in_openais_layout, {}, f"the config.json of {name_or_dir} says what it is")
+        _check_known(
+            {"head_width": head_width, "activation": activation},
+            {},
+            f"the config.json of {name_or_dir} says what it is",
+        )
         description, state = formats.read_folder(folder, name_or_dir)
         description |= _given(mean=mean, std=std)
         backbone = cls.from_description({**description, "source": name_or_dir})
@@ -228,7 +235,7 @@ class CLIPBackbone(nn.Module):
 
         Raises:
             UserError: The file doesn't exist, can't be read, has another layout, or its heads and activation are not
-                known; or the tokenizer isn't the text tower's.
+                known, or known to be others than are given; or the tokenizer isn't the text tower's.
         """
         given = _given(head_width=head_width, activation=activation)
         told: dict[str, Any] = {}
@@ -252,6 +259,12 @@ class CLIPBackbone(nn.Module):
         images.pop("interpolation", None)
         try:
             visual_config, text_config = formats.openai_configs(state, source, **told | given)
+        except UserError:
+            raise
+        except (IndexError, ValueError, ZeroDivisionError) as error:  # of a weight with other axes, or without numbers
+            raise UserError(
+                f"{source} isn't CLIP in OpenAI's layout: its weights have other shapes ({error})"
+            ) from error
         except KeyError as error:
             raise UserError(
                 f"{source} isn't CLIP in OpenAI's layout: {error.args[0]} is missing; "
@@ -259,7 +272,8 @@ class CLIPBackbone(nn.Module):
             ) from error
 
         images |= _given(mean=mean, std=std)
-        backbone = cls(visual_config, text_config, source=source, freeze_batch_norm=freeze_batch_norm, **images)
+        facts = {"source": source, "freeze_batch_norm": freeze_batch_norm, **images}
+        backbone = cls.from_description({"visual_config": visual_config, "text_config": text_config, **facts})
         formats.load_weights(backbone, state, formats.openai_name, source)
         if tokenizer is None:
             backbone._tokenizer_repository = STANDARD_TOKENIZER

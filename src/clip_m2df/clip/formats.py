@@ -270,7 +270,8 @@ def openai_name(key: str) -> str:
 def _openai_part(key: str, name: str, weight: Tensor) -> Tensor:
     """What the backbone keeps under ``key`` of the weight called ``name``."""
     if "attn.in_proj_" in name:  # OpenAI's layout stacks the maps to queries, keys and values
-        return weight.chunk(3)["qkv".index(key.split("_proj.")[0][-1])]
+        parts = weight.chunk(3) if weight.ndim else ()
+        return parts["qkv".index(key.split("_proj.")[0][-1])] if len(parts) == 3 else weight.new_empty(0)
     if name in ("visual.proj", "text_projection"):  # and multiplies by its projections from the right
         return weight.T
     return weight
@@ -300,12 +301,14 @@ def openai_state(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     """Weights by their names in OpenAI's layout, without what trainings and OpenCLIP put before them.
 
     Raises:
-        UserError: Two weights have one name then.
+        UserError: A weight has no name, or two have one name then.
     """
     # Of DistributedDataParallel and torch.compile; and of a model whose text tower is a module of its own.
     before = re.compile(
         r"^(?:(?:module|_orig_mod)\.)*(?:text\.(?=transformer\.|token_|positional_|ln_final\.|text_proj))?"
     )
+    if wrong := [name for name in state if not isinstance(name, str)]:
+        raise UserError(f"{source} isn't a table of weights by their names: one is {wrong[0]!r:.80}")
     named = {before.sub("", name): weight for name, weight in state.items()}
     if len(named) < len(state):
         raise UserError(f"{source} has several models' weights, with and without module. before their names: save one")
@@ -412,6 +415,7 @@ def openai_configs(
                 said = said[0]
             if field == "mlp_ratio":  # the width between the layers is rounded down
                 same = isinstance(said, int | float) and 0 <= fields["width"] * said - own < 1
+                own /= fields["width"]
             elif field == "image_size" and type(said) is int:  # a remainder without a patch is never read
                 same = said // unit == own // unit
                 image_size = said
@@ -432,8 +436,8 @@ def openai_configs(
         head_width, activation = head_width or OPENAI["head_width"], activation or OPENAI["activation"]
         if file is not None:
             warnings.warn(
-                f"{source} is taken for OpenAI's {model}, whose name and shapes it has: quick_gelu, and heads of 64"
-                " channels; if it is another model's, give backbone_options",
+                f"{source} is taken for OpenAI's {model}, whose name and shapes it has: {activation}, and heads of"
+                f" {head_width} channels; if it is another model's, give backbone_options",
                 stacklevel=2,
             )
     if head_width is None or (activation is None and not (resnet and not text)):
@@ -548,9 +552,9 @@ def _openai_model(shapes: Mapping[str, Mapping[str, Any]], file: Path | None) ->
 
 
 def _count(state: Iterable[str], prefix: str) -> int:
-    """How many numbered modules there are under a prefix."""
+    """How many numbered modules there are under a prefix, at least one; whether they are the first, loading tells."""
     pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
-    return 1 + max((int(match[1]) for key in state if (match := pattern.match(key))), default=0)
+    return max(len({match[1] for key in state if (match := pattern.match(key))}), 1)
 
 
 def _side(positions: Tensor) -> int:
