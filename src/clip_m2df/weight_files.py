@@ -139,7 +139,7 @@ def program_class(file: Path) -> str:
     try:
         if file.is_file() and _is_program(file):
             with zipfile.ZipFile(file) as archive:
-                return re.sub(r"\.___torch_mangle_\d+", "", _Program(archive).model().kind)
+                return re.sub(r"\.___torch_mangle_\d+", "", _Program(archive).kind())
     except Exception:
         return ""
     return ""
@@ -236,6 +236,11 @@ class _Program:
             return opened.read(member.file_size)
 
     # The pickle
+
+    def kind(self) -> str:
+        """The class of the object that the archive holds, which its pickle names first."""
+        instructions = pickletools.genops(self._read("data.pkl", _MOST_PICKLE))
+        return next(str(arg) for opcode, arg, _ in instructions if opcode.name == "GLOBAL").replace(" ", ".")
 
     def model(self) -> _Object:
         """The object that the archive holds."""
