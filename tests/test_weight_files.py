@@ -161,7 +161,7 @@ class Packed(nn.Module):
 
 def test_weights_that_only_a_program_can_unpack_are_refused(tmp_path: Path) -> None:
     torch.jit.script(Packed()).save(str(tmp_path / "w.pt"))
-    with pytest.raises(UserError, match=r"w\.pt .*Packed packs its weights by a program of its own"):
+    with pytest.raises(UserError, match=r"w\.pt.*Packed packs its weights by a program of its own"):
         read_weights(tmp_path / "w.pt")
 
 
@@ -177,9 +177,9 @@ def test_damage_in_what_is_read_of_an_archive_is_told(tmp_path: Path) -> None:
             )
             damaged[start + member.compress_size // 2] ^= 8
             file.write_bytes(damaged)
-            with pytest.raises(UserError, match=r"w\.pt is damaged"):
+            with pytest.raises(UserError, match=r"w\.pt(, a TorchScript archive,)? is damaged"):
                 read_weights(file)
     for cut in (10, 1000, len(whole) // 2, len(whole) - 1):
         file.write_bytes(whole[:cut])
-        with pytest.raises(UserError, match=r"w\.pt is damaged"):
+        with pytest.raises(UserError, match=r"w\.pt(, a TorchScript archive,)? is damaged"):
             read_weights(file)

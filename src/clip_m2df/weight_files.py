@@ -45,10 +45,16 @@ def read_weights(file: Path, inside: str = "") -> dict[str, Tensor]:
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file} is damaged, or no safetensors file ({error}): fetch it again") from error
 
-    try:
-        if _is_program(file):
+    if _is_program(file):
+        try:
             with zipfile.ZipFile(file) as archive:
                 return _Program(archive).weights()
+        except Exception as error:  # as below
+            raise UserError(
+                f"{file}, a TorchScript archive, is damaged, or holds more than modules and tensors ({error}): fetch "
+                "it again, or give its state_dict(), saved where you trust it"
+            ) from error
+    try:
         check_archive(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle raises nearly anything
@@ -159,7 +165,7 @@ def _is_program(file: Path) -> bool:
 # The most bytes that are read of the pickle and of the program's texts, and the most letters that the dotted names of
 # all attributes may have: a byte of a pickle may take 72 of memory, one of a compressed text may stand for a thousand,
 # and a module that is shared stands for as many as paths lead to it. CLIP's largest models are far below.
-_MOST_PICKLE, _MOST_TEXT, _MOST_NAMES = 1 << 22, 1 << 24, 1 << 24
+_MOST_PICKLE, _MOST_TEXT, _MOST_NAMES = 1 << 21, 1 << 24, 1 << 24
 
 _DTYPES = {
     f"torch {name}Storage": dtype
@@ -229,7 +235,9 @@ class _Program:
 
     def _read(self, name: str, most: int) -> bytes:
         """All of a member, held against its checksum, and no more than it says that it has."""
-        member = self._members[self._root + name]
+        member = self._members.get(self._root + name)
+        if member is None:
+            raise ValueError(f"it lacks {name!r:.100}")
         if member.file_size > most:
             raise ValueError(f"{name} in it has {member.file_size} bytes, more than {most}")
         with self._archive.open(member) as opened:
@@ -240,7 +248,8 @@ class _Program:
     def kind(self) -> str:
         """The class of the object that the archive holds, which its pickle names first."""
         instructions = pickletools.genops(self._read("data.pkl", _MOST_PICKLE))
-        return next(str(arg) for opcode, arg, _ in instructions if opcode.name == "GLOBAL").replace(" ", ".")
+        kind = next(str(arg) for opcode, arg, _ in instructions if opcode.name == "GLOBAL").replace(" ", ".")
+        return kind if kind.startswith("__torch__.") else ""
 
     def model(self) -> _Object:
         """The object that the archive holds."""
@@ -322,18 +331,15 @@ class _Program:
         if storage != "storage" or type(key) is not str or not re.fullmatch("[0-9]+", key, re.ASCII):
             raise ValueError("a tensor of it is stored in another way")
         if (key, dtype) not in self._storages:
-            size = _count(count) * dtype.itemsize
-            if not size:  # of which there may be no member
-                raw = b""
-            elif size > self._members[f"{self._root}data/{key}"].file_size:
-                raise ValueError(f"data/{key} in it is shorter than {count} numbers")
-            else:
-                raw = self._read(f"data/{key}", _size(self._archive))[:size]
+            # Of no numbers there may be no member.
+            raw = self._read(f"data/{key}", _size(self._archive)) if _count(count) else b""
             unit = dtype.itemsize // 2 if dtype.is_complex else dtype.itemsize
             values = torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else torch.empty(0, dtype=torch.uint8)
             if self._swapped:
                 values = values.view(-1, unit).flip(1).flatten()
             self._storages[key, dtype] = _Storage(values.view(dtype))
+        if self._storages[key, dtype].values.numel() != _count(count):
+            raise ValueError(f"data/{key:.100} in it has other than the {count!r:.30} numbers that it should have")
         return self._storages[key, dtype]
 
     def _tensor(self, storage: object, offset: object, size: object, stride: object, *more: object) -> Tensor:

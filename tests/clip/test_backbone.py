@@ -23,7 +23,7 @@ from clip_m2df.clip.formats import (
     openai_name,
 )
 from clip_m2df.errors import UserError
-from tests.conftest import read_golden, save_tokenizer
+from tests.conftest import GOLDEN, read_golden, save_tokenizer
 
 State = dict[str, Tensor]
 # What shapes don't tell of the small towers of these tests, and what says it beside a file of them.
@@ -610,19 +610,58 @@ def test_a_file_in_transformers_layout_says_so(tiny_clip_dir: Path) -> None:
         CLIPBackbone.load(str(tiny_clip_dir / "model.safetensors"))
 
 
-class Doubling(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x * 2
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_an_archive_of_openais_class_gives_the_features_of_its_weights(dtype: torch.dtype, tmp_path: Path) -> None:
+    golden, _ = read_golden("openai_archive")
+    file = GOLDEN / "openai_archive.pt"  # traced in half precision
+    if dtype == torch.float32:
+        model = torch.jit.load(str(file)).float()
+        file = tmp_path / "full.pt"
+        model.save(str(file))
+    backbone = CLIPBackbone.from_openai(str(file), **OPENAI)
+    with torch.no_grad():
+        images, texts = backbone.encode_frames(golden["image"]), backbone.encode_text(golden["tokens"])
+    torch.testing.assert_close(images, golden["image_features"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(texts, golden["text_features"], rtol=1e-5, atol=1e-5)
+    assert {parameter.dtype for parameter in backbone.parameters()} == {torch.float32}
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_torchscript_archive_says_how_to_convert_it(tmp_path: Path) -> None:
-    file = tmp_path / "RN50.pt"
-    torch.jit.save(torch.jit.script(Doubling()), str(file))
-    with pytest.raises(UserError, match="TorchScript archive") as caught:
-        CLIPBackbone.load(str(file))
-    assert "torch.jit.load('RN50.pt', map_location='cpu').state_dict()" in str(caught.value)
-    assert "'RN50.safetensors'" in str(caught.value)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["clip_resnet", "clip_vit"])
+def test_a_traced_model_is_read_as_its_state_dict(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    class CLIP(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    golden, state = read_golden(name)
+    model = CLIP()
+    state = {key: weight.to(dtype) if weight.is_floating_point() else weight for key, weight in state.items()}
+    for key, weight in state.items():
+        *path, last = key.split(".")
+        module: nn.Module = model
+        for part in path:
+            if not hasattr(module, part):
+                module.add_module(part, CLIP())
+            module = module.get_submodule(part)
+        if weight.is_floating_point() and "running" not in last:
+            module.register_parameter(last, nn.Parameter(weight))
+        else:
+            module.register_buffer(last, weight)
+    torch.jit.trace(model, torch.ones(1)).save(str(tmp_path / "clip.pt"))
+    backbone = CLIPBackbone.from_openai(str(tmp_path / "clip.pt"), **OPENAI)
+    expected = CLIPBackbone.from_openai(state, **OPENAI)
+    with torch.no_grad():
+        assert torch.equal(backbone.encode_frames(golden["image"]), expected.encode_frames(golden["image"]))
+        assert torch.equal(backbone.encode_text(golden["tokens"]), expected.encode_text(golden["tokens"]))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_an_archive_of_another_model_says_what_it_has(tmp_path: Path) -> None:
+    torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "RN50.pt"))
+    with pytest.raises(UserError, match=r"RN50\.pt isn't CLIP in OpenAI's layout: .*; it has bias, weight"):
+        CLIPBackbone.load(str(tmp_path / "RN50.pt"))
 
 
 def test_damaged_files_are_named(state: State, tmp_path: Path) -> None:
