@@ -858,6 +858,102 @@ def test_pixels_become_what_transformers_makes_of_them(values: dict[str, Any], c
     torch.testing.assert_close(backbone.normalise(images), expected.float(), rtol=1e-4, atol=1e-4)
 
 
+SIDE, SQUARE = {"shortest_edge": 32}, {"height": 32, "width": 32}
+
+
+@pytest.mark.parametrize(
+    ("values", "taken"),
+    [
+        # As transformers makes of it what is done to a video's frames here.
+        ({}, True),
+        ({"size": 32, "crop_size": 32}, True),
+        ({"size": SIDE, "crop_size": SQUARE}, True),
+        ({"size": SIDE | {"longest_edge": None}, "crop_size": None, "do_resize": None}, True),
+        ({"do_convert_rgb": False, "do_pad": False, "offset": None, "return_tensors": None}, True),
+        ({"resample": 2}, True),
+        ({"resample": 3}, True),
+        ({"image_processor_type": "CLIPImageProcessorFast", "processor_class": "CLIPProcessor"}, True),
+        ({"feature_extractor_type": "CLIPFeatureExtractor", "_valid_processor_keys": ["images"]}, True),
+        # Something else.
+        ({"size": SQUARE}, False),
+        ({"size": 32, "default_to_square": True}, False),
+        ({"size": 36}, False),
+        ({"size": {"shortest_edge": 36}}, False),
+        ({"size": {"shortest_edge": 32, "longest_edge": 40}}, False),
+        ({"size": {"height": 32, "width": 48}}, False),
+        ({"size": "32"}, False),
+        ({"size": []}, False),
+        ({"crop_size": 24}, False),
+        ({"crop_size": {"height": 32, "width": 24}}, False),
+        ({"crop_size": {"height": 32}}, False),
+        ({"do_resize": False}, False),
+        ({"do_center_crop": False}, False),
+        ({"do_normalize": "false"}, False),
+        ({"do_rescale": 0}, False),
+        ({"do_convert_rgb": "no"}, False),
+        ({"do_pad": True, "pad_size": SQUARE}, False),
+        ({"do_flip_channel_order": True}, False),
+        ({"offset": True}, False),
+        ({"crop_pct": 0.9}, False),
+        *(({"resample": value}, False) for value in (0, 1, 4, 5, True, 3.0, "bicubic", [3])),
+        *(({"image_processor_type": value}, False) for value in ("ViTImageProcessor", "os.system", 3, ["x"])),
+    ],
+    ids=str,
+)
+def test_a_preprocessing_is_obeyed_or_refused(values: dict[str, Any], taken: bool, copied: Path) -> None:
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    for name, content in (
+        ("preprocessor_config.json", values),
+        ("preprocessor_config.json", {"image_processor": values}),
+        ("processor_config.json", {"image_processor": values, "processor_class": "CLIPProcessor"}),
+    ):
+        (copied / "preprocessor_config.json").write_text("{}")
+        (copied / name).write_text(json.dumps(content))
+        if not taken:
+            with pytest.raises(UserError, match=rf"the preprocessing in .*{name} can't be used: .*; mend or remove"):
+                CLIPBackbone.from_pretrained(str(copied))
+            continue
+        backbone = CLIPBackbone.from_pretrained(str(copied))
+        assert backbone.interpolation == {2: "bilinear", 3: "bicubic"}[values.get("resample", 3)]
+        image = torch.randint(0, 256, (3, 50, 90), dtype=torch.uint8).numpy()
+        resample = 2 if backbone.interpolation == "bilinear" else 3
+        right = CLIPImageProcessorPil(size=SIDE, crop_size=SQUARE, resample=resample)
+        theirs = CLIPImageProcessorPil(**{"size": 32, "crop_size": 32, **{k: v for k, v in values.items() if v}})
+        as_told, as_done = (processor(image, return_tensors="pt")["pixel_values"] for processor in (theirs, right))
+        assert torch.equal(as_told, as_done)
+
+
+def test_the_preprocessing_is_that_which_transformers_takes(copied: Path) -> None:
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    flat, nested = copied / "preprocessor_config.json", copied / "processor_config.json"
+    for own, of_processor in (({"resample": 2}, {}), ({"resample": 2}, {"image_processor": {"resample": 3}})):
+        flat.write_text(json.dumps(own))
+        nested.write_text(json.dumps({"processor_class": "CLIPProcessor", "image_mean": 7} | of_processor))
+        expected = CLIPImageProcessorPil.from_pretrained(copied).resample
+        assert CLIPBackbone.load(str(copied)).interpolation == {2: "bilinear", 3: "bicubic"}[expected]
+    nested.write_text(json.dumps({"video_processor": {"size": 32}}))
+    with pytest.raises(UserError, match=r"processor_config\.json can't be used: it has a video_processor"):
+        CLIPBackbone.load(str(copied))
+    flat.unlink()
+    nested.unlink()
+    assert CLIPBackbone.load(str(copied)).interpolation == "bicubic"  # as CLIP's mean and std
+
+
+def test_the_interpolation_is_kept_in_a_description(tiny_clip_dir: Path) -> None:
+    description = CLIPBackbone.load(str(tiny_clip_dir)).description()
+    for interpolation in ("bilinear", "bicubic"):
+        again = CLIPBackbone.from_description(description | {"interpolation": interpolation})
+        assert again.description() == description | {"interpolation": interpolation}
+    del description["interpolation"]  # as earlier versions saved
+    assert CLIPBackbone.from_description(description).interpolation == "bilinear"
+    for wrong in ("lanczos", 3, None, ["bicubic"]):
+        with pytest.raises(UserError, match=r"interpolation is .*: give bilinear or bicubic"):
+            CLIPBackbone.from_description(description | {"interpolation": wrong})
+    assert CLIPBackbone.load("tiny").interpolation == "bilinear"
+
+
 @pytest.mark.parametrize("name", ["model_epoch1", "model_ema", "model.old", "model-best", "weights"])
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
 def test_stray_weights_are_no_models(name: str, suffix: str, copied: Path) -> None:
@@ -908,7 +1004,41 @@ def test_shards_are_whole_or_refused(index: bool, suffix: str, copied: Path) -> 
                 CLIPBackbone.load(str(copied))
 
 
-@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_shards_of_two_models_are_not_mixed(suffix: str, copied: Path) -> None:
+    def save(weights: State, file: Path) -> None:
+        save_file(weights, file) if suffix == ".safetensors" else torch.save(weights, file)
+
+    weights = load_file(copied / "model.safetensors")
+    (copied / "model.safetensors").unlink()
+    stem = "model" if suffix == ".safetensors" else "pytorch_model"
+    files = [f"{stem}-0000{n}-of-00002{suffix}" for n in (1, 2)]
+    halves = [dict(list(weights.items())[n::2]) for n in (0, 1)]
+    first, second = (next(iter(half)) for half in halves)
+    index = copied / f"{stem}{suffix}.index.json"
+    listed = {key: file for half, file in zip(halves, files, strict=True) for key in half}
+    twice = {first: torch.zeros_like(weights[first])}
+    for part, named, message in (
+        (halves[1] | twice, listed, rf"don't agree on {first}: fetch"),  # a weight in both
+        (halves[1] | twice, None, rf"{files[1]} and the others don't agree on {first}: fetch"),
+        (halves[1] | {"x": torch.ones(1)}, listed, rf"{files[1]} and {index.name} don't agree on x: fetch"),
+        (halves[1], listed | {"x": files[1]}, rf"{files[1]} and {index.name} don't agree on x: fetch"),
+        (halves[1], listed | {first: files[1]}, rf"don't agree on {first}: fetch"),
+        (halves[1], {key: file for key, file in listed.items() if key != second}, rf"don't agree on {second}: fetch"),
+    ):
+        save(halves[0], copied / files[0])
+        save(part, copied / files[1])
+        index.unlink(missing_ok=True)
+        if named is not None:
+            index.write_text(json.dumps({"weight_map": named}))
+        with pytest.raises(UserError, match=message):
+            CLIPBackbone.load(str(copied))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors"],
+)
 def test_an_adapter_beside_the_weights_is_named(name: str, copied: Path) -> None:
     (copied / name).write_text("{}")
     with pytest.raises(UserError, match=f"has an adapter, {name}, which is not applied here: merge it"):
@@ -930,12 +1060,27 @@ def test_weights_that_a_tower_does_not_have_and_that_are_not_finite_are_named(co
     weights = load_file(copied / "model.safetensors")
     query = "vision_model.encoder.layers.0.self_attn.q_proj"
     for more, message in (
-        ({f"{query}.lora_A.weight": torch.ones(2, 64)}, rf"{query}\.lora_A\.weight is unexpected"),
+        (
+            {f"{query}.lora_A.weight": torch.ones(2, 64)},
+            rf"has the weights of an adapter, {query}\.lora_A\.weight, which is not applied",
+        ),
         ({f"{query}.weight": torch.full((64, 64), torch.nan)}, rf"{query}\.weight is not finite"),
         ({"text_projection.extra": torch.ones(1)}, r"text_projection\.extra is unexpected"),
     ):
         save_file(weights | more, copied / "model.safetensors")
         with pytest.raises(UserError, match=message):
+            CLIPBackbone.load(str(copied))
+    for name in (
+        *(
+            "base_model.model.vision_model.layer.lora_A.default.weight",
+            "vision_model.lora_embedding_B",
+            "x.lora_magnitude",
+        ),
+        *(f"{query}.base_layer.weight", f"{query}.ia3_l", "x.hada_w1_a", "x.lokr_w2", "x.oft_R", "adapter.down.weight"),
+        *("classifier.modules_to_save.weight", "x.original_module.weight", "visual_projection.lora_B.weight"),
+    ):
+        save_file(weights | {name: torch.ones(2)}, copied / "model.safetensors")
+        with pytest.raises(UserError, match=f"has the weights of an adapter, {re.escape(name)}, which is not applied"):
             CLIPBackbone.load(str(copied))
     # What lies outside of the towers, and what older versions stored, is no matter.
     save_file(

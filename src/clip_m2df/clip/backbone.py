@@ -45,6 +45,7 @@ class CLIPBackbone(nn.Module):
         tokenizer: The text of a ``tokenizer.json`` that pads and truncates; None if there is none yet.
         mean: What ``normalise`` subtracts, a number a channel.
         std: What it divides by.
+        interpolation: How images were resized for the tower in its training: ``bilinear`` or ``bicubic``.
         source: Where the weights came from, for messages and the record.
         freeze_batch_norm: Keep batch norm in evaluation mode whatever ``train()`` says. Change the attribute and call
             ``train()`` to let it move.
@@ -67,10 +68,14 @@ class CLIPBackbone(nn.Module):
         tokenizer: str | None = None,
         mean: Sequence[float] = CLIP_MEAN,
         std: Sequence[float] = CLIP_STD,
+        interpolation: str = "bilinear",
         source: str = "",
         freeze_batch_norm: bool = True,
     ) -> None:
         super().__init__()
+        if interpolation not in ("bilinear", "bicubic"):
+            raise UserError(f"interpolation is {interpolation!r:.100}: give bilinear or bicubic")
+        self.interpolation = interpolation
         self.visual_config = dict(visual_config)
         self.text_config = None if text_config is None else dict(text_config)
         self.visual = visual_tower(self.visual_config)
@@ -140,8 +145,8 @@ class CLIPBackbone(nn.Module):
         """Load a ViT CLIP in transformers' format.
 
         Args:
-            name_or_dir: A folder with ``config.json``, weights and a tokenizer, or a model's name on the hub. Mean and
-                std are those of its ``preprocessor_config.json``; without one, CLIP's.
+            name_or_dir: A folder with ``config.json``, weights and a tokenizer, or a model's name on the hub. Mean, std
+                and interpolation are those of its ``preprocessor_config.json``; without one, CLIP's.
 
         Raises:
             UserError: The folder doesn't exist, the model can't be fetched, isn't CLIP, or is damaged.
@@ -256,6 +261,7 @@ class CLIPBackbone(nn.Module):
             "tokenizer": None if self._tokenizer is None else self._tokenizer.to_str(),
             "mean": self.mean.flatten().tolist(),
             "std": self.std.flatten().tolist(),
+            "interpolation": self.interpolation,
             "source": self.source,
             "freeze_batch_norm": self.freeze_batch_norm,
         }
