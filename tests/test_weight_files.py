@@ -52,17 +52,19 @@ class Part(nn.Module):
 class Whole(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.parts = nn.ModuleList([Part(), Part(torch.float16), Part(torch.bfloat16), Part(torch.int64)])
+        first = Part()
+        self.parts = nn.ModuleList([first, Part(torch.float16), Part(torch.bfloat16), Part(torch.int64)])
         self.more = nn.Sequential(Part(torch.complex64), Part(torch.float64), Part(torch.uint8), Part(torch.bool))
-        self.again = self.parts[0]  # a module by two names
+        self.again = first  # a module by two names
         self.tied = self.more[1].weight  # a parameter by two names
         self.several = nn.ParameterList([torch.ones(2), torch.zeros(1)])
-        self.view = nn.Parameter(self.parts[0].weight.data[1:3])  # a storage of two tensors
+        self.view = nn.Parameter(first.weight.data[1:3])  # a storage of two tensors
 
     def forward(self, x: Tensor) -> Tensor:
         for part in self.parts:
             x = part(x)
-        return self.again(self.more(x))
+        y: Tensor = self.again(self.more(x))
+        return y
 
 
 @pytest.mark.parametrize("how", ["scripted", "traced"])

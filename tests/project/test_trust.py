@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from zipfile import ZIP_DEFLATED, ZipFile
+from zipfile import ZIP_BZIP2, ZIP_DEFLATED, ZIP_LZMA, ZipFile
 
 import numpy as np
 import pytest
@@ -158,8 +158,7 @@ class Writing(torch.nn.Module):
 
     def __init__(self, path: str) -> None:
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(2))
-        self.path = path
+        self.weight, self.path = torch.ones(2), path
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.weight
@@ -456,12 +455,12 @@ def _overlapping(path: Path) -> None:
         archive.getinfo("a/data/2").compress_size = archive.getinfo("a/data/2").file_size = 16
 
 
-def _compressed(name: str) -> Callable[[Path], None]:
+def _compressed(name: str, compression: int = ZIP_DEFLATED) -> Callable[[Path], None]:
     def change(path: Path) -> None:
         members = members_of(path.read_bytes())
         with ZipFile(path, "w") as archive:
             for member, content in members.items():
-                archive.writestr(member, content, ZIP_DEFLATED if member == f"a/{name}" else None)
+                archive.writestr(member, content, compression if member == f"a/{name}" else None)
 
     return change
 
@@ -476,6 +475,8 @@ FORGED_MEMBERS: dict[str, dict[str, bytes | None] | Callable[[Path], object]] = 
     "a compressed pickle": _compressed("data.pkl"),
     "compressed numbers": _compressed("data/0"),
     "a compressed list of constants": _compressed("constants.pkl"),
+    "a program in bzip2": _compressed("code/__torch__.py", ZIP_BZIP2),
+    "a program in LZMA": _compressed("code/__torch__.py", ZIP_LZMA),
     "another name within": _altered(b"a/data/0PK", b"a/data/1PK"),
     "NUL in a name": _altered(b"a/version", b"a/\0ersion"),
     "no numbers": {"data/0": None},
@@ -507,7 +508,7 @@ def test_members_of_an_archive_are_as_torch_writes_them(forged: str, marker: Pat
 def test_the_text_of_a_program_does_not_grow_without_end(tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
     members = {f"a/{name}": content for name, content in RIGHT_MEMBERS.items()}
-    lines = b"class A:\n  pass\n" * (1 << 19)
+    lines = b"class A(Module):\n  __parameters__ = [" + b'"a", ' * (3 << 19) + b"]\n"
     texts = {f"a/code/__torch__/{k}.py": lines + b"class M" + LISTS for k in range(3)}
     inner = b"".join(_value(f"m{k}") + _made(f"__torch__.{k}.M") for k in range(3))
     members["a/data.pkl"] = b"\x80\x02" + _made(state=inner) + b"."
