@@ -20,6 +20,7 @@ from clip_m2df.clip.formats import (
     RN50_FILE,
     RN50_REPOSITORY,
     STANDARD_TOKENIZER,
+    is_openais,
     openai_configs,
     openai_name,
     openai_state,
@@ -615,7 +616,7 @@ def test_other_layouts_are_refused(state: State) -> None:
 @pytest.mark.parametrize("name", ["clip_resnet", "clip_vit"])
 def test_weights_with_other_axes_are_refused(name: str) -> None:
     state = read_golden(name)[1]
-    keys = [key for key in state if not re.search(r"resblocks\.1|layer[234]|\.bn|ln_|\.bias|num_batches", key)]
+    keys = [key for key in state if not re.search(r"resblocks\.1|layer[234]|\.bn|ln_|\.bias|num_batches|logit", key)]
     assert len(keys) > 12
     for key in [*keys, "transformer.resblocks.0.attn.in_proj_bias"]:
         for weight in (torch.tensor(1.0), torch.ones(0, 0), torch.ones(2, 2, 2, 2, 2)):
@@ -638,19 +639,112 @@ def test_a_file_in_transformers_layout_says_so(tiny_clip_dir: Path) -> None:
         CLIPBackbone.load(str(tiny_clip_dir / "model.safetensors"))
 
 
-class Doubling(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x * 2
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_an_archive_of_openais_class_gives_the_features_of_its_weights(dtype: torch.dtype, tmp_path: Path) -> None:
+    golden, _ = read_golden("openai_archive")
+    file = GOLDEN / "openai_archive.pt"  # traced in half precision
+    if dtype == torch.float32:
+        model = torch.jit.load(str(file)).float()
+        file = tmp_path / "full.pt"
+        model.save(str(file))
+    backbone = CLIPBackbone.load(str(file))
+    with torch.no_grad():
+        images, texts = backbone.encode_frames(golden["image"]), backbone.encode_text(golden["tokens"])
+    torch.testing.assert_close(images, golden["image_features"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(texts, golden["text_features"], rtol=1e-5, atol=1e-5)
+    assert {parameter.dtype for parameter in backbone.parameters()} == {torch.float32}
+
+
+def test_an_archive_of_openais_class_is_openais_whatever_lies_beside_it(tmp_path: Path) -> None:
+    golden, _ = read_golden("openai_archive")
+    file = Path(shutil.copy(GOLDEN / "openai_archive.pt", tmp_path / "epoch_3.pt"))
+    (tmp_path / "open_clip_config.json").write_text('{"vision_cfg": {"head_width": 32}, "text_cfg": {"heads": 4}}')
+    backbone = CLIPBackbone.load(str(file), mean=[0, 0, 0], **OPENAI)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            backbone.encode_text(golden["tokens"]), golden["text_features"], rtol=1e-5, atol=1e-5
+        )
+    assert backbone.interpolation == "bicubic"
+    for wrong in ({"activation": "gelu"}, {"head_width": 32}):
+        with pytest.raises(UserError, match=r"epoch_3\.pt is OpenAI's, (quick_gelu|64): leave it out"):
+            CLIPBackbone.load(str(file), **wrong)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_torchscript_archive_says_how_to_convert_it(tmp_path: Path) -> None:
-    file = tmp_path / "RN50.pt"
-    torch.jit.save(torch.jit.script(Doubling()), str(file))
-    with pytest.raises(UserError, match="TorchScript archive") as caught:
-        CLIPBackbone.load(str(file))
-    assert "torch.jit.load('RN50.pt', map_location='cpu').state_dict()" in str(caught.value)
-    assert "'RN50.safetensors'" in str(caught.value)
+def test_an_archive_of_another_class_is_as_any_other_file(tmp_path: Path) -> None:
+    class CLIP(nn.Module):  # of this module, not of clip.model
+        def __init__(self) -> None:
+            super().__init__()
+            for key, weight in TOWERS["quick_gelu"]["facts"]["shapes"].items():
+                *path, last = key.split(".")
+                module: nn.Module = self
+                for part in path:
+                    if not hasattr(module, part):
+                        module.add_module(part, nn.Module())
+                    module = module.get_submodule(part)
+                module.register_parameter(last, nn.Parameter(torch.ones(weight)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    torch.jit.trace(CLIP(), torch.ones(1)).save(str(tmp_path / "clip.pt"))
+    with pytest.raises(UserError, match=r"clip\.pt are not known to be OpenAI's"):
+        CLIPBackbone.load(str(tmp_path / "clip.pt"))
+    assert CLIPBackbone.load(str(tmp_path / "clip.pt"), **OPENAI).visual_config["num_attention_heads"] == 2
+
+
+@pytest.mark.parametrize(
+    ("program", "openais"),
+    [
+        ("__torch__.clip.model.CLIP", True),
+        ("__torch__.models.clip.model.CLIP", True),
+        ("__torch__.multimodal.model.multimodal_transformer.Multimodal", True),  # the published archives
+        ("__torch__.open_clip.model.CLIP", False),
+        ("__torch__.clip.model.VisionTransformer", False),
+        ("__torch__.clip.modelXCLIP", False),
+        ("", False),
+    ],
+)
+def test_openais_archives_are_known_by_their_class(program: str, openais: bool) -> None:
+    assert is_openais(program) is openais
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["clip_resnet", "clip_vit"])
+def test_a_traced_model_is_read_as_its_state_dict(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    class CLIP(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    golden, state = read_golden(name)
+    model = CLIP()
+    state = {key: weight.to(dtype) if weight.is_floating_point() else weight for key, weight in state.items()}
+    for key, weight in state.items():
+        *path, last = key.split(".")
+        module: nn.Module = model
+        for part in path:
+            if not hasattr(module, part):
+                module.add_module(part, CLIP())
+            module = module.get_submodule(part)
+        if weight.is_floating_point() and "running" not in last:
+            module.register_parameter(last, nn.Parameter(weight))
+        else:
+            module.register_buffer(last, weight)
+    torch.jit.trace(model, torch.ones(1)).save(str(tmp_path / "clip.pt"))
+    backbone = CLIPBackbone.from_openai(str(tmp_path / "clip.pt"), **OPENAI)
+    expected = CLIPBackbone.from_openai(state, **OPENAI)
+    with torch.no_grad():
+        assert torch.equal(backbone.encode_frames(golden["image"]), expected.encode_frames(golden["image"]))
+        assert torch.equal(backbone.encode_text(golden["tokens"]), expected.encode_text(golden["tokens"]))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_an_archive_of_another_model_says_what_it_has(tmp_path: Path) -> None:
+    torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "RN50.pt"))
+    with pytest.raises(UserError, match=r"RN50\.pt isn't CLIP in OpenAI's layout: .*; it has bias, weight"):
+        CLIPBackbone.load(str(tmp_path / "RN50.pt"))
 
 
 def test_damaged_files_are_named(state: State, tmp_path: Path) -> None:
@@ -857,6 +951,22 @@ def test_each_field_of_openclips_configuration_is_obeyed_or_refused(
     with torch.no_grad():
         embeddings = CLIPBackbone.load(str(folder)).encode_frames(images)
     torch.testing.assert_close(embeddings, TOWERS["heads_of_80"]["image"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("said", "interpolation"),
+    [({}, "bicubic"), (None, "bicubic"), ("bicubic", "bicubic"), ("bilinear", "bilinear"), ("random", "bicubic")],
+)
+def test_openclips_images_are_as_its_configuration_says(
+    said: Any, interpolation: str, open_clip_folder: tuple[Path, dict[str, Any]]
+) -> None:
+    folder, config = open_clip_folder
+    images = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.5]} | ({} if said == {} else {"interpolation": said})
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": images}))
+    backbone = CLIPBackbone.load(str(folder))
+    assert backbone.interpolation == interpolation
+    assert backbone.mean.flatten().tolist() == pytest.approx([0.5, 0.4, 0.3])
+    assert backbone.std.flatten().tolist() == pytest.approx([0.2, 0.3, 0.5])
 
 
 def test_a_folder_in_both_formats_is_read_as_transformers(
@@ -1231,6 +1341,102 @@ def test_pixels_become_what_transformers_makes_of_them(values: dict[str, Any], c
     torch.testing.assert_close(backbone.normalise(images), expected.float(), rtol=1e-4, atol=1e-4)
 
 
+SIDE, SQUARE = {"shortest_edge": 32}, {"height": 32, "width": 32}
+
+
+@pytest.mark.parametrize(
+    ("values", "taken"),
+    [
+        # As transformers makes of it what is done to a video's frames here.
+        ({}, True),
+        ({"size": 32, "crop_size": 32}, True),
+        ({"size": SIDE, "crop_size": SQUARE}, True),
+        ({"size": SIDE | {"longest_edge": None}, "crop_size": None, "do_resize": None}, True),
+        ({"do_convert_rgb": False, "do_pad": False, "offset": None, "return_tensors": None}, True),
+        ({"resample": 2}, True),
+        ({"resample": 3}, True),
+        ({"image_processor_type": "CLIPImageProcessorFast", "processor_class": "CLIPProcessor"}, True),
+        ({"feature_extractor_type": "CLIPFeatureExtractor", "_valid_processor_keys": ["images"]}, True),
+        # Something else.
+        ({"size": SQUARE}, False),
+        ({"size": 32, "default_to_square": True}, False),
+        ({"size": 36}, False),
+        ({"size": {"shortest_edge": 36}}, False),
+        ({"size": {"shortest_edge": 32, "longest_edge": 40}}, False),
+        ({"size": {"height": 32, "width": 48}}, False),
+        ({"size": "32"}, False),
+        ({"size": []}, False),
+        ({"crop_size": 24}, False),
+        ({"crop_size": {"height": 32, "width": 24}}, False),
+        ({"crop_size": {"height": 32}}, False),
+        ({"do_resize": False}, False),
+        ({"do_center_crop": False}, False),
+        ({"do_normalize": "false"}, False),
+        ({"do_rescale": 0}, False),
+        ({"do_convert_rgb": "no"}, False),
+        ({"do_pad": True, "pad_size": SQUARE}, False),
+        ({"do_flip_channel_order": True}, False),
+        ({"offset": True}, False),
+        ({"crop_pct": 0.9}, False),
+        *(({"resample": value}, False) for value in (0, 1, 4, 5, True, 3.0, "bicubic", [3])),
+        *(({"image_processor_type": value}, False) for value in ("ViTImageProcessor", "os.system", 3, ["x"])),
+    ],
+    ids=str,
+)
+def test_a_preprocessing_is_obeyed_or_refused(values: dict[str, Any], taken: bool, copied: Path) -> None:
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    for name, content in (
+        ("preprocessor_config.json", values),
+        ("preprocessor_config.json", {"image_processor": values}),
+        ("processor_config.json", {"image_processor": values, "processor_class": "CLIPProcessor"}),
+    ):
+        (copied / "preprocessor_config.json").write_text("{}")
+        (copied / name).write_text(json.dumps(content))
+        if not taken:
+            with pytest.raises(UserError, match=rf"the preprocessing in .*{name} can't be used: .*; mend or remove"):
+                CLIPBackbone.from_pretrained(str(copied))
+            continue
+        backbone = CLIPBackbone.from_pretrained(str(copied))
+        assert backbone.interpolation == {2: "bilinear", 3: "bicubic"}[values.get("resample", 3)]
+        image = torch.randint(0, 256, (3, 50, 90), dtype=torch.uint8).numpy()
+        resample = 2 if backbone.interpolation == "bilinear" else 3
+        right = CLIPImageProcessorPil(size=SIDE, crop_size=SQUARE, resample=resample)
+        theirs = CLIPImageProcessorPil(**{"size": 32, "crop_size": 32, **{k: v for k, v in values.items() if v}})
+        as_told, as_done = (processor(image, return_tensors="pt")["pixel_values"] for processor in (theirs, right))
+        assert torch.equal(as_told, as_done)
+
+
+def test_the_preprocessing_is_that_which_transformers_takes(copied: Path) -> None:
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    flat, nested = copied / "preprocessor_config.json", copied / "processor_config.json"
+    for own, of_processor in (({"resample": 2}, {}), ({"resample": 2}, {"image_processor": {"resample": 3}})):
+        flat.write_text(json.dumps(own))
+        nested.write_text(json.dumps({"processor_class": "CLIPProcessor", "image_mean": 7} | of_processor))
+        expected = CLIPImageProcessorPil.from_pretrained(copied).resample
+        assert CLIPBackbone.load(str(copied)).interpolation == {2: "bilinear", 3: "bicubic"}[expected]
+    nested.write_text(json.dumps({"video_processor": {"size": 32}}))
+    with pytest.raises(UserError, match=r"processor_config\.json can't be used: it has a video_processor"):
+        CLIPBackbone.load(str(copied))
+    flat.unlink()
+    nested.unlink()
+    assert CLIPBackbone.load(str(copied)).interpolation == "bicubic"  # as CLIP's mean and std
+
+
+def test_the_interpolation_is_kept_in_a_description(tiny_clip_dir: Path) -> None:
+    description = CLIPBackbone.load(str(tiny_clip_dir)).description()
+    for interpolation in ("bilinear", "bicubic"):
+        again = CLIPBackbone.from_description(description | {"interpolation": interpolation})
+        assert again.description() == description | {"interpolation": interpolation}
+    del description["interpolation"]  # as earlier versions saved
+    assert CLIPBackbone.from_description(description).interpolation == "bilinear"
+    for wrong in ("lanczos", 3, None, ["bicubic"]):
+        with pytest.raises(UserError, match=r"interpolation is .*: give bilinear or bicubic"):
+            CLIPBackbone.from_description(description | {"interpolation": wrong})
+    assert CLIPBackbone.load("tiny").interpolation == "bilinear"
+
+
 @pytest.mark.parametrize("name", ["model_epoch1", "model_ema", "model.old", "model-best", "weights"])
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
 def test_stray_weights_are_no_models(name: str, suffix: str, copied: Path) -> None:
@@ -1281,7 +1487,41 @@ def test_shards_are_whole_or_refused(index: bool, suffix: str, copied: Path) -> 
                 CLIPBackbone.load(str(copied))
 
 
-@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_shards_of_two_models_are_not_mixed(suffix: str, copied: Path) -> None:
+    def save(weights: State, file: Path) -> None:
+        save_file(weights, file) if suffix == ".safetensors" else torch.save(weights, file)
+
+    weights = load_file(copied / "model.safetensors")
+    (copied / "model.safetensors").unlink()
+    stem = "model" if suffix == ".safetensors" else "pytorch_model"
+    files = [f"{stem}-0000{n}-of-00002{suffix}" for n in (1, 2)]
+    halves = [dict(list(weights.items())[n::2]) for n in (0, 1)]
+    first, second = (next(iter(half)) for half in halves)
+    index = copied / f"{stem}{suffix}.index.json"
+    listed = {key: file for half, file in zip(halves, files, strict=True) for key in half}
+    twice = {first: torch.zeros_like(weights[first])}
+    for part, named, message in (
+        (halves[1] | twice, listed, rf"don't agree on {first}: fetch"),  # a weight in both
+        (halves[1] | twice, None, rf"{files[1]} and the others don't agree on {first}: fetch"),
+        (halves[1] | {"x": torch.ones(1)}, listed, rf"{files[1]} and {index.name} don't agree on x: fetch"),
+        (halves[1], listed | {"x": files[1]}, rf"{files[1]} and {index.name} don't agree on x: fetch"),
+        (halves[1], listed | {first: files[1]}, rf"don't agree on {first}: fetch"),
+        (halves[1], {key: file for key, file in listed.items() if key != second}, rf"don't agree on {second}: fetch"),
+    ):
+        save(halves[0], copied / files[0])
+        save(part, copied / files[1])
+        index.unlink(missing_ok=True)
+        if named is not None:
+            index.write_text(json.dumps({"weight_map": named}))
+        with pytest.raises(UserError, match=message):
+            CLIPBackbone.load(str(copied))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors"],
+)
 def test_an_adapter_beside_the_weights_is_named(name: str, copied: Path) -> None:
     (copied / name).write_text("{}")
     with pytest.raises(UserError, match=f"has an adapter, {name}, which is not applied here: merge it"):
@@ -1303,12 +1543,27 @@ def test_weights_that_a_tower_does_not_have_and_that_are_not_finite_are_named(co
     weights = load_file(copied / "model.safetensors")
     query = "vision_model.encoder.layers.0.self_attn.q_proj"
     for more, message in (
-        ({f"{query}.lora_A.weight": torch.ones(2, 64)}, rf"{query}\.lora_A\.weight is unexpected"),
+        (
+            {f"{query}.lora_A.weight": torch.ones(2, 64)},
+            rf"has the weights of an adapter, {query}\.lora_A\.weight, which is not applied",
+        ),
         ({f"{query}.weight": torch.full((64, 64), torch.nan)}, rf"{query}\.weight is not finite"),
         ({"text_projection.extra": torch.ones(1)}, r"text_projection\.extra is unexpected"),
     ):
         save_file(weights | more, copied / "model.safetensors")
         with pytest.raises(UserError, match=message):
+            CLIPBackbone.load(str(copied))
+    for name in (
+        *(
+            "base_model.model.vision_model.layer.lora_A.default.weight",
+            "vision_model.lora_embedding_B",
+            "x.lora_magnitude",
+        ),
+        *(f"{query}.base_layer.weight", f"{query}.ia3_l", "x.hada_w1_a", "x.lokr_w2", "x.oft_R", "adapter.down.weight"),
+        *("classifier.modules_to_save.weight", "x.original_module.weight", "visual_projection.lora_B.weight"),
+    ):
+        save_file(weights | {name: torch.ones(2)}, copied / "model.safetensors")
+        with pytest.raises(UserError, match=f"has the weights of an adapter, {re.escape(name)}, which is not applied"):
             CLIPBackbone.load(str(copied))
     # What lies outside of the towers, and what older versions stored, is no matter.
     save_file(

@@ -19,15 +19,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from clip_m2df import weight_files
 from clip_m2df.clip import formats
 from clip_m2df.clip.formats import CLIP_MEAN, CLIP_STD, STANDARD_TOKENIZER
 from clip_m2df.clip.resnet import Bottleneck, ModifiedResNet
 from clip_m2df.clip.tokenizer import encoded, has_tokenizer, read_tokenizer, saved_tokenizer
 from clip_m2df.errors import UserError, some
-from clip_m2df.weight_files import read_weights
-
-program_class = getattr(weight_files, "program_class", lambda file: "")  # until it is there
+from clip_m2df.weight_files import program_class, read_weights
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -51,6 +48,7 @@ class CLIPBackbone(nn.Module):
         tokenizer: The text of a ``tokenizer.json`` that pads and truncates; None if there is none yet.
         mean: What ``normalise`` subtracts, a number a channel.
         std: What it divides by.
+        interpolation: How images were resized for the tower in its training: ``bilinear`` or ``bicubic``.
         source: Where the weights came from, for messages and the record.
         freeze_batch_norm: Keep batch norm in evaluation mode whatever ``train()`` says. Change the attribute and call
             ``train()`` to let it move.
@@ -73,10 +71,14 @@ class CLIPBackbone(nn.Module):
         tokenizer: str | None = None,
         mean: Sequence[float] = CLIP_MEAN,
         std: Sequence[float] = CLIP_STD,
+        interpolation: str = "bilinear",
         source: str = "",
         freeze_batch_norm: bool = True,
     ) -> None:
         super().__init__()
+        if interpolation not in ("bilinear", "bicubic"):
+            raise UserError(f"interpolation is {interpolation!r:.100}: give bilinear or bicubic")
+        self.interpolation = interpolation
         self.visual_config = dict(visual_config)
         self.text_config = None if text_config is None else dict(text_config)
         self.visual = visual_tower(self.visual_config)
@@ -168,7 +170,8 @@ class CLIPBackbone(nn.Module):
             head_width: Of OpenCLIP's, see :meth:`from_openai`; folders in transformers' format have their own.
             activation: The same.
             mean: What is subtracted from pixels between 0 and 1, a number a channel. By default what the folder's
-                ``preprocessor_config.json`` or ``open_clip_config.json`` says; without it, CLIP's.
+                ``preprocessor_config.json`` or ``open_clip_config.json`` says, as for interpolation; without it,
+                CLIP's.
             std: What they are divided by, likewise.
 
         Raises:
@@ -255,8 +258,8 @@ class CLIPBackbone(nn.Module):
             source, state = "a state dict", dict(state_dict_or_file)
         for constant in formats.OPENAI_CONSTANTS:
             state.pop(constant, None)
-        images: dict[str, Any] = {name: told.pop(name) for name in ("mean", "std", "interpolation") if name in told}
-        images.pop("interpolation", None)
+        images = {"interpolation": "bicubic"}  # OpenAI's, and OpenCLIP's unless it says otherwise
+        images |= {name: told.pop(name) for name in ("mean", "std", "interpolation") if name in told}
         try:
             visual_config, text_config = formats.openai_configs(state, source, **told | given)
         except UserError:
@@ -320,6 +323,7 @@ class CLIPBackbone(nn.Module):
             "tokenizer": None if self._tokenizer is None else self._tokenizer.to_str(),
             "mean": self.mean.flatten().tolist(),
             "std": self.std.flatten().tolist(),
+            "interpolation": self.interpolation,
             "source": self.source,
             "freeze_batch_norm": self.freeze_batch_norm,
         }

@@ -141,6 +141,17 @@ def load_weights(
 # Transformers' format
 
 _TOWERS = ("vision_model.", "text_model.", "visual_projection.", "text_projection.")
+# What peft and its like call the weights that they add, and those that they wrap.
+_ADAPTER = re.compile(
+    r"(^|\.)(lora|dora|vera|lokr|hada|ia3|oft|boft|hra|fourierft|adapters?|base_layer|original_module|modules_to_save)"
+    r"([._]|$)"
+)
+_MERGE_IT = "which is not applied here: merge it into the model and save that (peft's merge_and_unload)"
+# The steps of transformers' preprocessing of images for CLIP, of which each is done unless a file says otherwise; what
+# other preprocessings have; and Pillow's numbers of the two ways to resize that are known here.
+_STEPS = ("resize", "center_crop", "rescale", "normalize", "convert_rgb")
+_OTHER_STEPS = {"offset", "rescale_offset", "pad_size", "size_divisor", "crop_pct", "use_square_size"}
+_INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}
 
 
 def transformers_name(key: str) -> str:
@@ -158,11 +169,11 @@ def read_folder(folder: Path, source: str) -> tuple[dict[str, Any], dict[str, Te
 
     for name in ("config.json", "processor_config.json", "preprocessor_config.json"):
         check_regular(folder / name, "model's description")
-    if adapter := next(folder.glob("adapter_*"), None):
-        raise UserError(
-            f"{source} has an adapter, {adapter.name}, which is not applied here: merge it into the model and save that"
-            " (peft's merge_and_unload), or move it elsewhere"
-        )
+    adapters = (
+        file.name for file in folder.iterdir() if re.match(r"adapter_|.*lora.*\.(safetensors|bin|pt)$", file.name)
+    )
+    if adapter := min(adapters, default=""):
+        raise UserError(f"{source} has an adapter, {adapter}, {_MERGE_IT}, or move it elsewhere")
     if not (folder / "config.json").is_file():
         hint = "; give the file of weights in it" if (folder / OPEN_CLIP_CONFIG).is_file() else ""
         raise UserError(f"{source} isn't a model in transformers' format: there is no config.json in it{hint}")
@@ -178,32 +189,78 @@ def read_folder(folder: Path, source: str) -> tuple[dict[str, Any], dict[str, Te
     for tower in (vision, text):
         tower["projection_dim"] = config.projection_dim  # a tower's own is what it would have alone, and often wrong
 
-    preprocessing: dict[str, Any] = {}
-    for name in ("processor_config.json", "preprocessor_config.json"):
-        if (folder / name).is_file():
-            preprocessing = _read_json(folder / name)
-            preprocessing = preprocessing.get("image_processor", preprocessing)
+    description = {"visual_config": {"kind": "vit", **vision}, "text_config": text}
+    return description | _read_preprocessing(folder, vision["image_size"]), _read_folder_weights(folder, source)
+
+
+def _read_preprocessing(folder: Path, image_size: int) -> dict[str, Any]:
+    """Mean, std and interpolation of the images of a folder in transformers' format: CLIP's where it doesn't say.
+
+    Raises:
+        UserError: It is damaged, or asks for what isn't done to videos here.
+    """
+    file, nested, values = folder / "preprocessor_config.json", folder / "processor_config.json", {}
+    if file.is_file():
+        values = _read_json(file)
+    if nested.is_file():
+        processors = _read_json(nested)
+        if "image_processor" in processors or "video_processor" in processors:  # which transformers prefers
+            file, values = nested, processors
+
+    def unusable(why: object) -> UserError:
+        return UserError(f"the preprocessing in {file} can't be used: {why}; mend or remove that file")
+
+    if "video_processor" in values:
+        raise unusable("it has a video_processor, which isn't applied here")
+    values = values.get("image_processor", values)
+    if not isinstance(values, dict):
+        raise unusable("its image_processor is no table")
+    values = {name: value for name, value in values.items() if value is not None or name.startswith("image_")}
+    kind = values.get("image_processor_type", values.get("feature_extractor_type", "CLIPImageProcessor"))
+    if kind not in ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor"):
+        raise unusable(f"{kind!r:.100} is no processor of CLIP's")
+    do = {name: values.get(f"do_{name}", True) for name in _STEPS}
+    if wrong := [name for name in _STEPS if type(do[name]) is not bool]:
+        raise unusable(f"do_{wrong[0]} is {do[wrong[0]]!r:.100}, which is neither true nor false")
+    if left_out := [f"do_{name}" for name in ("resize", "center_crop") if not do[name]]:
+        raise unusable(f"{some(left_out)} is false, but frames are always resized and cropped to the tower's size")
+    other = {name for name in values if name.startswith("do_")} - {f"do_{name}" for name in _STEPS} | _OTHER_STEPS
+    if done := [name for name in values if name in other and values[name]]:
+        raise unusable(f"it has {some(done)}, which isn't done here")
+    sides = {"size": {"shortest_edge": image_size}, "crop_size": {"height": image_size, "width": image_size}}
+    for name, right in sides.items():
+        told = values.get(name, right)
+        if isinstance(told, dict):
+            told = {side: length for side, length in told.items() if length is not None}
+        if told != right and (told != image_size or (name == "size" and values.get("default_to_square"))):
+            raise unusable(f"its {name} is {told!r:.100}, where the tower has {json.dumps(right)}")
+    resample = values.get("resample", 3)
+    if type(resample) is not int or resample not in _INTERPOLATIONS:
+        raise unusable(
+            f"its resample is {resample!r:.100}, but frames are resized by 2 (bilinear) or 3 (bicubic) alone"
+        )
     try:
-        mean, std = list(preprocessing.get("image_mean", CLIP_MEAN)), list(preprocessing.get("image_std", CLIP_STD))
-        if preprocessing.get("do_normalize") is False:
+        mean, std = list(values.get("image_mean", CLIP_MEAN)), list(values.get("image_std", CLIP_STD))
+        if not do["normalize"]:
             mean, std = [0.0] * 3, [1.0] * 3
         # Of what pixels between 0 and 1 become before: nothing, unless the configuration says otherwise.
-        scale = 255 * preprocessing.get("rescale_factor", 1 / 255) if preprocessing.get("do_rescale", True) else 255.0
+        scale = 255 * values.get("rescale_factor", 1 / 255) if do["rescale"] else 255.0
         mean, std = [value / scale for value in mean], [value / scale for value in std]
-    except (AttributeError, TypeError, ZeroDivisionError) as error:
-        raise UserError(f"the preprocessing in {folder} can't be used: {error}; mend or remove that file") from error
-
-    description = {"visual_config": {"kind": "vit", **vision}, "text_config": text, "mean": mean, "std": std}
-    return description, _read_folder_weights(folder, source)
+    except (TypeError, ZeroDivisionError, OverflowError) as error:
+        raise unusable(error) from error
+    return {"mean": mean, "std": std, "interpolation": _INTERPOLATIONS[resample]}
 
 
 def _read_folder_weights(folder: Path, source: str) -> dict[str, Tensor]:
     """The weights of a folder in transformers' format: those that transformers' own names say, and no stray ones."""
+    state: dict[str, Tensor] = {}
     for name, pattern in _WEIGHTS:
         if (folder / name).is_file():
-            return read_weights(folder / name)
+            state = read_weights(folder / name)
+            break
         index = folder / f"{name}.index.json"
         shards: set[str] = set()
+        files: Any = None
         if index.is_file():
             files = _read_json(index).get("weight_map")
             if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
@@ -218,11 +275,27 @@ def _read_folder_weights(folder: Path, source: str) -> dict[str, Tensor]:
                     shards |= {f"{start}{n:05}-of-{of}{end}" for n in range(1, int(of) + 1)}
         if missing := sorted(file for file in shards if not (folder / file).is_file()):
             raise UserError(f"{source} lacks {some(missing)} of its weights: fetch the model again")
+        for shard in sorted(shards):
+            part = read_weights(folder / shard)
+            listed = part.keys() if files is None else {key for key in files if files[key] == shard}
+            if wrong := sorted((part.keys() ^ listed) | (part.keys() & state.keys())):
+                others = "the others" if files is None else index.name
+                raise UserError(
+                    f"{source} has shards of more than one model: {shard} and {others} don't agree on {some(wrong)}: "
+                    "fetch the model again"
+                )
+            state |= part
         if shards:
-            return {key: weight for file in sorted(shards) for key, weight in read_weights(folder / file).items()}
-    there = sorted(file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".pt", ".pth"))
-    hint = f"; rename the one to be taken, of {some(there)}" if there else ""
-    raise UserError(f"{source} has no weights: neither model.safetensors nor pytorch_model.bin is in the folder{hint}")
+            break
+    else:
+        there = sorted(file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".pt", ".pth"))
+        hint = f"; rename the one to be taken, of {some(there)}" if there else ""
+        raise UserError(
+            f"{source} has no weights: neither model.safetensors nor pytorch_model.bin is in the folder{hint}"
+        )
+    if adapted := [key for key in state if _ADAPTER.search(key)]:
+        raise UserError(f"{source} has the weights of an adapter, {some(adapted)}, {_MERGE_IT}")
+    return state
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -273,7 +346,7 @@ def _openai_part(key: str, name: str, weight: Tensor) -> Tensor:
         parts = weight.chunk(3) if weight.ndim else ()
         return parts["qkv".index(key.split("_proj.")[0][-1])] if len(parts) == 3 else weight.new_empty(0)
     if name in ("visual.proj", "text_projection"):  # and multiplies by its projections from the right
-        return weight.T
+        return weight.T if weight.ndim == 2 else weight
     return weight
 
 
