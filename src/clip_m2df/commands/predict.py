@@ -49,11 +49,15 @@ LONGEST = 1e9
 # What the first line of a part says.
 PART_FORMAT = "clip-m2df predictions 1"
 
+# Options of named values, and one that each may have.
+NAMED_VALUES = {"head_options": "smoothing=0.1", "backbone_options": "activation=gelu"}
+
 
 def predict_videos(
     *,
     ckpt_path: str | None = None,
     backbone: str | None = None,
+    backbone_options: Sequence[str] | None = None,
     head: UntrainedHead | None = None,
     head_options: Sequence[str] | None = None,
     template: Sequence[str] | None = None,
@@ -86,6 +90,8 @@ def predict_videos(
             that FewShotClassifier.save wrote, which has its classes. Either this or --backbone; both with a checkpoint
             of CLIP-M²DF's published code, which lacks the text tower.
         backbone: CLIP's own weights instead, nothing trained: a name on the hub, a folder, a file, rn50 or tiny.
+        backbone_options: What a file of weights doesn't tell, as in activation=gelu head_width=80; and tokenizer, mean,
+            std.
         head: How a clip is compared with the examples, with --backbone; otam by default.
         head_options: Options of that head, as in smoothing=0.1.
         template: The prompt, with {} where the class goes, or several; by default the model's own.
@@ -127,6 +133,8 @@ def predict_videos(
         raise UserError("--head goes with --backbone: a trained model has a head of its own; leave it out")
     if head_options is not None and backbone is None:
         raise UserError("--head_options goes with --backbone: a trained model has those of its training; leave it out")
+    if backbone_options is not None and backbone is None:
+        raise UserError("--backbone_options goes with --backbone: a trained model has its towers; leave it out")
     if threshold is not None and not reject:
         raise UserError("--threshold is of --reject: give that too, or leave it out")
     if output is not None and output.suffix not in TABLE_FORMATS:
@@ -138,7 +146,8 @@ def predict_videos(
     if sliding and not segments:
         raise UserError(f"--{next(iter(sliding))} is of --segments: give that too, or leave it out")
     paths, empty = _list_videos(videos)
-    own_head = {"head": head or "otam", "head_options": _parse_options(head_options or [])}
+    own = {"head": head or "otam", "head_options": _parse_options("head_options", head_options or [])}
+    own["backbone_options"] = _parse_options("backbone_options", backbone_options or [])
     told: dict[str, Any] = {
         "support": support,
         "texts": texts,
@@ -155,7 +164,7 @@ def predict_videos(
         if ckpt_path is not None and os.path.isfile(os.path.join(ckpt_path, TABLE)):
             classifier, support_facts = _load_classifier(ckpt_path, told | {"backbone": backbone}, reading)
         else:
-            classifier, support_facts = _fit_classifier(ckpt_path, backbone, own_head, told, reading)
+            classifier, support_facts = _fit_classifier(ckpt_path, backbone, own, told, reading)
         labeller = _Labeller(classifier, reject, {"window": 2.0, **sliding} if segments else None)
         fingerprints = {key: fingerprint_text(path) for key, path in paths.items()}
         digest, columns = labeller.digest(support_facts), list(labeller.blank)
@@ -202,8 +211,8 @@ def _list_videos(arguments: Sequence[str]) -> tuple[dict[str, str], set[str]]:
     return listed, empty
 
 
-def _parse_options(arguments: Sequence[str]) -> dict[str, Any]:
-    """Options of a head from ``NAME=VALUE``: numbers, true and false, lists, and else text.
+def _parse_options(option: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """Options of a head or of weights from ``NAME=VALUE``: numbers, true and false, lists, and else text.
 
     Raises:
         UserError: One without a name.
@@ -212,7 +221,7 @@ def _parse_options(arguments: Sequence[str]) -> dict[str, Any]:
     for argument in arguments:
         name, equals, value = argument.partition("=")
         if not name or not equals:
-            raise UserError(f"--head_options has {argument!r}: give NAME=VALUE, as in smoothing=0.1")
+            raise UserError(f"--{option} has {argument!r}: give NAME=VALUE, as in {NAMED_VALUES[option]}")
         try:
             options[name] = json.loads(value)
         except (ValueError, RecursionError):
@@ -236,7 +245,7 @@ def _load_classifier(
 def _fit_classifier(
     ckpt_path: str | None,
     backbone: str | None,
-    own_head: Mapping[str, Any],
+    own: Mapping[str, Any],
     told: Mapping[str, Any],
     reading: Mapping[str, Any],
 ) -> tuple[FewShotClassifier, object]:
@@ -263,11 +272,11 @@ def _fit_classifier(
     options: dict[str, Any] = {} if told["template"] is None else {"template": list(told["template"])}
     reading = {"frames": told["frames"], "resize": told["resize"], **reading}
     if ckpt_path is not None:
-        if own_head["head_options"]:  # of which a published checkpoint keeps none but the sizes
-            options["head_options"] = own_head["head_options"]
+        # Of a published checkpoint, which keeps none of them, and of the CLIP that its training began with.
+        options |= {name: own[name] for name in ("head_options", "backbone_options") if own[name]}
         classifier = FewShotClassifier.from_checkpoint(ckpt_path, clip=backbone, **reading, **options)
     else:
-        model = CLIPM2DF(backbone=str(backbone), freeze_backbone=True, **own_head, **options)
+        model = CLIPM2DF(backbone=str(backbone), freeze_backbone=True, **own, **options)
         classifier = FewShotClassifier(placed(model, reading.pop("device")), **reading)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
