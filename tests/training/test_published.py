@@ -243,6 +243,7 @@ def test_the_command_line_has_the_logits_of_the_published_code(
     published: Published, test_args: list[str], tmp_path: Path
 ) -> None:
     args = [*test_args, f"--ckpt_path={published.file}", f"--model.backbone={published.clip}"]
+    args += ["--model.backbone_options.mean=[0, 0, 0]", "--model.backbone_options.std=[1, 1, 1]"]  # as it was trained
     by_class = published.episode["query_labels"][0].argsort()
     played, _ = play([*args, "--model.selection=argmax"])
     torch.testing.assert_close(played.output.logits[0], published.numbers["logits"][by_class], **CLOSE)
@@ -293,6 +294,18 @@ def test_options_of_the_head_are_for_whoever_loads_to_give(vit: Published) -> No
     assert list(model.model.templates) == ["{} in a video"]
 
 
+def test_what_is_said_of_the_clip_beside_its_name(vit: Published, tmp_path: Path) -> None:
+    """As a bare file that says nothing of its heads; mean and std may be said again, as the published recipe does."""
+    shutil.copy(vit.clip, tmp_path / "bare.pt")
+    with pytest.raises(UserError, match="head_width"):
+        CLIPM2DF.from_published(vit.file, clip=tmp_path / "bare.pt")
+    told: dict[str, Any] = {"activation": "quick_gelu", "head_width": 64, "tokenizer": str(TINY_CLIP)}
+    told |= {"mean": [0.0] * 3, "std": [1.0, 1.0, 1.0]}
+    model = CLIPM2DF.from_published(vit.file, clip=tmp_path / "bare.pt", backbone_options=told)
+    with torch.no_grad():
+        torch.testing.assert_close(model(vit.episode).logits[0], vit.numbers["sampled_logits"], **CLOSE)
+
+
 def test_what_does_not_fit_a_published_checkpoint_is_refused(vit: Published, tmp_path: Path) -> None:
     clip = str(vit.clip)
     cases: list[tuple[dict[str, Any], str]] = [
@@ -301,6 +314,13 @@ def test_what_does_not_fit_a_published_checkpoint_is_refused(vit: Published, tmp
         ({"clip": clip, "backbone": clip}, "give CLIP's weights as clip, not as backbone"),
         ({"clip": clip, "selektion": "sample"}, "CLIPM2DF has no option 'selektion'"),
         ({"clip": clip, "head_options": {"depth": 2}}, r"missing views\.local\.encoder\.layers\.1"),
+        (
+            {"clip": clip, "backbone_options": {"mean": [0.5] * 3}},
+            r"mean is \[0\.5, .* trained on frames in \[0, 1\]",
+        ),
+        ({"clip": clip, "backbone_options": {"std": [0.5] * 3}}, r"std is \[0\.5, 0\.5, 0\.5\], but"),
+        ({"clip": clip, "backbone_options": {"activation": "gelu"}}, "with hidden_act quick_gelu, not gelu"),
+        ({"clip": CLIPBackbone.load(clip), "backbone_options": {"head_width": 64}}, "give clip as one"),
         ({"clip": "tiny"}, "its visual tower is another than that of tiny, with hidden_size 64, not 128"),
         ({"clip": str(tmp_path / "none.pt")}, "none.pt"),
     ]
