@@ -19,12 +19,15 @@ A batch's type says what it carries: :class:`Episode` frames, :class:`FeatureEpi
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict, TypeVar
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypedDict, TypeVar
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+
+# How frames are chosen and resized; what each means is said in :mod:`clip_m2df.video.transforms`.
+Sampling = Literal["segments", "random_segments", "window", "linspace"]
+ResizeMode = Literal["short_side", "short_side_bicubic", "squash"]
 
 # What is drawn for an episode, each from a stream of its own, so that none shifts another.
 STREAMS = {"videos": 0, "augmentation": 1, "prompts": 2, "stand-ins": 3, "stored augmentation": 4, "outliers": 5}
@@ -202,6 +205,8 @@ def episode_generator(seed: int, stage: str, episode: int, stream: str, part: in
         stream: what is drawn, a key of ``STREAMS``.
         part: which of several such draws.
     """
+    import numpy as np
+
     return np.random.default_rng([seed, STAGES[stage], episode, STREAMS[stream], *([part] if part else [])])
 
 
@@ -211,6 +216,7 @@ def episode_draws(seed: int, stage: str, episode: int, n_queries: int) -> torch.
     Returns:
         float32 ``(n_queries)`` in [0, 1).
     """
+    import numpy as np
     import torch
 
     return torch.from_numpy(episode_generator(seed, stage, episode, "prompts").random(n_queries, dtype=np.float32))

@@ -1,7 +1,8 @@
 """Models as folders, here or on the hub: weights, options and a card, read back without executing anything in them.
 
 A folder is enough for a model: ``model.safetensors`` has the weights; ``config.json`` the options with the towers'
-description, tokenizer included, how videos are read, and the checksum of the weights; ``README.md`` is the card.
+description, tokenizer included, how videos are read and prompts picked, and the checksum of the weights; ``README.md``
+is the card.
 """
 
 import json
@@ -9,7 +10,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, get_args
 
 import huggingface_hub
 import torch
@@ -19,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from clip_m2df.clip.formats import known_backbone, public_source
+from clip_m2df.episode import ResizeMode, Sampling
 from clip_m2df.errors import UserError, some
 from clip_m2df.files import check_regular, locked_folder, near_by, sha256_of, whole_file, write_text
 from clip_m2df.weight_files import read_weights
@@ -35,7 +37,7 @@ def write_model(folder: str | os.PathLike[str], checkpoint: Mapping[str, Any], *
     Args:
         folder: made if need be.
         checkpoint: what Lightning's checkpoints have of a model: ``hyper_parameters``, with the towers' description as
-            ``backbone``, ``state_dict`` and ``reading``.
+            ``backbone``, ``state_dict``, ``reading`` and ``selection``.
         **card: see :func:`model_card`.
 
     Raises:
@@ -49,6 +51,7 @@ def write_model(folder: str | os.PathLike[str], checkpoint: Mapping[str, Any], *
             " or write the figures into it yourself"
         )
     options, reading = checkpoint["hyper_parameters"], checkpoint["reading"]
+    goes = {"reading": reading, "selection": checkpoint["selection"]}
     # A path of whoever saves the model would tell others nothing but that person's folders.
     source = public_source(options["backbone"]["source"])
     options = options | {"backbone": options["backbone"] | {"source": source}}
@@ -68,7 +71,7 @@ def write_model(folder: str | os.PathLike[str], checkpoint: Mapping[str, Any], *
             mode = draft.stat().st_mode
             save_file(copies, draft, {"format": "pt"})
             draft.chmod(mode)  # safetensors lets nobody but the writer read
-            config = {"format": MODEL_FORMAT, "options": options, "reading": reading, "sha256": sha256_of(draft)}
+            config = {"format": MODEL_FORMAT, "options": options, **goes, "sha256": sha256_of(draft)}
             try:
                 text = json.dumps(config, indent=2)
             except (TypeError, ValueError) as error:
@@ -217,19 +220,29 @@ def read_model(folder: Path) -> dict[str, Any]:
             f" not {config.get('sha256')}; fetch both anew (from the hub: force_download=True)"
         )
     weights = read_weights(folder / WEIGHTS)
-    return {"hyper_parameters": config.get("options"), "reading": reading, "state_dict": weights}
+    goes = {"reading": reading, "selection": config.get("selection", "argmax")}
+    return {"hyper_parameters": config.get("options"), **goes, "state_dict": weights}
 
 
 def is_reading(reading: object) -> bool:
-    """Whether this says how a model's videos were read: a number of frames and one of pixels, or None: not known."""
+    """Whether this says how a model's videos were read: a number of frames and one of pixels, or None: not known.
+
+    With them ``resize_mode`` and ``sampling``; those of earlier versions lack both, which were ``short_side`` and
+    ``segments``.
+    """
     if not isinstance(reading, dict):
         return reading is None
-    return reading.keys() == {"frames", "resize"} and all(type(n) is int and n > 0 for n in reading.values())
+    numbers, how = {"frames", "resize"}, {"resize_mode": ResizeMode, "sampling": Sampling}
+    return (
+        reading.keys() in (numbers, numbers | how.keys())
+        and all(type(reading[name]) is int and reading[name] > 0 for name in numbers)
+        and all(reading[name] in get_args(choices) for name, choices in how.items() if name in reading)
+    )
 
 
 def model_card(
     options: Mapping[str, Any],
-    reading: Mapping[str, int] | None,
+    reading: Mapping[str, Any] | None,
     *,
     name: str = "user/name",
     measured: Mapping[str, str] | None = None,
@@ -238,7 +251,8 @@ def model_card(
 
     Args:
         options: of ``CLIPM2DF``, with the towers' description as ``backbone``.
-        reading: how the videos of its training were read, ``{"frames": T, "resize": short side}``; None: not known.
+        reading: how the videos of its training were read, ``{"frames": T, "resize": short side}`` with
+            ``resize_mode`` and ``sampling``; None: not known.
         name: the model's on the hub.
         measured: figures by what was measured.
     """

@@ -6,6 +6,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -183,12 +184,14 @@ class FewShotClassifier:
         precision: str = "32-true",
         workers: int = 0,
         timeout: float = 60.0,
+        clip: str | os.PathLike[str] | None = None,
         **options: Any,
     ) -> Self:
         """A classifier with a trained model.
 
         Args:
-            path_or_hub_name: a ``.ckpt`` file, a folder that ``save_pretrained`` wrote, or the hub's name of a model.
+            path_or_hub_name: a ``.ckpt`` file, a published checkpoint, a folder that ``save_pretrained`` wrote, or the
+                hub's name of a model.
             device: where it runs; by default on CUDA where there is any.
             frames: see :class:`FewShotClassifier`.
             resize: the same.
@@ -196,14 +199,22 @@ class FewShotClassifier:
             precision: the same.
             workers: the same.
             timeout: the same.
-            **options: of :class:`clip_m2df.CLIPM2DF`, such as ``selection`` and ``text_fusion``.
+            clip: with a published checkpoint alone, see :meth:`clip_m2df.CLIPM2DF.from_published`.
+            **options: of :class:`clip_m2df.CLIPM2DF`, such as ``selection`` and ``text_fusion``. Here ``selection`` is
+                ``argmax`` by default for every model, so that predictions repeat.
 
         Raises:
             UserError: there is no such model, or it can't be read.
         """
         path = os.path.expanduser(path_or_hub_name)
+        options = {"selection": "argmax"} | options
         if os.path.isfile(path):
-            model = CLIPM2DF.load_from_checkpoint(path, map_location="cpu", **options)
+            model = CLIPM2DF.load_from_checkpoint(path, map_location="cpu", clip=clip, **options)
+        elif clip is not None:
+            raise UserError(
+                f"{path_or_hub_name} is no file of a published checkpoint, which alone takes CLIP's weights beside it:"
+                f" check the name, or leave out {clip}"
+            )
         elif os.path.isfile(os.path.join(path, saving.TABLE)):
             raise UserError(f"{path_or_hub_name} is a classifier with its classes: FewShotClassifier.load takes it")
         elif path.endswith(".ckpt"):
@@ -519,7 +530,7 @@ class FewShotClassifier:
         options = {"text_fusion": self.model.text_fusion, "selection": self.model.model.head.selection}
         require(above=-math.inf, below=math.inf, threshold=self.threshold)
         threshold = None if self.threshold is None else float(self.threshold)
-        reading = saving.Reading(reader.frames, reader.resize, options, threshold)
+        reading = saving.Reading(reader.frames, reader.resize, options, threshold, reader.resize_mode, reader.sampling)
         saving.write_classifier(folder, self.model, list(self._classes.values()), reading)
 
     @classmethod
@@ -553,6 +564,8 @@ class FewShotClassifier:
         threshold = reading.threshold if threshold is None else threshold
         known: dict[str, Any] = {"frames": reading.frames, "resize": reading.resize, "threshold": threshold}
         classifier = cls(model, precision=precision, workers=workers, timeout=timeout, **known)
+        encoder = classifier.encoder
+        encoder.reader = replace(encoder.reader, resize_mode=reading.resize_mode, sampling=reading.sampling)
         shape = (reading.frames, model.model.backbone.dim)
         if any(tuple(c.features.shape[1:]) != shape or c.thumbnails.shape[1] != reading.frames for c in saved):
             raise UserError(f"the classifier in {folder} is damaged (its features are not of its model): fit it again")
