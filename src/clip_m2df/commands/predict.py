@@ -132,7 +132,7 @@ def predict_videos(
         raise UserError("--head goes with --backbone: a trained model has a head of its own; leave it out")
     if head_options is not None and ckpt_path is not None:
         raise UserError("--head_options goes with --backbone: a trained model has those of its training; leave it out")
-    if backbone_options is not None and ckpt_path is not None:
+    if backbone_options is not None and backbone is None:
         raise UserError("--backbone_options goes with --backbone: a trained model has its towers; leave it out")
     if threshold is not None and not reject:
         raise UserError("--threshold is of --reject: give that too, or leave it out")
