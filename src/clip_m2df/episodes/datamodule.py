@@ -499,6 +499,7 @@ def read_from_cache(folder: str, manifest: Manifest, reader: ClipReader, name: s
         UserError: the cache has frames that are too few or too small, or those of other videos.
     """
     cache = FrameCache.open(folder, manifest.root)
+    cached = dataclasses.replace(reader, cache=cache)
     if reader.resize > cache.short_side:
         raise UserError(
             f"resize is {reader.resize}, but the cache {folder} holds frames of {cache.short_side}"
@@ -514,7 +515,6 @@ def read_from_cache(folder: str, manifest: Manifest, reader: ClipReader, name: s
             f"frames is {reader.frames}, but the cache {folder} holds {cache.frames} of each video:"
             f" give --data.frames {cache.frames} or less, or make a cache of more"
         )
-    cached = dataclasses.replace(reader, cache=cache)
     if check_files:
         manifest.check_files(lambda video: cached.is_cached(video) or os.path.exists(video))
     others = sum(not cached.is_cached(video.path) for video in manifest.videos)
