@@ -62,7 +62,9 @@ class Draws:
 def code_of(file: Path, names: Iterable[str], **known: Any) -> SimpleNamespace:
     """Run the definitions of some functions and classes of a file, and nothing else of it."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
-    wanted = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name in names]
+    wanted: list[ast.stmt] = [
+        n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name in names
+    ]
     exec(compile(ast.Module(wanted, []), str(file), "exec"), known)
     return SimpleNamespace(**{name: known[name] for name in names})
 
@@ -134,7 +136,7 @@ def main(clip_fsar: Path, m2df: Path) -> None:
     for number, (length, height, width) in enumerate(VIDEOS):
         for stage in ("train", "test"):
             train = stage == "train"
-            which, where = draws[number, :FRAMES], draws[number, FRAMES:] if train else []
+            which, where = draws[number, :FRAMES], draws[number, FRAMES:] if train else draws[number, :0]
             for name, numbers, pixels in (
                 ("squash", clip_fsar_frames(clip_fsar, 50, length, which, train=train), clip_fsar_pixels),
                 ("short_side", m2df_frames(m2df, length, which, train=train), m2df_pixels),

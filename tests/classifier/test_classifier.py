@@ -125,9 +125,11 @@ def test_clips_are_read_as_in_the_models_training(videos: Path) -> None:
     assert FewShotClassifier(model).fit({"a": path}).explain(path).frames.shape == (8, 3, 40, 40)
 
 
-def test_clips_are_resized_as_images_were_for_a_tower_whose_training_is_not_known(videos: Path) -> None:
+def test_clips_are_resized_as_images_were_for_a_tower_whose_training_is_not_known(
+    videos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = make_model("otam")
-    model.model.backbone.interpolation = "bicubic"  # type: ignore[assignment]
+    monkeypatch.setattr(model.model.backbone, "interpolation", "bicubic", raising=False)
     path = videos / "eat" / "0.mp4"
     found = FewShotClassifier(model).fit({"a": path}).explain(path).frames
     expected = [ClipReader(8, 40, 40, resize_mode=mode).read(str(path))[0] for mode in get_args(ResizeMode)]

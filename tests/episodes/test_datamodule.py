@@ -396,6 +396,35 @@ def test_a_cache_serves_the_way_of_resizing_that_it_was_made_for(cached: Path, t
     assert (kept.int() - of_the_aspect.int()).abs().float().mean() > 8
 
 
+def test_a_bank_draws_the_frames_of_a_video_once(manifest: Path, tmp_path: Path) -> None:
+    def table(**options: Any) -> Any:
+        data = make(manifest, evaluation="bank", sampling="random_segments", frames=4, test_episodes=20, **options)
+        data.setup("test")
+        batches: list[Any] = list(data.test_dataloader())
+        return batches[0].table
+
+    first, again, other = table(), table(), table(eval_seed=1)
+    differ, seen = 0, set()
+    for index, video in enumerate(first.videos):
+        clip = first.read(index)
+        assert torch.equal(clip, again.read(index))
+        assert again.identity(index) == first.identity(index)
+        theirs = next(k for k, of_other in enumerate(other.videos) if of_other.path == video.path)
+        # Features that are kept for one seed aren't taken for another.
+        assert first.identity(index) != other.identity(theirs)
+        differ += not torch.equal(clip, other.read(theirs))
+        every = first.dataset.reader.crop(read_frames(video.path, range)[0])
+        seen.add(tuple(int((every == frame).flatten(1).all(1).nonzero()[0]) for frame in clip))
+    assert differ > len(first.videos) / 2
+    assert len(seen) > 3
+    # Of others nothing is drawn, and what was kept by earlier versions is known.
+    data = make(manifest, evaluation="bank", test_episodes=20)
+    data.setup("test")
+    plain: Any = next(iter(data.test_dataloader()))
+    assert plain.table.uniforms(0) is None
+    assert "seed" not in plain.table.identity(0)
+
+
 class Tower(lightning.LightningModule):
     """A module that says how images were resized for its tower."""
 
