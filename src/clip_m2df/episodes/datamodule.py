@@ -352,9 +352,8 @@ class EpisodeDataModule(lightning.LightningDataModule):
             UserError: says what to set.
         """
         if self.trainer and self.trainer.state.fn == "fit":
-            if "data.frames" in (episodes := state_dict.get("episodes", {})):  # earlier versions knew one way
-                episodes = {"data.resize_mode": "short_side", "data.sampling": "segments", **episodes}
-                state_dict = state_dict | {"episodes": episodes}
+            only = {"data.resize_mode": "short_side", "data.sampling": "segments"}  # that earlier versions knew
+            state_dict = state_dict | {"episodes": only | state_dict.get("episodes", {})}
             check_goes_on(state_dict, self.state_dict(), most=self.trainer.max_steps)
 
     def train_dataloader(self) -> DataLoader[Any]:
