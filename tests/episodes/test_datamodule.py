@@ -74,6 +74,10 @@ def test_training_and_evaluation_have_seeds_of_their_own(manifest: Path) -> None
         ({"stuck_after": 0.0}, r"stuck_after is 0\.0"),
         ({"max_unusable": 1.5}, r"max_unusable is 1\.5"),
         ({"resize": 15}, "resize 15 is smaller than size 16"),
+        ({"resize_mode": "stretch"}, "resize_mode: there is no 'stretch'; there are short_side, short_side_bicubic"),
+        ({"sampling": "middle"}, "sampling: there is no 'middle'; there are segments, random_segments, window"),
+        ({"sampling": "window", "frames": 1}, "frames is 1, but sampling window spaces at least 2: give more"),
+        ({"jitter_queries": True, "train_augmentations": 2}, "leave out one of them"),
         ({"batch_size": 32}, "episodes_per_step 16 does not divide into batches of 32"),
     ],
 )

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from clip_m2df.datasets.manifest import Manifest, Split, Video
 from clip_m2df.episode import Episode, episode_draws
 from clip_m2df.episodes.dataset import EpisodeDataset, collate_episodes
-from clip_m2df.episodes.plan import EpisodeSampler, EpisodeShape, plan_episode
+from clip_m2df.episodes.plan import EpisodePlan, EpisodeSampler, EpisodeShape, plan_episode
 from clip_m2df.errors import UserError
 from clip_m2df.video.reader import read_frames
 from clip_m2df.video.transforms import ClipReader
@@ -152,6 +152,31 @@ def test_augmentation_moves_frames_and_crop_together_and_flips_only_if_asked(man
         path, uniforms + torch.tensor([0.0] * 6 + [0.5])
     )
     assert torch.equal(unmirrored, left)
+
+
+def test_queries_alone_change_their_colours(train: Split) -> None:
+    shape = EpisodeShape(3, 1, 2)
+    # The second episode has the videos of the first, each support as a query.
+    plan = plan_episode(train, shape, seed=0, episode=0)
+    query = tuple((a[0], b[1]) for a, b in zip(plan.support, plan.query, strict=True))
+    turned = EpisodePlan(plan.classes, tuple(row[:1] for row in plan.query), query)
+    options: dict[str, Any] = {"seed": 0, "augment": True, "step": 2, "plans": [plan, turned]}
+    plain, jittered, again = (
+        EpisodeDataset(train, shape, READER, **options, jitter_queries=jitter).__getitems__([0, 1])
+        for jitter in (False, True, True)
+    )
+    for before, after, same in zip(plain, jittered, again, strict=True):
+        assert torch.equal(before["support"], after["support"])
+        assert torch.equal(after["query"], same["query"])
+        assert not any(torch.equal(a, b) for a, b in zip(before["query"][0], after["query"][0], strict=True))
+    batch = collate_episodes(jittered)
+    clips = torch.cat((batch["support"].flatten(1, 2), batch["query"]), 1).flatten(0, 1)
+    assert torch.equal(clips, clips[batch["same"].flatten()])
+    # The three second queries are those of the first episode too.
+    assert len(batch["same"].unique()) == 18 - 3
+    assert torch.equal(jittered[0]["query"][0, 1::2], jittered[1]["query"][0, 1::2])
+    still = EpisodeDataset(train, shape, READER, seed=0, augment=False, jitter_queries=True)[0]
+    assert torch.equal(still["query"], dataset(train, augment=False)[0]["query"])
 
 
 def test_an_evaluation_that_draws_frames_draws_them_by_seed_episode_and_video(train: Split) -> None:

@@ -271,6 +271,7 @@ CHANGES: dict[str, str] = {
     "--data.resize_mode=squash": "data.resize_mode is 'squash', but 'short_side'",
     "--data.sampling=linspace": "data.sampling is 'linspace', but 'segments'",
     "--data.flip=true": "data.flip is True, but False",
+    "--data.jitter_queries=true": "data.jitter_queries is True, but False",
     "--data.train_augmentations=2": "data.train_augmentations is 2, but 0",
     "--data.seed=1": "the run's episodes are those of seed 0",
     "--data.episodes_per_step=4": "data.episodes_per_step to 2",

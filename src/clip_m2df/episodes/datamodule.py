@@ -97,6 +97,8 @@ class EpisodeDataModule(lightning.LightningDataModule):
             default ``short_side_bicubic`` where the tower was trained with it, or else ``short_side``.
         size: side of the square crop in pixels, what the visual tower takes.
         flip: mirror half of the training clips. Leave it off where classes have a left and a right.
+        jitter_queries: mirror half of the training *queries* and change their colours (brightness, contrast and
+            saturation by up to a half, hue by up to a quarter, three in ten grey), as CLIP-FSAR does on Kinetics.
         decoder: which library decodes; ``auto`` takes the fastest that gives the right frames.
         batch_size: episodes that go through the model at once, on each device.
         episodes_per_step: episodes of an optimiser step, whatever the number of devices.
@@ -139,6 +141,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
         resize_mode: ResizeMode | None = None,
         size: int = 224,
         flip: bool = False,
+        jitter_queries: bool = False,
         decoder: Decoder = "auto",
         batch_size: int = 1,
         episodes_per_step: int = 16,
@@ -169,6 +172,11 @@ class EpisodeDataModule(lightning.LightningDataModule):
         ):
             if value not in choices:
                 raise UserError(f"{option}: there is no {value!r}; there are {', '.join(choices)}")
+        if jitter_queries and train_augmentations:
+            raise UserError(
+                "jitter_queries makes a video look otherwise as a query, and train_augmentations keeps its features"
+                " for both: leave out one of them"
+            )
         if knobs and manifest not in EMBEDDED:
             raise UserError(f"knobs are those of the embedded benchmark ({', '.join(EMBEDDED)}), not of {manifest}")
         if knobs and episodes_file is not None:
@@ -190,6 +198,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
         self.seed = seed
         self.eval_seed = eval_seed
         self.resize_mode = resize_mode
+        self.jitter_queries = jitter_queries
         self.reader = ClipReader(
             frames, resize, size, flip, decoder, resize_mode=resize_mode or "short_side", sampling=sampling
         )
@@ -324,6 +333,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
                 "data.train_n_shot": self.train_shape.n_shot,
                 "data.n_query": self.train_shape.n_query,
                 **{f"data.{name}": getattr(self.reader, name) for name in OF_FRAMES},
+                "data.jitter_queries": self.jitter_queries,
                 "data.cache": None if cache is None else f"one of {cache.settings}",
                 "data.train_augmentations": self.train_augmentations,
                 "the train split of data.manifest": self._contents("train"),
@@ -352,7 +362,8 @@ class EpisodeDataModule(lightning.LightningDataModule):
             UserError: says what to set.
         """
         if self.trainer and self.trainer.state.fn == "fit":
-            only = {"data.resize_mode": "short_side", "data.sampling": "segments"}  # that earlier versions knew
+            # What earlier versions knew alone.
+            only = {"data.resize_mode": "short_side", "data.sampling": "segments", "data.jitter_queries": False}
             state_dict = state_dict | {"episodes": only | state_dict.get("episodes", {})}
             check_goes_on(state_dict, self.state_dict(), most=self.trainer.max_steps)
 
@@ -396,6 +407,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
             replace=limit > 0,
             plans=plans,
             step=self.episodes_per_step,
+            jitter_queries=self.jitter_queries,
             note=self._notes[name],
         )
         progress = self.rank == 0 and bool(self.trainer and self.trainer.progress_bar_callback)

@@ -198,6 +198,66 @@ def resize_and_crop(
     return clip.contiguous(memory_format=torch.contiguous_format)
 
 
+# Uniforms that jitter_colours takes.
+JITTER_DRAWS = 8
+
+
+def jitter_colours(clip: Tensor, uniforms: Tensor) -> Tensor:
+    """Change the colours of a clip at random, all frames alike.
+
+    The rule of ``ColorJitter`` in CLIP-FSAR's datasets/utils/transformations.py under the values of its
+    configs/pool/base.yaml: three clips in ten turn grey; then brightness, contrast and saturation are multiplied by 0.5
+    to 1.5 and the hue is turned by up to a quarter of its circle, in a random order.
+
+    Args:
+        clip: uint8 pixels, shape ``(frames, 3, height, width)``.
+        uniforms: In [0, 1), shape ``(8)``: brightness, contrast, saturation, hue, three for the order, grey.
+
+    Returns:
+        uint8 pixels.
+    """
+    *amounts, u, v, w, grey = uniforms.tolist()
+    brightness, contrast, saturation = (0.5 + amount for amount in amounts[:3])
+    steps: list[Callable[[Tensor], Tensor]] = [
+        lambda x: _blend(x, torch.zeros(()), brightness),
+        lambda x: _blend(x, _grey(x).mean((-2, -1), keepdim=True), contrast),
+        lambda x: _blend(x, _grey(x), saturation),
+        lambda x: _turn_hue(x, 0.5 * amounts[3] - 0.25),
+    ]
+    # As random.shuffle does.
+    for last, draw in ((3, u), (2, v), (1, w)):
+        other = int(draw * (last + 1))
+        steps[last], steps[other] = steps[other], steps[last]
+    pixels = clip.float() / 255
+    if grey < 0.3:
+        pixels = _grey(pixels).expand_as(pixels)
+    for step in steps:
+        pixels = step(pixels)
+    return (255 * pixels).round_().to(torch.uint8)
+
+
+def _grey(pixels: Tensor) -> Tensor:
+    return (pixels * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(-3, keepdim=True)
+
+
+def _blend(pixels: Tensor, other: Tensor, share: float) -> Tensor:
+    return (share * pixels + (1 - share) * other).clamp(0, 1)
+
+
+def _turn_hue(pixels: Tensor, turn: float) -> Tensor:
+    """Turn the hue of HSV by a share of its circle; value and chroma stay."""
+    red, green, blue = pixels.unbind(-3)
+    value, chroma = pixels.amax(-3), pixels.amax(-3) - pixels.amin(-3)
+    divisor = chroma.where(chroma > 0, 1.0)
+    of_green = torch.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor)
+    sixths = torch.where(value == red, (green - blue) / divisor, of_green) + 6 * turn
+    channels = []
+    for offset in (5, 3, 1):  # red, green, blue
+        k = (offset + sixths) % 6
+        channels.append(value - chroma * torch.minimum(k, 4 - k).clamp(0, 1))
+    return torch.stack(channels, -3)
+
+
 @dataclass(frozen=True)
 class ClipReader:
     """Turns a video into the frames that the model sees.
