@@ -76,7 +76,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
         episodes_file: a file that ``clip-m2df episodes`` or another tool wrote: a test plays its first
             ``test_episodes`` episodes.
         evaluation: ``bank`` encodes each video of the episodes once; ``direct`` yields the frames of each episode, and
-            encodes a video as often as it comes. The numbers are the same.
+            encodes a video as often as it comes. The numbers are the same unless frames are drawn (``sampling``).
         store: a folder in which the features of a bank are kept for the next evaluation: another way, shot or seed of
             the same weights takes seconds. What has changed is never used.
         train_augmentations: how many augmentations of each training video are encoded before the training, which then
