@@ -19,12 +19,16 @@ A batch's type says what it carries: :class:`Episode` frames, :class:`FeatureEpi
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypedDict, TypeVar
 
 import numpy as np
 
 if TYPE_CHECKING:
     import torch
+
+# How frames are chosen and resized; what each means is said in :mod:`clip_m2df.video.transforms`.
+Sampling = Literal["segments", "random_segments", "window", "linspace"]
+ResizeMode = Literal["short_side", "short_side_bicubic", "squash"]
 
 # What is drawn for an episode, each from a stream of its own, so that none shifts another.
 STREAMS = {"videos": 0, "augmentation": 1, "prompts": 2, "stand-ins": 3, "stored augmentation": 4, "outliers": 5}

@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, get_args
 
 import huggingface_hub
 import torch
@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from clip_m2df.clip.formats import known_backbone, public_source
+from clip_m2df.episode import ResizeMode, Sampling
 from clip_m2df.errors import UserError, some
 from clip_m2df.files import check_regular, locked_folder, near_by, sha256_of, whole_file, write_text
 from clip_m2df.weight_files import read_weights
@@ -221,15 +222,24 @@ def read_model(folder: Path) -> dict[str, Any]:
 
 
 def is_reading(reading: object) -> bool:
-    """Whether this says how a model's videos were read: a number of frames and one of pixels, or None: not known."""
+    """Whether this says how a model's videos were read: a number of frames and one of pixels, or None: not known.
+
+    With them ``resize_mode`` and ``sampling``; those of earlier versions lack both, which were ``short_side`` and
+    ``segments``.
+    """
     if not isinstance(reading, dict):
         return reading is None
-    return reading.keys() == {"frames", "resize"} and all(type(n) is int and n > 0 for n in reading.values())
+    numbers, how = {"frames", "resize"}, {"resize_mode": ResizeMode, "sampling": Sampling}
+    return (
+        reading.keys() in (numbers, numbers | how.keys())
+        and all(type(reading[name]) is int and reading[name] > 0 for name in numbers)
+        and all(reading[name] in get_args(choices) for name, choices in how.items() if name in reading)
+    )
 
 
 def model_card(
     options: Mapping[str, Any],
-    reading: Mapping[str, int] | None,
+    reading: Mapping[str, Any] | None,
     *,
     name: str = "user/name",
     measured: Mapping[str, str] | None = None,
@@ -238,7 +248,8 @@ def model_card(
 
     Args:
         options: of ``CLIPM2DF``, with the towers' description as ``backbone``.
-        reading: how the videos of its training were read, ``{"frames": T, "resize": short side}``; None: not known.
+        reading: how the videos of its training were read, ``{"frames": T, "resize": short side}`` with
+            ``resize_mode`` and ``sampling``; None: not known.
         name: the model's on the hub.
         measured: figures by what was measured.
     """

@@ -25,7 +25,7 @@ from clip_m2df.video import reader
 from clip_m2df.video.frame_cache import DamagedCacheError, FrameCache, decode_jpegs, encode_jpeg
 from clip_m2df.video.isolation import Unreadable
 from clip_m2df.video.reader import Choose, read_frames
-from clip_m2df.video.transforms import resize_and_crop, resize_short_side, segment_indices
+from clip_m2df.video.transforms import resize_and_crop, resize_clip, segment_indices
 from tests.clips import numbers, render, save_images
 
 SHORT_SIDE, FRAMES, T = 48, 24, 8
@@ -161,7 +161,7 @@ def test_pixels_are_close_to_those_of_the_resized_video(videos: Path, cache: Fra
     for name in ("long.mp4", "vp9.webm", FOLDER):
         kept = read(cache, videos / name, middle)
         assert kept.dtype == torch.uint8
-        expected = resize_short_side(read_frames(str(videos / name), middle)[0], SHORT_SIDE)
+        expected = resize_clip(read_frames(str(videos / name), middle)[0], SHORT_SIDE)
         difference = kept.float() - expected.float()
         assert difference.abs().mean() < 1.5
         assert difference.mean((0, 2, 3)).abs().max() < 0.5

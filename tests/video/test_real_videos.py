@@ -15,7 +15,7 @@ from clip_m2df.cli import main
 from clip_m2df.errors import UserError
 from clip_m2df.video.frame_cache import FrameCache, decode_jpegs, encode_jpeg
 from clip_m2df.video.reader import VideoError, decoder_doubt, probe, read_frames, sample_frames
-from clip_m2df.video.transforms import resize_short_side, segment_indices
+from clip_m2df.video.transforms import resize_clip, segment_indices
 from tests.classifier.conftest import make_model, read_csv
 
 FOLDER = Path(os.environ.get("CLIP_M2DF_REAL_VIDEOS", Path(__file__).parents[3] / "shared" / "real_videos"))
@@ -121,7 +121,7 @@ def test_all_are_cached(manifest: Path) -> None:
         assert found is not None
         frames = read_frames(str(path), lambda n, kept=found[1]: segment_indices(n, kept))[0]  # type: ignore[misc]
         if min(frames.shape[2:]) > 256:
-            frames = resize_short_side(frames, 256)
+            frames = resize_clip(frames, 256)
         assert found[0].equal(decode_jpegs(encode_jpeg(frame, 95) for frame in frames))
 
 

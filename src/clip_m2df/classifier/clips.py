@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from clip_m2df.nn.weights import check_finite
 from clip_m2df.training.module import CLIPM2DF
 from clip_m2df.video.isolation import Unreadable, isolated_map
 from clip_m2df.video.reader import VideoError, is_video
-from clip_m2df.video.transforms import ClipReader, resize_and_crop, segment_indices
+from clip_m2df.video.transforms import ClipReader
 
 # A video file, a folder of numbered images, or uint8 RGB frames (frames, height, width, 3).
 Clip: TypeAlias = "str | os.PathLike[str] | NDArray[np.uint8] | Tensor"
@@ -165,8 +165,7 @@ def read_clip(clip: Clip, reader: ClipReader) -> Tensor:
     if isinstance(clip, str | os.PathLike):
         return reader.read(os.fspath(clip))[0]
     check_frames(clip)
-    chosen = as_frames(clip, segment_indices(len(clip), reader.frames))
-    return resize_and_crop(chosen, resize=reader.resize, size=reader.size)
+    return reader.crop(as_frames(clip, reader.choose(len(clip))))
 
 
 def check_frames(clip: NDArray[np.uint8] | Tensor) -> None:
@@ -266,7 +265,8 @@ class ClipEncoder:
         timeout: float,
     ) -> None:
         size = model.model.backbone.image_size
-        known = model.reading or {"frames": 8, "resize": size}
+        own = "short_side_bicubic" if model.interpolation == "bicubic" else "short_side"
+        known: dict[str, Any] = model.reading or {"frames": 8, "resize": size, "resize_mode": own}
         frames = known["frames"] if frames is None else frames
         resize = known["resize"] if resize is None else resize
         with suppress(TypeError):  # numpy's whole numbers too
@@ -286,7 +286,9 @@ class ClipEncoder:
             raise UserError(f"precision is {precision!r}: give one of {', '.join(PRECISIONS)}")
         self.model = model
         self.precision = precision
-        self.reader = ClipReader(frames=frames, resize=resize, size=size)
+        # Trainings of earlier versions knew one way.
+        how = {"resize_mode": known.get("resize_mode", "short_side"), "sampling": known.get("sampling", "segments")}
+        self.reader = ClipReader(frames=frames, resize=resize, size=size, **how)
         self.workers = int(workers)
         self.timeout = timeout
 

@@ -17,7 +17,6 @@ from clip_m2df.classifier.support import ClassScorer
 from clip_m2df.errors import UserError, require
 from clip_m2df.video.reader import sample_frames
 from clip_m2df.video.timing import count_samples, evenly_timed, exact_rate
-from clip_m2df.video.transforms import resize_and_crop
 
 # Frames that are resized and encoded together.
 CHUNK = 16
@@ -109,9 +108,8 @@ def find_segments(
         fps: frames a second, where there are no times.
         threshold: the distance beyond which a moment is none of the classes.
     """
-    reader = encoder.reader
     shown = _frames_at(video, windows.rate, fps)
-    cropped = (resize_and_crop(frame, resize=reader.resize, size=reader.size) for frame in shown)
+    cropped = map(encoder.reader.crop, shown)
     encoded = []
     while chunk := list(itertools.islice(cropped, CHUNK)):
         encoded.append(encoder.frames(torch.cat(chunk)))

@@ -6,12 +6,14 @@ import itertools
 import os
 import statistics
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from timeit import timeit
 from typing import TYPE_CHECKING
 
 from clip_m2df.datasets.manifest import Manifest
+from clip_m2df.episode import ResizeMode
 from clip_m2df.errors import UserError, require, say, some_lines
 from clip_m2df.files import fingerprint, locked_folder, relative_path
 from clip_m2df.video.isolation import Unreadable, isolated_map
@@ -34,6 +36,7 @@ def cache_frames(
     output: Path,
     short_side: int = 256,
     frames: int = 24,
+    resize_mode: ResizeMode = "short_side",
     workers: int | None = None,
     timeout: float = 60.0,
 ) -> None:
@@ -46,7 +49,9 @@ def cache_frames(
         root: A folder outside the manifest's own in which its videos may lie too.
         output: Folder of the cache, for --data.cache.
         short_side: Of the kept frames, in pixels; smaller videos keep their size.
-        frames: Frames to keep of each video, at most; an odd multiple of T keeps evaluation's own.
+        frames: Frames to keep of each video, at most; an odd multiple of T keeps evaluation's own. Of a sampling other
+            than segments only videos of which all frames are kept come from the cache.
+        resize_mode: How frames are resized; that of --data.resize_mode. With squash smaller videos are resized too.
         workers: Processes that decode; as many as there are cores by default.
         timeout: Seconds after which a video is given up.
 
@@ -64,9 +69,9 @@ def cache_frames(
         raise UserError(f"the output {output} is no folder: name the cache's folder, which is made if need be")
     videos = [video.path for video in Manifest.read(manifest, root, check_files=False).videos]
     folder = os.path.dirname(os.path.abspath(manifest))
-    settings = Settings(short_side, frames, QUALITY)
+    settings = Settings(short_side, frames, QUALITY, resize_mode)
     unread: dict[str, str] = {}
-    keep = partial(keep_frames, short_side=short_side, frames=frames)
+    keep = partial(keep_frames, short_side=short_side, frames=frames, resize_mode=resize_mode)
 
     def readable(missing: Sequence[str]) -> Iterator[tuple[CachedVideo, list[bytes]]]:
         results = isolated_map(keep, missing, workers=workers, timeout=timeout)
@@ -93,19 +98,21 @@ def cache_frames(
     _print_summary(videos, unread, output, folder)
 
 
-def keep_frames(path: str, *, short_side: int, frames: int) -> tuple[CachedVideo, list[bytes]] | Unreadable:
+def keep_frames(
+    path: str, *, short_side: int, frames: int, resize_mode: ResizeMode = "short_side"
+) -> tuple[CachedVideo, list[bytes]] | Unreadable:
     """Read, resize and compress the frames of a video; or tell why that can't be done."""
     from clip_m2df.video.frame_cache import CachedVideo, encode_jpeg
     from clip_m2df.video.reader import VideoError, as_video_error, read_frames
-    from clip_m2df.video.transforms import resize_short_side, segment_indices
+    from clip_m2df.video.transforms import resize_clip, segment_indices
 
     try:
         with as_video_error(path):
             # First, so that a video that changes meanwhile is known to have changed.
             key = fingerprint(path)
             clip, n_frames = read_frames(path, lambda n: segment_indices(n, min(n, frames)))
-            if min(clip.shape[-2:]) > short_side:
-                clip = resize_short_side(clip, short_side)
+            if resize_mode == "squash" or min(clip.shape[-2:]) > short_side:
+                clip = resize_clip(clip, short_side, resize_mode)
             return CachedVideo(path, key, n_frames, *clip.shape[-2:]), [encode_jpeg(frame, QUALITY) for frame in clip]
     except VideoError as error:
         return Unreadable(error.reason_for(path))
@@ -135,7 +142,8 @@ def _print_speed(cache: FrameCache, paths: Sequence[str]) -> None:
     from clip_m2df.video.transforms import ClipReader
 
     n, size = min(cache.frames, EVALUATION_FRAMES), cache.short_side
-    readers = [ClipReader(n, size, size), ClipReader(n, size, size, cache=cache)]
+    from_videos = ClipReader(n, size, size, resize_mode=cache.resize_mode)
+    readers = [from_videos, replace(from_videos, cache=cache)]
     # The first is read once more before, as codecs are loaded then.
     seconds = [[timeit(partial(r.read, path), number=1) for r in readers] for path in [paths[0], *paths]][1:]
     from_video, from_cache = map(statistics.median, zip(*seconds, strict=True))

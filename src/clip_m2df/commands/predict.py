@@ -350,7 +350,7 @@ class _Labeller:
             "selection": getattr(model.model.head, "selection", None),
             "classes": self.classifier.classes_.tolist(),
             "support": support,
-            "reader": [reader.frames, reader.resize, reader.size],
+            "reader": [reader.frames, reader.resize, reader.size, reader.resize_mode, reader.sampling],
             "precision": self.classifier.encoder.precision,
             "question": [self.reject, self.sliding, self.classifier.threshold],
         }

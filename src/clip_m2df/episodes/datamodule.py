@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 import clip_m2df.motion_shapes as motion_shapes
 from clip_m2df.datasets.manifest import Manifest, Split, Video
-from clip_m2df.episode import episode_generator, of_all_ranks
+from clip_m2df.episode import ResizeMode, Sampling, episode_generator, of_all_ranks
 from clip_m2df.episodes.dataset import EpisodeDataset, collate_episodes
 from clip_m2df.episodes.features import EvaluationTable, TrainingTable
 from clip_m2df.episodes.files import read_episodes_file
@@ -39,6 +39,10 @@ MOST_PLAYED, MOST_DEVICES = 64, 64
 
 # The embedded benchmark's families by the names under which they stand for a manifest.
 EMBEDDED = {"motion_shapes": "demo", "motion_shapes_scene": "scene", "motion_shapes_order": "order"}
+
+
+# Options that decide a video's frames.
+OF_FRAMES = ("frames", "sampling", "resize", "resize_mode", "size", "flip")
 
 
 KNOBS = tuple(field.name for field in dataclasses.fields(motion_shapes.Knobs))
@@ -81,7 +85,16 @@ class EpisodeDataModule(lightning.LightningDataModule):
         seed: of the training episodes.
         eval_seed: of the validation and test episodes.
         frames: frames a video.
+        sampling: which frames. ``segments``: one from each of as many equal segments, at random in training and the
+            middle one at evaluation. ``random_segments``: at random at evaluation too, from segments of whole frames,
+            as CLIP-FSAR does on HMDB51, UCF101 and SSv2; with ``bank`` a video has one draw for all episodes, with
+            ``direct`` one for each, as published, and either repeats. ``window``: evenly spaced over all but the last
+            35 frames, as CLIP-FSAR does on Kinetics. ``linspace``: evenly spaced from the second frame to the last but
+            one, from end to end with a jitter in training, as CLIP-M²DF's own code does.
         resize: short side of the frames in pixels before the crop.
+        resize_mode: ``short_side``: bilinear, antialiased, the aspect kept; ``short_side_bicubic``: the same by bicubic
+            interpolation; ``squash``: both sides to ``resize``, bilinear, not antialiased, as CLIP-FSAR does. By
+            default ``short_side_bicubic`` where the tower was trained with it, or else ``short_side``.
         size: side of the square crop in pixels, what the visual tower takes.
         flip: mirror half of the training clips. Leave it off where classes have a left and a right.
         decoder: which library decodes; ``auto`` takes the fastest that gives the right frames.
@@ -121,7 +134,9 @@ class EpisodeDataModule(lightning.LightningDataModule):
         seed: int = 0,
         eval_seed: int = 0,
         frames: int = 8,
+        sampling: Sampling = "segments",
         resize: int = 256,
+        resize_mode: ResizeMode | None = None,
         size: int = 224,
         flip: bool = False,
         decoder: Decoder = "auto",
@@ -174,7 +189,10 @@ class EpisodeDataModule(lightning.LightningDataModule):
         self.train_augmentations = train_augmentations
         self.seed = seed
         self.eval_seed = eval_seed
-        self.reader = ClipReader(frames, resize, size, flip, decoder)
+        self.resize_mode = resize_mode
+        self.reader = ClipReader(
+            frames, resize, size, flip, decoder, resize_mode=resize_mode or "short_side", sampling=sampling
+        )
         self.batch_size = batch_size
         self.episodes_per_step = episodes_per_step
         self.validate_every = validate_every
@@ -220,6 +238,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
         """
         if stage != "test" and self.knobs != motion_shapes.NO_KNOBS:
             raise UserError("data.knobs makes test episodes harder; leave it out for anything but a test")
+        self._resize_as_the_tower()
         if self.manifest is None:
             self._read_manifest()
         for option in ("val_episodes", "test_episodes"):
@@ -244,11 +263,21 @@ class EpisodeDataModule(lightning.LightningDataModule):
         if name in self._tables and (self.evaluation == "direct" or stage == "fit"):
             self._check_videos(name)
 
+    def _resize_as_the_tower(self) -> None:
+        """Without ``resize_mode``, resize frames as images were for the model's tower, which may be a new one."""
+        if self.resize_mode is None and self.trainer:
+            interpolation = getattr(self.trainer.lightning_module, "interpolation", None)
+            mode: ResizeMode = "short_side_bicubic" if interpolation == "bicubic" else "short_side"
+            if mode != self.reader.resize_mode:
+                self.reader = dataclasses.replace(self.reader, resize_mode=mode, cache=None)
+                self.manifest = None
+                self._datasets, self._tables, self._checked = {}, {}, set()
+
     def _check_decoder(self, name: str) -> None:
         """Refuse at the start a split of which the decoder that was chosen may give other frames."""
         reader, doubts = self.reader, {}
         for video in itertools.chain(*self._datasets[name].split.videos):
-            if reader.cache is None or not reader.cache.has(video.path):
+            if not reader.is_cached(video.path):
                 with suppress(VideoError):  # which is said when it is read
                     if doubt := decoder_doubt(video.path, reader.decoder):
                         doubts[video.path] = doubt
@@ -294,7 +323,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
             depends |= {
                 "data.train_n_shot": self.train_shape.n_shot,
                 "data.n_query": self.train_shape.n_query,
-                **{f"data.{name}": getattr(self.reader, name) for name in ("frames", "resize", "size", "flip")},
+                **{f"data.{name}": getattr(self.reader, name) for name in OF_FRAMES},
                 "data.cache": None if cache is None else f"one of {cache.settings}",
                 "data.train_augmentations": self.train_augmentations,
                 "the train split of data.manifest": self._contents("train"),
@@ -323,6 +352,9 @@ class EpisodeDataModule(lightning.LightningDataModule):
             UserError: says what to set.
         """
         if self.trainer and self.trainer.state.fn == "fit":
+            if "data.frames" in (episodes := state_dict.get("episodes", {})):  # earlier versions knew one way
+                episodes = {"data.resize_mode": "short_side", "data.sampling": "segments", **episodes}
+                state_dict = state_dict | {"episodes": episodes}
             check_goes_on(state_dict, self.state_dict(), most=self.trainer.max_steps)
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -472,29 +504,42 @@ def read_from_cache(folder: str, manifest: Manifest, reader: ClipReader, name: s
             f"resize is {reader.resize}, but the cache {folder} holds frames of {cache.short_side}"
             f" pixels: give --data.resize {cache.short_side} or less, or make a cache of larger ones"
         )
+    if reader.resize_mode == "squash" and reader.resize != cache.short_side:
+        raise UserError(
+            f"resize is {reader.resize}, but the cache {folder} holds frames squashed to {cache.short_side} pixels:"
+            f" give --data.resize {cache.short_side}, or make a cache of that size"
+        )
     if reader.frames > cache.frames:
         raise UserError(
             f"frames is {reader.frames}, but the cache {folder} holds {cache.frames} of each video:"
             f" give --data.frames {cache.frames} or less, or make a cache of more"
         )
+    cached = dataclasses.replace(reader, cache=cache)
     if check_files:
-        manifest.check_files(lambda video: cache.has(video) or os.path.exists(video))
-    others = sum(not cache.has(video.path) for video in manifest.videos)
+        manifest.check_files(lambda video: cached.is_cached(video) or os.path.exists(video))
+    others = sum(not cached.is_cached(video.path) for video in manifest.videos)
+    if others == len(manifest.videos) and reader.sampling != "segments":
+        raise UserError(
+            f"the cache {folder} has not one video of {name} with all of its frames, of which sampling"
+            f" {reader.sampling} takes some by their numbers: leave it out, or make one that keeps as many --frames as"
+            " the longest video has"
+        )
     if others == len(manifest.videos):
         raise UserError(
             f"the cache {folder} has none of the {others} videos of {name}, or all have changed since: name"
             " another, or make it anew; names in it start at the folder of the manifest that it was made of"
         )
-    if (cache.frames / reader.frames) % 2 != 1:
+    if reader.sampling == "segments" and (cache.frames / reader.frames) % 2 != 1:
         warnings.warn(
             f"the cache {folder} keeps {cache.frames} frames of a video, no odd multiple of frames,"
             f" {reader.frames}: evaluation takes others than from the videos themselves",
             stacklevel=3,
         )
     if others:
+        partly = "" if reader.sampling == "segments" else " with all of their frames"
         warnings.warn(
-            f"{others} of the {len(manifest.videos)} videos are not in the cache {folder}, or have changed"
+            f"{others} of the {len(manifest.videos)} videos are not in the cache {folder}{partly}, or have changed"
             " since: they are read themselves; clip-m2df cache adds them",
             stacklevel=3,
         )
-    return dataclasses.replace(reader, cache=cache)
+    return cached

@@ -45,7 +45,7 @@ class EpisodeDataset(Dataset[ReadEpisode]):
         shape: how many classes and videos.
         reader: how a video is read.
         seed: the run's seed.
-        augment: random frames, crops and flips (training), or the middle frames and centre crop.
+        augment: random frames, crops and flips (training), or the frames of an evaluation and the centre crop.
         replace: put another video of the class in the place of one that can't be read, or raise its ``VideoError``.
         plans: the videos of each episode, where they are not to be drawn.
         step: episodes of an optimiser step, in which a video always looks the same.
@@ -127,7 +127,7 @@ class EpisodeDataset(Dataset[ReadEpisode]):
         return [self._episode(episode, seen) for episode in episodes]
 
     def _episode(self, episode: int, seen: dict[tuple[int, str], tuple[Tensor, int] | VideoError]) -> ReadEpisode:
-        step = episode // self.step if self.augment else 0
+        step = episode // self.step if self.augment else episode if self.reader.draws else 0
 
         def is_usable(path: str) -> bool:
             if (step, path) not in seen:
@@ -159,11 +159,14 @@ class EpisodeDataset(Dataset[ReadEpisode]):
         )
 
     def _clip(self, step: int, path: str) -> tuple[Tensor, int] | VideoError:
-        """A video as it looks in an optimiser step, and its number of frames; or why it can't be read."""
+        """A video as it looks in an optimiser step, and its number of frames; or why it can't be read.
+
+        At an evaluation that draws frames, as it looks in the episode of that number.
+        """
         uniforms = None
-        if self.augment:
+        if self.augment or self.reader.draws:
             rng = episode_generator(self.seed, self.split.name, step, "augmentation", self._index[path])
-            uniforms = torch.from_numpy(rng.random(self.reader.frames + 3))
+            uniforms = torch.from_numpy(rng.random(self.reader.frames + (3 if self.augment else 0)))
         self.note(path)
         try:
             return self.reader.read(path, uniforms)

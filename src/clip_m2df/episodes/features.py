@@ -87,8 +87,15 @@ class EpisodeTable(Dataset[int], VideoTable):
         return f"{relative_path(path, self.root)} {fingerprint_text(path) or 'not there'}"
 
     def uniforms(self, index: int) -> Tensor | None:
-        """What the frames, the crop and the flip of a clip are drawn by; None for the middle ones."""
-        return None
+        """What the frames, the crop and the flip of a clip are drawn by; None where nothing is."""
+        return self._draw(index, 1)[0, : self.dataset.reader.frames] if self.dataset.reader.draws else None
+
+    def _draw(self, index: int, count: int) -> Tensor:
+        """Some draws for a video, which depend on the seed and the video's path alone: ``(count, frames + 3)``."""
+        path = relative_path(self.videos[index].path, self.root)
+        number = zlib.crc32(path.encode(errors="surrogateescape"))
+        rng = episode_generator(self.dataset.seed, self.dataset.split.name, number, "stored augmentation")
+        return torch.from_numpy(rng.random((count, self.dataset.reader.frames + 3)))
 
     def read(self, index: int) -> Tensor:
         """The frames of one video, read in this process: uint8 ``(frames, 3, size, size)``.
@@ -181,6 +188,11 @@ class EvaluationTable(EpisodeTable):
         """See :class:`EpisodeTable`."""
         return select_episodes(self._all, torch.tensor(numbers, dtype=torch.long))
 
+    def identity(self, index: int) -> str:
+        """See :class:`EpisodeTable`; with whose draws its frames are chosen, if they are drawn."""
+        drawn = f" drawn of seed {self.dataset.seed} of {self.dataset.split.name}" if self.dataset.reader.draws else ""
+        return super().identity(index) + drawn
+
     def named(self, numbers: Sequence[int]) -> list[int]:
         """See :class:`EpisodeTable`."""
         rows = self.episodes(numbers)
@@ -253,12 +265,8 @@ class TrainingTable(EpisodeTable):
         return f"{super().identity(index)} view {index % self.augmentations} of seed {self.dataset.seed}"
 
     def uniforms(self, index: int) -> Tensor:
-        """An augmentation's own, which depend on the seed, the video's path and its own number alone."""
-        path = relative_path(self.videos[index].path, self.root)
-        number = zlib.crc32(path.encode(errors="surrogateescape"))
-        rng = episode_generator(self.dataset.seed, self.dataset.split.name, number, "stored augmentation")
-        every = rng.random((self.augmentations, self.dataset.reader.frames + 3))
-        return torch.from_numpy(every)[index % self.augmentations]
+        """An augmentation's own."""
+        return self._draw(index, self.augmentations)[index % self.augmentations]
 
 
 class _Read(NamedTuple):

@@ -246,7 +246,7 @@ class UnusableVideos:
             self.said_short = True
             path, length = next(iter(short.items()))
             warnings.warn(
-                f"{path} has {length} frames, fewer than wanted: they are repeated evenly. The same happens to any"
+                f"{path} has {length} frames, fewer than wanted: some are repeated. The same happens to any"
                 " other short video, and is not said again.",
                 stacklevel=2,
             )

@@ -22,6 +22,7 @@ from torch import Tensor
 from clip_m2df import loops
 from clip_m2df.errors import Stopped, UserError, require
 from clip_m2df.files import check_regular, whole_file
+from clip_m2df.hub import is_reading
 from clip_m2df.weight_files import check_archive
 
 FOLDER = "checkpoints"
@@ -146,10 +147,11 @@ def _check_progress(
     seed = checkpoint.get("draws_seed")
     if not (seed is None or (type(seed) is int and 0 <= seed < 2**64)):
         raise ValueError(f"draws_seed is {seed!r}")
-    for key in ("reading", "MixedPrecision"):
-        table = checkpoint.get(key) or {}
-        if not isinstance(table, dict) or not all(map(_is_number, table.values())):
-            raise ValueError(f"{key} is not a table of numbers")
+    table = checkpoint.get("MixedPrecision") or {}
+    if not isinstance(table, dict) or not all(map(_is_number, table.values())):
+        raise ValueError("MixedPrecision is not a table of numbers")
+    if not is_reading(checkpoint.get("reading")):
+        raise ValueError("reading is not a number of frames and one of pixels")
 
 
 def _check_callbacks(checkpoint: Mapping[str, Any], trainer: lightning.Trainer) -> None:

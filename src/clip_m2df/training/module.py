@@ -211,8 +211,8 @@ class CLIPM2DF(lightning.LightningModule):
         self.save_hyperparameters(options | {"backbone": self.model.backbone.source})
         # Where the model came from, for messages: its file or folder, or the tower's.
         self.source = self.model.backbone.source
-        # How the videos of its training were read, ``{"frames": T, "resize": short side}``, where that is known.
-        self.reading: dict[str, int] | None = None
+        # How the videos of its training were read, where that is known: frames, resize, resize_mode and sampling.
+        self.reading: dict[str, Any] | None = None
         self.evaluated: Evaluated | None = None
         self._draws_seed: int | None = None
         # Whether a batch of the optimiser step under way had a loss that is not finite; steps in a row that had.
@@ -225,6 +225,11 @@ class CLIPM2DF(lightning.LightningModule):
         self.metrics = nn.ModuleDict({f"{stage}_metrics": StageMetrics() for stage in ("train", "val", "test")})
 
     # ---------------------------------------------------------------------------------------------- use
+
+    @property
+    def interpolation(self) -> str:
+        """How images were resized for the tower in its training, ``bilinear`` or ``bicubic``."""
+        return str(getattr(self.model.backbone, "interpolation", "bilinear"))
 
     def forward(self, episode: Episode | FeatureEpisode) -> HeadOutput:
         """Score the queries of a batch of episodes."""
@@ -376,6 +381,9 @@ class CLIPM2DF(lightning.LightningModule):
         frames, resize = getattr(reader, "frames", None), getattr(reader, "resize", None)
         if isinstance(frames, int) and isinstance(resize, int):  # other people's readers may be anything
             self.reading = {"frames": frames, "resize": resize}
+            how = {name: getattr(reader, name, None) for name in ("resize_mode", "sampling")}
+            if is_reading(self.reading | how):
+                self.reading |= how
         self._encoded.pop("train", None)  # of a training that was interrupted
         self._broken, self._skipped = False, 0
 

@@ -11,6 +11,8 @@ The shard's metadata, which are strings, tell
 
 - ``format``: ``clip-m2df frames 1``;
 - ``short_side``: pixels to which the short side was reduced; smaller videos keep their size;
+- ``resize_mode``: how, see :func:`clip_m2df.video.transforms.resize_clip`; ``short_side`` where it is missing. Of
+  ``squash`` the frames of every video are squares with that side;
 - ``frames``: how many frames were kept of a video, the middle of each of as many equal segments; all of a shorter one;
 - ``quality``: of the JPEGs, on libjpeg's scale; their chroma is 4:2:0;
 - ``videos``: a JSON list with an object for each video: ``path``, with forward slashes from the manifest's folder if it
@@ -31,7 +33,7 @@ import os
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -40,6 +42,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from torch import Tensor
 
+from clip_m2df.episode import ResizeMode
 from clip_m2df.errors import UserError
 from clip_m2df.files import Fingerprint, check_regular, fingerprint, relative_path, whole_file
 from clip_m2df.video.reader import Choose, chosen_frames
@@ -59,15 +62,18 @@ class Settings(NamedTuple):
         short_side: pixels to which the short side was reduced.
         frames: how many were kept of a video, at most.
         quality: of the JPEGs.
+        resize_mode: how they were resized.
     """
 
     short_side: int
     frames: int
     quality: int
+    resize_mode: ResizeMode = "short_side"
 
     def __str__(self) -> str:
-        """For messages."""
-        return f"short_side {self.short_side}, frames {self.frames} and quality {self.quality}"
+        """For messages, and for what is kept elsewhere: there the mode has no default."""
+        mode = "" if self.resize_mode == "short_side" else f" and resize_mode {self.resize_mode}"
+        return f"short_side {self.short_side}, frames {self.frames} and quality {self.quality}{mode}"
 
 
 class CachedVideo(NamedTuple):
@@ -104,11 +110,12 @@ class FrameCache:
     Attributes:
         short_side: pixels to which the short side was reduced.
         frames: how many frames were kept of a video, at most.
+        resize_mode: how they were resized.
     """
 
     def __init__(self, settings: Settings, videos: Iterable[CachedVideo]) -> None:
         self.settings = settings
-        self.short_side, self.frames, _ = settings
+        self.short_side, self.frames, _, self.resize_mode = settings
         self._videos = {video.path: video for video in videos}
         self._current: dict[str, bool] = {}
         self._shards: dict[str, Any] = {}
@@ -137,12 +144,18 @@ class FrameCache:
         """Bytes of the videos themselves, when their frames were kept."""
         return sum(video.fingerprint.size for video in self._videos.values())
 
-    def has(self, path: str) -> bool:
+    def has(self, path: str, *, every_frame: bool = False) -> bool:
         """Whether a video's frames are kept, and are still the video's; true also if the video itself is gone.
 
         The video is looked at once, at the first question.
+
+        Args:
+            path: The video.
+            every_frame: Whether all of its frames are wanted, and not some from all of its length.
         """
         path = os.path.abspath(path)
+        if every_frame and path in self._videos and self._videos[path].n_frames > self.frames:
+            return False
         if path not in self._current and path in self._videos:
             try:
                 self._current[path] = fingerprint(path) == self._videos[path].fingerprint
@@ -191,7 +204,8 @@ class FrameCache:
 
     def __repr__(self) -> str:
         """What decides the frames, for what is kept of them elsewhere."""
-        return f"FrameCache{tuple(self.settings)}"
+        default = self.resize_mode == "short_side"
+        return f"FrameCache{tuple(self.settings)[:3] if default else tuple(self.settings)}"
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the open files."""
@@ -224,7 +238,11 @@ def _read_header(shard: Path, root: str | Path | None) -> tuple[Settings, list[C
             metadata = file.metadata()
             if metadata["format"] != CACHE_FORMAT:
                 raise ValueError(f"its format is not {CACHE_FORMAT!r}")
-            settings = Settings(*(int(metadata[name]) for name in Settings._fields))
+            mode = metadata.get("resize_mode", "short_side")
+            if mode not in get_args(ResizeMode):
+                raise ValueError(f"there is no resize_mode {mode!r}")
+            short_side, frames, quality = (int(metadata[name]) for name in ("short_side", "frames", "quality"))
+            settings = Settings(short_side, frames, quality, mode)
             for number, row in enumerate(json.loads(metadata["videos"])):
                 path = os.path.abspath(os.path.join(root or "", row["path"]))
                 key = Fingerprint(*(int(row[name]) for name in Fingerprint._fields))
@@ -265,6 +283,8 @@ def write_shard(
         size = {"n_frames": video.n_frames, "height": video.height, "width": video.width}
         rows.append({"path": relative_path(video.path, root), **video.fingerprint._asdict(), **size})
     metadata = {name: str(value) for name, value in settings._asdict().items()}
+    if settings.resize_mode == "short_side":
+        del metadata["resize_mode"]  # as earlier versions have it
     shards = list_shards(folder)
     number = int(shards[-1].stem.removeprefix("frames-")) + 1 if shards else 0
     with whole_file(folder / f"frames-{number:05}.safetensors", "cache's shard") as draft:
