@@ -5,9 +5,11 @@ FAST := $(addprefix tests/,nn clip video datasets episodes test_files.py test_lo
 
 .PHONY: demo study test test-fast test-all check check-wheel docs format clean
 
+# clip-anytorch has CLIP's vocabulary, for tests; the code beside it, which nothing imports, would need torchvision.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable '.[dev,docs]' --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --no-deps clip-anytorch --constraint constraints.txt
 	touch $@
 
 demo: .venv/installed

@@ -58,6 +58,13 @@ def read_bytes(path: str | Path, what: str) -> bytes:
         raise UserError(f"cannot read the {what} {path}: {reason}; check its name and permissions") from error
 
 
+def configs_folder() -> Path:
+    """The folder of the configs that come with the package, and of the texts that they name."""
+    package = Path(__file__).parent
+    # Inside a wheel they lie in the package; beside an editable install's sources at the top of the repository.
+    return package / "configs" if (package / "configs").is_dir() else package.parents[1] / "configs"
+
+
 def read_text(path: str | Path, what: str) -> str:
     """Read a text file in UTF-8, with or without a byte order mark.
 

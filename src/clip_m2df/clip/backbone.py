@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from clip_m2df.clip import formats
 from clip_m2df.clip.formats import CLIP_MEAN, CLIP_STD, STANDARD_TOKENIZER
 from clip_m2df.clip.resnet import Bottleneck, ModifiedResNet
-from clip_m2df.clip.tokenizer import encoded, has_tokenizer, read_tokenizer, saved_tokenizer
+from clip_m2df.clip.tokenizer import VOCABULARY, encoded, has_tokenizer, read_tokenizer, saved_tokenizer
 from clip_m2df.errors import UserError, some
 from clip_m2df.weight_files import read_weights
 
@@ -30,6 +30,11 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 TINY_CLIP = Path(__file__).parent.parent / "assets" / "tiny_clip"
+# What helps where there is no tokenizer.
+_REMEDY = (
+    f"put CLIP's vocabulary, {VOCABULARY} as it comes with OpenAI's and OpenCLIP's code, beside the file of weights, "
+    "or name it by --model.backbone_options.tokenizer (in Python: tokenizer=)"
+)
 
 
 class CLIPBackbone(nn.Module):
@@ -176,8 +181,9 @@ class CLIPBackbone(nn.Module):
         Args:
             state_dict_or_file: The weights, of any floating type, or a ``.safetensors``, ``.pt`` or ``.bin`` file of
                 them. Those of the text tower may be absent; ``text`` is then None.
-            tokenizer: A folder with the tokenizer; by default the one that the file is in, if it has any, and else
-                CLIP's standard one, which is fetched from the hub when a text has to be read.
+            tokenizer: A folder with the tokenizer, or CLIP's vocabulary ``bpe_simple_vocab_16e6.txt.gz`` itself; by
+                default what lies beside the file, if anything does, and else CLIP's standard one, which is fetched from
+                the hub when a text has to be read.
             head_width: Channels of each attention head of a ViT, where neither its shapes nor a configuration tell it.
             activation: Between the layers of its transformers, likewise.
             freeze_batch_norm: Keep batch norm in evaluation mode whatever ``train()`` says.
@@ -369,10 +375,16 @@ class CLIPBackbone(nn.Module):
     def _fetch_tokenizer(self, *, offline: bool = False) -> Tokenizer:
         if self._tokenizer_repository is None:
             raise UserError(
-                f"backbone {self.source!r} was saved without its tokenizer: load it from its own weights where "
-                f"{STANDARD_TOKENIZER} is on the machine or can be fetched"
+                f"backbone {self.source!r} was saved without its tokenizer, and can't read texts: make it from its own "
+                f"weights again; {_REMEDY}"
             )
-        folder = formats.fetch(self._tokenizer_repository, [["tokenizer.json"]], offline=offline)
+        try:
+            folder = formats.fetch(self._tokenizer_repository, [["tokenizer.json"]], offline=offline)
+        except UserError as error:
+            raise UserError(
+                f"backbone {self.source!r} has its weights, but no tokenizer, and that of "
+                f"{self._tokenizer_repository!r} is not on this machine and can't be fetched: {_REMEDY}"
+            ) from error
         return self._read_tokenizer(folder, self._tokenizer_repository)
 
     def _read_tokenizer(self, folder: Path, source: str) -> Tokenizer:

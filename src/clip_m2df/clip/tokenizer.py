@@ -1,37 +1,55 @@
-"""The text tower's tokenizer: read from a folder or a description, checked against the tower, set to its length.
+"""The text tower's tokenizer: read from files or a description, checked against the tower, set to its length.
 
-tokenizers and transformers are imported where they are used, because they take long.
+ftfy, regex, tokenizers and transformers are imported where they are used, because they take long.
 """
 
 from __future__ import annotations
 
+import gzip
+import hashlib
+import html
 import json
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clip_m2df.errors import UserError
-from clip_m2df.files import read_text
+from clip_m2df.files import check_regular, read_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+# CLIP's vocabulary as OpenAI's code and all that came from it have it: a line that names it, then merges, of which the
+# first 48,894 count. The checksum is that of their lines.
+VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
+_MERGES, _CHECKSUM = 49152 - 256 - 2, "f61f2adf497e6f5357c347aeb4646fabe82f341e946de5bdec5d2858e41bef4a"
+_MOST_BYTES = 1 << 24  # of the vocabulary, unpacked: five times those of CLIP's
+_FORMS = (["tokenizer.json"], ["vocab.json", "merges.txt"], [VOCABULARY], [VOCABULARY.removesuffix(".gz")])
+
+# The ends of a text by CLIP's names, and what its other words are, whatever the case of letters: see `_words`.
+_START, _END = "<|startoftext|>", "<|endoftext|>"
+_WORD = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder has a tokenizer, in either of its forms."""
-    forms = (["tokenizer.json"], ["vocab.json", "merges.txt"])
-    return any(all((folder / name).is_file() for name in files) for files in forms)
+    """Whether a folder has a tokenizer, in any of its forms."""
+    return _form(folder) is not None
 
 
-def read_tokenizer(folder: Path, config: Mapping[str, Any], source: str) -> Tokenizer:
-    """The tokenizer of a folder, which pads and truncates to the length of the text tower.
+def _form(folder: Path) -> list[str] | None:
+    return next((files for files in _FORMS if all((folder / name).is_file() for name in files)), None)
+
+
+def read_tokenizer(path: Path, config: Mapping[str, Any], source: str) -> Tokenizer:
+    """The tokenizer of a folder, or of CLIP's vocabulary; it pads and truncates to the length of the text tower.
 
     The names of its files are fixed, and what a configuration says of classes and further files is not read. See
     :func:`_made` for what is taken from them.
 
     Args:
-        folder: Where it lies.
+        path: The folder; or CLIP's vocabulary itself, compressed or not.
         config: The text tower's.
         source: Where the tokenizer comes from, for messages.
 
@@ -39,25 +57,59 @@ def read_tokenizer(folder: Path, config: Mapping[str, Any], source: str) -> Toke
         UserError: There is none, it can't be read, or it is another tower's.
     """
     # Asked for one that isn't there, transformers makes one of two tokens without a word.
-    if not has_tokenizer(folder):
-        raise UserError(f"{folder} has no tokenizer: neither tokenizer.json, nor vocab.json and merges.txt")
-    with _in_words(f"the tokenizer in {folder} can't be read"):
+    files = _form(path)
+    if files is None and not path.is_file():
+        raise UserError(
+            f"{path} has no tokenizer: neither tokenizer.json, nor vocab.json and merges.txt, nor {VOCABULARY}"
+        )
+    if files is None or files[0].startswith(VOCABULARY.removesuffix(".gz")):
+        vocabulary = _read_vocabulary(path if files is None else path / files[0])
+        return fitted(_made(vocabulary, {}), config, source)
+    with _in_words(f"the tokenizer in {path} can't be read"):
         special = {}
-        if (folder / "tokenizer_config.json").exists():
-            settings = json.loads(_read_own(folder, "tokenizer_config.json"))
+        if (path / "tokenizer_config.json").exists():
+            settings = json.loads(_read_own(path, "tokenizer_config.json"))
             for name in ("unk_token", "bos_token", "eos_token", "pad_token"):
                 token = settings.get(name)
                 if token := token.get("content") if isinstance(token, dict) else token:
                     special[name] = _text(token)
-        if (folder / "tokenizer.json").is_file():
-            content = json.loads(_read_own(folder, "tokenizer.json"))
+        if files == ["tokenizer.json"]:
+            content = json.loads(_read_own(path, "tokenizer.json"))
         else:
-            vocab = json.loads(_read_own(folder, "vocab.json"))
-            lines = _read_own(folder, "merges.txt").splitlines()
+            vocab = json.loads(_read_own(path, "vocab.json"))
+            lines = _read_own(path, "merges.txt").splitlines()
             pairs = [line.split() for line in lines if line.strip() and not line.startswith("#version")]
             content = {"model": {"vocab": vocab, "merges": pairs}}
         tokenizer = _made(content, special)
     return fitted(tokenizer, config, source)
+
+
+def _read_vocabulary(file: Path) -> dict[str, Any]:
+    """CLIP's vocabulary, as the content of a ``tokenizer.json``.
+
+    Raises:
+        UserError: It can't be read, or it is not CLIP's.
+    """
+    check_regular(file, "vocabulary")
+    try:
+        with file.open("rb") as packed:
+            is_packed = packed.read(2) == b"\x1f\x8b"
+            packed.seek(0)
+            text = (gzip.GzipFile(fileobj=packed) if is_packed else packed).read(_MOST_BYTES)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"the vocabulary {file} can't be read: {error}; fetch it again") from error
+    lines = text.splitlines()[1 : 1 + _MERGES]
+    if hashlib.sha256(b"\n".join(lines)).hexdigest() != _CHECKSUM:
+        raise UserError(
+            f"the vocabulary {file} is damaged, or not CLIP's: give {VOCABULARY} as OpenAI's code comes with it, or a "
+            "folder with a tokenizer"
+        )
+    merges = [line.decode().split(" ") for line in lines]
+    # The 256 bytes: as the character of that number if it can be seen, the others by those from 256 on.
+    seen = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    letters = [*map(chr, seen), *(chr(256 + n) for n in range(256 - len(seen)))]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges), _START, _END]
+    return {"model": {"vocab": {word: number for number, word in enumerate(words)}, "merges": merges}}
 
 
 def saved_tokenizer(text: str, config: Mapping[str, Any], source: str) -> Tokenizer:
@@ -79,18 +131,26 @@ def saved_tokenizer(text: str, config: Mapping[str, Any], source: str) -> Tokeni
 def _made(content: Mapping[str, Any], special: Mapping[str, str]) -> Tokenizer:
     """CLIP's tokenizer with the words, merges and added tokens of a ``tokenizer.json``.
 
-    How CLIP cuts texts is known: the file's own regular expressions, replacements and templates, which may take any
-    time and memory, are not read.
+    How CLIP cleans and cuts texts is known (see :func:`_words`): the file's own regular expressions, replacements and
+    templates, which may take any time and memory, are not read.
     """
     from tokenizers import AddedToken
+    from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer
 
-    words, merges = content["model"]["vocab"].items(), content["model"]["merges"]
+    vocab = {_text(word): number for word, number in content["model"]["vocab"].items()}
+    merges, added = content["model"]["merges"], content.get("added_tokens") or []
     pairs: Any = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
-    made = CLIPTokenizer(vocab={_text(word): number for word, number in words}, merges=pairs, **special)
+    # OpenCLIP's models pad with the 0 of "!": as a token of its own, each "!" of a text would be padding.
+    if (pad := special.get("pad_token")) in vocab and len(pad) == 1:
+        special = {**special, "pad_token": special.get("eos_token", _END)}
+        added = [token for token in added if token["content"] != pad]
+    made = CLIPTokenizer(vocab=vocab, merges=pairs, **special)
     tokenizer: Tokenizer = made.backend_tokenizer
+    tokenizer.normalizer = None
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
     flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
-    for token in sorted(content.get("added_tokens") or [], key=lambda token: token["id"]):
+    for token in sorted(added, key=lambda token: token["id"]):
         own = AddedToken(_text(token["content"]), **{flag: bool(token.get(flag)) for flag in flags})
         tokenizer.add_special_tokens([own]) if own.special else tokenizer.add_tokens([own])
         if tokenizer.token_to_id(own.content) != token["id"]:
@@ -139,7 +199,33 @@ def encoded(tokenizer: Tokenizer, texts: Sequence[str], source: str) -> list[lis
         UserError: The tokenizer fails at them, as one with a regular expression does that never comes to an end.
     """
     with _in_words(f"the tokenizer of {source} fails at a text"):
-        return [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
+        words = list(_words(tokenizer, texts))
+        return [encoding.ids for encoding in tokenizer.encode_batch(words, is_pretokenized=True)]
+
+
+def _words(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[list[str]]:
+    """Clean texts and cut them into words, as CLIP had its texts in training.
+
+    What looks wrongly decoded is mended, HTML's entities are resolved (also those of entities), and letters are small
+    ones. Blanks need no cleaning, since they only part words. transformers' tokenizer does none of the first two,
+    composes Unicode, and takes an end of text wherever it stands; to CLIP it is punctuation where it follows some.
+
+    Args:
+        tokenizer: A folder's may have tokens of its own beside the two ends; they are taken wherever they stand.
+        texts: The texts.
+    """
+    import ftfy
+    import regex
+
+    tokens = {token.content.lower(): token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    marks = [regex.escape(token) for token in sorted(tokens, key=len, reverse=True)]
+    own = [mark for mark in marks if mark not in map(regex.escape, (_START, _END))]
+    word = regex.compile("|".join([*marks, _WORD]), regex.IGNORECASE)
+    apart = regex.compile(f"({'|'.join(own)})", regex.IGNORECASE)
+    for text in texts:
+        text = html.unescape(html.unescape(ftfy.fix_text(text))).lower()
+        pieces = apart.split(text) if own else [text]
+        yield [tokens.get(found, found) for piece in pieces for found in word.findall(piece)]
 
 
 @contextmanager

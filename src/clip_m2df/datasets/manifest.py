@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from clip_m2df.errors import UserError, some
-from clip_m2df.files import file_of, lies_under, read_text, relative_path, write_table
+from clip_m2df.files import configs_folder, file_of, lies_under, read_text, relative_path, write_table
 
 SPLITS = ("train", "val", "test")
 """The names that a split may have, in the order in which they are listed."""
@@ -179,16 +179,16 @@ class Manifest:
                 "clip-m2df check --fix leave it out"
             )
 
-    def with_texts(self, file: str | Path) -> "Manifest":
+    def with_texts(self, files: str | Path | Sequence[str | Path]) -> "Manifest":
         """Return this manifest with other texts for its classes.
 
         Args:
-            file: See :func:`read_class_texts`; classes that it doesn't name keep their text.
+            files: See :func:`read_class_texts`; classes that they don't name keep their text.
 
         Raises:
-            UserError: If it cannot be read, gives a class two texts, or names no class of the manifest.
+            UserError: If one cannot be read, or gives a class two texts, or if none names a class of the manifest.
         """
-        texts = read_class_texts(file, (video.label for video in self.videos), self._source)
+        texts = read_class_texts(files, (video.label for video in self.videos), self._source)
         videos = [replace(video, text=texts.get(video.label, video.text)) for video in self.videos]
         return Manifest(videos, root=self.root, source=self._source)
 
@@ -360,34 +360,55 @@ def read_rows(path: str | Path, what: str, required: Sequence[str]) -> dict[int,
 _CAMEL_CASE = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 
 
-def read_class_texts(file: str | Path, labels: Iterable[str], whose: str) -> dict[str, str]:
+def read_class_texts(files: str | Path | Sequence[str | Path], labels: Iterable[str], whose: str) -> dict[str, str]:
     """Read what prompts say of classes.
 
     Args:
-        file: CSV in UTF-8 with the columns ``label`` and ``text``; it may name other classes too.
+        files: CSV in UTF-8 with the columns ``label`` and ``text``; it may name other classes too. Or several; of two
+            texts of a class the later file's holds. One that is not there is looked for among the configs that come
+            with the package, in which ``texts`` has some.
         labels: The classes, whose names are compared by :func:`class_key`.
         whose: What has them, for messages.
 
     Returns:
-        The text of each class that the file names.
+        The text of each class that a file names.
 
     Raises:
-        UserError: If it cannot be read, gives a class two texts, or names none of the classes.
+        UserError: If one cannot be read, or gives a class two texts, or if none names any of the classes.
     """
+    files = [files] if isinstance(files, str | Path) else list(files)
     texts: dict[str, str] = {}
-    for line, row in read_rows(file, "list of class texts", ("label", "text")).items():
-        if texts.setdefault(class_key(row["label"]), row["text"]) != row["text"]:
-            raise UserError(
-                f"line {line} of the list of class texts {file} gives the class {row['label']!r} a second text: "
-                "keep one"
-            )
+    for file in files:
+        own: dict[str, str] = {}
+        for line, row in read_rows(_texts_file(file), "list of class texts", ("label", "text")).items():
+            if own.setdefault(class_key(row["label"]), row["text"]) != row["text"]:
+                raise UserError(
+                    f"line {line} of the list of class texts {file} gives the class {row['label']!r} a second text: "
+                    "keep one"
+                )
+        texts |= own
     labels = dict.fromkeys(labels)
     found = {label: texts[class_key(label)] for label in labels if class_key(label) in texts}
     if not found:
         raise UserError(
-            f"the list of class texts {file} names no class of {whose}, such as {next(iter(labels))!r}: use its labels"
+            f"the list of class texts {some(map(str, files))} names no class of {whose}, such as "
+            f"{next(iter(labels))!r}: use its labels"
         )
     return found
+
+
+def _texts_file(name: str | Path) -> Path:
+    """The file of class texts of this name: in the working directory first, else among those of the package."""
+    if os.path.lexists(name):
+        return Path(name)
+    folder = configs_folder()
+    shipped = {path.relative_to(folder).as_posix(): path for path in sorted(folder.glob("texts/**/*.csv"))}
+    if (known := Path(name).as_posix()) not in shipped:
+        raise UserError(
+            f"there is no list of class texts {name}: check the name; relative names start at {os.getcwd()}, and"
+            f" {some(shipped, most=len(shipped))} come with the package"
+        )
+    return shipped[known]
 
 
 def readable(label: str) -> str:

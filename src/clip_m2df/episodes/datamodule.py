@@ -64,7 +64,9 @@ class EpisodeDataModule(lightning.LightningDataModule):
         knobs: how much harder than usual the test episodes of the embedded benchmark are: shares by the names
             ``overlap``, ``outliers`` and ``noise`` (see :class:`clip_m2df.motion_shapes.Knobs`).
         root: a folder outside the manifest's own in which its videos may lie too; those elsewhere are refused.
-        class_texts: a CSV with the columns label and text: what the prompt says of these classes instead.
+        class_texts: a CSV with the columns label and text: what the prompt says of these classes instead; or several,
+            the later over the earlier. Each is a file in the working directory, or else one that comes with the
+            package, such as ``texts/published/hmdb51.csv``.
         cache: a folder that ``clip-m2df cache`` wrote: frames come from there where they are those of the videos.
         n_way: classes of an episode.
         n_shot: support videos a class.
@@ -118,7 +120,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
         manifest: str,
         knobs: dict[str, float] | None = None,
         root: str | None = None,
-        class_texts: str | None = None,
+        class_texts: str | list[str] | None = None,
         cache: str | None = None,
         n_way: int = 5,
         n_shot: int = 1,
@@ -377,7 +379,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
         manifest = Manifest.read(path, self.root, check_files=check_files and self.cache is None)
         if self.cache is not None:
             self.reader = read_from_cache(self.cache, manifest, self.reader, str(path), check_files=check_files)
-        self.manifest = manifest if self.class_texts is None else manifest.with_texts(self.class_texts)
+        self.manifest = manifest if self.class_texts in (None, []) else manifest.with_texts(self.class_texts)
 
     def _add_dataset(self, name: str) -> None:
         if name in self._datasets:
