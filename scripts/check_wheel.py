@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 import clip_m2df
+from clip_m2df.datasets.manifest import read_class_texts
 from clip_m2df.motion_shapes import render
 
 N_WAY, N_SHOT, CLIPS = 4, 3, 2
@@ -22,6 +23,7 @@ def main() -> int:
     if Path(clip_m2df.__file__).is_relative_to(Path(__file__).resolve().parents[1] / "src"):
         print("this is the source tree's package, not an installed wheel's", file=sys.stderr)
         return 1
+    read_class_texts("texts/published/hmdb51.csv", ["draw_sword"], "HMDB51")  # which come with the package
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         command = [str(Path(sys.executable).with_name("clip-m2df"))]

@@ -1,3 +1,5 @@
+import gzip
+import importlib.metadata
 import json
 import re
 import shutil
@@ -6,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,7 +26,7 @@ from clip_m2df.clip.formats import (
     openai_name,
 )
 from clip_m2df.errors import UserError
-from tests.conftest import read_golden, save_tokenizer
+from tests.conftest import GOLDEN, read_golden, save_tokenizer
 
 State = dict[str, Tensor]
 # What shapes don't tell of the small towers of these tests, and what says it beside a file of them.
@@ -251,8 +254,13 @@ def test_the_standard_tokenizer_is_fetched_when_a_text_comes(
 ) -> None:
     backbone = CLIPBackbone.from_openai(state, **OPENAI)
     assert backbone.description()["tokenizer"] is None
-    with pytest.raises(UserError, match=r"the tokenizer of 'openai/clip-vit-base-patch32' are not on this machine"):
+    missing = (
+        r"no tokenizer, and that of 'openai/clip-vit-base-patch32' is not on this machine .*: put .* beside the file"
+    )
+    with pytest.raises(UserError, match=missing) as error:
         backbone.tokenize(["a cat"])
+    assert "bpe_simple_vocab_16e6.txt.gz" in str(error.value)
+    assert "--model.backbone_options.tokenizer" in str(error.value)
 
     hub(STANDARD_TOKENIZER, golden_tokenizer)
     assert isinstance(backbone.description()["tokenizer"], str)
@@ -431,6 +439,148 @@ def test_a_saved_tokenizer_pads_no_further_than_its_tower(copied: Path) -> None:
     saved["truncation"]["max_length"] = 1 << 40
     again = CLIPBackbone.from_description(description | {"tokenizer": json.dumps(saved)})
     assert torch.equal(again.tokenize(["a cat" * 50]), backbone.tokenize(["a cat" * 50]))
+
+
+# CLIP's own vocabulary, and how its texts are cleaned
+
+
+@pytest.fixture(scope="session")
+def vocabulary() -> Path:
+    """CLIP's vocabulary as OpenAI's code comes with it; that code is not imported, for it needs torchvision."""
+    try:
+        files = importlib.metadata.distribution("clip-anytorch")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("clip-anytorch, which has CLIP's vocabulary, is not installed: pip install --no-deps clip-anytorch")
+    return Path(str(files.locate_file("clip/bpe_simple_vocab_16e6.txt.gz")))
+
+
+@pytest.fixture(scope="session")
+def small_clip() -> State:
+    """Weights in OpenAI's layout of a tiny ViT whose text tower has CLIP's 49,408 tokens."""
+    torch.manual_seed(0)
+    state = dict(read_golden("clip_vit")[1])
+    width = state["ln_final.weight"].shape[0]
+    return state | {"token_embedding.weight": torch.randn(49408, width), "positional_embedding": torch.randn(77, width)}
+
+
+def test_2000_prompts_have_the_tokens_of_the_reference(vocabulary: Path, small_clip: State) -> None:
+    with np.load(GOLDEN / "tokens.npz") as golden:
+        prompts = json.loads(golden["prompts"].tobytes().decode(errors="surrogatepass"))
+        expected = torch.from_numpy(golden["tokens"]).long()
+    assert len(prompts) == len(set(prompts)) == 2000
+    backbone = CLIPBackbone.from_openai(small_clip, tokenizer=str(vocabulary), **OPENAI)
+    # The reference pads with 0, after the end of text, which is the largest number.
+    padded = expected.masked_fill(expected.flip(1).cumsum(1).flip(1) == 0, 49407)
+    assert torch.equal(backbone.tokenize(prompts), padded)
+
+
+def test_clips_vocabulary_in_all_its_places(
+    vocabulary: Path, small_clip: State, hub: Callable[[str, Path], None], tmp_path: Path
+) -> None:
+    text = ["a photo of a cat", "<|endoftext|>", "caf&eacute; " * 50]
+    given = CLIPBackbone.from_openai(small_clip, tokenizer=str(vocabulary), **OPENAI)
+    tokens = given.tokenize(text)
+    assert tokens[0, :8].tolist() == [49406, 320, 1125, 539, 320, 2368, 49407, 49407]
+
+    plain = tmp_path / "words.txt"
+    plain.write_bytes(gzip.decompress(vocabulary.read_bytes()))
+    beside, unpacked = tmp_path / "beside", tmp_path / "unpacked"
+    for folder in (beside, unpacked):
+        folder.mkdir()
+        save_file(small_clip, folder / "clip.safetensors")
+        (folder / "open_clip_config.json").write_text(json.dumps(OPEN_CLIP))
+    shutil.copy(vocabulary, beside)
+    shutil.copy(plain, unpacked / "bpe_simple_vocab_16e6.txt")
+    for backbone in (
+        CLIPBackbone.from_openai(small_clip, tokenizer=str(plain), **OPENAI),
+        CLIPBackbone.from_openai(small_clip, tokenizer=str(beside), **OPENAI),
+        CLIPBackbone.load(str(beside / "clip.safetensors")),
+        CLIPBackbone.load(str(unpacked / "clip.safetensors")),
+        CLIPBackbone.from_description(given.description()),
+    ):
+        assert torch.equal(backbone.tokenize(text), tokens)
+    with pytest.raises(UserError, match="has 49408 tokens and the text tower 120"):
+        CLIPBackbone.from_openai(read_golden("clip_vit")[1], tokenizer=str(vocabulary), **OPENAI)
+
+    damaged = plain.read_bytes().replace(b"\nhead phones</w>\n", b"\nhead phonez</w>\n")
+    packed = bytearray(vocabulary.read_bytes())
+    packed[len(packed) // 2] ^= 1
+    for content in (damaged, bytes(packed), bytes(packed[: len(packed) // 2]), plain.read_bytes()[:400_000]):
+        plain.write_bytes(content)
+        with pytest.raises(UserError, match=r"the vocabulary .*words\.txt (can't be read|is damaged)"):
+            CLIPBackbone.from_openai(small_clip, tokenizer=str(plain), **OPENAI)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        gzip.compress(b""),
+        gzip.compress(b"#version: 0.2\n" + b"i n\n" * 60_000),
+        gzip.compress(bytes(1 << 26)),  # a hundredth of what it unpacks to
+        gzip.compress(b"\n" * (1 << 26)),
+        b"\x1f\x8b",
+        b"\x1f\x8b\x08" + b"\xff" * 100,
+        b"#version: 0.2\n\xc4\xa0 t\n\xc4\xa0 a\n" + b"h e\n" * 50_000,
+        b"\xff\xfe" * 100_000,
+        b"{}",
+    ],
+)
+def test_what_is_not_clips_vocabulary_is_refused(content: bytes, state: State, tmp_path: Path) -> None:
+    file = tmp_path / "bpe_simple_vocab_16e6.txt.gz"
+    file.write_bytes(content)
+    for given in (file, tmp_path):
+        with pytest.raises(UserError, match=r"the vocabulary .*bpe_simple.* (can't be read|is damaged, or not CLIP's)"):
+            CLIPBackbone.from_openai(state, tokenizer=str(given), **OPENAI)
+
+
+@pytest.mark.parametrize(
+    ("text", "as_if"),
+    [
+        ("a caf&eacute; &amp;amp; a bar", "a café & a bar"),
+        ("schÃ¶n", "schön"),
+        ("it\u2019s \u201cgood\u201d", 'it\'s "good"'),
+        ("DRAW\u3000\tSword\n", "draw sword"),
+        ("ﬁre", "fire"),
+        ("ΟΔΟΣ", "οδος"),
+        ("a\0b\x07\x1b[31mc", "abc"),
+        ("\ud83d\ude00 \ud800", "😀 \ufffd"),
+        ("", " \u00a0 "),
+    ],
+)
+def test_texts_are_cleaned_for_every_tower(text: str, as_if: str, copied: Path) -> None:
+    backbone = CLIPBackbone.load(str(copied))
+    assert torch.equal(*(tokens for tokens in backbone.tokenize([text, as_if])))
+
+
+def test_an_end_of_text_within_a_text(copied: Path) -> None:
+    backbone = CLIPBackbone.load(str(copied))
+    end = backbone.tokenize([""])[0, 1]
+    ends = (backbone.tokenize(["a <|endoftext|> b", "a <|ENDOFTEXT|> b", "a !<|endoftext|> b"]) == end).int().argmax(1)
+    assert ends.tolist()[:2] == [2, 2]
+    assert ends[2] > 15  # punctuation and letters: 18 of them
+
+
+def test_a_folders_own_tokens_are_found_anywhere_and_its_padding_nowhere(copied: Path) -> None:
+    file = copied / "tokenizer.json"
+    content = json.loads(file.read_text())
+    plain = CLIPBackbone.load(str(copied)).tokenize(["a cat! <Cat>!"])
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+    number = content["model"]["vocab"]["!"]
+    (copied / "tokenizer_config.json").write_text(json.dumps({"pad_token": "!"}))
+    file.write_text(json.dumps(content | {"added_tokens": [{"id": number, "content": "!", **flags}]}))
+    assert torch.equal(CLIPBackbone.load(str(copied)).tokenize(["a cat! <Cat>!"]), plain)
+
+    config = json.loads((copied / "config.json").read_text())
+    config["text_config"]["vocab_size"] += 1
+    (copied / "config.json").write_text(json.dumps(config))
+    weights = load_file(copied / "model.safetensors")
+    name = "text_model.embeddings.token_embedding.weight"
+    weights[name] = torch.cat([weights[name], weights[name][:1]])
+    save_file(weights, copied / "model.safetensors")
+    file.write_text(json.dumps(content | {"added_tokens": [{"id": 515, "content": "<Cat>", **flags}]}))
+    tokens = CLIPBackbone.load(str(copied)).tokenize(["a <Cat> !<Cat>!", "a <cat> ! <cat> !"])
+    assert (tokens == 515).sum(1).tolist() == [2, 2]
 
 
 # OpenAI's files
@@ -938,7 +1088,7 @@ def test_a_description_and_a_state_dict_make_the_same_backbone(
 
 def test_a_description_without_tokenizer_says_so(state: State, hub: Callable[[str, Path], None]) -> None:
     again = CLIPBackbone.from_description(CLIPBackbone.from_openai(state, **OPENAI).description())
-    with pytest.raises(UserError, match="was saved without its tokenizer"):
+    with pytest.raises(UserError, match=r"was saved without its tokenizer.* put .*bpe_simple_vocab_16e6\.txt\.gz"):
         again.tokenize(["a cat"])
 
 

@@ -297,6 +297,10 @@ def test_class_texts_are_overridden_by_a_file(manifest: Path, tmp_path: Path) ->
     data.setup("validate")
     batches: list[Any] = list(data.val_dataloader())
     assert batches[0]["class_names"] == ["val class 0", "something else", "val class 2"]
+    given = [str(tmp_path / "texts.csv"), "texts/published/hmdb51.csv"]
+    data = make(manifest, class_texts=given, val_episodes=1)
+    data.setup("validate")
+    assert next(iter(data.val_dataloader()))["class_names"] == batches[0]["class_names"]
 
 
 @pytest.fixture

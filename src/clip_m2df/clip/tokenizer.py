@@ -58,6 +58,8 @@ def read_tokenizer(path: Path, config: Mapping[str, Any], source: str) -> Tokeni
     """
     # Asked for one that isn't there, transformers makes one of two tokens without a word.
     files = _form(path)
+    if not path.exists():
+        raise UserError(f"tokenizer {path}: no such file or folder; relative names start at {Path.cwd()}")
     if files is None and not path.is_file():
         raise UserError(
             f"{path} has no tokenizer: neither tokenizer.json, nor vocab.json and merges.txt, nor {VOCABULARY}"
