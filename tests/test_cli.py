@@ -451,6 +451,7 @@ def test_commands_take_what_people_type() -> None:
         "output": Path("c"),
         "short_side": 256,
         "frames": 24,
+        "resize_mode": "short_side",
     }
     assert cached == own | {"workers": cached["workers"], "timeout": 5.0}
     found = parse("predict", "--backbone=tiny", "--videos", "a", "b", "--output=t.csv", "--reject", "--fps=9")

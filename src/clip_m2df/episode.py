@@ -21,9 +21,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypedDict, TypeVar
 
-import numpy as np
-
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 # How frames are chosen and resized; what each means is said in :mod:`clip_m2df.video.transforms`.
@@ -206,6 +205,8 @@ def episode_generator(seed: int, stage: str, episode: int, stream: str, part: in
         stream: what is drawn, a key of ``STREAMS``.
         part: which of several such draws.
     """
+    import numpy as np
+
     return np.random.default_rng([seed, STAGES[stage], episode, STREAMS[stream], *([part] if part else [])])
 
 
@@ -215,6 +216,7 @@ def episode_draws(seed: int, stage: str, episode: int, n_queries: int) -> torch.
     Returns:
         float32 ``(n_queries)`` in [0, 1).
     """
+    import numpy as np
     import torch
 
     return torch.from_numpy(episode_generator(seed, stage, episode, "prompts").random(n_queries, dtype=np.float32))
