@@ -256,7 +256,7 @@ def by_hand_clip_fsar(
 ) -> None:
     """CLIP-FSAR's training. ``rate`` is that of an iteration, of which 4 accumulate to a step of 16 episodes."""
     model = model.double().train()
-    tower, head, table = model.model.backbone.visual, model.model.head, prompts_of(model)
+    tower, head, table = model.model.backbone.visual.train(), model.model.head, prompts_of(model)  # batch norm, too
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073], dtype=torch.float32).double().view(3, 1, 1)
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711], dtype=torch.float32).double().view(3, 1, 1)
     trained = {f"visual.{name}": p for name, p in tower.named_parameters()}
