@@ -107,7 +107,7 @@ def test_no_key_is_ignored(names: list[str], command: str) -> None:
 
 
 def _hidden_dim(head: Any) -> int:
-    encoder = head.transformer if isinstance(head, CLIPFSARHead) else head.views["local"].encoder
+    encoder: Any = head.transformer if isinstance(head, CLIPFSARHead) else head.views["local"].encoder
     width: int = encoder.layers[0].feed_forward[0].out_features
     return width
 

@@ -162,7 +162,7 @@ def test_nothing_that_is_trained_is_without_gradient(tiny_clip_dir: Path, option
 
 
 def test_the_learning_rate_warms_up_and_steps_by_optimiser_steps(tiny_clip_dir: Path, tmp_path: Path) -> None:
-    schedule = {"warmup_steps": 4, "warmup_start": 0.2, "milestones": [6, 8], "gamma": 0.1}
+    schedule: dict[str, Any] = {"warmup_steps": 4, "warmup_start": 0.2, "milestones": [6, 8], "gamma": 0.1}
     model = make(tiny_clip_dir, lr=1.0e-3, backbone_lr=1e-4, **schedule)
     seen = []
 
