@@ -300,6 +300,9 @@ def test_a_wrong_tokenizer_is_refused(state: State, tiny_clip_dir: Path, copied:
 
     with pytest.raises(UserError, match=r"has no tokenizer: neither tokenizer\.json"):
         CLIPBackbone.from_openai(state, tokenizer=str(tmp_path), **OPENAI)
+    for missing in ("nowhere", "x" * 5000, "a\0b"):
+        with pytest.raises(UserError, match=r"tokenizer .*: no such file or folder"):
+            CLIPBackbone.from_openai(state, tokenizer=missing, **OPENAI)
 
 
 def test_the_tokenizer_of_two_tokens_is_refused(copied: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from clip_m2df.cli import main
 from clip_m2df.datasets.benchmarks import BENCHMARKS
-from clip_m2df.datasets.manifest import SPLITS, readable
+from clip_m2df.datasets.manifest import SPLITS, read_class_texts, readable
 from clip_m2df.datasets.split_lists import SplitLists, read_lists
 
 SPLITS_FOLDER = Path(os.environ.get("CLIP_M2DF_SPLITS", ""))
@@ -95,6 +95,16 @@ def test_the_built_in_splits_give_the_manifests_of_the_lists(
         folder = next(folder for name, folder in LISTS if name == dataset and folder.startswith(form))
         assert manifest("--lists", str(SPLITS_FOLDER / folder)) == built_in
     assert "published" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("dataset", "folder"), [entry for entry in LISTS if not entry[0].startswith("ssv2")])
+def test_labels_of_the_lists_have_the_published_texts(dataset: str, folder: str, annotations: Path) -> None:
+    names = json.loads((SPLITS_FOLDER / "clip_fsar" / "class_names.json").read_text(encoding="utf-8"))[dataset]
+    classes = read(dataset, folder, annotations).classes
+    texts = read_class_texts(f"texts/published/{dataset}.csv", classes["train"] + classes["test"], dataset)
+    for split in ("train", "test"):
+        said = {texts.get(label, readable(label)).lower() for label in classes[split]}
+        assert said == {name.lower() for name in names[split]}
 
 
 def test_kinetics_videos_are_found_by_their_ids(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from os.path import exists, isfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 # first 48,894 count. The checksum is that of their lines.
 VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 _MERGES, _CHECKSUM = 49152 - 256 - 2, "f61f2adf497e6f5357c347aeb4646fabe82f341e946de5bdec5d2858e41bef4a"
-_MOST_BYTES = 1 << 24  # of the vocabulary, unpacked: five times those of CLIP's
+_MOST_BYTES = 1 << 22  # of the vocabulary, unpacked; CLIP's has three million
 _FORMS = (["tokenizer.json"], ["vocab.json", "merges.txt"], [VOCABULARY], [VOCABULARY.removesuffix(".gz")])
 
 # The ends of a text by CLIP's names, and what its other words are, whatever the case of letters: see `_words`.
@@ -39,7 +40,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def _form(folder: Path) -> list[str] | None:
-    return next((files for files in _FORMS if all((folder / name).is_file() for name in files)), None)
+    return next((files for files in _FORMS if all(isfile(folder / name) for name in files)), None)
 
 
 def read_tokenizer(path: Path, config: Mapping[str, Any], source: str) -> Tokenizer:
@@ -58,9 +59,9 @@ def read_tokenizer(path: Path, config: Mapping[str, Any], source: str) -> Tokeni
     """
     # Asked for one that isn't there, transformers makes one of two tokens without a word.
     files = _form(path)
-    if not path.exists():
+    if not exists(path):
         raise UserError(f"tokenizer {path}: no such file or folder; relative names start at {Path.cwd()}")
-    if files is None and not path.is_file():
+    if files is None and not isfile(path):
         raise UserError(
             f"{path} has no tokenizer: neither tokenizer.json, nor vocab.json and merges.txt, nor {VOCABULARY}"
         )
@@ -143,7 +144,7 @@ def _made(content: Mapping[str, Any], special: Mapping[str, str]) -> Tokenizer:
     vocab = {_text(word): number for word, number in content["model"]["vocab"].items()}
     merges, added = content["model"]["merges"], content.get("added_tokens") or []
     pairs: Any = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
-    # OpenCLIP's models pad with the 0 of "!": as a token of its own, each "!" of a text would be padding.
+    # Folders of OpenCLIP's models pad with "!", whose number is 0: as a token it would be taken out of texts.
     if (pad := special.get("pad_token")) in vocab and len(pad) == 1:
         special = {**special, "pad_token": special.get("eos_token", _END)}
         added = [token for token in added if token["content"] != pad]
@@ -220,13 +221,12 @@ def _words(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[list[str]]:
     import regex
 
     tokens = {token.content.lower(): token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    marks = [regex.escape(token) for token in sorted(tokens, key=len, reverse=True)]
-    own = [mark for mark in marks if mark not in map(regex.escape, (_START, _END))]
-    word = regex.compile("|".join([*marks, _WORD]), regex.IGNORECASE)
-    apart = regex.compile(f"({'|'.join(own)})", regex.IGNORECASE)
+    marks = {token: regex.escape(token) for token in sorted(tokens, key=len, reverse=True)}
+    own = "|".join(mark for token, mark in marks.items() if token not in (_START, _END))
+    word = regex.compile("|".join([*marks.values(), _WORD]), regex.IGNORECASE)
     for text in texts:
         text = html.unescape(html.unescape(ftfy.fix_text(text))).lower()
-        pieces = apart.split(text) if own else [text]
+        pieces = regex.split(f"({own})", text, flags=regex.IGNORECASE) if own else [text]
         yield [tokens.get(found, found) for piece in pieces for found in word.findall(piece)]
 
 
