@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import shutil
+import string
 import subprocess
 import sys
 import zipfile
@@ -16,6 +17,7 @@ from typing import Any, Literal
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
 import clip_m2df
 from clip_m2df import __version__
@@ -27,7 +29,7 @@ from clip_m2df.errors import UserError
 from clip_m2df.training.callbacks import RunProgressBar
 from clip_m2df.training.checkpoints import read_checkpoint
 from clip_m2df.training.module import CLIPM2DF
-from tests.conftest import fails, options, quiet_trainer
+from tests.conftest import fails, options, quiet_trainer, read_golden, save_tokenizer
 from tests.episodes.test_datamodule import broken_copy
 from tests.training.wandb_file import end_wandb
 
@@ -112,6 +114,37 @@ def test_a_model_option_that_contradicts_the_checkpoint_is_refused(
     assert "model.backbone is 'tiny'" in fails([*args, "--model.backbone=tiny"], capsys)
     # The same value is no contradiction, nor is a default that the checkpoint doesn't name.
     assert main([*args, "--model.template=a photo of {}", "--model.head_options={num_heads: 4, depth: 1}"]) == 0
+
+
+@pytest.mark.slow
+def test_backbone_options_make_the_tower_and_a_checkpoint_keeps_it(
+    manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights, folder = tmp_path / "clip.safetensors", tmp_path / "tokenizer"
+    save_file(read_golden("clip_vit")[1], weights)
+    assert save_tokenizer(folder, string.ascii_lowercase + string.digits, [f"word{i}" for i in range(45)]) == 120
+    said = "--model.backbone_options."
+    mine = [f"{said}activation=gelu", f"{said}head_width=32", f"{said}mean=[0, 0, 0.485]", f"{said}tokenizer={folder}"]
+    args = options(manifest, weights, tmp_path / "run", "--model.template={}")  # it reads 16 tokens
+    assert "are not known to be OpenAI's" in fails(["fit", *args], capsys)
+    assert main(["fit", *args, *mine]) == 0
+    config = tmp_path / "run" / "config.yaml"
+    assert "head_width: 32" in config.read_text()
+    weights.unlink()
+    best = [f"--ckpt_path={tmp_path / 'run' / 'checkpoints' / 'best.ckpt'}", "--trainer.logger=false"]
+    tower = run(["test", f"--config={config}", *best]).model.model.backbone
+    assert (tower.visual_config["hidden_act"], tower.visual_config["num_attention_heads"]) == ("gelu", 2)
+    assert tower.mean.flatten().tolist() == pytest.approx([0, 0, 0.485])
+    # What contradicts the checkpoint is refused, as for any other option; what doesn't is free.
+    test = ["test", *args, *best]
+    assert main([*test, *mine]) == 0
+    assert main([*test, f"{said}std=[0.26862954, 0.26130258, 0.27577711]"]) == 0
+    told = fails([*test, f"{said}activation=quick_gelu"], capsys)
+    assert "model.backbone_options.activation is 'quick_gelu', but 'gelu' in" in told
+    assert "model.backbone_options.mean is [0.0, 0.0, 0.5], but [0.0" in fails(
+        [*test, f"{said}mean=[0, 0, 0.5]"], capsys
+    )
+    assert "backbone_options has no 'head'; there are activation" in fails([*test, f"{said}head=32"], capsys)
 
 
 @pytest.mark.slow

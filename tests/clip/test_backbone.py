@@ -22,10 +22,14 @@ from clip_m2df.clip.formats import (
     RN50_FILE,
     RN50_REPOSITORY,
     STANDARD_TOKENIZER,
+    is_openais,
     openai_configs,
     openai_name,
+    openai_state,
 )
+from clip_m2df.clip.resnet import ModifiedResNet
 from clip_m2df.errors import UserError
+from tests.clip.towers import drawn_inputs, drawn_weights
 from tests.conftest import GOLDEN, read_golden, save_tokenizer
 
 State = dict[str, Tensor]
@@ -614,14 +618,17 @@ def test_heads_and_activation_are_told_or_refused(width: int, head_width: int, a
             nn.init.normal_(parameter, std=2 / parameter[0].numel() ** 0.5)
     images, state, file = torch.randn(2, 3, 32, 32), in_openai_layout(model), tmp_path / "clip.safetensors"
     save_file(state, file)
-    told = "have the shapes of none of OpenAI's models, and don't tell their heads' width and activation"
-    with pytest.raises(UserError, match=told):
+    told = r"{} known to be OpenAI's, and don't tell the width of their heads and their activation: put the model's"
+    in_memory, of_file = told.format("have the shapes of no model"), told.format("are not")
+    with pytest.raises(UserError, match=in_memory):
         CLIPBackbone.from_openai(state)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=of_file):
         CLIPBackbone.load(str(file))
     for incomplete in ({"head_width": head_width}, {"activation": activation}):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=in_memory):
             CLIPBackbone.from_openai(state, **incomplete)
+        with pytest.raises(UserError, match=of_file):
+            CLIPBackbone.load(str(file), **incomplete)
 
     vision = {"width": width, "layers": 2, "head_width": head_width, "patch_size": 8, "image_size": 32}
     cfg = {"embed_dim": 48, "quick_gelu": activation == "quick_gelu", "vision_cfg": vision, "text_cfg": {}}
@@ -679,7 +686,7 @@ def test_openais_own_vits_are_known_by_their_shapes(width: int, layers: int, pat
     config, _ = openai_configs(state, "it")
     assert (config["num_attention_heads"], config["hidden_act"]) == (width // 64, "quick_gelu")
     assert (config["image_size"], config["num_hidden_layers"]) == (224, layers)
-    with pytest.raises(UserError, match="of none of OpenAI's models"):
+    with pytest.raises(UserError, match="the shapes of no model known to be OpenAI's"):
         openai_configs(state | {"visual.proj": empty(width, dim + 1)}, "it")
 
 
@@ -758,24 +765,138 @@ def test_other_layouts_are_refused(state: State) -> None:
             CLIPBackbone.from_openai(changed, **OPENAI)
 
 
+@pytest.mark.parametrize("name", ["clip_resnet", "clip_vit"])
+def test_weights_with_other_axes_are_refused(name: str) -> None:
+    state = read_golden(name)[1]
+    keys = [key for key in state if not re.search(r"resblocks\.1|layer[234]|\.bn|ln_|\.bias|num_batches|logit", key)]
+    assert len(keys) > 12
+    for key in [*keys, "transformer.resblocks.0.attn.in_proj_bias"]:
+        for weight in (torch.tensor(1.0), torch.ones(0, 0), torch.ones(2, 2, 2, 2, 2)):
+            with pytest.raises(UserError):
+                CLIPBackbone.from_openai(state | {key: weight}, **OPENAI)
+    square = "transformer.resblocks.0.attn.in_proj_weight"  # as large as what it would be split into
+    with pytest.raises(UserError, match=f"{square} is .* where "):
+        CLIPBackbone.from_openai(state | {square: torch.ones(64, 64)}, **OPENAI)
+
+
+def test_numbers_of_layers_are_no_larger_than_the_files(state: State) -> None:
+    with pytest.raises(UserError, match=r"resblocks\.9{12}\.mlp\.c_fc\.weight is unexpected"):
+        CLIPBackbone.from_openai(
+            state | {f"visual.transformer.resblocks.{'9' * 12}.mlp.c_fc.weight": torch.ones(1)}, **OPENAI
+        )
+
+
 def test_a_file_in_transformers_layout_says_so(tiny_clip_dir: Path) -> None:
     with pytest.raises(UserError, match=r"visual\.conv1\.weight is missing.*are given by their folder"):
         CLIPBackbone.load(str(tiny_clip_dir / "model.safetensors"))
 
 
-class Doubling(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x * 2
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_an_archive_of_openais_class_gives_the_features_of_its_weights(dtype: torch.dtype, tmp_path: Path) -> None:
+    golden, _ = read_golden("openai_archive")
+    file = GOLDEN / "openai_archive.pt"  # traced in half precision
+    if dtype == torch.float32:
+        model = torch.jit.load(str(file)).float()
+        file = tmp_path / "full.pt"
+        model.save(str(file))
+    backbone = CLIPBackbone.load(str(file))
+    with torch.no_grad():
+        images, texts = backbone.encode_frames(golden["image"]), backbone.encode_text(golden["tokens"])
+    torch.testing.assert_close(images, golden["image_features"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(texts, golden["text_features"], rtol=1e-5, atol=1e-5)
+    assert {parameter.dtype for parameter in backbone.parameters()} == {torch.float32}
+
+
+def test_an_archive_of_openais_class_is_openais_whatever_lies_beside_it(tmp_path: Path) -> None:
+    golden, _ = read_golden("openai_archive")
+    file = Path(shutil.copy(GOLDEN / "openai_archive.pt", tmp_path / "epoch_3.pt"))
+    (tmp_path / "open_clip_config.json").write_text('{"vision_cfg": {"head_width": 32}, "text_cfg": {"heads": 4}}')
+    backbone = CLIPBackbone.load(str(file), mean=[0, 0, 0], **OPENAI)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            backbone.encode_text(golden["tokens"]), golden["text_features"], rtol=1e-5, atol=1e-5
+        )
+    assert backbone.interpolation == "bicubic"
+    for wrong in ({"activation": "gelu"}, {"head_width": 32}):
+        with pytest.raises(UserError, match=r"epoch_3\.pt is OpenAI's, (quick_gelu|64): leave it out"):
+            CLIPBackbone.load(str(file), **wrong)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_torchscript_archive_says_how_to_convert_it(tmp_path: Path) -> None:
-    file = tmp_path / "RN50.pt"
-    torch.jit.save(torch.jit.script(Doubling()), str(file))
-    with pytest.raises(UserError, match="TorchScript archive") as caught:
-        CLIPBackbone.load(str(file))
-    assert "torch.jit.load('RN50.pt', map_location='cpu').state_dict()" in str(caught.value)
-    assert "'RN50.safetensors'" in str(caught.value)
+def test_an_archive_of_another_class_is_as_any_other_file(tmp_path: Path) -> None:
+    class CLIP(nn.Module):  # of this module, not of clip.model
+        def __init__(self) -> None:
+            super().__init__()
+            for key, weight in TOWERS["quick_gelu"]["facts"]["shapes"].items():
+                *path, last = key.split(".")
+                module: nn.Module = self
+                for part in path:
+                    if not hasattr(module, part):
+                        module.add_module(part, nn.Module())
+                    module = module.get_submodule(part)
+                module.register_parameter(last, nn.Parameter(torch.ones(weight)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    torch.jit.trace(CLIP(), torch.ones(1)).save(str(tmp_path / "clip.pt"))
+    with pytest.raises(UserError, match=r"clip\.pt are not known to be OpenAI's"):
+        CLIPBackbone.load(str(tmp_path / "clip.pt"))
+    assert CLIPBackbone.load(str(tmp_path / "clip.pt"), **OPENAI).visual_config["num_attention_heads"] == 2
+
+
+@pytest.mark.parametrize(
+    ("program", "openais"),
+    [
+        ("__torch__.clip.model.CLIP", True),
+        ("__torch__.models.clip.model.CLIP", True),
+        ("__torch__.multimodal.model.multimodal_transformer.Multimodal", True),  # the published archives
+        ("__torch__.open_clip.model.CLIP", False),
+        ("__torch__.clip.model.VisionTransformer", False),
+        ("__torch__.clip.modelXCLIP", False),
+        ("", False),
+    ],
+)
+def test_openais_archives_are_known_by_their_class(program: str, openais: bool) -> None:
+    assert is_openais(program) is openais
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["clip_resnet", "clip_vit"])
+def test_a_traced_model_is_read_as_its_state_dict(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    class CLIP(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    golden, state = read_golden(name)
+    model = CLIP()
+    state = {key: weight.to(dtype) if weight.is_floating_point() else weight for key, weight in state.items()}
+    for key, weight in state.items():
+        *path, last = key.split(".")
+        module: nn.Module = model
+        for part in path:
+            if not hasattr(module, part):
+                module.add_module(part, CLIP())
+            module = module.get_submodule(part)
+        if weight.is_floating_point() and "running" not in last:
+            module.register_parameter(last, nn.Parameter(weight))
+        else:
+            module.register_buffer(last, weight)
+    torch.jit.trace(model, torch.ones(1)).save(str(tmp_path / "clip.pt"))
+    backbone = CLIPBackbone.from_openai(str(tmp_path / "clip.pt"), **OPENAI)
+    expected = CLIPBackbone.from_openai(state, **OPENAI)
+    with torch.no_grad():
+        assert torch.equal(backbone.encode_frames(golden["image"]), expected.encode_frames(golden["image"]))
+        assert torch.equal(backbone.encode_text(golden["tokens"]), expected.encode_text(golden["tokens"]))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_an_archive_of_another_model_says_what_it_has(tmp_path: Path) -> None:
+    torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "RN50.pt"))
+    with pytest.raises(UserError, match=r"RN50\.pt isn't CLIP in OpenAI's layout: .*; it has bias, weight"):
+        CLIPBackbone.load(str(tmp_path / "RN50.pt"))
 
 
 def test_damaged_files_are_named(state: State, tmp_path: Path) -> None:
@@ -792,9 +913,409 @@ def test_damaged_files_are_named(state: State, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"other\.pt is damaged"):
         CLIPBackbone.load(str(tmp_path / "other.pt"))
 
-    torch.save({"state_dict": state}, tmp_path / "nested.pt")
-    with pytest.raises(UserError, match=r"nested\.pt isn't a plain table of tensors"):
-        CLIPBackbone.load(str(tmp_path / "nested.pt"))
+    for nested in ({"weights": state}, {"state_dict": {"model": state}}, {"state_dict": 3}):
+        torch.save(nested, tmp_path / "nested.pt")
+        with pytest.raises(UserError, match=r"nested\.pt isn't a plain table of tensors"):
+            CLIPBackbone.load(str(tmp_path / "nested.pt"))
+
+
+# Golden towers of OpenAI's and OpenCLIP's code
+
+
+def read_towers() -> dict[str, dict[str, Any]]:
+    """What scripts/golden_towers.py wrote: by names of models ``facts``, ``image`` and ``text``."""
+    towers: dict[str, dict[str, Any]] = {}
+    with np.load(GOLDEN / "towers.npz") as file:
+        for key in file.files:
+            name, kind = key.split("/")
+            value = json.loads(file[key].tobytes()) if kind == "facts" else torch.from_numpy(file[key])
+            towers.setdefault(name, {})[kind] = value
+    return towers
+
+
+TOWERS = read_towers()
+
+
+def options_of_config(config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "activation": "quick_gelu" if config.get("quick_gelu") else "gelu",
+        "head_width": config["vision_cfg"].get("head_width", 64),
+    }
+
+
+@pytest.mark.parametrize("way", ["memory", "options", "training", "beside", "folder"])
+@pytest.mark.parametrize("name", TOWERS)
+def test_towers_give_the_embeddings_of_openais_and_openclips_code(name: str, way: str, tmp_path: Path) -> None:
+    facts = TOWERS[name]["facts"]
+    config, state = facts["config"], drawn_weights(facts["shapes"], facts["seed"])
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    images, tokens = drawn_inputs(vision["image_size"], text["context_length"], text["vocab_size"], facts["seed"])
+    options, stored = options_of_config(config), state | {"logit_scale": torch.tensor(4.6)}
+    texts = way in ("beside", "folder") or text["width"] // text["heads"] == 64
+    if not texts:  # nothing but a configuration tells such heads of a text tower
+        stored = {key: weight for key, weight in state.items() if key.startswith("visual.")}
+    if way == "memory":
+        backbone = CLIPBackbone.from_openai(openai_state(stored, "it"), **options)
+    elif way == "options":
+        save_file(stored, tmp_path / "clip.safetensors")
+        backbone = CLIPBackbone.load(str(tmp_path / "clip.safetensors"), **options)
+    elif way == "training":
+        wrapped = {f"module._orig_mod.{key}": weight for key, weight in stored.items()}
+        optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(2))]).state_dict()
+        training = {"epoch": 3, "name": "run", "state_dict": wrapped, "optimizer": optimizer}
+        torch.save(training, tmp_path / "epoch_3.pt")
+        backbone = CLIPBackbone.load(str(tmp_path / "epoch_3.pt"), **options)
+    elif way == "beside":
+        torch.save(stored, tmp_path / "clip.pt")
+        (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+        backbone = CLIPBackbone.load(str(tmp_path / "clip.pt"))
+    else:
+        save_file(stored, tmp_path / "open_clip_model.safetensors")
+        torch.save({}, tmp_path / "open_clip_pytorch_model.bin")
+        (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+        backbone = CLIPBackbone.load(str(tmp_path))
+
+    with torch.no_grad():
+        # The patches of a tower are all that it sees: what is left of images of 36 pixels at patches of 8 is not.
+        size = backbone.image_size
+        embeddings = backbone.encode_frames(images[..., :size, :size])
+        torch.testing.assert_close(embeddings, TOWERS[name]["image"], rtol=1e-5, atol=1e-5)
+        if texts:
+            torch.testing.assert_close(backbone.encode_text(tokens), TOWERS[name]["text"], rtol=1e-5, atol=1e-5)
+    if way in ("beside", "folder"):
+        assert size == vision["image_size"]
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_other_heads_and_another_activation_give_other_embeddings(name: str, tmp_path: Path) -> None:
+    facts = TOWERS[name]["facts"]
+    config = facts["config"]
+    state = drawn_weights(facts["shapes"], facts["seed"])
+    save_file(state, tmp_path / "open_clip_model.safetensors")
+    text, side = config["text_cfg"], config["vision_cfg"]["image_size"]
+    images, tokens = drawn_inputs(side, text["context_length"], text["vocab_size"], facts["seed"])
+    resnet = isinstance(config["vision_cfg"]["layers"], list)
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({"quick_gelu": not config.get("quick_gelu")}, "text" if resnet else "image"),
+        ({"quick_gelu": not config.get("quick_gelu")}, "text"),
+        ({"vision_cfg": config["vision_cfg"] | {"head_width": 16}}, "image"),
+        ({"text_cfg": text | {"heads": text["heads"] * 4}}, "text"),
+    ]
+    for change, tower in changes:
+        (tmp_path / "open_clip_config.json").write_text(json.dumps(config | change))
+        backbone = CLIPBackbone.load(str(tmp_path))
+        with torch.no_grad():
+            found = backbone.encode_frames(images) if tower == "image" else backbone.encode_text(tokens)
+        assert (found - TOWERS[name][tower]).abs().max() > 0.01
+
+
+@pytest.fixture
+def open_clip_folder(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
+    """A folder of OpenCLIP's with a small model, and its configuration."""
+    facts = TOWERS["heads_of_80"]["facts"]
+    folder = tmp_path / "open_clip"
+    folder.mkdir()
+    save_file(drawn_weights(facts["shapes"], facts["seed"]), folder / "open_clip_model.safetensors")
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": facts["config"]}))
+    return folder, facts["config"]
+
+
+OTHER_MODEL = "is another model's"
+OF_ANOTHER_KIND = "describes a model of another kind: its {} has {}, unknown here"
+
+
+@pytest.mark.parametrize(
+    ("table", "field", "value", "message"),
+    [
+        *(("vision_cfg", *case, OTHER_MODEL) for case in (("layers", 3), ("layers", [2, 2]), ("width", 96))),
+        *(
+            ("vision_cfg", *case, OTHER_MODEL)
+            for case in (("patch_size", [8, 4]), ("mlp_ratio", 2.0), ("mlp_ratio", "x"))
+        ),
+        *(("vision_cfg", "image_size", size, OTHER_MODEL) for size in (40, 31, [32, 40], "x", -32)),
+        *(("text_cfg", *case, OTHER_MODEL) for case in (("context_length", 77), ("vocab_size", 49408), ("layers", 1))),
+        *(("text_cfg", *case, OTHER_MODEL) for case in (("width", 512), ("mlp_ratio", 5))),
+        *(("text_cfg", "heads", n, rf"isn't a multiple of its {n} heads") for n in (5, 33, 95)),
+        ("text_cfg", "heads", 0, "text_heads is 0"),
+        ("model_cfg", "embed_dim", 64, OTHER_MODEL),
+        ("model_cfg", "quick_gelu", "no", "quick_gelu is 'no'"),
+        *(
+            (table, field, value, OF_ANOTHER_KIND.format(table, field))
+            for table, field, value in (
+                ("model_cfg", "multimodal_cfg", {"width": 512}),
+                ("vision_cfg", "pool_type", "avg"),
+                ("vision_cfg", "pool_type", "none"),
+                ("vision_cfg", "attentional_pool", True),
+                ("vision_cfg", "no_ln_pre", True),
+                ("vision_cfg", "ls_init_value", 1e-4),
+                ("vision_cfg", "pos_embed_type", "sin_cos_2d"),
+                ("vision_cfg", "output_tokens", True),
+                ("vision_cfg", "act_kwargs", {"approximate": "tanh"}),
+                ("vision_cfg", "norm_kwargs", {"eps": 1e-6}),
+                ("vision_cfg", "block_type", "custom"),
+                ("vision_cfg", "qk_norm", True),
+                ("vision_cfg", "timm_model_name", "vit_base_patch16_siglip_224"),
+                ("text_cfg", "pool_type", "last"),
+                ("text_cfg", "pool_type", "tok"),
+                ("text_cfg", "no_causal_mask", True),
+                ("text_cfg", "proj_bias", True),
+                ("text_cfg", "proj_type", "none"),
+                ("text_cfg", "embed_cls", True),
+                ("text_cfg", "hf_model_name", "xlm-roberta-base"),
+                ("text_cfg", "hf_tokenizer_name", "bert-base-uncased"),
+                ("text_cfg", "tokenizer_kwargs", {"clean": "canonicalize"}),
+                ("preprocess_cfg", "color_space", "BGR"),
+                ("preprocess_cfg", "mode", "L"),
+            )
+        ),
+        ("preprocess_cfg", "size", 64, r"makes images of 64 pixels, where the tower takes 32"),
+        ("preprocess_cfg", "size", [32, 64], r"makes images of \[32, 64\] pixels"),
+        ("preprocess_cfg", "resize_mode", "squash", "the resize_mode 'squash'; .* write shortest there"),
+        ("preprocess_cfg", "resize_mode", "longest", "the resize_mode 'longest'"),
+        ("preprocess_cfg", "interpolation", "nearest", "interpolation is 'nearest'"),
+        # What says what is there anyway, and what changes no embedding.
+        ("vision_cfg", "image_size", [32, 32], ""),
+        ("vision_cfg", "patch_dropout", 0.5, ""),
+        ("vision_cfg", "final_ln_after_pool", True, ""),
+        ("vision_cfg", "timm_pool", "avg", ""),
+        ("text_cfg", "hf_proj_type", "mlp", ""),
+        ("text_cfg", "eos_id", 2, ""),
+        ("text_cfg", "no_causal_mask", False, ""),
+        ("model_cfg", "init_logit_bias", -10, ""),
+        ("preprocess_cfg", "size", [32, 32], ""),
+        ("preprocess_cfg", "resize_mode", "shortest", ""),
+        ("preprocess_cfg", "mean", None, ""),
+    ],
+)
+def test_each_field_of_openclips_configuration_is_obeyed_or_refused(
+    table: str, field: str, value: Any, message: str, open_clip_folder: tuple[Path, dict[str, Any]]
+) -> None:
+    folder, config = open_clip_folder
+    model: dict[str, Any] = json.loads(json.dumps(config))
+    preprocessing: dict[str, Any] = {}
+    (model if table == "model_cfg" else preprocessing if table == "preprocess_cfg" else model[table])[field] = value
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model, "preprocess_cfg": preprocessing}))
+    if message:
+        with pytest.raises(UserError, match=message):
+            CLIPBackbone.load(str(folder))
+        return
+    images, _ = drawn_inputs(32, 16, 90, TOWERS["heads_of_80"]["facts"]["seed"])
+    with torch.no_grad():
+        embeddings = CLIPBackbone.load(str(folder)).encode_frames(images)
+    torch.testing.assert_close(embeddings, TOWERS["heads_of_80"]["image"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("said", "interpolation"),
+    [({}, "bicubic"), (None, "bicubic"), ("bicubic", "bicubic"), ("bilinear", "bilinear"), ("random", "bicubic")],
+)
+def test_openclips_images_are_as_its_configuration_says(
+    said: Any, interpolation: str, open_clip_folder: tuple[Path, dict[str, Any]]
+) -> None:
+    folder, config = open_clip_folder
+    images = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.5]} | ({} if said == {} else {"interpolation": said})
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": images}))
+    backbone = CLIPBackbone.load(str(folder))
+    assert backbone.interpolation == interpolation
+    assert backbone.mean.flatten().tolist() == pytest.approx([0.5, 0.4, 0.3])
+    assert backbone.std.flatten().tolist() == pytest.approx([0.2, 0.3, 0.5])
+
+
+def test_a_folder_in_both_formats_is_read_as_transformers(
+    copied: Path, open_clip_folder: tuple[Path, dict[str, Any]]
+) -> None:
+    expected = CLIPBackbone.load(str(copied)).visual_config
+    folder, _ = open_clip_folder
+    for file in folder.iterdir():
+        shutil.copy(file, copied)
+    assert CLIPBackbone.load(str(copied)).visual_config == expected
+    # Without transformers' weights, or with a description of another library's, it is OpenCLIP's.
+    (copied / "model.safetensors").rename(copied / "weights.safetensors")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (copied / name).unlink()
+    backbone = CLIPBackbone.load(str(copied))
+    assert (backbone.visual_config["num_attention_heads"], backbone.source) == (2, str(copied))
+    (copied / "weights.safetensors").rename(copied / "model.safetensors")
+    (copied / "config.json").write_text('{"architecture": "vit_base_patch16_clip_224"}')
+    assert CLIPBackbone.load(str(copied)).visual_config == backbone.visual_config
+
+
+@pytest.mark.parametrize("name", ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"])
+def test_openclips_models_in_the_cache_need_no_network(
+    name: str,
+    hub: Callable[[str, Path], None],
+    open_clip_folder: tuple[Path, dict[str, Any]],
+    tmp_path: Path,
+) -> None:
+    folder, config = open_clip_folder
+    weights = load_file(folder / "open_clip_model.safetensors")
+    (folder / "open_clip_model.safetensors").unlink()
+    save_file(weights, folder / name) if name.endswith("safetensors") else torch.save(weights, folder / name)
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    assert save_tokenizer(folder, letters, [f"word{i}" for i in range(35)]) == 90
+    hub("somebody/clip", folder)
+    backbone = CLIPBackbone.load("somebody/clip")
+    assert backbone.tokenize(["a cat"]).shape == (1, config["text_cfg"]["context_length"])
+    for prefix in ("hf-hub:", "hf://"):
+        with pytest.raises(UserError, match="give 'somebody/clip', which is the same model"):
+            CLIPBackbone.load(f"{prefix}somebody/clip")
+
+
+def meta_state(layers: Any, width: int, patch: int | None, dim: int, side: int, text_width: int) -> State:
+    """Weights as large as those of a model of OpenAI's, without memory; those that tell its shapes."""
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, device="meta")
+
+    state = {
+        "text_projection": empty(text_width, dim),
+        "token_embedding.weight": empty(49408, text_width),
+        "positional_embedding": empty(77, text_width),
+        **{f"transformer.resblocks.{n}.mlp.c_fc.weight": empty(4 * text_width, text_width) for n in range(12)},
+    }
+    if patch is None:
+        stages = [f"visual.layer{s + 1}.{n}.conv1.weight" for s, count in enumerate(layers) for n in range(count)]
+        return state | {
+            "visual.attnpool.positional_embedding": empty((side // 32) ** 2 + 1, 32 * width),
+            "visual.attnpool.c_proj.weight": empty(dim, 32 * width),
+            **{name: empty(width) for name in stages},
+        }
+    blocks = [f"visual.transformer.resblocks.{n}.mlp.c_fc.weight" for n in range(layers)]
+    return state | {
+        "visual.conv1.weight": empty(width, 3, patch, patch),
+        "visual.proj": empty(width, dim),
+        "visual.positional_embedding": empty((side // patch) ** 2 + 1, width),
+        **{name: empty(4 * width, width) for name in blocks},
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes"),
+    [
+        ("ViT-B-32", (12, 768, 32, 512, 224, 512)),
+        ("ViT-B-16", (12, 768, 16, 512, 224, 512)),
+        ("ViT-L-14", (24, 1024, 14, 768, 224, 768)),
+        ("ViT-L-14-336px", (24, 1024, 14, 768, 336, 768)),
+        ("RN50", ([3, 4, 6, 3], 64, None, 1024, 224, 512)),
+        ("RN101", ([3, 4, 23, 3], 64, None, 512, 224, 512)),
+        ("RN50x4", ([4, 6, 10, 6], 80, None, 640, 288, 640)),
+        ("RN50x16", ([6, 8, 18, 8], 96, None, 768, 384, 768)),
+        ("RN50x64", ([3, 15, 36, 10], 128, None, 1024, 448, 1024)),
+    ],
+)
+def test_openais_own_files_are_known_by_their_name_and_their_shapes(name: str, shapes: Any) -> None:
+    state = meta_state(*shapes)
+    visual_only = {key: weight for key, weight in state.items() if key.startswith("visual.")}
+    for weights in (state, visual_only):
+        for file in (f"{name}.pt", f"{name}.safetensors", f"{name.lower()}.bin"):
+            with pytest.warns(UserWarning, match=f"it is taken for OpenAI's {name}, whose name and shapes it has"):
+                visual, text = openai_configs(weights, "it", file=Path("folder", file))
+            assert visual["image_size"] == shapes[4]
+            assert "head_width" not in visual
+            if text is not None:
+                assert (text["num_attention_heads"], text["hidden_act"]) == (shapes[5] // 64, "quick_gelu")
+            if shapes[2] is not None:
+                assert (visual["num_attention_heads"], visual["hidden_act"]) == (shapes[1] // 64, "quick_gelu")
+    layers, width, patch, dim, side, text_width = shapes
+    others = [
+        (f"{name}-laion2b.pt", state),
+        ("open_clip_pytorch_model.bin", state),
+        ("ViT-B-32.pt" if name != "ViT-B-32" else "ViT-B-16.pt", state),
+        (f"{name}.pt", meta_state(layers, width, patch, dim + 64, side, text_width)),
+        (f"{name}.pt", meta_state(layers, width, patch, dim, side + (patch or 32), text_width)),
+        (f"{name}.pt", meta_state(layers, width, patch, dim, side, text_width + 64)),
+        (f"{name}.pt", state | {"positional_embedding": torch.empty(64, text_width, device="meta")}),
+    ]
+    for file, weights in others:
+        with pytest.raises(UserError, match="are not known to be OpenAI's"):
+            openai_configs(weights, "it", file=Path(file))
+
+
+def test_a_file_of_openais_is_said_to_be_taken_for_it(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        shapes = ModifiedResNet(layers=(3, 4, 6, 3), width=64, dim=1024, image_size=224).state_dict()
+    one = torch.tensor(1.0)  # in the file each weight is this number, seen in the weight's shape
+    torch.save({f"visual.{key}": one.expand(weight.shape) for key, weight in shapes.items()}, tmp_path / "RN50.pt")
+    with pytest.warns(UserWarning, match=r"RN50\.pt is taken for OpenAI's RN50, whose name and shapes it has"):
+        CLIPBackbone.load(str(tmp_path / "RN50.pt"))
+    (tmp_path / "RN50.pt").rename(tmp_path / "clip.pt")
+    with pytest.raises(UserError, match=r"clip\.pt are not known to be OpenAI's"):
+        CLIPBackbone.load(str(tmp_path / "clip.pt"))
+
+
+def test_weights_of_two_models_in_one_file_are_refused(state: State, tmp_path: Path) -> None:
+    torch.save({"state_dict": state | {f"module.{key}": weight for key, weight in state.items()}}, tmp_path / "two.pt")
+    with pytest.raises(UserError, match=r"two\.pt has several models' weights"):
+        CLIPBackbone.load(str(tmp_path / "two.pt"), **OPENAI)
+
+
+# What is said of weights
+
+
+def test_backbone_options_win_over_what_lies_beside_the_weights(
+    open_clip_folder: tuple[Path, dict[str, Any]], golden_tokenizer: Path
+) -> None:
+    folder, _ = open_clip_folder
+    told = CLIPBackbone.load(str(folder), activation="quick_gelu", head_width=40, mean=[0, 0, 0], std=(1, 0.5, 1))
+    assert (told.visual_config["hidden_act"], told.visual_config["num_attention_heads"]) == ("quick_gelu", 4)
+    assert told.text_config is not None
+    assert (told.text_config["hidden_act"], told.text_config["num_attention_heads"]) == ("quick_gelu", 6)
+    assert told.mean.flatten().tolist() == [0, 0, 0]
+    assert told.std.flatten().tolist() == [1, 0.5, 1]
+    plain = CLIPBackbone.load(str(folder), activation=None, mean=None)
+    assert (plain.visual_config["hidden_act"], plain.visual_config["num_attention_heads"]) == ("gelu", 2)
+    torch.testing.assert_close(plain.mean.flatten(), torch.tensor(CLIP_MEAN))
+    with pytest.raises(UserError, match="has 120 tokens and the text tower 90"):
+        CLIPBackbone.load(str(folder), tokenizer=str(golden_tokenizer))
+
+
+def test_tokenizer_mean_and_std_of_a_folder_in_transformers_format(copied: Path, tmp_path: Path) -> None:
+    expected = CLIPBackbone.load(str(copied)).tokenize(["a cat"])
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (copied / name).rename(elsewhere / name)
+    backbone = CLIPBackbone.load(str(copied), tokenizer=str(elsewhere), mean=[0, 0, 0], std=[1, 1, 1])
+    assert torch.equal(backbone.tokenize(["a cat"]), expected)
+    images = torch.rand(3, 4, 4)
+    assert torch.equal(backbone.normalise(images), images)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("tiny", {"activations": "gelu"}, "no 'activations'; there are activation, head_width, tokenizer, mean, std"),
+        ("tiny", {"activation": "gelu"}, r"activation is 'gelu', but the config\.json of .* leave it out"),
+        ("tiny", {"head_width": 16}, r"head_width is 16, but the config\.json of"),
+        ("rn50", {"activation": "gelu"}, "activation is 'gelu', but rn50 is OpenAI's, quick_gelu: leave it out"),
+        ("rn50", {"head_width": 80}, "head_width is 80, but rn50 is OpenAI's, 64"),
+        ("FILE", {"activation": "relu", "head_width": 64}, "activation is 'relu'; it must be gelu or quick_gelu"),
+        ("FILE", {"activation": 3, "head_width": 64}, "activation is 3; it must be"),
+        ("FILE", {"activation": "gelu", "head_width": True}, "heads of True channels"),
+        ("FILE", {"activation": "gelu", "head_width": "64"}, "heads of '64' channels"),
+        ("FILE", {"activation": "gelu", "head_width": 0}, "heads of 0 channels"),
+        ("FILE", {"activation": "gelu", "head_width": 48}, "heads of 48 channels: the width 64"),
+        *(
+            ("FILE", {option: value}, rf"backbone_options\.{option} is .*; it must be three finite numbers")
+            for option in ("mean", "std")
+            for value in (0.5, "abc", [0.5, 0.5], ["a", "b", "c"], [0.5] * 4, [1, 1, float("inf")], {"r": 1})
+        ),
+        ("FILE", {"std": [1, 0, 1]}, "three finite numbers, above 0"),
+        ("FILE", {"tokenizer": 3}, "tokenizer is 3; it must be a file or a folder"),
+        ("VISUAL", {**OPENAI, "tokenizer": "x"}, r"backbone_options\.tokenizer: the weights of .* have no text tower"),
+    ],
+)
+def test_backbone_options_that_cannot_be_are_refused(
+    name: str, options: dict[str, Any], message: str, state: State, tmp_path: Path
+) -> None:
+    if name.isupper():
+        visual = {key: weight for key, weight in state.items() if key.startswith("visual.")}
+        name = str(tmp_path / "clip.safetensors")
+        save_file(visual if "tokenizer" in options and len(options) > 1 else state, name)
+    with pytest.raises(UserError, match=message):
+        CLIPBackbone.load(name, **options)
+    with pytest.raises(UserError, match=message):
+        CLIPM2DF(backbone=name, backbone_options=options)
 
 
 # Names and folders
@@ -846,7 +1367,7 @@ def test_the_network_is_asked_after_the_cache(tiny_clip_dir: Path, monkeypatch: 
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     CLIPBackbone.load("somebody/clip")
-    assert asked == [True, True, True, True, False]
+    assert asked == [True] * 7 + [False]
 
 
 def test_tiny_names_the_packaged_folder() -> None:
@@ -972,6 +1493,102 @@ def test_pixels_become_what_transformers_makes_of_them(values: dict[str, Any], c
     torch.testing.assert_close(backbone.normalise(images), expected.float(), rtol=1e-4, atol=1e-4)
 
 
+SIDE, SQUARE = {"shortest_edge": 32}, {"height": 32, "width": 32}
+
+
+@pytest.mark.parametrize(
+    ("values", "taken"),
+    [
+        # As transformers makes of it what is done to a video's frames here.
+        ({}, True),
+        ({"size": 32, "crop_size": 32}, True),
+        ({"size": SIDE, "crop_size": SQUARE}, True),
+        ({"size": SIDE | {"longest_edge": None}, "crop_size": None, "do_resize": None}, True),
+        ({"do_convert_rgb": False, "do_pad": False, "offset": None, "return_tensors": None}, True),
+        ({"resample": 2}, True),
+        ({"resample": 3}, True),
+        ({"image_processor_type": "CLIPImageProcessorFast", "processor_class": "CLIPProcessor"}, True),
+        ({"feature_extractor_type": "CLIPFeatureExtractor", "_valid_processor_keys": ["images"]}, True),
+        # Something else.
+        ({"size": SQUARE}, False),
+        ({"size": 32, "default_to_square": True}, False),
+        ({"size": 36}, False),
+        ({"size": {"shortest_edge": 36}}, False),
+        ({"size": {"shortest_edge": 32, "longest_edge": 40}}, False),
+        ({"size": {"height": 32, "width": 48}}, False),
+        ({"size": "32"}, False),
+        ({"size": []}, False),
+        ({"crop_size": 24}, False),
+        ({"crop_size": {"height": 32, "width": 24}}, False),
+        ({"crop_size": {"height": 32}}, False),
+        ({"do_resize": False}, False),
+        ({"do_center_crop": False}, False),
+        ({"do_normalize": "false"}, False),
+        ({"do_rescale": 0}, False),
+        ({"do_convert_rgb": "no"}, False),
+        ({"do_pad": True, "pad_size": SQUARE}, False),
+        ({"do_flip_channel_order": True}, False),
+        ({"offset": True}, False),
+        ({"crop_pct": 0.9}, False),
+        *(({"resample": value}, False) for value in (0, 1, 4, 5, True, 3.0, "bicubic", [3])),
+        *(({"image_processor_type": value}, False) for value in ("ViTImageProcessor", "os.system", 3, ["x"])),
+    ],
+    ids=str,
+)
+def test_a_preprocessing_is_obeyed_or_refused(values: dict[str, Any], taken: bool, copied: Path) -> None:
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    for name, content in (
+        ("preprocessor_config.json", values),
+        ("preprocessor_config.json", {"image_processor": values}),
+        ("processor_config.json", {"image_processor": values, "processor_class": "CLIPProcessor"}),
+    ):
+        (copied / "preprocessor_config.json").write_text("{}")
+        (copied / name).write_text(json.dumps(content))
+        if not taken:
+            with pytest.raises(UserError, match=rf"the preprocessing in .*{name} can't be used: .*; mend or remove"):
+                CLIPBackbone.from_pretrained(str(copied))
+            continue
+        backbone = CLIPBackbone.from_pretrained(str(copied))
+        assert backbone.interpolation == {2: "bilinear", 3: "bicubic"}[values.get("resample", 3)]
+        image = torch.randint(0, 256, (3, 50, 90), dtype=torch.uint8).numpy()
+        resample = 2 if backbone.interpolation == "bilinear" else 3
+        right = CLIPImageProcessorPil(size=SIDE, crop_size=SQUARE, resample=resample)
+        theirs = CLIPImageProcessorPil(**{"size": 32, "crop_size": 32, **{k: v for k, v in values.items() if v}})
+        as_told, as_done = (processor(image, return_tensors="pt")["pixel_values"] for processor in (theirs, right))
+        assert torch.equal(as_told, as_done)
+
+
+def test_the_preprocessing_is_that_which_transformers_takes(copied: Path) -> None:
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    flat, nested = copied / "preprocessor_config.json", copied / "processor_config.json"
+    for own, of_processor in (({"resample": 2}, {}), ({"resample": 2}, {"image_processor": {"resample": 3}})):
+        flat.write_text(json.dumps(own))
+        nested.write_text(json.dumps({"processor_class": "CLIPProcessor", "image_mean": 7} | of_processor))
+        expected = CLIPImageProcessorPil.from_pretrained(copied).resample
+        assert CLIPBackbone.load(str(copied)).interpolation == {2: "bilinear", 3: "bicubic"}[expected]
+    nested.write_text(json.dumps({"video_processor": {"size": 32}}))
+    with pytest.raises(UserError, match=r"processor_config\.json can't be used: it has a video_processor"):
+        CLIPBackbone.load(str(copied))
+    flat.unlink()
+    nested.unlink()
+    assert CLIPBackbone.load(str(copied)).interpolation == "bicubic"  # as CLIP's mean and std
+
+
+def test_the_interpolation_is_kept_in_a_description(tiny_clip_dir: Path) -> None:
+    description = CLIPBackbone.load(str(tiny_clip_dir)).description()
+    for interpolation in ("bilinear", "bicubic"):
+        again = CLIPBackbone.from_description(description | {"interpolation": interpolation})
+        assert again.description() == description | {"interpolation": interpolation}
+    del description["interpolation"]  # as earlier versions saved
+    assert CLIPBackbone.from_description(description).interpolation == "bilinear"
+    for wrong in ("lanczos", 3, None, ["bicubic"]):
+        with pytest.raises(UserError, match=r"interpolation is .*: give bilinear or bicubic"):
+            CLIPBackbone.from_description(description | {"interpolation": wrong})
+    assert CLIPBackbone.load("tiny").interpolation == "bilinear"
+
+
 @pytest.mark.parametrize("name", ["model_epoch1", "model_ema", "model.old", "model-best", "weights"])
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
 def test_stray_weights_are_no_models(name: str, suffix: str, copied: Path) -> None:
@@ -1022,7 +1639,41 @@ def test_shards_are_whole_or_refused(index: bool, suffix: str, copied: Path) -> 
                 CLIPBackbone.load(str(copied))
 
 
-@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_shards_of_two_models_are_not_mixed(suffix: str, copied: Path) -> None:
+    def save(weights: State, file: Path) -> None:
+        save_file(weights, file) if suffix == ".safetensors" else torch.save(weights, file)
+
+    weights = load_file(copied / "model.safetensors")
+    (copied / "model.safetensors").unlink()
+    stem = "model" if suffix == ".safetensors" else "pytorch_model"
+    files = [f"{stem}-0000{n}-of-00002{suffix}" for n in (1, 2)]
+    halves = [dict(list(weights.items())[n::2]) for n in (0, 1)]
+    first, second = (next(iter(half)) for half in halves)
+    index = copied / f"{stem}{suffix}.index.json"
+    listed = {key: file for half, file in zip(halves, files, strict=True) for key in half}
+    twice = {first: torch.zeros_like(weights[first])}
+    for part, named, message in (
+        (halves[1] | twice, listed, rf"don't agree on {first}: fetch"),  # a weight in both
+        (halves[1] | twice, None, rf"{files[1]} and the others don't agree on {first}: fetch"),
+        (halves[1] | {"x": torch.ones(1)}, listed, rf"{files[1]} and {index.name} don't agree on x: fetch"),
+        (halves[1], listed | {"x": files[1]}, rf"{files[1]} and {index.name} don't agree on x: fetch"),
+        (halves[1], listed | {first: files[1]}, rf"don't agree on {first}: fetch"),
+        (halves[1], {key: file for key, file in listed.items() if key != second}, rf"don't agree on {second}: fetch"),
+    ):
+        save(halves[0], copied / files[0])
+        save(part, copied / files[1])
+        index.unlink(missing_ok=True)
+        if named is not None:
+            index.write_text(json.dumps({"weight_map": named}))
+        with pytest.raises(UserError, match=message):
+            CLIPBackbone.load(str(copied))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors"],
+)
 def test_an_adapter_beside_the_weights_is_named(name: str, copied: Path) -> None:
     (copied / name).write_text("{}")
     with pytest.raises(UserError, match=f"has an adapter, {name}, which is not applied here: merge it"):
@@ -1044,12 +1695,27 @@ def test_weights_that_a_tower_does_not_have_and_that_are_not_finite_are_named(co
     weights = load_file(copied / "model.safetensors")
     query = "vision_model.encoder.layers.0.self_attn.q_proj"
     for more, message in (
-        ({f"{query}.lora_A.weight": torch.ones(2, 64)}, rf"{query}\.lora_A\.weight is unexpected"),
+        (
+            {f"{query}.lora_A.weight": torch.ones(2, 64)},
+            rf"has the weights of an adapter, {query}\.lora_A\.weight, which is not applied",
+        ),
         ({f"{query}.weight": torch.full((64, 64), torch.nan)}, rf"{query}\.weight is not finite"),
         ({"text_projection.extra": torch.ones(1)}, r"text_projection\.extra is unexpected"),
     ):
         save_file(weights | more, copied / "model.safetensors")
         with pytest.raises(UserError, match=message):
+            CLIPBackbone.load(str(copied))
+    for name in (
+        *(
+            "base_model.model.vision_model.layer.lora_A.default.weight",
+            "vision_model.lora_embedding_B",
+            "x.lora_magnitude",
+        ),
+        *(f"{query}.base_layer.weight", f"{query}.ia3_l", "x.hada_w1_a", "x.lokr_w2", "x.oft_R", "adapter.down.weight"),
+        *("classifier.modules_to_save.weight", "x.original_module.weight", "visual_projection.lora_B.weight"),
+    ):
+        save_file(weights | {name: torch.ones(2)}, copied / "model.safetensors")
+        with pytest.raises(UserError, match=f"has the weights of an adapter, {re.escape(name)}, which is not applied"):
             CLIPBackbone.load(str(copied))
     # What lies outside of the towers, and what older versions stored, is no matter.
     save_file(

@@ -83,12 +83,27 @@ def alter(rng: Rng, tree: Any) -> Any:
     return tree
 
 
-def damaged_archive(rng: Rng, whole: bytes) -> bytes:
-    """What ``torch.save`` wrote, taken apart and put together otherwise, with checksums that are right again."""
+def members_of(whole: bytes) -> dict[str, bytes]:
+    """The members of an archive by name."""
     with zipfile.ZipFile(io.BytesIO(whole)) as archive:
-        members = {info.filename: archive.read(info) for info in archive.infolist()}
+        return {info.filename: archive.read(info) for info in archive.infolist()}
+
+
+def zipped(members: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
+    """An archive of members."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", compression) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return out.getvalue()
+
+
+def damaged_archive(rng: Rng, whole: bytes) -> bytes:
+    """What torch wrote, taken apart and put together otherwise, with checksums that are right again."""
+    members = members_of(whole)
     names = list(members)
-    chosen = names[0] if rng.random() < 0.6 else rng.choice(names)  # the first is the pickle
+    pickled = next(name for name in names if name.endswith("/data.pkl"))
+    chosen = pickled if rng.random() < 0.6 else rng.choice(names)
     kind = rng.choice(["damage", "damage", "damage", "delete", "rename", "swap", "add"])
     if kind == "damage":
         members[chosen] = damage(rng, members[chosen], (b"cos\nsystem\n", b"builtins\nexec\n", b"torch\nload\n", b"."))
@@ -101,8 +116,4 @@ def damaged_archive(rng: Rng, whole: bytes) -> bytes:
         del members[chosen]
     else:
         members[f"{names[0].split('/')[0]}/{rng.choice(['constants.pkl', 'code/x.py', 'extra'])}"] = b"\x80\x02."
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED if rng.random() < 0.1 else zipfile.ZIP_STORED) as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
-    return out.getvalue()
+    return zipped(members, zipfile.ZIP_DEFLATED if rng.random() < 0.1 else zipfile.ZIP_STORED)

@@ -30,8 +30,9 @@ from clip_m2df.errors import UserError
 from clip_m2df.video.isolation import Unreadable, isolated_map
 from clip_m2df.video.reader import probe
 from clip_m2df.video.transforms import ClipReader
+from clip_m2df.weight_files import program_class, read_weights
 from tests import clips
-from tests.conftest import save_checkpoint
+from tests.conftest import GOLDEN, save_checkpoint
 from tests.project.damage import SCRAPS, Rng, alter, damage, damaged_archive
 
 TIMEOUT = 300.0  # seconds of an input; on a busy machine the first waits for a minute of imports
@@ -168,6 +169,20 @@ def weights(samples: Path, scratch: Path, rng: Rng) -> str:
     return f"read, {name}"
 
 
+def archive(samples: Path, scratch: Path, rng: Rng) -> str:
+    """A TorchScript archive of OpenAI's class, by ``read_weights``; damage to the file never ends in other weights."""
+    whole = (GOLDEN / "openai_archive.pt").read_bytes()
+    kind = rng.choice(["bytes", "archive"])
+    (scratch / "w.pt").write_bytes((damage if kind == "bytes" else damaged_archive)(rng, whole))
+    program_class(scratch / "w.pt")
+    state = read_weights(scratch / "w.pt")
+    if kind == "bytes":
+        right = read_weights(GOLDEN / "openai_archive.pt")
+        assert list(state) == list(right)
+        assert all(torch.equal(state[name], weight) for name, weight in right.items()), "other weights"
+    return f"read, {kind}"
+
+
 # Features and frames that were kept
 
 
@@ -251,6 +266,7 @@ KINDS: dict[str, tuple[Attempt, Callable[[Path], None] | None]] = {
     "config": (config, None),
     "checkpoint": (checkpoint, save_samples),
     "weights": (weights, save_samples),
+    "archive": (archive, None),
     "features": (features, None),
     "frames": (frames, save_samples),
     "video": (video, save_videos),

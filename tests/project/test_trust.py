@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from zipfile import ZIP_DEFLATED, ZipFile
+from zipfile import ZIP_BZIP2, ZIP_DEFLATED, ZIP_LZMA, ZipFile
 
 import numpy as np
 import pytest
@@ -38,8 +38,9 @@ from clip_m2df.training.checkpoints import RunCheckpoint, read_checkpoint
 from clip_m2df.video import frame_cache
 from clip_m2df.video.frame_cache import CachedVideo, FrameCache, Settings, write_shard
 from clip_m2df.video.reader import read_frames
-from clip_m2df.weight_files import read_weights
+from clip_m2df.weight_files import program_class, read_weights
 from tests.conftest import fails, options, save_checkpoint
+from tests.project.damage import members_of, zipped
 
 
 @pytest.fixture
@@ -149,16 +150,373 @@ def test_what_can_be_made_anew_is_made_anew(form: str, marker: Path) -> None:
     assert read_findings(store.path) == {}
 
 
+# TorchScript archives, which are programs
+
+
+class Writing(torch.nn.Module):
+    """Writes a file when TorchScript loads it."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.weight, self.path = torch.ones(2), path
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.weight
+
+    @torch.jit.export
+    def __getstate__(self) -> str:
+        return self.path
+
+    @torch.jit.export
+    def __setstate__(self, path: str) -> None:
+        torch.save(torch.ones(2), path)
+        self.weight, self.path, self.training = torch.ones(2), path, False
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_program_is_not_run(marker: Path) -> None:
-    with ZipFile(marker.with_name("clip.pt"), "w") as archive:
-        archive.writestr("clip/constants.pkl", pickle.dumps(Malicious(marker)))
-        archive.writestr("clip/data.pkl", pickle.dumps(Malicious(marker)))
-        archive.writestr("clip/version", "3")
-    for read in (CLIPBackbone.load, load_published):
-        with pytest.raises(UserError, match="is a TorchScript archive, a program that isn't run here"):
+    torch.jit.script(Writing(str(marker))).save(str(marker.with_name("clip.pt")))
+    torch.jit.load(str(marker.with_name("clip.pt")))
+    marker.unlink()  # so it works
+    for read in (CLIPBackbone.load, load_published, lambda file: read_weights(Path(file))):
+        with pytest.raises(
+            UserError, match=r"clip\.pt, a TorchScript archive, is damaged, or holds more than modules and tensors"
+        ):
             read(str(marker.with_name("clip.pt")))
+    assert program_class(marker.with_name("clip.pt")).endswith("Writing")
     with pytest.raises(UserError, match="is damaged or no checkpoint"):
         CLIPM2DF.load_from_checkpoint(marker.with_name("clip.pt"))
+
+
+def _global(name: str) -> bytes:
+    module, _, attribute = name.rpartition(".")
+    return f"c{module}\n{attribute}\n".encode()
+
+
+def _value(value: object) -> bytes:
+    """What makes a value, a tuple's with what makes its parts; bytes stand for themselves."""
+    if isinstance(value, tuple):
+        return b"(" + b"".join(map(_value, value)) + b"t"
+    if isinstance(value, bytes):
+        return value
+    file = io.BytesIO()
+    pickler = pickle.Pickler(file, 2)
+    pickler.fast = True  # without a memo
+    pickler.dump(value)
+    return file.getvalue()[2:-1]
+
+
+def _stored(key: object = "0", count: object = 4, kind: str = "torch.FloatStorage", what: object = "storage") -> bytes:
+    return _value((what, _global(kind), key, "cpu", count)) + b"Q"
+
+
+def _tensor(stored: bytes = _stored(), offset: object = 0, size: object = (4,), stride: object = (1,)) -> bytes:
+    args = _value((stored, offset, size, stride, False, _global("collections.OrderedDict") + b")R"))
+    return _global("torch._utils._rebuild_tensor_v2") + args + b"R"
+
+
+def _called(name: str, *args: object) -> bytes:
+    return _global(name) + _value(args) + b"R"
+
+
+def _made(kind: str = "__torch__.M", state: bytes = b"") -> bytes:
+    """An object, with the pairs of its attributes."""
+    return _global(kind) + b")\x81}(" + state + b"ub"
+
+
+def _model(attribute: object = b"", **others: object) -> bytes:
+    """The pickle of a module with a weight w and other attributes, of which one has no matter which name."""
+    others = {"w": _tensor()} | ({"x": attribute} if attribute != b"" else {}) | others
+    return b"\x80\x02" + _made(state=b"".join(_value(name) + _value(value) for name, value in others.items())) + b"."
+
+
+LISTS = b'(Module):\n  __parameters__ = ["w", ]\n  __buffers__ = []\n  w : Tensor\n'
+RIGHT_MEMBERS: dict[str, bytes] = {
+    "data.pkl": _model(),
+    "data/0": np.arange(4, dtype="<f4").tobytes(),
+    "constants.pkl": b"\x80\x02).",
+    "code/__torch__.py": b"class M" + LISTS + b"\nclass N" + LISTS,
+    "code/__torch__/os.py": b"class system" + LISTS,
+    "version": b"3\n",
+}
+
+
+def _archive(path: Path, **changed: bytes | None) -> Path:
+    members = {name: changed.get(name, content) for name, content in RIGHT_MEMBERS.items()} | changed
+    path.write_bytes(zipped({f"a/{name}": content for name, content in members.items() if content is not None}))
+    return path
+
+
+def _peak() -> int:
+    """The most bytes of memory that this process has had."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << (10 if sys.platform == "linux" else 0)
+
+
+def _refused(path: Path) -> str:
+    """The message of a refusal that takes little memory."""
+    before = _peak()
+    with pytest.raises(UserError) as caught:
+        read_weights(path)
+    assert _peak() - before < 500 << 20
+    assert str(path) in str(caught.value)
+    assert program_class(path) in ("", "__torch__.M", "__torch__.os.system")
+    return str(caught.value)
+
+
+def _shared(name: str, *names: str) -> bytes:
+    """A module in a module, 60 deep, each by several names."""
+    module = _made()
+    for _ in range(60):
+        others = b"".join(_value(other) + b"h\x00" for other in names)
+        module = _made(state=_value(name) + module + b"q\x00" + others)
+    return module
+
+
+NESTED = 300_000
+TEXT = "touch obeyed"
+FORGED_PICKLES: dict[str, bytes] = {
+    **{
+        f"a call of {name}": _model(_called(name, *args))
+        for name, *args in (
+            *(("os.system", TEXT), ("posix.system", TEXT), ("nt.system", TEXT), ("subprocess.Popen", TEXT)),
+            *(
+                ("os.mkdir", "obeyed"),
+                ("builtins.exec", "import os"),
+                ("builtins.eval", "1"),
+                ("__builtin__.eval", "1"),
+            ),
+            *(("builtins.getattr", "a", "b"), ("builtins.open", "obeyed", "w"), ("pathlib.Path.touch", "obeyed")),
+            *(("torch.load", "a"), ("torch.jit.load", "a"), ("torch.hub.load", "a", "b"), ("torch.save", 1, "obeyed")),
+            *(
+                ("torch.jit._serialization.load", "a"),
+                ("torch.storage._load_from_bytes", b"U\1."),
+                ("pickle.loads", "a"),
+            ),
+            *(("torch._utils._rebuild_qtensor", 1), ("torch._utils._rebuild_sparse_tensor", 1), ("torch.package.x", 1)),
+            *(("numpy.core.multiarray._reconstruct", 1), ("collections.defaultdict", 1), ("copyreg._reconstructor", 1)),
+            *(("torch.nn.modules.linear.Linear", 2, 2), ("clip_m2df.weight_files.read_weights", "a"), ("x.y", 1)),
+            *(("__torch__.os.system", TEXT), ("__torch__.M", "a"), ("__torch__.torch.os.system", TEXT)),
+            *(("torch.FloatStorage", 1 << 40), ("__torch__.builtins.exec", "import os"), ("__torch__os.system", TEXT)),
+        )
+    },
+    "a call of a string": _model(_value("os system") + _value((TEXT,)) + b"R"),
+    "a call of a tensor": _model(_tensor() + b")R"),
+    "a call with no tuple": _model(_global("builtins.complex") + b"]R"),
+    "a call of an attribute": _model(_called("collections.OrderedDict.fromkeys", "a")),
+    "EXT1": _model(b"\x82\x01"),
+    "EXT2": _model(b"\x83\x01\x00"),
+    "EXT4": _model(b"\x84\x01\x00\x00\x00"),
+    "STACK_GLOBAL": _model(_value("os") + _value("system") + b"\x93" + _value((TEXT,)) + b"R"),
+    "INST": _model(b"(" + _value(TEXT) + b"ios\nsystem\n"),
+    "OBJ": _model(b"(" + _global("os.system") + _value(TEXT) + b"o"),
+    "OBJ of a class in the archive": _model(b"(" + _global("__torch__.M") + b"o"),
+    "NEWOBJ of another class": _model(_global("collections.OrderedDict") + b")\x81"),
+    "NEWOBJ with arguments": _model(_global("__torch__.M") + _value((TEXT,)) + b"\x81"),
+    "NEWOBJ_EX": _model(_global("__torch__.M") + b")}\x92"),
+    "PERSID": _model(b"P../../secret\n"),
+    "NEXT_BUFFER": _model(b"\x97"),
+    "BUILD of a class": _model(_global("__torch__.M") + b"}" + _value("__setstate__") + _value(1) + b"sb"),
+    "BUILD of a tensor": _model(_tensor() + b"}b"),
+    "BUILD of a list": _model(b"]}b"),
+    "BUILD with a pair": _model(_global("__torch__.M") + b")\x81" + _value((None, {"__class__": 1})) + b"b"),
+    "BUILD with a list": _model(_global("__torch__.M") + b")\x81]b"),
+    "a class of no text": _model(_made("__torch__.other.M")),
+    "a class that the text lacks": _model(_made("__torch__.X")),
+    "a class that leads out": _model(_made("__torch__.../../etc.M")),
+    "a name with a dot": _model(**{"x.w": _tensor()}),
+    "a name of nothing": _model(**{"": _tensor()}),
+    "no module": b"\x80\x02" + _tensor() + b".",
+    "a table": b"\x80\x02}" + _value("w") + _tensor() + b"s.",
+    "two objects": b"\x80\x02" + _made() + _made() + b".",
+    "nothing": b"\x80\x02.",
+    "no end": _model()[:-1],
+    "an empty file": b"",
+    "an endless string": _model(b"X\xff\xff\xff\xff"),
+    "BINBYTES8": _model(b"\x8e" + (1 << 62).to_bytes(8, "little")),
+    "BYTEARRAY8": _model(b"\x96" + (1 << 40).to_bytes(8, "little")),
+    "FRAME": _model(b"\x95" + (1 << 62).to_bytes(8, "little")),
+    "LONG4": _model(b"\x8b\xff\xff\xff\x7f"),
+    "INT of many digits": _model(b"I" + b"9" * 100_000 + b"\n"),
+    "DUP": _model(b"N2"),
+    "a memo that is not there": _model(b"h\xf0"),
+    "a mark that is not there": _model(b"ttt"),
+    "more than it holds": b"\x80\x02" + b"}" * (3 << 20) + b".",
+    "many tables": b"\x80\x02" + b"}" * (1 << 20) + b".",
+    "modules in modules": b"\x80\x02"
+    + (_global("__torch__.M") + b")\x81}" + _value("x")) * 50_000
+    + b"N"
+    + b"sb" * 50_000
+    + b".",
+    "modules shared": b"\x80\x02" + _shared("x", "y", "z") + b".",
+    "names that grow": b"\x80\x02" + _shared("x" * 20_000) + b".",
+    "a module in itself": b"\x80\x02" + _global("__torch__.M") + b")\x81q\x00}" + _value("x") + b"h\x00sb.",
+    **{
+        f"a storage {key!r}": _model(_tensor(_stored(key)))
+        for key in (
+            *(
+                "../0",
+                "../../a/data/0",
+                "/etc/passwd",
+                "0/../0",
+                "data.pkl",
+                "0\0",
+                "0\n",
+                " 0",
+                "-1",
+                "",
+                "1",
+                "\u0663",
+            ),
+            *("../constants.pkl", "0" * 10_000, 0, None, b"(t", b"}", _tensor()),
+        )
+    },
+    "a storage of another kind": _model(_tensor(_stored(what="file"))),
+    "a storage of no numbers": _model(_tensor(_stored(kind="torch.UntypedStorage"))),
+    "a storage of strings": _model(_tensor(_value(("storage", "torch FloatStorage", "0", "cpu", 4)) + b"Q")),
+    "a storage that is none": _model(_tensor(_value(1) + b"Q")),
+    "a storage that is a tensor": _model(_tensor(_tensor())),
+    "a storage in a tuple": _model(_tensor(_value((_stored(),)))),
+    **{
+        f"a storage of {count!r:.30} numbers": _model(_tensor(_stored(count=count)))
+        for count in (5, 1 << 40, 1 << 62, 1 << 64, 1 << 2000, -1, -(1 << 63), 4.0, True, None, "4", b")")
+    },
+    **{
+        f"{what} of {value!r:.30}": _model(_tensor(**{what: value}))  # type: ignore[arg-type]
+        for what, value in (
+            *(("size", (n,)) for n in (5, 1 << 40, 1 << 62, 1 << 63, 1 << 64, 1 << 2000, -1, -4, 1.5, True, None, "4")),
+            *(("size", n) for n in ((), (2, 2), (1,) * 65, 4, None, b"]", b"}")),
+            *(("stride", (n,)) for n in (2, 1 << 40, 1 << 62, 1 << 64, -1, -(1 << 63), 0.5, True, None, "1")),
+            *(("stride", n) for n in ((), (1, 1), 1, None, b"]")),
+            *(("offset", n) for n in (1, 1 << 40, 1 << 63, 1 << 64, -1, 0.5, True, None, (0,))),
+        )
+    },
+    "one number for exabytes": _model(_tensor(size=(1 << 60,), stride=(0,))),
+    "one number for gigabytes": _model(_tensor(size=(1 << 15, 1 << 15), stride=(0, 0))),
+    "one number in all shapes": _model(_tensor(size=(1 << 62,) * 64, stride=(0,) * 64)),
+    "no numbers of a size that is none": _model(_tensor(size=(0, 1 << 62, 1 << 62), stride=(1, 1, 1))),
+    "a tensor with more": _model(
+        _global("torch._utils._rebuild_tensor_v2")
+        + _value((_stored(), 0, (4,), (1,), False, b")", {"conj": True, "neg": True}))
+        + b"R"
+    ),
+    "a tensor with less": _model(_global("torch._utils._rebuild_tensor_v2") + _value((_stored(), 0)) + b"R"),
+}
+
+
+def test_the_whole_archive_is_read(tmp_path: Path) -> None:
+    weights = read_weights(_archive(tmp_path / "a.pt"))
+    assert {name: weight.tolist() for name, weight in weights.items()} == {"w": [0, 1, 2, 3]}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="its processes don't tell their memory")
+@pytest.mark.parametrize("forged", FORGED_PICKLES)
+def test_a_pickle_in_an_archive_is_not_obeyed(forged: str, marker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(marker.parent)
+    said = _refused(_archive(marker.with_name("a.pt"), **{"data.pkl": FORGED_PICKLES[forged]}))
+    assert "is damaged, or holds more than modules and tensors" in said
+    assert len(said) < 500 + len(str(marker))
+    assert [entry.name for entry in marker.parent.iterdir()] == ["a.pt"]
+
+
+@pytest.mark.parametrize(
+    "attribute",
+    [
+        # What no weight is, whatever it says.
+        {"__class__": _made("__torch__.os.system"), "__reduce__": _value("os.system"), "__setstate__": _value(1)},
+        {"a/b": _value(1), "/etc/passwd": _value(1), "x\0y": _value(1), "\u202e": _value(1)},
+        # Instructions that take another reader's memory, or end its process.
+        {"x": b"Nr\xff\xff\xff\xff"},
+        {"x": b"}" + b")" + b"\x85" * NESTED + b"Ns"},
+        {"x": b")" + b"\x85" * NESTED},
+        {"x": b"]q\x00h\x00a"},
+        {"x": b"}(" + b"".join(_value(k * ((1 << 61) - 1)) + b"N" for k in range(20_000)) + b"u"},
+    ],
+    ids=["names", "paths", "memo", "key", "nested", "circle", "collisions"],
+)
+def test_what_stands_beside_weights_does_nothing(attribute: dict[str, bytes], marker: Path) -> None:
+    path = _archive(marker.with_name("a.pt"), **{"data.pkl": _model(**attribute)})
+    before = _peak() if sys.platform != "win32" else 0
+    assert read_weights(path)["w"].tolist() == [0, 1, 2, 3]
+    assert sys.platform == "win32" or _peak() - before < 500 << 20
+
+
+def _twice(path: Path) -> None:
+    with ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr("a/data/0", bytes(16))
+
+
+def _overlapping(path: Path) -> None:
+    with ZipFile(path, "a") as archive:
+        archive.writestr("a/data/2", bytes(100_000))
+        archive.writestr("a/data/1", bytes(16))
+        archive.getinfo("a/data/1").header_offset = archive.getinfo("a/data/2").header_offset
+        archive.getinfo("a/data/2").compress_size = archive.getinfo("a/data/2").file_size = 16
+
+
+def _compressed(name: str, compression: int = ZIP_DEFLATED) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        members = members_of(path.read_bytes())
+        with ZipFile(path, "w") as archive:
+            for member, content in members.items():
+                archive.writestr(member, content, compression if member == f"a/{name}" else None)
+
+    return change
+
+
+def _altered(was: bytes, becomes: bytes) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(path.read_bytes().replace(was, becomes))
+
+
+FORGED_MEMBERS: dict[str, dict[str, bytes | None] | Callable[[Path], object]] = {
+    "two of one name": _twice,
+    "two in one place": _overlapping,
+    "a compressed pickle": _compressed("data.pkl"),
+    "compressed numbers": _compressed("data/0"),
+    "a compressed list of constants": _compressed("constants.pkl"),
+    "a program in bzip2": _compressed("code/__torch__.py", ZIP_BZIP2),
+    "a program in LZMA": _compressed("code/__torch__.py", ZIP_LZMA),
+    "another name within": _altered(b"a/data/0PK", b"a/data/1PK"),
+    "NUL in a name": _altered(b"a/version", b"a/\0ersion"),
+    "no numbers": {"data/0": None},
+    "fewer numbers": {"data/0": bytes(15)},
+    "no pickle": {"data.pkl": None},
+    "two models": lambda path: path.write_bytes(zipped(members_of(path.read_bytes()) | {"b/data.pkl": _model()})),
+    "no program": {"code/__torch__.py": None},
+    "an empty program": {"code/__torch__.py": b""},
+    "a program of no text": {"code/__torch__.py": b"\xff\xfe"},
+    "a program without the class": {"code/__torch__.py": b"class Other" + LISTS},
+    "an order of bytes that is none": {"byteorder": b"middle"},
+    "a long order of bytes": {"byteorder": b"little" * 1000},
+}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="its processes don't tell their memory")
+@pytest.mark.parametrize("forged", FORGED_MEMBERS)
+def test_members_of_an_archive_are_as_torch_writes_them(forged: str, marker: Path) -> None:
+    change = FORGED_MEMBERS[forged]
+    path = _archive(marker.with_name("a.pt"), **(change if isinstance(change, dict) else {}))
+    if not isinstance(change, dict):
+        whole = path.read_bytes()
+        change(path)
+        assert path.read_bytes() != whole
+    _refused(path)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="its processes don't tell their memory")
+def test_the_text_of_a_program_does_not_grow_without_end(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    members = {f"a/{name}": content for name, content in RIGHT_MEMBERS.items()}
+    lines = b"class A(Module):\n  __parameters__ = [" + b'"a", ' * (3 << 19) + b"]\n"
+    texts = {f"a/code/__torch__/{k}.py": lines + b"class M" + LISTS for k in range(3)}
+    inner = b"".join(_value(f"m{k}") + _made(f"__torch__.{k}.M") for k in range(3))
+    members["a/data.pkl"] = b"\x80\x02" + _made(state=inner) + b"."
+    with ZipFile(path, "w") as archive:
+        for name, content in (members | texts).items():
+            archive.writestr(name, content, ZIP_DEFLATED if "/code/" in name else None)
+    assert path.stat().st_size < 200_000
+    assert "code/__torch__/" in _refused(path)
 
 
 # Configs
@@ -523,7 +881,14 @@ def test_an_archive_takes_no_more_memory_than_disk(tmp_path: Path) -> None:
     with ZipFile(tmp_path / "many.pt", "w") as many:
         many.writestr("many/data/0", bytes(1000))
         many.filelist *= 100  # of one content
-    for name, why in (("z.pt", "it is compressed"), ("many.pt", "its members are larger than the whole")):
+    shutil.copy(tmp_path / "w.pt", tmp_path / "twice.pt")
+    with ZipFile(tmp_path / "twice.pt", "a") as twice, pytest.warns(UserWarning, match="Duplicate name"):
+        twice.writestr("w/data/0", b"\1" * 4_000_000)  # which of both is read would be a matter of the reader
+    for name, why in (
+        ("z.pt", "it is compressed"),
+        ("many.pt", "its members are larger than the whole"),
+        ("twice.pt", "its members' names are no names, or two are the same"),
+    ):
         with pytest.raises(UserError, match=rf"{name} is damaged.*\({why}\)"):
             CLIPBackbone.load(str(tmp_path / name))
 

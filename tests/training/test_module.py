@@ -22,7 +22,7 @@ from clip_m2df.nn.prompts import ensemble
 from clip_m2df.training.checkpoints import read_checkpoint
 from clip_m2df.training.module import RUN_OPTIONS
 from tests.conftest import quiet_trainer as trainer
-from tests.conftest import read_golden
+from tests.conftest import read_golden, save_checkpoint
 
 PLAIN = {"hidden_dim": 32, "num_heads": 4, "context_dropout": 0.0, "attention_dropout": 0.0, "dropout": 0.0}
 NAMES = ["a cat", "a car", "a tree", "the sea"]
@@ -294,6 +294,15 @@ def test_a_checkpoint_is_enough(tiny_clip_dir: Path, tmp_path: Path) -> None:
     assert loaded.hparams["backbone"] == str(copied)
     loaded.eval()
     trainer(tmp_path).validate(loaded, UsersData(), verbose=False)
+
+
+def test_a_checkpoint_has_the_tower_that_backbone_options_made(tiny_clip_dir: Path, tmp_path: Path) -> None:
+    said = {"mean": [0, 0, 0], "std": [1, 1, 1]}
+    path = save_checkpoint(make(tiny_clip_dir, backbone_options=said), tmp_path / "model.ckpt")
+    tower = CLIPM2DF.load_from_checkpoint(path).model.backbone
+    assert torch.equal(tower.normalise(torch.full((3, 2, 2), 0.25)), torch.full((3, 2, 2), 0.25))
+    with pytest.raises(UserError, match="backbone_options are of weights that are loaded; a checkpoint has its towers"):
+        CLIPM2DF.load_from_checkpoint(path, backbone_options=said)
 
 
 def test_what_changes_at_evaluation_stays_out_of_the_checkpoint(tiny_clip_dir: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from clip_m2df.clip.formats import CLIP_MEAN, CLIP_STD, STANDARD_TOKENIZER
 from clip_m2df.clip.resnet import Bottleneck, ModifiedResNet
 from clip_m2df.clip.tokenizer import VOCABULARY, encoded, has_tokenizer, read_tokenizer, saved_tokenizer
 from clip_m2df.errors import UserError, some
-from clip_m2df.weight_files import read_weights
+from clip_m2df.weight_files import program_class, read_weights
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -35,6 +35,9 @@ _REMEDY = (
     f"put CLIP's vocabulary, {VOCABULARY} as it comes with OpenAI's and OpenCLIP's code, beside the file of weights, "
     "or name it by --model.backbone_options.tokenizer (in Python: tokenizer=)"
 )
+
+# What may be said of weights beside their name.
+BACKBONE_OPTIONS = ("activation", "head_width", "tokenizer", "mean", "std")
 
 
 class CLIPBackbone(nn.Module):
@@ -50,6 +53,7 @@ class CLIPBackbone(nn.Module):
         tokenizer: The text of a ``tokenizer.json`` that pads and truncates; None if there is none yet.
         mean: What ``normalise`` subtracts, a number a channel.
         std: What it divides by.
+        interpolation: How images were resized for the tower in its training: ``bilinear`` or ``bicubic``.
         source: Where the weights came from, for messages and the record.
         freeze_batch_norm: Keep batch norm in evaluation mode whatever ``train()`` says. Change the attribute and call
             ``train()`` to let it move.
@@ -72,10 +76,14 @@ class CLIPBackbone(nn.Module):
         tokenizer: str | None = None,
         mean: Sequence[float] = CLIP_MEAN,
         std: Sequence[float] = CLIP_STD,
+        interpolation: str = "bilinear",
         source: str = "",
         freeze_batch_norm: bool = True,
     ) -> None:
         super().__init__()
+        if interpolation not in ("bilinear", "bicubic"):
+            raise UserError(f"interpolation is {interpolation!r:.100}: give bilinear or bicubic")
+        self.interpolation = interpolation
         self.visual_config = dict(visual_config)
         self.text_config = None if text_config is None else dict(text_config)
         self.visual = visual_tower(self.visual_config)
@@ -90,11 +98,7 @@ class CLIPBackbone(nn.Module):
             self._tokenizer = saved_tokenizer(tokenizer, self.text_config, repr(source))
         self._tokenizer_repository: str | None = None  # where to fetch it from once a text has to be read
 
-        try:
-            usable = len(mean) == len(std) == 3 and all(map(isfinite, (*mean, *std))) and min(std) > 0
-        except (TypeError, OverflowError):
-            usable = False
-        if not usable:
+        if not _three_numbers(mean) or not _three_numbers(std, positive=True):
             raise UserError(
                 f"image_mean is {mean!r:.100} and image_std {std!r:.100}: they have to be three finite numbers each, "
                 "and std above 0"
@@ -107,26 +111,33 @@ class CLIPBackbone(nn.Module):
     # Making one
 
     @classmethod
-    def load(cls, name: str, *, freeze_batch_norm: bool = True) -> Self:
+    def load(cls, name: str, *, freeze_batch_norm: bool = True, **options: Any) -> Self:
         """Load the backbone that the option ``backbone`` names.
 
         Args:
             name: ``tiny`` (the one in this package, for tests and demonstrations), ``rn50`` (OpenAI's ResNet-50, from
-                the hub), a folder in transformers' format, a file of weights in OpenAI's layout (``.safetensors``,
-                ``.pt``, ``.bin``), or the hub's name of a ViT in transformers' format, such as
+                the hub), a folder in transformers' or OpenCLIP's format, a file of weights in OpenAI's layout
+                (``.safetensors``, ``.pt``, ``.bin``), or the hub's name of such a folder, as
                 ``openai/clip-vit-base-patch16``.
             freeze_batch_norm: Keep batch norm in evaluation mode whatever ``train()`` says.
+            **options: What the weights don't tell, or tell otherwise: ``activation`` and ``head_width`` of weights in
+                OpenAI's layout, see :meth:`from_openai`; ``tokenizer``, where it lies; ``mean`` and ``std``, three
+                numbers each for pixels between 0 and 1. None is as good as not given.
 
         Raises:
-            UserError: There is no such thing, it can't be fetched, or it isn't CLIP.
+            UserError: There is no such thing, it can't be fetched, or it isn't CLIP; an option that there is not, that
+                has another value, or that this format has no use for.
         """
+        given = check_options(options)
         if name == "rn50":
+            _check_known(given, formats.OPENAI, "rn50 is OpenAI's")
             folder = formats.fetch(formats.RN50_REPOSITORY, [[formats.RN50_FILE]])
-            backbone = cls.from_openai(str(folder / formats.RN50_FILE), head_width=64, activation="quick_gelu")
+            backbone = cls.from_openai(str(folder / formats.RN50_FILE), **given | formats.OPENAI)
         elif Path(name).expanduser().is_file():
-            backbone = cls.from_openai(name)
+            backbone = cls.from_openai(name, **given)
         else:
-            known = formats.known_backbone(name)
+            known = re.sub("^(hf-hub:|hf://)", "", name)  # as OpenCLIP and the hub's client name it
+            known = formats.known_backbone(name) if known == name else known
             if known not in ("", name) and not Path(name).expanduser().exists():
                 raise UserError(f"there is no backbone {name!r}: give {known!r}, which is the same model")
             if re.fullmatch(r"rn\d+(x\d+)?", name.lower()):
@@ -135,18 +146,38 @@ class CLIPBackbone(nn.Module):
                 )
             if name.endswith((".ckpt", ".pth")) or not name.strip():
                 raise UserError(f"{name!r}: no such file or folder; relative names start at {Path.cwd()}")
-            backbone = cls.from_pretrained(str(TINY_CLIP) if name == "tiny" else name)
+            backbone = cls.from_pretrained(str(TINY_CLIP) if name == "tiny" else name, **given)
+        if "tokenizer" in given and backbone.text is None:
+            raise UserError(f"backbone_options.tokenizer: the weights of {name!r} have no text tower; leave it out")
         backbone.source = name
         backbone.freeze_batch_norm = freeze_batch_norm
         return backbone.train()
 
     @classmethod
-    def from_pretrained(cls, name_or_dir: str) -> Self:
-        """Load a ViT CLIP in transformers' format.
+    def from_pretrained(
+        cls,
+        name_or_dir: str,
+        *,
+        tokenizer: str | None = None,
+        head_width: int | None = None,
+        activation: Literal["quick_gelu", "gelu"] | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> Self:
+        """Load a ViT CLIP in transformers' format, or a CLIP in OpenCLIP's.
+
+        A folder that has both is read as transformers'.
 
         Args:
-            name_or_dir: A folder with ``config.json``, weights and a tokenizer, or a model's name on the hub. Mean and
-                std are those of its ``preprocessor_config.json``; without one, CLIP's.
+            name_or_dir: A folder with ``config.json``, weights and a tokenizer; one with ``open_clip_config.json`` and
+                ``open_clip_model.safetensors`` or ``open_clip_pytorch_model.bin``; or a model's name on the hub.
+            tokenizer: Where it lies; by default in the folder.
+            head_width: Of OpenCLIP's, see :meth:`from_openai`; folders in transformers' format have their own.
+            activation: The same.
+            mean: What is subtracted from pixels between 0 and 1, a number a channel. By default what the folder's
+                ``preprocessor_config.json`` or ``open_clip_config.json`` says, as for interpolation; without it,
+                CLIP's.
+            std: What they are divided by, likewise.
 
         Raises:
             UserError: The folder doesn't exist, the model can't be fetched, isn't CLIP, or is damaged.
@@ -156,11 +187,25 @@ class CLIPBackbone(nn.Module):
             if formats.looks_like_a_path(name_or_dir):
                 raise UserError(f"backbone {name_or_dir!r}: no such file or folder")
             folder = formats.fetch(name_or_dir, formats.MODEL_FILES)
+        if file := formats.open_clip_weights(folder):
+            backbone = cls.from_openai(
+                str(file), tokenizer=tokenizer, head_width=head_width, activation=activation, mean=mean, std=std
+            )
+            backbone.source = name_or_dir
+            return backbone
+        _check_known(
+            {"head_width": head_width, "activation": activation},
+            {},
+            f"the config.json of {name_or_dir} says what it is",
+        )
         description, state = formats.read_folder(folder, name_or_dir)
+        description |= _given(mean=mean, std=std)
         backbone = cls.from_description({**description, "source": name_or_dir})
         # What else such a file may hold, its logit scale and older versions' position numbers, isn't needed.
         formats.load_weights(backbone, state, formats.transformers_name, name_or_dir, strict=False)
-        backbone._read_tokenizer(folder, name_or_dir)
+        backbone._read_tokenizer(
+            folder if tokenizer is None else Path(tokenizer).expanduser(), tokenizer or name_or_dir
+        )
         return backbone
 
     @classmethod
@@ -171,51 +216,73 @@ class CLIPBackbone(nn.Module):
         tokenizer: str | None = None,
         head_width: int | None = None,
         activation: Literal["quick_gelu", "gelu"] | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
         freeze_batch_norm: bool = True,
     ) -> Self:
         """Load weights in OpenAI's own layout, with a ViT or a modified ResNet; the shapes tell the architecture.
 
-        They don't tell the width of attention heads and the activation. OpenAI's own models are known by their shapes;
-        of others, such as open_clip's, the ``open_clip_config.json`` beside the file says it.
+        They don't tell the width of attention heads and the activation. These are, the first that there is: what is
+        given here; OpenAI's for a TorchScript archive of OpenAI's; what ``open_clip_config.json`` beside the file says;
+        OpenAI's for a file that has the name and the shapes of one of OpenAI's public models, and for weights in memory
+        with such shapes.
 
         Args:
             state_dict_or_file: The weights, of any floating type, or a ``.safetensors``, ``.pt`` or ``.bin`` file of
-                them. Those of the text tower may be absent; ``text`` is then None.
+                them, which may be a training's of OpenCLIP. Those of the text tower may be absent; ``text`` is then
+                None.
             tokenizer: A folder with the tokenizer, or CLIP's vocabulary ``bpe_simple_vocab_16e6.txt.gz`` itself; by
                 default what lies beside the file, if anything does, and else CLIP's standard one, which is fetched from
                 the hub when a text has to be read.
-            head_width: Channels of each attention head of a ViT, where neither its shapes nor a configuration tell it.
-            activation: Between the layers of its transformers, likewise.
+            head_width: Channels of each attention head of the visual tower; those of the text tower have 64, unless the
+                configuration says otherwise.
+            activation: Between the layers of transformers.
+            mean: What is subtracted from pixels between 0 and 1, a number a channel; by default what the configuration
+                says, or CLIP's.
+            std: What they are divided by, likewise.
             freeze_batch_norm: Keep batch norm in evaluation mode whatever ``train()`` says.
 
         Raises:
-            UserError: The file doesn't exist, can't be read, is a TorchScript archive, has another layout, or its heads
-                and activation are not known; or the tokenizer isn't the text tower's.
+            UserError: The file doesn't exist, can't be read, has another layout, or its heads and activation are not
+                known, or known to be others than are given; or the tokenizer isn't the text tower's.
         """
+        given = _given(head_width=head_width, activation=activation)
         told: dict[str, Any] = {}
         if isinstance(state_dict_or_file, str):
             file = Path(state_dict_or_file).expanduser()
-            source, state = state_dict_or_file, read_weights(file)
+            source = state_dict_or_file
+            state = formats.openai_state(read_weights(file, inside="state_dict"), source)
             if tokenizer is None and has_tokenizer(file.parent):
                 tokenizer = str(file.parent)
-            if (config := file.with_name(formats.OPEN_CLIP_CONFIG)).is_file():
+            if formats.is_openais(program_class(file)):
+                _check_known(given, formats.OPENAI, f"{source} is OpenAI's")
+                told = dict(formats.OPENAI)
+            elif (config := file.with_name(formats.OPEN_CLIP_CONFIG)).is_file():
                 told = formats.read_open_clip_config(config)
+            told["file"] = file
         else:
             source, state = "a state dict", dict(state_dict_or_file)
-        for constant in ("input_resolution", "context_length", "vocab_size", "logit_scale"):
+        for constant in formats.OPENAI_CONSTANTS:
             state.pop(constant, None)
+        images = {"interpolation": "bicubic"}  # OpenAI's, and OpenCLIP's unless it says otherwise
+        images |= {name: told.pop(name) for name in ("mean", "std", "interpolation") if name in told}
         try:
-            statistics = {name: told.pop(name) for name in ("mean", "std") if name in told}
-            given = {"head_width": head_width, "activation": activation}
-            told |= {name: value for name, value in given.items() if value is not None}
-            visual_config, text_config = formats.openai_configs(state, source, **told)
+            visual_config, text_config = formats.openai_configs(state, source, **told | given)
+        except UserError:
+            raise
+        except (IndexError, ValueError, ZeroDivisionError) as error:  # of a weight with other axes, or without numbers
+            raise UserError(
+                f"{source} isn't CLIP in OpenAI's layout: its weights have other shapes ({error})"
+            ) from error
         except KeyError as error:
             raise UserError(
                 f"{source} isn't CLIP in OpenAI's layout: {error.args[0]} is missing; "
                 f"it has {some(sorted(state))}. Weights in transformers' format are given by their folder."
             ) from error
 
-        backbone = cls(visual_config, text_config, source=source, freeze_batch_norm=freeze_batch_norm, **statistics)
+        images |= _given(mean=mean, std=std)
+        facts = {"source": source, "freeze_batch_norm": freeze_batch_norm, **images}
+        backbone = cls.from_description({"visual_config": visual_config, "text_config": text_config, **facts})
         formats.load_weights(backbone, state, formats.openai_name, source)
         if tokenizer is None:
             backbone._tokenizer_repository = STANDARD_TOKENIZER
@@ -262,6 +329,7 @@ class CLIPBackbone(nn.Module):
             "tokenizer": None if self._tokenizer is None else self._tokenizer.to_str(),
             "mean": self.mean.flatten().tolist(),
             "std": self.std.flatten().tolist(),
+            "interpolation": self.interpolation,
             "source": self.source,
             "freeze_batch_norm": self.freeze_batch_norm,
         }
@@ -390,6 +458,45 @@ class CLIPBackbone(nn.Module):
     def _read_tokenizer(self, folder: Path, source: str) -> Tokenizer:
         self._tokenizer = read_tokenizer(folder, self._text_values(), source)
         return self._tokenizer
+
+
+def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What is said of weights beside their name, without what is None.
+
+    Raises:
+        UserError: An option that there is not, or a tokenizer, mean or std that can't be one.
+    """
+    if unknown := [option for option in options if option not in BACKBONE_OPTIONS]:
+        raise UserError(f"backbone_options has no {unknown[0]!r}; there are {', '.join(BACKBONE_OPTIONS)}")
+    given = _given(**options)
+    for option in ("mean", "std"):
+        if option in given and not _three_numbers(given[option], positive=option == "std"):
+            above = ", above 0" if option == "std" else ""
+            raise UserError(
+                f"backbone_options.{option} is {given[option]!r:.80}; it must be three finite numbers{above}"
+            )
+    if not isinstance(given.get("tokenizer", ""), str):
+        raise UserError(f"backbone_options.tokenizer is {given['tokenizer']!r:.80}; it must be a file or a folder")
+    return given
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _three_numbers(values: Any, *, positive: bool = False) -> bool:
+    try:
+        return len(values) == 3 and all(isfinite(value) for value in values) and (not positive or min(values) > 0)
+    except (TypeError, OverflowError):
+        return False
+
+
+def _check_known(options: Mapping[str, Any], known: Mapping[str, Any], why: str) -> None:
+    """Refuse what weights tell themselves, and otherwise."""
+    for name in ("activation", "head_width"):
+        if options.get(name) not in (None, known.get(name)):
+            own = f", {known[name]}" if known else ""
+            raise UserError(f"{name} is {options[name]!r:.80}, but {why}{own}: leave it out of backbone_options")
 
 
 class _Tower(nn.Module):

@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,34 +31,72 @@ _TOWER_FIELDS = (
 _VISION_FIELDS = (*_TOWER_FIELDS, "image_size", "patch_size", "num_channels")
 TEXT_FIELDS = (*_TOWER_FIELDS, "vocab_size", "max_position_embeddings", "eos_token_id")
 # Those of a visual tower of either kind.
-VISUAL_FIELDS = ("kind", "layers", "width", "dim", *_VISION_FIELDS)
+VISUAL_FIELDS = ("kind", "layers", "width", "dim", "head_width", *_VISION_FIELDS)
 
 RN50_REPOSITORY, RN50_FILE = "timm/resnet50_clip.openai", "open_clip_model.safetensors"
 # All of OpenAI's releases share one vocabulary of 49,408 tokens; this is the smallest repository that has it.
 STANDARD_TOKENIZER = "openai/clip-vit-base-patch32"
 # The weights of a folder in transformers' format, the best first: one file, or shards, which may have an index beside.
 _WEIGHTS = (("model.safetensors", "model-*-of-*.safetensors"), ("pytorch_model.bin", "pytorch_model-*-of-*.bin"))
+# What OpenAI's files have beside the towers' weights, and OpenCLIP's.
+OPENAI_CONSTANTS = ("input_resolution", "context_length", "vocab_size", "logit_scale", "logit_bias")
+# What lies beside weights in OpenAI's layout where they are not OpenAI's.
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+# The weights in a folder of OpenCLIP's, the best first.
+_OPEN_CLIP_WEIGHTS = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+)
 # What is fetched of a model.
 MODEL_FILES = [["config.json", "tokenizer*.json", files] for of_format in _WEIGHTS for files in of_format]
+MODEL_FILES += [[OPEN_CLIP_CONFIG, "tokenizer*.json", name] for name in _OPEN_CLIP_WEIGHTS]
 _OPTIONAL_FILES = [
     *("preprocessor_config.json", "processor_config.json", "vocab.json", "merges.txt", "adapter_config.json"),
     *(f"{name}.index.json" for name, _ in _WEIGHTS),
 ]
-# What lies beside weights in OpenAI's layout where they are not OpenAI's.
-OPEN_CLIP_CONFIG = "open_clip_config.json"
-# OpenAI's own releases: width, layers and patch size of a ViT, or layers and width of a ResNet; and the width of
-# embeddings.
-_OPENAI_MODELS = (
-    *((768, 12, 32, 512), (768, 12, 16, 512), (1024, 24, 14, 768)),
-    *(([3, 4, 6, 3], 64, 1024), ([3, 4, 23, 3], 64, 512), ([4, 6, 10, 6], 80, 640)),
-    *(([6, 8, 18, 8], 96, 768), ([3, 15, 36, 10], 128, 1024)),
-)
-# What of open_clip's configurations is known here; other fields may change what a tower computes.
-_OPEN_CLIP_FIELDS = {
-    "vision_cfg": ("image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio", "patch_dropout"),
-    "text_cfg": ("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"),
+# The class of OpenAI's models in TorchScript: in the published archives, and in those that the public code makes, which
+# others ship under folders of their own.
+_OPENAI_PROGRAM = r"__torch__\.(multimodal\.model\.multimodal_transformer\.Multimodal|(\w+\.)*clip\.model\.CLIP)"
+# What OpenAI's own models have and shapes don't tell.
+OPENAI: dict[str, Any] = {"activation": "quick_gelu", "head_width": 64}
+# Those models by the names of their files: layers, width and patch size of the visual tower, the width of embeddings,
+# height and width of images, and the width of the text tower.
+_OPENAI_MODELS = {
+    "ViT-B-32": (12, 768, 32, 512, 224, 512),
+    "ViT-B-16": (12, 768, 16, 512, 224, 512),
+    "ViT-L-14": (24, 1024, 14, 768, 224, 768),
+    "ViT-L-14-336px": (24, 1024, 14, 768, 336, 768),
+    "RN50": ([3, 4, 6, 3], 64, None, 1024, 224, 512),
+    "RN101": ([3, 4, 23, 3], 64, None, 512, 224, 512),
+    "RN50x4": ([4, 6, 10, 6], 80, None, 640, 288, 640),
+    "RN50x16": ([6, 8, 18, 8], 96, None, 768, 384, 768),
+    "RN50x64": ([3, 15, 36, 10], 128, None, 1024, 448, 1024),
 }
-_OPEN_CLIP_DEFAULTS = (None, False, "tok", "argmax", "linear", "learnable")
+# The fields of open_clip's configurations that are obeyed here, held against the weights, or of no account for
+# embeddings. All others change the network or its images: they have to be off, or to be what OpenAI's layout has.
+_OPEN_CLIP_FIELDS = {
+    "model_cfg": (
+        *("embed_dim", "vision_cfg", "text_cfg", "preprocess_cfg", "quick_gelu", "custom_text"),
+        *("init_logit_scale", "init_logit_bias", "nonscalar_logit_scale"),
+    ),
+    "vision_cfg": (
+        *("image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio", "patch_dropout"),
+        *("final_ln_after_pool", "attn_pooler_queries", "attn_pooler_heads", "timm_model_pretrained", "timm_pool"),
+        *("timm_proj", "timm_proj_bias", "timm_drop", "timm_drop_path"),
+    ),
+    "text_cfg": (
+        *("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "pad_id", "eos_id"),
+        *("final_ln_after_pool", "hf_model_pretrained", "hf_proj_type", "hf_pooler_type"),
+    ),
+    "preprocess_cfg": ("size", "mean", "std", "interpolation", "fill_color"),
+}
+_OPEN_CLIP_VALUES = {
+    **{("vision_cfg", name): value for name, value in (("pool_type", "tok"), ("pos_embed_type", "learnable"))},
+    **{("text_cfg", name): value for name, value in (("pool_type", "argmax"), ("proj_type", "linear"))},
+    **{(name, "block_type"): "default" for name in ("vision_cfg", "text_cfg")},
+    **{("preprocess_cfg", name): value for name, value in (("mode", "RGB"), ("resize_mode", "shortest"))},
+}
 
 
 def load_weights(
@@ -102,6 +141,17 @@ def load_weights(
 # Transformers' format
 
 _TOWERS = ("vision_model.", "text_model.", "visual_projection.", "text_projection.")
+# What peft and its like call the weights that they add, and those that they wrap.
+_ADAPTER = re.compile(
+    r"(^|\.)(lora|dora|vera|lokr|hada|ia3|oft|boft|hra|fourierft|adapters?|base_layer|original_module|modules_to_save)"
+    r"([._]|$)"
+)
+_MERGE_IT = "which is not applied here: merge it into the model and save that (peft's merge_and_unload)"
+# The steps of transformers' preprocessing of images for CLIP, of which each is done unless a file says otherwise; what
+# other preprocessings have; and Pillow's numbers of the two ways to resize that are known here.
+_STEPS = ("resize", "center_crop", "rescale", "normalize", "convert_rgb")
+_OTHER_STEPS = {"offset", "rescale_offset", "pad_size", "size_divisor", "crop_pct", "use_square_size"}
+_INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}
 
 
 def transformers_name(key: str) -> str:
@@ -119,11 +169,11 @@ def read_folder(folder: Path, source: str) -> tuple[dict[str, Any], dict[str, Te
 
     for name in ("config.json", "processor_config.json", "preprocessor_config.json"):
         check_regular(folder / name, "model's description")
-    if adapter := next(folder.glob("adapter_*"), None):
-        raise UserError(
-            f"{source} has an adapter, {adapter.name}, which is not applied here: merge it into the model and save that"
-            " (peft's merge_and_unload), or move it elsewhere"
-        )
+    adapters = (
+        file.name for file in folder.iterdir() if re.match(r"adapter_|.*lora.*\.(safetensors|bin|pt)$", file.name)
+    )
+    if adapter := min(adapters, default=""):
+        raise UserError(f"{source} has an adapter, {adapter}, {_MERGE_IT}, or move it elsewhere")
     if not (folder / "config.json").is_file():
         hint = "; give the file of weights in it" if (folder / OPEN_CLIP_CONFIG).is_file() else ""
         raise UserError(f"{source} isn't a model in transformers' format: there is no config.json in it{hint}")
@@ -139,32 +189,78 @@ def read_folder(folder: Path, source: str) -> tuple[dict[str, Any], dict[str, Te
     for tower in (vision, text):
         tower["projection_dim"] = config.projection_dim  # a tower's own is what it would have alone, and often wrong
 
-    preprocessing: dict[str, Any] = {}
-    for name in ("processor_config.json", "preprocessor_config.json"):
-        if (folder / name).is_file():
-            preprocessing = _read_json(folder / name)
-            preprocessing = preprocessing.get("image_processor", preprocessing)
+    description = {"visual_config": {"kind": "vit", **vision}, "text_config": text}
+    return description | _read_preprocessing(folder, vision["image_size"]), _read_folder_weights(folder, source)
+
+
+def _read_preprocessing(folder: Path, image_size: int) -> dict[str, Any]:
+    """Mean, std and interpolation of the images of a folder in transformers' format: CLIP's where it doesn't say.
+
+    Raises:
+        UserError: It is damaged, or asks for what isn't done to videos here.
+    """
+    file, nested, values = folder / "preprocessor_config.json", folder / "processor_config.json", {}
+    if file.is_file():
+        values = _read_json(file)
+    if nested.is_file():
+        processors = _read_json(nested)
+        if "image_processor" in processors or "video_processor" in processors:  # which transformers prefers
+            file, values = nested, processors
+
+    def unusable(why: object) -> UserError:
+        return UserError(f"the preprocessing in {file} can't be used: {why}; mend or remove that file")
+
+    if "video_processor" in values:
+        raise unusable("it has a video_processor, which isn't applied here")
+    values = values.get("image_processor", values)
+    if not isinstance(values, dict):
+        raise unusable("its image_processor is no table")
+    values = {name: value for name, value in values.items() if value is not None or name.startswith("image_")}
+    kind = values.get("image_processor_type", values.get("feature_extractor_type", "CLIPImageProcessor"))
+    if kind not in ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor"):
+        raise unusable(f"{kind!r:.100} is no processor of CLIP's")
+    do = {name: values.get(f"do_{name}", True) for name in _STEPS}
+    if wrong := [name for name in _STEPS if type(do[name]) is not bool]:
+        raise unusable(f"do_{wrong[0]} is {do[wrong[0]]!r:.100}, which is neither true nor false")
+    if left_out := [f"do_{name}" for name in ("resize", "center_crop") if not do[name]]:
+        raise unusable(f"{some(left_out)} is false, but frames are always resized and cropped to the tower's size")
+    other = {name for name in values if name.startswith("do_")} - {f"do_{name}" for name in _STEPS} | _OTHER_STEPS
+    if done := [name for name in values if name in other and values[name]]:
+        raise unusable(f"it has {some(done)}, which isn't done here")
+    sides = {"size": {"shortest_edge": image_size}, "crop_size": {"height": image_size, "width": image_size}}
+    for name, right in sides.items():
+        told = values.get(name, right)
+        if isinstance(told, dict):
+            told = {side: length for side, length in told.items() if length is not None}
+        if told != right and (told != image_size or (name == "size" and values.get("default_to_square"))):
+            raise unusable(f"its {name} is {told!r:.100}, where the tower has {json.dumps(right)}")
+    resample = values.get("resample", 3)
+    if type(resample) is not int or resample not in _INTERPOLATIONS:
+        raise unusable(
+            f"its resample is {resample!r:.100}, but frames are resized by 2 (bilinear) or 3 (bicubic) alone"
+        )
     try:
-        mean, std = list(preprocessing.get("image_mean", CLIP_MEAN)), list(preprocessing.get("image_std", CLIP_STD))
-        if preprocessing.get("do_normalize") is False:
+        mean, std = list(values.get("image_mean", CLIP_MEAN)), list(values.get("image_std", CLIP_STD))
+        if not do["normalize"]:
             mean, std = [0.0] * 3, [1.0] * 3
         # Of what pixels between 0 and 1 become before: nothing, unless the configuration says otherwise.
-        scale = 255 * preprocessing.get("rescale_factor", 1 / 255) if preprocessing.get("do_rescale", True) else 255.0
+        scale = 255 * values.get("rescale_factor", 1 / 255) if do["rescale"] else 255.0
         mean, std = [value / scale for value in mean], [value / scale for value in std]
-    except (AttributeError, TypeError, ZeroDivisionError) as error:
-        raise UserError(f"the preprocessing in {folder} can't be used: {error}; mend or remove that file") from error
-
-    description = {"visual_config": {"kind": "vit", **vision}, "text_config": text, "mean": mean, "std": std}
-    return description, _read_folder_weights(folder, source)
+    except (TypeError, ZeroDivisionError, OverflowError) as error:
+        raise unusable(error) from error
+    return {"mean": mean, "std": std, "interpolation": _INTERPOLATIONS[resample]}
 
 
 def _read_folder_weights(folder: Path, source: str) -> dict[str, Tensor]:
     """The weights of a folder in transformers' format: those that transformers' own names say, and no stray ones."""
+    state: dict[str, Tensor] = {}
     for name, pattern in _WEIGHTS:
         if (folder / name).is_file():
-            return read_weights(folder / name)
+            state = read_weights(folder / name)
+            break
         index = folder / f"{name}.index.json"
         shards: set[str] = set()
+        files: Any = None
         if index.is_file():
             files = _read_json(index).get("weight_map")
             if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
@@ -179,11 +275,27 @@ def _read_folder_weights(folder: Path, source: str) -> dict[str, Tensor]:
                     shards |= {f"{start}{n:05}-of-{of}{end}" for n in range(1, int(of) + 1)}
         if missing := sorted(file for file in shards if not (folder / file).is_file()):
             raise UserError(f"{source} lacks {some(missing)} of its weights: fetch the model again")
+        for shard in sorted(shards):
+            part = read_weights(folder / shard)
+            listed = part.keys() if files is None else {key for key in files if files[key] == shard}
+            if wrong := sorted((part.keys() ^ listed) | (part.keys() & state.keys())):
+                others = "the others" if files is None else index.name
+                raise UserError(
+                    f"{source} has shards of more than one model: {shard} and {others} don't agree on {some(wrong)}: "
+                    "fetch the model again"
+                )
+            state |= part
         if shards:
-            return {key: weight for file in sorted(shards) for key, weight in read_weights(folder / file).items()}
-    there = sorted(file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".pt", ".pth"))
-    hint = f"; rename the one to be taken, of {some(there)}" if there else ""
-    raise UserError(f"{source} has no weights: neither model.safetensors nor pytorch_model.bin is in the folder{hint}")
+            break
+    else:
+        there = sorted(file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".pt", ".pth"))
+        hint = f"; rename the one to be taken, of {some(there)}" if there else ""
+        raise UserError(
+            f"{source} has no weights: neither model.safetensors nor pytorch_model.bin is in the folder{hint}"
+        )
+    if adapted := [key for key in state if _ADAPTER.search(key)]:
+        raise UserError(f"{source} has the weights of an adapter, {some(adapted)}, {_MERGE_IT}")
+    return state
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -231,36 +343,110 @@ def openai_name(key: str) -> str:
 def _openai_part(key: str, name: str, weight: Tensor) -> Tensor:
     """What the backbone keeps under ``key`` of the weight called ``name``."""
     if "attn.in_proj_" in name:  # OpenAI's layout stacks the maps to queries, keys and values
-        return weight.chunk(3)["qkv".index(key.split("_proj.")[0][-1])]
+        parts = weight.chunk(3) if weight.ndim else ()
+        return parts["qkv".index(key.split("_proj.")[0][-1])] if len(parts) == 3 else weight.new_empty(0)
     if name in ("visual.proj", "text_projection"):  # and multiplies by its projections from the right
-        return weight.T
+        return weight.T if weight.ndim == 2 else weight
     return weight
 
 
-def read_open_clip_config(file: Path) -> dict[str, Any]:
-    """What the configuration of a model of open_clip's says beside its shapes: see :func:`openai_configs`.
+def told_options(description: Mapping[str, Any]) -> dict[str, Any]:
+    """What a backbone's description says of what ``backbone_options`` may say, but for the tokenizer.
+
+    Nothing of a description that is damaged, which building it tells.
+    """
+    try:
+        vision, text = description["visual_config"], description["text_config"] or {}
+        heads, activation = vision.get("head_width", OPENAI["head_width"]), text.get("hidden_act")
+        if vision["kind"] == "vit":
+            heads, activation = vision["hidden_size"] // vision["num_attention_heads"], vision["hidden_act"]
+        return {"activation": activation, "head_width": heads, "mean": description["mean"], "std": description["std"]}
+    except (ArithmeticError, AttributeError, LookupError, TypeError):
+        return {}
+
+
+def is_openais(program: str) -> bool:
+    """Whether a TorchScript archive is one of OpenAI's models, by the class of what is in it."""
+    return re.fullmatch(_OPENAI_PROGRAM, program) is not None
+
+
+def openai_state(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Weights by their names in OpenAI's layout, without what trainings and OpenCLIP put before them.
 
     Raises:
-        UserError: It is damaged, or of a model that OpenAI's layout can't hold.
+        UserError: A weight has no name, or two have one name then.
+    """
+    # Of DistributedDataParallel and torch.compile; and of a model whose text tower is a module of its own.
+    before = re.compile(
+        r"^(?:(?:module|_orig_mod)\.)*(?:text\.(?=transformer\.|token_|positional_|ln_final\.|text_proj))?"
+    )
+    if wrong := [name for name in state if not isinstance(name, str)]:
+        raise UserError(f"{source} isn't a table of weights by their names: one is {wrong[0]!r:.80}")
+    named = {before.sub("", name): weight for name, weight in state.items()}
+    if len(named) < len(state):
+        raise UserError(f"{source} has several models' weights, with and without module. before their names: save one")
+    return named
+
+
+def open_clip_weights(folder: Path) -> Path | None:
+    """The file of weights in a folder of OpenCLIP's; None for any other, and for one that is transformers' as well.
+
+    Repositories often hold one model in both formats. transformers' is taken then, as it always was.
+    """
+    if not (folder / OPEN_CLIP_CONFIG).is_file():
+        return None
+    described = (folder / "config.json").is_file() and _read_json(folder / "config.json").get("model_type") == "clip"
+    if described and any(any(folder.glob(pattern)) for of_format in _WEIGHTS for pattern in of_format):
+        return None
+    return next((folder / name for name in _OPEN_CLIP_WEIGHTS if (folder / name).is_file()), None)
+
+
+def read_open_clip_config(file: Path) -> dict[str, Any]:
+    """What the configuration of a model of open_clip's says of it and of its images.
+
+    Returns:
+        ``mean``, ``std`` and ``interpolation`` of the images; the rest goes to :func:`openai_configs`.
+
+    Raises:
+        UserError: It is damaged, or of a model or of images that OpenAI's layout doesn't have.
     """
     values = _read_json(file)
-    model, preprocessing = values.get("model_cfg", values), values.get("preprocess_cfg") or {}
-    vision, text = (model.get(name) if isinstance(model, dict) else None for name in _OPEN_CLIP_FIELDS)
-    if not isinstance(vision, dict) or not isinstance(text, dict) or not isinstance(preprocessing, dict):
+    model = values.get("model_cfg", values)
+    vision, text = (model.get(name) if isinstance(model, dict) else None for name in ("vision_cfg", "text_cfg"))
+    images = values.get("preprocess_cfg") or {}
+    if not isinstance(vision, dict) or not isinstance(text, dict) or not isinstance(images, dict):
         raise UserError(f"{file} is damaged: it has no model_cfg with vision_cfg and text_cfg; fetch it again")
-    for name, known in _OPEN_CLIP_FIELDS.items():
-        fields = model[name].items()
-        if unknown := [field for field, value in fields if field not in known and value not in _OPEN_CLIP_DEFAULTS]:
-            raise UserError(f"{file} describes a model of another kind: its {name} has {some(unknown)}, unknown here")
+    stated = {"model_cfg": model, "vision_cfg": vision, "text_cfg": text, "preprocess_cfg": images}
+    for name, table in stated.items():
+        for field, value in table.items():
+            if field in _OPEN_CLIP_FIELDS[name] or value in (None, False, {}, _OPEN_CLIP_VALUES.get((name, field))):
+                continue
+            if field == "resize_mode":
+                raise UserError(
+                    f"{file} has the resize_mode {value!r:.80}; frames are resized by their short side and cropped: to"
+                    " take the weights all the same, write shortest there"
+                )
+            raise UserError(
+                f"{file} describes a model of another kind: its {name} has {field}, unknown here ({value!r:.80})"
+            )
     heads = {"head_width": vision.get("head_width", 64), "text_heads": text.get("heads", 8)}
     if wrong := [name for name, value in heads.items() if type(value) is not int or value < 1]:
-        raise UserError(f"{file} is damaged: {wrong[0]} is {heads[wrong[0]]!r}; fetch it again")
+        raise UserError(f"{file} is damaged: {wrong[0]} is {heads[wrong[0]]!r:.80}; fetch it again")
+    quick = model.get("quick_gelu") or False
+    interpolation = images.get("interpolation") or "bicubic"
+    for name, value, known in (
+        ("quick_gelu", quick, (True, False)),
+        ("interpolation", interpolation, ("bicubic", "bilinear", "random")),
+    ):
+        if value not in known:
+            raise UserError(f"{file}: {name} is {value!r:.80}; it has to be one of {some(map(str, known))}")
     return {
         **heads,
-        "activation": "quick_gelu" if model.get("quick_gelu") else "gelu",
-        "stated": [*map(vision.get, ("layers", "width", "patch_size")), model.get("embed_dim")],
-        "mean": preprocessing.get("mean") or CLIP_MEAN,
-        "std": preprocessing.get("std") or CLIP_STD,
+        "activation": "quick_gelu" if quick else "gelu",
+        "stated": stated,
+        "mean": images.get("mean") or CLIP_MEAN,
+        "std": images.get("std") or CLIP_STD,
+        "interpolation": "bilinear" if interpolation == "bilinear" else "bicubic",  # random is of trainings
     }
 
 
@@ -268,90 +454,180 @@ def openai_configs(
     state: Mapping[str, Tensor],
     source: str,
     *,
+    file: Path | None = None,
     head_width: int | None = None,
     text_heads: int | None = None,
     activation: str | None = None,
-    stated: Sequence[Any] = (),
+    stated: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Read the architecture of the visual and of the text tower, if there is one, off the shapes of the weights.
 
     Args:
         state: The weights.
         source: Where they come from, for messages.
-        head_width: Channels of each attention head of a ViT. Shapes don't tell it; OpenAI's have 64.
+        file: The same as a path; None of weights in memory, which are taken for OpenAI's by their shapes alone.
+        head_width: Channels of each attention head of the visual tower. Shapes don't tell it; OpenAI's have 64.
         text_heads: Attention heads of the text tower; by default they have 64 channels each.
         activation: Between the layers of transformers: ``quick_gelu``, as OpenAI has it, or ``gelu``.
-        stated: Layers, width, patch size and width of embeddings that a configuration says, or None; it may be another
-            model's.
+        stated: The tables of a configuration; it may be another model's.
 
     Raises:
         KeyError: Names a weight that isn't there.
-        UserError: The width of a tower is none of CLIP's, or its heads and activation are not known.
+        UserError: The configuration is another model's; the width of a tower is no multiple of its heads; or heads and
+            activation are not known.
     """
-    visual: dict[str, Any]
-    if "visual.attnpool.positional_embedding" in state:
-        visual = {
+    shapes = _shapes(state)
+    vision, text = shapes["vision_cfg"], shapes["text_cfg"]
+    resnet = vision["patch_size"] is None
+    unit = vision["patch_size"] or 32
+    image_size, stated = vision["image_size"], stated or {}
+    for table, fields in shapes.items():
+        for field, own in fields.items():
+            said = stated.get(table, {}).get(field)
+            if isinstance(said, list) and field.endswith("_size") and len(said) == 2 and said[0] == said[1]:
+                said = said[0]
+            if field == "mlp_ratio":  # the width between the layers is rounded down
+                same = isinstance(said, int | float) and 0 <= fields["width"] * said - own < 1
+                own /= fields["width"]
+            elif field == "image_size" and type(said) is int:  # a remainder without a patch is never read
+                same = said // unit == own // unit
+                image_size = said
+            else:
+                same = said == own
+            if said is not None and not same:
+                name = f"{table}.{field}".removeprefix("model_cfg.")
+                raise UserError(
+                    f"the {OPEN_CLIP_CONFIG} beside {source} is another model's: its {name} is {said!r:.80}, and the"
+                    f" weights have {own}"
+                )
+    if (size := stated.get("preprocess_cfg", {}).get("size")) not in (None, image_size, [image_size, image_size]):
+        raise UserError(
+            f"the {OPEN_CLIP_CONFIG} beside {source} makes images of {size!r:.80} pixels, where the tower takes"
+            f" {image_size}"
+        )
+    if (head_width is None or activation is None) and (model := _openai_model(shapes, file)):
+        head_width, activation = head_width or OPENAI["head_width"], activation or OPENAI["activation"]
+        if file is not None:
+            warnings.warn(
+                f"{source} is taken for OpenAI's {model}, whose name and shapes it has: {activation}, and heads of"
+                f" {head_width} channels; if it is another model's, give backbone_options",
+                stacklevel=2,
+            )
+    if head_width is None or (activation is None and not (resnet and not text)):
+        raise UserError(
+            f"the weights of {source} {'have the shapes of no model' if file is None else 'are not'} known to be"
+            " OpenAI's, and don't tell the width of their heads and their activation: put the model's"
+            f" {OPEN_CLIP_CONFIG} beside the file, or give backbone_options, head_width (64; ViT-H/14 80, g/14 88,"
+            " bigG/14 104) and activation (quick_gelu of OpenAI's, MetaCLIP's and DFN's models, gelu of LAION-2B's and"
+            " DataComp's); a file of OpenAI's own is known by its name, such as ViT-B-16.pt, and its shapes"
+        )
+    if activation not in ("gelu", "quick_gelu", None):
+        raise UserError(f"activation is {activation!r:.80}; it must be gelu or quick_gelu")
+    heads = _heads(vision["width"] * (32 if resnet else 1), head_width, "the visual tower")
+    if resnet:
+        visual: dict[str, Any] = {
             "kind": "resnet",
-            "layers": [_count(state, f"visual.layer{stage}") for stage in (1, 2, 3, 4)],
-            "width": state["visual.layer1.0.conv1.weight"].shape[0],
-            "dim": state["visual.attnpool.c_proj.weight"].shape[0],
-            "image_size": _side(state["visual.attnpool.positional_embedding"]) * 32,
+            **{name: vision[name] for name in ("layers", "width")},
+            "dim": shapes["model_cfg"]["embed_dim"],
+            "image_size": image_size,
+            **({} if head_width == OPENAI["head_width"] else {"head_width": head_width}),
         }
-        model: tuple[Any, ...] = (visual["layers"], visual["width"], visual["dim"])
     else:
-        patch_size = state["visual.conv1.weight"].shape[-1]
-        width, dim = state["visual.proj"].shape
-        model = (width, _count(state, "visual.transformer.resblocks"), patch_size, dim)
-        visual = {"kind": "vit"}
-    if any(value is not None and value not in model for value in stated):
-        raise UserError(
-            f"the {OPEN_CLIP_CONFIG} beside {source} is another model's: it says {stated}, the weights {model}"
-        )
-    visual_only = all(key.startswith("visual.") for key in state)
-    if model in _OPENAI_MODELS or (visual and visual["kind"] == "resnet" and visual_only):
-        head_width, activation = head_width or 64, activation or "quick_gelu"
-    if head_width is None or activation is None:
-        raise UserError(
-            f"the weights of {source} have the shapes of none of OpenAI's models, and don't tell their heads' width and"
-            f" activation: put the model's {OPEN_CLIP_CONFIG} beside the file, or give head_width and activation to"
-            " CLIPBackbone.from_openai"
-        )
-    if visual["kind"] == "vit":
-        visual |= {
-            **_transformer_config(state, "visual.transformer", head_width, activation),
-            "projection_dim": dim,
-            "image_size": _side(state["visual.positional_embedding"]) * patch_size,
-            "patch_size": patch_size,
+        visual = {
+            "kind": "vit",
+            **_transformer_config(vision, heads, activation, shapes["model_cfg"]["embed_dim"]),
+            "image_size": image_size,
+            "patch_size": unit,
         }
-    if visual_only:
+    if not text:
         return visual, None
-    width = state["transformer.resblocks.0.mlp.c_fc.weight"].shape[1]
+    if text_heads is None:
+        text_heads = _heads(text["width"], OPENAI["head_width"], "the text tower")
+    elif text["width"] % text_heads:
+        raise UserError(
+            f"{source}: the width {text['width']} of the text tower isn't a multiple of its {text_heads} heads"
+        )
     return visual, {
-        **_transformer_config(state, "transformer", 64 if text_heads is None else width // text_heads, activation),
-        "projection_dim": state["text_projection"].shape[1],
-        "vocab_size": state["token_embedding.weight"].shape[0],
-        "max_position_embeddings": state["positional_embedding"].shape[0],
+        **_transformer_config(text, text_heads, activation, shapes["model_cfg"]["embed_dim"]),
+        "vocab_size": text["vocab_size"],
+        "max_position_embeddings": text["context_length"],
         "eos_token_id": 2,  # transformers' sign for: the end of text is the largest id of each text
     }
 
 
-def _transformer_config(state: Mapping[str, Tensor], prefix: str, head_width: int, activation: str) -> dict[str, Any]:
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """What the shapes of weights tell, in the words of open_clip's configurations, but for ``mlp_ratio``: that width.
+
+    Raises:
+        KeyError: Names a weight that isn't there.
+    """
+    if "visual.attnpool.positional_embedding" in state:
+        dim = state["visual.attnpool.c_proj.weight"].shape[0]
+        vision = {
+            "layers": [_count(state, f"visual.layer{stage}") for stage in (1, 2, 3, 4)],
+            "width": state["visual.layer1.0.conv1.weight"].shape[0],
+            "patch_size": None,
+            "image_size": _side(state["visual.attnpool.positional_embedding"]) * 32,
+        }
+    else:
+        patch_size = state["visual.conv1.weight"].shape[-1]
+        dim = state["visual.proj"].shape[1]
+        vision = {
+            **_transformer_shapes(state, "visual.transformer"),
+            "patch_size": patch_size,
+            "image_size": _side(state["visual.positional_embedding"]) * patch_size,
+        }
+    text: dict[str, Any] = {}
+    if not all(key.startswith("visual.") for key in state):
+        text = {
+            **_transformer_shapes(state, "transformer"),
+            "vocab_size": state["token_embedding.weight"].shape[0],
+            "context_length": state["positional_embedding"].shape[0],
+        }
+        dim = state["text_projection"].shape[1]
+    return {"model_cfg": {"embed_dim": dim}, "vision_cfg": vision, "text_cfg": text}
+
+
+def _transformer_shapes(state: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
     intermediate, width = state[f"{prefix}.resblocks.0.mlp.c_fc.weight"].shape
-    if not isinstance(head_width, int) or head_width < 1 or width % head_width:
-        raise UserError(f"heads of {head_width} channels: the width {width} of {prefix} isn't a multiple of that")
+    return {"layers": _count(state, f"{prefix}.resblocks"), "width": width, "mlp_ratio": intermediate}
+
+
+def _transformer_config(shapes: Mapping[str, Any], heads: int, activation: str | None, dim: int) -> dict[str, Any]:
     return {
-        "hidden_size": width,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": _count(state, f"{prefix}.resblocks"),
-        "num_attention_heads": width // head_width,
+        "hidden_size": shapes["width"],
+        "intermediate_size": shapes["mlp_ratio"],
+        "num_hidden_layers": shapes["layers"],
+        "num_attention_heads": heads,
         "hidden_act": activation,
+        "projection_dim": dim,
     }
 
 
+def _heads(width: int, head_width: int, tower: str) -> int:
+    if type(head_width) is not int or head_width < 1 or width % head_width:
+        raise UserError(f"heads of {head_width!r:.80} channels: the width {width} of {tower} isn't a multiple of that")
+    return width // head_width
+
+
+def _openai_model(shapes: Mapping[str, Mapping[str, Any]], file: Path | None) -> str:
+    """The name of the model of OpenAI's whose weights these are, as far as can be told, or ""."""
+    vision, text = shapes["vision_cfg"], shapes["text_cfg"]
+    own = (*(vision[name] for name in ("layers", "width", "patch_size")), shapes["model_cfg"]["embed_dim"])
+    texts = tuple(text.get(name) for name in ("width", "layers", "context_length", "vocab_size"))
+    for name, (*visual, image_size, text_width) in _OPENAI_MODELS.items():
+        if own != tuple(visual):
+            continue
+        whole = vision["image_size"] == image_size and (not text or texts == (text_width, 12, 77, 49408))
+        if file is None or (whole and file.stem.lower() == name.lower()):
+            return name
+    return "ResNet" if file is None and vision["patch_size"] is None and not text else ""
+
+
 def _count(state: Iterable[str], prefix: str) -> int:
-    """How many numbered modules there are under a prefix."""
+    """How many numbered modules there are under a prefix, at least one; whether they are the first, loading tells."""
     pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
-    return 1 + max((int(match[1]) for key in state if (match := pattern.match(key))), default=0)
+    return max(len({match[1] for key in state if (match := pattern.match(key))}), 1)
 
 
 def _side(positions: Tensor) -> int:

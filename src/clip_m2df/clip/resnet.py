@@ -83,9 +83,10 @@ class ModifiedResNet(nn.Module):
         width: Channels behind the stem, an even number; the feature map has 32 times as many. 64 for RN50.
         dim: Width of the embedding that comes out; 1024 for RN50.
         image_size: Height and width of the images, a multiple of 32.
+        head_width: Channels of each head of the attention pooling; 64 in OpenAI's, as in CLIP's transformers.
     """
 
-    def __init__(self, layers: Sequence[int], width: int, dim: int, image_size: int) -> None:
+    def __init__(self, layers: Sequence[int], width: int, dim: int, image_size: int, head_width: int = 64) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width // 2)
@@ -100,8 +101,7 @@ class ModifiedResNet(nn.Module):
         self.layer3 = _stage(width * 8, width * 4, layers[2], stride=2)
         self.layer4 = _stage(width * 16, width * 8, layers[3], stride=2)
 
-        # Heads of 64 channels each, as in CLIP's transformers.
-        self.attnpool = AttentionPool(image_size // 32, width * 32, width * 32 // 64, dim)
+        self.attnpool = AttentionPool(image_size // 32, width * 32, width * 32 // head_width, dim)
 
     def forward(self, images: Tensor) -> Tensor:
         """Map normalised images ``(n, 3, image_size, image_size)`` to embeddings ``(n, dim)``."""

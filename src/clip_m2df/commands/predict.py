@@ -49,11 +49,15 @@ LONGEST = 1e9
 # What the first line of a part says.
 PART_FORMAT = "clip-m2df predictions 1"
 
+# Options of named values, and one that each may have.
+NAMED_VALUES = {"head_options": "smoothing=0.1", "backbone_options": "activation=gelu"}
+
 
 def predict_videos(
     *,
     ckpt_path: str | None = None,
     backbone: str | None = None,
+    backbone_options: Sequence[str] | None = None,
     head: UntrainedHead | None = None,
     head_options: Sequence[str] | None = None,
     template: Sequence[str] | None = None,
@@ -84,7 +88,9 @@ def predict_videos(
     Args:
         ckpt_path: A trained model: a .ckpt file, a folder that save_pretrained wrote, or a name on the hub; or a folder
             that FewShotClassifier.save wrote, which has its classes. Either this or --backbone.
-        backbone: CLIP's own weights instead, nothing trained: a name on the hub, a folder, rn50 or tiny.
+        backbone: CLIP's own weights instead, nothing trained: a name on the hub, a folder, a file, rn50 or tiny.
+        backbone_options: What a file of weights doesn't tell, as in activation=gelu head_width=80; and tokenizer, mean,
+            std.
         head: How a clip is compared with the examples, with --backbone; otam by default.
         head_options: Options of that head, as in smoothing=0.1.
         template: The prompt, with {} where the class goes, or several; by default the model's own.
@@ -126,6 +132,8 @@ def predict_videos(
         raise UserError("--head goes with --backbone: a trained model has a head of its own; leave it out")
     if head_options is not None and ckpt_path is not None:
         raise UserError("--head_options goes with --backbone: a trained model has those of its training; leave it out")
+    if backbone_options is not None and backbone is None:
+        raise UserError("--backbone_options goes with --backbone: a trained model has its towers; leave it out")
     if threshold is not None and not reject:
         raise UserError("--threshold is of --reject: give that too, or leave it out")
     if output is not None and output.suffix not in TABLE_FORMATS:
@@ -137,7 +145,8 @@ def predict_videos(
     if sliding and not segments:
         raise UserError(f"--{next(iter(sliding))} is of --segments: give that too, or leave it out")
     paths, empty = _list_videos(videos)
-    own_head = {"head": head or "otam", "head_options": _parse_options(head_options or [])}
+    own = {"head": head or "otam", "head_options": _parse_options("head_options", head_options or [])}
+    own["backbone_options"] = _parse_options("backbone_options", backbone_options or [])
     told: dict[str, Any] = {
         "support": support,
         "texts": texts,
@@ -154,7 +163,7 @@ def predict_videos(
         if ckpt_path is not None and os.path.isfile(os.path.join(ckpt_path, TABLE)):
             classifier, support_facts = _load_classifier(ckpt_path, told, reading)
         else:
-            classifier, support_facts = _fit_classifier(ckpt_path, backbone, own_head, told, reading)
+            classifier, support_facts = _fit_classifier(ckpt_path, backbone, own, told, reading)
         labeller = _Labeller(classifier, reject, {"window": 2.0, **sliding} if segments else None)
         fingerprints = {key: fingerprint_text(path) for key, path in paths.items()}
         digest, columns = labeller.digest(support_facts), list(labeller.blank)
@@ -201,8 +210,8 @@ def _list_videos(arguments: Sequence[str]) -> tuple[dict[str, str], set[str]]:
     return listed, empty
 
 
-def _parse_options(arguments: Sequence[str]) -> dict[str, Any]:
-    """Options of a head from ``NAME=VALUE``: numbers, true and false, lists, and else text.
+def _parse_options(option: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """Options of a head or of weights from ``NAME=VALUE``: numbers, true and false, lists, and else text.
 
     Raises:
         UserError: One without a name.
@@ -211,7 +220,7 @@ def _parse_options(arguments: Sequence[str]) -> dict[str, Any]:
     for argument in arguments:
         name, equals, value = argument.partition("=")
         if not name or not equals:
-            raise UserError(f"--head_options has {argument!r}: give NAME=VALUE, as in smoothing=0.1")
+            raise UserError(f"--{option} has {argument!r}: give NAME=VALUE, as in {NAMED_VALUES[option]}")
         try:
             options[name] = json.loads(value)
         except (ValueError, RecursionError):
@@ -235,7 +244,7 @@ def _load_classifier(
 def _fit_classifier(
     ckpt_path: str | None,
     backbone: str | None,
-    own_head: Mapping[str, Any],
+    own: Mapping[str, Any],
     told: Mapping[str, Any],
     reading: Mapping[str, Any],
 ) -> tuple[FewShotClassifier, object]:
@@ -264,7 +273,7 @@ def _fit_classifier(
     if ckpt_path is not None:
         classifier = FewShotClassifier.from_checkpoint(ckpt_path, **reading, **options)
     else:
-        model = CLIPM2DF(backbone=str(backbone), freeze_backbone=True, **own_head, **options)
+        model = CLIPM2DF(backbone=str(backbone), freeze_backbone=True, **own, **options)
         classifier = FewShotClassifier(placed(model, reading.pop("device")), **reading)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)

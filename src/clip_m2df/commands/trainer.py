@@ -31,6 +31,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.multiprocessing.spawn import ProcessException
 
+from clip_m2df.clip.backbone import check_options
+from clip_m2df.clip.formats import told_options
 from clip_m2df.episodes.datamodule import EpisodeDataModule
 from clip_m2df.episodes.files import write_episodes_file
 from clip_m2df.errors import Stopped, UserError, ended_by_sigterm, say
@@ -297,6 +299,13 @@ class CLI(LightningCLI):
         of_head = "model.head_options."
         asked |= {f"{of_head}{option}": v for option, v in (asked.pop("model.head_options", None) or {}).items()}
         run_config = Path(config.ckpt_path).parent.parent / "config.yaml"
+        of_backbone = "model.backbone_options."
+        kept |= {f"{of_backbone}{option}": value for option, value in told_options(saved["backbone"]).items()}
+        for option, value in check_options(asked.pop("model.backbone_options", None) or {}).items():
+            # As the tower has them. What file a tokenizer was in is not kept.
+            asked[f"{of_backbone}{option}"] = (
+                torch.tensor(value).float().tolist() if option in ("mean", "std") else value
+            )
         hint = f", or take the run's own --config {run_config}" if run_config.exists() else ""
         for option, value in asked.items():
             if option in kept and (list(value) if isinstance(value, tuple) else value) != kept[option]:
@@ -317,7 +326,7 @@ class CLI(LightningCLI):
 
 def _build_model(saved_options: dict[str, Any], cls: type[CLIPM2DF], *args: Any, **kwargs: Any) -> CLIPM2DF:
     """With the towers' description that a checkpoint holds: as an option it would be parsed once more."""
-    return cls(*args, **kwargs | saved_options)
+    return cls(*args, **kwargs | saved_options | {"backbone_options": None})
 
 
 def _is_first_process() -> bool:

@@ -35,8 +35,9 @@ from clip_m2df.nn.weights import check_finite, check_weights, not_finite
 from clip_m2df.training.build import options_by_name, saved_options
 from clip_m2df.training.checkpoints import RunCheckpoint, read_checkpoint
 
-# Options that a person may change from run to run. They stay out of the checkpoint, so that what is asked for wins.
-RUN_OPTIONS = ("selection", "text_fusion", "gradient_checkpointing", "bank_memory", "compile")
+# Options that a person may change from run to run. They stay out of the checkpoint, so that what is asked for wins;
+# and so does what was said of weights beside their name, which the towers' description has.
+RUN_OPTIONS = ("selection", "text_fusion", "gradient_checkpointing", "bank_memory", "compile", "backbone_options")
 
 
 # Of each batch, in the sanity check before a training: it is to be quick.
@@ -88,8 +89,11 @@ class CLIPM2DF(lightning.LightningModule):
     the hub and ``from_pretrained`` loads.
 
     Args:
-        backbone: CLIP's weights: a name on the hub or a folder in transformers' format (ViT), a file in OpenAI's
-            layout, ``rn50`` for the public ResNet-50, ``tiny`` for the small CLIP that comes with the package.
+        backbone: CLIP's weights: a name on the hub or a folder, in transformers' format (ViT) or OpenCLIP's; a file in
+            OpenAI's layout; ``rn50`` for the public ResNet-50; ``tiny`` for the small CLIP that comes with the package.
+        backbone_options: what they don't tell, or tell otherwise: ``activation`` (``gelu`` or ``quick_gelu``) and
+            ``head_width`` of weights in OpenAI's layout; ``tokenizer``, a file or a folder; ``mean`` and ``std``, three
+            numbers each for pixels between 0 and 1.
         head: what scores the queries: ``m2df``; for comparison ``clip_fsar``, ``otam``, ``bi_mhm``,
             ``nearest_prototype`` or ``zero_shot``; or the class path of another head.
         head_options: options of the head's class; for ``m2df`` those of :class:`clip_m2df.nn.m2df.M2DFHead`.
@@ -132,6 +136,7 @@ class CLIPM2DF(lightning.LightningModule):
     def __init__(
         self,
         backbone: str | dict[str, Any] = "openai/clip-vit-base-patch16",
+        backbone_options: dict[str, Any] | None = None,
         head: str = "m2df",
         head_options: dict[str, Any] | None = None,
         template: list[str] | str = DEFAULT_TEMPLATE,
@@ -179,7 +184,14 @@ class CLIPM2DF(lightning.LightningModule):
             raise UserError("head_options: dim follows from the backbone; leave it out")
         if "selection" in options_of(head_class(head)):
             own["selection"] = selection
-        tower = CLIPBackbone.load(backbone) if isinstance(backbone, str) else CLIPBackbone.from_description(backbone)
+        if isinstance(backbone, str):
+            tower = CLIPBackbone.load(backbone, **backbone_options or {})
+        elif backbone_options:
+            raise UserError(
+                "backbone_options are of weights that are loaded; a checkpoint has its towers: leave them out"
+            )
+        else:
+            tower = CLIPBackbone.from_description(backbone)
         tower.freeze_batch_norm = freeze_batch_norm
         if gradient_checkpointing:
             tower.enable_gradient_checkpointing()
