@@ -8,8 +8,10 @@ run; what they import is not needed. In the place of ``random`` they get given u
 """
 
 import ast
+import numbers
 import sys
 from collections.abc import Iterable
+from functools import reduce
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -52,6 +54,12 @@ class Draws:
         """As Python defines it."""
         return least + (most - least) * self.random()
 
+    def shuffle(self, items: list[Any]) -> None:
+        """The same."""
+        for last in range(len(items) - 1, 0, -1):
+            other = int(self.random() * (last + 1))
+            items[last], items[other] = items[other], items[last]
+
     def randint(self, least: int, most: int) -> int:
         """A whole number, both ends included."""
         if least > most:
@@ -62,7 +70,9 @@ class Draws:
 def code_of(file: Path, names: Iterable[str], **known: Any) -> SimpleNamespace:
     """Run the definitions of some functions and classes of a file, and nothing else of it."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
-    wanted = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name in names]
+    wanted: list[ast.stmt] = [
+        n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name in names
+    ]
     exec(compile(ast.Module(wanted, []), str(file), "exec"), known)
     return SimpleNamespace(**{name: known[name] for name in names})
 
@@ -99,11 +109,27 @@ def clip_fsar_pixels(folder: Path, clip: NDArray[np.uint8], uniforms: Iterable[f
     return np.asarray(255.0 * shown.permute(1, 0, 2, 3).numpy())
 
 
+def colours(folder: Path, uniforms: NDArray[np.float64]) -> NDArray[np.float32]:
+    """What CLIP-FSAR makes of the colours of two frames of 30 x 40 pixels, of which some: ``(frames, 3, 10, 10)``."""
+
+    def in_turn(steps: Iterable[Any]) -> Any:
+        return lambda clip: reduce(lambda shown, step: step(shown), steps, clip)
+
+    names = ["_is_tensor_a_torch_image", "_blend", "rgb_to_grayscale", "_rgb2hsv", "_hsv2rgb", "ColorJitter"]
+    names += [f"adjust_{what}" for what in ("brightness", "contrast", "saturation", "hue")]
+    known = {"torch": torch, "numbers": numbers, "Compose": in_turn, "Lambda": lambda step: step}
+    code = code_of(folder / "datasets/utils/transformations.py", names, random=Draws(uniforms.tolist()), **known)
+    # The values of its configs/pool/base.yaml.
+    jitter = code.ColorJitter(0.5, 0.5, 0.5, 0.25, 0.3, consistent=True, shuffle=True, gray_first=True)
+    clip = torch.from_numpy(np.stack([frame(k, 30, 40) for k in range(2)])).float().permute(3, 0, 1, 2) / 255.0
+    return np.asarray(255.0 * jitter(clip).permute(1, 0, 2, 3)[..., ::3, ::4].numpy())
+
+
 def m2df_pixels(folder: Path, clip: NDArray[np.uint8], uniforms: Iterable[float]) -> NDArray[np.uint8]:
     """The same ``(frames, 3, SIZE, SIZE)``."""
     draws, own = list(uniforms), folder / "videotransforms"
     torchvision = SimpleNamespace()
-    known: dict[str, Any] = {"PIL": PIL, "numbers": __import__("numbers"), "np": np, "torchvision": torchvision}
+    known: dict[str, Any] = {"PIL": PIL, "numbers": numbers, "np": np, "torchvision": torchvision}
     functions = code_of(own / "functional.py", ["crop_clip", "resize_clip", "get_resize_sizes"], **known)
     names = ["Compose", "Resize", "RandomHorizontalFlip", "RandomCrop", "CenterCrop"]
     code = code_of(own / "video_transforms.py", names, F=functions, random=Draws(draws), **known)
@@ -127,6 +153,9 @@ def main(clip_fsar: Path, m2df: Path) -> None:
         rows = [m2df_frames(m2df, n, own, train=stage == "train") for n, own in lengths]
         found[f"linspace/{stage}"] = np.array(rows, np.int16)
 
+    draws = rng.random((12, 8))
+    found["colours/draws"], found["colours/pixels"] = draws, np.stack([colours(clip_fsar, row) for row in draws])
+
     found["videos"] = VIDEOS
     # Across and down for CLIP-FSAR; whether to flip, across and down for CLIP-M²DF.
     found["draws"] = draws = rng.random((len(VIDEOS), FRAMES + 3))
@@ -134,14 +163,14 @@ def main(clip_fsar: Path, m2df: Path) -> None:
     for number, (length, height, width) in enumerate(VIDEOS):
         for stage in ("train", "test"):
             train = stage == "train"
-            which, where = draws[number, :FRAMES], draws[number, FRAMES:] if train else []
-            for name, numbers, pixels in (
+            which, where = draws[number, :FRAMES], draws[number, FRAMES:] if train else draws[number, :0]
+            for name, chosen, pixels in (
                 ("squash", clip_fsar_frames(clip_fsar, 50, length, which, train=train), clip_fsar_pixels),
                 ("short_side", m2df_frames(m2df, length, which, train=train), m2df_pixels),
             ):
-                clip = np.stack([frame(k, height, width) for k in numbers])
+                clip = np.stack([frame(k, height, width) for k in chosen])
                 shown = pixels(clip_fsar if name == "squash" else m2df, clip, where[1:] if name == "squash" else where)
-                found[f"{name}/{stage}/{number}/frames"] = np.array(numbers, np.int16)
+                found[f"{name}/{stage}/{number}/frames"] = np.array(chosen, np.int16)
                 found[f"{name}/{stage}/{number}/pixels"] = shown[..., SHOWN, SHOWN]
                 found[f"{name}/{stage}/{number}/mean"] = shown.mean((1, 2, 3), dtype=np.float64)
     np.savez_compressed(GOLDEN, **found)

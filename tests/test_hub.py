@@ -30,7 +30,9 @@ from tests.project.test_trust import FORMS, pickled
 from tests.training.test_module import make_episodes
 
 PLAIN = {"hidden_dim": 32, "num_heads": 4, "depth": 2}
-READING = {"frames": 4, "resize": 40}
+READING: dict[str, Any] = {"frames": 4, "resize": 40}
+# Since there are several ways.
+READING_SO = READING | {"resize_mode": "squash", "sampling": "linspace"}
 
 
 def make(tiny_clip_dir: Path, **options: Any) -> CLIPM2DF:
@@ -191,6 +193,10 @@ def test_a_flipped_bit_does_not_go_unnoticed(folder: Path) -> None:
         ({"reading": {"frames": 4, "resize": -1}}, "its reading"),
         ({"reading": {"frames": 4, "resize": "256"}}, "its reading"),
         ({"reading": {"frames": 4, "resize": 256, "crop": 1}}, "its reading"),
+        ({"reading": {"frames": 4, "resize": 256, "sampling": "window"}}, "its reading"),
+        ({"reading": READING_SO | {"sampling": "all"}}, "its reading"),
+        ({"reading": READING_SO | {"resize_mode": 3}}, "its reading"),
+        ({"reading": READING_SO | {"resize_mode": ["squash"]}}, "its reading"),
         ({"sha256": None}, r"model\.safetensors is damaged, .*, not None; fetch both anew"),
         ({"sha256": "0" * 64}, f"not {'0' * 64}; fetch both anew"),
     ],
@@ -438,6 +444,15 @@ def test_the_card_says_what_the_model_is(saved: Path, tiny_clip_dir: Path, tmp_p
     assert "Nothing was measured" not in text
     assert CLIPM2DF.from_pretrained(tmp_path).reading is None
     assert text.endswith("| | accuracy in % |\n|---|---|\n| a \\| b c | 1.5 ± 0.1 |\n")
+
+
+def test_a_model_says_how_its_videos_were_read(tiny_clip_dir: Path, tmp_path: Path) -> None:
+    model = make(tiny_clip_dir)
+    model.reading = dict(READING_SO)
+    model.save_pretrained(tmp_path)
+    assert CLIPM2DF.from_pretrained(tmp_path).reading == READING_SO
+    text = ModelCard.load(tmp_path / "README.md").text
+    assert "4 frames, chosen by the sampling linspace; both sides scaled to 40 pixels; crop of 32 x 32" in text
 
 
 # Beside the command line

@@ -30,7 +30,15 @@ Sampling = Literal["segments", "random_segments", "window", "linspace"]
 ResizeMode = Literal["short_side", "short_side_bicubic", "squash"]
 
 # What is drawn for an episode, each from a stream of its own, so that none shifts another.
-STREAMS = {"videos": 0, "augmentation": 1, "prompts": 2, "stand-ins": 3, "stored augmentation": 4, "outliers": 5}
+STREAMS = {
+    "videos": 0,
+    "augmentation": 1,
+    "prompts": 2,
+    "stand-ins": 3,
+    "stored augmentation": 4,
+    "outliers": 5,
+    "colours": 6,
+}
 # A seed deals different episodes at each stage.
 STAGES = {"train": 0, "val": 1, "test": 2}
 

@@ -6,7 +6,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -14,9 +14,11 @@ import torch
 
 from clip_m2df import CLIPM2DF, Episode, FewShotClassifier, NotFittedError, UserError
 from clip_m2df.datasets.manifest import Split, Video
+from clip_m2df.episode import ResizeMode
 from clip_m2df.episodes.dataset import EpisodeDataset
 from clip_m2df.episodes.plan import EpisodePlan, EpisodeShape
 from clip_m2df.nn.class_text import fuse_text
+from clip_m2df.video.reader import read_frames
 from clip_m2df.video.transforms import ClipReader
 from tests.classifier.conftest import Make, make_model, noise, plain_model
 
@@ -110,12 +112,28 @@ def test_clips_are_read_as_in_the_models_training(videos: Path) -> None:
         ({}, ClipReader(frames=3, resize=64, size=40)),
         ({"frames": 5, "resize": 48}, ClipReader(frames=5, resize=48, size=40)),
     ]
-    for options, reader in cases:
+    of_published: dict[str, Any] = {"resize_mode": "squash", "sampling": "linspace"}
+    for options, reader in [*cases, ({}, ClipReader(frames=3, resize=64, size=40, **of_published))]:
+        if reader.sampling == "linspace":
+            model.reading |= of_published
         found = FewShotClassifier(model, **options).fit({"a": path}).explain(path)
         assert found.frames.equal(reader.read(str(path))[0])
+        array = read_frames(str(path), range)[0].permute(0, 2, 3, 1)
+        assert found.frames.equal(FewShotClassifier(model, **options).fit({"a": array}).explain(array).frames)
     assert not model.training
     model.reading = None
     assert FewShotClassifier(model).fit({"a": path}).explain(path).frames.shape == (8, 3, 40, 40)
+
+
+def test_clips_are_resized_as_images_were_for_a_tower_whose_training_is_not_known(
+    videos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model("otam")
+    monkeypatch.setattr(model.model.backbone, "interpolation", "bicubic", raising=False)
+    path = videos / "eat" / "0.mp4"
+    found = FewShotClassifier(model).fit({"a": path}).explain(path).frames
+    expected = [ClipReader(8, 40, 40, resize_mode=mode).read(str(path))[0] for mode in get_args(ResizeMode)]
+    assert [found.equal(frames) for frames in expected] == [False, True, False]
 
 
 # Examples

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import warnings
 from pathlib import Path
@@ -13,6 +14,7 @@ from clip_m2df.episodes.datamodule import EpisodeDataModule
 from clip_m2df.episodes.files import write_episodes_file
 from clip_m2df.episodes.plan import plan_episode
 from clip_m2df.errors import UserError
+from clip_m2df.video.reader import read_frames
 from tests import clips
 
 SMALL: dict[str, Any] = {
@@ -72,6 +74,10 @@ def test_training_and_evaluation_have_seeds_of_their_own(manifest: Path) -> None
         ({"stuck_after": 0.0}, r"stuck_after is 0\.0"),
         ({"max_unusable": 1.5}, r"max_unusable is 1\.5"),
         ({"resize": 15}, "resize 15 is smaller than size 16"),
+        ({"resize_mode": "stretch"}, "resize_mode: there is no 'stretch'; there are short_side, short_side_bicubic"),
+        ({"sampling": "middle"}, "sampling: there is no 'middle'; there are segments, random_segments, window"),
+        ({"sampling": "window", "frames": 1}, "frames is 1, but sampling window spaces at least 2: give more"),
+        ({"jitter_queries": True, "train_augmentations": 2}, "leave out one of them"),
         ({"batch_size": 32}, "episodes_per_step 16 does not divide into batches of 32"),
     ],
 )
@@ -345,6 +351,113 @@ def test_frames_come_from_a_cache_which_may_travel_without_its_videos(
     cached.write_text(cached.read_text() + "new.mp4,val class 0,val,\n")
     with pytest.raises(UserError, match=r"1 of the \d+ videos .*'new.mp4'"):
         val(cache=str(folder))
+
+
+def test_frames_by_their_numbers_come_from_a_cache_that_keeps_them_all(
+    cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The videos have 12 frames or more, of which the cache keeps 6."""
+    val: dict[str, Any] = {"val_episodes": 2, "sampling": "linspace"}
+    with pytest.raises(UserError, match=r"has not one video of .* with all of its frames, of which sampling linspace"):
+        make(cached, cache=str(tmp_path / "cache"), **val).setup("validate")
+    lengths = {path.name: read_frames(str(path), range)[1] for path in tmp_path.glob("*.mp4")}
+    most = sorted(lengths.values())[len(lengths) // 2]
+    assert min(lengths.values()) > 6
+    assert most < max(lengths.values())
+    cache.cache_frames(manifest=cached, output=tmp_path / "half", short_side=24, frames=most, workers=1, timeout=60.0)
+    data = make(cached, cache=str(tmp_path / "half"), **val)
+    others = sum(length > most for length in lengths.values())
+    with pytest.warns(
+        UserWarning, match=rf"{others} of the .* videos are not in the cache .* with all of their frames"
+    ):
+        data.setup("validate")
+    for name, length in lengths.items():
+        clip, found = data.reader.read(str(tmp_path / name))
+        expected, _ = dataclasses.replace(data.reader, cache=None).read(str(tmp_path / name))
+        assert found == length
+        # The same frames, whoever keeps them; those of other numbers are farther off.
+        assert (clip.int() - expected.int()).abs().float().mean() < 4
+        assert torch.equal(clip, expected) == (length > most)
+
+
+def test_a_cache_serves_the_way_of_resizing_that_it_was_made_for(cached: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "squashed"
+    options: dict[str, Any] = {"short_side": 16, "frames": 6, "workers": 1, "timeout": 60.0}
+    cache.cache_frames(manifest=cached, output=folder, resize_mode="squash", **options)
+    with pytest.raises(
+        UserError, match=r"resize_mode is short_side, but the frames in the cache were resized by squash"
+    ):
+        make(cached, cache=str(folder)).setup("validate")
+    with pytest.raises(UserError, match=r"resize_mode is squash, but the frames in the cache were .* by short_side"):
+        make(cached, cache=str(tmp_path / "cache"), resize_mode="squash").setup("validate")
+    with pytest.raises(UserError, match=r"resize is 12, but the cache .* squashed to 16 pixels: give --data.resize 16"):
+        make(cached, cache=str(folder), resize_mode="squash", resize=12, size=12).setup("validate")
+    with pytest.raises(UserError, match=r"has short_side 16, .* and resize_mode squash, not short_side 16, .*: give"):
+        cache.cache_frames(manifest=cached, output=folder, **options)
+    data = make(cached, cache=str(folder), resize_mode="squash")
+    data.setup("validate")
+    path = str(tmp_path / "val0_0.mp4")
+    expected, _ = dataclasses.replace(data.reader, cache=None).read(path)
+    kept, _ = data.reader.read(path)
+    of_the_aspect, _ = dataclasses.replace(data.reader, cache=None, resize_mode="short_side").read(path)
+    assert (kept.int() - expected.int()).abs().float().mean() < 4
+    assert (kept.int() - of_the_aspect.int()).abs().float().mean() > 8
+
+
+def test_a_bank_draws_the_frames_of_a_video_once(manifest: Path, tmp_path: Path) -> None:
+    def table(**options: Any) -> Any:
+        data = make(manifest, evaluation="bank", sampling="random_segments", frames=4, test_episodes=20, **options)
+        data.setup("test")
+        batches: list[Any] = list(data.test_dataloader())
+        return batches[0].table
+
+    first, again, other = table(), table(), table(eval_seed=1)
+    differ, seen = 0, set()
+    for index, video in enumerate(first.videos):
+        clip = first.read(index)
+        assert torch.equal(clip, again.read(index))
+        assert again.identity(index) == first.identity(index)
+        theirs = next(k for k, of_other in enumerate(other.videos) if of_other.path == video.path)
+        # Features that are kept for one seed aren't taken for another.
+        assert first.identity(index) != other.identity(theirs)
+        differ += not torch.equal(clip, other.read(theirs))
+        every = first.dataset.reader.crop(read_frames(video.path, range)[0])
+        seen.add(tuple(int((every == frame).flatten(1).all(1).nonzero()[0]) for frame in clip))
+    assert differ > len(first.videos) / 2
+    assert len(seen) > 3
+    # Of others nothing is drawn, and what was kept by earlier versions is known.
+    data = make(manifest, evaluation="bank", test_episodes=20)
+    data.setup("test")
+    plain: Any = next(iter(data.test_dataloader()))
+    assert plain.table.uniforms(0) is None
+    assert "seed" not in plain.table.identity(0)
+
+
+class Tower(lightning.LightningModule):
+    """A module that says how images were resized for its tower."""
+
+    def __init__(self, interpolation: str) -> None:
+        super().__init__()
+        self.interpolation = interpolation
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.query = batch["query"]
+
+
+def test_frames_are_resized_as_images_were_for_the_tower(manifest: Path) -> None:
+    trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+
+    def query(data: EpisodeDataModule, module: lightning.LightningModule) -> torch.Tensor:
+        trainer.validate(module, data, verbose=False)
+        return module.query  # type: ignore[return-value]
+
+    data = make(manifest, val_episodes=1, resize=20)
+    bilinear, bicubic = query(data, Tower("bilinear")), query(data, Tower("bicubic"))
+    assert not torch.equal(bilinear, bicubic)
+    assert data.state_dict()["episodes"].get("data.resize_mode") is None  # no training
+    for mode, expected in (("short_side", bilinear), ("short_side_bicubic", bicubic)):
+        assert torch.equal(query(make(manifest, val_episodes=1, resize=20, resize_mode=mode), Tower("x")), expected)
+    assert torch.equal(query(data, Tower("bilinear")), bilinear)
 
 
 def test_a_cache_of_other_videos_is_refused(cached: Path, tmp_path: Path) -> None:

@@ -195,10 +195,12 @@ def test_the_bank_and_the_direct_path_agree_on_outliers(tiny_clip_dir: Path, tmp
     assert results["usual"]["test/loss/total"] != pytest.approx(results["bank"]["test/loss/total"], abs=1e-3)
 
 
-def test_the_number_of_workers_does_not_matter() -> None:
+@pytest.mark.parametrize("sampling", ["segments", "random_segments"])
+def test_the_number_of_workers_does_not_matter(sampling: str) -> None:
     found = []
+    options: dict[str, Any] = {"evaluation": "direct", "knobs": {"outliers": 0.5}, "sampling": sampling}
     for num_workers in (0, 1):
-        data = make(evaluation="direct", knobs={"outliers": 0.5}, num_workers=num_workers, test_episodes=4)
+        data = make(**options, num_workers=num_workers, test_episodes=4)
         data.setup("test")
         found.append(list(data.test_dataloader()))
     for alone, other in zip(*found, strict=True):

@@ -1,5 +1,6 @@
 import itertools
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ from torch.utils.data import DataLoader
 from clip_m2df.datasets.manifest import Manifest, Split, Video
 from clip_m2df.episode import Episode, episode_draws
 from clip_m2df.episodes.dataset import EpisodeDataset, collate_episodes
-from clip_m2df.episodes.plan import EpisodeSampler, EpisodeShape, plan_episode
+from clip_m2df.episodes.plan import EpisodePlan, EpisodeSampler, EpisodeShape, plan_episode
 from clip_m2df.errors import UserError
+from clip_m2df.video.reader import read_frames
 from clip_m2df.video.transforms import ClipReader
 from tests import clips
 
@@ -150,6 +152,60 @@ def test_augmentation_moves_frames_and_crop_together_and_flips_only_if_asked(man
         path, uniforms + torch.tensor([0.0] * 6 + [0.5])
     )
     assert torch.equal(unmirrored, left)
+
+
+def test_queries_alone_change_their_colours(train: Split) -> None:
+    shape = EpisodeShape(3, 1, 2)
+    # The second episode has the videos of the first, each support as a query.
+    plan = plan_episode(train, shape, seed=0, episode=0)
+    query = tuple((a[0], b[1]) for a, b in zip(plan.support, plan.query, strict=True))
+    turned = EpisodePlan(plan.classes, tuple(row[:1] for row in plan.query), query)
+    options: dict[str, Any] = {"seed": 0, "augment": True, "step": 2, "plans": [plan, turned]}
+    plain, jittered, again = (
+        EpisodeDataset(train, shape, READER, **options, jitter_queries=jitter).__getitems__([0, 1])
+        for jitter in (False, True, True)
+    )
+    for before, after, same in zip(plain, jittered, again, strict=True):
+        assert torch.equal(before["support"], after["support"])
+        assert torch.equal(after["query"], same["query"])
+        assert not any(torch.equal(a, b) for a, b in zip(before["query"][0], after["query"][0], strict=True))
+    batch = collate_episodes(jittered)
+    clips = torch.cat((batch["support"].flatten(1, 2), batch["query"]), 1).flatten(0, 1)
+    assert torch.equal(clips, clips[batch["same"].flatten()])
+    # The three second queries are those of the first episode too.
+    assert len(batch["same"].unique()) == 18 - 3
+    assert torch.equal(jittered[0]["query"][0, 1::2], jittered[1]["query"][0, 1::2])
+    still = EpisodeDataset(train, shape, READER, seed=0, augment=False, jitter_queries=True)[0]
+    assert torch.equal(still["query"], dataset(train, augment=False)[0]["query"])
+
+
+def test_an_evaluation_that_draws_frames_draws_them_by_seed_episode_and_video(train: Split) -> None:
+    reader = replace(READER, sampling="random_segments")
+    plan = plan_episode(train, EpisodeShape(3, 1, 2), seed=0, episode=0)
+
+    def first_clips(seed: int = 0) -> list[torch.Tensor]:
+        """The first clip of 20 episodes of the same videos."""
+        shape = EpisodeShape(3, 1, 2)
+        same = EpisodeDataset(train, shape, reader, seed=seed, augment=False, plans=[plan] * 20)
+        return [same[number]["support"][0, 0, 0] for number in range(20)]
+
+    found = first_clips()
+    assert all(torch.equal(*pair) for pair in zip(found, first_clips(), strict=True))
+    assert not all(torch.equal(found[0], clip) for clip in found)
+    assert not all(torch.equal(*pair) for pair in zip(found, first_clips(seed=1), strict=True))
+    # The crop is that of the centre, and each frame is of its own segment.
+    every = reader.crop(read_frames(plan.support[0][0].path, range)[0])
+    chosen = [[int((every == f).flatten(1).all(1).nonzero()[0]) for f in clip] for clip in found]
+    assert all([k // (len(every) // 4) for k in clip] == [0, 1, 2, 3] for clip in chosen)
+    assert {k for clip in chosen for k in clip} == set(range(len(every) // 4 * 4))
+    # Together or alone, by any worker.
+    episodes = dataset(train, augment=False, reader=reader)
+    together = episodes.__getitems__([3, 7, 11])
+    alone = [dataset(train, augment=False, reader=reader)[number] for number in (3, 7, 11)]
+    assert all(torch.equal(a[k], b[k]) for a, b in zip(together, alone, strict=True) for k in ("support", "query"))
+    joined = collate_episodes(together)
+    clips = torch.cat((joined["support"].flatten(1, 2), joined["query"]), 1).flatten(0, 1)
+    assert torch.equal(clips, clips[joined["same"].flatten()])
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

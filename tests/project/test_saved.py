@@ -89,6 +89,20 @@ def test_a_saved_run_is_tested_and_goes_on(saved: Path) -> None:
     assert_same(numbers_of("further", model, ARRAYS)["further/logits"], "further/logits")
 
 
+@pytest.mark.parametrize("option", ["resize_mode=squash", "sampling=random_segments"])
+def test_a_saved_run_goes_on_with_videos_read_as_they_were(
+    saved: Path, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of its version, which knew one way to read them."""
+    Path("run/checkpoints").mkdir()
+    shutil.copy("m2df.ckpt", "run/checkpoints/last.ckpt")
+    more = ["--ckpt_path=last", "--trainer.max_steps=3", f"--data.{option}"]
+    assert main(["fit", "--config=run/config.yaml", *more]) == 2
+    was = "short_side" if "resize" in option else "segments"
+    name, _, value = option.partition("=")
+    assert f"data.{name} is '{value}', but '{was}' in the run that is to go on" in capsys.readouterr().err
+
+
 def test_without_a_bank_a_saved_run_measures_the_same(saved: Path) -> None:
     assert_measures("test_direct", "--data.evaluation=direct")
 

@@ -814,7 +814,8 @@ def test_a_checkpoint_does_not_name_what_is_imported(
 @pytest.mark.parametrize(
     "reading",
     [5, "x", [8, 32], {}, {"frames": 8}, torch.tensor(8.0)]
-    + [{"frames": f, "resize": r} for f, r in ((0, 32), (-1, 32), ("8", 32), (True, 32), (8, None), (8, 32.5))],
+    + [{"frames": f, "resize": r} for f, r in ((0, 32), (-1, 32), ("8", 32), (True, 32), (8, None), (8, 32.5))]
+    + [{"frames": 8, "resize": 32, "resize_mode": m, "sampling": s} for m, s in (("x", "window"), ("squash", {}))],
 )
 def test_a_checkpoint_says_how_videos_are_read_in_numbers(
     reading: object, checkpoint: tuple[Path, dict[str, Any]], manifest: Path, capsys: pytest.CaptureFixture[str]

@@ -17,6 +17,7 @@ from clip_m2df.video.frame_cache import FrameCache, Settings
 from clip_m2df.video.transforms import (
     SAMPLINGS,
     ClipReader,
+    jitter_colours,
     linspace_indices,
     random_segment_indices,
     resize_and_crop,
@@ -177,6 +178,25 @@ def test_frames_and_pixels_are_those_of_the_published_code(
     assert np.abs(cropped[..., 5::32, 5::32] - golden).max() <= most
     # All the others too.
     assert np.abs(cropped.mean((1, 2, 3)) - GOLDEN[f"{name}/mean"]).max() <= (0.01 if mode == "squash" else 0.1)
+
+
+@pytest.mark.parametrize("number", range(len(GOLDEN["colours/draws"])))
+def test_colours_change_as_in_the_published_code(number: int) -> None:
+    clip = torch.from_numpy(np.stack([frame(k, 30, 40) for k in range(2)])).permute(0, 3, 1, 2)
+    changed = jitter_colours(clip, torch.from_numpy(GOLDEN["colours/draws"][number]))
+    assert np.abs(changed[..., ::3, ::4].numpy() - GOLDEN["colours/pixels"][number]).max() <= 0.501
+    assert (changed.float() - clip).abs().mean() > 5
+
+
+def test_grey_is_one_clip_in_three_of_ten_and_stays_grey() -> None:
+    assert (GOLDEN["colours/draws"][:, 7] < 0.3).any()
+    clip = clip_of(2, 12, 17)
+    for draw, grey in ((0.29, True), (0.31, False)):
+        changed = jitter_colours(clip, torch.tensor([0.3, 0.6, 0.9, 0.1, 0.2, 0.4, 0.8, draw]))
+        assert changed[:, :1].expand_as(changed).equal(changed) is grey
+    # A half each, and no turn: the clip itself.
+    same = jitter_colours(clip, torch.tensor([0.5, 0.5, 0.5, 0.5, 0.2, 0.4, 0.8, 0.9]))
+    assert same.equal(clip)
 
 
 # Which part of them

@@ -114,7 +114,8 @@ class FewShotClassifier:
     """Names the action in a clip from a handful of examples of each; nothing is trained.
 
     A clip's features, and those of the examples, go through the model's head as in an episode of all classes at once.
-    The classes may have any number of examples each.
+    The classes may have any number of examples each. Which frames are seen, and how they are resized, is as in the
+    model's training; where that is not known, the middles of segments, resized as images were for its tower.
 
     Args:
         model: a trained one, or one with a head that has nothing to train; it is put in eval mode.

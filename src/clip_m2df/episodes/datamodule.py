@@ -78,7 +78,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
         episodes_file: a file that ``clip-m2df episodes`` or another tool wrote: a test plays its first
             ``test_episodes`` episodes.
         evaluation: ``bank`` encodes each video of the episodes once; ``direct`` yields the frames of each episode, and
-            encodes a video as often as it comes. The numbers are the same.
+            encodes a video as often as it comes. The numbers are the same unless frames are drawn (``sampling``).
         store: a folder in which the features of a bank are kept for the next evaluation: another way, shot or seed of
             the same weights takes seconds. What has changed is never used.
         train_augmentations: how many augmentations of each training video are encoded before the training, which then
@@ -99,6 +99,8 @@ class EpisodeDataModule(lightning.LightningDataModule):
             default ``short_side_bicubic`` where the tower was trained with it, or else ``short_side``.
         size: side of the square crop in pixels, what the visual tower takes.
         flip: mirror half of the training clips. Leave it off where classes have a left and a right.
+        jitter_queries: mirror half of the training *queries* and change their colours (brightness, contrast and
+            saturation by up to a half, hue by up to a quarter, three in ten grey), as CLIP-FSAR does on Kinetics.
         decoder: which library decodes; ``auto`` takes the fastest that gives the right frames.
         batch_size: episodes that go through the model at once, on each device.
         episodes_per_step: episodes of an optimiser step, whatever the number of devices.
@@ -141,6 +143,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
         resize_mode: ResizeMode | None = None,
         size: int = 224,
         flip: bool = False,
+        jitter_queries: bool = False,
         decoder: Decoder = "auto",
         batch_size: int = 1,
         episodes_per_step: int = 16,
@@ -171,6 +174,11 @@ class EpisodeDataModule(lightning.LightningDataModule):
         ):
             if value not in choices:
                 raise UserError(f"{option}: there is no {value!r}; there are {', '.join(choices)}")
+        if jitter_queries and train_augmentations:
+            raise UserError(
+                "jitter_queries makes a video look otherwise as a query, and train_augmentations keeps its features"
+                " for both: leave out one of them"
+            )
         if knobs and manifest not in EMBEDDED:
             raise UserError(f"knobs are those of the embedded benchmark ({', '.join(EMBEDDED)}), not of {manifest}")
         if knobs and episodes_file is not None:
@@ -192,6 +200,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
         self.seed = seed
         self.eval_seed = eval_seed
         self.resize_mode = resize_mode
+        self.jitter_queries = jitter_queries
         self.reader = ClipReader(
             frames, resize, size, flip, decoder, resize_mode=resize_mode or "short_side", sampling=sampling
         )
@@ -326,6 +335,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
                 "data.train_n_shot": self.train_shape.n_shot,
                 "data.n_query": self.train_shape.n_query,
                 **{f"data.{name}": getattr(self.reader, name) for name in OF_FRAMES},
+                "data.jitter_queries": self.jitter_queries,
                 "data.cache": None if cache is None else f"one of {cache.settings}",
                 "data.train_augmentations": self.train_augmentations,
                 "the train split of data.manifest": self._contents("train"),
@@ -354,9 +364,9 @@ class EpisodeDataModule(lightning.LightningDataModule):
             UserError: says what to set.
         """
         if self.trainer and self.trainer.state.fn == "fit":
-            if "data.frames" in (episodes := state_dict.get("episodes", {})):  # earlier versions knew one way
-                episodes = {"data.resize_mode": "short_side", "data.sampling": "segments", **episodes}
-                state_dict = state_dict | {"episodes": episodes}
+            # What earlier versions knew alone.
+            only = {"data.resize_mode": "short_side", "data.sampling": "segments", "data.jitter_queries": False}
+            state_dict = state_dict | {"episodes": only | state_dict.get("episodes", {})}
             check_goes_on(state_dict, self.state_dict(), most=self.trainer.max_steps)
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -399,6 +409,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
             replace=limit > 0,
             plans=plans,
             step=self.episodes_per_step,
+            jitter_queries=self.jitter_queries,
             note=self._notes[name],
         )
         progress = self.rank == 0 and bool(self.trainer and self.trainer.progress_bar_callback)
@@ -501,6 +512,7 @@ def read_from_cache(folder: str, manifest: Manifest, reader: ClipReader, name: s
         UserError: the cache has frames that are too few or too small, or those of other videos.
     """
     cache = FrameCache.open(folder, manifest.root)
+    cached = dataclasses.replace(reader, cache=cache)
     if reader.resize > cache.short_side:
         raise UserError(
             f"resize is {reader.resize}, but the cache {folder} holds frames of {cache.short_side}"
@@ -516,7 +528,6 @@ def read_from_cache(folder: str, manifest: Manifest, reader: ClipReader, name: s
             f"frames is {reader.frames}, but the cache {folder} holds {cache.frames} of each video:"
             f" give --data.frames {cache.frames} or less, or make a cache of more"
         )
-    cached = dataclasses.replace(reader, cache=cache)
     if check_files:
         manifest.check_files(lambda video: cached.is_cached(video) or os.path.exists(video))
     others = sum(not cached.is_cached(video.path) for video in manifest.videos)

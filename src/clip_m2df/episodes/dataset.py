@@ -3,7 +3,9 @@
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
+from pathlib import PurePath
 from typing import Any, TypeVar, cast
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ from clip_m2df.episode import Episode, episode_draws, episode_generator
 from clip_m2df.episodes.plan import EpisodePlan, EpisodeShape, plan_episode
 from clip_m2df.errors import UserError, some
 from clip_m2df.video.reader import VideoError
-from clip_m2df.video.transforms import ClipReader
+from clip_m2df.video.transforms import JITTER_DRAWS, ClipReader, jitter_colours
 
 
 class ReadEpisode(Episode):
@@ -49,6 +51,7 @@ class EpisodeDataset(Dataset[ReadEpisode]):
         replace: put another video of the class in the place of one that can't be read, or raise its ``VideoError``.
         plans: the videos of each episode, where they are not to be drawn.
         step: episodes of an optimiser step, in which a video always looks the same.
+        jitter_queries: with ``augment``, mirror half of the queries and change their colours.
         note: called with the path of each video before it is read, and with an empty one after it.
     """
 
@@ -61,6 +64,7 @@ class EpisodeDataset(Dataset[ReadEpisode]):
     replace: bool = False
     plans: Sequence[EpisodePlan] | None = None
     step: int = 1
+    jitter_queries: bool = False
     note: Callable[[str], object] = str
 
     def __post_init__(self) -> None:
@@ -140,9 +144,14 @@ class EpisodeDataset(Dataset[ReadEpisode]):
         plan, unusable = self.replan(episode, self.plan(episode), is_usable)
         keys = [(step, video.path) for video in plan.videos]
         read = [found for key in keys if not isinstance(found := seen[key], VideoError)]
-        clips = torch.stack([clip for clip, _ in read])
+        short = {path: length for (_, path), (_, length) in zip(keys, read, strict=True) if length < self.reader.frames}
         labels = plan.query_labels
         n_support = len(keys) - len(labels)
+        shown = [clip for clip, _ in read]
+        if self.augment and self.jitter_queries:
+            shown[n_support:] = [self._jittered(*key, clip) for key, clip in zip(keys, shown, strict=True)][n_support:]
+            keys[n_support:] = [(step, f"{path} as a query") for _, path in keys[n_support:]]
+        clips = torch.stack(shown)
         return ReadEpisode(
             support=clips[:n_support].unflatten(0, (1, len(plan.classes), -1)),
             query=clips[n_support:].unsqueeze(0),
@@ -152,9 +161,7 @@ class EpisodeDataset(Dataset[ReadEpisode]):
             draws=episode_draws(self.seed, self.split.name, episode, len(labels)).unsqueeze(0),
             replaced=torch.tensor([len(unusable)]),
             unusable={path: str(seen[step, path]) for path in unusable},
-            short={
-                path: length for (_, path), (_, length) in zip(keys, read, strict=True) if length < self.reader.frames
-            },
+            short=short,
             clips=keys,
         )
 
@@ -165,8 +172,7 @@ class EpisodeDataset(Dataset[ReadEpisode]):
         """
         uniforms = None
         if self.augment or self.reader.draws:
-            rng = episode_generator(self.seed, self.split.name, step, "augmentation", self._index[path])
-            uniforms = torch.from_numpy(rng.random(self.reader.frames + (3 if self.augment else 0)))
+            uniforms = self._draw(step, path, "augmentation", self.reader.frames + (3 if self.augment else 0))
         self.note(path)
         try:
             return self.reader.read(path, uniforms)
@@ -174,6 +180,18 @@ class EpisodeDataset(Dataset[ReadEpisode]):
             return error
         finally:
             self.note("")
+
+    def _jittered(self, step: int, path: str, clip: Tensor) -> Tensor:
+        """What becomes of a clip as a query, see ``jitter_queries``."""
+        mirrored, *colours = self._draw(step, path, "colours", 1 + JITTER_DRAWS)
+        return jitter_colours(clip.flip(-1) if mirrored < 0.5 else clip, torch.stack(colours))
+
+    def _draw(self, step: int, path: str, stream: str, count: int) -> Tensor:
+        """Uniforms for a video in an optimiser step, or in an episode of an evaluation."""
+        # Knobs put videos into test episodes that are not of the split.
+        other = crc32("/".join(PurePath(path).parts[-2:]).encode(errors="surrogateescape"))
+        rng = episode_generator(self.seed, self.split.name, step, stream, self._index.get(path, other))
+        return torch.from_numpy(rng.random(count))
 
 
 def collate_episodes(episodes: Sequence[Batch]) -> Batch:
