@@ -6,12 +6,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from clip_m2df import CLIPM2DF
 from clip_m2df.commands.configs import find_config, shipped_configs
 from clip_m2df.commands.trainer import CLI
 from clip_m2df.episodes.datamodule import EpisodeDataModule
-from clip_m2df.nn.baselines import build_head
+from clip_m2df.episodes.plan import EpisodeShape
+from clip_m2df.nn.baselines import CLIPFSARHead, build_head
 
 DATA_SETS = ("kinetics100", "ssv2", "ssv2_small", "hmdb51", "ucf101")
 FAMILIES = ("scene", "order")  # of the embedded benchmark
@@ -68,7 +71,8 @@ def test_there_is_a_config_for_each_data_set_and_shot_and_no_settings_of_the_stu
         "demo_5way1shot.yaml",
         *(f"{name}_5way{shot}shot.yaml" for name, shot in itertools.product((*DATA_SETS, *FAMILIES), (1, 5))),
     }
-    assert set(RECIPES) == {f"recipes/{name}.yaml" for name in ("published", "gpu24gb", "laptop", "wandb_offline")}
+    names = ("published", "clip_fsar", "clip_fsar_kinetics100", "gpu24gb", "laptop", "wandb_offline")
+    assert set(RECIPES) == {f"recipes/{name}.yaml" for name in names}
 
 
 # Recipes are for data sets, and for the demo as an example. All commands take the same options.
@@ -86,7 +90,10 @@ def test_no_key_is_ignored(names: list[str], command: str) -> None:
     config = parse(*names, command=command)
     expected: dict[str, Any] = {}
     for name in names:
-        expected |= keys(name)
+        own = keys(name)
+        if any(path.startswith("model.head_options.") for path in own):  # the later table replaces the former
+            expected = {path: value for path, value in expected.items() if not path.startswith("model.head_options.")}
+        expected |= own
     for path, value in expected.items():
         got = found(config, path)
         # A class is given by its name and becomes a path.
@@ -100,7 +107,8 @@ def test_no_key_is_ignored(names: list[str], command: str) -> None:
 
 
 def _hidden_dim(head: Any) -> int:
-    width: int = head.views["local"].encoder.layers[0].feed_forward[0].out_features
+    encoder: Any = head.transformer if isinstance(head, CLIPFSARHead) else head.views["local"].encoder
+    width: int = encoder.layers[0].feed_forward[0].out_features
     return width
 
 
@@ -162,6 +170,46 @@ def test_the_tuned_recipe_is_in_them(name: str, shot: int) -> None:
     assert config["data.flip"] is (not name.startswith("ssv2"))
     expected = {"frames": 8, "resize": 256, "size": 224, "n_query": 5, "n_query_eval": 1, "test_episodes": 10000}
     assert {key: config[f"data.{key}"] for key in expected} == expected
+
+
+@pytest.mark.parametrize(("name", "shot"), list(itertools.product(DATA_SETS, (1, 5))))
+def test_clip_fsars_recipe_is_exact(name: str, shot: int) -> None:
+    peak, start, warmup, (tenth, hundredth), end, weight = TUNED[name]
+    layers = ["recipes/clip_fsar.yaml", *["recipes/clip_fsar_kinetics100.yaml"][: name == "kinetics100"]]
+    config = parse(f"{name}_5way{shot}shot.yaml", *layers)
+    assert config.trainer.max_steps == end / 4
+    assert (config.model.head, config.model.head_options) == ("clip_fsar", {"single_direction": False})
+    assert (config.model.class_weight, config.model.match_weight) == (weight, 1.0)
+    data = EpisodeDataModule(**config.data.as_dict())
+    assert (data.train_shape, data.eval_shape) == (EpisodeShape(5, 1, 5), EpisodeShape(5, shot, 1))
+    assert (data.reader.flip, data.reader.sampling) == (False, "window" if warmup == 250 else "random_segments")
+    options = {"hidden_dim": 8}
+    model = CLIPM2DF(**config.model.as_dict() | {"backbone": "tiny", "head_options": options})
+    made: Any = model.configure_optimizers()
+    for group, factor in zip(made["optimizer"].param_groups, made["lr_scheduler"]["scheduler"].lr_lambdas, strict=True):
+        for step in range(config.trainer.max_steps):
+            iteration = 4 * step + 3  # the rate is set in each of 4, and the step made at that of the last
+            rate = peak * (1e-2 if iteration >= hundredth else 0.1 if iteration >= tenth else 1)
+            if iteration < warmup:
+                rate = start + (peak - start) * iteration / warmup
+            assert group["initial_lr"] * factor(step) == pytest.approx(rate, rel=1e-12), step
+
+
+@pytest.mark.parametrize(("name", "shot"), list(itertools.product(DATA_SETS, (1, 5))))
+def test_clip_m2dfs_recipe_is_exact(name: str, shot: int) -> None:
+    config = parse(f"{name}_5way{shot}shot.yaml", "recipes/published.yaml")
+    single = name == "kinetics100" and shot == 1
+    assert (config.model.head, config.model.head_options) == ("m2df", {"single_direction": single})
+    data = EpisodeDataModule(**config.data.as_dict())
+    assert (data.train_shape, data.eval_shape) == (EpisodeShape(5, shot, 5), EpisodeShape(5, shot, 1))
+    assert (data.reader.flip, data.reader.sampling, data.reader.resize_mode) == (True, "linspace", "short_side")
+    model = CLIPM2DF(**config.model.as_dict() | {"backbone": "tiny", "head_options": {"hidden_dim": 8}})
+    made: Any = model.configure_optimizers()
+    assert {group["weight_decay"] for group in made["optimizer"].param_groups} == {0}
+    factors = made["lr_scheduler"]["scheduler"].lr_lambdas
+    assert {1e-6} == {1e-6 * factor(step) for factor in factors for step in range(config.trainer.max_steps)}
+    images = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 1, 1)
+    assert model.model.backbone.normalise(images).unique().tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("name", [name for name in BASES if name.startswith(DATA_SETS)])

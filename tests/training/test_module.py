@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from clip_m2df import CLIPM2DF, Episode, M2DFHead, UserError
+from clip_m2df.clip.backbone import CLIPBackbone
 from clip_m2df.episode import select_episodes
 from clip_m2df.nn.baselines import HEADS, head_class
 from clip_m2df.nn.class_text import class_text_logits, query_class_logits
@@ -90,12 +91,14 @@ def test_it_trains_in_a_users_own_script_with_their_own_data(tiny_clip_dir: Path
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("loss_reduction", ["sum", "mean"])
 @pytest.mark.parametrize("class_weight", [0.0, 1.5])
 @pytest.mark.parametrize("head", HEADS)
-def test_the_loss_is_the_methods_sum(tiny_clip_dir: Path, head: str, class_weight: float) -> None:
+def test_the_loss_is_the_methods_sum(tiny_clip_dir: Path, head: str, class_weight: float, loss_reduction: str) -> None:
     own = {"direction": "mutual"} if head == "m2df" else {}
     weights = {"match_weight": 0.7, "distill_weight": 3.0, "class_weight": class_weight}
-    model = make(tiny_clip_dir, own, head=head, **weights)
+    model = make(tiny_clip_dir, own, head=head, loss_reduction=loss_reduction, **weights)
+    queries, videos = (6, 9) if loss_reduction == "mean" else (1, 1)
     batch = make_episodes(2)
     loss = model.training_step(batch, 0)
     loss.backward()
@@ -106,11 +109,11 @@ def test_the_loss_is_the_methods_sum(tiny_clip_dir: Path, head: str, class_weigh
         support, query = (model.model.encode_frames(clips[i]) for clips in (batch["support"], batch["query"]))
         classes, labels = batch["class_indices"][i], batch["query_labels"][i]
         output = model.model.head(support, query, table[classes], batch["draws"][i])
-        expected += 0.7 * F.cross_entropy(output.logits, labels, reduction="sum").item()
+        expected += 0.7 * F.cross_entropy(output.logits, labels, reduction="sum").item() / queries
         expected += 3.0 * output.distillation_loss.item()
         of_support, of_query = class_text_logits(model.model.head, support, query, table[classes], table)
-        expected += class_weight * F.cross_entropy(of_support[:, 0], classes, reduction="sum").item()
-        expected += class_weight * F.cross_entropy(of_query, classes[labels], reduction="sum").item()
+        expected += class_weight * F.cross_entropy(of_support[:, 0], classes, reduction="sum").item() / videos
+        expected += class_weight * F.cross_entropy(of_query, classes[labels], reduction="sum").item() / videos
     assert loss.item() == pytest.approx(expected / 2, rel=1e-5)
 
 
@@ -159,9 +162,8 @@ def test_nothing_that_is_trained_is_without_gradient(tiny_clip_dir: Path, option
 
 
 def test_the_learning_rate_warms_up_and_steps_by_optimiser_steps(tiny_clip_dir: Path, tmp_path: Path) -> None:
-    model = make(
-        tiny_clip_dir, lr=1.0e-3, backbone_lr=1e-4, warmup_steps=4, warmup_start=0.2, milestones=[6, 8], gamma=0.1
-    )
+    schedule: dict[str, Any] = {"warmup_steps": 4, "warmup_start": 0.2, "milestones": [6, 8], "gamma": 0.1}
+    model = make(tiny_clip_dir, lr=1.0e-3, backbone_lr=1e-4, **schedule)
     seen = []
 
     class Watch(lightning.Callback):
@@ -174,6 +176,78 @@ def test_the_learning_rate_warms_up_and_steps_by_optimiser_steps(tiny_clip_dir: 
     factors = [0.2, 0.4, 0.6, 0.8, 1, 1, 0.1, 0.1, 0.01, 0.01]
     assert [head for head, _ in seen] == pytest.approx([1e-3 * f for f in factors])
     assert [tower for _, tower in seen] == pytest.approx([1e-4 * f for f in factors])
+    ahead: Any = make(tiny_clip_dir, **schedule, warmup_offset=0.75).configure_optimizers()
+    factors[:4] = [0.35, 0.55, 0.75, 0.95]
+    assert [ahead["lr_scheduler"]["scheduler"].lr_lambdas[0](k) for k in range(10)] == pytest.approx(factors)
+
+
+@pytest.mark.parametrize("tower", ["clip_resnet", "clip_vit"])
+def test_no_decay_exempts_what_clip_fsar_exempts(tower: str) -> None:
+    state = read_golden(tower)[1]
+    backbone = CLIPBackbone.from_openai(state, head_width=64, activation="quick_gelu").description()
+    choice = {"weight_decay": 1e-3, "no_decay": [".bn", ".norm."]}
+    model = CLIPM2DF(backbone=backbone, head="clip_fsar", class_weight=1.0, **choice)  # type: ignore[arg-type]
+    groups: Any = model.configure_optimizers()
+    exempt, decaying = (
+        [group for group in groups["optimizer"].param_groups if group["weight_decay"] == decay] for decay in (0, 1e-3)
+    )
+    # Its rule goes by the names that parameters have there, in the tower OpenAI's: in a ViT's none has either part.
+    names = [name for name in state if name.startswith("visual.") and not name.endswith(("_var", "_mean", "_tracked"))]
+    wanted = sorted(tuple(state[name].shape) for name in names if "bn" in name or "norm" in name)
+    assert len(wanted) == {"clip_resnet": 36, "clip_vit": 0}[tower]
+    of_head = [tuple(p.shape) for g in exempt if g["name"].startswith("head") for p in g["params"]]
+    assert of_head == [(32,), (32,)]  # its layer norm
+    assert sorted(tuple(p.shape) for g in exempt if g["name"].startswith("backbone") for p in g["params"]) == wanted
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    assert {id(p) for g in exempt + decaying for p in g["params"]} == trained
+
+
+def test_no_decay_that_names_nothing_is_told(tiny_clip_dir: Path) -> None:
+    with pytest.warns(UserWarning, match=r"no_decay: no parameter's name has \.nrom or \.bn"):
+        make(tiny_clip_dir, no_decay=[".nrom", ".bn"]).configure_optimizers()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"loss_reduction": "mean"}, {"no_decay": [".norm."]}, {"warmup_offset": 0.75}],
+    ids=lambda c: next(iter(c)),
+)
+def test_a_run_of_a_version_without_an_option_goes_on_without_it(
+    tiny_clip_dir: Path, tmp_path: Path, changed: dict[str, Any]
+) -> None:
+    _, path = fitted_checkpoint(tiny_clip_dir, tmp_path)
+    checkpoint = torch.load(path, weights_only=True)
+    for name in changed:
+        del checkpoint["hyper_parameters"][name]
+    torch.save(checkpoint, path)
+    loader: Any = DataLoader(UsersEpisodes(4), batch_size=None)
+    run = trainer(tmp_path, max_steps=3, limit_val_batches=0)
+    with pytest.raises(UserError, match=rf"model\.{next(iter(changed))} is .*, but .* in the run that is to go on"):
+        run.fit(make(tiny_clip_dir, lr=1e-3, **changed), loader, ckpt_path=path)
+    run.fit(make(tiny_clip_dir, lr=1e-3), loader, ckpt_path=path)
+    assert run.global_step == 3
+
+
+def test_batch_norm_that_moves_sees_support_and_queries_apart_whatever_the_batch() -> None:
+    state = read_golden("clip_resnet")[1]
+    backbone = CLIPBackbone.from_openai(state, head_width=64, activation="quick_gelu").description()
+    clips = torch.randint(0, 256, (2, 9, 2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    apart, together = (CLIPM2DF(backbone=backbone, head="otam", freeze_batch_norm=False).model for _ in range(2))
+    together.load_state_dict(apart.state_dict())
+    expected = [apart.encode_frames(part) for episode in clips for part in (episode[:3], episode[3:])]
+    batch: Any = {
+        "support": clips[:, :3].unflatten(1, (3, 1)),
+        "query": clips[:, 3:],
+        "same": torch.arange(18).view(2, 9),
+    }
+    support, query = together.encode_episode(batch)
+    torch.testing.assert_close(support.squeeze(2), torch.stack(expected[::2]))
+    torch.testing.assert_close(query, torch.stack(expected[1::2]))
+    for name, value in apart.state_dict().items():
+        torch.testing.assert_close(together.state_dict()[name], value, msg=name)
+    together.eval()
+    before = together.encode_episode(batch)[1]
+    torch.testing.assert_close(before, together.encode_frames(batch["query"]))
 
 
 @pytest.mark.parametrize("head", ["m2df", "clip_fsar"])
@@ -316,6 +390,11 @@ def test_checkpoints_of_something_else_are_refused(tiny_clip_dir: Path, tmp_path
         ({"lr": 0.0}, "lr is 0.0; it must be above 0"),
         ({"backbone_lr": -1.0}, "backbone_lr is -1.0"),
         ({"weight_decay": -1.0}, "weight_decay is -1.0; it must be at least 0"),
+        ({"no_decay": ".bn"}, r"no_decay is '\.bn'; it must be a list of parts of names"),
+        ({"no_decay": [""]}, r"no_decay is \[''\]; it must be a list"),
+        ({"no_decay": [3]}, r"no_decay is \[3\]; it must be a list"),
+        ({"loss_reduction": "max"}, "loss_reduction: there is no 'max'; there are sum, mean"),
+        ({"warmup_offset": -0.5}, "warmup_offset is -0.5; it must be at least 0"),
         ({"head_options": {"dim": 16}}, "dim follows from the backbone; leave it out"),
         ({"head_options": {"views": None}}, "head_options: M2DFHead does not take"),
         ({"text_fusion": 1.5}, "text_fusion is 1.5"),

@@ -1,11 +1,15 @@
 """Videos against the prompts of classes, each on its own: class logits, their loss, their part in predictions."""
 
+from typing import Literal, TypeAlias
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from clip_m2df.nn.head import Head
 from clip_m2df.nn.prompts import prompt_scores
+
+Reduction: TypeAlias = Literal["sum", "mean"]
 
 
 def class_text_logits(
@@ -34,9 +38,16 @@ def query_class_logits(head: Head, query: Tensor, prompts: Tensor, table: Tensor
 
 
 def class_text_loss(
-    head: Head, support: Tensor, query: Tensor, prompts: Tensor, table: Tensor, classes: Tensor, labels: Tensor
+    head: Head,
+    support: Tensor,
+    query: Tensor,
+    prompts: Tensor,
+    table: Tensor,
+    classes: Tensor,
+    labels: Tensor,
+    reduction: Reduction = "sum",
 ) -> Tensor:
-    """A sum over the support and query videos of an episode, a mean over episodes.
+    """A sum or mean over the support and query videos of an episode, a mean over episodes.
 
     Args:
         head: see :func:`class_text_logits`, as the four below.
@@ -46,13 +57,15 @@ def class_text_loss(
         table: without it.
         classes: int64 ``(episodes, n_way)``, indices in ``table``.
         labels: int64 ``(episodes, n_queries)``, indices in the episode.
+        reduction: over the videos of an episode.
     """
     of_support, of_query = class_text_logits(head, support, query, prompts, table)
     support_classes = classes.unsqueeze(-1).expand(of_support.shape[:-1])
     query_classes = classes.gather(1, labels)
     logits = torch.cat((of_support.flatten(0, -2), of_query.flatten(0, -2)))
     targets = torch.cat((support_classes.flatten(), query_classes.flatten()))
-    return F.cross_entropy(logits, targets, reduction="sum") / len(classes)
+    loss = F.cross_entropy(logits, targets, reduction=reduction)
+    return loss / len(classes) if reduction == "sum" else loss  # episodes have as many videos each
 
 
 def fuse_text(head: Head, share: float, logits: Tensor, query: Tensor, prompts: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from clip_m2df.errors import UserError, require
 from clip_m2df.nn.distillation import CONDITIONS, DIRECTIONS, Direction, ViewOutput, mutual_distillation
@@ -367,10 +368,15 @@ class M2DF(nn.Module):
 
     def encode_episode(self, episode: Episode) -> tuple[Tensor, Tensor]:
         """Features of the support ``(…, n_shot, frames, dim)`` and the queries ``(…, frames, dim)`` of a batch."""
-        if "same" not in episode:
-            return self.encode_frames(episode["support"]), self.encode_frames(episode["query"])
-        # A video that several episodes of the batch have in common goes through the tower once.
         support, query = episode["support"], episode["query"]
+        if any(isinstance(module, _BatchNorm) and module.training for module in self.backbone.visual.modules()):
+            # Batch norm that moves sees an episode at a time, whatever the batch: its support, and then its queries, as
+            # in the published code.
+            pairs = [(self.encode_frames(s), self.encode_frames(q)) for s, q in zip(support, query, strict=True)]
+            return torch.stack([s for s, _ in pairs]), torch.stack([q for _, q in pairs])
+        if "same" not in episode:
+            return self.encode_frames(support), self.encode_frames(query)
+        # A video that several episodes of the batch have in common goes through the tower once.
         clips = torch.cat((support.flatten(1, 2), query), 1).flatten(0, 1)
         chosen, inverse = episode["same"].flatten().unique(return_inverse=True)
         features = self.encode_frames(clips[chosen])[inverse].unflatten(0, episode["same"].shape)

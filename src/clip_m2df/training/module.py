@@ -2,10 +2,11 @@
 
 import inspect
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TypeAlias, cast
+from typing import Any, NamedTuple, Self, TypeAlias, cast, get_args
 
 import lightning
 import numpy as np
@@ -28,7 +29,7 @@ from clip_m2df.evaluation.metrics import NAMES, StageMetrics
 from clip_m2df.hub import find_model, is_reading, push_model, read_model, write_model
 from clip_m2df.loops import check_same, ends_step, episodes_played, logs_step
 from clip_m2df.nn.baselines import build_head, head_class, options_of
-from clip_m2df.nn.class_text import class_text_loss, fuse_text
+from clip_m2df.nn.class_text import Reduction, class_text_loss, fuse_text
 from clip_m2df.nn.head import HeadOutput
 from clip_m2df.nn.m2df import M2DF
 from clip_m2df.nn.prompts import DEFAULT_TEMPLATE, SELECTIONS, Selection
@@ -118,15 +119,21 @@ class CLIPM2DF(lightning.LightningModule):
             Note: the published code does so until its first evaluation only, and changes its model half-way.
         lr: peak learning rate of Adam, for the head.
         backbone_lr: the same for the visual tower; ``lr`` by default.
-        weight_decay: Adam's.
+        weight_decay: Adam's; it is added to the gradient, not decoupled.
+        no_decay: parts of names: a parameter whose name has one of them gets no weight decay. ``.bn`` and ``.norm.``
+            are CLIP-FSAR's choice: a ResNet's batch norm but for its shortcuts', and the head's layer norm, but not
+            a ViT's.
         warmup_steps: optimiser steps over which the learning rate rises linearly.
         warmup_start: the share of the peak at which it starts.
+        warmup_offset: optimiser steps by which the warm-up is ahead. CLIP-FSAR's is so by 0.75: it sets the rate anew
+            for each of the 4 batches that a step accumulates, and takes the step at that of the last.
         milestones: optimiser steps after which it is multiplied by ``gamma``.
         gamma: see ``milestones``.
-        match_weight: λ of the classification loss, a sum over the queries.
+        match_weight: λ of the classification loss.
         distill_weight: λ of the distillation term.
-        class_weight: λ of the class-text loss over all classes of the split, a sum over support and query videos; off
-            at 0, as published.
+        class_weight: λ of the class-text loss over all classes of the split; off at 0, as published.
+        loss_reduction: the classification loss is the ``sum`` over the queries of an episode, as published, and the
+            class-text loss that over its support and query videos; or each is the ``mean``, as in CLIP-FSAR.
         selection: how PPS picks at evaluation: ``argmax``, ``sample`` or ``expectation``; by default as the model goes:
             ``sample`` for a published checkpoint, and what was saved of one, ``argmax`` for all others.
         text_fusion: β of ``p = p_text^β · p_visual^(1−β)`` at evaluation, the text's probabilities from the class
@@ -155,13 +162,16 @@ class CLIPM2DF(lightning.LightningModule):
         lr: float = 1e-6,
         backbone_lr: float | None = None,
         weight_decay: float = 0.0,
-        warmup_steps: int = 0,
+        no_decay: list[str] | None = None,
+        warmup_steps: float = 0,
         warmup_start: float = 0.1,
+        warmup_offset: float = 0.0,
         milestones: list[int] | None = None,
         gamma: float = 0.1,
         match_weight: float = 1.0,
         distill_weight: float = 1.0,
         class_weight: float = 0.0,
+        loss_reduction: Reduction = "sum",
         selection: Selection | None = None,
         text_fusion: float = 0.0,
     ) -> None:
@@ -169,9 +179,15 @@ class CLIPM2DF(lightning.LightningModule):
         options = {name: value for name, value in given if name not in ("self", "__class__", *RUN_OPTIONS)}
         super().__init__()
         require(above=0, lr=lr, backbone_lr=backbone_lr)
-        require(least=0, weight_decay=weight_decay, bank_memory=bank_memory, warmup_steps=warmup_steps)
+        require(least=0, weight_decay=weight_decay, bank_memory=bank_memory)
+        require(least=0, warmup_steps=warmup_steps, warmup_offset=warmup_offset)
         require(least=0, most=1, text_fusion=text_fusion)
         require(above=0, most=1, warmup_start=warmup_start)
+        if loss_reduction not in (choices := get_args(Reduction)):
+            raise UserError(f"loss_reduction: there is no {loss_reduction!r}; there are {', '.join(choices)}")
+        parts = [] if no_decay is None else no_decay
+        if not isinstance(parts, list | tuple) or not all(isinstance(part, str) and part for part in parts):
+            raise UserError(f"no_decay is {no_decay!r:.80}; it must be a list of parts of names, such as ['.bn']")
         # What is asked of the head is checked before a tower is loaded, which takes longer.
         own = dict(head_options or {})
         if "selection" in own:
@@ -207,13 +223,16 @@ class CLIPM2DF(lightning.LightningModule):
         self.lr = lr
         self.backbone_lr = lr if backbone_lr is None else backbone_lr
         self.weight_decay = weight_decay
+        self.no_decay = tuple(parts)
         self.warmup_steps = warmup_steps
         self.warmup_start = warmup_start
+        self.warmup_offset = warmup_offset
         self.milestones = sorted(milestones or [])
         self.gamma = gamma
         self.match_weight = match_weight
         self.distill_weight = distill_weight
         self.class_weight = class_weight
+        self.loss_reduction: Reduction = loss_reduction
         self.text_fusion = text_fusion
         self.bank_memory = bank_memory
         # The tower's name; its description, of megabytes, goes into checkpoints only, not into logs.
@@ -303,13 +322,16 @@ class CLIPM2DF(lightning.LightningModule):
         else:
             output = self.model.head(support, query, prompts, episode.get("draws"))
 
-        # L = λ_match Σ_q CE + λ_distill L_distill + λ_class Σ CE, sums within an episode, a mean over episodes
-        match = F.cross_entropy(output.logits.flatten(0, 1), labels.flatten(), reduction="sum") / len(labels)
+        # L = λ_match Σ_q CE + λ_distill L_distill + λ_class Σ CE, sums (or means) within an episode, a mean over all
+        match = F.cross_entropy(output.logits.flatten(0, 1), labels.flatten(), reduction=self.loss_reduction)
+        if self.loss_reduction == "sum":
+            match = match / len(labels)
         distill = output.distillation_loss.mean()
         losses = {"match": match, "distill": distill}
         loss = self.match_weight * match + self.distill_weight * distill
         if self.class_weight:
-            losses["class"] = class_text_loss(self.model.head, support, query, prompts, table, classes, labels)
+            videos = support, query, prompts, table, classes, labels
+            losses["class"] = class_text_loss(self.model.head, *videos, reduction=self.loss_reduction)
             loss = loss + self.class_weight * losses["class"]
         losses["total"] = loss
 
@@ -488,11 +510,16 @@ class CLIPM2DF(lightning.LightningModule):
         Raises:
             UserError: nothing is trained.
         """
-        parts = (("head", self.model.head, self.lr), ("backbone", self.model.backbone.visual, self.backbone_lr))
-        groups = [
-            {"params": [p for p in part.parameters() if p.requires_grad], "lr": lr, "name": name}
-            for name, part, lr in parts
-        ]
+        trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        bare = {name for name in trained if any(part in name for part in self.no_decay)}
+        if self.no_decay and not bare:
+            warnings.warn(f"no_decay: no parameter's name has {' or '.join(self.no_decay)}", stacklevel=2)
+        groups: list[dict[str, Any]] = []
+        for part, module, lr in (("head", "head", self.lr), ("backbone", "backbone.visual", self.backbone_lr)):
+            own = [name for name in trained if name.startswith(f"model.{module}.")]
+            groups.append({"params": [trained[n] for n in own if n not in bare], "lr": lr, "name": part})
+            exempt = [trained[n] for n in own if n in bare]
+            groups.append({"params": exempt, "lr": lr, "name": f"{part}_no_decay", "weight_decay": 0.0})
         groups = [group for group in groups if group["params"]]
         if not groups:
             raise UserError(
@@ -506,8 +533,8 @@ class CLIPM2DF(lightning.LightningModule):
 
     def _lr_factor(self, step: int) -> float:
         """Share of the peak learning rate at an optimiser step."""
-        if step < self.warmup_steps:
-            return self.warmup_start + (1 - self.warmup_start) * step / self.warmup_steps
+        if (ahead := step + self.warmup_offset) < self.warmup_steps:
+            return self.warmup_start + (1 - self.warmup_start) * ahead / self.warmup_steps
         return float(self.gamma ** sum(step >= milestone for milestone in self.milestones))
 
     # ------------------------------------------------------------------------------------- checkpoints
@@ -559,6 +586,8 @@ class CLIPM2DF(lightning.LightningModule):
             known = inspect.signature(CLIPM2DF).parameters  # a class derived from it may save more
             saved = {n: v for n, v in checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY].items() if n in known}
             saved = saved_options("the checkpoint", saved, CLIPM2DF, head=self.hparams["head"])
+            # What an earlier version knew nothing of was as it is by default.
+            saved = {n: parameter.default for n, parameter in known.items() if n not in RUN_OPTIONS} | saved
             own = options_by_name(self.hparams) | self._goes_by()
             check_same(options_by_name(saved) | checkpoint.get("goes_by", {}), own)
             averages = any(isinstance(c, WeightAveraging) for c in self._trainer.callbacks)  # type: ignore[attr-defined]
