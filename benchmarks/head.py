@@ -3,11 +3,13 @@
 5-way with 5 queries a class, 8 frames, float32, dropout on, gradients of the weights and of the features; one episode,
 and eight at once, which the plain version loops over. ``share`` is the time of ours over the plain one's, and
 ``bar_share`` the most that it may be. ``off`` is the largest difference of the loss or of a gradient without dropout,
-over the largest entry of its tensor; ``kept`` and ``plain_kept`` are the MiB that autograd keeps for the backward pass
-beside the weights.
+over the largest entry of its tensor; ``kept`` and ``plain_kept`` are the MiB that autograd keeps of all episodes for
+the backward pass, beside the weights. ``floor`` is the share that our matrix products and convolutions alone would have
+at the speed of a large matrix product.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import cast
 
 import torch
@@ -15,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from benchmarks.ceilings import count_flops, matmul_speed
 from benchmarks.plain_head import PlainHead
 from benchmarks.timing import Case, compare
 from clip_m2df.nn.m2df import M2DFHead
@@ -45,6 +48,8 @@ def cases(dims: Sequence[int] = (512, 1024), *, shots: Sequence[int] = (1, 5), r
                 name = f"D = {dim}, {n_shot}-shot, {n_episodes} at once"
                 case = compare(name, *steps, repeat=repeat, calls=1, off=off, **memory)
                 case["share"], case["within_bar"] = 1 / case["ratio"], off <= MOST_OFF
+                flops = 3 * count_flops(partial(list, our_losses(ours, inputs)))  # twice as many on the way back
+                case["floor"] = flops / matmul_speed("cpu", torch.float32) / case["plain"]
                 if bar is not None:
                     case["bar_share"] = bar
                     case["within_bar"] &= case["share"] <= bar

@@ -1,8 +1,8 @@
 """The head in its published structure, written plainly: what ``head`` measures ours against.
 
 Support and queries go through each part one after the other, the global view computes every step, weights are normed
-at each use, OTAM goes cell by cell, prompts are picked and views are held against each other a query at a time. The
-weights have the names of published checkpoints.
+at each use, OTAM fills a table in place cell by cell, prompts are picked and views are held against each other a query
+at a time. The weights have the names of published checkpoints.
 """
 
 import torch
@@ -10,7 +10,21 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from benchmarks.double_loop import otam
+
+def otam(costs: Tensor, smoothing: float = 0.5) -> Tensor:
+    """OTAM of ``costs (…, rows, columns)``, one direction: ``(…)``."""
+    costs = F.pad(costs, (1, 1))
+    table = torch.zeros_like(costs)
+    rows, columns = costs.shape[-2:]
+    for j in range(1, columns):
+        table[..., 0, j] = costs[..., 0, j] + table[..., 0, j - 1]
+    for i in range(1, rows):
+        for j in range(1, columns):
+            total = torch.exp(-table[..., i - 1, j - 1] / smoothing) + torch.exp(-table[..., i, j - 1] / smoothing)
+            if j in (1, columns - 1):
+                total = total + torch.exp(-table[..., i - 1, j] / smoothing)
+            table[..., i, j] = costs[..., i, j] - smoothing * torch.log(total)
+    return table[..., -1, -1]
 
 
 def cosines(x: Tensor, y: Tensor) -> Tensor:
@@ -123,7 +137,7 @@ class PlainHead(nn.Module):
             draws: uniforms ``(n_queries)``.
             labels: int64 ``(n_queries)``.
         """
-        n_way, n_shot = support.shape[:2]
+        n_shot = support.shape[1]
         support = support.flatten(0, 1)
         of_support = prompts.repeat_interleave(n_shot, 0).unsqueeze(1)
         of_query = prompts[self.pick(query, prompts, draws)].unsqueeze(1)
@@ -158,7 +172,8 @@ class PlainHead(nn.Module):
     def distances(self, query: Tensor, prototypes: Tensor) -> Tensor:
         """OTAM's both ways ``(n_queries, n_way)``."""
         table = 1 - cosines(query.flatten(0, 1), prototypes.flatten(0, 1))
-        return otam(rearrange(table, "(q t) (p s) -> q p t s", q=len(query), p=len(prototypes)))
+        costs = rearrange(table, "(q t) (p s) -> q p t s", q=len(query), p=len(prototypes))
+        return otam(costs) + otam(costs.transpose(-1, -2))
 
     def distillation(self, distances: list[Tensor], texts: list[Tensor]) -> Tensor:
         """The global view teaches the local one where the text says that it is the reliable one, a query at a time."""

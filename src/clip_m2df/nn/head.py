@@ -175,9 +175,7 @@ class Scoring(ABC):
         embedded, selected = self.embed_queries(query, prompts, draws)
         return self.match(embedded, prototypes, selected)
 
-    def score_episode(
-        self, support: Tensor, query: Tensor, prompts: Tensor, draws: Tensor | None = None
-    ) -> HeadOutput:
+    def score_episode(self, support: Tensor, query: Tensor, prompts: Tensor, draws: Tensor | None = None) -> HeadOutput:
         """Score queries against their support: :meth:`prototypes` and :meth:`score`, with all videos embedded at once.
 
         Args:
@@ -197,9 +195,8 @@ class Scoring(ABC):
             torch.cat((support.flatten(classes, classes + 1), query), classes),
             torch.cat((of_support.flatten(classes, classes + 1), selected.embeddings), classes),
         )
-        parts = {name: tensor.split((shape.numel(), query.shape[classes]), classes) for name, tensor in embedded.items()}
-        shots = Embedded({name: part.unflatten(classes, shape) for name, (part, _) in parts.items()})
-        queries = Embedded({name: part for name, (_, part) in parts.items()})
+        shots = embedded.map(lambda t: t.narrow(classes, 0, shape.numel()).unflatten(classes, shape))
+        queries = embedded.map(lambda t: t.narrow(classes, shape.numel(), query.shape[classes]))
         return self.match(queries, self.prototype(shots, prompts), selected)
 
 

@@ -106,7 +106,7 @@ def otam(costs: Tensor, *, smoothing: float = 0.5, single_direction: bool = Fals
         ``(…)``.
     """
     # Columns first, then rows, then pairs, so that each step works on what lies together.
-    scores = costs.reshape(-1, *costs.shape[-2:]).permute(2, 1, 0) / -smoothing
+    scores = costs.reshape(-1, *costs.shape[-2:]).permute(2, 1, 0).contiguous() / -smoothing
     if single_direction:
         totals = _LogTotal.apply(scores)
     elif costs.shape[-1] == costs.shape[-2]:  # both directions in one scan

@@ -11,6 +11,20 @@ from torch import Tensor, nn
 from clip_m2df.errors import UserError
 
 
+class Dropout(nn.Dropout):
+    """torch's dropout; on a CPU a quarter of the draws, and a byte an entry kept for the backward pass, not a float."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape to the same."""
+        if not (self.training and 0 < self.p < 1 and x.device.type == "cpu"):
+            return super().forward(x)
+        # A number of 64 bits makes four draws, each of 2^16 values.
+        draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+        dropped = round(2**16 * self.p)
+        kept = draws.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
+        return x * kept * (2**16 / (2**16 - dropped))
+
+
 class LocalTemporalContext(nn.Module):
     """LTCE: two convolutions over time, no activation between; each frame sees two on either side.
 
@@ -54,10 +68,9 @@ class WeightNormConv(nn.Module):
         """``(videos, dim, frames)`` to ``(videos, dim, 1 + (frames − (kernel_size − 1) · dilation − 1) // stride)``."""
         norm = cast(nn.ParameterDict, self.parametrizations["weight"])
         weight = torch._weight_norm(norm["original1"], norm["original0"])
-        if stride == 1:
-            return F.conv1d(x, weight, self.bias, dilation=self.dilation)
-        assert self.dilation == 1
-        # One product of matrices: convolutions with strides take up to three times as long on a CPU.
+        if self.dilation > 1 or (stride == 1 and x.shape[-1] >= 2 * weight.shape[-1]):
+            return F.conv1d(x, weight, self.bias, stride, dilation=self.dilation)
+        # One product of matrices: on a CPU convolutions with strides, or of few steps, take up to three times as long.
         windows = rearrange(x.unfold(-1, weight.shape[-1], stride), "n d t k -> n t (d k)")
         return rearrange(F.linear(windows, weight.flatten(1), self.bias), "n t d -> n d t")
 
@@ -78,7 +91,7 @@ class CausalBlock(nn.Module):
         super().__init__()
         self.conv1 = WeightNormConv(dim, self.kernel_size)
         self.conv2 = WeightNormConv(dim, self.kernel_size)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, most: int) -> Tensor:
         """``(videos, dim, frames)`` to ``(videos, dim, min(most, ⌈frames / 2⌉))``, its output at the last frames.
@@ -152,9 +165,9 @@ class FusionLayer(nn.Module):
         self.to_q = nn.Linear(dim, dim, bias=False)
         self.to_k = nn.Linear(dim, dim, bias=False)
         self.to_v = nn.Linear(dim, dim, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(dim, dim), nn.Dropout(attention_dropout))
+        self.to_out = nn.Sequential(nn.Linear(dim, dim), Dropout(attention_dropout))
         self.feed_forward = nn.Sequential(
-            nn.Linear(dim, hidden_dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden_dim, dim), nn.Dropout(dropout)
+            nn.Linear(dim, hidden_dim), nn.GELU(), Dropout(dropout), nn.Linear(hidden_dim, dim), Dropout(dropout)
         )
 
     def forward(self, query: Tensor, key_value: Tensor) -> Tensor:
