@@ -10,7 +10,6 @@ at the speed of a large matrix product.
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -43,10 +42,10 @@ def cases(dims: Sequence[int] = (512, 1024), *, shots: Sequence[int] = (1, 5), r
             for n_episodes, bar in zip((1, BATCH), BARS.get(dim, (None, None)), strict=True):
                 inputs = draw(dim, n_shot, n_episodes)
                 steps = Step(ours, our_losses, inputs), Step(plain, plain_losses, inputs)
-                memory = dict(zip(("kept", "plain_kept"), (step.kept() for step in steps), strict=True))
+                memory = {"kept": steps[0].kept(), "plain_kept": steps[1].kept()}
                 off = difference(*steps)
                 name = f"D = {dim}, {n_shot}-shot, {n_episodes} at once"
-                case = compare(name, *steps, repeat=repeat, calls=1, off=off, **memory)
+                case = compare(name, *steps, repeat=repeat, calls=1, off=off) | memory
                 case["share"], case["within_bar"] = 1 / case["ratio"], off <= MOST_OFF
                 flops = 3 * count_flops(partial(list, our_losses(ours, inputs)))  # twice as many on the way back
                 case["floor"] = flops / matmul_speed("cpu", torch.float32) / case["plain"]
@@ -103,7 +102,7 @@ class Step:
             tensor.grad = None
         total = torch.zeros(())
         for loss in self.losses(self.head, self.inputs):
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             total += loss.detach()
         return total
 
@@ -115,17 +114,15 @@ class Step:
         found = {"loss": self()}
         for part in dropouts:
             part.train()
-        gradients = {name: weight.grad for name, weight in self.head.named_parameters() if weight.requires_grad}
-        if isinstance(self.head, PlainHead):
-            gradients = published_head(cast(Inputs, gradients))[0]
-        found |= {name: tensor.grad for name, tensor in self.inputs.items() if tensor.requires_grad}
-        return found | gradients
+        weights = {name: weight.grad for name, weight in self.head.named_parameters() if weight.grad is not None}
+        inputs = {name: tensor.grad for name, tensor in self.inputs.items() if tensor.grad is not None}
+        return found | inputs | (published_head(weights)[0] if isinstance(self.head, PlainHead) else weights)
 
     def kept(self) -> float:
         """MiB that autograd keeps of all episodes, weights and inputs left out."""
         kept: dict[int, int] = {}
         own = {tensor.untyped_storage().data_ptr() for tensor in (*self.head.parameters(), *self.inputs.values())}
-        graphs = []
+        graphs: list[Tensor] = []
 
         def keep(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()

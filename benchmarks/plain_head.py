@@ -5,6 +5,8 @@ at each use, OTAM fills a table in place cell by cell, prompts are picked and vi
 at a time. The weights have the names of published checkpoints.
 """
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -48,7 +50,8 @@ class Convolution(nn.Module):
         """``(videos, dim, frames)`` to the same."""
         padding = 2 * self.dilation
         weight = torch._weight_norm(self.weight_v, self.weight_g)
-        return F.conv1d(x, weight, self.bias, padding=padding, dilation=self.dilation)[..., :-padding].contiguous()
+        y: Tensor = F.conv1d(x, weight, self.bias, padding=padding, dilation=self.dilation)
+        return y[..., :-padding].contiguous()
 
 
 class Block(nn.Module):
@@ -107,10 +110,9 @@ class Encoder(nn.Module):
 
     def forward(self, query: Tensor, key_value: Tensor) -> Tensor:
         """``(videos, tokens, dim)`` both, to the same."""
-        for attention, feed_forward in self.layers:  # type: ignore[misc]
-            x = attention(query, key_value, key_value)
-            query = feed_forward(x) + x
-        return query
+        attention, feed_forward = cast(nn.ModuleList, self.layers[0])
+        x: Tensor = attention(query, key_value, key_value)
+        return x + feed_forward(x)  # type: ignore[no-any-return]
 
 
 class PlainHead(nn.Module):

@@ -107,14 +107,14 @@ def otam(costs: Tensor, *, smoothing: float = 0.5, single_direction: bool = Fals
     """
     # Columns first, then rows, then pairs, so that each step works on what lies together.
     scores = costs.reshape(-1, *costs.shape[-2:]).permute(2, 1, 0).contiguous() / -smoothing
+    align: Callable[[Tensor], Tensor] = _LogTotal.apply
     if single_direction:
-        totals = _LogTotal.apply(scores)
+        total = align(scores)
     elif costs.shape[-1] == costs.shape[-2]:  # both directions in one scan
-        totals = sum(_LogTotal.apply(torch.cat((scores, scores.transpose(0, 1)), -1)).chunk(2, -1))
+        total = align(torch.cat((scores, scores.transpose(0, 1)), -1)).view(2, -1).sum(0)
     else:
-        totals = _LogTotal.apply(scores) + _LogTotal.apply(scores.transpose(0, 1))
-    distances: Tensor = -smoothing * totals
-    return distances.view(costs.shape[:-2])
+        total = align(scores) + align(scores.transpose(0, 1))
+    return (-smoothing * total).view(costs.shape[:-2])
 
 
 class _LogTotal(torch.autograd.Function):
@@ -148,7 +148,7 @@ class _LogTotal(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         table, total = ctx.saved_tensors
         # By cell, the share of all alignments that go through it: of those through the cell itself to its own row, and
