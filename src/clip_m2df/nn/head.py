@@ -186,7 +186,7 @@ class Scoring(ABC):
         """
         classes = prompts.ndim - 2  # the axis of the classes, and of the queries
         video = query.shape[classes + 1 :]
-        if self.query_prompt == "none" or support.shape[classes + 2 :] != video:
+        if self.query_prompt != "class" or support.shape[classes + 2 :] != video:
             return self.score(query, prompts, self.prototypes(support, prompts), draws)
         # Weights go through memory once, which takes as long as what is done with them where episodes are small.
         selected = self.select_prompts(query, prompts, draws)
