@@ -1,5 +1,5 @@
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -81,7 +81,8 @@ def test_the_steps_that_global_context_computes_are_all_that_its_last_one_needs(
     torch.manual_seed(0)
     context = GlobalTemporalContext(4).double().eval()
     videos = features(2, frames, 4).double().requires_grad_()
-    x, block = videos.transpose(1, 2), cast(Any, None)
+    x = videos.transpose(1, 2)
+    block: Any
     for block, dilation in zip(context.blocks, (1, 2, 4), strict=True):  # all steps, dilated
         y = x
         for conv in (block.conv1, block.conv2):

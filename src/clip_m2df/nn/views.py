@@ -22,7 +22,7 @@ class Dropout(nn.Dropout):
         draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
         dropped = round(2**16 * self.p)
         kept = draws.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
-        return x * kept * (2**16 / (2**16 - dropped))
+        return (x * kept).mul_(2**16 / (2**16 - dropped))
 
 
 class LocalTemporalContext(nn.Module):
