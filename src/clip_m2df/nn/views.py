@@ -20,7 +20,7 @@ class Dropout(nn.Dropout):
             return super().forward(x)
         # A number of 64 bits makes four draws, each of 2^16 values.
         draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-        dropped = round(2**16 * self.p)
+        dropped = min(round(2**16 * self.p), 2**16 - 1)
         kept = draws.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
         return (x * kept).mul_(2**16 / (2**16 - dropped))
 
