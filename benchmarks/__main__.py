@@ -13,6 +13,7 @@ NAMES = (
     "decode",
     "evaluation",
     "evaluation_head",
+    "head",
     "matching",
     "own_videos",
     "prepare",

@@ -112,6 +112,17 @@ def test_steps_compose_to_the_head() -> None:
     torch.testing.assert_close(output.distillation_loss, mutual_distillation(local, global_).loss)
 
 
+@pytest.mark.parametrize("options", [{}, {"pps": False}, {"selection": "expectation"}])
+@pytest.mark.parametrize("frames", [8, 5])
+def test_videos_embedded_at_once_are_as_when_embedded_apart(options: dict[str, Any], frames: int) -> None:
+    head = make_head(**options)
+    support, query, prompts = episode(0, 2)
+    query = query[..., :frames, :]  # of another length than the support
+    together = head(support, query, prompts)
+    apart = head.score(query, prompts, head.prototypes(support, prompts))
+    torch.testing.assert_close(together, apart)
+
+
 def test_a_class_is_what_it_is_by_itself_whatever_the_shots_of_the_others() -> None:
     head = make_head()
     support, query, prompts = episode(n_shot=3)

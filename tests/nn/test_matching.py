@@ -79,6 +79,20 @@ def test_otam_under_autocast_is_within_a_thousandth_of_float64(dtype: torch.dtyp
         assert (distances.double() - references.otam_of(given)).abs().max() < 1e-3
 
 
+@pytest.mark.parametrize("smoothing", [0.5, 0.01, 1e-4])
+@pytest.mark.parametrize(("rows", "columns"), [(8, 8), (32, 32), (64, 64), (64, 5), (5, 64)])
+def test_otam_in_float32_is_that_of_float64_gradients_included(rows: int, columns: int, smoothing: float) -> None:
+    costs = 1.5 * random_costs(2, rows, columns, seed=rows) - 1  # from -1 to 2
+    costs[0, :, : columns // 2] = 2.0  # where every way is as dear
+    expected = references.otam_of(costs, smoothing)
+    (gradient,) = torch.autograd.grad(otam(leaf := costs.double().requires_grad_(), smoothing=smoothing).sum(), leaf)
+    distances = otam(costs.requires_grad_(), smoothing=smoothing)
+    (found,) = torch.autograd.grad(distances.sum(), costs)
+    assert (distances.double() - expected).abs().max() < max(2.4e-5, 1e-6 * expected.abs().max().item())
+    # Costs in float32 are exact to 1e-7, which a small smoothing makes more of.
+    torch.testing.assert_close(found.double(), gradient, rtol=0, atol=1e-4 * max(1.0, 0.05 / smoothing))
+
+
 def test_frame_costs_pair_every_query_with_every_prototype() -> None:
     generator = torch.Generator().manual_seed(0)
     query, prototype = torch.randn(2, 3, 4, 8, generator=generator), torch.randn(2, 5, 6, 8, generator=generator)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from clip_m2df.nn.views import FusionEncoder, GlobalTemporalContext, LocalTemporalContext, WeightNormConv
+from clip_m2df.nn.views import Dropout, FusionEncoder, GlobalTemporalContext, LocalTemporalContext, WeightNormConv
 from tests.nn import references
 
 
@@ -73,6 +73,48 @@ def test_global_context_is_the_last_step_added_to_every_frame() -> None:
             y = torch.stack(steps, -1)
         x = F.relu(y + x)
     torch.testing.assert_close(context(frames), frames + x[:, None, :, -1])
+
+
+@pytest.mark.filterwarnings("ignore:.*the global view sees the last 29")
+@pytest.mark.parametrize("frames", [1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 16, 23, 27, 28, 29, 30, 31, 32, 33, 64])
+def test_the_steps_that_global_context_computes_are_all_that_its_last_one_needs(frames: int) -> None:
+    torch.manual_seed(0)
+    context = GlobalTemporalContext(4).double().eval()
+    videos = features(2, frames, 4).double().requires_grad_()
+    x = videos.transpose(1, 2)
+    block: Any
+    for block, dilation in zip(context.blocks, (1, 2, 4), strict=True):  # all steps, dilated
+        y = x
+        for conv in (block.conv1, block.conv2):
+            weight = torch._weight_norm(conv.parametrizations.weight.original1, conv.parametrizations.weight.original0)
+            y = F.relu(F.conv1d(F.pad(y, (2 * dilation, 0)), weight, conv.bias, dilation=dilation))
+        x = F.relu(y + x)
+    expected, found = videos + x[:, None, :, -1], context(videos)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-15)
+    leaves, ones = [videos, *context.parameters()], features(2, frames, 4, seed=1).double()
+    for one, other in zip(*(torch.autograd.grad(out, leaves, ones) for out in (found, expected)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("p", "share"), [(0.0, 0.0), (0.05, 0.05), (0.2, 0.2), (0.999, 0.999), (1e-6, 0.0), (1.0, 1.0)]
+)
+def test_dropout_drops_its_share_and_scales_the_rest(p: float, share: float) -> None:
+    torch.manual_seed(0)
+    x = features(1, 333, 301).requires_grad_()  # no multiple of four
+    out = Dropout(p)(x)
+    dropped = out == 0
+    n = x.numel()
+    assert abs(dropped.sum().item() - share * n) <= 5 * (share * (1 - share) * n) ** 0.5
+    torch.testing.assert_close(out[~dropped], x[~dropped] / (1 - p) if p < 1 else x[:0].flatten(), rtol=1e-2, atol=0)
+    # Neighbours are dropped on their own: so is every distance's share of pairs.
+    for distance in (1, 2, 3, 4, 301):
+        pairs = (dropped.flatten()[distance:] & dropped.flatten()[:-distance]).float().mean().item()
+        assert pairs == pytest.approx(share**2, abs=5e-3)
+    out.sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad == 0, dropped)
+    assert torch.equal(Dropout(p).eval()(x), x)
 
 
 def test_global_context_reaches_29_frames_and_warns_beyond() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import dashboard, double_loop, evaluation_head, matching, own_videos
+from benchmarks import dashboard, double_loop, evaluation_head, head, matching, own_videos
 from benchmarks.__main__ import NAMES, main
 from benchmarks.evaluation_head import draw_episodes
 from benchmarks.timing import compare, line, report
@@ -36,7 +36,17 @@ def test_the_double_loop_is_right(single_direction: bool) -> None:
 def test_matching_is_equal() -> None:
     (case,) = matching.cases([8], repeat=1)
     assert 0 < case["off"] < matching.MOST_OFF
-    assert case["bar"] == 8.0
+    assert case["bar"] == 15.0
+
+
+def test_an_episodes_head_is_equal_to_the_plain_one() -> None:
+    one, batch = head.cases([16], shots=[2], repeat=1)
+    for case in (one, batch):
+        assert 0 < case["off"] < head.MOST_OFF
+        assert case["share"] == pytest.approx(1 / case["ratio"])
+        assert 0 < case["kept"] < case["plain_kept"]
+        assert 0 < case["floor"] < 1
+    assert batch["plain_kept"] == pytest.approx(head.BATCH * one["plain_kept"], rel=0.01)
 
 
 def test_the_bank_is_equal() -> None:

@@ -73,8 +73,7 @@ class EpisodeBank:
         rows = torch.searchsorted(self.episodes["numbers"], numbers)
         batch = select_episodes(self.episodes, rows)
         classes = batch["class_indices"].unsqueeze(-1)
-        steps = _FromBank(self, rows)
-        return steps.score(batch["query"], classes, steps.prototypes(batch["support"], classes), batch["draws"])
+        return _FromBank(self, rows).score_episode(batch["support"], batch["query"], classes, batch["draws"])
 
     def embed(self, videos: Tensor, classes: Tensor) -> Embedded:
         """Videos embedded with the prompts of classes, ``n_classes`` for none; both int64, of one shape."""

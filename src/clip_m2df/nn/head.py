@@ -154,9 +154,7 @@ class Scoring(ABC):
 
     def prototypes(self, support: Tensor, prompts: Tensor) -> Embedded:
         """The prototypes ``(…, n_way, …)`` of ``support (…, n_way, n_shot, frames, dim)`` with ``prompts (…, dim)``."""
-        n_shot = support.shape[prompts.ndim - 1]
-        own = prompts.unsqueeze(-2).expand(*prompts.shape[:-1], n_shot, -1)
-        return self.prototype(self.embed(support, own), prompts)
+        return self.prototype(self.embed(support, _of_shots(prompts, support)), prompts)
 
     def embed_queries(
         self, query: Tensor, prompts: Tensor, draws: Tensor | None = None
@@ -176,6 +174,35 @@ class Scoring(ABC):
         """
         embedded, selected = self.embed_queries(query, prompts, draws)
         return self.match(embedded, prototypes, selected)
+
+    def score_episode(self, support: Tensor, query: Tensor, prompts: Tensor, draws: Tensor | None = None) -> HeadOutput:
+        """Score queries against their support: :meth:`prototypes` and :meth:`score`, with all videos embedded at once.
+
+        Args:
+            support: ``(…, n_way, n_shot, frames, dim)``.
+            query: ``(…, n_queries, frames, dim)``.
+            prompts: ``(…, n_way, dim)``.
+            draws: ``(…, n_queries)``, uniforms in [0, 1) for a head that samples.
+        """
+        classes = prompts.ndim - 2  # the axis of the classes, and of the queries
+        video = query.shape[classes + 1 :]
+        if self.query_prompt != "class" or support.shape[classes + 2 :] != video:
+            return self.score(query, prompts, self.prototypes(support, prompts), draws)
+        # Weights go through memory once, which takes as long as what is done with them where episodes are small.
+        selected = self.select_prompts(query, prompts, draws)
+        of_support, shape = _of_shots(prompts, support), support.shape[classes : classes + 2]
+        embedded = self.embed(
+            torch.cat((support.flatten(classes, classes + 1), query), classes),
+            torch.cat((of_support.flatten(classes, classes + 1), selected.embeddings), classes),
+        )
+        shots = embedded.map(lambda t: t.narrow(classes, 0, shape.numel()).unflatten(classes, shape))
+        queries = embedded.map(lambda t: t.narrow(classes, shape.numel(), query.shape[classes]))
+        return self.match(queries, self.prototype(shots, prompts), selected)
+
+
+def _of_shots(prompts: Tensor, support: Tensor) -> Tensor:
+    """The prompt of each support video: ``(…, n_way, dim)`` to ``(…, n_way, n_shot, dim)``."""
+    return prompts.unsqueeze(-2).expand(*prompts.shape[:-1], support.shape[prompts.ndim - 1], -1)
 
 
 class Head(nn.Module, Scoring):
@@ -226,7 +253,7 @@ class Head(nn.Module, Scoring):
         Raises:
             UserError: the head samples and there are no draws.
         """
-        return self.score(query, prompts, self.prototypes(support, prompts), draws)
+        return self.score_episode(support, query, prompts, draws)
 
     @property
     def query_prompt(self) -> QueryPrompt:

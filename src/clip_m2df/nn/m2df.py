@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from clip_m2df.errors import UserError, require
 from clip_m2df.nn.distillation import CONDITIONS, DIRECTIONS, Direction, ViewOutput, mutual_distillation
 from clip_m2df.nn.head import Embedded, Head, HeadOutput, QueryPrompt
-from clip_m2df.nn.matching import at_least_float32, cosine, frame_costs, otam, otam_alignment
+from clip_m2df.nn.matching import at_least_float32, frame_costs, otam, otam_alignment, token_cosines
 from clip_m2df.nn.prompts import (
     DEFAULT_TEMPLATE,
     SELECTIONS,
@@ -138,13 +138,10 @@ class M2DFHead(Head):
 
     def match(self, query: Embedded, prototypes: Embedded, selected: SelectedPrompts) -> HeadOutput:
         """Compare fused sequences in each view, fuse the distances, and let the more reliable view teach the other."""
-        views = {
-            view: ViewOutput(
-                distances=self.distance(self._frame_costs(query, prototypes, view)),
-                text_similarities=cosine(query[view][..., 0, :], prototypes[view][..., 0, :]),
-            )
-            for view in self.views
-        }
+        views = {}
+        for view in self.views:
+            cosines = token_cosines(query[view], prototypes[view])
+            views[view] = ViewOutput(self.distance(1 - cosines[..., 1:, 1:]), text_similarities=cosines[..., 0, 0])
         # d = Σ α_v d_v
         distances = torch.stack([self.view_weights[name] * view.distances for name, view in views.items()]).sum(0)
         distillation = None
@@ -171,16 +168,12 @@ class M2DFHead(Head):
         """How OTAM aligns queries with prototypes in each view, see :meth:`clip_m2df.nn.head.Head.align`."""
         return {
             view: otam_alignment(
-                self._frame_costs(query, prototypes, view),
+                frame_costs(query[view][..., 1:, :], prototypes[view][..., 1:, :]),
                 smoothing=self.smoothing,
                 single_direction=self.single_direction,
             )
             for view in self.views
         }
-
-    @staticmethod
-    def _frame_costs(query: Embedded, prototypes: Embedded, view: str) -> Tensor:
-        return frame_costs(query[view][..., 1:, :], prototypes[view][..., 1:, :])
 
     @classmethod
     def from_published(cls, state_dict: Mapping[str, Tensor], **options: Any) -> M2DFHead:

@@ -7,11 +7,12 @@ and the cosine of two parallel float16 vectors of norm 452 is not a number.
 import math
 from collections.abc import Callable
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -61,6 +62,21 @@ def cosine(x: Tensor, y: Tensor) -> Tensor:
     return products.div(norms + COSINE_EPS)
 
 
+def token_cosines(query: Tensor, prototype: Tensor) -> Tensor:
+    """Cosine of each token of each query with each token of each prototype.
+
+    Args:
+        query: ``(…, n_queries, tokens, dim)``.
+        prototype: ``(…, n_way, tokens, dim)``.
+
+    Returns:
+        ``(…, n_queries, n_way, tokens, tokens)``, rows the query's tokens.
+    """
+    # One product for all tokens of an episode, rather than one for each pair of videos.
+    cosines = cosine(query.flatten(-3, -2), prototype.flatten(-3, -2))
+    return rearrange(cosines, "... (m t) (n s) -> ... m n t s", m=query.shape[-3], n=prototype.shape[-3])
+
+
 def frame_costs(query: Tensor, prototype: Tensor) -> Tensor:
     """Cost of aligning each frame of each query with each frame of each prototype, ``1 − cos``.
 
@@ -71,9 +87,7 @@ def frame_costs(query: Tensor, prototype: Tensor) -> Tensor:
     Returns:
         ``(…, n_queries, n_way, frames, frames)``, rows the query's frames.
     """
-    # One product for all frames of an episode, rather than one for each pair of videos.
-    cosines = cosine(query.flatten(-3, -2), prototype.flatten(-3, -2))
-    return 1 - rearrange(cosines, "... (m t) (n s) -> ... m n t s", m=query.shape[-3], n=prototype.shape[-3])
+    return 1 - token_cosines(query, prototype)
 
 
 @full_precision
@@ -91,34 +105,70 @@ def otam(costs: Tensor, *, smoothing: float = 0.5, single_direction: bool = Fals
     Returns:
         ``(…)``.
     """
-    rows, columns = costs.shape[-2:]
-    if single_direction:
-        return _align(costs, smoothing)
-    if rows == columns:  # both directions in one scan
-        return _align(torch.stack((costs, costs.transpose(-1, -2))), smoothing).sum(0)
-    return _align(costs, smoothing) + _align(costs.transpose(-1, -2), smoothing)
-
-
-def _align(costs: Tensor, smoothing: float) -> Tensor:
-    """One direction, column by column.
-
-    With ``b = −a/λ`` the soft minimum is a log-sum-exp. Within a middle column no cell depends on the one above it in
-    the same column, so a column is one ``logaddexp``; the two columns where it does are log-space cumulative sums.
-    """
     # Columns first, then rows, then pairs, so that each step works on what lies together.
-    scores = (costs.reshape(-1, *costs.shape[-2:]).permute(2, 1, 0) / -smoothing).contiguous()
-    # First real column: B_i = w_i (2 + B_{i−1}), its left neighbours being the zeros of the padding; divided by the
-    # running product of w this is a cumulative sum.
-    first, *others = scores.unbind(0)
-    running = first.cumsum(0)
-    entries = torch.cat((torch.zeros_like(running[:1]), math.log(2) - running[:-1]))
-    column = running + entries.logcumsumexp(0)
-    for score in others:
-        # Row 0 has one predecessor. It is built apart: logaddexp(−inf, −inf) has no gradient.
-        column = score + torch.cat((column[:1], torch.logaddexp(column[:-1], column[1:])))
-    # Last padded column, cost 0: C_i = C_{i−1} + A_{i−1} + A_i, of which the last row is wanted.
-    distances: Tensor = -smoothing * torch.cat((column, column[:-1])).logsumexp(0)
-    return distances.view(costs.shape[:-2])
+    scores = costs.reshape(-1, *costs.shape[-2:]).permute(2, 1, 0).contiguous() / -smoothing
+    align: Callable[[Tensor], Tensor] = _LogTotal.apply
+    if single_direction:
+        total = align(scores)
+    elif costs.shape[-1] == costs.shape[-2]:  # both directions in one scan
+        total = align(torch.cat((scores, scores.transpose(0, 1)), -1)).view(2, -1).sum(0)
+    else:
+        total = align(scores) + align(scores.transpose(0, 1))
+    return (-smoothing * total).view(costs.shape[:-2])
+
+
+class _LogTotal(torch.autograd.Function):
+    """The logarithm of the sum over all alignments, one direction, of the exponential of an alignment's score.
+
+    It goes through the table column by column, from ``scores (columns, rows, pairs)`` to ``(pairs)``. A cell holds the
+    log-sum-exp of the alignments that end there. Within a middle column no cell depends on the one above it, so a
+    column is one ``logaddexp``.
+
+    Its gradient is the alignment itself, and has a closed form: back through the columns, the weight of a cell's
+    alignments is shared out between the cells before it. Nothing is kept for it but the table.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor) -> Tensor:
+        first, *others = scores.unbind(0)
+        # First real column: B_i = w_i (2 + B_{i−1}), its left neighbours being the zeros of the padding.
+        cells = [first[0]]
+        two = torch.full_like(first[0], math.log(2))
+        for score in first[1:]:
+            cells.append(score + torch.logaddexp(two, cells[-1]))
+        columns = [torch.stack(cells)]
+        for score in others:
+            # Row 0 has one predecessor. It is built apart: logaddexp(−inf, −inf) has no gradient.
+            left = columns[-1]
+            columns.append(score + torch.cat((left[:1], torch.logaddexp(left[:-1], left[1:]))))
+        # Last padded column, cost 0: C_i = C_{i−1} + A_{i−1} + A_i, of which the last row is wanted.
+        last = columns[-1]
+        total = torch.cat((last, last[:-1])).logsumexp(0)
+        ctx.save_for_backward(torch.stack(columns), total)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        table, total = ctx.saved_tensors
+        # By cell, the share of all alignments that go through it: of those through the cell itself to its own row, and
+        # to the next one.
+        weight = gradient * (table[-1] - total).exp()
+        weight[:-1] *= 2
+        weights = [weight]
+        # Of what comes into a cell from the column before it, the part of its own row.
+        own = (table[:-1, 1:] - table[:-1, :-1]).sigmoid()
+        for share in own.flip(0):
+            stayed = weight[1:] * share
+            before = torch.cat((weight[:1], stayed))
+            before[:-1] += weight[1:] - stayed
+            weight = before
+            weights.append(weight)
+        # In the first column a cell's alignments come from above or begin there.
+        above = (table[0, :-1] - math.log(2)).sigmoid()
+        for row in range(len(above), 0, -1):
+            weight[row - 1].addcmul_(weight[row], above[row - 1])
+        return torch.stack(weights[::-1])
 
 
 @full_precision

@@ -11,6 +11,20 @@ from torch import Tensor, nn
 from clip_m2df.errors import UserError
 
 
+class Dropout(nn.Dropout):
+    """torch's dropout; on a CPU a quarter of the draws, and a byte an entry kept for the backward pass, not a float."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape to the same."""
+        if not (self.training and 0 < self.p < 1 and x.device.type == "cpu"):
+            return super().forward(x)
+        # A number of 64 bits makes four draws, each of 2^16 values.
+        draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+        dropped = min(round(2**16 * self.p), 2**16 - 1)
+        kept = draws.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
+        return (x * kept).mul_(2**16 / (2**16 - dropped))
+
+
 class LocalTemporalContext(nn.Module):
     """LTCE: two convolutions over time, no activation between; each frame sees two on either side.
 
@@ -41,7 +55,7 @@ class WeightNormConv(nn.Module):
         dilation: distance between them.
     """
 
-    def __init__(self, dim: int, kernel_size: int, dilation: int) -> None:
+    def __init__(self, dim: int, kernel_size: int, dilation: int = 1) -> None:
         super().__init__()
         conv = nn.Conv1d(dim, dim, kernel_size)
         assert conv.bias is not None
@@ -50,54 +64,74 @@ class WeightNormConv(nn.Module):
         self.parametrizations = nn.ModuleDict({"weight": nn.ParameterDict({"original0": g, "original1": v})})
         self.dilation = dilation
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``(videos, dim, frames)`` to ``(videos, dim, frames − (kernel_size − 1) · dilation)``."""
+    def forward(self, x: Tensor, stride: int = 1) -> Tensor:
+        """``(videos, dim, frames)`` to ``(videos, dim, 1 + (frames − (kernel_size − 1) · dilation − 1) // stride)``."""
         norm = cast(nn.ParameterDict, self.parametrizations["weight"])
         weight = torch._weight_norm(norm["original1"], norm["original0"])
-        return F.conv1d(x, weight, self.bias, dilation=self.dilation)
+        if self.dilation > 1 or (stride == 1 and x.shape[-1] >= 2 * weight.shape[-1]):
+            return F.conv1d(x, weight, self.bias, stride, dilation=self.dilation)
+        # One product of matrices: on a CPU convolutions with strides, or of few steps, take up to three times as long.
+        windows = rearrange(x.unfold(-1, weight.shape[-1], stride), "n d t k -> n t (d k)")
+        return rearrange(F.linear(windows, weight.flatten(1), self.bias), "n t d -> n d t")
 
 
 class CausalBlock(nn.Module):
-    """A residual block of the temporal convolutional network: frame t sees t and frames before it.
+    """A residual block of the temporal convolutional network, for every second frame, counted from the last.
+
+    Frame t sees t and four frames before it, through two convolutions.
 
     Args:
         dim: width of the features.
-        dilation: distance between the taps of its two convolutions.
         dropout: share dropped after each convolution.
     """
 
     kernel_size = 3
 
-    def __init__(self, dim: int, dilation: int, dropout: float) -> None:
+    def __init__(self, dim: int, dropout: float) -> None:
         super().__init__()
-        self.padding = (self.kernel_size - 1) * dilation
-        self.conv1 = WeightNormConv(dim, self.kernel_size, dilation)
-        self.conv2 = WeightNormConv(dim, self.kernel_size, dilation)
-        self.dropout = nn.Dropout(dropout)
+        self.conv1 = WeightNormConv(dim, self.kernel_size)
+        self.conv2 = WeightNormConv(dim, self.kernel_size)
+        self.dropout = Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``(videos, dim, frames)`` to the same."""
+    def forward(self, x: Tensor, most: int) -> Tensor:
+        """``(videos, dim, frames)`` to ``(videos, dim, min(most, ⌈frames / 2⌉))``, its output at the last frames.
+
+        Args:
+            x: frames before the first are taken for zeros.
+            most: how many frames of the output are wanted at most.
+        """
         y = x
-        for conv in (self.conv1, self.conv2):
-            y = self.dropout(F.relu(conv(F.pad(y, (self.padding, 0)))))
-        return F.relu(y + x)
+        for conv, stride, wanted in ((self.conv1, 1, self.reach(most) - 2), (self.conv2, 2, most)):
+            wanted = min(wanted, -(-y.shape[-1] // stride))
+            # Zeros before the first frame where the earliest window reaches there; frames that none needs are cut off.
+            seen = F.pad(y, ((wanted - 1) * stride + self.kernel_size - y.shape[-1], 0))
+            y = self.dropout(F.relu(conv(seen, stride)))
+        return F.relu(y + x[..., x.shape[-1] - 2 * y.shape[-1] + 1 :: 2])
+
+    @classmethod
+    def reach(cls, steps: int) -> int:
+        """How many frames its last ``steps`` outputs see."""
+        return 2 * (steps - 1) + 1 + 2 * (cls.kernel_size - 1)
 
 
 class GlobalTemporalContext(nn.Module):
     """GTCE: the last step of a temporal convolutional network, added to every frame.
+
+    The network has dilations 1, 2 and 4. Its last step depends on every second step of the second block's input and on
+    every fourth of the third's, counted from the end: among these alone each block is the same without a dilation.
 
     Args:
         dim: width of the features.
         dropout: share dropped after each convolution.
     """
 
-    dilations = (1, 2, 4)
-    # Two convolutions a block: the last step sees itself and this many frames less one before it.
-    receptive_field = 1 + 2 * (CausalBlock.kernel_size - 1) * sum(dilations)
+    # How many steps of each block's output the next one needs, and how many frames the first one.
+    steps = (13, 5, 1)
+    receptive_field = CausalBlock.reach(steps[0])
 
     def __init__(self, dim: int, dropout: float = 0.1) -> None:
         super().__init__()
-        self.blocks = nn.Sequential(*(CausalBlock(dim, dilation, dropout) for dilation in self.dilations))
+        self.blocks = nn.ModuleList(CausalBlock(dim, dropout) for _ in self.steps)
 
     def forward(self, frames: Tensor) -> Tensor:
         """``(videos, frames, dim)`` to the same."""
@@ -107,8 +141,10 @@ class GlobalTemporalContext(nn.Module):
                 stacklevel=2,
             )
         # Note: the frame count comes from the shape; the published code has 8 written in.
-        last: Tensor = self.blocks(rearrange(frames, "n t d -> n d t"))[..., -1]
-        return frames + rearrange(last, "n d -> n 1 d")
+        x = rearrange(frames, "n t d -> n d t")
+        for block, steps in zip(self.blocks, self.steps, strict=True):
+            x = block(x, steps)
+        return frames + rearrange(x, "n d 1 -> n 1 d")
 
 
 class FusionLayer(nn.Module):
@@ -129,9 +165,9 @@ class FusionLayer(nn.Module):
         self.to_q = nn.Linear(dim, dim, bias=False)
         self.to_k = nn.Linear(dim, dim, bias=False)
         self.to_v = nn.Linear(dim, dim, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(dim, dim), nn.Dropout(attention_dropout))
+        self.to_out = nn.Sequential(nn.Linear(dim, dim), Dropout(attention_dropout))
         self.feed_forward = nn.Sequential(
-            nn.Linear(dim, hidden_dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden_dim, dim), nn.Dropout(dropout)
+            nn.Linear(dim, hidden_dim), nn.GELU(), Dropout(dropout), nn.Linear(hidden_dim, dim), Dropout(dropout)
         )
 
     def forward(self, query: Tensor, key_value: Tensor) -> Tensor:
