@@ -39,7 +39,7 @@ STANDARD_TOKENIZER = "openai/clip-vit-base-patch32"
 # The weights of a folder in transformers' format, the best first: one file, or shards, which may have an index beside.
 _WEIGHTS = (("model.safetensors", "model-*-of-*.safetensors"), ("pytorch_model.bin", "pytorch_model-*-of-*.bin"))
 # What OpenAI's files have beside the towers' weights, and OpenCLIP's.
-OPENAI_CONSTANTS = ("input_resolution", "context_length", "vocab_size", "logit_scale", "logit_bias")
+OPENAI_CONSTANTS = ("input_resolution", "context_length", "vocab_size", "logit_scale", "logit_bias", "attn_mask")
 # What lies beside weights in OpenAI's layout where they are not OpenAI's.
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 # The weights in a folder of OpenCLIP's, the best first.
