@@ -31,9 +31,8 @@ def otam(costs: Tensor, smoothing: float = 0.5) -> Tensor:
 
 def cosines(x: Tensor, y: Tensor) -> Tensor:
     """Cosine of each pair, see METHOD."""
-    norms = x.norm(dim=-1).unsqueeze(-1) @ y.norm(dim=-1).unsqueeze(-2)
-    products: Tensor = x @ y.transpose(-1, -2)
-    return products / (norms + 0.01)
+    norms: Tensor = x.norm(dim=-1).unsqueeze(-1) @ y.norm(dim=-1).unsqueeze(-2)
+    return x @ y.transpose(-1, -2) / (norms + 0.01)
 
 
 class Convolution(nn.Module):
