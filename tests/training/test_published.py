@@ -366,4 +366,4 @@ def test_the_commands_refuse_what_does_not_go_together(
     said = fails([*told, "--ckpt_path", str(ours), "--backbone", str(vit.clip)], capsys)
     assert "ours.ckpt is no published checkpoint, and has its towers itself" in said
     said = fails([*told, "--ckpt_path", str(tmp_path / "folder"), "--backbone", str(vit.clip)], capsys)
-    assert "folder is no file of a published checkpoint" in said
+    assert "or --backbone, CLIP's own weights; both with the file of a published checkpoint" in said

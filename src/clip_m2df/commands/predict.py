@@ -127,8 +127,12 @@ def predict_videos(
     from clip_m2df.report.page import check_page
     from clip_m2df.report.predictions import write_predictions
 
-    if ckpt_path is None and backbone is None:
-        raise UserError("give either --ckpt_path, a trained model, or --backbone, CLIP's own weights")
+    is_file = ckpt_path is not None and os.path.isfile(os.path.expanduser(ckpt_path))
+    if (ckpt_path is None) == (backbone is None) and not is_file:
+        raise UserError(
+            "give either --ckpt_path, a trained model, or --backbone, CLIP's own weights; both with the file of a"
+            " published checkpoint"
+        )
     if head is not None and ckpt_path is not None:
         raise UserError("--head goes with --backbone: a trained model has a head of its own; leave it out")
     if head_options is not None and backbone is None:
@@ -162,7 +166,7 @@ def predict_videos(
         nullcontext() if output is None else open_part(output) as part,
     ):
         if ckpt_path is not None and os.path.isfile(os.path.join(ckpt_path, TABLE)):
-            classifier, support_facts = _load_classifier(ckpt_path, told | {"backbone": backbone}, reading)
+            classifier, support_facts = _load_classifier(ckpt_path, told, reading)
         else:
             classifier, support_facts = _fit_classifier(ckpt_path, backbone, own, told, reading)
         labeller = _Labeller(classifier, reject, {"window": 2.0, **sliding} if segments else None)
