@@ -117,6 +117,7 @@ class CLIPM2DF(lightning.LightningModule):
         compile: compile tower and head with ``torch.compile`` for training: the first steps take long, the others less.
         freeze_batch_norm: keep the batch norm of a ResNet tower at its running statistics, in training too.
             Note: the published code does so until its first evaluation only, and changes its model half-way.
+            Where it moves, it sees the support of an episode and then its queries, whatever the batch, as in CLIP-FSAR.
         lr: peak learning rate of Adam, for the head.
         backbone_lr: the same for the visual tower; ``lr`` by default.
         weight_decay: Adam's; it is added to the gradient, not decoupled.
