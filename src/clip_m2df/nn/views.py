@@ -52,24 +52,22 @@ class WeightNormConv(nn.Module):
     Args:
         dim: channels of its input and output.
         kernel_size: taps.
-        dilation: distance between them.
     """
 
-    def __init__(self, dim: int, kernel_size: int, dilation: int = 1) -> None:
+    def __init__(self, dim: int, kernel_size: int) -> None:
         super().__init__()
         conv = nn.Conv1d(dim, dim, kernel_size)
         assert conv.bias is not None
         self.bias = conv.bias
         g, v = torch.norm_except_dim(conv.weight.detach()), conv.weight.detach()
         self.parametrizations = nn.ModuleDict({"weight": nn.ParameterDict({"original0": g, "original1": v})})
-        self.dilation = dilation
 
     def forward(self, x: Tensor, stride: int = 1) -> Tensor:
-        """``(videos, dim, frames)`` to ``(videos, dim, 1 + (frames − (kernel_size − 1) · dilation − 1) // stride)``."""
+        """``(videos, dim, frames)`` to ``(videos, dim, 1 + (frames − kernel_size) // stride)``."""
         norm = cast(nn.ParameterDict, self.parametrizations["weight"])
         weight = torch._weight_norm(norm["original1"], norm["original0"])
-        if self.dilation > 1 or (stride == 1 and x.shape[-1] >= 2 * weight.shape[-1]):
-            return F.conv1d(x, weight, self.bias, stride, dilation=self.dilation)
+        if stride == 1 and x.shape[-1] >= 2 * weight.shape[-1]:
+            return F.conv1d(x, weight, self.bias)
         # One product of matrices: on a CPU convolutions with strides, or of few steps, take up to three times as long.
         windows = rearrange(x.unfold(-1, weight.shape[-1], stride), "n d t k -> n t (d k)")
         return rearrange(F.linear(windows, weight.flatten(1), self.bias), "n t d -> n d t")
