@@ -161,9 +161,9 @@ class CLIPFSARHead(OTAMHead):
 
     One transformer over prompt and frames, then OTAM. Its video-text loss is the model's ``class_weight``, its fusion
     with the text's probabilities ``text_fusion``.
-    Note: the published code can fuse with ``softmax(−d/8)`` and an exact cosine, and none of its configs does; the model
-    fuses with ``softmax(−d)`` and the cosine of the training, the same for every head. A β of 0.9 there is 72/73 here,
-    but for the 0.01 in the cosine.
+    Note: the published code can fuse with ``softmax(−d/8)`` and an exact cosine, though none of its configs does; the
+    model fuses with ``softmax(−d)`` and the cosine of the training, the same for every head. A β of 0.9 there is 72/73
+    here, but for the 0.01 in the cosine.
 
     Args:
         dim: width of the features, a multiple of ``num_heads``.
