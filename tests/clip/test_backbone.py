@@ -26,6 +26,7 @@ from clip_m2df.clip.formats import (
     openai_configs,
     openai_name,
     openai_state,
+    told_options,
 )
 from clip_m2df.clip.resnet import ModifiedResNet
 from clip_m2df.errors import UserError
@@ -982,8 +983,16 @@ def test_towers_give_the_embeddings_of_openais_and_openclips_code(name: str, way
         torch.testing.assert_close(embeddings, TOWERS[name]["image"], rtol=1e-5, atol=1e-5)
         if texts:
             torch.testing.assert_close(backbone.encode_text(tokens), TOWERS[name]["text"], rtol=1e-5, atol=1e-5)
-    if way in ("beside", "folder"):
-        assert size == vision["image_size"]
+        if way in ("beside", "folder"):
+            assert size == vision["image_size"]
+            again = CLIPBackbone.from_description(backbone.description())
+            again.load_state_dict(backbone.state_dict())
+            assert torch.equal(again.encode_frames(images), embeddings)
+            assert torch.equal(again.encode_text(tokens), backbone.encode_text(tokens))
+    known = told_options(backbone.description())
+    resnet_alone = backbone.visual_config["kind"] == "resnet" and not texts
+    assert known["head_width"] == options["head_width"]
+    assert known["activation"] == (None if resnet_alone else options["activation"])
 
 
 @pytest.mark.parametrize("name", TOWERS)

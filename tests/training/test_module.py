@@ -303,6 +303,8 @@ def test_a_checkpoint_has_the_tower_that_backbone_options_made(tiny_clip_dir: Pa
     assert torch.equal(tower.normalise(torch.full((3, 2, 2), 0.25)), torch.full((3, 2, 2), 0.25))
     with pytest.raises(UserError, match="backbone_options are of weights that are loaded; a checkpoint has its towers"):
         CLIPM2DF.load_from_checkpoint(path, backbone_options=said)
+    with pytest.raises(UserError, match=r"model\.ckpt is a training's checkpoint, no CLIP's weights"):
+        CLIPM2DF(backbone=str(path))
 
 
 def test_what_changes_at_evaluation_stays_out_of_the_checkpoint(tiny_clip_dir: Path, tmp_path: Path) -> None:
