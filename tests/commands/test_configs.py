@@ -183,6 +183,8 @@ def test_clip_fsars_recipe_is_exact(name: str, shot: int) -> None:
     data = EpisodeDataModule(**config.data.as_dict())
     assert (data.train_shape, data.eval_shape) == (EpisodeShape(5, 1, 5), EpisodeShape(5, shot, 1))
     assert (data.reader.flip, data.reader.sampling) == (False, "window" if warmup == 250 else "random_segments")
+    assert (data.evaluation, data.jitter_queries) == (("bank", True) if warmup == 250 else ("direct", False))
+    assert (data.reader.resize_mode, data.reader.frames, data.reader.resize, data.reader.size) == ("squash", 8, 256, 224)
     options = {"hidden_dim": 8}
     model = CLIPM2DF(**config.model.as_dict() | {"backbone": "tiny", "head_options": options})
     made: Any = model.configure_optimizers()
@@ -203,6 +205,8 @@ def test_clip_m2dfs_recipe_is_exact(name: str, shot: int) -> None:
     data = EpisodeDataModule(**config.data.as_dict())
     assert (data.train_shape, data.eval_shape) == (EpisodeShape(5, shot, 5), EpisodeShape(5, shot, 1))
     assert (data.reader.flip, data.reader.sampling, data.reader.resize_mode) == (True, "linspace", "short_side")
+    assert (data.reader.frames, data.reader.resize, data.reader.size) == (8, 256, 224)
+    assert config.model.selection == "sample"
     model = CLIPM2DF(**config.model.as_dict() | {"backbone": "tiny", "head_options": {"hidden_dim": 8}})
     made: Any = model.configure_optimizers()
     assert {group["weight_decay"] for group in made["optimizer"].param_groups} == {0}
