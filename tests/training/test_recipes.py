@@ -366,8 +366,9 @@ def test_clip_fsar_on_kinetics(videos: dict[str, Tensor], towers: dict[str, str]
 
 
 @pytest.mark.slow
-def test_clip_m2df(videos: dict[str, Tensor], towers: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("tower", ["vit", "resnet"])
+def test_clip_m2df(videos: dict[str, Tensor], towers: dict[str, str], tmp_path: Path, tower: str) -> None:
     configs = ("ssv2_5way1shot.yaml", "recipes/published.yaml")
-    done = trained(configs, towers["resnet"], videos, tmp_path, "--model.head_options.context_dropout=0.0")
+    done = trained(configs, towers[tower], videos, tmp_path, "--model.head_options.context_dropout=0.0")
     by_hand_clip_m2df(done.first, videos)
     assert_same(done, done.first)
