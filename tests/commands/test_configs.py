@@ -172,6 +172,11 @@ def test_the_tuned_recipe_is_in_them(name: str, shot: int) -> None:
     assert {key: config[f"data.{key}"] for key in expected} == expected
 
 
+def dropped(model: CLIPM2DF) -> list[float]:
+    """The shares that the dropouts of the head drop in training."""
+    return sorted(module.p for module in model.model.head.modules() if isinstance(module, torch.nn.Dropout))
+
+
 @pytest.mark.parametrize(("name", "shot"), list(itertools.product(DATA_SETS, (1, 5))))
 def test_clip_fsars_recipe_is_exact(name: str, shot: int) -> None:
     peak, start, warmup, (tenth, hundredth), end, weight = TUNED[name]
@@ -187,6 +192,7 @@ def test_clip_fsars_recipe_is_exact(name: str, shot: int) -> None:
     assert (data.reader.resize_mode, data.reader.frames, data.reader.resize, data.reader.size) == ("squash", 8, 256, 224)
     options = {"hidden_dim": 8}
     model = CLIPM2DF(**config.model.as_dict() | {"backbone": "tiny", "head_options": options})
+    assert dropped(model) == [0.05, 0.05, 0.2]
     made: Any = model.configure_optimizers()
     for group, factor in zip(made["optimizer"].param_groups, made["lr_scheduler"]["scheduler"].lr_lambdas, strict=True):
         for step in range(config.trainer.max_steps):
@@ -208,6 +214,8 @@ def test_clip_m2dfs_recipe_is_exact(name: str, shot: int) -> None:
     assert (data.reader.frames, data.reader.resize, data.reader.size) == (8, 256, 224)
     assert config.model.selection == "sample"
     model = CLIPM2DF(**config.model.as_dict() | {"backbone": "tiny", "head_options": {"hidden_dim": 8}})
+    # Of two encoders, and of the three blocks of the global view.
+    assert dropped(model) == [*4 * [0.05], *3 * [0.1], *2 * [0.2]]
     made: Any = model.configure_optimizers()
     assert {group["weight_decay"] for group in made["optimizer"].param_groups} == {0}
     factors = made["lr_scheduler"]["scheduler"].lr_lambdas
