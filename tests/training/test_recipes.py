@@ -206,7 +206,7 @@ def episodes(
     paths = [video.path for of_class in split.videos for video in of_class]
     for number in range(step * EPISODES, (step + 1) * EPISODES):
         plan = plan_episode(split, EpisodeShape(WAY, 1, QUERIES), seed=0, episode=number)
-        clips = []
+        clips: list[Tensor] = []
         for video in plan.videos:
             index = paths.index(video.path)
             uniforms = episode_generator(0, "train", step, "augmentation", index).random(FRAMES + 3)
