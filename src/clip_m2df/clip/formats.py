@@ -92,10 +92,10 @@ _OPEN_CLIP_FIELDS = {
     "preprocess_cfg": ("size", "mean", "std", "interpolation", "fill_color"),
 }
 _OPEN_CLIP_VALUES = {
-    **{("vision_cfg", name): value for name, value in (("pool_type", "tok"), ("pos_embed_type", "learnable"))},
-    **{("text_cfg", name): value for name, value in (("pool_type", "argmax"), ("proj_type", "linear"))},
-    **{(name, "block_type"): "default" for name in ("vision_cfg", "text_cfg")},
-    **{("preprocess_cfg", name): value for name, value in (("mode", "RGB"), ("resize_mode", "shortest"))},
+    "model_cfg": {},
+    "vision_cfg": {"pool_type": "tok", "pos_embed_type": "learnable", "block_type": "default"},
+    "text_cfg": {"pool_type": "argmax", "proj_type": "linear", "block_type": "default"},
+    "preprocess_cfg": {"mode": "RGB", "resize_mode": "shortest"},
 }
 
 
@@ -255,13 +255,12 @@ def _read_folder_weights(folder: Path, source: str) -> dict[str, Tensor]:
     """The weights of a folder in transformers' format: those that transformers' own names say, and no stray ones."""
     state: dict[str, Tensor] = {}
     for name, pattern in _WEIGHTS:
-        if (folder / name).is_file():
-            state = read_weights(folder / name)
-            break
         index = folder / f"{name}.index.json"
         shards: set[str] = set()
         files: Any = None
-        if index.is_file():
+        if (folder / name).is_file():
+            shards = {name}
+        elif index.is_file():
             files = _read_json(index).get("weight_map")
             if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
                 raise UserError(f"{index} is damaged: it has no weight_map from weights to files; fetch it again")
@@ -419,7 +418,7 @@ def read_open_clip_config(file: Path) -> dict[str, Any]:
     stated = {"model_cfg": model, "vision_cfg": vision, "text_cfg": text, "preprocess_cfg": images}
     for name, table in stated.items():
         for field, value in table.items():
-            if field in _OPEN_CLIP_FIELDS[name] or value in (None, False, {}, _OPEN_CLIP_VALUES.get((name, field))):
+            if field in _OPEN_CLIP_FIELDS[name] or value in (None, False, {}, _OPEN_CLIP_VALUES[name].get(field)):
                 continue
             if field == "resize_mode":
                 raise UserError(

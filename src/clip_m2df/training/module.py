@@ -21,7 +21,7 @@ from clip_m2df.clip.backbone import CLIPBackbone
 from clip_m2df.clip.formats import OPENAI
 from clip_m2df.clip.tokenizer import has_tokenizer
 from clip_m2df.datasets.manifest import Manifest
-from clip_m2df.episode import Episode, FeatureEpisode, TableEpisodes, VideoTable
+from clip_m2df.episode import Episode, FeatureEpisode, ResizeMode, TableEpisodes, VideoTable
 from clip_m2df.errors import UserError, require, some
 from clip_m2df.evaluation.bank import EpisodeBank, encode_videos
 from clip_m2df.evaluation.evidence import Played
@@ -256,9 +256,10 @@ class CLIPM2DF(lightning.LightningModule):
     # ---------------------------------------------------------------------------------------------- use
 
     @property
-    def interpolation(self) -> str:
-        """How images were resized for the tower in its training, ``bilinear`` or ``bicubic``."""
-        return str(getattr(self.model.backbone, "interpolation", "bilinear"))
+    def resize_mode(self) -> ResizeMode:
+        """How frames are resized as images were in the training of the tower."""
+        bicubic = cast(CLIPBackbone, self.model.backbone).interpolation == "bicubic"
+        return "short_side_bicubic" if bicubic else "short_side"
 
     def forward(self, episode: Episode | FeatureEpisode) -> HeadOutput:
         """Score the queries of a batch of episodes."""

@@ -308,11 +308,10 @@ class ClipReader:
 
     def __repr__(self) -> str:
         """What decides the frames, for what is kept of them elsewhere; the defaults of later options are left out."""
-        told = {field.name: getattr(self, field.name) for field in fields(self)}
-        for name, default in (("resize_mode", "short_side"), ("sampling", "segments")):
-            if told[name] == default:
-                del told[name]
-        return f"{type(self).__qualname__}({', '.join(f'{name}={value!r}' for name, value in told.items())})"
+        told = {field.name: getattr(self, field.name) for field in fields(self)}.items()
+        later = {"resize_mode": "short_side", "sampling": "segments"}.items()
+        own = (f"{name}={value!r}" for name, value in told if (name, value) not in later)
+        return f"{type(self).__qualname__}({', '.join(own)})"
 
     @property
     def draws(self) -> bool:
