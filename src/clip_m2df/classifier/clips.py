@@ -285,7 +285,7 @@ class ClipEncoder:
             raise UserError(f"precision is {precision!r}: give one of {', '.join(PRECISIONS)}")
         self.model = model
         self.precision = precision
-        # Trainings of earlier versions knew one way.
+        # Checkpoints of earlier versions lack both: there was one way.
         how = {"resize_mode": known.get("resize_mode", "short_side"), "sampling": known.get("sampling", "segments")}
         self.reader = ClipReader(frames=frames, resize=resize, size=size, **how)
         self.workers = int(workers)

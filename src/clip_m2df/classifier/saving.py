@@ -50,7 +50,7 @@ class Reading(NamedTuple):
         resize: short side of the frames in pixels before the crop.
         options: of the model, those that are no part of what was trained.
         threshold: the distance beyond which a clip is none of the classes, if it was set.
-        resize_mode: how frames are resized; earlier versions knew one way.
+        resize_mode: how frames are resized; files of earlier versions lack it.
         sampling: which frames are seen; the same.
     """
 

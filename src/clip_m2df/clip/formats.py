@@ -350,9 +350,9 @@ def _openai_part(key: str, name: str, weight: Tensor) -> Tensor:
 
 
 def told_options(description: Mapping[str, Any]) -> dict[str, Any]:
-    """What a backbone's description says of what ``backbone_options`` may say, but for the tokenizer.
+    """The ``backbone_options`` that a backbone's description amounts to, without the tokenizer.
 
-    Nothing of a description that is damaged, which building it tells.
+    None of them where the description is damaged; building it is an error then.
     """
     try:
         vision, text = description["visual_config"], description["text_config"] or {}
@@ -471,11 +471,18 @@ def openai_configs(
         stated: The tables of a configuration; it may be another model's.
 
     Raises:
-        KeyError: Names a weight that isn't there.
-        UserError: The configuration is another model's; the width of a tower is no multiple of its heads; or heads and
-            activation are not known.
+        UserError: The weights are of another layout, or the configuration is another model's; the width of a tower is
+            no multiple of its heads; or heads and activation are not known.
     """
-    shapes = _shapes(state)
+    try:
+        shapes = _shapes(state)
+    except (IndexError, ValueError) as error:  # of a weight with other axes
+        raise UserError(f"{source} isn't CLIP in OpenAI's layout: its weights have other shapes ({error})") from error
+    except KeyError as error:
+        raise UserError(
+            f"{source} isn't CLIP in OpenAI's layout: {error.args[0]} is missing; "
+            f"it has {some(sorted(state))}. Weights in transformers' format are given by their folder."
+        ) from error
     vision, text = shapes["vision_cfg"], shapes["text_cfg"]
     resnet = vision["patch_size"] is None
     unit = vision["patch_size"] or 32
@@ -487,7 +494,7 @@ def openai_configs(
                 said = said[0]
             if field == "mlp_ratio":  # the width between the layers is rounded down
                 same = isinstance(said, int | float) and 0 <= fields["width"] * said - own < 1
-                own /= fields["width"]
+                own /= fields["width"] or 1
             elif field == "image_size" and type(said) is int:  # a remainder without a patch is never read
                 same = said // unit == own // unit
                 image_size = said
@@ -516,9 +523,9 @@ def openai_configs(
         raise UserError(
             f"the weights of {source} {'have the shapes of no model' if file is None else 'are not'} known to be"
             " OpenAI's, and don't tell the width of their heads and their activation: put the model's"
-            f" {OPEN_CLIP_CONFIG} beside the file, or give backbone_options, head_width (64; ViT-H/14 80, g/14 88,"
-            " bigG/14 104) and activation (quick_gelu of OpenAI's, MetaCLIP's and DFN's models, gelu of LAION-2B's and"
-            " DataComp's); a file of OpenAI's own is known by its name, such as ViT-B-16.pt, and its shapes"
+            f" {OPEN_CLIP_CONFIG} beside the file, or give backbone_options: head_width (64; ViT-H/14 80, g/14 88,"
+            " bigG/14 104) and activation (gelu: LAION-2B, DataComp; quick_gelu: OpenAI, MetaCLIP, DFN); OpenAI's own"
+            " files are known by their names, such as ViT-B-16.pt, and shapes"
         )
     if activation not in ("gelu", "quick_gelu", None):
         raise UserError(f"activation is {activation!r:.80}; it must be gelu or quick_gelu")

@@ -273,7 +273,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
     def _resize_as_the_tower(self) -> None:
         """Without ``resize_mode``, resize frames as images were for the model's tower, which may be a new one."""
         if self.resize_mode is None and self.trainer:
-            mode = getattr(self.trainer.lightning_module, "resize_mode", "short_side")
+            mode: ResizeMode = getattr(self.trainer.lightning_module, "resize_mode", "short_side")
             if mode != self.reader.resize_mode:
                 self.reader = dataclasses.replace(self.reader, resize_mode=mode, cache=None)
                 self.manifest = None
@@ -362,7 +362,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
             UserError: says what to set.
         """
         if self.trainer and self.trainer.state.fn == "fit":
-            # What earlier versions knew alone.
+            # Earlier versions lacked these options; their trainings were as with these values.
             only = {"data.resize_mode": "short_side", "data.sampling": "segments", "data.jitter_queries": False}
             state_dict = state_dict | {"episodes": only | state_dict.get("episodes", {})}
             check_goes_on(state_dict, self.state_dict(), most=self.trainer.max_steps)

@@ -307,7 +307,7 @@ class ClipReader:
             )
 
     def __repr__(self) -> str:
-        """What decides the frames, for what is kept of them elsewhere; the defaults of later options are left out."""
+        """What decides the frames, for stored features; options that earlier versions lacked only if they differ."""
         told = {field.name: getattr(self, field.name) for field in fields(self)}.items()
         later = {"resize_mode": "short_side", "sampling": "segments"}.items()
         own = (f"{name}={value!r}" for name, value in told if (name, value) not in later)
