@@ -181,7 +181,7 @@ def test_clips_are_read_as_before(videos: Path, tmp_path: Path) -> None:
     assert found == ClipReader(frames=3, resize=64, size=40, resize_mode="squash", sampling="window")
     # Of a training that is not known, as images were for the tower.
     model.reading = None
-    model.model.backbone.interpolation = "bicubic"
+    model.model.backbone.interpolation = "bicubic"  # type: ignore[attr-defined]
     before = FewShotClassifier(model, frames=4, resize=50).fit(videos)
     before.save(tmp_path / "classifier")
     assert_same(FewShotClassifier.load(tmp_path / "classifier"), before)

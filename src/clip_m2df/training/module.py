@@ -670,11 +670,7 @@ class CLIPM2DF(lightning.LightningModule):
 
     @classmethod
     def _from_published(
-        cls,
-        file: str | os.PathLike[str],
-        state: dict[str, Tensor],
-        clip: Clip | None,
-        options: dict[str, Any],
+        cls, file: str | os.PathLike[str], state: dict[str, Tensor], clip: Clip | None, options: dict[str, Any]
     ) -> Self:
         """The model of published weights that have been read from a file."""
         cls._check_options(options)
