@@ -523,9 +523,9 @@ def openai_configs(
         raise UserError(
             f"the weights of {source} {'have the shapes of no model' if file is None else 'are not'} known to be"
             " OpenAI's, and don't tell the width of their heads and their activation: put the model's"
-            f" {OPEN_CLIP_CONFIG} beside the file, or give backbone_options: head_width (64; ViT-H/14 80, g/14 88,"
-            " bigG/14 104) and activation (gelu: LAION-2B, DataComp; quick_gelu: OpenAI, MetaCLIP, DFN); OpenAI's own"
-            " files are known by their names, such as ViT-B-16.pt, and shapes"
+            f" {OPEN_CLIP_CONFIG} beside the file, or give backbone_options, head_width (64; ViT-H/14 80, g/14 88,"
+            " bigG/14 104) and activation (quick_gelu of OpenAI's, MetaCLIP's and DFN's models, gelu of LAION-2B's and"
+            " DataComp's); a file of OpenAI's own is known by its name, such as ViT-B-16.pt, and its shapes"
         )
     if activation not in ("gelu", "quick_gelu", None):
         raise UserError(f"activation is {activation!r:.80}; it must be gelu or quick_gelu")
