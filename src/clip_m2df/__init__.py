@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from clip_m2df.errors import UserError as UserError
     from clip_m2df.nn.m2df import M2DF as M2DF
     from clip_m2df.nn.m2df import M2DFHead as M2DFHead
-    from clip_m2df.training.build import load_published as load_published
     from clip_m2df.training.module import CLIPM2DF as CLIPM2DF
 
 # Imported when first asked for: torch, lightning and transformers take seconds.
@@ -30,7 +29,6 @@ _HOMES = {
     "Manifest": "datasets.manifest",
     "NotFittedError": "classifier.classifier",
     "UserError": "errors",
-    "load_published": "training.build",
 }
 __all__ = [*_HOMES, "__version__"]
 

@@ -1,7 +1,8 @@
 """Models as folders, here or on the hub: weights, options and a card, read back without executing anything in them.
 
 A folder is enough for a model: ``model.safetensors`` has the weights; ``config.json`` the options with the towers'
-description, tokenizer included, how videos are read, and the checksum of the weights; ``README.md`` is the card.
+description, tokenizer included, how videos are read and prompts picked, and the checksum of the weights; ``README.md``
+is the card.
 """
 
 import json
@@ -36,7 +37,7 @@ def write_model(folder: str | os.PathLike[str], checkpoint: Mapping[str, Any], *
     Args:
         folder: made if need be.
         checkpoint: what Lightning's checkpoints have of a model: ``hyper_parameters``, with the towers' description as
-            ``backbone``, ``state_dict`` and ``reading``.
+            ``backbone``, ``state_dict``, ``reading`` and ``selection``.
         **card: see :func:`model_card`.
 
     Raises:
@@ -50,6 +51,7 @@ def write_model(folder: str | os.PathLike[str], checkpoint: Mapping[str, Any], *
             " or write the figures into it yourself"
         )
     options, reading = checkpoint["hyper_parameters"], checkpoint["reading"]
+    goes = {"reading": reading, "selection": checkpoint["selection"]}
     # A path of whoever saves the model would tell others nothing but that person's folders.
     source = public_source(options["backbone"]["source"])
     options = options | {"backbone": options["backbone"] | {"source": source}}
@@ -69,7 +71,7 @@ def write_model(folder: str | os.PathLike[str], checkpoint: Mapping[str, Any], *
             mode = draft.stat().st_mode
             save_file(copies, draft, {"format": "pt"})
             draft.chmod(mode)  # safetensors lets nobody but the writer read
-            config = {"format": MODEL_FORMAT, "options": options, "reading": reading, "sha256": sha256_of(draft)}
+            config = {"format": MODEL_FORMAT, "options": options, **goes, "sha256": sha256_of(draft)}
             try:
                 text = json.dumps(config, indent=2)
             except (TypeError, ValueError) as error:
@@ -218,7 +220,8 @@ def read_model(folder: Path) -> dict[str, Any]:
             f" not {config.get('sha256')}; fetch both anew (from the hub: force_download=True)"
         )
     weights = read_weights(folder / WEIGHTS)
-    return {"hyper_parameters": config.get("options"), "reading": reading, "state_dict": weights}
+    goes = {"reading": reading, "selection": config.get("selection", "argmax")}
+    return {"hyper_parameters": config.get("options"), **goes, "state_dict": weights}
 
 
 def is_reading(reading: object) -> bool:

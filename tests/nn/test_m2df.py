@@ -1,5 +1,6 @@
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clip_m2df.clip.backbone import CLIPBackbone
 from clip_m2df.errors import UserError
 from clip_m2df.nn.baselines import OTAMHead, build_head
 from clip_m2df.nn.class_text import class_text_logits
 from clip_m2df.nn.distillation import mutual_distillation
 from clip_m2df.nn.head import Embedded
-from clip_m2df.nn.m2df import M2DFHead
+from clip_m2df.nn.m2df import M2DF, M2DFHead
 from clip_m2df.nn.prompts import SelectedPrompts, select_prompts
-from clip_m2df.training.build import load_published
 from tests.conftest import GOLDEN, read_golden
 from tests.nn import references
 
@@ -353,24 +354,75 @@ def published_head(dim: int) -> dict[str, Tensor]:
     return {k: 0.1 * torch.randn(shape, generator=generator) for k, shape in shapes.items()}
 
 
+def clip_of(name: str = "clip_vit", *, visual: float = 0.0) -> CLIPBackbone:
+    """The golden CLIP, with other weights in its visual tower."""
+    state = {k: visual * v if k.startswith("visual.") else v for k, v in read_golden(name)[1].items()}
+    return CLIPBackbone.from_openai(state, head_width=64, activation="quick_gelu")
+
+
+# What data parallelism puts before the names: of the tower, as the published code does by default, or of the whole.
+WRAPPERS: dict[str, Callable[[str], str]] = {"plain": lambda key: key, "whole": lambda key: f"module.{key}"} | {
+    "tower": lambda key: key.replace("backbone.", "backbone.module.", 1)
+}
+
+
 @pytest.mark.parametrize("name", ["clip_vit", "clip_resnet"])
 @pytest.mark.parametrize("tower_prefix", ["visual.", ""])
-def test_a_published_checkpoint_file_gives_tower_and_head(tmp_path: Path, name: str, tower_prefix: str) -> None:
-    model = load_published(published_file(tmp_path, name, tower_prefix), direction="mutual")
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_a_published_checkpoint_file_gives_tower_and_head(
+    tmp_path: Path, name: str, tower_prefix: str, wrapper: str
+) -> None:
+    file = published_file(tmp_path, name, tower_prefix)
+    saved = torch.load(file, weights_only=True)
+    state = {WRAPPERS[wrapper](key): weight for key, weight in saved["model_state_dict"].items()}
+    torch.save(saved | {"model_state_dict": state}, file)
+    clip = clip_of(name)
+    model = M2DF.from_published(file, clip=clip, direction="mutual")
     assert not model.training
     golden, _ = read_golden(name)
     features = model.backbone.encode_frames(golden["image"])
     torch.testing.assert_close(features, golden["image_features"], rtol=1e-4, atol=1e-4)
-    assert model.head.direction == "mutual"
+    texts = model.backbone.encode_text(golden["tokens"])
+    torch.testing.assert_close(texts, golden["text_features"], rtol=1e-4, atol=1e-4)
+    assert isinstance(model.head, M2DFHead)
+    assert (model.head.direction, model.head.selection) == ("mutual", "sample")
     expected = M2DFHead.from_published(published_head(dim=32)).state_dict()
     for key, value in model.head.state_dict().items():
         assert torch.equal(value, expected[key])
-    with pytest.raises(UserError, match="no text tower"):
-        model.encode_prompts(["a cat"])
+    # Frames are scaled to [0, 1] and no further.
+    frames = torch.arange(256, dtype=torch.uint8).expand(3, 1, 256)
+    assert torch.equal(model.backbone.normalise(frames), frames / 255)
+    # What was given stays as it is.
+    assert not any(weight.any() for weight in clip.visual.parameters())
+    assert clip.mean.all()
 
 
-def test_a_model_encodes_raw_frames_as_its_tower_encodes_them_normalised(tmp_path: Path) -> None:
-    model = load_published(published_file(tmp_path))
+def test_a_text_tower_in_a_published_file_is_taken_too(tmp_path: Path) -> None:
+    golden, weights = read_golden("clip_vit")
+    tower = {f"backbone.{name}": weight for name, weight in weights.items()}
+    torch.save(published_head(dim=32) | tower | {"backbone.logit_scale": torch.ones(())}, tmp_path / "both.pt")
+    clip = clip_of()
+    for name, weight in clip.state_dict().items():
+        weight.mul_(0.0 if name.startswith("text.") else 1.0)
+    model = M2DF.from_published(tmp_path / "both.pt", clip=clip)
+    texts = model.backbone.encode_text(golden["tokens"])
+    torch.testing.assert_close(texts, golden["text_features"], rtol=1e-4, atol=1e-4)
+
+
+def test_half_precision_and_ablations_are_read(tmp_path: Path) -> None:
+    saved = torch.load(published_file(tmp_path), weights_only=True)
+    torch.save({k: v.half() for k, v in saved["model_state_dict"].items()}, tmp_path / "half.pt")
+    model = M2DF.from_published(tmp_path / "half.pt", clip=clip_of(), views=["global"], selection="argmax")
+    assert isinstance(model.head, M2DFHead)
+    assert list(model.head.views) == ["global"]
+    assert model.head.selection == "argmax"
+    key = "views.global.encoder.layers.0.to_q.weight"
+    expected = published_head(dim=32)["context_local.layers.0.0.fn.to_q.weight"]
+    assert torch.equal(model.state_dict()[f"head.{key}"], expected.half().float())
+
+
+def test_a_model_encodes_raw_frames_as_its_tower_encodes_them_normalised() -> None:
+    model = M2DF(clip_of(visual=1.0), make_head(dim=32)).eval()
     generator = torch.Generator().manual_seed(0)
     support = torch.randint(0, 256, (2, 3, 1, 4, 3, 32, 32), generator=generator, dtype=torch.uint8)
     query = torch.randint(0, 256, (2, 6, 4, 3, 32, 32), generator=generator, dtype=torch.uint8)
@@ -384,11 +436,44 @@ def test_a_model_encodes_raw_frames_as_its_tower_encodes_them_normalised(tmp_pat
 def test_files_that_are_no_published_checkpoint_are_refused(tmp_path: Path) -> None:
     file = published_file(tmp_path)
     state = torch.load(file, weights_only=True)["model_state_dict"]
+    clip = clip_of()
     torch.save({k: v for k, v in state.items() if not k.startswith("backbone.")}, tmp_path / "head.pt")
-    with pytest.raises(UserError, match=r"head\.pt holds no tower under backbone\.\*"):
-        load_published(tmp_path / "head.pt")
+    with pytest.raises(UserError, match=r"head\.pt: it holds no tower under backbone\.\*"):
+        M2DF.from_published(tmp_path / "head.pt", clip=clip)
     torch.save({"model_state_dict": 3}, tmp_path / "odd.pt")
     with pytest.raises(UserError, match=r"odd\.pt isn't a plain table of tensors"):
-        load_published(tmp_path / "odd.pt")
+        M2DF.from_published(tmp_path / "odd.pt", clip=clip)
     with pytest.raises(UserError, match="no such file"):
-        load_published(tmp_path / "none.pt")
+        M2DF.from_published(tmp_path / "none.pt", clip=clip)
+    torch.save({"weight": torch.ones(1)}, tmp_path / "other.pt")
+    with pytest.raises(UserError, match=r"other\.pt: not a published CLIP-M²DF checkpoint: no key context2"):
+        M2DF.from_published(tmp_path / "other.pt", clip=clip)
+    torch.save({k: v for k, v in state.items() if k != "backbone.ln_pre.weight"}, tmp_path / "lacking.pt")
+    with pytest.raises(UserError, match=r"lacking\.pt: .* visual\.ln_pre\.weight is missing"):
+        M2DF.from_published(tmp_path / "lacking.pt", clip=clip)
+    torch.save(state | {"backbone.proj": torch.full((64, 32), torch.nan)}, tmp_path / "nan.pt")
+    with pytest.raises(UserError, match=r"nan\.pt: .* visual\.proj is not finite"):
+        M2DF.from_published(tmp_path / "nan.pt", clip=clip)
+
+
+def test_a_clip_that_the_training_did_not_begin_with_is_refused_by_what_differs(tmp_path: Path) -> None:
+    file = published_file(tmp_path)
+    state = torch.load(file, weights_only=True)["model_state_dict"]
+    more = {k.replace("resblocks.0.", "resblocks.2."): v for k, v in state.items() if "resblocks.0." in k}
+    torch.save(state | more, tmp_path / "deeper.pt")
+    with pytest.raises(UserError, match=r"deeper\.pt: its visual .*with num_hidden_layers 3, not 2: give the CLIP"):
+        M2DF.from_published(tmp_path / "deeper.pt", clip=clip_of())
+    torch.save(state | {"backbone.proj": torch.ones(64, 16)}, tmp_path / "narrow.pt")
+    with pytest.raises(UserError, match=r"its visual tower is another .*with projection_dim 16, not 32"):
+        M2DF.from_published(tmp_path / "narrow.pt", clip=clip_of())
+    with pytest.raises(UserError, match=r"its visual tower is another .*with kind vit, not resnet"):
+        M2DF.from_published(file, clip=clip_of("clip_resnet"))
+    gelu = CLIPBackbone.from_openai(read_golden("clip_vit")[1], head_width=64, activation="gelu")
+    with pytest.raises(UserError, match="with hidden_act quick_gelu, not gelu"):
+        M2DF.from_published(file, clip=gelu)
+    visual = {name: weight for name, weight in read_golden("clip_vit")[1].items() if name.startswith("visual.")}
+    with pytest.raises(UserError, match="the prompts need a text tower"):
+        M2DF.from_published(file, clip=CLIPBackbone.from_openai(visual, head_width=64, activation="quick_gelu"))
+    other: Any = "tiny"
+    with pytest.raises(UserError, match=r"clip is 'tiny', no CLIP: give CLIPBackbone\.load"):
+        M2DF.from_published(file, clip=other)

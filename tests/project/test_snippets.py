@@ -28,7 +28,8 @@ from tests.classifier.conftest import make_model
 from tests.commands.test_configs import Parsed
 from tests.conftest import save_checkpoint
 from tests.datasets.test_data_sets import DATA_SETS, VIDEOS, Films
-from tests.nn.test_m2df import published_file, published_head
+from tests.nn.test_m2df import published_head
+from tests.training.test_published import make_published
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ["README.md", *sorted(page.relative_to(ROOT).as_posix() for page in (ROOT / "docs").rglob("*.md"))]
@@ -177,7 +178,9 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     put_own_videos(folder, films)
     put_data_sets(folder, films, tmp_path_factory.mktemp("trees"))
     save_checkpoint(make_model(), folder / "best.ckpt")
-    published_file(folder)
+    published = make_published(folder, "vit")
+    published.file.rename(folder / "checkpoint.pyth")
+    published.clip.rename(folder / "ViT-B-16.pt")
     return folder
 
 

@@ -21,7 +21,7 @@ import torch
 from safetensors.numpy import save
 from safetensors.torch import save_file
 
-from clip_m2df import CLIPM2DF, load_published
+from clip_m2df import CLIPM2DF
 from clip_m2df.cli import main
 from clip_m2df.clip.backbone import TINY_CLIP, CLIPBackbone
 from clip_m2df.commands.check import read_findings
@@ -110,7 +110,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "weights.bin": lambda path: CLIPBackbone.load(str(path.rename(path.with_suffix(".bin")))),
     "weights.safetensors": lambda path: CLIPBackbone.load(str(path.rename(path.with_suffix(".safetensors")))),
     "pytorch_model.bin": _pickled_weights,
-    "published": load_published,
+    "published": lambda path: CLIPM2DF.from_published(path, clip="tiny"),
     "manifest": Manifest.read,
     "class texts": lambda path: Manifest.read(_some_manifest(path)).with_texts(path),
     "split list": lambda path: read_lists(path.rename(path.with_name("train.txt")), "folder"),
@@ -178,7 +178,7 @@ def test_a_program_is_not_run(marker: Path) -> None:
     torch.jit.script(Writing(str(marker))).save(str(marker.with_name("clip.pt")))
     torch.jit.load(str(marker.with_name("clip.pt")))
     marker.unlink()  # so it works
-    for read in (CLIPBackbone.load, load_published, lambda file: read_weights(Path(file))):
+    for read in (CLIPBackbone.load, CLIPM2DF.from_published, lambda file: read_weights(Path(file))):
         with pytest.raises(
             UserError, match=r"clip\.pt, a TorchScript archive, is damaged, or holds more than modules and tensors"
         ):

@@ -185,12 +185,14 @@ class FewShotClassifier:
         precision: str = "32-true",
         workers: int = 0,
         timeout: float = 60.0,
+        clip: str | os.PathLike[str] | None = None,
         **options: Any,
     ) -> Self:
         """A classifier with a trained model.
 
         Args:
-            path_or_hub_name: a ``.ckpt`` file, a folder that ``save_pretrained`` wrote, or the hub's name of a model.
+            path_or_hub_name: a ``.ckpt`` file, a published checkpoint, a folder that ``save_pretrained`` wrote, or the
+                hub's name of a model.
             device: where it runs; by default on CUDA where there is any.
             frames: see :class:`FewShotClassifier`.
             resize: the same.
@@ -198,14 +200,22 @@ class FewShotClassifier:
             precision: the same.
             workers: the same.
             timeout: the same.
-            **options: of :class:`clip_m2df.CLIPM2DF`, such as ``selection`` and ``text_fusion``.
+            clip: with a published checkpoint alone, see :meth:`clip_m2df.CLIPM2DF.from_published`.
+            **options: of :class:`clip_m2df.CLIPM2DF`, such as ``selection`` and ``text_fusion``. Here ``selection`` is
+                ``argmax`` by default for every model, so that predictions repeat.
 
         Raises:
             UserError: there is no such model, or it can't be read.
         """
         path = os.path.expanduser(path_or_hub_name)
+        options = {"selection": "argmax"} | options
         if os.path.isfile(path):
-            model = CLIPM2DF.load_from_checkpoint(path, map_location="cpu", **options)
+            model = CLIPM2DF.load_from_checkpoint(path, map_location="cpu", clip=clip, **options)
+        elif clip is not None:
+            raise UserError(
+                f"{path_or_hub_name} is no file of a published checkpoint, which alone takes CLIP's weights beside it:"
+                f" check the name, or leave out {clip}"
+            )
         elif os.path.isfile(os.path.join(path, saving.TABLE)):
             raise UserError(f"{path_or_hub_name} is a classifier with its classes: FewShotClassifier.load takes it")
         elif path.endswith(".ckpt"):

@@ -314,6 +314,35 @@ class CLIPBackbone(nn.Module):
         except Exception as error:  # that values make no tower, torch and transformers say in many ways
             raise UserError(f"the towers of {source!r} can't be built: {error}") from error
 
+    def load_openai(self, state: Mapping[str, Tensor]) -> None:
+        """Take weights in OpenAI's layout in the place of one's own, of towers built as OpenAI builds them.
+
+        Args:
+            state: The visual tower's, ``visual.*``, of any floating type; those of the text tower may be absent, and
+                one's own stay then.
+
+        Raises:
+            UserError: They are of other towers; names what differs.
+        """
+        state = {name: weight for name, weight in state.items() if name not in formats.OPENAI_CONSTANTS}
+        try:
+            visual, text = formats.openai_configs(state, "the file", **formats.OPENAI)
+        except UserError:
+            raise
+        except (KeyError, IndexError, ValueError, ZeroDivisionError):  # what is missing, or has other axes: named below
+            visual, text = {}, None
+        for tower, config, found in (("visual", self.visual_config, visual), ("text", self.text_config, text)):
+            own = config or {}
+            if values := [(name, value) for name, value in (found or {}).items() if value != own.get(name)]:
+                other = some(f"{name} {value}, not {own.get(name)}" for name, value in values)
+                raise UserError(
+                    f"its {tower} tower is another than that of {self.source}, with {other}: give the CLIP that its"
+                    " training began with"
+                )
+        visual_only = all(name.startswith("visual.") for name in state)
+        mine = nn.ModuleDict({"visual": self.visual}) if visual_only else self
+        formats.load_weights(mine, state, formats.openai_name, "the file")
+
     def description(self) -> dict[str, Any]:
         """All but the weights, in plain types that a weights-only ``torch.load`` reads.
 

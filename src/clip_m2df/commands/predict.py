@@ -87,7 +87,8 @@ def predict_videos(
 
     Args:
         ckpt_path: A trained model: a .ckpt file, a folder that save_pretrained wrote, or a name on the hub; or a folder
-            that FewShotClassifier.save wrote, which has its classes. Either this or --backbone.
+            that FewShotClassifier.save wrote, which has its classes. Either this or --backbone; both with a checkpoint
+            of CLIP-M²DF's published code, which lacks the text tower.
         backbone: CLIP's own weights instead, nothing trained: a name on the hub, a folder, a file, rn50 or tiny.
         backbone_options: What a file of weights doesn't tell, as in activation=gelu head_width=80; and tokenizer, mean,
             std.
@@ -126,11 +127,15 @@ def predict_videos(
     from clip_m2df.report.page import check_page
     from clip_m2df.report.predictions import write_predictions
 
-    if (ckpt_path is None) == (backbone is None):
-        raise UserError("give either --ckpt_path, a trained model, or --backbone, CLIP's own weights")
+    is_file = ckpt_path is not None and os.path.isfile(os.path.expanduser(ckpt_path))
+    if (ckpt_path is None) == (backbone is None) and not is_file:
+        raise UserError(
+            "give either --ckpt_path, a trained model, or --backbone, CLIP's own weights; both with the file of a"
+            " published checkpoint"
+        )
     if head is not None and ckpt_path is not None:
         raise UserError("--head goes with --backbone: a trained model has a head of its own; leave it out")
-    if head_options is not None and ckpt_path is not None:
+    if head_options is not None and backbone is None:
         raise UserError("--head_options goes with --backbone: a trained model has those of its training; leave it out")
     if backbone_options is not None and backbone is None:
         raise UserError("--backbone_options goes with --backbone: a trained model has its towers; leave it out")
@@ -271,7 +276,9 @@ def _fit_classifier(
     options: dict[str, Any] = {} if told["template"] is None else {"template": list(told["template"])}
     reading = {"frames": told["frames"], "resize": told["resize"], **reading}
     if ckpt_path is not None:
-        classifier = FewShotClassifier.from_checkpoint(ckpt_path, **reading, **options)
+        # Of a published checkpoint, which keeps none of them, and of the CLIP that its training began with.
+        options |= {name: own[name] for name in ("head_options", "backbone_options") if own[name]}
+        classifier = FewShotClassifier.from_checkpoint(ckpt_path, clip=backbone, **reading, **options)
     else:
         model = CLIPM2DF(backbone=str(backbone), freeze_backbone=True, **own, **options)
         classifier = FewShotClassifier(placed(model, reading.pop("device")), **reading)

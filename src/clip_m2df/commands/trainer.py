@@ -40,6 +40,7 @@ from clip_m2df.files import FULL, locked_folder, writing
 from clip_m2df.loops import raised_while_restoring
 from clip_m2df.motion_shapes import NO_KNOBS
 from clip_m2df.nn.baselines import head_class
+from clip_m2df.nn.weights import published_state
 from clip_m2df.report.evaluation import EvaluationPage
 from clip_m2df.training import checkpoints
 from clip_m2df.training.build import options_by_name, saved_options
@@ -83,6 +84,7 @@ class CLI(LightningCLI):
         self.args = list(args)
         self.goes_on = False
         self.checkpoint: dict[str, Any] | None = None  # read once; the Trainer's plugin takes it over
+        self.is_published = False  # then the model has its weights from the start
         with ExitStack() as self.until_end:
             if _is_first_process():
                 # Before and after what listens to signals itself, Lightning would note this one and go on.
@@ -115,8 +117,10 @@ class CLI(LightningCLI):
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         # RunReport says what an evaluation found.
-        quiet = {} if subcommand == "fit" else {"verbose": False}
-        return super()._prepare_subcommand_kwargs(subcommand) | quiet
+        own: dict[str, Any] = {} if subcommand == "fit" else {"verbose": False}
+        if self.is_published:
+            own["ckpt_path"] = None
+        return super()._prepare_subcommand_kwargs(subcommand) | own
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options of :class:`clip_m2df.training.checkpoints.RunCheckpoint` and :class:`Dashboard`."""
@@ -259,11 +263,14 @@ class CLI(LightningCLI):
                 )
         elif config.ckpt_path is None and (head_class(config.model.head).trained or not config.model.freeze_backbone):
             raise UserError(
-                f"{self.subcommand} measures a checkpoint: give --ckpt_path best, last, or a .ckpt file; only a head"
+                f"{self.subcommand} measures a checkpoint: give --ckpt_path best, last, or a file; only a head"
                 " with nothing to train does without, and --model.freeze_backbone true"
             )
         if config.ckpt_path is not None:
             self.checkpoint = self.checkpoint or checkpoints.read_checkpoint(config.ckpt_path)
+            if published_state(self.checkpoint) is not None:
+                self._take_published(config)
+                return
             self._take_options_from(self.checkpoint, config)
             self.parser.add_instantiator(partial(_build_model, self.saved_options), CLIPM2DF, subclasses=False)
 
@@ -288,6 +295,17 @@ class CLI(LightningCLI):
                 f"data.size is {size}, but the tower takes frames of {wanted} pixels: give --data.size {wanted}, and"
                 f" --data.resize {wanted} or more"
             )
+
+    def _take_published(self, config: Namespace) -> None:
+        """Have the model made of a published checkpoint: it keeps no options, so that those given hold."""
+        if self.subcommand == "fit":
+            raise UserError(
+                f"{config.ckpt_path} is a checkpoint of CLIP-M²DF's published code, whose training can't go on here:"
+                " test and predict take it; to train from its weights, take CLIPM2DF.from_published and Trainer.fit in"
+                " Python"
+            )
+        self.checkpoint, self.is_published = None, True
+        self.parser.add_instantiator(partial(_build_published, config.ckpt_path), CLIPM2DF, subclasses=False)
 
     def _take_options_from(self, checkpoint: dict[str, Any], config: Namespace) -> None:
         saved = checkpoint.get(CLIPM2DF.CHECKPOINT_HYPER_PARAMS_KEY)
@@ -327,6 +345,11 @@ class CLI(LightningCLI):
 def _build_model(saved_options: dict[str, Any], cls: type[CLIPM2DF], *args: Any, **kwargs: Any) -> CLIPM2DF:
     """With the towers' description that a checkpoint holds: as an option it would be parsed once more."""
     return cls(*args, **kwargs | saved_options | {"backbone_options": None})
+
+
+def _build_published(path: str, cls: type[CLIPM2DF], *, backbone: str, **options: Any) -> CLIPM2DF:
+    """With the weights of a published checkpoint, whose text tower is that of the backbone."""
+    return cls.from_published(path, clip=backbone, **options)
 
 
 def _is_first_process() -> bool:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -24,7 +27,8 @@ from clip_m2df.nn.prompts import (
     fill_template,
 )
 from clip_m2df.nn.views import FusionEncoder, GlobalTemporalContext, LocalTemporalContext, View
-from clip_m2df.nn.weights import check_weights, published_head
+from clip_m2df.nn.weights import check_weights, published_head, published_state, published_tower
+from clip_m2df.weight_files import read_weights
 
 if TYPE_CHECKING:
     from clip_m2df.episode import Episode
@@ -184,20 +188,32 @@ class M2DFHead(Head):
 
         Args:
             state_dict: the checkpoint's ``model_state_dict``, or the head's part of it. Keys of the tower
-                (``backbone.*``) and the unused ``context_conv11`` and ``context_conv22`` are passed over.
+                (``backbone.*``) and the unused ``context_conv11`` and ``context_conv22`` are passed over, and so is
+                ``module.`` before a key.
             **options: of the head, where they differ from the defaults; ``dim``, ``depth`` and ``hidden_dim`` are read
                 off the shapes.
 
         Raises:
             UserError: keys that are not known or missing, named.
         """
-        renamed, shape_options = published_head(state_dict)
-        head = cls(**(shape_options | options))
-        for view in set(VIEWS) - set(head.views):  # an ablation needs the weights of its own view only
-            renamed = {name: value for name, value in renamed.items() if not name.startswith(f"views.{view}.")}
-        check_weights(head, renamed, "a published CLIP-M²DF checkpoint")
-        head.load_state_dict(renamed)
+        head = cls(**(published_head(state_dict)[1] | options))
+        head.load_published(state_dict)
         return head.eval()
+
+    def load_published(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Take the weights of a published checkpoint; an ablation takes those of its own view only.
+
+        Args:
+            state_dict: see :meth:`from_published`.
+
+        Raises:
+            UserError: keys that are not known or missing, named.
+        """
+        renamed = published_head(state_dict)[0]
+        for view in set(VIEWS) - set(self.views):
+            renamed = {name: value for name, value in renamed.items() if not name.startswith(f"views.{view}.")}
+        check_weights(self, renamed, "a published CLIP-M²DF checkpoint")
+        self.load_state_dict(renamed)
 
 
 class Towers(Protocol):
@@ -234,6 +250,9 @@ class Towers(Protocol):
 
     def encode_text(self, tokens: Tensor, /) -> Tensor:
         """Embed tokens: ``(n, dim)``, not L2-normalised."""
+
+    def load_openai(self, state: Mapping[str, Tensor], /) -> None:
+        """Take weights by OpenAI's names in the place of one's own; those of the text tower may be absent."""
 
     def description(self) -> dict[str, Any]:
         """All but the weights, in plain types."""
@@ -274,6 +293,64 @@ class M2DF(nn.Module):
         self._prompt_tables: dict[tuple[str, ...], Tensor] = {}
         self.register_load_state_dict_post_hook(_forget_prompts)  # type: ignore[no-untyped-call]
         self.train()  # what is frozen is in eval mode from the start: a Trainer keeps the modes that it finds
+
+    @classmethod
+    def from_published(
+        cls,
+        file: str | os.PathLike[str],
+        *,
+        clip: Towers,
+        template: str | Sequence[str] = DEFAULT_TEMPLATE,
+        **options: Any,
+    ) -> M2DF:
+        """The model in a checkpoint of the published code, in eval mode.
+
+        Frames go in as in its training, in [0, 1] without CLIP's mean and std, and queries' prompts are drawn at
+        evaluation too.
+
+        Args:
+            file: the checkpoint. It has the head and the visual tower; their training may have been wrapped in
+                DataParallel, and optimiser and schedule may be in it too.
+            clip: the CLIP that its training began with, such as ``CLIPBackbone.load("ViT-B-16.pt")``; the model has its
+                text tower and its tokenizer, which the file lacks. It is copied, and stays as it is.
+            template: the prompt; the published one by default.
+            **options: of the head, see :meth:`M2DFHead.from_published`; ``selection`` is ``sample`` by default.
+
+        Raises:
+            UserError: a file that can't be read safely, or of another model; a CLIP that does not fit it.
+        """
+        if not isinstance(clip, nn.Module):
+            raise UserError(f"clip is {clip!r:.80}, no CLIP: give CLIPBackbone.load(…)")
+        state = published_state(read_weights(Path(file).expanduser(), inside="model_state_dict")) or {}
+        try:
+            shapes = published_head(state)[1] | {"dim": clip.dim}
+            head = M2DFHead(**(shapes | {"selection": "sample"} | options))
+            model = cls(copy.deepcopy(clip), head, template)
+            model.load_published(state)
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from error
+        return model.eval()
+
+    def load_published(self, state: Mapping[str, Tensor]) -> None:
+        """Take the weights of a published checkpoint, and the scaling of frames in its training: none but to [0, 1].
+
+        Args:
+            state: see :func:`clip_m2df.nn.weights.published_state`.
+
+        Raises:
+            UserError: it is of another model, or there is no text tower for prompts.
+        """
+        assert isinstance(self.head, M2DFHead)
+        if self.backbone.text is None:
+            raise UserError(
+                f"the prompts need a text tower, which {self.backbone.source} has not: give the CLIP that the training"
+                " began with, both towers"
+            )
+        self.backbone.load_openai(published_tower(state))
+        self.backbone.mean.zero_()
+        self.backbone.std.fill_(1.0)
+        self.head.load_published(state)
+        self._prompt_tables.clear()
 
     def train(self, mode: bool = True) -> M2DF:
         """Set training mode; a frozen tower stays in eval mode, and so does the text tower always."""

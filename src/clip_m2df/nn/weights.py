@@ -7,6 +7,9 @@ from torch import Tensor, nn
 
 from clip_m2df.errors import UserError, some
 
+# A weight that every published checkpoint has, whatever its shapes.
+_PUBLISHED = "context2.layers.0.1.net.0.weight"
+
 # Published weights that belong to the tower, are there twice, or are never used.
 _PASSED_OVER = re.compile(r"backbone\.|context_conv(11|22)\.|tcn\.network\.\d+\.net\.")
 
@@ -24,6 +27,45 @@ _RENAMED = (
 )
 
 
+def published_state(saved: object) -> dict[str, Tensor] | None:
+    """The weights of a published CLIP-M²DF checkpoint, without what DataParallel puts before their names.
+
+    The published code wraps the tower in DataParallel by default (``backbone.module.*``).
+
+    Args:
+        saved: what the file holds: the weights, or a table with them under ``model_state_dict``.
+
+    Returns:
+        The weights by the names of the published model; None where these are no such weights.
+    """
+    state = saved.get("model_state_dict", saved) if isinstance(saved, Mapping) else None
+    if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
+        return None
+    state = _without_wrappers(state)
+    return state if _PUBLISHED in state and all(isinstance(w, Tensor) for w in state.values()) else None
+
+
+def _without_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {re.sub(r"^(?:module\.)?(backbone\.)?(?:module\.)?", r"\1", key): value for key, value in state.items()}
+
+
+def published_tower(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The towers' weights of a published checkpoint by OpenAI's names; it has the visual tower alone, as a rule.
+
+    Args:
+        state: see :func:`published_state`.
+
+    Raises:
+        UserError: there are none.
+    """
+    tower = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
+    if not tower:
+        raise UserError("it holds no tower under backbone.*; M2DFHead.from_published reads a head alone")
+    if not any(key.startswith("visual.") for key in tower):
+        tower = {f"visual.{key}": value for key, value in tower.items()}
+    return tower
+
+
 def published_head(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, int]]:
     """The head's weights of a published checkpoint by our names, and ``dim``, ``depth`` and ``hidden_dim``.
 
@@ -34,7 +76,7 @@ def published_head(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor],
         UserError: there is no weight that tells the shapes.
     """
     renamed = {}
-    for key, value in state_dict.items():
+    for key, value in _without_wrappers(state_dict).items():
         if not _PASSED_OVER.match(key):
             for pattern, ours in _RENAMED:
                 key = re.sub(pattern, ours, key)
@@ -42,7 +84,7 @@ def published_head(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor],
     try:
         hidden_dim, dim = renamed["views.local.encoder.layers.0.feed_forward.0.weight"].shape
     except (KeyError, ValueError):
-        raise UserError("not a published CLIP-M²DF checkpoint: no key context2.layers.0.1.net.0.weight") from None
+        raise UserError(f"not a published CLIP-M²DF checkpoint: no key {_PUBLISHED}") from None
     layers = [int(match[1]) for key in renamed if (match := re.search(r"\.encoder\.layers\.(\d+)\.", key))]
     return renamed, {"dim": dim, "depth": max(layers) + 1, "hidden_dim": hidden_dim}
 

@@ -1,17 +1,13 @@
-"""The model that options describe: options of a person, those that a file has, and published checkpoints."""
+"""The model that options describe: options of a person, and those that a file has."""
 
 import inspect
 import os
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from clip_m2df.clip.backbone import CLIPBackbone
 from clip_m2df.errors import RENAMED_OPTIONS, UserError
 from clip_m2df.nn.baselines import HEADS, head_class, options_of
-from clip_m2df.nn.m2df import M2DF, M2DFHead
-from clip_m2df.weight_files import read_weights
 
 
 def saved_options(
@@ -61,25 +57,3 @@ def options_by_name(options: Mapping[str, Any]) -> dict[str, Any]:
     head = {name: parameter.default for name, parameter in known.items()} | (options["head_options"] or {})
     head = {f"head_options.{name}": value for name, value in head.items() if name not in ("dim", "selection")}
     return {f"model.{name}": list(v) if isinstance(v, tuple) else v for name, v in (own | head).items()}
-
-
-def load_published(file: str | os.PathLike[str], *, tokenizer: str | None = None, **options: Any) -> M2DF:
-    """Load the model, tower and head, in a checkpoint file of the published code; it is in eval mode.
-
-    Args:
-        file: the checkpoint, with the weights under ``model_state_dict`` and the tower under ``backbone.*``.
-        tokenizer: see :meth:`clip_m2df.CLIPBackbone.from_openai`.
-        **options: of the head, see :meth:`clip_m2df.M2DFHead.from_published`.
-
-    Raises:
-        UserError: a file that can't be read safely, or of another model.
-    """
-    state = read_weights(Path(file), inside="model_state_dict")
-    tower = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
-    if not tower:
-        raise UserError(f"{file} holds no tower under backbone.*; M2DFHead.from_published reads a head alone")
-    if not any(key.startswith("visual.") for key in tower):  # the published code saves the visual tower alone
-        tower = {f"visual.{key}": value for key, value in tower.items()}
-    # The published code builds its tower as OpenAI does, whatever the shapes.
-    backbone = CLIPBackbone.from_openai(tower, tokenizer=tokenizer, head_width=64, activation="quick_gelu")
-    return M2DF(backbone, M2DFHead.from_published(state, **options)).eval()

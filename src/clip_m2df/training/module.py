@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from clip_m2df.clip.backbone import CLIPBackbone
+from clip_m2df.clip.formats import OPENAI
+from clip_m2df.clip.tokenizer import has_tokenizer
 from clip_m2df.datasets.manifest import Manifest
 from clip_m2df.episode import Episode, FeatureEpisode, TableEpisodes, VideoTable
 from clip_m2df.errors import UserError, require, some
@@ -30,10 +32,18 @@ from clip_m2df.nn.baselines import build_head, head_class, options_of
 from clip_m2df.nn.class_text import Reduction, class_text_loss, fuse_text
 from clip_m2df.nn.head import HeadOutput
 from clip_m2df.nn.m2df import M2DF
-from clip_m2df.nn.prompts import DEFAULT_TEMPLATE, Selection
-from clip_m2df.nn.weights import check_finite, check_weights, not_finite
+from clip_m2df.nn.prompts import DEFAULT_TEMPLATE, SELECTIONS, Selection
+from clip_m2df.nn.weights import (
+    check_finite,
+    check_weights,
+    not_finite,
+    published_head,
+    published_state,
+    published_tower,
+)
 from clip_m2df.training.build import options_by_name, saved_options
 from clip_m2df.training.checkpoints import RunCheckpoint, read_checkpoint
+from clip_m2df.weight_files import read_weights
 
 # Options that a person may change from run to run. They stay out of the checkpoint, so that what is asked for wins;
 # and so does what was said of weights beside their name, which the towers' description has.
@@ -50,6 +60,8 @@ MOST_SKIPPED = 20
 LOG_NO_MORE = ("lightning.pytorch.callbacks.", "clip_m2df.")
 
 Batch: TypeAlias = Episode | FeatureEpisode | TableEpisodes
+# CLIP's weights, as the option ``backbone`` names them, or loaded.
+Clip: TypeAlias = str | os.PathLike[str] | CLIPBackbone
 
 
 class EncodedTable(NamedTuple):
@@ -123,11 +135,13 @@ class CLIPM2DF(lightning.LightningModule):
         class_weight: λ of the class-text loss over all classes of the split; off at 0, as published.
         loss_reduction: the classification loss is the ``sum`` over the queries of an episode, as published, and the
             class-text loss that over its support and query videos; or each is the ``mean``, as in CLIP-FSAR.
-        selection: how PPS picks at evaluation: ``argmax``, ``sample`` or ``expectation``.
+        selection: how PPS picks at evaluation: ``argmax``, ``sample`` or ``expectation``; by default as the model goes:
+            ``sample`` for a published checkpoint, and what was saved of one, ``argmax`` for all others.
         text_fusion: β of ``p = p_text^β · p_visual^(1−β)`` at evaluation, the text's probabilities from the class
             logits of the episode's classes; 0 leaves the text out.
 
     Attributes:
+        default_selection: what ``selection`` is where nobody asks for another.
         evaluated: what the last validation or test counted, for callbacks.
 
     Raises:
@@ -159,7 +173,7 @@ class CLIPM2DF(lightning.LightningModule):
         distill_weight: float = 1.0,
         class_weight: float = 0.0,
         loss_reduction: Reduction = "sum",
-        selection: Selection = "argmax",
+        selection: Selection | None = None,
         text_fusion: float = 0.0,
     ) -> None:
         given = locals().items()
@@ -183,8 +197,10 @@ class CLIPM2DF(lightning.LightningModule):
             )
         if "dim" in own:
             raise UserError("head_options: dim follows from the backbone; leave it out")
+        self.default_selection: Selection = "argmax"
+        self._by_default = selection is None and "selection" in options_of(head_class(head))
         if "selection" in options_of(head_class(head)):
-            own["selection"] = selection
+            own["selection"] = selection or self.default_selection
         if isinstance(backbone, str):
             tower = CLIPBackbone.load(backbone, **backbone_options or {})
         elif backbone_options:
@@ -543,6 +559,7 @@ class CLIPM2DF(lightning.LightningModule):
         checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = {**self.hparams, "backbone": description}
         checkpoint["draws_seed"] = self._draws_seed
         checkpoint["reading"] = self.reading
+        checkpoint["selection"] = self.default_selection
         if self._trainer is not None:
             checkpoint["goes_by"] = self._goes_by()
 
@@ -564,6 +581,7 @@ class CLIPM2DF(lightning.LightningModule):
                 " pixels; give another"
             )
         self.reading = reading
+        self._select_by_default(checkpoint.get("selection", "argmax"))
         if self._trainer is not None and self._trainer.state.fn == "fit":  # a run that goes on
             self._draws_seed = checkpoint.get("draws_seed")
             known = inspect.signature(CLIPM2DF).parameters  # a class derived from it may save more
@@ -580,6 +598,14 @@ class CLIPM2DF(lightning.LightningModule):
                     " EMAWeightAveraging, or the run's own config.yaml"
                 )
 
+    def _select_by_default(self, selection: Selection) -> None:
+        """Set how PPS picks at evaluation where nobody has asked for it."""
+        if not (isinstance(selection, str) and selection in SELECTIONS):
+            raise UserError(f"the checkpoint is damaged, its selection is {selection!r:.80}; give another")
+        self.default_selection = selection
+        if self._by_default:
+            self.model.head.selection = selection
+
     def _goes_by(self) -> dict[str, Any]:
         """What a training and the choice of its best depend on beside the options that a checkpoint keeps."""
         algorithm = self.trainer.gradient_clip_algorithm
@@ -593,13 +619,16 @@ class CLIPM2DF(lightning.LightningModule):
         }
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, map_location: Any = None, **options: Any) -> Self:  # type: ignore[override]
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: Any, map_location: Any = None, *, clip: Clip | None = None, **options: Any
+    ) -> Self:
         """Load a model with its options, tower, tokenizer and preprocessing; needs no network.
 
         Args:
-            checkpoint_path: the file.
+            checkpoint_path: the file; it may be a published one, see :meth:`from_published`.
             map_location: where the model goes, as ``torch.load`` takes it; by default where it was saved from, or the
                 CPU on a machine without CUDA.
+            clip: with a published checkpoint alone, see :meth:`from_published`.
             **options: of the model; they win over the checkpoint's.
 
         Raises:
@@ -609,22 +638,107 @@ class CLIPM2DF(lightning.LightningModule):
         if map_location is None and not torch.cuda.is_available():
             map_location = "cpu"
         checkpoint = read_checkpoint(checkpoint_path, map_location=map_location)
+        if (state := published_state(checkpoint)) is not None:
+            model = cls._from_published(checkpoint_path, state, clip, options)
+            return model.to(next(iter(state.values())).device)
+        if clip is not None:
+            raise UserError(
+                f"{checkpoint_path} is no published checkpoint, and has its towers itself: leave out CLIP's weights"
+            )
         return cls._restore(checkpoint_path, checkpoint, options)
+
+    @classmethod
+    def from_published(cls, file: str | os.PathLike[str], *, clip: Clip | None = None, **options: Any) -> Self:
+        """Load a checkpoint of CLIP-M²DF's published code, in evaluation mode.
+
+        The model goes as the published one does: frames in [0, 1] without CLIP's mean and std, prompts that are drawn
+        at evaluation too, clips of 8 frames. It stays so when it is saved and loaded again.
+
+        Args:
+            file: the checkpoint, as the published training saved it, with or without DataParallel, optimiser and
+                schedule.
+            clip: the CLIP that its training began with, as the option ``backbone`` names it, or loaded; the model has
+                its text tower and its tokenizer. It may be left out if both towers are in the file; then the tokenizer
+                is that beside the file, or CLIP's standard one.
+            **options: of the model, such as ``head_options``, of which the file keeps none but the sizes.
+
+        Raises:
+            UserError: there is no such file, it is damaged, or of another model; or ``clip`` is missing, or is another
+                one than the training began with.
+        """
+        state = published_state(read_weights(Path(file).expanduser(), inside="model_state_dict"))
+        return cls._from_published(file, state or {}, clip, options)
+
+    @classmethod
+    def _from_published(
+        cls,
+        file: str | os.PathLike[str],
+        state: dict[str, Tensor],
+        clip: Clip | None,
+        options: dict[str, Any],
+    ) -> Self:
+        """The model of published weights that have been read from a file."""
+        cls._check_options(options)
+        if (head := options.get("head") or "m2df") != "m2df":
+            raise UserError(f"{file} is a checkpoint of CLIP-M²DF, whose head is m2df and not {head}: leave head out")
+        if "backbone" in options:
+            raise UserError(f"{file} is a published checkpoint: give CLIP's weights as clip, not as backbone")
+        of_clip = dict(options.get("backbone_options") or {})
+        for name, own in (("mean", 0.0), ("std", 1.0)):
+            given = of_clip.pop(name, None)
+            if given is not None and given not in ([own] * 3, (own,) * 3):
+                raise UserError(
+                    f"backbone_options.{name} is {given!r:.80}, but {file} was trained on frames in [0, 1], without"
+                    " CLIP's mean and std: leave it out"
+                )
+        if of_clip and (clip is None or isinstance(clip, CLIPBackbone)):
+            raise UserError("backbone_options are of weights that are loaded by a name: give clip as one")
+        try:
+            shapes, towers = published_head(state)[1], published_tower(state)
+            if clip is None and all(name.startswith("visual.") for name in towers):
+                raise UserError(
+                    "it has the visual tower alone, and the prompts need the text tower: give as clip the CLIP that its"
+                    " training began with, such as the file ViT-B-16.pt or openai/clip-vit-base-patch16 (on the command"
+                    " line --model.backbone, for predict --backbone)"
+                )
+            if clip is None:
+                beside = str(Path(file).parent) if has_tokenizer(Path(file).parent) else None
+                clip = CLIPBackbone.from_openai(towers, tokenizer=beside, **OPENAI)
+            tower = clip if isinstance(clip, CLIPBackbone) else CLIPBackbone.load(os.fspath(clip), **of_clip)
+            if tower.text is not None:
+                tower.tokenize([""])  # fetches the tokenizer: without it there are no prompts, and so no scores
+            head_options = {"depth": shapes["depth"], "hidden_dim": shapes["hidden_dim"]}
+            head_options |= options.get("head_options") or {}
+            options = {name: value for name, value in options.items() if name != "backbone_options"}
+            model = cls(**options | {"backbone": tower.description(), "head_options": head_options})
+            cast(CLIPBackbone, model.model.backbone).load_state_dict(tower.state_dict())
+            model.model.load_published(state)
+        except Exception as error:  # whatever shapes and values of other types lead to
+            raise _unusable(file, error) from error
+        # As its videos were read; there a crop of 224 pixels is of a short side of 256, and one of 84 of 96.
+        size = round(tower.image_size * 8 / 7)
+        model.reading = {"frames": 8, "resize": size, "resize_mode": "short_side", "sampling": "linspace"}
+        model._select_by_default("sample")
+        model.source = os.fspath(file)
+        return model.eval()
+
+    @classmethod
+    def _check_options(cls, given: Mapping[str, Any]) -> None:
+        known = inspect.signature(cls).parameters
+        if unknown := [option for option in given if option not in known]:
+            raise UserError(f"{cls.__name__} has no option {unknown[0]!r}; its options are {', '.join(sorted(known))}")
 
     @classmethod
     def _restore(cls, source: str | os.PathLike[str], checkpoint: dict[str, Any], given: dict[str, Any]) -> Self:
         """The model in a checkpoint that has been read from a file; options that are given win over its own."""
-        known = inspect.signature(cls).parameters
-        if unknown := [option for option in given if option not in known]:
-            raise UserError(f"{cls.__name__} has no option {unknown[0]!r}; its options are {', '.join(sorted(known))}")
+        cls._check_options(given)
         options = saved_options(source, checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_KEY), cls, head=given.get("head"))
         try:
             model = cls(**(options | given))
             model.on_load_checkpoint(checkpoint)
             model.load_state_dict(checkpoint["state_dict"])
         except Exception as error:  # whatever values of other types lead to
-            reason = str(error) if isinstance(error, UserError) else f"{str(error).partition(chr(10))[0]:.300}"
-            raise UserError(f"no model can be made of {source}: {reason}") from error
+            raise _unusable(source, error) from error
         model.source = os.fspath(source)
         return model.to(next(iter(checkpoint["state_dict"].values())).device)
 
@@ -738,3 +852,8 @@ class CLIPM2DF(lightning.LightningModule):
             revision=revision,
         )
         return cls._restore(folder, read_model(folder), model_kwargs).eval()
+
+
+def _unusable(file: str | os.PathLike[str], error: Exception) -> UserError:
+    reason = str(error) if isinstance(error, UserError) else f"{str(error).partition(chr(10))[0]:.300}"
+    return UserError(f"no model can be made of {file}: {reason}")
