@@ -3,9 +3,9 @@
 5-way with 5 queries a class, 8 frames, float32, dropout on, gradients of the weights and of the features; one episode,
 and eight at once, which the plain version loops over. ``share`` is the time of ours over the plain one's. ``floor`` is
 the share that our matrix products and convolutions alone would have at the speed of a large matrix product; ``share``
-may be ``bar_share`` at most. ``off`` is the largest difference of the loss
-or of a gradient without dropout, over the largest entry of its tensor; ``kept`` and ``plain_kept`` are the MiB that
-autograd keeps of all episodes for the backward pass, beside the weights.
+may be ``bar_share`` at most. ``off`` is the largest difference of the loss or of a gradient without dropout, over the
+largest entry of its tensor; ``kept`` and ``plain_kept`` are the MiB that autograd keeps of all episodes for the
+backward pass, beside the weights.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -58,11 +58,12 @@ def read_bytes(path: str | Path, what: str) -> bytes:
         raise UserError(f"cannot read the {what} {path}: {reason}; check its name and permissions") from error
 
 
-def configs_folder() -> Path:
-    """The folder of the configs that come with the package, and of the texts that they name."""
+def shipped_files(pattern: str) -> dict[str, Path]:
+    """The files among the configs that come with the package, by name relative to their folder."""
     package = Path(__file__).parent
     # Inside a wheel they lie in the package; beside an editable install's sources at the top of the repository.
-    return package / "configs" if (package / "configs").is_dir() else package.parents[1] / "configs"
+    folder = package / "configs" if (package / "configs").is_dir() else package.parents[1] / "configs"
+    return {path.relative_to(folder).as_posix(): path for path in sorted(folder.glob(pattern))}
 
 
 def read_text(path: str | Path, what: str) -> str:

@@ -51,7 +51,6 @@ def write_model(folder: str | os.PathLike[str], checkpoint: Mapping[str, Any], *
             " or write the figures into it yourself"
         )
     options, reading = checkpoint["hyper_parameters"], checkpoint["reading"]
-    goes = {"reading": reading, "selection": checkpoint["selection"]}
     # A path of whoever saves the model would tell others nothing but that person's folders.
     source = public_source(options["backbone"]["source"])
     options = options | {"backbone": options["backbone"] | {"source": source}}
@@ -71,7 +70,8 @@ def write_model(folder: str | os.PathLike[str], checkpoint: Mapping[str, Any], *
             mode = draft.stat().st_mode
             save_file(copies, draft, {"format": "pt"})
             draft.chmod(mode)  # safetensors lets nobody but the writer read
-            config = {"format": MODEL_FORMAT, "options": options, **goes, "sha256": sha256_of(draft)}
+            config = {"format": MODEL_FORMAT, "options": options, "reading": reading}
+            config |= {"selection": checkpoint["selection"], "sha256": sha256_of(draft)}
             try:
                 text = json.dumps(config, indent=2)
             except (TypeError, ValueError) as error:
@@ -220,8 +220,8 @@ def read_model(folder: Path) -> dict[str, Any]:
             f" not {config.get('sha256')}; fetch both anew (from the hub: force_download=True)"
         )
     weights = read_weights(folder / WEIGHTS)
-    goes = {"reading": reading, "selection": config.get("selection", "argmax")}
-    return {"hyper_parameters": config.get("options"), **goes, "state_dict": weights}
+    told = {"reading": reading, "selection": config.get("selection", "argmax")}
+    return {"hyper_parameters": config.get("options"), **told, "state_dict": weights}
 
 
 def is_reading(reading: object) -> bool:

@@ -177,7 +177,7 @@ _DTYPES = {
     }.items()
 }
 _TENSOR = "torch._utils _rebuild_tensor_v2"
-# What wraps attributes that are no tensors, which nobody asks for: what they are called with stands for them.
+# Calls that make attributes other than tensors. Nothing needs those: the arguments stand for them.
 _WRAPPERS = {
     *("collections OrderedDict", "builtins complex", "torch device", "torch.jit._pickle restore_type_tag"),
     *(f"torch.jit._pickle build_{kind}list" for kind in ("int", "double", "bool", "tensor")),
@@ -416,7 +416,7 @@ def _only(value: object, kind: type) -> Any:
 
 
 def _count(value: object) -> int:
-    """A number of things."""
+    """The value, which has to be a whole number from 0 on."""
     if type(value) is not int or value < 0:
         raise ValueError("a size, stride or offset in it is no number of things")
     return value

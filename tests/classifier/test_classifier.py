@@ -129,7 +129,7 @@ def test_clips_are_resized_as_images_were_for_a_tower_whose_training_is_not_know
     videos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_model("otam")
-    monkeypatch.setattr(model.model.backbone, "interpolation", "bicubic", raising=False)
+    monkeypatch.setattr(model.model.backbone, "interpolation", "bicubic")
     path = videos / "eat" / "0.mp4"
     found = FewShotClassifier(model).fit({"a": path}).explain(path).frames
     expected = [ClipReader(8, 40, 40, resize_mode=mode).read(str(path))[0] for mode in get_args(ResizeMode)]

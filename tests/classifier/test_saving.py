@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from clip_m2df import CLIPM2DF, FewShotClassifier, UserError
-from clip_m2df.classifier.saving import LOCK, TABLE, read_support
+from clip_m2df.classifier.saving import LOCK, read_support
 from clip_m2df.export import export_model
 from clip_m2df.files import locked
 from clip_m2df.video.transforms import ClipReader
@@ -177,18 +177,16 @@ def test_clips_are_read_as_before(videos: Path, tmp_path: Path) -> None:
     before = FewShotClassifier(model).fit(videos)
     before.save(tmp_path / "classifier")
     assert_same(FewShotClassifier.load(tmp_path / "classifier"), before)
-    table = json.loads((tmp_path / "classifier" / TABLE).read_text())
-    assert (table["resize_mode"], table["sampling"]) == ("squash", "window")
-    # One of an earlier version, which knew one way, whatever its model says.
-    for name in ("resize_mode", "sampling"):
-        del table[name]
-    (tmp_path / "classifier" / TABLE).write_text(json.dumps(table))
     found = FewShotClassifier.load(tmp_path / "classifier").encoder.reader
-    assert found == ClipReader(frames=3, resize=64, size=40)
-    for wrong in ({"resize_mode": "stretch"}, {"sampling": 4}, {"sampling": ["window"]}):
-        (tmp_path / "classifier" / TABLE).write_text(json.dumps(table | wrong))
-        with pytest.raises(UserError, match=r"is damaged .it reads by"):
-            FewShotClassifier.load(tmp_path / "classifier")
+    assert found == ClipReader(frames=3, resize=64, size=40, resize_mode="squash", sampling="window")
+    # Of a training that is not known, as images were for the tower.
+    model.reading = None
+    model.model.backbone.interpolation = "bicubic"  # type: ignore[attr-defined]
+    before = FewShotClassifier(model, frames=4, resize=50).fit(videos)
+    before.save(tmp_path / "classifier")
+    assert_same(FewShotClassifier.load(tmp_path / "classifier"), before)
+    found = FewShotClassifier.load(tmp_path / "classifier").encoder.reader
+    assert found == ClipReader(frames=4, resize=50, size=40, resize_mode="short_side_bicubic")
 
 
 @pytest.mark.slow

@@ -1598,13 +1598,17 @@ def test_the_interpolation_is_kept_in_a_description(tiny_clip_dir: Path) -> None
     assert CLIPBackbone.load("tiny").interpolation == "bilinear"
 
 
+def save(weights: State, file: Path) -> None:
+    save_file(weights, file) if file.suffix == ".safetensors" else torch.save(weights, file)
+
+
 @pytest.mark.parametrize("name", ["model_epoch1", "model_ema", "model.old", "model-best", "weights"])
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
 def test_stray_weights_are_no_models(name: str, suffix: str, copied: Path) -> None:
     expected = CLIPBackbone.load(str(copied)).state_dict()
     weights = {key: torch.zeros_like(weight) for key, weight in load_file(copied / "model.safetensors").items()}
     stray = copied / f"{'pytorch_' * (suffix == '.bin')}{name}{suffix}"
-    save_file(weights, stray) if suffix == ".safetensors" else torch.save(weights, stray)
+    save(weights, stray)
     state = CLIPBackbone.load(str(copied)).state_dict()
     assert all(torch.equal(state[key], weight) for key, weight in expected.items())
     (copied / "model.safetensors").unlink()
@@ -1615,9 +1619,6 @@ def test_stray_weights_are_no_models(name: str, suffix: str, copied: Path) -> No
 @pytest.mark.parametrize("index", [False, True])
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
 def test_shards_are_whole_or_refused(index: bool, suffix: str, copied: Path) -> None:
-    def save(weights: State, file: Path) -> None:
-        save_file(weights, file) if suffix == ".safetensors" else torch.save(weights, file)
-
     expected = CLIPBackbone.load(str(copied)).state_dict()
     weights = load_file(copied / "model.safetensors")
     (copied / "model.safetensors").unlink()
@@ -1650,9 +1651,6 @@ def test_shards_are_whole_or_refused(index: bool, suffix: str, copied: Path) -> 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
 def test_shards_of_two_models_are_not_mixed(suffix: str, copied: Path) -> None:
-    def save(weights: State, file: Path) -> None:
-        save_file(weights, file) if suffix == ".safetensors" else torch.save(weights, file)
-
     weights = load_file(copied / "model.safetensors")
     (copied / "model.safetensors").unlink()
     stem = "model" if suffix == ".safetensors" else "pytorch_model"

@@ -437,9 +437,9 @@ def test_a_bank_draws_the_frames_of_a_video_once(manifest: Path, tmp_path: Path)
 class Tower(lightning.LightningModule):
     """A module that says how images were resized for its tower."""
 
-    def __init__(self, interpolation: str) -> None:
+    def __init__(self, resize_mode: str) -> None:
         super().__init__()
-        self.interpolation = interpolation
+        self.resize_mode = resize_mode
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.query = batch["query"]
@@ -453,12 +453,12 @@ def test_frames_are_resized_as_images_were_for_the_tower(manifest: Path) -> None
         return module.query  # type: ignore[return-value]
 
     data = make(manifest, val_episodes=1, resize=20)
-    bilinear, bicubic = query(data, Tower("bilinear")), query(data, Tower("bicubic"))
+    bilinear, bicubic = query(data, Tower("short_side")), query(data, Tower("short_side_bicubic"))
     assert not torch.equal(bilinear, bicubic)
     assert data.state_dict()["episodes"].get("data.resize_mode") is None  # no training
     for mode, expected in (("short_side", bilinear), ("short_side_bicubic", bicubic)):
         assert torch.equal(query(make(manifest, val_episodes=1, resize=20, resize_mode=mode), Tower("x")), expected)
-    assert torch.equal(query(data, Tower("bilinear")), bilinear)
+    assert torch.equal(query(data, Tower("short_side")), bilinear)
 
 
 def test_a_cache_of_other_videos_is_refused(cached: Path, tmp_path: Path) -> None:

@@ -405,9 +405,10 @@ FORGED_PICKLES: dict[str, bytes] = {
 }
 
 
-def test_the_whole_archive_is_read(tmp_path: Path) -> None:
-    weights = read_weights(_archive(tmp_path / "a.pt"))
-    assert {name: weight.tolist() for name, weight in weights.items()} == {"w": [0, 1, 2, 3]}
+def test_the_whole_archive_is_read_but_not_its_constants(marker: Path) -> None:
+    for constants in (RIGHT_MEMBERS["constants.pkl"], pickle.dumps(Malicious(marker))):
+        weights = read_weights(_archive(marker.with_name("a.pt"), **{"constants.pkl": constants}))
+        assert {name: weight.tolist() for name, weight in weights.items()} == {"w": [0, 1, 2, 3]}
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="its processes don't tell their memory")

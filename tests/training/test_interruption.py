@@ -396,7 +396,16 @@ def test_a_checkpoint_of_an_earlier_version_that_says_less_goes_on(run: Run, goe
 
 def test_in_python_too_a_run_goes_on_with_its_own_options_alone(alone: Path, manifest: Path, tmp_path: Path) -> None:
     path = alone / FOLDER / LAST
-    source = {"n_way": 3, "n_query": 2, "n_query_eval": 1, "frames": 2, "resize": 32, "size": 32, "val_episodes": 4}
+    source = {
+        "n_way": 3,
+        "n_query": 2,
+        "n_query_eval": 1,
+        "frames": 2,
+        "resize_mode": "short_side",
+        "resize": 32,
+        "size": 32,
+        "val_episodes": 4,
+    }
     data = EpisodeDataModule(str(manifest), batch_size=1, episodes_per_step=2, num_workers=0, **source)  # type: ignore[arg-type]
     for changed in ({"lr": 0.5}, {"head_options": {"hidden_dim": 32, "num_heads": 4, "smoothing": 0.9}}):
         model = CLIPM2DF.load_from_checkpoint(path, **changed)

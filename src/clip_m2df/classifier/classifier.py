@@ -6,7 +6,6 @@ import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -531,7 +530,7 @@ class FewShotClassifier:
         options = {"text_fusion": self.model.text_fusion, "selection": self.model.model.head.selection}
         require(above=-math.inf, below=math.inf, threshold=self.threshold)
         threshold = None if self.threshold is None else float(self.threshold)
-        reading = saving.Reading(reader.frames, reader.resize, options, threshold, reader.resize_mode, reader.sampling)
+        reading = saving.Reading(reader.frames, reader.resize, options, threshold)
         saving.write_classifier(folder, self.model, list(self._classes.values()), reading)
 
     @classmethod
@@ -565,8 +564,6 @@ class FewShotClassifier:
         threshold = reading.threshold if threshold is None else threshold
         known: dict[str, Any] = {"frames": reading.frames, "resize": reading.resize, "threshold": threshold}
         classifier = cls(model, precision=precision, workers=workers, timeout=timeout, **known)
-        encoder = classifier.encoder
-        encoder.reader = replace(encoder.reader, resize_mode=reading.resize_mode, sampling=reading.sampling)
         shape = (reading.frames, model.model.backbone.dim)
         if any(tuple(c.features.shape[1:]) != shape or c.thumbnails.shape[1] != reading.frames for c in saved):
             raise UserError(f"the classifier in {folder} is damaged (its features are not of its model): fit it again")

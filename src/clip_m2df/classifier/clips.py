@@ -265,8 +265,7 @@ class ClipEncoder:
         timeout: float,
     ) -> None:
         size = model.model.backbone.image_size
-        own = "short_side_bicubic" if model.interpolation == "bicubic" else "short_side"
-        known: dict[str, Any] = model.reading or {"frames": 8, "resize": size, "resize_mode": own}
+        known: dict[str, Any] = model.reading or {"frames": 8, "resize": size, "resize_mode": model.resize_mode}
         frames = known["frames"] if frames is None else frames
         resize = known["resize"] if resize is None else resize
         with suppress(TypeError):  # numpy's whole numbers too
@@ -286,7 +285,7 @@ class ClipEncoder:
             raise UserError(f"precision is {precision!r}: give one of {', '.join(PRECISIONS)}")
         self.model = model
         self.precision = precision
-        # Trainings of earlier versions knew one way.
+        # Checkpoints of earlier versions lack both: there was one way.
         how = {"resize_mode": known.get("resize_mode", "short_side"), "sampling": known.get("sampling", "segments")}
         self.reader = ClipReader(frames=frames, resize=resize, size=size, **how)
         self.workers = int(workers)

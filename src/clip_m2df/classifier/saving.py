@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load as load_tensors
@@ -18,7 +18,6 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from clip_m2df.classifier.support import SupportClass, check_names
-from clip_m2df.episode import ResizeMode, Sampling
 from clip_m2df.errors import UserError, some
 from clip_m2df.files import locked, read_bytes, sha256_of, whole_file
 from clip_m2df.hub import CONFIG
@@ -50,16 +49,12 @@ class Reading(NamedTuple):
         resize: short side of the frames in pixels before the crop.
         options: of the model, those that are no part of what was trained.
         threshold: the distance beyond which a clip is none of the classes, if it was set.
-        resize_mode: how frames are resized; earlier versions knew one way.
-        sampling: which frames are seen; the same.
     """
 
     frames: int
     resize: int
     options: dict[str, Any]
     threshold: float | None = None
-    resize_mode: ResizeMode = "short_side"
-    sampling: Sampling = "segments"
 
 
 def check_folder(folder: Path) -> None:
@@ -133,10 +128,7 @@ def read_support(folder: Path) -> tuple[list[SavedClass], Reading]:
         # Which has the checksum of the weights.
         if hashlib.sha256(read_bytes(folder / CONFIG, "model's description")).hexdigest() != table["model"]:
             raise ValueError(f"{CONFIG} is of another model than {TABLE}")
-        how = {name: table[name] for name in ("resize_mode", "sampling") if name in table}
-        reading = Reading(table["frames"], table["resize"], dict(table["options"]), table.get("threshold"), **how)
-        if reading.resize_mode not in get_args(ResizeMode) or reading.sampling not in get_args(Sampling):
-            raise ValueError(f"it reads by {reading.resize_mode!r:.40} and {reading.sampling!r:.40}")
+        reading = Reading(table["frames"], table["resize"], dict(table["options"]), table.get("threshold"))
         if not all(type(number) is int and 1 <= number <= MOST for number in reading[:2]):
             raise ValueError(f"it takes {reading.frames} frames of {reading.resize} pixels")
         # No others: the head is not for a table to choose.

@@ -36,7 +36,7 @@ _REMEDY = (
     "or name it by --model.backbone_options.tokenizer (in Python: tokenizer=)"
 )
 
-# What may be said of weights beside their name.
+# The keys of ``backbone_options``.
 BACKBONE_OPTIONS = ("activation", "head_width", "tokenizer", "mean", "std")
 
 
@@ -266,20 +266,7 @@ class CLIPBackbone(nn.Module):
             state.pop(constant, None)
         images = {"interpolation": "bicubic"}  # OpenAI's, and OpenCLIP's unless it says otherwise
         images |= {name: told.pop(name) for name in ("mean", "std", "interpolation") if name in told}
-        try:
-            visual_config, text_config = formats.openai_configs(state, source, **told | given)
-        except UserError:
-            raise
-        except (IndexError, ValueError, ZeroDivisionError) as error:  # of a weight with other axes, or without numbers
-            raise UserError(
-                f"{source} isn't CLIP in OpenAI's layout: its weights have other shapes ({error})"
-            ) from error
-        except KeyError as error:
-            raise UserError(
-                f"{source} isn't CLIP in OpenAI's layout: {error.args[0]} is missing; "
-                f"it has {some(sorted(state))}. Weights in transformers' format are given by their folder."
-            ) from error
-
+        visual_config, text_config = formats.openai_configs(state, source, **told | given)
         images |= _given(mean=mean, std=std)
         facts = {"source": source, "freeze_batch_norm": freeze_batch_norm, **images}
         backbone = cls.from_description({"visual_config": visual_config, "text_config": text_config, **facts})
@@ -325,12 +312,7 @@ class CLIPBackbone(nn.Module):
             UserError: They are of other towers; names what differs.
         """
         state = {name: weight for name, weight in state.items() if name not in formats.OPENAI_CONSTANTS}
-        try:
-            visual, text = formats.openai_configs(state, "the file", **formats.OPENAI)
-        except UserError:
-            raise
-        except (KeyError, IndexError, ValueError, ZeroDivisionError):  # what is missing, or has other axes: named below
-            visual, text = {}, None
+        visual, text = formats.openai_configs(state, "the file", **formats.OPENAI)
         for tower, config, found in (("visual", self.visual_config, visual), ("text", self.text_config, text)):
             own = config or {}
             if values := [(name, value) for name, value in (found or {}).items() if value != own.get(name)]:
@@ -490,10 +472,10 @@ class CLIPBackbone(nn.Module):
 
 
 def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What is said of weights beside their name, without what is None.
+    """The ``backbone_options`` that are given, without those that are None.
 
     Raises:
-        UserError: An option that there is not, or a tokenizer, mean or std that can't be one.
+        UserError: An option does not exist; or a tokenizer, mean or std can't be one.
     """
     if unknown := [option for option in options if option not in BACKBONE_OPTIONS]:
         raise UserError(f"backbone_options has no {unknown[0]!r}; there are {', '.join(BACKBONE_OPTIONS)}")
@@ -521,7 +503,7 @@ def _three_numbers(values: Any, *, positive: bool = False) -> bool:
 
 
 def _check_known(options: Mapping[str, Any], known: Mapping[str, Any], why: str) -> None:
-    """Refuse what weights tell themselves, and otherwise."""
+    """Refuse an activation or a head width that contradicts the weights."""
     for name in ("activation", "head_width"):
         if options.get(name) not in (None, known.get(name)):
             own = f", {known[name]}" if known else ""

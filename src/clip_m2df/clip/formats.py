@@ -92,10 +92,10 @@ _OPEN_CLIP_FIELDS = {
     "preprocess_cfg": ("size", "mean", "std", "interpolation", "fill_color"),
 }
 _OPEN_CLIP_VALUES = {
-    **{("vision_cfg", name): value for name, value in (("pool_type", "tok"), ("pos_embed_type", "learnable"))},
-    **{("text_cfg", name): value for name, value in (("pool_type", "argmax"), ("proj_type", "linear"))},
-    **{(name, "block_type"): "default" for name in ("vision_cfg", "text_cfg")},
-    **{("preprocess_cfg", name): value for name, value in (("mode", "RGB"), ("resize_mode", "shortest"))},
+    "model_cfg": {},
+    "vision_cfg": {"pool_type": "tok", "pos_embed_type": "learnable", "block_type": "default"},
+    "text_cfg": {"pool_type": "argmax", "proj_type": "linear", "block_type": "default"},
+    "preprocess_cfg": {"mode": "RGB", "resize_mode": "shortest"},
 }
 
 
@@ -255,13 +255,12 @@ def _read_folder_weights(folder: Path, source: str) -> dict[str, Tensor]:
     """The weights of a folder in transformers' format: those that transformers' own names say, and no stray ones."""
     state: dict[str, Tensor] = {}
     for name, pattern in _WEIGHTS:
-        if (folder / name).is_file():
-            state = read_weights(folder / name)
-            break
         index = folder / f"{name}.index.json"
         shards: set[str] = set()
         files: Any = None
-        if index.is_file():
+        if (folder / name).is_file():
+            shards = {name}
+        elif index.is_file():
             files = _read_json(index).get("weight_map")
             if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
                 raise UserError(f"{index} is damaged: it has no weight_map from weights to files; fetch it again")
@@ -351,9 +350,9 @@ def _openai_part(key: str, name: str, weight: Tensor) -> Tensor:
 
 
 def told_options(description: Mapping[str, Any]) -> dict[str, Any]:
-    """What a backbone's description says of what ``backbone_options`` may say, but for the tokenizer.
+    """The ``backbone_options`` that a backbone's description amounts to, without the tokenizer.
 
-    Nothing of a description that is damaged, which building it tells.
+    None of them where the description is damaged; building it is an error then.
     """
     try:
         vision, text = description["visual_config"], description["text_config"] or {}
@@ -419,7 +418,7 @@ def read_open_clip_config(file: Path) -> dict[str, Any]:
     stated = {"model_cfg": model, "vision_cfg": vision, "text_cfg": text, "preprocess_cfg": images}
     for name, table in stated.items():
         for field, value in table.items():
-            if field in _OPEN_CLIP_FIELDS[name] or value in (None, False, {}, _OPEN_CLIP_VALUES.get((name, field))):
+            if field in _OPEN_CLIP_FIELDS[name] or value in (None, False, {}, _OPEN_CLIP_VALUES[name].get(field)):
                 continue
             if field == "resize_mode":
                 raise UserError(
@@ -472,11 +471,18 @@ def openai_configs(
         stated: The tables of a configuration; it may be another model's.
 
     Raises:
-        KeyError: Names a weight that isn't there.
-        UserError: The configuration is another model's; the width of a tower is no multiple of its heads; or heads and
-            activation are not known.
+        UserError: The weights are of another layout, or the configuration is another model's; the width of a tower is
+            no multiple of its heads; or heads and activation are not known.
     """
-    shapes = _shapes(state)
+    try:
+        shapes = _shapes(state)
+    except (IndexError, ValueError) as error:  # of a weight with other axes
+        raise UserError(f"{source} isn't CLIP in OpenAI's layout: its weights have other shapes ({error})") from error
+    except KeyError as error:
+        raise UserError(
+            f"{source} isn't CLIP in OpenAI's layout: {error.args[0]} is missing; "
+            f"it has {some(sorted(state))}. Weights in transformers' format are given by their folder."
+        ) from error
     vision, text = shapes["vision_cfg"], shapes["text_cfg"]
     resnet = vision["patch_size"] is None
     unit = vision["patch_size"] or 32
@@ -488,7 +494,7 @@ def openai_configs(
                 said = said[0]
             if field == "mlp_ratio":  # the width between the layers is rounded down
                 same = isinstance(said, int | float) and 0 <= fields["width"] * said - own < 1
-                own /= fields["width"]
+                own /= fields["width"] or 1
             elif field == "image_size" and type(said) is int:  # a remainder without a patch is never read
                 same = said // unit == own // unit
                 image_size = said

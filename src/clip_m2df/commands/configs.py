@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from clip_m2df.errors import RENAMED_OPTIONS, UserError, say
-from clip_m2df.files import configs_folder, read_text
+from clip_m2df.files import read_text, shipped_files
 
 # Of a config; a few lines of aliases of aliases stand for as many as one likes, all of which the parser would visit.
 MOST_VALUES = 10_000
@@ -26,8 +26,7 @@ RUN_HEADER = "# lightning.pytorch=="
 
 def shipped_configs() -> dict[str, Path]:
     """The configs that come with the package, by name relative to their folder."""
-    folder = configs_folder()
-    configs = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
+    configs = shipped_files("**/*.yaml")
     # W&B reads sweeps, and the study its settings; they are no configs of a run.
     return {name: path for name, path in configs.items() if not name.startswith(("sweeps/", "study/"))}
 

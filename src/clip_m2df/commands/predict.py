@@ -49,7 +49,7 @@ LONGEST = 1e9
 # What the first line of a part says.
 PART_FORMAT = "clip-m2df predictions 1"
 
-# Options of named values, and one that each may have.
+# Options that take NAME=VALUE, each with an example for messages.
 NAMED_VALUES = {"head_options": "smoothing=0.1", "backbone_options": "activation=gelu"}
 
 

@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from clip_m2df.errors import UserError, some
-from clip_m2df.files import configs_folder, file_of, lies_under, read_text, relative_path, write_table
+from clip_m2df.files import file_of, lies_under, read_text, relative_path, shipped_files, write_table
 
 SPLITS = ("train", "val", "test")
 """The names that a split may have, in the order in which they are listed."""
@@ -401,8 +401,7 @@ def _texts_file(name: str | Path) -> Path:
     """The file of class texts of this name: in the working directory first, else among those of the package."""
     if os.path.lexists(name):
         return Path(name)
-    folder = configs_folder()
-    shipped = {path.relative_to(folder).as_posix(): path for path in sorted(folder.glob("texts/**/*.csv"))}
+    shipped = shipped_files("texts/**/*.csv")
     if (known := Path(name).as_posix()) not in shipped:
         raise UserError(
             f"there is no list of class texts {name}: check the name; relative names start at {os.getcwd()}, and"

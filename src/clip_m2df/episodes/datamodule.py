@@ -41,10 +41,6 @@ MOST_PLAYED, MOST_DEVICES = 64, 64
 EMBEDDED = {"motion_shapes": "demo", "motion_shapes_scene": "scene", "motion_shapes_order": "order"}
 
 
-# Options that decide a video's frames.
-OF_FRAMES = ("frames", "sampling", "resize", "resize_mode", "size", "flip")
-
-
 KNOBS = tuple(field.name for field in dataclasses.fields(motion_shapes.Knobs))
 
 
@@ -282,8 +278,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
     def _resize_as_the_tower(self) -> None:
         """Without ``resize_mode``, resize frames as images were for the model's tower, which may be a new one."""
         if self.resize_mode is None and self.trainer:
-            interpolation = getattr(self.trainer.lightning_module, "interpolation", None)
-            mode: ResizeMode = "short_side_bicubic" if interpolation == "bicubic" else "short_side"
+            mode: ResizeMode = getattr(self.trainer.lightning_module, "resize_mode", "short_side")
             if mode != self.reader.resize_mode:
                 self.reader = dataclasses.replace(self.reader, resize_mode=mode, cache=None)
                 self.manifest = None
@@ -339,7 +334,10 @@ class EpisodeDataModule(lightning.LightningDataModule):
             depends |= {
                 "data.train_n_shot": self.train_shape.n_shot,
                 "data.n_query": self.train_shape.n_query,
-                **{f"data.{name}": getattr(self.reader, name) for name in OF_FRAMES},
+                **{
+                    f"data.{name}": getattr(self.reader, name)
+                    for name in ("frames", "sampling", "resize", "resize_mode", "size", "flip")
+                },
                 "data.jitter_queries": self.jitter_queries,
                 "data.cache": None if cache is None else f"one of {cache.settings}",
                 "data.train_augmentations": self.train_augmentations,
@@ -369,7 +367,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
             UserError: says what to set.
         """
         if self.trainer and self.trainer.state.fn == "fit":
-            # What earlier versions knew alone.
+            # Earlier versions lacked these options; their trainings were as with these values.
             only = {"data.resize_mode": "short_side", "data.sampling": "segments", "data.jitter_queries": False}
             state_dict = state_dict | {"episodes": only | state_dict.get("episodes", {})}
             check_goes_on(state_dict, self.state_dict(), most=self.trainer.max_steps)

@@ -182,7 +182,7 @@ class EpisodeDataset(Dataset[ReadEpisode]):
             self.note("")
 
     def _jittered(self, step: int, path: str, clip: Tensor) -> Tensor:
-        """What becomes of a clip as a query, see ``jitter_queries``."""
+        """A clip as it looks as a query, see ``jitter_queries``."""
         mirrored, *colours = self._draw(step, path, "colours", 1 + JITTER_DRAWS)
         return jitter_colours(clip.flip(-1) if mirrored < 0.5 else clip, torch.stack(colours))
 

@@ -87,7 +87,7 @@ class EpisodeTable(Dataset[int], VideoTable):
         return f"{relative_path(path, self.root)} {fingerprint_text(path) or 'not there'}"
 
     def uniforms(self, index: int) -> Tensor | None:
-        """What the frames, the crop and the flip of a clip are drawn by; None where nothing is."""
+        """What the frames, the crop and the flip of a clip are drawn by; None where nothing is drawn."""
         return self._draw(index, 1)[0, : self.dataset.reader.frames] if self.dataset.reader.draws else None
 
     def _draw(self, index: int, count: int) -> Tensor:

@@ -188,7 +188,7 @@ class Scoring(ABC):
         video = query.shape[classes + 1 :]
         if self.query_prompt != "class" or support.shape[classes + 2 :] != video:
             return self.score(query, prompts, self.prototypes(support, prompts), draws)
-        # Weights go through memory once, which takes as long as what is done with them where episodes are small.
+        # One pass over the weights: for small episodes, reading them from memory takes as long as the arithmetic.
         selected = self.select_prompts(query, prompts, draws)
         of_support, shape = _of_shots(prompts, support), support.shape[classes : classes + 2]
         embedded = self.embed(

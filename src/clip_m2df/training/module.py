@@ -21,7 +21,7 @@ from clip_m2df.clip.backbone import CLIPBackbone
 from clip_m2df.clip.formats import OPENAI
 from clip_m2df.clip.tokenizer import has_tokenizer
 from clip_m2df.datasets.manifest import Manifest
-from clip_m2df.episode import Episode, FeatureEpisode, TableEpisodes, VideoTable
+from clip_m2df.episode import Episode, FeatureEpisode, ResizeMode, TableEpisodes, VideoTable
 from clip_m2df.errors import UserError, require, some
 from clip_m2df.evaluation.bank import EpisodeBank, encode_videos
 from clip_m2df.evaluation.evidence import Played
@@ -45,8 +45,8 @@ from clip_m2df.training.build import options_by_name, saved_options
 from clip_m2df.training.checkpoints import RunCheckpoint, read_checkpoint
 from clip_m2df.weight_files import read_weights
 
-# Options that a person may change from run to run. They stay out of the checkpoint, so that what is asked for wins;
-# and so does what was said of weights beside their name, which the towers' description has.
+# Options that a person may change from run to run. They stay out of the checkpoint, so that what is asked for wins.
+# backbone_options do too, since the towers' description has their effect.
 RUN_OPTIONS = ("selection", "text_fusion", "gradient_checkpointing", "bank_memory", "compile", "backbone_options")
 
 
@@ -103,9 +103,9 @@ class CLIPM2DF(lightning.LightningModule):
     Args:
         backbone: CLIP's weights: a name on the hub or a folder, in transformers' format (ViT) or OpenCLIP's; a file in
             OpenAI's layout; ``rn50`` for the public ResNet-50; ``tiny`` for the small CLIP that comes with the package.
-        backbone_options: what they don't tell, or tell otherwise: ``activation`` (``gelu`` or ``quick_gelu``) and
-            ``head_width`` of weights in OpenAI's layout; ``tokenizer``, a file or a folder; ``mean`` and ``std``, three
-            numbers each for pixels between 0 and 1.
+        backbone_options: what the weights don't tell, or tell otherwise: ``activation`` (``gelu`` or ``quick_gelu``)
+            and ``head_width`` of weights in OpenAI's layout; ``tokenizer``, a file or a folder; ``mean`` and ``std``,
+            three numbers each for pixels between 0 and 1.
         head: what scores the queries: ``m2df``; for comparison ``clip_fsar``, ``otam``, ``bi_mhm``,
             ``nearest_prototype`` or ``zero_shot``; or the class path of another head.
         head_options: options of the head's class; for ``m2df`` those of :class:`clip_m2df.nn.m2df.M2DFHead`.
@@ -135,8 +135,8 @@ class CLIPM2DF(lightning.LightningModule):
         class_weight: λ of the class-text loss over all classes of the split; off at 0, as published.
         loss_reduction: the classification loss is the ``sum`` over the queries of an episode, as published, and the
             class-text loss that over its support and query videos; or each is the ``mean``, as in CLIP-FSAR.
-        selection: how PPS picks at evaluation: ``argmax``, ``sample`` or ``expectation``; by default as the model goes:
-            ``sample`` for a published checkpoint, and what was saved of one, ``argmax`` for all others.
+        selection: how PPS picks at evaluation: ``argmax``, ``sample`` or ``expectation``; by default ``sample`` for a
+            published checkpoint and for models saved from one, ``argmax`` for all others.
         text_fusion: β of ``p = p_text^β · p_visual^(1−β)`` at evaluation, the text's probabilities from the class
             logits of the episode's classes; 0 leaves the text out.
 
@@ -256,9 +256,10 @@ class CLIPM2DF(lightning.LightningModule):
     # ---------------------------------------------------------------------------------------------- use
 
     @property
-    def interpolation(self) -> str:
-        """How images were resized for the tower in its training, ``bilinear`` or ``bicubic``."""
-        return str(getattr(self.model.backbone, "interpolation", "bilinear"))
+    def resize_mode(self) -> ResizeMode:
+        """How frames are resized as images were in the training of the tower."""
+        bicubic = cast(CLIPBackbone, self.model.backbone).interpolation == "bicubic"
+        return "short_side_bicubic" if bicubic else "short_side"
 
     def forward(self, episode: Episode | FeatureEpisode) -> HeadOutput:
         """Score the queries of a batch of episodes."""
@@ -407,12 +408,10 @@ class CLIPM2DF(lightning.LightningModule):
         """
         self._check_monitors()
         reader = getattr(getattr(self.trainer, "datamodule", None), "reader", None)
-        frames, resize = getattr(reader, "frames", None), getattr(reader, "resize", None)
-        if isinstance(frames, int) and isinstance(resize, int):  # other people's readers may be anything
-            self.reading = {"frames": frames, "resize": resize}
-            how = {name: getattr(reader, name, None) for name in ("resize_mode", "sampling")}
-            if is_reading(self.reading | how):
-                self.reading |= how
+        names = ("frames", "resize", "resize_mode", "sampling")
+        for some_names in (names[:2], names):  # other people's readers may be anything
+            if is_reading(known := {name: getattr(reader, name, None) for name in some_names}):
+                self.reading = known
         self._encoded.pop("train", None)  # of a training that was interrupted
         self._broken, self._skipped = False, 0
 
@@ -587,7 +586,7 @@ class CLIPM2DF(lightning.LightningModule):
             known = inspect.signature(CLIPM2DF).parameters  # a class derived from it may save more
             saved = {n: v for n, v in checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY].items() if n in known}
             saved = saved_options("the checkpoint", saved, CLIPM2DF, head=self.hparams["head"])
-            # What an earlier version knew nothing of was as it is by default.
+            # Where an earlier version lacked an option, its training was as with today's default.
             saved = {n: parameter.default for n, parameter in known.items() if n not in RUN_OPTIONS} | saved
             own = options_by_name(self.hparams) | self._goes_by()
             check_same(options_by_name(saved) | checkpoint.get("goes_by", {}), own)
@@ -651,7 +650,7 @@ class CLIPM2DF(lightning.LightningModule):
     def from_published(cls, file: str | os.PathLike[str], *, clip: Clip | None = None, **options: Any) -> Self:
         """Load a checkpoint of CLIP-M²DF's published code, in evaluation mode.
 
-        The model goes as the published one does: frames in [0, 1] without CLIP's mean and std, prompts that are drawn
+        The model works as the published one: frames in [0, 1] without CLIP's mean and std, prompts that are drawn
         at evaluation too, clips of 8 frames. It stays so when it is saved and loaded again.
 
         Args:
@@ -671,11 +670,7 @@ class CLIPM2DF(lightning.LightningModule):
 
     @classmethod
     def _from_published(
-        cls,
-        file: str | os.PathLike[str],
-        state: dict[str, Tensor],
-        clip: Clip | None,
-        options: dict[str, Any],
+        cls, file: str | os.PathLike[str], state: dict[str, Tensor], clip: Clip | None, options: dict[str, Any]
     ) -> Self:
         """The model of published weights that have been read from a file."""
         cls._check_options(options)
@@ -705,12 +700,11 @@ class CLIPM2DF(lightning.LightningModule):
                 beside = str(Path(file).parent) if has_tokenizer(Path(file).parent) else None
                 clip = CLIPBackbone.from_openai(towers, tokenizer=beside, **OPENAI)
             tower = clip if isinstance(clip, CLIPBackbone) else CLIPBackbone.load(os.fspath(clip), **of_clip)
-            if tower.text is not None:
-                tower.tokenize([""])  # fetches the tokenizer: without it there are no prompts, and so no scores
+            tower.tokenize([""])  # fetches the tokenizer: without it there are no prompts, and so no scores
             head_options = {"depth": shapes["depth"], "hidden_dim": shapes["hidden_dim"]}
             head_options |= options.get("head_options") or {}
-            options = {name: value for name, value in options.items() if name != "backbone_options"}
-            model = cls(**options | {"backbone": tower.description(), "head_options": head_options})
+            towers_known = {"backbone": tower.description(), "backbone_options": None}
+            model = cls(**options | towers_known | {"head_options": head_options})
             cast(CLIPBackbone, model.model.backbone).load_state_dict(tower.state_dict())
             model.model.load_published(state)
         except Exception as error:  # whatever shapes and values of other types lead to

@@ -71,7 +71,7 @@ class Settings(NamedTuple):
     resize_mode: ResizeMode = "short_side"
 
     def __str__(self) -> str:
-        """For messages, and for what is kept elsewhere: there the mode has no default."""
+        """For messages and for checkpoints, whose earlier versions lacked the mode."""
         mode = "" if self.resize_mode == "short_side" else f" and resize_mode {self.resize_mode}"
         return f"short_side {self.short_side}, frames {self.frames} and quality {self.quality}{mode}"
 

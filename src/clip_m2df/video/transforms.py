@@ -94,7 +94,7 @@ def window_indices(n_frames: int, frames: int, offsets: Tensor | None = None) ->
 
 
 def linspace_indices(n_frames: int, frames: int, offsets: Tensor | None = None) -> list[int]:
-    """Choose evenly spaced frames of a video, the first and the last among them, as CLIP-M²DF's own code does.
+    """Choose evenly spaced frames from the beginning of a video to its end, as CLIP-M²DF's own code does.
 
     The rule of ``get_seq`` in its video_reader.py: at test from frame 1 to the last but one, in training from one of
     the first 6 frames to one of the last 6. Of videos that are hardly longer than ``frames`` all frames are evenly
@@ -133,8 +133,7 @@ def resize_clip(clip: Tensor, resize: int, mode: ResizeMode = "short_side") -> T
     ``short_side`` is bilinear and ``short_side_bicubic`` bicubic, both antialiased and with the aspect kept, as PIL and
     torchvision resize. ``squash`` makes every frame a square, bilinear and not antialiased: the rule of
     ``KineticsResizedCropFewshot`` in CLIP-FSAR's datasets/utils/transformations.py. Its pixels are floats there, and
-    are rounded here: features of the embedded tower move by 0.2 % of what tells clips apart, a tenth of what
-    antialiasing does.
+    are rounded here.
 
     Args:
         clip: uint8 pixels, shape ``(frames, 3, height, width)``.
@@ -307,12 +306,11 @@ class ClipReader:
             )
 
     def __repr__(self) -> str:
-        """What decides the frames, for what is kept of them elsewhere; the defaults of later options are left out."""
-        told = {field.name: getattr(self, field.name) for field in fields(self)}
-        for name, default in (("resize_mode", "short_side"), ("sampling", "segments")):
-            if told[name] == default:
-                del told[name]
-        return f"{type(self).__qualname__}({', '.join(f'{name}={value!r}' for name, value in told.items())})"
+        """What decides the frames, for stored features; options that earlier versions lacked only if they differ."""
+        told = {field.name: getattr(self, field.name) for field in fields(self)}.items()
+        later = {"resize_mode": "short_side", "sampling": "segments"}.items()
+        own = (f"{name}={value!r}" for name, value in told if (name, value) not in later)
+        return f"{type(self).__qualname__}({', '.join(own)})"
 
     @property
     def draws(self) -> bool:
