@@ -619,16 +619,17 @@ def test_heads_and_activation_are_told_or_refused(width: int, head_width: int, a
             nn.init.normal_(parameter, std=2 / parameter[0].numel() ** 0.5)
     images, state, file = torch.randn(2, 3, 32, 32), in_openai_layout(model), tmp_path / "clip.safetensors"
     save_file(state, file)
-    told = r"{} known to be OpenAI's, and don't tell the width of their heads and their activation: put the model's"
-    in_memory, of_file = told.format("have the shapes of no model"), told.format("are not")
-    with pytest.raises(UserError, match=in_memory):
-        CLIPBackbone.from_openai(state)
-    with pytest.raises(UserError, match=of_file):
-        CLIPBackbone.load(str(file))
-    for incomplete in ({"head_width": head_width}, {"activation": activation}):
-        with pytest.raises(UserError, match=in_memory):
+    heads_choice, activation_choice = r"head_width \(64; [^)]*\)", r"activation \(quick_gelu of [^)]*\)"
+    incompletes: list[tuple[dict[str, Any], str, str]] = [
+        ({}, "the width of their heads and their activation", f"{heads_choice} and {activation_choice}"),
+        ({"head_width": head_width}, "their activation", activation_choice),
+        ({"activation": activation}, "the width of their heads", heads_choice),
+    ]
+    for incomplete, untold, choices in incompletes:
+        told = f"known to be OpenAI's, and don't tell {untold}: put the model's .* give backbone_options, {choices}; a"
+        with pytest.raises(UserError, match=f"have the shapes of no model {told}"):
             CLIPBackbone.from_openai(state, **incomplete)
-        with pytest.raises(UserError, match=of_file):
+        with pytest.raises(UserError, match=f"are not {told}"):
             CLIPBackbone.load(str(file), **incomplete)
 
     vision = {"width": width, "layers": 2, "head_width": head_width, "patch_size": 8, "image_size": 32}
@@ -900,6 +901,13 @@ def test_an_archive_of_another_model_says_what_it_has(tmp_path: Path) -> None:
         CLIPBackbone.load(str(tmp_path / "RN50.pt"))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_frozen_archive_says_where_its_weights_are(tmp_path: Path) -> None:
+    torch.jit.freeze(torch.jit.trace(nn.Linear(2, 2).eval(), torch.ones(1, 2))).save(str(tmp_path / "RN50.pt"))
+    with pytest.raises(UserError, match=r"RN50\.pt has no weights: those of a frozen .* give the .* state_dict"):
+        CLIPBackbone.load(str(tmp_path / "RN50.pt"))
+
+
 def test_damaged_files_are_named(state: State, tmp_path: Path) -> None:
     whole = tmp_path / "whole.safetensors"
     save_file(state, whole)
@@ -1082,6 +1090,8 @@ OF_ANOTHER_KIND = "describes a model of another kind: its {} has {}, unknown her
         ("preprocess_cfg", "resize_mode", "squash", "the resize_mode 'squash'; .* write shortest there"),
         ("preprocess_cfg", "resize_mode", "longest", "the resize_mode 'longest'"),
         ("preprocess_cfg", "interpolation", "nearest", "interpolation is 'nearest'"),
+        ("preprocess_cfg", "std", [0, 1, 1], r"open_clip_config\.json: mean is .* and std \[0, 1, 1\]: they have"),
+        ("preprocess_cfg", "mean", [float("nan")] * 3, r"open_clip_config\.json: mean is \[nan"),
         # What says what is there anyway, and what changes no embedding.
         ("vision_cfg", "image_size", [32, 32], ""),
         ("vision_cfg", "patch_dropout", 0.5, ""),
@@ -1303,7 +1313,7 @@ def test_tokenizer_mean_and_std_of_a_folder_in_transformers_format(copied: Path,
         ("FILE", {"activation": "gelu", "head_width": True}, "heads of True channels"),
         ("FILE", {"activation": "gelu", "head_width": "64"}, "heads of '64' channels"),
         ("FILE", {"activation": "gelu", "head_width": 0}, "heads of 0 channels"),
-        ("FILE", {"activation": "gelu", "head_width": 48}, "heads of 48 channels: the width 64"),
+        ("FILE", {"activation": "gelu", "head_width": 48}, r"heads of 48 channels: the width 64 of .*clip\.saf"),
         *(
             ("FILE", {option: value}, rf"backbone_options\.{option} is .*; it must be three finite numbers")
             for option in ("mean", "std")
@@ -1327,7 +1337,34 @@ def test_backbone_options_that_cannot_be_are_refused(
         CLIPM2DF(backbone=name, backbone_options=options)
 
 
+@pytest.mark.parametrize("options", [[("mean", [0, 0, 0])], "gelu", {1: 2}])
+def test_backbone_options_are_a_table(options: Any) -> None:
+    with pytest.raises(UserError, match=r"backbone_options (is .* a table of options|has no 1; there are)"):
+        CLIPM2DF(backbone="tiny", backbone_options=options)
+
+
 # Names and folders
+
+
+def test_paths_are_as_good_as_their_names(state: State, copied: Path, golden_tokenizer: Path, tmp_path: Path) -> None:
+    file = tmp_path / "clip.pt"
+    torch.save(state, file)
+    for backbone in (
+        CLIPBackbone.load(file, tokenizer=golden_tokenizer, **OPENAI),
+        CLIPBackbone.from_openai(file, tokenizer=golden_tokenizer, **OPENAI),
+    ):
+        assert backbone.source == str(file)
+        assert torch.equal(
+            backbone.state_dict()["visual.model.vision_model.embeddings.class_embedding"],
+            state["visual.class_embedding"],
+        )
+        assert backbone.tokenize(["a"]).shape[0] == 1
+    for backbone in (
+        CLIPBackbone.load(copied),
+        CLIPBackbone.from_pretrained(copied, tokenizer=copied),
+        CLIPM2DF(copied).model.backbone,
+    ):
+        assert backbone.source == str(copied)
 
 
 @pytest.mark.parametrize("name", ["./clip", "/a/b", "a/b/c", "weights.pt", "..\\clip", "~/clip-of-nobody"])
@@ -1412,9 +1449,11 @@ def test_folders_that_are_no_clip_are_refused(copied: Path) -> None:
         ("config.json", "[]", r"config\.json is damaged: a table"),
         ("config.json", "[" * 100_000, r"config\.json is damaged"),
         ("preprocessor_config.json", '{"image_mean": 3}', "the preprocessing in .* can't be used"),
-        ("preprocessor_config.json", '{"image_mean": [1, 2]}', "the towers of .* can't be built"),
+        ("preprocessor_config.json", '{"image_mean": [1, 2]}', r"_config\.json can't be used: image_mean is \[1, 2\]"),
+        ("preprocessor_config.json", '{"image_mean": [NaN, 0, 0]}', r"_config\.json can't be used: image_mean is"),
+        ("preprocessor_config.json", '{"rescale_factor": -1}', "rescale_factor is -1, and no number above 0"),
         ("preprocessor_config.json", '{"image_std": ["a", "b", "c"]}', "the preprocessing in .* can't be used"),
-        ("preprocessor_config.json", '{"image_std": [0, 0, 0]}', r"can't be built: .* image_std \[0\.0, 0"),
+        ("preprocessor_config.json", '{"image_std": [0, 0, 0]}', r"can't be used: .* image_std \[0, 0"),
         ("preprocessor_config.json", '{"image_std": [1, -1, 1]}', "std above 0"),
         ("preprocessor_config.json", '{"image_mean": [NaN, 0, 0]}', "have to be three finite"),
         ("preprocessor_config.json", '{"image_mean": null}', "the preprocessing in .* can't be used"),
@@ -1690,6 +1729,17 @@ def test_an_adapter_beside_the_weights_is_named(name: str, copied: Path) -> None
     (copied / "config.json").unlink()  # as peft saves it
     with pytest.raises(UserError, match=f"has an adapter, {name}, which is not applied here: merge it"):
         CLIPBackbone.load(str(copied))
+
+
+def test_a_file_with_lora_within_a_word_is_no_adapter(copied: Path) -> None:
+    for name in ("exploration.safetensors", "florals.bin", "lora.txt"):
+        (copied / name).write_text("{}")
+    assert CLIPBackbone.load(str(copied)).text is not None
+    for name in ("LoRA.safetensors", "my-lora2.pt", "lora_r8.bin"):
+        (copied / name).write_text("{}")
+        with pytest.raises(UserError, match=f"has an adapter, {name}"):
+            CLIPBackbone.load(str(copied))
+        (copied / name).unlink()
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool, torch.complex64])

@@ -38,6 +38,7 @@ RN50_REPOSITORY, RN50_FILE = "timm/resnet50_clip.openai", "open_clip_model.safet
 STANDARD_TOKENIZER = "openai/clip-vit-base-patch32"
 # The weights of a folder in transformers' format, the best first: one file, or shards, which may have an index beside.
 _WEIGHTS = (("model.safetensors", "model-*-of-*.safetensors"), ("pytorch_model.bin", "pytorch_model-*-of-*.bin"))
+THREE_NUMBERS = "they have to be three finite numbers each, and std above 0"
 # What OpenAI's files have beside the towers' weights, and OpenCLIP's.
 OPENAI_CONSTANTS = ("input_resolution", "context_length", "vocab_size", "logit_scale", "logit_bias", "attn_mask")
 # What lies beside weights in OpenAI's layout where they are not OpenAI's.
@@ -60,6 +61,14 @@ _OPTIONAL_FILES = [
 _OPENAI_PROGRAM = r"__torch__\.(multimodal\.model\.multimodal_transformer\.Multimodal|(\w+\.)*clip\.model\.CLIP)"
 # What OpenAI's own models have and shapes don't tell.
 OPENAI: dict[str, Any] = {"activation": "quick_gelu", "head_width": 64}
+# What that is, and what may be chosen, for messages.
+_UNTOLD = {
+    "head_width": ("the width of their heads", "head_width (64; ViT-H/14 80, g/14 88, bigG/14 104)"),
+    "activation": (
+        "their activation",
+        "activation (quick_gelu of OpenAI's, MetaCLIP's and DFN's models, gelu of LAION-2B's and DataComp's)",
+    ),
+}
 # Those models by the names of their files: layers, width and patch size of the visual tower, the width of embeddings,
 # height and width of images, and the width of the text tower.
 _OPENAI_MODELS = {
@@ -97,6 +106,14 @@ _OPEN_CLIP_VALUES = {
     **{(name, "block_type"): "default" for name in ("vision_cfg", "text_cfg")},
     **{("preprocess_cfg", name): value for name, value in (("mode", "RGB"), ("resize_mode", "shortest"))},
 }
+
+
+def three_numbers(values: Any, *, positive: bool = False) -> bool:
+    """Whether these can be the mean or, if positive, the std of images: a finite number a channel."""
+    try:
+        return len(values) == 3 and all(math.isfinite(value) for value in values) and (not positive or min(values) > 0)
+    except (TypeError, OverflowError):
+        return False
 
 
 def load_weights(
@@ -146,6 +163,8 @@ _ADAPTER = re.compile(
     r"(^|\.)(lora|dora|vera|lokr|hada|ia3|oft|boft|hra|fourierft|adapters?|base_layer|original_module|modules_to_save)"
     r"([._]|$)"
 )
+# The files of such weights; lora stands in their names as a word.
+_ADAPTER_FILE = re.compile(r"adapter_|(?i:(.*[^a-z])?lora([^a-z].*)?\.(safetensors|bin|pt)$)")
 _MERGE_IT = "which is not applied here: merge it into the model and save that (peft's merge_and_unload)"
 # The steps of transformers' preprocessing of images for CLIP, of which each is done unless a file says otherwise; what
 # other preprocessings have; and Pillow's numbers of the two ways to resize that are known here.
@@ -169,9 +188,7 @@ def read_folder(folder: Path, source: str) -> tuple[dict[str, Any], dict[str, Te
 
     for name in ("config.json", "processor_config.json", "preprocessor_config.json"):
         check_regular(folder / name, "model's description")
-    adapters = (
-        file.name for file in folder.iterdir() if re.match(r"adapter_|.*lora.*\.(safetensors|bin|pt)$", file.name)
-    )
+    adapters = (file.name for file in folder.iterdir() if _ADAPTER_FILE.match(file.name))
     if adapter := min(adapters, default=""):
         raise UserError(f"{source} has an adapter, {adapter}, {_MERGE_IT}, or move it elsewhere")
     if not (folder / "config.json").is_file():
@@ -243,8 +260,12 @@ def _read_preprocessing(folder: Path, image_size: int) -> dict[str, Any]:
         mean, std = list(values.get("image_mean", CLIP_MEAN)), list(values.get("image_std", CLIP_STD))
         if not do["normalize"]:
             mean, std = [0.0] * 3, [1.0] * 3
+        if not three_numbers(mean) or not three_numbers(std, positive=True):
+            raise unusable(f"image_mean is {mean!r:.100} and image_std {std!r:.100}: {THREE_NUMBERS}")
         # Of what pixels between 0 and 1 become before: nothing, unless the configuration says otherwise.
         scale = 255 * values.get("rescale_factor", 1 / 255) if do["rescale"] else 255.0
+        if not scale > 0:
+            raise unusable(f"its rescale_factor is {values['rescale_factor']!r:.100}, and no number above 0")
         mean, std = [value / scale for value in mean], [value / scale for value in std]
     except (TypeError, ZeroDivisionError, OverflowError) as error:
         raise unusable(error) from error
@@ -440,12 +461,15 @@ def read_open_clip_config(file: Path) -> dict[str, Any]:
     ):
         if value not in known:
             raise UserError(f"{file}: {name} is {value!r:.80}; it has to be one of {some(map(str, known))}")
+    mean, std = images.get("mean") or CLIP_MEAN, images.get("std") or CLIP_STD
+    if not three_numbers(mean) or not three_numbers(std, positive=True):
+        raise UserError(f"{file}: mean is {mean!r:.80} and std {std!r:.80}: {THREE_NUMBERS}")
     return {
         **heads,
         "activation": "quick_gelu" if quick else "gelu",
         "stated": stated,
-        "mean": images.get("mean") or CLIP_MEAN,
-        "std": images.get("std") or CLIP_STD,
+        "mean": mean,
+        "std": std,
         "interpolation": "bilinear" if interpolation == "bilinear" else "bicubic",  # random is of trainings
     }
 
@@ -513,17 +537,18 @@ def openai_configs(
                 f" {head_width} channels; if it is another model's, give backbone_options",
                 stacklevel=2,
             )
-    if head_width is None or (activation is None and not (resnet and not text)):
+    untold = ["head_width"] * (head_width is None) + ["activation"] * (activation is None and not (resnet and not text))
+    if head_width is None or untold:
+        what, choices = (" and ".join(_UNTOLD[name][part] for name in untold) for part in (0, 1))
         raise UserError(
             f"the weights of {source} {'have the shapes of no model' if file is None else 'are not'} known to be"
-            " OpenAI's, and don't tell the width of their heads and their activation: put the model's"
-            f" {OPEN_CLIP_CONFIG} beside the file, or give backbone_options, head_width (64; ViT-H/14 80, g/14 88,"
-            " bigG/14 104) and activation (quick_gelu of OpenAI's, MetaCLIP's and DFN's models, gelu of LAION-2B's and"
-            " DataComp's); a file of OpenAI's own is known by its name, such as ViT-B-16.pt, and its shapes"
+            f" OpenAI's, and don't tell {what}: put the model's {OPEN_CLIP_CONFIG} beside the file, or give"
+            f" backbone_options, {choices}; a file of OpenAI's own is known by its name, such as ViT-B-16.pt, and its"
+            " shapes"
         )
     if activation not in ("gelu", "quick_gelu", None):
         raise UserError(f"activation is {activation!r:.80}; it must be gelu or quick_gelu")
-    heads = _heads(vision["width"] * (32 if resnet else 1), head_width, "the visual tower")
+    heads = _heads(vision["width"] * (32 if resnet else 1), head_width, f"the visual tower of {source}")
     if resnet:
         visual: dict[str, Any] = {
             "kind": "resnet",
@@ -542,7 +567,7 @@ def openai_configs(
     if not text:
         return visual, None
     if text_heads is None:
-        text_heads = _heads(text["width"], OPENAI["head_width"], "the text tower")
+        text_heads = _heads(text["width"], OPENAI["head_width"], f"the text tower of {source}")
     elif text["width"] % text_heads:
         raise UserError(
             f"{source}: the width {text['width']} of the text tower isn't a multiple of its {text_heads} heads"
