@@ -861,7 +861,27 @@ def test_an_archive_of_another_class_is_as_any_other_file(tmp_path: Path) -> Non
     ],
 )
 def test_openais_archives_are_known_by_their_class(program: str, openais: bool) -> None:
-    assert is_openais(program) is openais
+    assert is_openais([program, "torch._utils._rebuild_tensor_v2"]) is openais
+    assert not is_openais([])
+
+
+def test_openais_code_is_known_under_any_name(tmp_path: Path) -> None:
+    """Whoever traces it may have imported its file as another module; OpenCLIP's early code has the same names."""
+    golden, _ = read_golden("openai_archive")
+    for module, openais in (("some_reference", True), ("ours.models.vlm", True), ("open_clip.model", False)):
+        with zipfile.ZipFile(GOLDEN / "openai_archive.pt") as old, zipfile.ZipFile(tmp_path / "w.pt", "w") as new:
+            for name in old.namelist():
+                content, code = old.read(name), f"code/__torch__/{module.replace('.', '/')}"
+                if name.endswith("/data.pkl"):
+                    content = content.replace(b"__torch__.clip.model", f"__torch__.{module}".encode())
+                new.writestr(name.replace("code/__torch__/clip/model", code), content)
+        options = {} if openais else OPENAI
+        if not openais:
+            with pytest.raises(UserError, match="are not known to be OpenAI's"):
+                CLIPBackbone.load(tmp_path / "w.pt")
+        with torch.no_grad():
+            texts = CLIPBackbone.load(tmp_path / "w.pt", **options).encode_text(golden["tokens"])
+        torch.testing.assert_close(texts, golden["text_features"], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

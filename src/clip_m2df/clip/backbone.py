@@ -24,7 +24,7 @@ from clip_m2df.clip.formats import CLIP_MEAN, CLIP_STD, STANDARD_TOKENIZER
 from clip_m2df.clip.resnet import Bottleneck, ModifiedResNet
 from clip_m2df.clip.tokenizer import VOCABULARY, encoded, has_tokenizer, read_tokenizer, saved_tokenizer
 from clip_m2df.errors import UserError, some
-from clip_m2df.weight_files import program_class, read_weights
+from clip_m2df.weight_files import program_classes, read_weights
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -257,7 +257,7 @@ class CLIPBackbone(nn.Module):
                     f"{source} has no weights: those of a frozen TorchScript archive are in its program, which is not"
                     " read; give the model's own state_dict()"
                 )
-            if formats.is_openais(program_class(file)):
+            if formats.is_openais(program_classes(file)):
                 _check_known(given, formats.OPENAI, f"{source} is OpenAI's")
                 told = dict(formats.OPENAI)
             elif (config := file.with_name(formats.OPEN_CLIP_CONFIG)).is_file():

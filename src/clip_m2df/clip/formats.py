@@ -386,9 +386,20 @@ def told_options(description: Mapping[str, Any]) -> dict[str, Any]:
         return {}
 
 
-def is_openais(program: str) -> bool:
-    """Whether a TorchScript archive is one of OpenAI's models, by the class of what is in it."""
-    return re.fullmatch(_OPENAI_PROGRAM, program) is not None
+def is_openais(classes: Sequence[str]) -> bool:
+    """Whether a TorchScript archive is one of OpenAI's models, by the classes in it.
+
+    Who traces OpenAI's code may have imported its one file under any name. OpenCLIP's classes, of which some have the
+    same names, lie in several files.
+    """
+    model = classes[0] if classes else ""
+    module = model.removesuffix(".CLIP")
+    same_file = {f"{module}.{name}" for name in ("Transformer", "ResidualAttentionBlock", "LayerNorm", "QuickGELU")}
+    towers = {f"{module}.VisionTransformer", f"{module}.ModifiedResNet"}
+    copied = (
+        module != model and "open_clip" not in module and same_file <= {*classes} and not towers.isdisjoint(classes)
+    )
+    return copied or re.fullmatch(_OPENAI_PROGRAM, model) is not None
 
 
 def openai_state(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
