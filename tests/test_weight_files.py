@@ -1,4 +1,6 @@
 import io
+import os
+import pickle
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -188,3 +190,14 @@ def test_damage_in_what_is_read_of_an_archive_is_told(tmp_path: Path) -> None:
         file.write_bytes(whole[:cut])
         with pytest.raises(UserError, match=r"w\.pt(, a TorchScript archive,)? is damaged"):
             read_weights(file)
+
+
+def test_nobody_is_advised_to_run_what_is_in_a_file(tmp_path: Path) -> None:
+    for content in (b"", b"<!doctype html>", pickle.dumps(os.getcwd), pickle.dumps({"x": Path("x")}, 2)):
+        (tmp_path / "w.pt").write_bytes(content)
+        with pytest.raises(
+            UserError, match=r"w\.pt is damaged, or holds more than tensors \(\w.*\): fetch it"
+        ) as error:
+            read_weights(tmp_path / "w.pt")
+        assert "weights_only" not in str(error.value)
+        assert "safe_globals" not in str(error.value)

@@ -58,7 +58,10 @@ def read_weights(file: Path, inside: str = "") -> dict[str, Tensor]:
         check_archive(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle raises nearly anything
-        raise UserError(f"{file} is damaged, or holds more than tensors ({error}): fetch it again") from error
+        # torch's own advice is to load it in a way that runs what is in it.
+        reason = str(error).rpartition("WeightsUnpickler error: ")[2].partition(" was not an allowed global")[0]
+        reason = reason.strip().partition("\n")[0] or type(error).__name__
+        raise UserError(f"{file} is damaged, or holds more than tensors ({reason}): fetch it again") from error
     if isinstance(state, dict):
         if "pytorch-lightning_version" in state:
             raise UserError(f"{file} is a training's checkpoint, no CLIP's weights: predict takes it as --ckpt_path")
