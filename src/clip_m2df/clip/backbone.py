@@ -33,7 +33,8 @@ TINY_CLIP = Path(__file__).parent.parent / "assets" / "tiny_clip"
 # What helps where there is no tokenizer.
 _REMEDY = (
     f"put CLIP's vocabulary, {VOCABULARY} as it comes with OpenAI's and OpenCLIP's code, beside the file of weights, "
-    "or name it by --model.backbone_options.tokenizer (predict: --backbone_options tokenizer=FILE; Python: tokenizer=)"
+    "or name it by --model.backbone_options.tokenizer FILE (predict: --backbone_options tokenizer=FILE; in Python: "
+    "tokenizer=)"
 )
 
 # What may be said of weights beside their name.

@@ -22,6 +22,7 @@ from clip_m2df.weight_files import read_weights
 # What CLIP was trained with; a folder in transformers' format may say otherwise.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+THREE_NUMBERS = "they have to be three finite numbers each, and std above 0"
 
 # What of transformers' configurations makes a tower.
 _TOWER_FIELDS = (
@@ -38,7 +39,6 @@ RN50_REPOSITORY, RN50_FILE = "timm/resnet50_clip.openai", "open_clip_model.safet
 STANDARD_TOKENIZER = "openai/clip-vit-base-patch32"
 # The weights of a folder in transformers' format, the best first: one file, or shards, which may have an index beside.
 _WEIGHTS = (("model.safetensors", "model-*-of-*.safetensors"), ("pytorch_model.bin", "pytorch_model-*-of-*.bin"))
-THREE_NUMBERS = "they have to be three finite numbers each, and std above 0"
 # What OpenAI's files have beside the towers' weights, and OpenCLIP's.
 OPENAI_CONSTANTS = ("input_resolution", "context_length", "vocab_size", "logit_scale", "logit_bias", "attn_mask")
 # What lies beside weights in OpenAI's layout where they are not OpenAI's.
@@ -61,14 +61,6 @@ _OPTIONAL_FILES = [
 _OPENAI_PROGRAM = r"__torch__\.(multimodal\.model\.multimodal_transformer\.Multimodal|(\w+\.)*clip\.model\.CLIP)"
 # What OpenAI's own models have and shapes don't tell.
 OPENAI: dict[str, Any] = {"activation": "quick_gelu", "head_width": 64}
-# What that is, and what may be chosen, for messages.
-_UNTOLD = {
-    "head_width": ("the width of their heads", "head_width (64; ViT-H/14 80, g/14 88, bigG/14 104)"),
-    "activation": (
-        "their activation",
-        "activation (quick_gelu of OpenAI's, MetaCLIP's and DFN's models, gelu of LAION-2B's and DataComp's)",
-    ),
-}
 # Those models by the names of their files: layers, width and patch size of the visual tower, the width of embeddings,
 # height and width of images, and the width of the text tower.
 _OPENAI_MODELS = {
@@ -548,14 +540,21 @@ def openai_configs(
                 f" {head_width} channels; if it is another model's, give backbone_options",
                 stacklevel=2,
             )
-    untold = ["head_width"] * (head_width is None) + ["activation"] * (activation is None and not (resnet and not text))
-    if head_width is None or untold:
-        what, choices = (" and ".join(_UNTOLD[name][part] for name in untold) for part in (0, 1))
+    if head_width is None or (activation is None and not (resnet and not text)):
+        missing, choices = [], []
+        if head_width is None:
+            missing.append("the width of their heads")
+            choices.append("head_width (64; ViT-H/14 80, g/14 88, bigG/14 104)")
+        if activation is None:
+            missing.append("their activation")
+            choices.append(
+                "activation (quick_gelu of OpenAI's, MetaCLIP's and DFN's models, gelu of LAION-2B's and DataComp's)"
+            )
         raise UserError(
             f"the weights of {source} {'have the shapes of no model' if file is None else 'are not'} known to be"
-            f" OpenAI's, and don't tell {what}: put the model's {OPEN_CLIP_CONFIG} beside the file, or give"
-            f" backbone_options, {choices}; a file of OpenAI's own is known by its name, such as ViT-B-16.pt, and its"
-            " shapes"
+            f" OpenAI's, and don't tell {' and '.join(missing)}: put the model's {OPEN_CLIP_CONFIG} beside the file, or"
+            f" give of backbone_options {' and '.join(choices)}; a file of OpenAI's own is known by its name, such as"
+            " ViT-B-16.pt, and its shapes"
         )
     if activation not in ("gelu", "quick_gelu", None):
         raise UserError(f"activation is {activation!r:.80}; it must be gelu or quick_gelu")
