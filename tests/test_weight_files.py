@@ -1,4 +1,6 @@
 import io
+import os
+import pickle
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from clip_m2df.errors import UserError
-from clip_m2df.weight_files import program_class, read_weights
+from clip_m2df.weight_files import program_classes, read_weights
 from tests.conftest import GOLDEN
 from tests.project.damage import members_of, zipped
 
@@ -127,16 +129,17 @@ def test_complex_numbers_are_swapped_by_their_parts(tmp_path: Path) -> None:
 
 
 def test_the_class_of_an_archive_is_told(tmp_path: Path) -> None:
-    assert program_class(ARCHIVE) == "__torch__.clip.model.CLIP"
+    assert program_classes(ARCHIVE)[0] == "__torch__.clip.model.CLIP"
+    assert "__torch__.clip.model.QuickGELU" in program_classes(ARCHIVE)
     for k in range(2):  # TorchScript tells two of one name apart
         torch.jit.trace(Part(), torch.ones(1)).save(str(tmp_path / f"part{k}.pt"))
-        assert program_class(tmp_path / f"part{k}.pt") == f"__torch__.{__name__}.Part"
+        assert program_classes(tmp_path / f"part{k}.pt")[0] == f"__torch__.{__name__}.Part"
     assert b"___torch_mangle_" in members_of((tmp_path / "part1.pt").read_bytes())["part1/data.pkl"]
     save_file({"x": torch.ones(1)}, tmp_path / "w.safetensors")
     torch.save({"x": torch.ones(1)}, tmp_path / "w.pt")
     (tmp_path / "cut.pt").write_bytes(ARCHIVE.read_bytes()[:-100])
     for name in ("w.safetensors", "w.pt", "cut.pt", "nothing.pt", "."):
-        assert program_class(tmp_path / name) == ""
+        assert program_classes(tmp_path / name) == []
 
 
 def test_an_archive_without_weights_has_none(tmp_path: Path) -> None:
@@ -187,3 +190,14 @@ def test_damage_in_what_is_read_of_an_archive_is_told(tmp_path: Path) -> None:
         file.write_bytes(whole[:cut])
         with pytest.raises(UserError, match=r"w\.pt(, a TorchScript archive,)? is damaged"):
             read_weights(file)
+
+
+def test_nobody_is_advised_to_run_what_is_in_a_file(tmp_path: Path) -> None:
+    for content in (b"", b"<!doctype html>", pickle.dumps(os.getcwd), pickle.dumps({"x": Path("x")}, 2)):
+        (tmp_path / "w.pt").write_bytes(content)
+        with pytest.raises(
+            UserError, match=r"w\.pt is damaged, or holds more than tensors \(\w.*\): fetch it"
+        ) as error:
+            read_weights(tmp_path / "w.pt")
+        assert "weights_only" not in str(error.value)
+        assert "safe_globals" not in str(error.value)

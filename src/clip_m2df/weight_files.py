@@ -58,7 +58,10 @@ def read_weights(file: Path, inside: str = "") -> dict[str, Tensor]:
         check_archive(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle raises nearly anything
-        raise UserError(f"{file} is damaged, or holds more than tensors ({error}): fetch it again") from error
+        # torch's own advice is to load it in a way that runs what is in it.
+        reason = str(error).rpartition("WeightsUnpickler error: ")[2].partition(" was not an allowed global")[0]
+        reason = reason.strip().partition("\n")[0] or type(error).__name__
+        raise UserError(f"{file} is damaged, or holds more than tensors ({reason}): fetch it again") from error
     if isinstance(state, dict):
         if "pytorch-lightning_version" in state:
             raise UserError(f"{file} is a training's checkpoint, no CLIP's weights: predict takes it as --ckpt_path")
@@ -136,20 +139,20 @@ def _members(archive: zipfile.ZipFile, compressible: str | None = None) -> dict[
 # with their attributes; data/N, the numbers of tensors; code/…, the program, a text for each file of classes.
 
 
-def program_class(file: Path) -> str:
-    """The class of the model in a TorchScript archive, such as ``__torch__.clip.model.CLIP``.
+def program_classes(file: Path) -> list[str]:
+    """The classes of the objects in a TorchScript archive, such as ``__torch__.clip.model.CLIP``, the model's first.
 
     Returns:
-        The name without what TorchScript puts in to tell classes of one name apart; "" for any other file, and for a
+        The names without what TorchScript puts in to tell classes of one name apart; none for any other file, and for a
         damaged one, of which reading the weights tells.
     """
     try:
         if file.is_file() and _is_program(file):
             with zipfile.ZipFile(file) as archive:
-                return re.sub(r"\.___torch_mangle_\d+", "", _Program(archive).kind())
+                return [re.sub(r"\.___torch_mangle_\d+", "", kind) for kind in _Program(archive).kinds()]
     except Exception:
-        return ""
-    return ""
+        return []
+    return []
 
 
 def _is_program(file: Path) -> bool:
@@ -246,11 +249,11 @@ class _Program:
 
     # The pickle
 
-    def kind(self) -> str:
-        """The class of the object that the archive holds, which its pickle names first."""
+    def kinds(self) -> list[str]:
+        """The classes of what the archive holds, in the order of its pickle, which names the model's first."""
         instructions = pickletools.genops(self._read("data.pkl", _MOST_PICKLE))
-        kind = next(str(arg) for opcode, arg, _ in instructions if opcode.name == "GLOBAL").replace(" ", ".")
-        return kind if kind.startswith("__torch__.") else ""
+        kinds = [str(arg).replace(" ", ".") for opcode, arg, _ in instructions if opcode.name == "GLOBAL"]
+        return kinds if kinds and kinds[0].startswith("__torch__.") else []
 
     def model(self) -> _Object:
         """The object that the archive holds."""

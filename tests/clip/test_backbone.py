@@ -625,10 +625,11 @@ def test_heads_and_activation_are_told_or_refused(width: int, head_width: int, a
         CLIPBackbone.from_openai(state)
     with pytest.raises(UserError, match=of_file):
         CLIPBackbone.load(str(file))
-    for incomplete in ({"head_width": head_width}, {"activation": activation}):
-        with pytest.raises(UserError, match=in_memory):
+    for missing, incomplete in (("activation", {"head_width": head_width}), ("head_width", {"activation": activation})):
+        only = f" known to be OpenAI's, and don't tell .* give of backbone_options {missing} "
+        with pytest.raises(UserError, match=f"no model{only}"):
             CLIPBackbone.from_openai(state, **incomplete)
-        with pytest.raises(UserError, match=of_file):
+        with pytest.raises(UserError, match=f"are not{only}"):
             CLIPBackbone.load(str(file), **incomplete)
 
     vision = {"width": width, "layers": 2, "head_width": head_width, "patch_size": 8, "image_size": 32}
@@ -655,7 +656,7 @@ def test_heads_and_activation_are_told_or_refused(width: int, head_width: int, a
         ({"vision_cfg": vision | {"head_width": 0}}, "head_width is 0"),
         ({"vision_cfg": vision | {"head_width": "x"}}, "head_width is 'x'"),
         ({"vision_cfg": vision | {"head_width": True}}, "head_width is True"),
-        ({"vision_cfg": vision | {"head_width": 7}}, "heads of 7 channels: the width"),
+        ({"vision_cfg": vision | {"head_width": 7}}, r"heads of 7 channels: the width .* of .*clip\.saf"),
         ({"vision_cfg": vision | {"timm_model_name": "vit"}}, "its vision_cfg has timm_model_name, unknown here"),
         ({"text_cfg": {"hf_model_name": "roberta"}}, "its text_cfg has hf_model_name, unknown here"),
         ({"vision_cfg": None}, "has no model_cfg with vision_cfg"),
@@ -860,7 +861,27 @@ def test_an_archive_of_another_class_is_as_any_other_file(tmp_path: Path) -> Non
     ],
 )
 def test_openais_archives_are_known_by_their_class(program: str, openais: bool) -> None:
-    assert is_openais(program) is openais
+    assert is_openais([program, "torch._utils._rebuild_tensor_v2"]) is openais
+    assert not is_openais([])
+
+
+def test_openais_code_is_known_under_any_name(tmp_path: Path) -> None:
+    """Whoever traces it may have imported its file as another module; OpenCLIP's early code has the same names."""
+    golden, _ = read_golden("openai_archive")
+    for module, openais in (("some_reference", True), ("ours.models.vlm", True), ("open_clip.model", False)):
+        with zipfile.ZipFile(GOLDEN / "openai_archive.pt") as old, zipfile.ZipFile(tmp_path / "w.pt", "w") as new:
+            for name in old.namelist():
+                content, code = old.read(name), f"code/__torch__/{module.replace('.', '/')}"
+                if name.endswith("/data.pkl"):
+                    content = content.replace(b"__torch__.clip.model", f"__torch__.{module}".encode())
+                new.writestr(name.replace("code/__torch__/clip/model", code), content)
+        options = {} if openais else OPENAI
+        if not openais:
+            with pytest.raises(UserError, match="are not known to be OpenAI's"):
+                CLIPBackbone.load(tmp_path / "w.pt")
+        with torch.no_grad():
+            texts = CLIPBackbone.load(tmp_path / "w.pt", **options).encode_text(golden["tokens"])
+        torch.testing.assert_close(texts, golden["text_features"], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -897,6 +918,13 @@ def test_a_traced_model_is_read_as_its_state_dict(name: str, dtype: torch.dtype,
 def test_an_archive_of_another_model_says_what_it_has(tmp_path: Path) -> None:
     torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "RN50.pt"))
     with pytest.raises(UserError, match=r"RN50\.pt isn't CLIP in OpenAI's layout: .*; it has bias, weight"):
+        CLIPBackbone.load(str(tmp_path / "RN50.pt"))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_frozen_archive_says_where_its_weights_are(tmp_path: Path) -> None:
+    torch.jit.freeze(torch.jit.trace(nn.Linear(2, 2).eval(), torch.ones(1, 2))).save(str(tmp_path / "RN50.pt"))
+    with pytest.raises(UserError, match=r"RN50\.pt has no weights: those of a frozen .* give the .* state_dict"):
         CLIPBackbone.load(str(tmp_path / "RN50.pt"))
 
 
@@ -1082,6 +1110,8 @@ OF_ANOTHER_KIND = "describes a model of another kind: its {} has {}, unknown her
         ("preprocess_cfg", "resize_mode", "squash", "the resize_mode 'squash'; .* write shortest there"),
         ("preprocess_cfg", "resize_mode", "longest", "the resize_mode 'longest'"),
         ("preprocess_cfg", "interpolation", "nearest", "interpolation is 'nearest'"),
+        ("preprocess_cfg", "std", [0, 1, 1], r"open_clip_config\.json: mean is .* and std \[0, 1, 1\]: they have"),
+        ("preprocess_cfg", "mean", [float("nan")] * 3, r"open_clip_config\.json: mean is \[nan"),
         # What says what is there anyway, and what changes no embedding.
         ("vision_cfg", "image_size", [32, 32], ""),
         ("vision_cfg", "patch_dropout", 0.5, ""),
@@ -1327,7 +1357,35 @@ def test_backbone_options_that_cannot_be_are_refused(
         CLIPM2DF(backbone=name, backbone_options=options)
 
 
+@pytest.mark.parametrize("options", [[("mean", [0, 0, 0])], "gelu", {1: 2}])
+def test_backbone_options_are_a_table(options: Any) -> None:
+    with pytest.raises(UserError, match=r"backbone_options (is .* a table of options|has no 1; there are)"):
+        CLIPM2DF(backbone="tiny", backbone_options=options)
+
+
 # Names and folders
+
+
+def test_paths_are_as_good_as_their_names(state: State, copied: Path, golden_tokenizer: Path, tmp_path: Path) -> None:
+    file = tmp_path / "clip.pt"
+    torch.save(state, file)
+    for backbone in (
+        CLIPBackbone.load(file, tokenizer=golden_tokenizer, **OPENAI),
+        CLIPBackbone.from_openai(file, tokenizer=golden_tokenizer, **OPENAI),
+    ):
+        assert backbone.source == str(file)
+        assert torch.equal(
+            backbone.state_dict()["visual.model.vision_model.embeddings.class_embedding"],
+            state["visual.class_embedding"],
+        )
+        assert backbone.tokenize(["a"]).shape[0] == 1
+    folder: Any = copied
+    assert CLIPM2DF(folder).model.backbone.source == str(copied)
+    for backbone in (
+        CLIPBackbone.load(copied),
+        CLIPBackbone.from_pretrained(copied, tokenizer=copied),
+    ):
+        assert backbone.source == str(copied)
 
 
 @pytest.mark.parametrize("name", ["./clip", "/a/b", "a/b/c", "weights.pt", "..\\clip", "~/clip-of-nobody"])
@@ -1412,9 +1470,11 @@ def test_folders_that_are_no_clip_are_refused(copied: Path) -> None:
         ("config.json", "[]", r"config\.json is damaged: a table"),
         ("config.json", "[" * 100_000, r"config\.json is damaged"),
         ("preprocessor_config.json", '{"image_mean": 3}', "the preprocessing in .* can't be used"),
-        ("preprocessor_config.json", '{"image_mean": [1, 2]}', "the towers of .* can't be built"),
+        ("preprocessor_config.json", '{"image_mean": [1, 2]}', r"_config\.json can't be used: image_mean is \[1, 2\]"),
+        ("preprocessor_config.json", '{"image_mean": [NaN, 0, 0]}', r"_config\.json can't be used: image_mean is"),
+        ("preprocessor_config.json", '{"rescale_factor": -1}', "rescale_factor is -1, and no number above 0"),
         ("preprocessor_config.json", '{"image_std": ["a", "b", "c"]}', "the preprocessing in .* can't be used"),
-        ("preprocessor_config.json", '{"image_std": [0, 0, 0]}', r"can't be built: .* image_std \[0\.0, 0"),
+        ("preprocessor_config.json", '{"image_std": [0, 0, 0]}', r"can't be used: .* image_std \[0, 0"),
         ("preprocessor_config.json", '{"image_std": [1, -1, 1]}', "std above 0"),
         ("preprocessor_config.json", '{"image_mean": [NaN, 0, 0]}', "have to be three finite"),
         ("preprocessor_config.json", '{"image_mean": null}', "the preprocessing in .* can't be used"),
@@ -1688,6 +1748,17 @@ def test_an_adapter_beside_the_weights_is_named(name: str, copied: Path) -> None
     (copied / "config.json").unlink()  # as peft saves it
     with pytest.raises(UserError, match=f"has an adapter, {name}, which is not applied here: merge it"):
         CLIPBackbone.load(str(copied))
+
+
+def test_a_file_with_lora_within_a_word_is_no_adapter(copied: Path) -> None:
+    for name in ("exploration.safetensors", "florals.bin", "lora.txt"):
+        (copied / name).write_text("{}")
+    assert CLIPBackbone.load(str(copied)).text is not None
+    for name in ("LoRA.safetensors", "my-lora2.pt", "lora_r8.bin"):
+        (copied / name).write_text("{}")
+        with pytest.raises(UserError, match=f"has an adapter, {name}"):
+            CLIPBackbone.load(str(copied))
+        (copied / name).unlink()
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool, torch.complex64])

@@ -30,7 +30,7 @@ from clip_m2df.errors import UserError
 from clip_m2df.video.isolation import Unreadable, isolated_map
 from clip_m2df.video.reader import probe
 from clip_m2df.video.transforms import ClipReader
-from clip_m2df.weight_files import program_class, read_weights
+from clip_m2df.weight_files import program_classes, read_weights
 from tests import clips
 from tests.conftest import GOLDEN, save_checkpoint
 from tests.project.damage import SCRAPS, Rng, alter, damage, damaged_archive
@@ -174,7 +174,7 @@ def archive(samples: Path, scratch: Path, rng: Rng) -> str:
     whole = (GOLDEN / "openai_archive.pt").read_bytes()
     kind = rng.choice(["bytes", "archive"])
     (scratch / "w.pt").write_bytes((damage if kind == "bytes" else damaged_archive)(rng, whole))
-    program_class(scratch / "w.pt")
+    program_classes(scratch / "w.pt")
     state = read_weights(scratch / "w.pt")
     if kind == "bytes":
         right = read_weights(GOLDEN / "openai_archive.pt")

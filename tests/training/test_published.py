@@ -323,10 +323,19 @@ def test_what_does_not_fit_a_published_checkpoint_is_refused(vit: Published, tmp
         ({"clip": CLIPBackbone.load(clip), "backbone_options": {"head_width": 64}}, "give clip as one"),
         ({"clip": "tiny"}, "its visual tower is another than that of tiny, with hidden_size 64, not 128"),
         ({"clip": str(tmp_path / "none.pt")}, "none.pt"),
+        ({"clip": torch.load(clip, weights_only=True)}, "clip is of the type .*dict: give the file, folder or name"),
+        ({"clip": clip, "backbone_options": ["mean"]}, "backbone_options is .* a table"),
     ]
     for options, message in cases:
         with pytest.raises(UserError, match=message):
             CLIPM2DF.from_published(vit.file, **options)
+    state = torch.load(vit.file, weights_only=True)["model_state_dict"]
+    of_another = {name.replace("backbone.module.", "backbone."): 2 * weight for name, weight in state.items()}
+    whole = {name: weight.long() for name, weight in state.items() if name.startswith("context2")}
+    for wrong, message in ((of_another, r"module\.\w+ is unexpected"), (whole, r"torch\.int64, which is no floating")):
+        torch.save({"model_state_dict": state | wrong}, tmp_path / "wrong.pt")
+        with pytest.raises(UserError, match=rf"wrong\.pt.*{message}"):
+            CLIPM2DF.from_published(tmp_path / "wrong.pt", clip=clip)
     torch.save({"model_state_dict": {"weight": torch.ones(1)}, "iteration": 3}, tmp_path / "other.pt")
     with pytest.raises(UserError, match=r"other\.pt: not a published CLIP-M²DF checkpoint"):
         CLIPM2DF.from_published(tmp_path / "other.pt", clip=clip)

@@ -7,10 +7,10 @@ needs neither.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
-from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -24,7 +24,7 @@ from clip_m2df.clip.formats import CLIP_MEAN, CLIP_STD, STANDARD_TOKENIZER
 from clip_m2df.clip.resnet import Bottleneck, ModifiedResNet
 from clip_m2df.clip.tokenizer import VOCABULARY, encoded, has_tokenizer, read_tokenizer, saved_tokenizer
 from clip_m2df.errors import UserError, some
-from clip_m2df.weight_files import program_class, read_weights
+from clip_m2df.weight_files import program_classes, read_weights
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -33,7 +33,8 @@ TINY_CLIP = Path(__file__).parent.parent / "assets" / "tiny_clip"
 # What helps where there is no tokenizer.
 _REMEDY = (
     f"put CLIP's vocabulary, {VOCABULARY} as it comes with OpenAI's and OpenCLIP's code, beside the file of weights, "
-    "or name it by --model.backbone_options.tokenizer (in Python: tokenizer=)"
+    "or name it by --model.backbone_options.tokenizer FILE (predict: --backbone_options tokenizer=FILE; in Python: "
+    "tokenizer=)"
 )
 
 # The keys of ``backbone_options``.
@@ -98,11 +99,8 @@ class CLIPBackbone(nn.Module):
             self._tokenizer = saved_tokenizer(tokenizer, self.text_config, repr(source))
         self._tokenizer_repository: str | None = None  # where to fetch it from once a text has to be read
 
-        if not _three_numbers(mean) or not _three_numbers(std, positive=True):
-            raise UserError(
-                f"image_mean is {mean!r:.100} and image_std {std!r:.100}: they have to be three finite numbers each, "
-                "and std above 0"
-            )
+        if not formats.three_numbers(mean) or not formats.three_numbers(std, positive=True):
+            raise UserError(f"image_mean is {mean!r:.100} and image_std {std!r:.100}: {formats.THREE_NUMBERS}")
         # Not in the state dict: they belong to the description, and weights from elsewhere don't have them.
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1), persistent=False)
@@ -111,7 +109,7 @@ class CLIPBackbone(nn.Module):
     # Making one
 
     @classmethod
-    def load(cls, name: str, *, freeze_batch_norm: bool = True, **options: Any) -> Self:
+    def load(cls, name: str | os.PathLike[str], *, freeze_batch_norm: bool = True, **options: Any) -> Self:
         """Load the backbone that the option ``backbone`` names.
 
         Args:
@@ -128,7 +126,7 @@ class CLIPBackbone(nn.Module):
             UserError: There is no such thing, it can't be fetched, or it isn't CLIP; an option that there is not, that
                 has another value, or that this format has no use for.
         """
-        given = check_options(options)
+        given, name = check_options(options), os.fspath(name)
         if name == "rn50":
             _check_known(given, formats.OPENAI, "rn50 is OpenAI's")
             folder = formats.fetch(formats.RN50_REPOSITORY, [[formats.RN50_FILE]])
@@ -156,9 +154,9 @@ class CLIPBackbone(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        name_or_dir: str,
+        name_or_dir: str | os.PathLike[str],
         *,
-        tokenizer: str | None = None,
+        tokenizer: str | os.PathLike[str] | None = None,
         head_width: int | None = None,
         activation: Literal["quick_gelu", "gelu"] | None = None,
         mean: Sequence[float] | None = None,
@@ -182,6 +180,7 @@ class CLIPBackbone(nn.Module):
         Raises:
             UserError: The folder doesn't exist, the model can't be fetched, isn't CLIP, or is damaged.
         """
+        name_or_dir, tokenizer = os.fspath(name_or_dir), None if tokenizer is None else os.fspath(tokenizer)
         folder = Path(name_or_dir).expanduser()
         if not folder.is_dir():
             if formats.looks_like_a_path(name_or_dir):
@@ -211,9 +210,9 @@ class CLIPBackbone(nn.Module):
     @classmethod
     def from_openai(
         cls,
-        state_dict_or_file: Mapping[str, Tensor] | str,
+        state_dict_or_file: Mapping[str, Tensor] | str | os.PathLike[str],
         *,
-        tokenizer: str | None = None,
+        tokenizer: str | os.PathLike[str] | None = None,
         head_width: int | None = None,
         activation: Literal["quick_gelu", "gelu"] | None = None,
         mean: Sequence[float] | None = None,
@@ -248,13 +247,18 @@ class CLIPBackbone(nn.Module):
         """
         given = _given(head_width=head_width, activation=activation)
         told: dict[str, Any] = {}
-        if isinstance(state_dict_or_file, str):
-            file = Path(state_dict_or_file).expanduser()
-            source = state_dict_or_file
+        if isinstance(state_dict_or_file, str | os.PathLike):
+            source = os.fspath(state_dict_or_file)
+            file = Path(source).expanduser()
             state = formats.openai_state(read_weights(file, inside="state_dict"), source)
             if tokenizer is None and has_tokenizer(file.parent):
                 tokenizer = str(file.parent)
-            if formats.is_openais(program_class(file)):
+            if not state:
+                raise UserError(
+                    f"{source} has no weights: those of a frozen TorchScript archive are in its program, which is not"
+                    " read; give the model's own state_dict()"
+                )
+            if formats.is_openais(program_classes(file)):
                 _check_known(given, formats.OPENAI, f"{source} is OpenAI's")
                 told = dict(formats.OPENAI)
             elif (config := file.with_name(formats.OPEN_CLIP_CONFIG)).is_file():
@@ -274,7 +278,7 @@ class CLIPBackbone(nn.Module):
         if tokenizer is None:
             backbone._tokenizer_repository = STANDARD_TOKENIZER
         elif backbone.text is not None:
-            backbone._read_tokenizer(Path(tokenizer).expanduser(), tokenizer)
+            backbone._read_tokenizer(Path(tokenizer).expanduser(), os.fspath(tokenizer))
         return backbone
 
     @classmethod
@@ -477,11 +481,15 @@ def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: An option does not exist; or a tokenizer, mean or std can't be one.
     """
+    if not isinstance(options, Mapping):
+        raise UserError(f"backbone_options is {options!r:.80}; it must be a table of options and their values")
     if unknown := [option for option in options if option not in BACKBONE_OPTIONS]:
         raise UserError(f"backbone_options has no {unknown[0]!r}; there are {', '.join(BACKBONE_OPTIONS)}")
     given = _given(**options)
+    if isinstance(given.get("tokenizer"), os.PathLike):
+        given["tokenizer"] = os.fspath(given["tokenizer"])
     for option in ("mean", "std"):
-        if option in given and not _three_numbers(given[option], positive=option == "std"):
+        if option in given and not formats.three_numbers(given[option], positive=option == "std"):
             above = ", above 0" if option == "std" else ""
             raise UserError(
                 f"backbone_options.{option} is {given[option]!r:.80}; it must be three finite numbers{above}"
@@ -493,13 +501,6 @@ def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
-
-
-def _three_numbers(values: Any, *, positive: bool = False) -> bool:
-    try:
-        return len(values) == 3 and all(isfinite(value) for value in values) and (not positive or min(values) > 0)
-    except (TypeError, OverflowError):
-        return False
 
 
 def _check_known(options: Mapping[str, Any], known: Mapping[str, Any], why: str) -> None:

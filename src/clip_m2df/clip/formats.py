@@ -22,6 +22,7 @@ from clip_m2df.weight_files import read_weights
 # What CLIP was trained with; a folder in transformers' format may say otherwise.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+THREE_NUMBERS = "they have to be three finite numbers each, and std above 0"
 
 # What of transformers' configurations makes a tower.
 _TOWER_FIELDS = (
@@ -99,6 +100,14 @@ _OPEN_CLIP_VALUES = {
 }
 
 
+def three_numbers(values: Any, *, positive: bool = False) -> bool:
+    """Whether these can be the mean or, if positive, the std of images: a finite number a channel."""
+    try:
+        return len(values) == 3 and all(math.isfinite(value) for value in values) and (not positive or min(values) > 0)
+    except (TypeError, OverflowError):
+        return False
+
+
 def load_weights(
     backbone: nn.Module, state: Mapping[str, Tensor], name_of: Callable[[str], str], source: str, *, strict: bool = True
 ) -> None:
@@ -146,6 +155,8 @@ _ADAPTER = re.compile(
     r"(^|\.)(lora|dora|vera|lokr|hada|ia3|oft|boft|hra|fourierft|adapters?|base_layer|original_module|modules_to_save)"
     r"([._]|$)"
 )
+# The files of such weights; lora stands in their names as a word.
+_ADAPTER_FILE = re.compile(r"adapter_|(?i:(.*[^a-z])?lora([^a-z].*)?\.(safetensors|bin|pt)$)")
 _MERGE_IT = "which is not applied here: merge it into the model and save that (peft's merge_and_unload)"
 # The steps of transformers' preprocessing of images for CLIP, of which each is done unless a file says otherwise; what
 # other preprocessings have; and Pillow's numbers of the two ways to resize that are known here.
@@ -169,9 +180,7 @@ def read_folder(folder: Path, source: str) -> tuple[dict[str, Any], dict[str, Te
 
     for name in ("config.json", "processor_config.json", "preprocessor_config.json"):
         check_regular(folder / name, "model's description")
-    adapters = (
-        file.name for file in folder.iterdir() if re.match(r"adapter_|.*lora.*\.(safetensors|bin|pt)$", file.name)
-    )
+    adapters = (file.name for file in folder.iterdir() if _ADAPTER_FILE.match(file.name))
     if adapter := min(adapters, default=""):
         raise UserError(f"{source} has an adapter, {adapter}, {_MERGE_IT}, or move it elsewhere")
     if not (folder / "config.json").is_file():
@@ -243,8 +252,12 @@ def _read_preprocessing(folder: Path, image_size: int) -> dict[str, Any]:
         mean, std = list(values.get("image_mean", CLIP_MEAN)), list(values.get("image_std", CLIP_STD))
         if not do["normalize"]:
             mean, std = [0.0] * 3, [1.0] * 3
+        if not three_numbers(mean) or not three_numbers(std, positive=True):
+            raise unusable(f"image_mean is {mean!r:.100} and image_std {std!r:.100}: {THREE_NUMBERS}")
         # Of what pixels between 0 and 1 become before: nothing, unless the configuration says otherwise.
         scale = 255 * values.get("rescale_factor", 1 / 255) if do["rescale"] else 255.0
+        if not scale > 0:
+            raise unusable(f"its rescale_factor is {values['rescale_factor']!r:.100}, and no number above 0")
         mean, std = [value / scale for value in mean], [value / scale for value in std]
     except (TypeError, ZeroDivisionError, OverflowError) as error:
         raise unusable(error) from error
@@ -364,9 +377,20 @@ def told_options(description: Mapping[str, Any]) -> dict[str, Any]:
         return {}
 
 
-def is_openais(program: str) -> bool:
-    """Whether a TorchScript archive is one of OpenAI's models, by the class of what is in it."""
-    return re.fullmatch(_OPENAI_PROGRAM, program) is not None
+def is_openais(classes: Sequence[str]) -> bool:
+    """Whether a TorchScript archive is one of OpenAI's models, by the classes in it.
+
+    Who traces OpenAI's code may have imported its one file under any name. OpenCLIP's classes, of which some have the
+    same names, lie in several files.
+    """
+    model = classes[0] if classes else ""
+    module = model.removesuffix(".CLIP")
+    same_file = {f"{module}.{name}" for name in ("Transformer", "ResidualAttentionBlock", "LayerNorm", "QuickGELU")}
+    towers = {f"{module}.VisionTransformer", f"{module}.ModifiedResNet"}
+    copied = (
+        module != model and "open_clip" not in module and same_file <= {*classes} and not towers.isdisjoint(classes)
+    )
+    return copied or re.fullmatch(_OPENAI_PROGRAM, model) is not None
 
 
 def openai_state(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
@@ -439,12 +463,15 @@ def read_open_clip_config(file: Path) -> dict[str, Any]:
     ):
         if value not in known:
             raise UserError(f"{file}: {name} is {value!r:.80}; it has to be one of {some(map(str, known))}")
+    mean, std = images.get("mean") or CLIP_MEAN, images.get("std") or CLIP_STD
+    if not three_numbers(mean) or not three_numbers(std, positive=True):
+        raise UserError(f"{file}: mean is {mean!r:.80} and std {std!r:.80}: {THREE_NUMBERS}")
     return {
         **heads,
         "activation": "quick_gelu" if quick else "gelu",
         "stated": stated,
-        "mean": images.get("mean") or CLIP_MEAN,
-        "std": images.get("std") or CLIP_STD,
+        "mean": mean,
+        "std": std,
         "interpolation": "bilinear" if interpolation == "bilinear" else "bicubic",  # random is of trainings
     }
 
@@ -520,16 +547,24 @@ def openai_configs(
                 stacklevel=2,
             )
     if head_width is None or (activation is None and not (resnet and not text)):
+        missing, choices = [], []
+        if head_width is None:
+            missing.append("the width of their heads")
+            choices.append("head_width (64; ViT-H/14 80, g/14 88, bigG/14 104)")
+        if activation is None:
+            missing.append("their activation")
+            choices.append(
+                "activation (quick_gelu of OpenAI's, MetaCLIP's and DFN's models, gelu of LAION-2B's and DataComp's)"
+            )
         raise UserError(
             f"the weights of {source} {'have the shapes of no model' if file is None else 'are not'} known to be"
-            " OpenAI's, and don't tell the width of their heads and their activation: put the model's"
-            f" {OPEN_CLIP_CONFIG} beside the file, or give backbone_options, head_width (64; ViT-H/14 80, g/14 88,"
-            " bigG/14 104) and activation (quick_gelu of OpenAI's, MetaCLIP's and DFN's models, gelu of LAION-2B's and"
-            " DataComp's); a file of OpenAI's own is known by its name, such as ViT-B-16.pt, and its shapes"
+            f" OpenAI's, and don't tell {' and '.join(missing)}: put the model's {OPEN_CLIP_CONFIG} beside the file, or"
+            f" give of backbone_options {' and '.join(choices)}; a file of OpenAI's own is known by its name, such as"
+            " ViT-B-16.pt, and its shapes"
         )
     if activation not in ("gelu", "quick_gelu", None):
         raise UserError(f"activation is {activation!r:.80}; it must be gelu or quick_gelu")
-    heads = _heads(vision["width"] * (32 if resnet else 1), head_width, "the visual tower")
+    heads = _heads(vision["width"] * (32 if resnet else 1), head_width, f"the visual tower of {source}")
     if resnet:
         visual: dict[str, Any] = {
             "kind": "resnet",
@@ -548,7 +583,7 @@ def openai_configs(
     if not text:
         return visual, None
     if text_heads is None:
-        text_heads = _heads(text["width"], OPENAI["head_width"], "the text tower")
+        text_heads = _heads(text["width"], OPENAI["head_width"], f"the text tower of {source}")
     elif text["width"] % text_heads:
         raise UserError(
             f"{source}: the width {text['width']} of the text tower isn't a multiple of its {text_heads} heads"

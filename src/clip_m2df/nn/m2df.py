@@ -313,7 +313,7 @@ class M2DF(nn.Module):
             UserError: a file that can't be read safely, or of another model; a CLIP that does not fit it.
         """
         if not isinstance(clip, nn.Module):
-            raise UserError(f"clip is {clip!r:.80}, no CLIP: give CLIPBackbone.load(…)")
+            raise UserError(f"clip is of the type {type(clip).__name__}, no CLIP: give CLIPBackbone.load(…)")
         state = published_state(read_weights(Path(file).expanduser(), inside="model_state_dict")) or {}
         try:
             shapes = published_head(state)[1] | {"dim": clip.dim}

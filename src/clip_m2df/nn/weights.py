@@ -46,7 +46,8 @@ def published_state(saved: object) -> dict[str, Tensor] | None:
 
 
 def _without_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {re.sub(r"^(?:module\.)?(backbone\.)?(?:module\.)?", r"\1", key): value for key, value in state.items()}
+    named = {re.sub(r"^(?:module\.)?(backbone\.)?(?:module\.)?", r"\1", key): value for key, value in state.items()}
+    return named if len(named) == len(state) else dict(state)  # two models' weights stay apart, and are refused
 
 
 def published_tower(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -108,6 +109,8 @@ def check_weights(module: nn.Module, state: Mapping[str, Tensor], what: str) -> 
     for key, value in state.items():
         if value.shape != expected[key].shape:
             raise UserError(f"not {what}: {key} is {tuple(value.shape)}, expected {tuple(expected[key].shape)}")
+        if expected[key].is_floating_point() and not value.is_floating_point():
+            raise UserError(f"not {what}: {key} is of the type {value.dtype}, which is no floating one")
     if broken := not_finite({key: value.to(expected[key].dtype) for key, value in state.items()}):
         raise UserError(
             f"the weights {some(broken, 1)} of {what} are not finite (NaN or infinite): the training that saved them"

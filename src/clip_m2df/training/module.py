@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from clip_m2df.clip.backbone import CLIPBackbone
+from clip_m2df.clip.backbone import CLIPBackbone, check_options
 from clip_m2df.clip.formats import OPENAI
 from clip_m2df.clip.tokenizer import has_tokenizer
 from clip_m2df.datasets.manifest import Manifest
@@ -201,8 +201,8 @@ class CLIPM2DF(lightning.LightningModule):
         self._by_default = selection is None and "selection" in options_of(head_class(head))
         if "selection" in options_of(head_class(head)):
             own["selection"] = selection or self.default_selection
-        if isinstance(backbone, str):
-            tower = CLIPBackbone.load(backbone, **backbone_options or {})
+        if isinstance(backbone, str | os.PathLike):
+            tower = CLIPBackbone.load(backbone, **check_options(backbone_options or {}))
         elif backbone_options:
             raise UserError(
                 "backbone_options are of weights that are loaded; a checkpoint has its towers: leave them out"
@@ -678,7 +678,12 @@ class CLIPM2DF(lightning.LightningModule):
             raise UserError(f"{file} is a checkpoint of CLIP-M²DF, whose head is m2df and not {head}: leave head out")
         if "backbone" in options:
             raise UserError(f"{file} is a published checkpoint: give CLIP's weights as clip, not as backbone")
-        of_clip = dict(options.get("backbone_options") or {})
+        if not isinstance(clip, str | os.PathLike | CLIPBackbone | None):
+            raise UserError(
+                f"clip is of the type {type(clip).__name__}: give the file, folder or name of CLIP's weights, or a"
+                " CLIPBackbone made of them"
+            )
+        of_clip = check_options(options.get("backbone_options") or {})
         for name, own in (("mean", 0.0), ("std", 1.0)):
             given = of_clip.pop(name, None)
             if given is not None and given not in ([own] * 3, (own,) * 3):
