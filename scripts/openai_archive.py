@@ -3,7 +3,8 @@
 Usage: python scripts/openai_archive.py FOLDER [--out FOLDER]
 
 FOLDER is that of the unpacked package clip-anytorch, whose ``clip/model.py`` needs torch alone. The archive has random
-weights in half precision; beside it are inputs, and what the model makes of them in full precision.
+weights in half precision; beside it are inputs, and what the model makes of them in full precision. Left out of it are
+the places of the traced code, which are folders of whoever runs this.
 """
 
 import argparse
@@ -11,6 +12,8 @@ import importlib.util
 import sys
 import warnings
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from zipfile import ZipFile, ZipInfo
 
 import numpy as np
 import torch
@@ -45,10 +48,15 @@ def main() -> None:
     image = torch.randn(2, 3, IMAGE, IMAGE)
     tokens = torch.randint(1, VOCABULARY - 1, (2, CONTEXT))
     tokens[0, 3], tokens[1, 5] = VOCABULARY - 1, VOCABULARY - 1  # the end of text
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad(), TemporaryDirectory() as folder:
         warnings.simplefilter("ignore")
         inputs = {"forward": (image, tokens), "encode_image": (image,), "encode_text": (tokens,)}
-        torch.jit.trace_module(model, inputs, check_trace=False).save(str(options.out / "openai_archive.pt"))
+        traced = Path(folder, "openai_archive.pt")
+        torch.jit.trace_module(model, inputs, check_trace=False).save(str(traced))
+        with ZipFile(traced) as whole, ZipFile(options.out / traced.name, "w") as kept:
+            for name in whole.namelist():
+                if not name.endswith(".debug_pkl"):
+                    kept.writestr(ZipInfo(name), whole.read(name))
         model = model.float()
         features = {"image_features": model.encode_image(image), "text_features": model.encode_text(tokens)}
     arrays = {name: value.numpy() for name, value in ({"image": image, "tokens": tokens} | features).items()}

@@ -172,6 +172,11 @@ def test_the_tuned_recipe_is_in_them(name: str, shot: int) -> None:
     assert {key: config[f"data.{key}"] for key in expected} == expected
 
 
+def dropped(model: CLIPM2DF) -> list[float]:
+    """The shares that the dropouts of the head drop in training."""
+    return sorted(module.p for module in model.model.head.modules() if isinstance(module, torch.nn.Dropout))
+
+
 @pytest.mark.parametrize(("name", "shot"), list(itertools.product(DATA_SETS, (1, 5))))
 def test_clip_fsars_recipe_is_exact(name: str, shot: int) -> None:
     peak, start, warmup, (tenth, hundredth), end, weight = TUNED[name]
@@ -183,8 +188,12 @@ def test_clip_fsars_recipe_is_exact(name: str, shot: int) -> None:
     data = EpisodeDataModule(**config.data.as_dict())
     assert (data.train_shape, data.eval_shape) == (EpisodeShape(5, 1, 5), EpisodeShape(5, shot, 1))
     assert (data.reader.flip, data.reader.sampling) == (False, "window" if warmup == 250 else "random_segments")
+    assert (data.evaluation, data.jitter_queries) == (("bank", True) if warmup == 250 else ("direct", False))
+    assert data.reader.resize_mode == "squash"
+    assert (data.reader.frames, data.reader.resize, data.reader.size) == (8, 256, 224)
     options = {"hidden_dim": 8}
     model = CLIPM2DF(**config.model.as_dict() | {"backbone": "tiny", "head_options": options})
+    assert dropped(model) == [0.05, 0.05, 0.2]
     made: Any = model.configure_optimizers()
     for group, factor in zip(made["optimizer"].param_groups, made["lr_scheduler"]["scheduler"].lr_lambdas, strict=True):
         for step in range(config.trainer.max_steps):
@@ -203,7 +212,11 @@ def test_clip_m2dfs_recipe_is_exact(name: str, shot: int) -> None:
     data = EpisodeDataModule(**config.data.as_dict())
     assert (data.train_shape, data.eval_shape) == (EpisodeShape(5, shot, 5), EpisodeShape(5, shot, 1))
     assert (data.reader.flip, data.reader.sampling, data.reader.resize_mode) == (True, "linspace", "short_side")
+    assert (data.reader.frames, data.reader.resize, data.reader.size) == (8, 256, 224)
+    assert config.model.selection == "sample"
     model = CLIPM2DF(**config.model.as_dict() | {"backbone": "tiny", "head_options": {"hidden_dim": 8}})
+    # Of two encoders, and of the three blocks of the global view.
+    assert dropped(model) == [*4 * [0.05], *3 * [0.1], *2 * [0.2]]
     made: Any = model.configure_optimizers()
     assert {group["weight_decay"] for group in made["optimizer"].param_groups} == {0}
     factors = made["lr_scheduler"]["scheduler"].lr_lambdas

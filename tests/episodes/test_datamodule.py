@@ -78,6 +78,7 @@ def test_training_and_evaluation_have_seeds_of_their_own(manifest: Path) -> None
         ({"sampling": "middle"}, "sampling: there is no 'middle'; there are segments, random_segments, window"),
         ({"sampling": "window", "frames": 1}, "frames is 1, but sampling window spaces at least 2: give more"),
         ({"jitter_queries": True, "train_augmentations": 2}, "leave out one of them"),
+        ({"store": "features", "evaluation": "direct"}, "leave out store, or give --data.evaluation bank"),
         ({"batch_size": 32}, "episodes_per_step 16 does not divide into batches of 32"),
     ],
 )

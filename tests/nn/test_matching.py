@@ -63,6 +63,16 @@ def test_otam_gradient_equals_the_numerical_one(single_direction: bool) -> None:
     assert torch.autograd.gradcheck(lambda c: otam(c, smoothing=0.3, single_direction=single_direction), (costs,))
 
 
+@pytest.mark.parametrize("squared", [True, False])
+def test_otam_refuses_a_gradient_of_its_gradient(squared: bool) -> None:
+    # It would be left out without a word where what comes to it has no gradient, as here the ones.
+    costs = random_costs(2, 5, 6).double().requires_grad_()
+    distances = otam(costs).square().sum() if squared else otam(costs).sum()
+    with pytest.raises(RuntimeError, match="the gradient of OTAM's distance has no gradient"):
+        torch.autograd.grad(distances, costs, create_graph=True)
+    assert torch.autograd.grad(otam(costs).sum(), costs)[0].isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("frames", "scale"), [(8, 1.0), (32, 1.0), (64, 1.0), (64, 0.0), (64, 100.0)])
 def test_otam_under_autocast_is_within_a_thousandth_of_float64(dtype: torch.dtype, frames: int, scale: float) -> None:

@@ -1,7 +1,7 @@
 """The exact recipes: 20 optimiser steps by the Trainer against loops that are written from the recipes' descriptions.
 
-Videos and random numbers are drawn by the package, tokens, towers and heads are its own, checked elsewhere. Which
-frames, their pixels, the prompts, the losses, the decay, the schedule and Adam are written out here.
+Videos and random numbers are drawn by the package; tokens, towers, heads and the change of colours are its own, checked
+elsewhere. Which frames, their pixels, the prompts, the losses, the decay, the schedule and Adam are written out here.
 """
 
 import copy
@@ -24,6 +24,7 @@ from clip_m2df.commands.trainer import CLI, run
 from clip_m2df.datasets.manifest import Manifest
 from clip_m2df.episode import episode_draws, episode_generator
 from clip_m2df.episodes.plan import EpisodeShape, plan_episode
+from clip_m2df.video.transforms import jitter_colours
 from tests.conftest import read_golden, save_tokenizer
 
 # Pixels in [0, 1] of a video and the random numbers that are drawn for it.
@@ -165,6 +166,12 @@ def squashed(clip: Tensor, numbers: Sequence[int], uniforms: Sequence[float]) ->
     return frames[:, :, top : top + CROP, left : left + CROP] / 255
 
 
+def as_query_on_kinetics(clip: Tensor, uniforms: Sequence[float]) -> Tensor:
+    """Mirrored by chance, and then of other colours."""
+    shown = clip.flip(-1) if uniforms[0] < 0.5 else clip
+    return jitter_colours((255 * shown).round().to(torch.uint8), torch.tensor(uniforms[1:], dtype=torch.float64)) / 255
+
+
 def of_clip_m2df(clip: Tensor, uniforms: Sequence[float]) -> Tensor:
     """From one of the first 6 frames to one of the last 6; short side resized, one crop for all, flips by chance."""
     first, last = int(uniforms[0] * 6), len(clip) - 6 + int(uniforms[1] * 6)
@@ -190,18 +197,23 @@ class Plain:
     draws: Tensor
 
 
-def episodes(videos: dict[str, Tensor], step: int, read: Read) -> Iterator[Plain]:
-    """The 16 one-shot episodes of a step. A video looks the same in all of them."""
+def episodes(
+    videos: dict[str, Tensor], step: int, read: Read, as_query: Read = lambda clip, _: clip
+) -> Iterator[Plain]:
+    """The 16 one-shot episodes of a step. A video looks the same in all of them, as support and as a query."""
     split = Manifest.read(Path(next(iter(videos))).parent / "manifest.csv").split("train")
     assert list(split.class_names) == sorted(PROMPTS)
     paths = [video.path for of_class in split.videos for video in of_class]
     for number in range(step * EPISODES, (step + 1) * EPISODES):
         plan = plan_episode(split, EpisodeShape(WAY, 1, QUERIES), seed=0, episode=number)
-        clips = []
+        clips: list[Tensor] = []
         for video in plan.videos:
             index = paths.index(video.path)
             uniforms = episode_generator(0, "train", step, "augmentation", index).random(FRAMES + 3)
-            clips.append(read(videos[video.path], uniforms.tolist()))
+            clip = read(videos[video.path], uniforms.tolist())
+            if len(clips) >= WAY:
+                clip = as_query(clip, episode_generator(0, "train", step, "colours", index).random(9).tolist())
+            clips.append(clip)
         yield Plain(
             torch.stack(clips[:WAY]),
             torch.stack(clips[WAY:]),
@@ -259,6 +271,7 @@ def by_hand_clip_fsar(
     read: Read,
     rate: Callable[[int], float],
     class_weight: float,
+    as_query: Read = lambda clip, _: clip,
 ) -> None:
     """CLIP-FSAR's training. ``rate`` is that of an iteration, of which 4 accumulate to a step of 16 episodes."""
     model = model.double().train()
@@ -270,7 +283,7 @@ def by_hand_clip_fsar(
     exempt = [name for name in trained if any(part in name_in_clip_fsar(name) for part in ("bn", "norm"))]
     adam = Adam({name: 0.0 if name in exempt else 1e-3 for name in trained})
     for step in range(STEPS):
-        for episode in episodes(videos, step, read):
+        for episode in episodes(videos, step, read, as_query):
             # A pass of its own for the support, by whose frames batch norm goes, and one for the queries.
             support, query = (
                 tower(((clips.double() - mean) / std).flatten(0, 1)).unflatten(0, (-1, FRAMES))
@@ -288,7 +301,7 @@ def by_hand_clip_fsar(
 def by_hand_clip_m2df(model: CLIPM2DF, videos: dict[str, Tensor]) -> None:
     """CLIP-M²DF's training: Adam at a constant rate of 1e-6."""
     model = model.double().train()
-    tower, head, table = model.model.backbone.visual, model.model.head, prompts_of(model)
+    tower, head, table = model.model.backbone.visual.eval(), model.model.head, prompts_of(model)  # batch norm is frozen
     trained = {f"visual.{name}": p for name, p in tower.named_parameters()}
     trained |= {f"head.{name}": p for name, p in head.named_parameters() if name != "scale"}
     adam = Adam(dict.fromkeys(trained, 0.0))
@@ -348,13 +361,14 @@ def test_clip_fsar_on_kinetics(videos: dict[str, Tensor], towers: dict[str, str]
     def rate(iteration: int) -> float:
         return 1e-4 + (1e-3 - 1e-4) * iteration / 250
 
-    by_hand_clip_fsar(done.first, videos, of_clip_fsar_on_kinetics, rate, class_weight=1.5)
+    by_hand_clip_fsar(done.first, videos, of_clip_fsar_on_kinetics, rate, 1.5, as_query_on_kinetics)
     assert_same(done, done.first)
 
 
 @pytest.mark.slow
-def test_clip_m2df(videos: dict[str, Tensor], towers: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("tower", ["vit", "resnet"])
+def test_clip_m2df(videos: dict[str, Tensor], towers: dict[str, str], tmp_path: Path, tower: str) -> None:
     configs = ("ssv2_5way1shot.yaml", "recipes/published.yaml")
-    done = trained(configs, towers["vit"], videos, tmp_path, "--model.head_options.context_dropout=0.0")
+    done = trained(configs, towers[tower], videos, tmp_path, "--model.head_options.context_dropout=0.0")
     by_hand_clip_m2df(done.first, videos)
     assert_same(done, done.first)

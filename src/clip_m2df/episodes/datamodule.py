@@ -175,6 +175,11 @@ class EpisodeDataModule(lightning.LightningDataModule):
                 "jitter_queries makes a video look otherwise as a query, and train_augmentations keeps its features"
                 " for both: leave out one of them"
             )
+        if store is not None and evaluation == "direct" and not train_augmentations:
+            raise UserError(
+                "store keeps what a bank encodes, and with evaluation direct each episode is encoded anew: leave out"
+                " store, or give --data.evaluation bank"
+            )
         if knobs and manifest not in EMBEDDED:
             raise UserError(f"knobs are those of the embedded benchmark ({', '.join(EMBEDDED)}), not of {manifest}")
         if knobs and episodes_file is not None:
