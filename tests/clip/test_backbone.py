@@ -1248,7 +1248,7 @@ def test_openais_own_files_are_known_by_their_name_and_their_shapes(name: str, s
     for weights in (state, visual_only):
         for file in (f"{name}.pt", f"{name}.safetensors", f"{name.lower()}.bin"):
             with pytest.warns(UserWarning, match=f"it is taken for OpenAI's {name}, whose name and shapes it has"):
-                visual, text = openai_configs(weights, "it", file=Path("folder", file))
+                visual, text = openai_configs(weights, "it", stem=Path("folder", file).stem)
             assert visual["image_size"] == shapes[4]
             assert "head_width" not in visual
             if text is not None:
@@ -1258,6 +1258,7 @@ def test_openais_own_files_are_known_by_their_name_and_their_shapes(name: str, s
     layers, width, patch, dim, side, text_width = shapes
     others = [
         (f"{name}-laion2b.pt", state),
+        ("", state),  # an archive of another class
         ("open_clip_pytorch_model.bin", state),
         ("ViT-B-32.pt" if name != "ViT-B-32" else "ViT-B-16.pt", state),
         (f"{name}.pt", meta_state(layers, width, patch, dim + 64, side, text_width)),
@@ -1267,7 +1268,7 @@ def test_openais_own_files_are_known_by_their_name_and_their_shapes(name: str, s
     ]
     for file, weights in others:
         with pytest.raises(UserError, match="are not known to be OpenAI's"):
-            openai_configs(weights, "it", file=Path(file))
+            openai_configs(weights, "it", stem=Path(file).stem)
 
 
 def test_a_file_of_openais_is_said_to_be_taken_for_it(tmp_path: Path) -> None:

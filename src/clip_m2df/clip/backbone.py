@@ -258,12 +258,13 @@ class CLIPBackbone(nn.Module):
                     f"{source} has no weights: those of a frozen TorchScript archive are in its program, which is not"
                     " read; give the model's own state_dict()"
                 )
-            if formats.is_openais(program_classes(file)):
+            classes = program_classes(file)
+            if formats.is_openais(classes):
                 _check_known(given, formats.OPENAI, f"{source} is OpenAI's")
                 told = dict(formats.OPENAI)
             elif (config := file.with_name(formats.OPEN_CLIP_CONFIG)).is_file():
                 told = formats.read_open_clip_config(config)
-            told["file"] = file
+            told["stem"] = "" if classes else file.stem
         else:
             source, state = "a state dict", dict(state_dict_or_file)
         for constant in formats.OPENAI_CONSTANTS:

@@ -480,7 +480,7 @@ def openai_configs(
     state: Mapping[str, Tensor],
     source: str,
     *,
-    file: Path | None = None,
+    stem: str | None = None,
     head_width: int | None = None,
     text_heads: int | None = None,
     activation: str | None = None,
@@ -491,7 +491,8 @@ def openai_configs(
     Args:
         state: The weights.
         source: Where they come from, for messages.
-        file: The same as a path; None of weights in memory, which are taken for OpenAI's by their shapes alone.
+        stem: The file's name without its ending, "" where it is a program of other people's; None of weights in memory,
+            which are taken for OpenAI's by their shapes alone.
         head_width: Channels of each attention head of the visual tower. Shapes don't tell it; OpenAI's have 64.
         text_heads: Attention heads of the text tower; by default they have 64 channels each.
         activation: Between the layers of transformers: ``quick_gelu``, as OpenAI has it, or ``gelu``.
@@ -538,9 +539,9 @@ def openai_configs(
             f"the {OPEN_CLIP_CONFIG} beside {source} makes images of {size!r:.80} pixels, where the tower takes"
             f" {image_size}"
         )
-    if (head_width is None or activation is None) and (model := _openai_model(shapes, file)):
+    if (head_width is None or activation is None) and (model := _openai_model(shapes, stem)):
         head_width, activation = head_width or OPENAI["head_width"], activation or OPENAI["activation"]
-        if file is not None:
+        if stem is not None:
             warnings.warn(
                 f"{source} is taken for OpenAI's {model}, whose name and shapes it has: {activation}, and heads of"
                 f" {head_width} channels; if it is another model's, give backbone_options",
@@ -557,7 +558,7 @@ def openai_configs(
                 "activation (quick_gelu of OpenAI's, MetaCLIP's and DFN's models, gelu of LAION-2B's and DataComp's)"
             )
         raise UserError(
-            f"the weights of {source} {'have the shapes of no model' if file is None else 'are not'} known to be"
+            f"the weights of {source} {'have the shapes of no model' if stem is None else 'are not'} known to be"
             f" OpenAI's, and don't tell {' and '.join(missing)}: put the model's {OPEN_CLIP_CONFIG} beside the file, or"
             f" give of backbone_options {' and '.join(choices)}; a file of OpenAI's own is known by its name, such as"
             " ViT-B-16.pt, and its shapes"
@@ -651,7 +652,7 @@ def _heads(width: int, head_width: int, tower: str) -> int:
     return width // head_width
 
 
-def _openai_model(shapes: Mapping[str, Mapping[str, Any]], file: Path | None) -> str:
+def _openai_model(shapes: Mapping[str, Mapping[str, Any]], stem: str | None) -> str:
     """The name of the model of OpenAI's whose weights these are, as far as can be told, or ""."""
     vision, text = shapes["vision_cfg"], shapes["text_cfg"]
     own = (*(vision[name] for name in ("layers", "width", "patch_size")), shapes["model_cfg"]["embed_dim"])
@@ -660,9 +661,9 @@ def _openai_model(shapes: Mapping[str, Mapping[str, Any]], file: Path | None) ->
         if own != tuple(visual):
             continue
         whole = vision["image_size"] == image_size and (not text or texts == (text_width, 12, 77, 49408))
-        if file is None or (whole and file.stem.lower() == name.lower()):
+        if stem is None or (whole and stem.lower() == name.lower()):
             return name
-    return "ResNet" if file is None and vision["patch_size"] is None and not text else ""
+    return "ResNet" if stem is None and vision["patch_size"] is None and not text else ""
 
 
 def _count(state: Iterable[str], prefix: str) -> int:
