@@ -392,7 +392,9 @@ def test_configs_are_found_here_first_and_among_the_shipped_second(
     assert find_config("demo_5way1shot.yaml") == Path("demo_5way1shot.yaml")
     assert "config demo_5way1shop.yaml: no such file here" in fails(["fit", "--config", "demo_5way1shop.yaml"], capsys)
     assert main(["configs"]) == 0
-    assert "demo_5way1shot.yaml" in capsys.readouterr().out
+    listed = capsys.readouterr().out.splitlines()
+    assert "demo_5way1shot.yaml" in [line.split()[0] for line in listed]
+    assert len({line.index(line.split(None, 1)[1]) for line in listed}) == 1  # what they are stands in one column
 
 
 @pytest.mark.parametrize(
