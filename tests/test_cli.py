@@ -188,7 +188,9 @@ def test_bad_checkpoints(own: list[str], tmp_path: Path, capsys: pytest.CaptureF
     args = ["test", *own]
     assert "last.ckpt: fit has saved nothing there yet" in fails([*args, "--ckpt_path=last"], capsys)
     assert "best.ckpt: no such file" in fails([*args, "--ckpt_path=best"], capsys)
-    assert "test measures a checkpoint: give --ckpt_path best" in fails(args, capsys)
+    said = fails(args, capsys)
+    assert "test measures a checkpoint: give --ckpt_path best" in said
+    assert "neither head nor tower (--model.freeze_backbone true)" in said
     other = tmp_path / "other.ckpt"
     torch.save({"state_dict": {}, "hyper_parameters": {"lr": 1.0}}, other)
     assert "other.ckpt is damaged or of another model" in fails([*args, f"--ckpt_path={other}"], capsys)

@@ -315,7 +315,7 @@ def test_the_tokenizer_of_two_tokens_is_refused(copied: Path) -> None:
 
     (copied / "tokenizer.json").unlink()
     (copied / "tokenizer_config.json").unlink()
-    with pytest.raises(UserError, match=r"has no tokenizer: neither tokenizer\.json"):
+    with pytest.raises(UserError, match=r"has no tokenizer: neither tokenizer\.json.* backbone_options, tokenizer"):
         CLIPBackbone.from_pretrained(str(copied))
 
     CLIPTokenizer.from_pretrained(copied).save_pretrained(copied)  # made without a word
