@@ -188,7 +188,9 @@ def test_bad_checkpoints(own: list[str], tmp_path: Path, capsys: pytest.CaptureF
     args = ["test", *own]
     assert "last.ckpt: fit has saved nothing there yet" in fails([*args, "--ckpt_path=last"], capsys)
     assert "best.ckpt: no such file" in fails([*args, "--ckpt_path=best"], capsys)
-    assert "test measures a checkpoint: give --ckpt_path best" in fails(args, capsys)
+    said = fails(args, capsys)
+    assert "test measures a checkpoint: give --ckpt_path best" in said
+    assert "neither head nor tower (--model.freeze_backbone true)" in said
     other = tmp_path / "other.ckpt"
     torch.save({"state_dict": {}, "hyper_parameters": {"lr": 1.0}}, other)
     assert "other.ckpt is damaged or of another model" in fails([*args, f"--ckpt_path={other}"], capsys)
@@ -392,7 +394,9 @@ def test_configs_are_found_here_first_and_among_the_shipped_second(
     assert find_config("demo_5way1shot.yaml") == Path("demo_5way1shot.yaml")
     assert "config demo_5way1shop.yaml: no such file here" in fails(["fit", "--config", "demo_5way1shop.yaml"], capsys)
     assert main(["configs"]) == 0
-    assert "demo_5way1shot.yaml" in capsys.readouterr().out
+    listed = capsys.readouterr().out.splitlines()
+    assert "demo_5way1shot.yaml" in [line.split()[0] for line in listed]
+    assert len({line.index(line.split(None, 1)[1]) for line in listed}) == 1  # what they are stands in one column
 
 
 @pytest.mark.parametrize(

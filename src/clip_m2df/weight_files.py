@@ -65,6 +65,11 @@ def read_weights(file: Path, inside: str = "") -> dict[str, Tensor]:
     if isinstance(state, dict):
         if "pytorch-lightning_version" in state:
             raise UserError(f"{file} is a training's checkpoint, no CLIP's weights: predict takes it as --ckpt_path")
+        if inside != "model_state_dict" and isinstance(state.get("model_state_dict"), dict):
+            raise UserError(
+                f"{file} is a checkpoint of a training, such as CLIP-M²DF's published code saves: test and predict take"
+                " it as --ckpt_path, with CLIP's own weights as the backbone"
+            )
         state = state.get(inside, state)
     if not isinstance(state, dict) or not all(isinstance(weight, Tensor) for weight in state.values()):
         raise UserError(f"{file} isn't a plain table of tensors, name by name: save the model's state_dict() alone")

@@ -315,7 +315,7 @@ def test_the_tokenizer_of_two_tokens_is_refused(copied: Path) -> None:
 
     (copied / "tokenizer.json").unlink()
     (copied / "tokenizer_config.json").unlink()
-    with pytest.raises(UserError, match=r"has no tokenizer: neither tokenizer\.json"):
+    with pytest.raises(UserError, match=r"has no tokenizer: neither tokenizer\.json.* backbone_options, tokenizer"):
         CLIPBackbone.from_pretrained(str(copied))
 
     CLIPTokenizer.from_pretrained(copied).save_pretrained(copied)  # made without a word
@@ -1331,9 +1331,9 @@ def test_tokenizer_mean_and_std_of_a_folder_in_transformers_format(copied: Path,
         ("rn50", {"head_width": 80}, "head_width is 80, but rn50 is OpenAI's, 64"),
         ("FILE", {"activation": "relu", "head_width": 64}, "activation is 'relu'; it must be gelu or quick_gelu"),
         ("FILE", {"activation": 3, "head_width": 64}, "activation is 3; it must be"),
-        ("FILE", {"activation": "gelu", "head_width": True}, "heads of True channels"),
-        ("FILE", {"activation": "gelu", "head_width": "64"}, "heads of '64' channels"),
-        ("FILE", {"activation": "gelu", "head_width": 0}, "heads of 0 channels"),
+        ("FILE", {"activation": "gelu", "head_width": True}, "head_width is True; it must be a whole number"),
+        ("FILE", {"activation": "gelu", "head_width": "64"}, "head_width is '64'; it must be a whole number"),
+        ("FILE", {"activation": "gelu", "head_width": 0}, "head_width is 0; it must be a whole number"),
         ("FILE", {"activation": "gelu", "head_width": 48}, "heads of 48 channels: the width 64"),
         *(
             ("FILE", {option: value}, rf"backbone_options\.{option} is .*; it must be three finite numbers")
@@ -1394,6 +1394,14 @@ def test_what_does_not_exist_is_named(name: str) -> None:
     for load in (CLIPBackbone.load, CLIPBackbone.from_openai):
         with pytest.raises(UserError, match="no such file or folder"):
             load(name)
+
+
+def test_a_file_of_openais_that_is_not_here_is_no_hub_name() -> None:
+    message = r"'ViT-B-16\.pt': no such file or folder; .* start at .*'openai/clip-vit-base-patch16'"
+    with pytest.raises(UserError, match=message):
+        CLIPBackbone.load("ViT-B-16.pt")
+    with pytest.raises(UserError, match=message):
+        CLIPM2DF(backbone="ViT-B-16.pt")
 
 
 @pytest.mark.parametrize("name", ["openai/clip-vit-base-patch16", "rn50"])
@@ -1459,7 +1467,9 @@ def test_folders_that_are_no_clip_are_refused(copied: Path) -> None:
     (copied / "model.safetensors").unlink()
     refused("has no weights")
     (copied / "config.json").unlink()
-    refused(r"isn't a model in transformers' format: there is no config\.json")
+    refused(r"isn't a model in transformers' format: there is no config\.json in it, nor OpenCLIP's open_clip_config")
+    (copied / "ViT-B-16.pt").write_bytes(b"")
+    refused(r"give the file of weights in it, ViT-B-16\.pt")
 
 
 @pytest.mark.parametrize(
@@ -1845,7 +1855,7 @@ def test_a_description_without_tokenizer_says_so(state: State, hub: Callable[[st
     [
         (
             "openai/clip-vit-base-patch16",
-            ["ViT-B/16", "ViT-B-16", "vit_b_16", "vitb16", "clip-vit-base-patch16", "ViT-B-16.pt"],
+            ["ViT-B/16", "ViT-B-16", "vit_b_16", "vitb16", "clip-vit-base-patch16"],
         ),
         ("openai/clip-vit-base-patch32", ["ViT-B/32", "vit-b-32", "OpenAI/CLIP-ViT-B-32", "ViT-B-32-quickgelu"]),
         ("openai/clip-vit-large-patch14", ["ViT-L/14", "ViT-L-14", "vit_large_patch14_clip_224"]),

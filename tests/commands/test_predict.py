@@ -446,6 +446,7 @@ def test_texts_of_classes(support: Path, folder: Path, tmp_path: Path, capsys: p
         (["--head", "otam", "--ckpt_path", "x.ckpt"], "--head goes with --backbone"),
         (["--ckpt_path", "x.ckpt"], "there is no checkpoint x.ckpt"),
         (["--ckpt_path", "x.ckpt", "--backbone", "tiny"], "either --ckpt_path, a trained model, or --backbone"),
+        (["--ckpt_path", "x.ckpt", "--backbone", "tiny"], "x.ckpt is no file"),
         (["--backbone", "nowhere.pt"], "nowhere.pt"),
         (["--support", "nowhere"], "nowhere is no folder"),
         (["--workers", "-1"], "workers is -1"),

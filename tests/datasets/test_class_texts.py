@@ -128,5 +128,6 @@ def test_files_of_class_texts_are_looked_for_here_first(monkeypatch: pytest.Monk
             manifest.with_texts([name, missing])
     with pytest.raises(UserError, match=r"relative names start at .*, and .*texts/published/ssv2\.csv.* come with"):
         manifest.with_texts("texts/published/hmdb.csv")
-    with pytest.raises(UserError, match=r"class texts own.csv, texts/published/ssv2\.csv names no class of .*'jump'"):
+    message = r"class texts own.csv, texts/published/ssv2\.csv names no class of .*'jump'.*--data\.class_texts null"
+    with pytest.raises(UserError, match=message):
         manifest_of(["jump"]).with_texts(["own.csv", "texts/published/ssv2.csv"])

@@ -369,7 +369,7 @@ def test_frames_by_their_numbers_come_from_a_cache_that_keeps_them_all(
     data = make(cached, cache=str(tmp_path / "half"), **val)
     others = sum(length > most for length in lengths.values())
     with pytest.warns(
-        UserWarning, match=rf"{others} of the .* videos are not in the cache .* with all of their frames"
+        UserWarning, match=rf"{others} of the .* videos are not in the cache .* with all of their frames.*--frames"
     ):
         data.setup("validate")
     for name, length in lengths.items():
@@ -393,7 +393,7 @@ def test_a_cache_serves_the_way_of_resizing_that_it_was_made_for(cached: Path, t
         make(cached, cache=str(tmp_path / "cache"), resize_mode="squash").setup("validate")
     with pytest.raises(UserError, match=r"resize is 12, but the cache .* squashed to 16 pixels: give --data.resize 16"):
         make(cached, cache=str(folder), resize_mode="squash", resize=12, size=12).setup("validate")
-    with pytest.raises(UserError, match=r"has short_side 16, .* and resize_mode squash, not short_side 16, .*: give"):
+    with pytest.raises(UserError, match=r"6, quality 95 and resize_mode squash, not short_side 16, .*: give"):
         cache.cache_frames(manifest=cached, output=folder, **options)
     data = make(cached, cache=str(folder), resize_mode="squash")
     data.setup("validate")

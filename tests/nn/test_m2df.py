@@ -301,6 +301,8 @@ def test_matching_and_losses_under_autocast_are_within_a_thousandth_of_a_float64
         ({"head": "clip_fsar", "dropout": 1.0}, "dropout is 1.0"),
         ({"head": "clip_fsar", "num_heads": 3}, "dim 16 is no multiple of 3 attention heads"),
         ({"dept": 2}, "M2DFHead has no option 'dept'; did you mean 'depth'"),
+        ({"single_direction": "False"}, "single_direction is 'False'; it must be true or false"),
+        ({"head": "otam", "single_direction": None}, "single_direction is None; it must be true or false"),
         ({"head": f"{__name__}.OtherHead", "zzz": 2}, "OtherHead has no option 'zzz'; it has dim, width"),
         ({"head": "otam", "smoothing": "much"}, "smoothing is .much.; it must be a number"),
         ({"head": "m2dff"}, "head: 'm2dff' is neither one of m2df, .*, clip_fsar nor a class path"),

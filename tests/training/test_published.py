@@ -308,6 +308,8 @@ def test_what_is_said_of_the_clip_beside_its_name(vit: Published, tmp_path: Path
 
 def test_what_does_not_fit_a_published_checkpoint_is_refused(vit: Published, tmp_path: Path) -> None:
     clip = str(vit.clip)
+    with pytest.raises(UserError, match=r"c\.pyth is a checkpoint of a training, .* take it as --ckpt_path, with"):
+        CLIPBackbone.load(str(vit.file))
     cases: list[tuple[dict[str, Any], str]] = [
         ({}, r"the visual tower alone, .* give as clip the CLIP that its training began with, such as .*ViT-B-16\.pt"),
         ({"clip": clip, "head": "otam"}, "whose head is m2df and not otam: leave head out"),

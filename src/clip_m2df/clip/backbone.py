@@ -136,14 +136,15 @@ class CLIPBackbone(nn.Module):
         else:
             known = re.sub("^(hf-hub:|hf://)", "", name)  # as OpenCLIP and the hub's client name it
             known = formats.known_backbone(name) if known == name else known
+            if name.endswith((".ckpt", *formats.WEIGHT_SUFFIXES)) or not name.strip():
+                same = f"; the same model is there under the name {known!r}" if known else ""
+                raise UserError(f"{name!r}: no such file or folder; relative names start at {Path.cwd()}{same}")
             if known not in ("", name) and not Path(name).expanduser().exists():
                 raise UserError(f"there is no backbone {name!r}: give {known!r}, which is the same model")
             if re.fullmatch(r"rn\d+(x\d+)?", name.lower()):
                 raise UserError(
                     f"of OpenAI's ResNets rn50 alone is fetched by its name: give the file of {name}'s weights"
                 )
-            if name.endswith((".ckpt", ".pth")) or not name.strip():
-                raise UserError(f"{name!r}: no such file or folder; relative names start at {Path.cwd()}")
             backbone = cls.from_pretrained(str(TINY_CLIP) if name == "tiny" else name, **given)
         if "tokenizer" in given and backbone.text is None:
             raise UserError(f"backbone_options.tokenizer: the weights of {name!r} have no text tower; leave it out")

@@ -39,6 +39,8 @@ RN50_REPOSITORY, RN50_FILE = "timm/resnet50_clip.openai", "open_clip_model.safet
 STANDARD_TOKENIZER = "openai/clip-vit-base-patch32"
 # The weights of a folder in transformers' format, the best first: one file, or shards, which may have an index beside.
 _WEIGHTS = (("model.safetensors", "model-*-of-*.safetensors"), ("pytorch_model.bin", "pytorch_model-*-of-*.bin"))
+# What names of files with weights end in.
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 # What OpenAI's files have beside the towers' weights, and OpenCLIP's.
 OPENAI_CONSTANTS = ("input_resolution", "context_length", "vocab_size", "logit_scale", "logit_bias", "attn_mask")
 # What lies beside weights in OpenAI's layout where they are not OpenAI's.
@@ -184,7 +186,10 @@ def read_folder(folder: Path, source: str) -> tuple[dict[str, Any], dict[str, Te
     if adapter := min(adapters, default=""):
         raise UserError(f"{source} has an adapter, {adapter}, {_MERGE_IT}, or move it elsewhere")
     if not (folder / "config.json").is_file():
-        hint = "; give the file of weights in it" if (folder / OPEN_CLIP_CONFIG).is_file() else ""
+        files = sorted(file.name for file in folder.iterdir() if file.suffix in WEIGHT_SUFFIXES)
+        hint = f"; give the file of weights in it, {some(files)}" if files else ""
+        if not (folder / OPEN_CLIP_CONFIG).is_file():
+            hint = f", nor OpenCLIP's {OPEN_CLIP_CONFIG}{hint}"
         raise UserError(f"{source} isn't a model in transformers' format: there is no config.json in it{hint}")
     values = _read_json(folder / "config.json")
     if values.get("model_type") != "clip":
@@ -300,7 +305,7 @@ def _read_folder_weights(folder: Path, source: str) -> dict[str, Tensor]:
         if shards:
             break
     else:
-        there = sorted(file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".pt", ".pth"))
+        there = sorted(file.name for file in folder.iterdir() if file.suffix in WEIGHT_SUFFIXES)
         hint = f"; rename the one to be taken, of {some(there)}" if there else ""
         raise UserError(
             f"{source} has no weights: neither model.safetensors nor pytorch_model.bin is in the folder{hint}"
@@ -647,8 +652,10 @@ def _transformer_config(shapes: Mapping[str, Any], heads: int, activation: str |
 
 
 def _heads(width: int, head_width: int, tower: str) -> int:
-    if type(head_width) is not int or head_width < 1 or width % head_width:
-        raise UserError(f"heads of {head_width!r:.80} channels: the width {width} of {tower} isn't a multiple of that")
+    if type(head_width) is not int or head_width < 1:
+        raise UserError(f"head_width is {head_width!r:.80}; it must be a whole number above 0, such as 64")
+    if width % head_width:
+        raise UserError(f"heads of {head_width} channels: the width {width} of {tower} isn't a multiple of that")
     return width // head_width
 
 
@@ -740,6 +747,6 @@ def fetch(repository: str, choices: Sequence[Sequence[str]], *, offline: bool = 
             return folder
     raise UserError(
         f"the weights or the tokenizer of {repository!r} are not on this machine and can't be fetched: connect once, "
-        f"or download {', '.join(choices[0])} from https://huggingface.co/{repository} and give the folder "
-        "(OpenAI's layout: the file, with the tokenizer beside it)"
+        f"or download {', '.join(choices[0])} from https://huggingface.co/{repository} and give the folder, or give a "
+        "file of weights that you have, such as OpenAI's ViT-B-16.pt or RN50.pt"
     ) from reason

@@ -63,7 +63,8 @@ def read_tokenizer(path: Path, config: Mapping[str, Any], source: str) -> Tokeni
         raise UserError(f"tokenizer {path}: no such file or folder; relative names start at {Path.cwd()}")
     if files is None and not isfile(path):
         raise UserError(
-            f"{path} has no tokenizer: neither tokenizer.json, nor vocab.json and merges.txt, nor {VOCABULARY}"
+            f"{path} has no tokenizer: neither tokenizer.json, nor vocab.json and merges.txt, nor {VOCABULARY}: put one"
+            " there, or name it by backbone_options, tokenizer"
         )
     if files is None or files[0].startswith(VOCABULARY.removesuffix(".gz")):
         vocabulary = _read_vocabulary(path if files is None else path / files[0])

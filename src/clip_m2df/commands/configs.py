@@ -38,8 +38,10 @@ def headline(config: Path) -> str:
 
 def print_configs() -> None:
     """List the configs that come with the package."""
-    for name, path in shipped_configs().items():
-        say(f"{name:32} {headline(path)}")
+    configs = shipped_configs()
+    width = max(map(len, configs))
+    for name, path in configs.items():
+        say(f"{name:{width}}  {headline(path)}")
 
 
 def find_config(name: str) -> Path:

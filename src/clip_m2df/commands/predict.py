@@ -129,9 +129,10 @@ def predict_videos(
 
     is_file = ckpt_path is not None and os.path.isfile(os.path.expanduser(ckpt_path))
     if (ckpt_path is None) == (backbone is None) and not is_file:
+        missing = "" if ckpt_path is None else f", and {ckpt_path} is no file"
         raise UserError(
             "give either --ckpt_path, a trained model, or --backbone, CLIP's own weights; both with the file of a"
-            " published checkpoint"
+            f" published checkpoint{missing}"
         )
     if head is not None and ckpt_path is not None:
         raise UserError("--head goes with --backbone: a trained model has a head of its own; leave it out")

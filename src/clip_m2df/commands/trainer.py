@@ -263,8 +263,8 @@ class CLI(LightningCLI):
                 )
         elif config.ckpt_path is None and (head_class(config.model.head).trained or not config.model.freeze_backbone):
             raise UserError(
-                f"{self.subcommand} measures a checkpoint: give --ckpt_path best, last, or a file; only a head"
-                " with nothing to train does without, and --model.freeze_backbone true"
+                f"{self.subcommand} measures a checkpoint: give --ckpt_path best, last, or a file; where"
+                " nothing is trained, neither head nor tower (--model.freeze_backbone true), it takes none"
             )
         if config.ckpt_path is not None:
             self.checkpoint = self.checkpoint or checkpoints.read_checkpoint(config.ckpt_path)

@@ -392,7 +392,7 @@ def read_class_texts(files: str | Path | Sequence[str | Path], labels: Iterable[
     if not found:
         raise UserError(
             f"the list of class texts {some(map(str, files))} names no class of {whose}, such as "
-            f"{next(iter(labels))!r}: use its labels"
+            f"{next(iter(labels))!r}: use its labels, or leave the texts out by --data.class_texts null"
         )
     return found
 

@@ -552,10 +552,13 @@ def read_from_cache(folder: str, manifest: Manifest, reader: ClipReader, name: s
             stacklevel=3,
         )
     if others:
-        partly = "" if reader.sampling == "segments" else " with all of their frames"
+        partly, remedy = "", "clip-m2df cache adds them"
+        if reader.sampling != "segments":  # which takes frames by their numbers
+            partly = f" with all of their frames, as sampling {reader.sampling} needs them"
+            remedy = "a cache with as many --frames as the longest video has would have them"
         warnings.warn(
             f"{others} of the {len(manifest.videos)} videos are not in the cache {folder}{partly}, or have changed"
-            " since: they are read themselves; clip-m2df cache adds them",
+            f" since: they are read themselves; {remedy}",
             stacklevel=3,
         )
     return cached

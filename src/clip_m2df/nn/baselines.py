@@ -287,6 +287,10 @@ def build_head(name: str, options: Mapping[str, Any]) -> Head:
             near = difflib.get_close_matches(option, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
             raise UserError(f"head_options: {cls.__name__} has no option {option!r}; {hint}")
+    for option, value in options.items():  # any text would be as good as true
+        kind = inspect.signature(cls).parameters[option].annotation
+        if kind in (bool, "bool") and value not in (True, False):
+            raise UserError(f"head_options: {option} is {value!r:.80}; it must be true or false")
     try:
         return cls(**options)
     except UserError:

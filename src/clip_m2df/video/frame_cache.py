@@ -72,8 +72,9 @@ class Settings(NamedTuple):
 
     def __str__(self) -> str:
         """For messages and for checkpoints, whose earlier versions lacked the mode."""
-        mode = "" if self.resize_mode == "short_side" else f" and resize_mode {self.resize_mode}"
-        return f"short_side {self.short_side}, frames {self.frames} and quality {self.quality}{mode}"
+        names = {name: value for name, value in self._asdict().items() if value != "short_side"}
+        *first, last = (f"{name} {value}" for name, value in names.items())
+        return f"{', '.join(first)} and {last}"
 
 
 class CachedVideo(NamedTuple):
