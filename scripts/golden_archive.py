@@ -1,6 +1,6 @@
 """Trace a small CLIP of OpenAI's own class, as OpenAI's released files are: ``tests/golden/openai_archive.{pt,npz}``.
 
-Usage: python scripts/openai_archive.py FOLDER [--out FOLDER]
+Usage: python scripts/golden_archive.py FOLDER [--out FOLDER]
 
 FOLDER is that of the unpacked package clip-anytorch, whose ``clip/model.py`` needs torch alone. The archive has random
 weights in half precision; beside it are inputs, and what the model makes of them in full precision. Left out of it are

@@ -1,6 +1,6 @@
 """Write tests/golden/published_classes.json: the classes of each data set as the published code bases name them.
 
-    python scripts/published_classes.py CLIP-FSAR CLIP-MDMF
+    python scripts/golden_classes.py CLIP-FSAR CLIP-MDMF
 
 The arguments are the folders of https://github.com/alibaba-mmai-research/CLIP-FSAR and
 https://github.com/cofly2014/CLIP-MDMF. Both list the classes of training and test, in their configs, and none of
