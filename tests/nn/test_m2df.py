@@ -488,5 +488,5 @@ def test_a_clip_that_the_training_did_not_begin_with_is_refused_by_what_differs(
     with pytest.raises(UserError, match="the prompts need a text tower"):
         M2DF.from_published(file, clip=CLIPBackbone.from_openai(visual, head_width=64, activation="quick_gelu"))
     other: Any = "tiny"
-    with pytest.raises(UserError, match=r"clip is 'tiny', no CLIP: give CLIPBackbone\.load"):
+    with pytest.raises(UserError, match=r"clip is of the type str, no CLIP: give CLIPBackbone\.load"):
         M2DF.from_published(file, clip=other)
