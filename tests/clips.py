@@ -1,6 +1,7 @@
 """Renders tiny videos whose pictures tell their own frame number, and reads the numbers back."""
 
 import io
+import os
 import random
 import struct
 import wave
@@ -91,6 +92,10 @@ def render(
         container.mux(stream.encode(None))
         if sound is not None:
             _write_silence(container, sound, audio)
+    if codec == "libsvtav1" and hasattr(os, "sched_setscheduler"):
+        # SVT-AV1 leaves root's thread at a real-time priority: two processes that encode VP8 then keep its own threads
+        # from running, and wait for them without end.
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     return path
 
 
