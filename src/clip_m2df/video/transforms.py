@@ -148,7 +148,7 @@ def resize_clip(clip: Tensor, resize: int, mode: ResizeMode = "short_side") -> T
     if mode == "squash":
         if height == width == resize:
             return clip
-        # A frame at a time: that is four times as fast, with the floats of one in the processor's cache.
+        # A frame at a time: that is twice as fast, with the floats of one in the processor's cache.
         squashed = (F.interpolate(frame.float(), size=(resize, resize), mode="bilinear") for frame in clip.split(1))
         return torch.cat([frame.round_().to(torch.uint8) for frame in squashed])
     if short == resize:
