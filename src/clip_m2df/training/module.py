@@ -201,14 +201,16 @@ class CLIPM2DF(lightning.LightningModule):
         self._by_default = selection is None and "selection" in options_of(head_class(head))
         if "selection" in options_of(head_class(head)):
             own["selection"] = selection or self.default_selection
-        if isinstance(backbone, str | os.PathLike):
-            tower = CLIPBackbone.load(backbone, **check_options(backbone_options or {}))
-        elif backbone_options:
-            raise UserError(
-                "backbone_options are of weights that are loaded; a checkpoint has its towers: leave them out"
-            )
-        else:
-            tower = CLIPBackbone.from_description(backbone)
+        # Towers draw weights that are then loaded over: the head's own would depend on how many they drew.
+        with torch.random.fork_rng(devices=[]):
+            if isinstance(backbone, str | os.PathLike):
+                tower = CLIPBackbone.load(backbone, **check_options(backbone_options or {}))
+            elif backbone_options:
+                raise UserError(
+                    "backbone_options are of weights that are loaded; a checkpoint has its towers: leave them out"
+                )
+            else:
+                tower = CLIPBackbone.from_description(backbone)
         tower.freeze_batch_norm = freeze_batch_norm
         if gradient_checkpointing:
             tower.enable_gradient_checkpointing()
