@@ -1515,9 +1515,7 @@ def test_towers_that_cannot_be(tiny_clip_dir: Path) -> None:
         )
     ]
     for change in (*changes, {"tokenizer": "{}"}):
-        with pytest.raises(
-            UserError, match=r"the towers of .* can't be built|, which no backbone saves"
-        ):
+        with pytest.raises(UserError, match=r"the towers of .* can't be built|, which no backbone saves"):
             CLIPBackbone.from_description(description | change)
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -82,6 +83,7 @@ class Family:
         std: What it divides by.
         resample: Pillow's number of how it resizes: 2 is bilinear, 3 bicubic.
         crops: Whether it resizes the short side and cuts out the middle, and does not bring both sides to one length.
+        renames: Patterns in the names of weights in files, and what stands there in the names of transformers' classes.
         not_needed: How the names of weights end that a folder has inside of the towers, and that embeddings need not.
     """
 
@@ -102,6 +104,7 @@ class Family:
     std: ClassVar[tuple[float, float, float]] = (0.5, 0.5, 0.5)
     resample: ClassVar[int] = 3
     crops: ClassVar[bool] = False
+    renames: ClassVar[tuple[tuple[str, str], ...]] = ()
     not_needed: ClassVar[tuple[str, ...]] = ()
 
     # The towers
@@ -117,7 +120,7 @@ class Family:
         return self.text.build(config)
 
     def blocks(self, tower: nn.Module) -> list[nn.Module]:
-        """The blocks of a tower, each of which gradient checkpointing computes anew, in their order."""
+        """The blocks of a tower, in their order; gradient checkpointing computes each anew, and adapters go into them."""
         from transformers.modeling_layers import GradientCheckpointingLayer
 
         return [module for module in tower.modules() if isinstance(module, GradientCheckpointingLayer)]
@@ -190,9 +193,20 @@ class Family:
         tower = {"visual": self.visual, "text": self.text}.get(side)
         return key if tower is None else tower.inside + name
 
-    def part(self, key: str, weight: Tensor) -> Tensor:
-        """What the backbone keeps under ``key`` of the weight that has its name in a folder's files."""
-        return weight
+    def renamed(self, state: Mapping[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:
+        """A folder's weights by the names that transformers' classes have today.
+
+        Args:
+            state: The weights by their names in the files.
+            own: The names that are expected. Weights that have one of them keep it.
+        """
+        renamed = {}
+        for name, weight in state.items():
+            new = name
+            for pattern, replacement in () if name in own else self.renames:
+                new = re.sub(pattern, replacement, new)
+            renamed[new] = weight
+        return renamed
 
     def unused(self, names: Iterable[str]) -> Callable[[str], bool]:
         """Tell what of a folder's weights is no error although the towers don't have it.
