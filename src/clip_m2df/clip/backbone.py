@@ -213,9 +213,15 @@ class CLIPBackbone(nn.Module):
         description["visual_config"] = family.resized(own, description.pop("image_size"))
         backbone = cls.from_description({**description, "source": name_or_dir})
         names = {*map(family.file_name, backbone.state_dict())}
-        part = backbone._resized(lambda _, weight: weight, own)
-        told = {"model": family.name, "unused": family.unused(names)}
-        formats.load_weights(backbone, family.renamed(state, names), family.file_name, part, name_or_dir, **told)
+        formats.load_weights(
+            backbone,
+            family.renamed(state, names),
+            family.file_name,
+            backbone._resized(lambda _, weight: weight, own),
+            name_or_dir,
+            model=family.name,
+            unused=family.unused(names),
+        )
         if backbone.text is not None:
             backbone._read_tokenizer(
                 folder if tokenizer is None else Path(tokenizer).expanduser(), tokenizer or name_or_dir
