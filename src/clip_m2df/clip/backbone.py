@@ -211,17 +211,27 @@ class CLIPBackbone(nn.Module):
         description |= _given(mean=mean, std=std)
         own, family = description["visual_config"], family_of(description["visual_config"]["kind"])
         description["visual_config"] = family.resized(own, description.pop("image_size"))
-        backbone = cls.from_description({**description, "source": name_or_dir})
-        names = {*map(family.file_name, backbone.state_dict())}
-        formats.load_weights(
-            backbone,
-            family.renamed(state, names),
-            family.file_name,
-            backbone._resized(lambda _, weight: weight, own),
-            name_or_dir,
-            model=family.name,
-            unused=family.unused(names),
-        )
+
+        def loaded() -> Self:
+            backbone = cls.from_description({**description, "source": name_or_dir})
+            names = {*map(family.file_name, backbone.state_dict())}
+            weights = family.renamed(state, names)
+            formats.check_towers(backbone, weights, family.file_name, name_or_dir)
+            formats.load_weights(
+                backbone,
+                weights,
+                family.file_name,
+                backbone._resized(lambda _, weight: weight, own),
+                name_or_dir,
+                model=family.name,
+                remedy=f": {formats.ONE_MODEL}",
+                unused=family.unused(names),
+            )
+            return backbone
+
+        with torch.device("meta"):  # a wrong config.json may describe towers larger than any memory
+            loaded()
+        backbone = loaded()
         if backbone.text is not None:
             backbone._read_tokenizer(
                 folder if tokenizer is None else Path(tokenizer).expanduser(), tokenizer or name_or_dir
