@@ -1,10 +1,21 @@
-"""Weights and inputs of the towers whose embeddings are in golden/towers.npz: drawn anew, so that they need no file."""
+"""Weights and inputs of the towers whose embeddings are in golden/towers.npz: drawn anew, so that they need no file.
 
-from collections.abc import Mapping, Sequence
+And small tokenizers in the layouts of the public ones.
+"""
+
+import base64
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from tests.conftest import GOLDEN
+
+TEXTS = ("a photo of a person", "the quick brown fox jumps over the lazy dog", "Straße, Ελλάς, café: 12345!", "日本語")
 
 
 def drawn_weights(shapes: Mapping[str, Sequence[int]], seed: int) -> dict[str, Tensor]:
@@ -33,3 +44,58 @@ def drawn_inputs(image_size: int, context_length: int, vocab_size: int, seed: in
     for row, length in zip(tokens, (3, context_length // 2, context_length), strict=True):
         row[:length] = [vocab_size - 2, *generator.randint(1, vocab_size - 2, length - 2), vocab_size - 1]
     return torch.tensor(images, dtype=torch.float32), torch.tensor(tokens)
+
+
+def save_gemma(folder: Path, texts: Iterable[str] = TEXTS) -> int:
+    """Save a tokenizer of merges as the repositories of SigLIP 2 have it; its size."""
+    from tokenizers import Tokenizer, models, trainers
+    from transformers import GemmaTokenizer
+
+    trained = Tokenizer(models.BPE())
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=len(tokens) + 200, special_tokens=tokens, show_progress=False)
+    trained.train_from_iterator((text.replace(" ", "\u2581") for text in texts), trainer)
+    model = json.loads(trained.to_str())["model"]
+    # As transformers' script that converts SigLIP 2 has its options.
+    options: Any = {"add_bos_token": False, "add_eos_token": True, "padding_side": "right", "do_lower_case": True}
+    merges: Any = [tuple(merge) for merge in model["merges"]]
+    GemmaTokenizer(vocab=model["vocab"], merges=merges, **options).save_pretrained(folder)
+    return len(model["vocab"])
+
+
+def save_xlm(folder: Path, texts: Iterable[str] = TEXTS) -> int:
+    """Save a tokenizer of words with scores as the repositories of MetaCLIP 2 have it; its size."""
+    from transformers import XLMRobertaTokenizer
+
+    vocab = [*_scored(["<s>", "<pad>", "</s>", "<unk>"], texts), ("<mask>", 0.0)]
+    charsmap: Any = base64.b64decode(siglip_tokenizer()["normalizer"]["precompiled_charsmap"])
+    XLMRobertaTokenizer(vocab=vocab, _spm_precompiled_charsmap=charsmap).save_pretrained(folder)
+    return len(vocab)
+
+
+def save_siglip(folder: Path, texts: Iterable[str] = TEXTS) -> int:
+    """Save a tokenizer of words with scores as the repositories of SigLIP have it; its size."""
+    vocab = _scored(["<pad>", "</s>", "<unk>"], texts)
+    content = siglip_tokenizer()
+    content["model"]["vocab"] = vocab
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    special = {"eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>", "tokenizer_class": "SiglipTokenizer"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(special))
+    return len(vocab)
+
+
+def siglip_tokenizer() -> Any:
+    """The content of the tokenizer.json in golden/siglip_tokens.npz, which SentencePiece trained."""
+    with np.load(GOLDEN / "siglip_tokens.npz") as golden:
+        return json.loads(golden["tokenizer"].tobytes())
+
+
+def _scored(first: list[str], texts: Iterable[str]) -> list[tuple[str, float]]:
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    trained = Tokenizer(models.Unigram())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(vocab_size=800, special_tokens=first, unk_token="<unk>", show_progress=False)
+    trained.train_from_iterator(texts, trainer)
+    return [(word, score) for word, score in json.loads(trained.to_str())["model"]["vocab"]]
