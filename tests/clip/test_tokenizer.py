@@ -1,7 +1,7 @@
 """The tokenizers that SentencePiece trained: Gemma's, SigLIP's and XLM-V's. CLIP's are tested with its backbone."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from clip_m2df.clip.tokenizer import encoded, read_tokenizer, saved_tokenizer
-from tests.clip.towers import TEXTS, save_gemma, save_siglip, save_xlm, siglip_tokenizer
+from tests.clip.towers import save_gemma, save_siglip, save_xlm
 from tests.conftest import GOLDEN
 
 Config = dict[str, Any]
@@ -29,10 +29,10 @@ def prompts() -> list[str]:
     return [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in texts]
 
 
-def saved(name: str, folder: Path, texts: Sequence[str] = TEXTS) -> Config:
-    """Save a small tokenizer that is trained on some texts; what its text tower's config says of it."""
+def saved(name: str, folder: Path) -> Config:
+    """Save a small tokenizer; what its text tower's config says of it."""
     save, config = SAVED[name]
-    return config | {"vocab_size": save(folder, [text for text in texts if max(text, default="") < "\u3000"])}
+    return config | {"vocab_size": save(folder)}
 
 
 SPECIAL = ["a <eos> b", "a</s>b", "<s> a <mask>  b", "<pad>", "<EOS>", "<unk>!", "a <bos>", "\n\na ", "a\u2581b", ""]
@@ -41,18 +41,18 @@ SPECIAL = ["a <eos> b", "a</s>b", "<s> a <mask>  b", "<pad>", "<EOS>", "<unk>!",
 def test_gemmas_tokens_are_those_of_transformers(prompts: list[str], tmp_path: Path) -> None:
     from transformers import Siglip2Tokenizer
 
-    config = saved("gemma", tmp_path, prompts)
+    config = saved("gemma", tmp_path)
     reference = Siglip2Tokenizer.from_pretrained(tmp_path)
     texts = prompts + SPECIAL
     expected = reference(texts, padding="max_length", truncation=True, max_length=64)["input_ids"]
     assert encoded(read_tokenizer(tmp_path, config, "it"), texts, "it") == expected
-    assert len({token for tokens in expected for token in tokens}) > 300
+    assert len({token for tokens in expected for token in tokens}) > 200
 
 
 def test_xlms_tokens_are_those_of_transformers(prompts: list[str], tmp_path: Path) -> None:
     from transformers import XLMRobertaTokenizer
 
-    config = saved("xlm", tmp_path, prompts)
+    config = saved("xlm", tmp_path)
     reference = XLMRobertaTokenizer.from_pretrained(tmp_path)
     texts = prompts + SPECIAL
     expected = reference(texts, padding="max_length", truncation=True, max_length=77)["input_ids"]
@@ -62,9 +62,9 @@ def test_xlms_tokens_are_those_of_transformers(prompts: list[str], tmp_path: Pat
 
 @pytest.mark.parametrize("kind", ["siglip", "metaclip_2"])
 def test_siglips_tokens_are_those_of_sentencepiece(kind: str, prompts: list[str], tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.json").write_text(json.dumps(siglip_tokenizer()))
+    size = save_siglip(tmp_path)
     # Also MetaCLIP 2 has models with the tokenizer of SigLIP's multilingual ones; their ends of text are numbered so.
-    config = {"kind": kind, "vocab_size": 450, "max_position_embeddings": 64, "eos_token_id": 1}
+    config = {"kind": kind, "vocab_size": size, "max_position_embeddings": 64, "eos_token_id": 1}
     tokens = encoded(read_tokenizer(tmp_path, config, "it"), prompts, "it")
     with np.load(GOLDEN / "siglip_tokens.npz") as golden:
         expected = golden["tokens"].tolist()

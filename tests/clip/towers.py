@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tests.conftest import GOLDEN
 
-TEXTS = ("a photo of a person", "the quick brown fox jumps over the lazy dog", "Straße, Ελλάς, café: 12345!", "日本語")
+TEXTS = ("a photo of a person", "the quick brown fox jumps over the lazy dog", "straße, Ελλάς, café: 12345!", "日本語")
 
 
 def drawn_weights(shapes: Mapping[str, Sequence[int]], seed: int) -> dict[str, Tensor]:
@@ -63,39 +63,25 @@ def save_gemma(folder: Path, texts: Iterable[str] = TEXTS) -> int:
     return len(model["vocab"])
 
 
-def save_xlm(folder: Path, texts: Iterable[str] = TEXTS) -> int:
-    """Save a tokenizer of words with scores as the repositories of MetaCLIP 2 have it; its size."""
-    from transformers import XLMRobertaTokenizer
-
-    vocab = [*_scored(["<s>", "<pad>", "</s>", "<unk>"], texts), ("<mask>", 0.0)]
-    charsmap: Any = base64.b64decode(siglip_tokenizer()["normalizer"]["precompiled_charsmap"])
-    XLMRobertaTokenizer(vocab=vocab, _spm_precompiled_charsmap=charsmap).save_pretrained(folder)
-    return len(vocab)
-
-
-def save_siglip(folder: Path, texts: Iterable[str] = TEXTS) -> int:
-    """Save a tokenizer of words with scores as the repositories of SigLIP have it; its size."""
-    vocab = _scored(["<pad>", "</s>", "<unk>"], texts)
-    content = siglip_tokenizer()
-    content["model"]["vocab"] = vocab
+def save_siglip(folder: Path) -> int:
+    """Save the tokenizer of words with scores that SentencePiece trained for golden/siglip_tokens.npz; its size."""
+    with np.load(GOLDEN / "siglip_tokens.npz") as golden:
+        text = golden["tokenizer"].tobytes()
     folder.mkdir(exist_ok=True)
-    (folder / "tokenizer.json").write_text(json.dumps(content))
+    (folder / "tokenizer.json").write_bytes(text)
     special = {"eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>", "tokenizer_class": "SiglipTokenizer"}
     (folder / "tokenizer_config.json").write_text(json.dumps(special))
+    return len(json.loads(text)["model"]["vocab"])
+
+
+def save_xlm(folder: Path) -> int:
+    """Save a tokenizer of the same words as the repositories of MetaCLIP 2 have XLM-V's; its size."""
+    from transformers import XLMRobertaTokenizer
+
+    save_siglip(folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocab = [(word, 0.0) for word in ("<s>", "<pad>", "</s>", "<unk>")]
+    vocab += [(word, score) for word, score in content["model"]["vocab"][3:]] + [("<mask>", 0.0)]
+    charsmap: Any = base64.b64decode(content["normalizer"]["precompiled_charsmap"])
+    XLMRobertaTokenizer(vocab=vocab, _spm_precompiled_charsmap=charsmap).save_pretrained(folder)
     return len(vocab)
-
-
-def siglip_tokenizer() -> Any:
-    """The content of the tokenizer.json in golden/siglip_tokens.npz, which SentencePiece trained."""
-    with np.load(GOLDEN / "siglip_tokens.npz") as golden:
-        return json.loads(golden["tokenizer"].tobytes())
-
-
-def _scored(first: list[str], texts: Iterable[str]) -> list[tuple[str, float]]:
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-
-    trained = Tokenizer(models.Unigram())
-    trained.pre_tokenizer = pre_tokenizers.Metaspace()
-    trainer = trainers.UnigramTrainer(vocab_size=800, special_tokens=first, unk_token="<unk>", show_progress=False)
-    trained.train_from_iterator(texts, trainer)
-    return [(word, score) for word, score in json.loads(trained.to_str())["model"]["vocab"]]
