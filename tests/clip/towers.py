@@ -1,10 +1,21 @@
-"""Weights and inputs of the towers whose embeddings are in golden/towers.npz: drawn anew, so that they need no file."""
+"""Weights and inputs of the towers whose embeddings are in golden/towers.npz: drawn anew, so that they need no file.
 
-from collections.abc import Mapping, Sequence
+And small tokenizers in the layouts of the public ones.
+"""
+
+import base64
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from tests.conftest import GOLDEN
+
+TEXTS = ("a photo of a person", "the quick brown fox jumps over the lazy dog", "straße, Ελλάς, café: 12345!", "日本語")
 
 
 def drawn_weights(shapes: Mapping[str, Sequence[int]], seed: int) -> dict[str, Tensor]:
@@ -33,3 +44,44 @@ def drawn_inputs(image_size: int, context_length: int, vocab_size: int, seed: in
     for row, length in zip(tokens, (3, context_length // 2, context_length), strict=True):
         row[:length] = [vocab_size - 2, *generator.randint(1, vocab_size - 2, length - 2), vocab_size - 1]
     return torch.tensor(images, dtype=torch.float32), torch.tensor(tokens)
+
+
+def save_gemma(folder: Path, texts: Iterable[str] = TEXTS) -> int:
+    """Save a tokenizer of merges as the repositories of SigLIP 2 have it; its size."""
+    from tokenizers import Tokenizer, models, trainers
+    from transformers import GemmaTokenizer
+
+    trained = Tokenizer(models.BPE())
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=len(tokens) + 200, special_tokens=tokens, show_progress=False)
+    trained.train_from_iterator((text.replace(" ", "\u2581") for text in texts), trainer)
+    model = json.loads(trained.to_str())["model"]
+    # As transformers' script that converts SigLIP 2 has its options.
+    options: Any = {"add_bos_token": False, "add_eos_token": True, "padding_side": "right", "do_lower_case": True}
+    merges: Any = [tuple(merge) for merge in model["merges"]]
+    GemmaTokenizer(vocab=model["vocab"], merges=merges, **options).save_pretrained(folder)
+    return len(model["vocab"])
+
+
+def save_siglip(folder: Path) -> int:
+    """Save the tokenizer of words with scores that SentencePiece trained for golden/siglip_tokens.npz; its size."""
+    with np.load(GOLDEN / "siglip_tokens.npz") as golden:
+        text = golden["tokenizer"].tobytes()
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.json").write_bytes(text)
+    special = {"eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>", "tokenizer_class": "SiglipTokenizer"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(special))
+    return len(json.loads(text)["model"]["vocab"])
+
+
+def save_xlm(folder: Path) -> int:
+    """Save a tokenizer of the same words as the repositories of MetaCLIP 2 have XLM-V's; its size."""
+    from transformers import XLMRobertaTokenizer
+
+    save_siglip(folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocab = [(word, 0.0) for word in ("<s>", "<pad>", "</s>", "<unk>")]
+    vocab += [(word, score) for word, score in content["model"]["vocab"][3:]] + [("<mask>", 0.0)]
+    charsmap: Any = base64.b64decode(content["normalizer"]["precompiled_charsmap"])
+    XLMRobertaTokenizer(vocab=vocab, _spm_precompiled_charsmap=charsmap).save_pretrained(folder)
+    return len(vocab)
