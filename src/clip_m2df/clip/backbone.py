@@ -44,6 +44,7 @@ _REMEDY = (
 BACKBONE_OPTIONS = ("activation", "head_width", "tokenizer", "mean", "std", "image_size", "dtype")
 # What weights can be held in, by torch's names.
 DTYPES = ("float32", "bfloat16", "float16")
+HALF = (torch.bfloat16, torch.float16)
 # Side of an image in pixels beyond which memory does not suffice.
 MOST_SIDE = 4096
 
@@ -397,7 +398,7 @@ class CLIPBackbone(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         mean, std = self.mean, self.std
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.mean.dtype in (torch.float16, torch.bfloat16):  # as a Trainer's bf16-true asks of all of a model
+        if self.mean.dtype in HALF:  # as a Trainer's bf16-true asks of all of a model
             self.mean, self.std = mean.to(self.mean.device), std.to(self.std.device)
         return self
 
@@ -490,7 +491,11 @@ class CLIPBackbone(nn.Module):
         images = images.reshape(-1, 3, size, size).to(weights.dtype)
         if self.visual_config["kind"] == "resnet":
             images = images.contiguous(memory_format=torch.channels_last)
-        embeddings: Tensor = self.visual(images)
+        if weights.dtype in HALF:  # under autocast of the other half precision torch refuses them
+            with torch.autocast(images.device.type, enabled=False):
+                embeddings: Tensor = self.visual(images)
+        else:
+            embeddings = self.visual(images)
         return embeddings.reshape(*leading, self.dim)
 
     # Texts

@@ -530,6 +530,7 @@ class CLIPM2DF(lightning.LightningModule):
             UserError: nothing is trained.
         """
         trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        self._check_rounding()
         bare = {name for name in trained if any(part in name for part in self.no_decay)}
         if self.no_decay and not bare:
             warnings.warn(f"no_decay: no parameter's name has {' or '.join(self.no_decay)}", stacklevel=2)
@@ -549,6 +550,23 @@ class CLIPM2DF(lightning.LightningModule):
         optimizer = torch.optim.Adam(groups, weight_decay=self.weight_decay, fused=fused)
         scheduler = LambdaLR(optimizer, self._lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _check_rounding(self) -> None:
+        """Refuse to train a tower in float16, in which Adam divides by 0, and tell what bfloat16 loses."""
+        held = self.model.backbone.dtype
+        weights = [p for p in self.model.backbone.visual.parameters() if p.requires_grad]
+        if held == "float32" or not any(weight.dtype == getattr(torch, held) for weight in weights):
+            return
+        remedy = (
+            "leave it out, with trainer.precision bf16-mixed for speed, or set model.freeze_backbone to train the head"
+            " alone"
+        )
+        if held == "float16":
+            raise UserError(f"model.backbone_options.dtype is float16, in which Adam can't train a tower: {remedy}")
+        warnings.warn(
+            f"model.backbone_options.dtype is {held}, in which updates below 1/256 of a weight are lost: {remedy}",
+            stacklevel=3,
+        )
 
     def _lr_factor(self, step: int) -> float:
         """Share of the peak learning rate at an optimiser step."""
