@@ -158,10 +158,10 @@ class Family:
         side, grid, shape = self.grid(own), self.grid(config), weight.shape
         if key != self.positions or side == grid or shape[-2:-1] != (self.prefix + side * side,):
             return weight
-        first, patches = weight.reshape(-1, shape[-1]).split([self.prefix, side * side])
+        first, patches = weight.float().reshape(-1, shape[-1]).split([self.prefix, side * side])
         patches = rearrange(patches, "(h w) d -> 1 d h w", h=side)
-        patches = F.interpolate(patches.float(), size=(grid, grid), mode="bicubic", align_corners=False)
-        patches = rearrange(patches, "1 d h w -> (h w) d").to(weight.dtype)
+        patches = F.interpolate(patches, size=(grid, grid), mode="bicubic", align_corners=False)
+        patches = rearrange(patches, "1 d h w -> (h w) d")
         return torch.cat([first, patches]).view(*shape[:-2], -1, shape[-1])
 
     # A folder's files
