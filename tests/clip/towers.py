@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel
-from torch import Tensor
+from torch import Tensor, nn
 
 from clip_m2df.clip.formats import openai_name
 from tests.conftest import GOLDEN, save_tokenizer
@@ -122,3 +122,65 @@ def save_open_clip(folder: Path, *, text: bool = True) -> Path:
     told = {"embed_dim": 32, "vision_cfg": vision, "text_cfg": {"heads": 1, "vocab_size": vocab_size}}
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": told}), encoding="utf-8")
     return folder / "open_clip_model.safetensors"
+
+
+# The families in folders of transformers', by the name of the tests: SigLIP's two tokenizers are of two generations.
+FOLDERS = ("clip", "metaclip_2", "siglip", "siglip_2", "dinov2", "dinov2_swiglu", "dinov3_vit", "dinov3_vit_gated")
+
+
+def save_folder(kind: str, folder: Path, *, image_size: int = 32, own_size: int = 32) -> nn.Module:
+    """Save a small model of random weights as its public repositories are.
+
+    Args:
+        kind: One of ``FOLDERS``.
+        folder: Where to.
+        image_size: Of the images that its preprocessing makes.
+        own_size: Of the images that its configuration has, with patches of 8 pixels.
+
+    Returns:
+        The model, in evaluation mode.
+    """
+    import transformers
+
+    folder.mkdir(parents=True)
+    tower: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    images = {**tower, "intermediate_size": 48, "image_size": own_size, "patch_size": 8}
+    square = {"height": image_size, "width": image_size}
+    if kind.startswith("dino"):
+        two = kind.startswith("dinov2")
+        more = {"use_swiglu_ffn": kind == "dinov2_swiglu"} if two else {"use_gated_mlp": kind == "dinov3_vit_gated"}
+        more |= {} if two else {"num_register_tokens": 3, "intermediate_size": 48, "key_bias": "gated" in kind}
+        name = "Dinov2" if two else "DINOv3ViT"
+        config = getattr(transformers, f"{name}Config")(**tower, **more, image_size=own_size, patch_size=8)
+        processor = {
+            "image_processor_type": f"{'Bit' if two else 'DINOv3ViT'}ImageProcessor",
+            "resample": 3 if two else 2,
+        }
+        processor |= {"size": {"shortest_edge": image_size * 8 // 7}, "crop_size": square} if two else {"size": square}
+        processor |= {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+    else:
+        save = {"clip": _save_clip, "metaclip_2": save_xlm, "siglip": save_siglip, "siglip_2": save_gemma}[kind]
+        texts = {**tower, "intermediate_size": 40, "vocab_size": save(folder), "max_position_embeddings": 16}
+        if kind.startswith("siglip"):
+            config = transformers.SiglipConfig(text_config=texts, vision_config=images)
+            processor = {"image_processor_type": "SiglipImageProcessor", "size": square, "do_center_crop": None}
+            processor |= {"resample": 2 if kind == "siglip_2" else 3, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+        else:
+            texts["eos_token_id"] = 2 if kind == "metaclip_2" else texts["vocab_size"] - 1
+            name = {"clip": "CLIP", "metaclip_2": "MetaClip2"}[kind]
+            whole = getattr(transformers, f"{name}Config")
+            config = whole(text_config=texts, vision_config=images, projection_dim=24)
+            processor = {"image_processor_type": "CLIPImageProcessor", "crop_size": square, "resample": 3}
+            processor |= {"size": {"shortest_edge": image_size}, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2] * 3}
+    torch.manual_seed(0)
+    model: nn.Module = transformers.AutoModel.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # so that each of them matters
+            parameter += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(folder)  # type: ignore[operator]
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return model
+
+
+def _save_clip(folder: Path) -> int:
+    return save_tokenizer(folder, ByteLevel.alphabet())
