@@ -161,7 +161,9 @@ def test_a_preprocessing_is_obeyed_or_refused(kind: str, values: dict[str, Any],
     file = tmp_path / "tower" / "preprocessor_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
     if not taken:
-        with pytest.raises(UserError, match=r"can't be used: .*; mend or remove that file|less than one patch"):
+        with pytest.raises(
+            UserError, match=r"can't be used: .*; mend or remove that file|less than one patch|at most 4096"
+        ):
             CLIPBackbone.load(str(tmp_path / "tower"))
         return
     side = values.get("size")
@@ -238,7 +240,9 @@ def test_a_configuration_that_contradicts_the_weights_is_refused(kind: str, tmp_
             if field not in values:
                 continue
             changed_config(tmp_path / "tower", {field: value}, *filter(None, [table]))
-            with pytest.raises(UserError, match=r"fetch config\.json and weights of one whole model|lacks|is missing"):
+            with pytest.raises(
+                UserError, match=r"fetch config\.json and weights of one whole model|can't be (used|built)"
+            ):
                 CLIPBackbone.load(str(tmp_path / "tower"))
             (tmp_path / "tower" / "config.json").write_text(good)
     CLIPBackbone.load(str(tmp_path / "tower"))
@@ -294,9 +298,7 @@ def test_one_tower_alone_is_refused(kind: str, tower: str, tmp_path: Path) -> No
     file = tmp_path / "tower" / "model.safetensors"
     prefixes = ("vision_", "visual_") if tower == "visual" else ("text_",)
     save_file({name: weight for name, weight in load_file(file).items() if not name.startswith(prefixes)}, file)
-    with pytest.raises(
-        UserError, match=f"one tower alone, and none of the {tower} tower that its config.json describes"
-    ):
+    with pytest.raises(UserError, match=f"one tower alone, and none of the {tower} tower that its config"):
         CLIPBackbone.load(str(tmp_path / "tower"))
 
 
@@ -335,6 +337,12 @@ def test_missing_shards_and_weights_are_named(kind: str, tmp_path: Path) -> None
         ("visual_config", {"kind": "clip.families.clip"}, "no family of towers"),
         ("visual_config", {"kind": ["siglip"]}, "no family of towers"),
         ("visual_config", {"kind": None}, "no family of towers None"),
+        (
+            "visual_config",
+            {"num_hidden_layers": 1 << 40},
+            "num_hidden_layers is 1099511627776; it must be at most 1000",
+        ),
+        ("text_config", {"num_hidden_layers": 1 << 40}, "num_hidden_layers is 1099511627776; it must be at most 1000"),
         ("text_config", {"kind": "dinov2"}, "which no backbone saves"),
         ("visual_config", {"auto_map": {"AutoModel": "x"}}, "has 'auto_map', which no backbone saves"),
         ("visual_config", {"attn_implementation": "a/kernel:f"}, "has 'attn_implementation', which no backbone saves"),

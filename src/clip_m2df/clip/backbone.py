@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from clip_m2df.clip import formats
-from clip_m2df.clip.families import family_of
+from clip_m2df.clip.families import MOST_SIDE, family_of
 from clip_m2df.clip.families.clip import MEAN as CLIP_MEAN
 from clip_m2df.clip.families.clip import STD as CLIP_STD
 from clip_m2df.clip.formats import STANDARD_TOKENIZER
@@ -45,8 +45,6 @@ BACKBONE_OPTIONS = ("activation", "head_width", "tokenizer", "mean", "std", "ima
 # What weights can be held in, by torch's names.
 DTYPES = ("float32", "bfloat16", "float16")
 HALF = (torch.bfloat16, torch.float16)
-# Side of an image in pixels beyond which memory does not suffice.
-MOST_SIDE = 4096
 
 
 class CLIPBackbone(nn.Module):

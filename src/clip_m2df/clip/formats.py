@@ -185,6 +185,11 @@ def read_folder(folder: Path, source: str) -> tuple[dict[str, Any], dict[str, Te
         raise UserError(f"{source} isn't a model in transformers' format: there is no config.json in it{hint}")
     values = _read_json(folder / "config.json")
     family = _family(values.get("model_type"), source)
+    state = _read_folder_weights(folder, source)
+    for table in (values, values.get("vision_config"), values.get("text_config")):
+        layers = table.get("num_hidden_layers") if isinstance(table, dict) else None
+        if isinstance(layers, int) and layers > len(state):  # transformers makes a list of so many
+            raise UserError(f"{source} has {len(state)} weights, but its config.json {layers} layers: {ONE_MODEL}")
     try:
         visual, text = family.configs(values)
     except Exception as error:  # transformers' validation errors have no common class
@@ -197,10 +202,6 @@ def read_folder(folder: Path, source: str) -> tuple[dict[str, Any], dict[str, Te
                 raise UserError(f"the config.json of {source} can't be used: {name} is {value!r:.80}, not {kind}")
     description = {"visual_config": visual, "text_config": text}
     description |= _read_preprocessing(folder, family, visual["image_size"])
-    state = _read_folder_weights(folder, source)
-    for tower in (visual, text or {}):
-        if (layers := tower.get("num_hidden_layers", 0)) > len(state):
-            raise UserError(f"{source} has {len(state)} weights, but its config.json {layers} layers: {ONE_MODEL}")
     return description, state
 
 
@@ -232,8 +233,8 @@ def _family(model_type: object, source: str) -> Family:
     for family in known:
         if model_type == family.model_type:
             return family
-        if model_type in family.relatives:
-            raise UserError(f"{source} is {family.relatives[str(model_type)]}")
+        if (relative := family.relatives.get(str(model_type))) is not None:
+            raise UserError(f"{source} is {relative}")
         if model_type in (f"{family.model_type}_vision_model", f"{family.model_type}_text_model"):
             tower = "visual" if "vision" in str(model_type) else "text"
             raise UserError(f"{source} is the {tower} tower of a {family.name} alone: give a folder of the whole model")

@@ -22,6 +22,10 @@ from clip_m2df.errors import UserError
 
 # What descriptions call a family whose file has another name.
 _FILES = {"vit": "clip"}
+# Side of an image in pixels beyond which memory does not suffice.
+MOST_SIDE = 4096
+# Layers of a tower beyond which a description is a forgery: the largest towers have 40 to 50.
+MOST_LAYERS = 1000
 
 
 @dataclass(frozen=True)
@@ -48,9 +52,15 @@ class Tower:
     fixed: Mapping[str, Any] = field(default_factory=dict)
 
     def build(self, config: Mapping[str, Any]) -> Embedder:
-        """The tower that a description's values make, with weights drawn at random."""
+        """The tower that a description's values make, with weights drawn at random.
+
+        Raises:
+            UserError: It has more layers than any tower.
+        """
         import transformers
 
+        if (layers := config.get("num_hidden_layers", 0)) > MOST_LAYERS:
+            raise UserError(f"num_hidden_layers is {layers}; it must be at most {MOST_LAYERS}")
         values = {key: value for key, value in config.items() if key != "kind"}
         model = getattr(transformers, self.model)(getattr(transformers, self.config)(**values, **self.fixed))
         # Earlier versions of some classes only wrap a module, under the very name that stands in files.
@@ -137,11 +147,13 @@ class Family:
         """The description of the same visual tower for images of another size.
 
         Raises:
-            UserError: The size has not one patch.
+            UserError: The size has not one patch, or is beyond ``MOST_SIDE``.
         """
         resized = {**config, "image_size": image_size}
         if self.grid(resized) < 1:
             raise UserError(f"image_size is {image_size}, less than one patch of {self.name}'s visual tower")
+        if image_size > MOST_SIDE:
+            raise UserError(f"image_size is {image_size}; it must be at most {MOST_SIDE}")
         return resized
 
     def resized_weight(self, key: str, weight: Tensor, own: Mapping[str, Any], config: Mapping[str, Any]) -> Tensor:
