@@ -195,9 +195,6 @@ def test_blocks_projections_and_gradients(kind: str, tmp_path: Path) -> None:
         return {name: weight.grad.clone() for name, weight in backbone.visual.named_parameters()}  # type: ignore[union-attr]
 
     plain = gradients()  # of each weight: DistributedDataParallel allows no others
-    calls: list[nn.Module] = []
-    for block in blocks:
-        block.register_forward_hook(lambda module, *_: calls.append(module))
     backbone.enable_gradient_checkpointing()
     again = gradients()
     assert all(torch.equal(plain[name], again[name]) for name in plain)
@@ -340,9 +337,9 @@ def test_missing_shards_and_weights_are_named(kind: str, tmp_path: Path) -> None
         (
             "visual_config",
             {"num_hidden_layers": 1 << 40},
-            "num_hidden_layers is 1099511627776; it must be at most 1000",
+            "num_hidden_layers is 1099511627776",
         ),
-        ("text_config", {"num_hidden_layers": 1 << 40}, "num_hidden_layers is 1099511627776; it must be at most 1000"),
+        ("text_config", {"num_hidden_layers": 1 << 40}, "num_hidden_layers is 1099511627776"),
         ("text_config", {"kind": "dinov2"}, "which no backbone saves"),
         ("visual_config", {"auto_map": {"AutoModel": "x"}}, "has 'auto_map', which no backbone saves"),
         ("visual_config", {"attn_implementation": "a/kernel:f"}, "has 'attn_implementation', which no backbone saves"),

@@ -237,7 +237,7 @@ class CLIPBackbone(nn.Module):
         own, family = description["visual_config"], family_of(description["visual_config"]["kind"])
         description["visual_config"] = _sized(own, description.pop("image_size"), image_size, name_or_dir)
 
-        def loaded() -> Self:
+        def loaded() -> CLIPBackbone:
             backbone = cls.from_description({**description, "dtype": dtype, "source": name_or_dir})
             names = {*map(family.file_name, backbone.state_dict())}
             weights = family.renamed(state, names)

@@ -317,8 +317,8 @@ def _read_sides(
     for name in ("size", "crop_size"):
         sides = values.get(name)
         if type(sides) is int:
-            square = name == "crop_size" or values.get("default_to_square") is True
-            sides = {"height": sides, "width": sides} if square else {"shortest_edge": sides}
+            both = name == "crop_size" or values.get("default_to_square") is True
+            sides = {"height": sides, "width": sides} if both else {"shortest_edge": sides}
         elif isinstance(sides, dict):
             sides = {side: length for side, length in sides.items() if length is not None}
         told[name] = sides

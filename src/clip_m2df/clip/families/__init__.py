@@ -41,6 +41,8 @@ class Tower:
         output: What the class calls the embeddings among its outputs.
         inside: What the names of its weights begin with in a folder, beyond those that the class itself gives them.
         fixed: Values of further fields, which are the same for every tower.
+        unused: The names of its weights that embeddings need not, such as the mask of its own training. They are left
+            out: trained on several devices, weights without a gradient are an error.
     """
 
     fields: tuple[str, ...]
@@ -50,6 +52,7 @@ class Tower:
     output: str = "pooler_output"
     inside: str = ""
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
 
     def build(self, config: Mapping[str, Any]) -> Embedder:
         """The tower that a description's values make, with weights drawn at random.
@@ -63,6 +66,9 @@ class Tower:
             raise UserError(f"num_hidden_layers is {layers}; it must be at most {MOST_LAYERS}")
         values = {key: value for key, value in config.items() if key != "kind"}
         model = getattr(transformers, self.model)(getattr(transformers, self.config)(**values, **self.fixed))
+        for name in self.unused:
+            module, _, weight = name.rpartition(".")
+            setattr(model.get_submodule(module), weight, None)
         # Earlier versions of some classes only wrap a module, under the very name that stands in files.
         return Embedder(getattr(model, self.inside.removesuffix("."), model) if self.inside else model, self.output)
 
@@ -94,7 +100,6 @@ class Family:
         resample: Pillow's number of how it resizes: 2 is bilinear, 3 bicubic.
         crops: Whether it resizes the short side and cuts out the middle, and does not bring both sides to one length.
         renames: Patterns in the names of weights in files, and what stands there in the names of transformers' classes.
-        not_needed: How the names of weights end that a folder has inside of the towers, and that embeddings need not.
     """
 
     kind: str
@@ -114,7 +119,6 @@ class Family:
     resample: int = 3
     crops: bool = False
     renames: tuple[tuple[str, str], ...] = ()
-    not_needed: tuple[str, ...] = ()
 
     @property
     def model_type(self) -> str:
@@ -227,13 +231,15 @@ class Family:
     def unused(self, names: Iterable[str]) -> Callable[[str], bool]:
         """Tell what of a folder's weights is no error although the towers don't have it.
 
-        This is what lies outside of the towers, and positions' numbers, which older versions stored.
+        This is what lies outside of the towers, what embeddings need not, and positions' numbers, which older versions
+        stored.
 
         Args:
             names: Those that a folder's files have for all of the backbone's weights.
         """
-        towers = {name.split(".")[0] for name in names}
-        return lambda name: name.split(".")[0] not in towers or name.endswith(("position_ids", *self.not_needed))
+        first = {name.split(".")[0] for name in names}
+        unused = {tower.inside + name for tower in (self.visual, self.text) if tower for name in tower.unused}
+        return lambda name: name.split(".")[0] not in first or name in unused or name.endswith("position_ids")
 
 
 class Embedder(nn.Module):
