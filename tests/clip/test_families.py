@@ -106,7 +106,7 @@ def test_images_become_what_transformers_processor_makes_of_them(
     save_folder(kind, tmp_path / "tower")
     file = tmp_path / "tower" / "preprocessor_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changed))
-    processors = {"siglip": SiglipImageProcessorPil, "dinov2": BitImageProcessorPil}
+    processors: dict[str, Any] = {"siglip": SiglipImageProcessorPil, "dinov2": BitImageProcessorPil}
     processor = processors.get(kind.split("_")[0], CLIPImageProcessorPil).from_pretrained(tmp_path / "tower")
     backbone = CLIPBackbone.load(str(tmp_path / "tower"))
     assert backbone.interpolation == {2: "bilinear", 3: "bicubic"}[processor.resample]
