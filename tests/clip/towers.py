@@ -1,6 +1,6 @@
 """Weights and inputs of the towers whose embeddings are in golden/towers.npz: drawn anew, so that they need no file.
 
-And small tokenizers in the layouts of the public ones.
+And small tokenizers in the layouts of the public ones, and small towers as people have them on disk.
 """
 
 import base64
@@ -11,9 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 
-from tests.conftest import GOLDEN
+from clip_m2df.clip.formats import openai_name
+from tests.conftest import GOLDEN, save_tokenizer
 
 TEXTS = ("a photo of a person", "the quick brown fox jumps over the lazy dog", "straße, Ελλάς, café: 12345!", "日本語")
 
@@ -85,3 +88,37 @@ def save_xlm(folder: Path) -> int:
     charsmap: Any = base64.b64decode(content["normalizer"]["precompiled_charsmap"])
     XLMRobertaTokenizer(vocab=vocab, _spm_precompiled_charsmap=charsmap).save_pretrained(folder)
     return len(vocab)
+
+
+def save_open_clip(folder: Path, *, text: bool = True) -> Path:
+    """A small CLIP as OpenCLIP saves it, its configuration and, if it has a text tower, its tokenizer beside it.
+
+    Returns:
+        The file of weights: images of 32 pixels, 77 tokens, embeddings of 32.
+    """
+    from transformers import CLIPConfig, CLIPModel
+
+    folder.mkdir(parents=True)
+    vocab_size = save_tokenizer(folder, ByteLevel.alphabet())
+    tower: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "hidden_act": "gelu"}
+    model = CLIPModel(
+        CLIPConfig(
+            text_config={**tower, "num_attention_heads": 1, "vocab_size": vocab_size, "eos_token_id": vocab_size - 1},
+            vision_config={**tower, "num_attention_heads": 2, "image_size": 32, "patch_size": 8},
+            projection_dim=32,
+        )
+    )
+    state: dict[str, Tensor] = {}
+    for name, weight in model.state_dict().items():
+        named, parts = openai_name(name), [name.replace("q_proj", f"{part}_proj") for part in "qkv"]
+        if not text and not named.startswith("visual."):
+            continue
+        if "q_proj" in name:
+            state[named] = torch.cat([model.state_dict()[part] for part in parts])
+        elif "k_proj" not in name and "v_proj" not in name:
+            state[named] = weight.T.contiguous() if named in ("visual.proj", "text_projection") else weight
+    save_file(state, folder / "open_clip_model.safetensors")
+    vision = {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8, "head_width": 32}
+    told = {"embed_dim": 32, "vision_cfg": vision, "text_cfg": {"heads": 1, "vocab_size": vocab_size}}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": told}), encoding="utf-8")
+    return folder / "open_clip_model.safetensors"
