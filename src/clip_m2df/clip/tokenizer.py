@@ -206,7 +206,7 @@ def _made(content: Mapping[str, Any], special: Mapping[str, str], config: Mappin
 
 def _is_clips(config: Mapping[str, Any]) -> bool:
     """Whether a text tower is CLIP's; in earlier versions none had a kind."""
-    return config.get("kind", "vit") == "vit"
+    return bool(config.get("kind", "vit") == "vit")
 
 
 def _clips(model: Mapping[str, Any], added: Any, special: Mapping[str, str]) -> tuple[Tokenizer, Any]:
@@ -246,7 +246,8 @@ def _sentencepiece(content: Mapping[str, Any], added: Any, config: Mapping[str, 
     model, kind = content["model"], config["kind"]
     vocab = model["vocab"]
     words = [_text(entry[0]) for entry in vocab] if isinstance(vocab, list) else [_text(word) for word in vocab]
-    _check_size(len({*words, *(_text(token["content"]) for token in added)}), config, source)  # before it is made
+    new = {_text(token["content"]) for token in added}.difference(words)
+    _check_size(len(words) + len(new), config, source)  # before anything of that size is made
     merged, xlm = isinstance(vocab, dict), words[0] == "<s>"
     if merged:
         ends, pad = ["$A", "<eos>"], "<pad>"
@@ -263,7 +264,7 @@ def _sentencepiece(content: Mapping[str, Any], added: Any, config: Mapping[str, 
         )
     if merged:
         if sorted(vocab.values()) != list(range(len(vocab))):
-            raise ValueError("a number is missing, or there twice")
+            raise ValueError("the number of a word is missing, or there twice")
         tokenizer = Tokenizer(BPE(vocab, _merges(model), unk_token="<unk>", fuse_unk=True, byte_fallback=True))
         tokenizer.normalizer = Sequence([Lowercase(), Replace(" ", _BLANK)])
     else:
@@ -292,8 +293,8 @@ def _check_scored(words: Sequence[str], scores: Sequence[Any]) -> None:
     """
     if not all(type(score) in (int, float) and math.isfinite(score) for score in scores):
         raise ValueError("a score is no finite number")
-    if not all(words) or len(set(words)) < len(words):
-        raise ValueError("a word is empty, or there twice")
+    if not all(words):
+        raise ValueError("a word is empty")
     packed = [word.encode() for word in words]
     if sum(map(len, packed)) > _MOST_NODES:
         packed.sort()
