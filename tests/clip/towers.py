@@ -49,8 +49,13 @@ def drawn_inputs(image_size: int, context_length: int, vocab_size: int, seed: in
     return torch.tensor(images, dtype=torch.float32), torch.tensor(tokens)
 
 
-def save_open_clip(folder: Path, *, text: bool = True) -> Path:
-    """A small CLIP as OpenCLIP saves it, its configuration and, if it has a text tower, its tokenizer beside it.
+def save_open_clip(folder: Path, *, text: bool = True, as_transformers: Path | None = None) -> Path:
+    """A small CLIP as OpenCLIP saves it, its configuration and tokenizer beside it.
+
+    Args:
+        folder: Where to.
+        text: Whether to save the text tower too.
+        as_transformers: Where to save the same model in transformers' format.
 
     Returns:
         The file of weights: images of 32 pixels, 77 tokens, embeddings of 32.
@@ -67,6 +72,8 @@ def save_open_clip(folder: Path, *, text: bool = True) -> Path:
             projection_dim=32,
         )
     )
+    if as_transformers is not None:
+        model.save_pretrained(as_transformers)
     state: dict[str, Tensor] = {}
     for name, weight in model.state_dict().items():
         named, parts = openai_name(name), [name.replace("q_proj", f"{part}_proj") for part in "qkv"]
