@@ -9,16 +9,78 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 
 from clip_m2df.clip import families
 from clip_m2df.clip.backbone import CLIPBackbone
 from clip_m2df.clip.families import family_of
 from clip_m2df.errors import UserError
-from tests.clip.towers import FOLDERS, save_folder
+from tests.clip.towers import save_gemma, save_siglip, save_xlm
+from tests.conftest import save_tokenizer
 
+# The families in folders of transformers', by the name of the tests: SigLIP's two tokenizers are of two generations.
+FOLDERS = ("clip", "metaclip_2", "siglip", "siglip_2", "dinov2", "dinov2_swiglu", "dinov3_vit", "dinov3_vit_gated")
 TEXTS = ["a photo of a person", "the quick brown fox, jumping over the lazy dog", ""]
 TWO_TOWERS = [kind for kind in FOLDERS if not kind.startswith("dino")]
+
+
+def save_folder(kind: str, folder: Path, *, image_size: int = 32, own_size: int = 32) -> nn.Module:
+    """Save a small model of random weights as its public repositories are.
+
+    Args:
+        kind: One of ``FOLDERS``.
+        folder: Where to.
+        image_size: Of the images that its preprocessing makes.
+        own_size: Of the images that its configuration has, with patches of 8 pixels.
+
+    Returns:
+        The model, in evaluation mode.
+    """
+    import transformers
+
+    folder.mkdir(parents=True)
+    tower: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    images: dict[str, Any] = {**tower, "intermediate_size": 48, "image_size": own_size, "patch_size": 8}
+    square = {"height": image_size, "width": image_size}
+    processor: dict[str, Any] = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+    if kind.startswith("dino"):
+        del images["intermediate_size"]
+        if kind.startswith("dinov2"):
+            config: Any = transformers.Dinov2Config(**images, use_swiglu_ffn=kind == "dinov2_swiglu")
+            processor |= {"image_processor_type": "BitImageProcessor", "resample": 3, "crop_size": square}
+            processor |= {"size": {"shortest_edge": image_size * 8 // 7}}
+        else:
+            more: dict[str, Any] = {"intermediate_size": 48, "num_register_tokens": 3}
+            more |= {"use_gated_mlp": "gated" in kind, "key_bias": "gated" in kind}
+            config = transformers.DINOv3ViTConfig(**images, **more)
+            processor |= {"image_processor_type": "DINOv3ViTImageProcessor", "resample": 2, "size": square}
+    else:
+        save = {"clip": save_clip, "metaclip_2": save_xlm, "siglip": save_siglip, "siglip_2": save_gemma}[kind]
+        texts = {**tower, "intermediate_size": 40, "vocab_size": save(folder), "max_position_embeddings": 16}
+        if kind.startswith("siglip"):
+            config = transformers.SiglipConfig(text_config=texts, vision_config=images)
+            processor |= {"image_processor_type": "SiglipImageProcessor", "size": square, "do_center_crop": None}
+            processor |= {"resample": 2 if kind == "siglip_2" else 3, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+        else:
+            texts["eos_token_id"] = 2 if kind == "metaclip_2" else texts["vocab_size"] - 1
+            name = {"clip": "CLIP", "metaclip_2": "MetaClip2"}[kind]
+            whole = getattr(transformers, f"{name}Config")
+            config = whole(text_config=texts, vision_config=images, projection_dim=24)
+            processor |= {"image_processor_type": "CLIPImageProcessor", "crop_size": square, "resample": 3}
+            processor |= {"size": {"shortest_edge": image_size}, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2] * 3}
+    torch.manual_seed(0)
+    model: nn.Module = transformers.AutoModel.from_config(config).eval()  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        for parameter in model.parameters():  # so that each of them matters
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    model.save_pretrained(folder)  # type: ignore[operator]
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return model
+
+
+def save_clip(folder: Path) -> int:
+    return save_tokenizer(folder, ByteLevel.alphabet())
 
 
 def embeddings(model: Any, images: Tensor, **options: Any) -> Tensor:

@@ -1,6 +1,6 @@
 """Weights and inputs of the towers whose embeddings are in golden/towers.npz: drawn anew, so that they need no file.
 
-And small tokenizers in the layouts of the public ones, and small towers as people have them on disk.
+And small tokenizers and models in the layouts of the public ones.
 """
 
 import base64
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel
-from torch import Tensor, nn
+from torch import Tensor
 
 from clip_m2df.clip.formats import openai_name
 from tests.conftest import GOLDEN, save_tokenizer
@@ -47,6 +47,47 @@ def drawn_inputs(image_size: int, context_length: int, vocab_size: int, seed: in
     for row, length in zip(tokens, (3, context_length // 2, context_length), strict=True):
         row[:length] = [vocab_size - 2, *generator.randint(1, vocab_size - 2, length - 2), vocab_size - 1]
     return torch.tensor(images, dtype=torch.float32), torch.tensor(tokens)
+
+
+def save_open_clip(folder: Path, *, text: bool = True, as_transformers: Path | None = None) -> Path:
+    """A small CLIP as OpenCLIP saves it, its configuration and tokenizer beside it.
+
+    Args:
+        folder: Where to.
+        text: Whether to save the text tower too.
+        as_transformers: Where to save the same model in transformers' format.
+
+    Returns:
+        The file of weights: images of 32 pixels, 77 tokens, embeddings of 32.
+    """
+    from transformers import CLIPConfig, CLIPModel
+
+    folder.mkdir(parents=True)
+    vocab_size = save_tokenizer(folder, ByteLevel.alphabet())
+    tower: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "hidden_act": "gelu"}
+    model = CLIPModel(
+        CLIPConfig(
+            text_config={**tower, "num_attention_heads": 1, "vocab_size": vocab_size, "eos_token_id": vocab_size - 1},
+            vision_config={**tower, "num_attention_heads": 2, "image_size": 32, "patch_size": 8},
+            projection_dim=32,
+        )
+    )
+    if as_transformers is not None:
+        model.save_pretrained(as_transformers)
+    state: dict[str, Tensor] = {}
+    for name, weight in model.state_dict().items():
+        named, parts = openai_name(name), [name.replace("q_proj", f"{part}_proj") for part in "qkv"]
+        if not text and not named.startswith("visual."):
+            continue
+        if "q_proj" in name:
+            state[named] = torch.cat([model.state_dict()[part] for part in parts])
+        elif "k_proj" not in name and "v_proj" not in name:
+            state[named] = weight.T.contiguous() if named in ("visual.proj", "text_projection") else weight
+    save_file(state, folder / "open_clip_model.safetensors")
+    vision = {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8, "head_width": 32}
+    told = {"embed_dim": 32, "vision_cfg": vision, "text_cfg": {"heads": 1, "vocab_size": vocab_size}}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": told}), encoding="utf-8")
+    return folder / "open_clip_model.safetensors"
 
 
 def save_gemma(folder: Path, texts: Iterable[str] = TEXTS) -> int:
@@ -90,98 +131,32 @@ def save_xlm(folder: Path) -> int:
     return len(vocab)
 
 
-def save_open_clip(folder: Path, *, text: bool = True) -> Path:
-    """A small CLIP as OpenCLIP saves it, its configuration and, if it has a text tower, its tokenizer beside it.
-
-    Returns:
-        The file of weights: images of 32 pixels, 77 tokens, embeddings of 32.
-    """
-    from transformers import CLIPConfig, CLIPModel
+def save_siglip2(folder: Path) -> Path:
+    """A small SigLIP 2 of a fixed resolution as its repositories have it: images of 32 pixels, 64 tokens."""
+    from transformers import SiglipConfig, SiglipImageProcessor, SiglipModel
 
     folder.mkdir(parents=True)
-    vocab_size = save_tokenizer(folder, ByteLevel.alphabet())
-    tower: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "hidden_act": "gelu"}
-    model = CLIPModel(
-        CLIPConfig(
-            text_config={**tower, "num_attention_heads": 1, "vocab_size": vocab_size, "eos_token_id": vocab_size - 1},
-            vision_config={**tower, "num_attention_heads": 2, "image_size": 32, "patch_size": 8},
-            projection_dim=32,
+    tower: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    tower |= {"num_attention_heads": 4}
+    text = {"vocab_size": save_gemma(folder), "max_position_embeddings": 64, "projection_size": 32}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = SiglipModel(
+            SiglipConfig(text_config=tower | text, vision_config={**tower, "image_size": 32, "patch_size": 8})
         )
-    )
-    state: dict[str, Tensor] = {}
-    for name, weight in model.state_dict().items():
-        named, parts = openai_name(name), [name.replace("q_proj", f"{part}_proj") for part in "qkv"]
-        if not text and not named.startswith("visual."):
-            continue
-        if "q_proj" in name:
-            state[named] = torch.cat([model.state_dict()[part] for part in parts])
-        elif "k_proj" not in name and "v_proj" not in name:
-            state[named] = weight.T.contiguous() if named in ("visual.proj", "text_projection") else weight
-    save_file(state, folder / "open_clip_model.safetensors")
-    vision = {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8, "head_width": 32}
-    told = {"embed_dim": 32, "vision_cfg": vision, "text_cfg": {"heads": 1, "vocab_size": vocab_size}}
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": told}), encoding="utf-8")
-    return folder / "open_clip_model.safetensors"
+    model.save_pretrained(folder)
+    SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
 
 
-# The families in folders of transformers', by the name of the tests: SigLIP's two tokenizers are of two generations.
-FOLDERS = ("clip", "metaclip_2", "siglip", "siglip_2", "dinov2", "dinov2_swiglu", "dinov3_vit", "dinov3_vit_gated")
+def save_dinov2(folder: Path) -> Path:
+    """A small DINOv2 as its repositories have it: positions for 56 pixels, images of 32 by its preprocessing."""
+    from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
-
-def save_folder(kind: str, folder: Path, *, image_size: int = 32, own_size: int = 32) -> nn.Module:
-    """Save a small model of random weights as its public repositories are.
-
-    Args:
-        kind: One of ``FOLDERS``.
-        folder: Where to.
-        image_size: Of the images that its preprocessing makes.
-        own_size: Of the images that its configuration has, with patches of 8 pixels.
-
-    Returns:
-        The model, in evaluation mode.
-    """
-    import transformers
-
-    folder.mkdir(parents=True)
-    tower: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    images: dict[str, Any] = {**tower, "intermediate_size": 48, "image_size": own_size, "patch_size": 8}
-    square = {"height": image_size, "width": image_size}
-    processor: dict[str, Any] = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
-    if kind.startswith("dino"):
-        two = kind.startswith("dinov2")
-        del images["intermediate_size"]
-        if kind.startswith("dinov2"):
-            config: Any = transformers.Dinov2Config(**images, use_swiglu_ffn=kind == "dinov2_swiglu")
-            processor |= {"image_processor_type": "BitImageProcessor", "resample": 3, "crop_size": square}
-            processor |= {"size": {"shortest_edge": image_size * 8 // 7}}
-        else:
-            more: dict[str, Any] = {"intermediate_size": 48, "num_register_tokens": 3}
-            more |= {"use_gated_mlp": "gated" in kind, "key_bias": "gated" in kind}
-            config = transformers.DINOv3ViTConfig(**images, **more)
-            processor |= {"image_processor_type": "DINOv3ViTImageProcessor", "resample": 2, "size": square}
-    else:
-        save = {"clip": _save_clip, "metaclip_2": save_xlm, "siglip": save_siglip, "siglip_2": save_gemma}[kind]
-        texts = {**tower, "intermediate_size": 40, "vocab_size": save(folder), "max_position_embeddings": 16}
-        if kind.startswith("siglip"):
-            config = transformers.SiglipConfig(text_config=texts, vision_config=images)
-            processor |= {"image_processor_type": "SiglipImageProcessor", "size": square, "do_center_crop": None}
-            processor |= {"resample": 2 if kind == "siglip_2" else 3, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-        else:
-            texts["eos_token_id"] = 2 if kind == "metaclip_2" else texts["vocab_size"] - 1
-            name = {"clip": "CLIP", "metaclip_2": "MetaClip2"}[kind]
-            whole = getattr(transformers, f"{name}Config")
-            config = whole(text_config=texts, vision_config=images, projection_dim=24)
-            processor |= {"image_processor_type": "CLIPImageProcessor", "crop_size": square, "resample": 3}
-            processor |= {"size": {"shortest_edge": image_size}, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2] * 3}
-    torch.manual_seed(0)
-    model: nn.Module = transformers.AutoModel.from_config(config).eval()  # type: ignore[no-untyped-call]
-    with torch.no_grad():
-        for parameter in model.parameters():  # so that each of them matters
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    model.save_pretrained(folder)  # type: ignore[operator]
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
-    return model
-
-
-def _save_clip(folder: Path) -> int:
-    return save_tokenizer(folder, ByteLevel.alphabet())
+    config = Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=56, patch_size=8)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        Dinov2Model(config).save_pretrained(folder)
+    sides: dict[str, Any] = {"size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 32}}
+    BitImageProcessor(**sides).save_pretrained(folder)
+    return folder
