@@ -144,6 +144,14 @@ def test_images_of_another_size(kind: str, tmp_path: Path) -> None:
     assert_equal_to(backbone, of_transformers(tmp_path / "tower"), **options)
 
 
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_two_equal_sides_are_one_size(kind: str, tmp_path: Path) -> None:
+    model = save_folder(kind, tmp_path / "tower")
+    table = ["vision_config"] if kind in TWO_TOWERS else []
+    changed_config(tmp_path / "tower", {"image_size": [32, 32], "patch_size": [8, 8]}, *table)
+    assert_equal_to(CLIPBackbone.load(str(tmp_path / "tower")).eval(), model)
+
+
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("kind", ["dinov2", "dinov3_vit"])
 def test_the_preprocessing_says_the_size_where_the_tower_takes_any(kind: str, half: bool, tmp_path: Path) -> None:
@@ -242,6 +250,7 @@ def test_blocks_projections_and_gradients(kind: str, tmp_path: Path) -> None:
     backbone = CLIPBackbone.load(str(tmp_path / "tower")).eval()
     blocks = backbone.family.blocks(backbone.visual)
     assert len(blocks) == 2
+    assert {tower.model.config._attn_implementation for tower in (backbone.visual, backbone.text) if tower} == {"sdpa"}
     for block in blocks:
         layers = {name for name, module in block.named_modules() if isinstance(module, nn.Linear)}
         named = {name: layers.intersection(of) for name, of in backbone.family.projections.items()}
