@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,7 +18,7 @@ from clip_m2df.clip.backbone import CLIPBackbone
 from clip_m2df.clip.families import family_of
 from clip_m2df.errors import UserError
 from tests.clip.towers import save_gemma, save_siglip, save_xlm
-from tests.conftest import save_tokenizer
+from tests.conftest import GOLDEN, save_tokenizer
 
 # The families in folders of transformers', by the name of the tests: SigLIP's two tokenizers are of two generations.
 FOLDERS = ("clip", "metaclip_2", "siglip", "siglip_2", "dinov2", "dinov2_swiglu", "dinov3_vit", "dinov3_vit_gated")
@@ -187,6 +188,17 @@ def test_images_become_what_transformers_processor_makes_of_them(
     torch.testing.assert_close(backbone.normalise(image), theirs, atol=1e-5, rtol=0)
 
 
+def test_images_become_what_dinov3s_processor_makes_of_them(tmp_path: Path) -> None:
+    with np.load(GOLDEN / "dinov3_pixels.npz") as golden:  # it needs torchvision
+        image, pixels, resample = (torch.from_numpy(golden[name]) for name in ("image", "pixels", "resample"))
+    save_folder("dinov3_vit", tmp_path / "tower")
+    for written in ({}, {"size": {"height": 224, "width": 224}, "resample": int(resample)}):
+        (tmp_path / "tower" / "preprocessor_config.json").write_text(json.dumps(written))
+        backbone = CLIPBackbone.load(str(tmp_path / "tower"))
+        assert backbone.interpolation == {2: "bilinear", 3: "bicubic"}[int(resample)]
+        torch.testing.assert_close(backbone.normalise(image), pixels, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("kind", FOLDERS)
 def test_without_preprocessing_a_family_has_its_own(kind: str, tmp_path: Path) -> None:
     save_folder(kind, tmp_path / "tower")
@@ -250,7 +262,8 @@ def test_blocks_projections_and_gradients(kind: str, tmp_path: Path) -> None:
     backbone = CLIPBackbone.load(str(tmp_path / "tower")).eval()
     blocks = backbone.family.blocks(backbone.visual)
     assert len(blocks) == 2
-    assert {tower.model.config._attn_implementation for tower in (backbone.visual, backbone.text) if tower} == {"sdpa"}
+    models: list[Any] = [tower.model for tower in (backbone.visual, backbone.text) if tower is not None]
+    assert {model.config._attn_implementation for model in models} == {"sdpa"}
     for block in blocks:
         layers = {name for name, module in block.named_modules() if isinstance(module, nn.Linear)}
         named = {name: layers.intersection(of) for name, of in backbone.family.projections.items()}
