@@ -81,13 +81,13 @@ def read_tokenizer(path: Path, config: Mapping[str, Any], source: str) -> Tokeni
     files = _form(path)
     if not exists(path):
         raise UserError(f"tokenizer {path}: no such file or folder; relative names start at {Path.cwd()}")
-    if files is None and (other := next((name for name in _CONVERSIONS if isfile(path / name)), None)):
-        made = (
-            f", or make it by transformers, sentencepiece and protobuf: {how}" if (how := _CONVERSIONS[other]) else ""
-        )
+    if not _is_clips(config) and files != ["tokenizer.json"]:
+        other = next((name for name in _CONVERSIONS if isfile(path / name)), "")
+        only, how = f", only SentencePiece's {other}, which is not read" if other else "", _CONVERSIONS.get(other)
+        made = f"; transformers, sentencepiece and protobuf make it by {how}" if how else ""
         raise UserError(
-            f"{path} has SentencePiece's {other}, which is not read, and no tokenizer.json: add that of the model's"
-            f" repository{made}"
+            f"{path} has no tokenizer.json{only}: put that of the model's repository there, or name a folder with it by"
+            f" backbone_options, tokenizer{made}"
         )
     if files is None and not isfile(path):
         raise UserError(
