@@ -365,3 +365,21 @@ def test_merges_that_undo_each_other_end(tmp_path: Path) -> None:
     tokens = encoded(read_tokenizer(tmp_path, config, "it"), ["a" * 5000, "a"], "it")
     assert [len(row) for row in tokens] == [64, 64]
     assert tokens[1][1:] == [1] + [0] * 62
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_many_added_tokens(name: str, tmp_path: Path) -> None:
+    config = saved(name, tmp_path)
+    size, more = config["vocab_size"], 50_000  # hours, one by one
+
+    def change(content: Any) -> None:
+        for number in range(more):
+            content["added_tokens"].append(
+                {"id": size + number, "content": f"<{number}>", "special": number % 2 > 0, "normalized": False}
+            )
+
+    changed(tmp_path, change)
+    tokenizer = read_tokenizer(tmp_path, config | {"vocab_size": size + more}, "it")
+    assert (size + 49_999 in encoded(tokenizer, ["a <49999>"], "it")[0]) == (name != "siglip")
+    with pytest.raises(UserError, match=f"has {size + more} tokens and the text tower {size}"):
+        read_tokenizer(tmp_path, config, "it")

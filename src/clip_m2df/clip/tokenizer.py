@@ -189,19 +189,20 @@ def _made(content: Mapping[str, Any], special: Mapping[str, str], config: Mappin
     scored = isinstance(model["vocab"], list) and len(model["vocab"]) > 0
     if _is_clips(config) and scored:
         raise UserError(f"the tokenizer of {source} has words with scores, which CLIP's has not: give the tower's own")
-    clips = _is_clips(config) or not (scored or model.get("byte_fallback") or config["kind"] == "siglip")
-    if clips:
+    if _is_clips(config) or not (scored or model.get("byte_fallback") or config["kind"] == "siglip"):
         tokenizer, added = _clips(model, added, special)
     else:
         tokenizer = _sentencepiece(content, added, config, source)
     flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
-    for token in sorted(added, key=lambda token: token["id"]):
-        own = AddedToken(_text(token["content"]), **{flag: bool(token.get(flag)) for flag in flags})
-        tokenizer.add_special_tokens([own]) if own.special else tokenizer.add_tokens([own])
-        if tokenizer.token_to_id(own.content) != token["id"]:
-            raise ValueError(f"the token {own.content!r} can't have the number {token['id']}")
-    # Read again, CLIP's is what a description makes of it; the others are that already, and may be large.
-    return tokenizer.from_str(tokenizer.to_str()) if clips else tokenizer
+    added = sorted(added, key=lambda token: token["id"])
+    # All at once, for each call makes the table of all of them anew.
+    tokenizer.add_tokens(
+        [AddedToken(_text(token["content"]), **{flag: bool(token.get(flag)) for flag in flags}) for token in added]
+    )
+    for token in added:
+        if tokenizer.token_to_id(token["content"]) != token["id"]:
+            raise ValueError(f"the token {token['content']!r} can't have the number {token['id']}")
+    return tokenizer
 
 
 def _is_clips(config: Mapping[str, Any]) -> bool:
