@@ -22,8 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from clip_m2df.clip.adapters import CONFIG as ADAPTER_CONFIG
-from clip_m2df.clip.adapters import WEIGHTS as ADAPTER_WEIGHTS
+from clip_m2df.clip.adapter_files import CONFIG as ADAPTER_CONFIG
+from clip_m2df.clip.adapter_files import WEIGHTS as ADAPTER_WEIGHTS
 from clip_m2df.clip.formats import known_backbone, public_source
 from clip_m2df.episode import ResizeMode, Sampling
 from clip_m2df.errors import UserError, some
@@ -43,7 +43,7 @@ def write_model(folder: str | os.PathLike[str], checkpoint: Mapping[str, Any], *
         folder: made if need be.
         checkpoint: what Lightning's checkpoints have of a model: ``hyper_parameters``, with the towers' description as
             ``backbone``, ``state_dict``, ``reading`` and ``selection``. Where the adapters are to be apart,
-            ``state_dict`` is that of the rest, ``adapter`` what :func:`clip_m2df.clip.adapters.peft_files` makes, and
+            ``state_dict`` is that of the rest, ``adapter`` what :func:`clip_m2df.clip.adapter_files.peft_files` makes, and
             ``tower`` the checksum of the towers.
         **card: see :func:`model_card`.
 

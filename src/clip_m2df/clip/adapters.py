@@ -3,27 +3,16 @@
 peft is imported where it is used, because it takes seconds and is an extra.
 """
 
-import hashlib
-import json
 import math
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from clip_m2df.clip.adapter_files import NAME
 from clip_m2df.clip.backbone import CLIPBackbone
 from clip_m2df.errors import UserError, require, some
-
-if TYPE_CHECKING:
-    from peft.tuners.lora import LoraLayer
-
-# How a model with adapters is saved: with its tower, added to its tower's weights, or without its tower.
-Kept = Literal["kept", "merged", "apart"]
-# Peft's own files of an adapter.
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# What peft calls the one adapter of a layer.
-_NAME = "default"
 
 
 def check_adapters(adapters: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,6 +71,7 @@ def add_adapters(backbone: CLIPBackbone, adapters: Mapping[str, Any]) -> None:
     names = _adapted(backbone, adapters)
     try:
         from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.lora import LoraLayer
     except ImportError as error:
         raise UserError("adapters need peft: pip install clip-m2df[lora], or leave them out") from error
     config = LoraConfig(
@@ -93,46 +83,45 @@ def add_adapters(backbone: CLIPBackbone, adapters: Mapping[str, Any]) -> None:
     with torch.random.fork_rng(devices=[]):
         # A seed drawn, so that the head, which starts from the same state, does not draw the same numbers.
         generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
-        inject_adapter_in_model(config, backbone.visual, adapter_name=_NAME)
-    for layer in adapted_layers(backbone):
+        inject_adapter_in_model(config, backbone.visual, adapter_name=NAME)
+    for layer in (module for module in backbone.visual.modules() if isinstance(module, LoraLayer)):
         # As in the paper, A is drawn and B is zero; in float32 whatever the tower is held in, as an optimiser needs it.
-        down, up = layer.lora_A.float().get_parameter(f"{_NAME}.weight"), layer.lora_B.float()
+        down, up = layer.lora_A.float().get_parameter(f"{NAME}.weight"), layer.lora_B.float()
         drawn = nn.init.kaiming_uniform_(torch.empty(down.shape), a=math.sqrt(5), generator=generator)
         with torch.no_grad():
             down.copy_(drawn)
-            up.get_parameter(f"{_NAME}.weight").zero_()
+            up.get_parameter(f"{NAME}.weight").zero_()
     backbone.adapters = adapters
-
-
-def adapted_layers(backbone: CLIPBackbone) -> "Iterator[LoraLayer]":
-    """The layers of peft in the visual tower, in the order of the forward pass."""
-    from peft.tuners.lora import LoraLayer
-
-    return (module for module in backbone.visual.modules() if isinstance(module, LoraLayer))
 
 
 def _adapted(backbone: CLIPBackbone, adapters: Mapping[str, Any]) -> list[str]:
     """The names of the linear layers in the visual tower that get adapters."""
+    family, source = backbone.family, backbone.source
     if backbone.adapters is not None:
-        raise UserError(f"backbone {backbone.source!r} has adapters already: merge them first")
-    if backbone.visual_config["kind"] != "vit":
+        raise UserError(f"backbone {source!r} has adapters already: merge them first")
+    if not family.projections:
         raise UserError(
-            f"adapters go into a transformer's linear layers, and the visual tower of {backbone.source!r} is a ResNet:"
-            " leave them out, or take a ViT"
+            f"adapters go into a transformer's linear layers, and the visual tower of {source!r}, {family.name}, takes"
+            " none: leave them out, or take another backbone"
         )
-    from transformers.models.clip.modeling_clip import CLIPEncoderLayer
-
-    projections = {name: f"self_attn.{name}_proj" for name in "qkv"} | {"o": "self_attn.out_proj"}
-    projections |= {"fc1": "mlp.fc1", "fc2": "mlp.fc2"}
-    if unknown := [name for name in adapters["target"] if name not in projections]:
-        raise UserError(f"adapters.target has {some(unknown)}, and the tower's blocks have {', '.join(projections)}")
-    blocks = [name for name, module in backbone.visual.named_modules() if isinstance(module, CLIPEncoderLayer)]
+    if unknown := [name for name in adapters["target"] if name not in family.projections]:
+        raise UserError(
+            f"adapters.target has {some(unknown)}, and the tower's blocks have {', '.join(family.projections)}"
+        )
+    names = {module: name for name, module in backbone.visual.named_modules()}
+    blocks = family.blocks(backbone.visual)
     layers = range(len(blocks)) if adapters["layers"] == "all" else adapters["layers"]
     if beyond := [str(layer) for layer in layers if layer >= len(blocks)]:
         raise UserError(
             f"adapters.layers has {some(beyond)}, but the tower has {len(blocks)} blocks, from 0 to {len(blocks) - 1}"
         )
-    return [f"{blocks[layer]}.{projections[name]}" for layer in layers for name in adapters["target"]]
+    wanted = {
+        f"{names[blocks[layer]]}.{name}"
+        for layer in layers
+        for t in adapters["target"]
+        for name in family.projections[t]
+    }
+    return [name for name in names.values() if name in wanted]
 
 
 def merge_adapters(backbone: CLIPBackbone) -> None:
@@ -146,74 +135,3 @@ def merge_adapters(backbone: CLIPBackbone) -> None:
             setattr(backbone.visual.get_submodule(parent), child, layer.get_base_layer())
     backbone.visual.requires_grad_(True)
     backbone.adapters = None
-
-
-# Adapters in files of their own
-
-
-def is_of_adapter(name: str) -> bool:
-    """Whether a weight is an adapter's, by its name in a state dict."""
-    return ".lora_" in name
-
-
-def tower_digest(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 of a backbone's own weights, in hexadecimal, whatever adapters it has."""
-    own = {name.replace(".base_layer.", "."): weight for name, weight in state.items() if not is_of_adapter(name)}
-    digest = hashlib.sha256()
-    for name, weight in sorted(own.items()):
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def peft_files(state: Mapping[str, Tensor], adapters: Mapping[str, Any], source: str) -> tuple[str, dict[str, Tensor]]:
-    """What peft's two files have of the adapters in a backbone's state dict.
-
-    Args:
-        state: The backbone's; it has adapters.
-        adapters: See :func:`check_adapters`.
-        source: The name of the tower.
-
-    Returns:
-        The text of the configuration, and the weights by peft's names.
-    """
-    named = {name: weight for name, weight in state.items() if is_of_adapter(name)}
-    layers = dict.fromkeys(name.partition(".lora_")[0].removeprefix(_TOWER) for name in named)
-    config = {
-        "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": source,
-        "r": adapters["r"],
-        "lora_alpha": adapters["alpha"],
-        "lora_dropout": adapters["dropout"],
-        "target_modules": list(layers),
-        "bias": "none",
-        "inference_mode": True,
-    }
-    return json.dumps(config, indent=2) + "\n", {_peft_name(name): weight for name, weight in named.items()}
-
-
-def own_state(weights: Mapping[str, Tensor], tower: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of a backbone with adapters.
-
-    Args:
-        weights: Of the adapters, by peft's names.
-        tower: The state dict of the same backbone without adapters.
-    """
-    state = {}
-    for name, weight in weights.items():
-        layer, _, part = name.removeprefix(_PEFT).rpartition(".lora_")
-        state[f"{_TOWER}{layer}.lora_{part.replace('.', f'.{_NAME}.')}"] = weight
-    adapted = {name.partition(".lora_")[0] for name in state}
-    for name, weight in tower.items():
-        layer, _, part = name.rpartition(".")
-        state[f"{layer}.base_layer.{part}" if layer in adapted else name] = weight
-    return state
-
-
-# Before the names of a transformers tower: in a backbone's state dict, and in peft's files.
-_TOWER, _PEFT = "visual.model.", "base_model.model."
-
-
-def _peft_name(name: str) -> str:
-    return f"{_PEFT}{name.removeprefix(_TOWER).replace(f'.{_NAME}.', '.')}"

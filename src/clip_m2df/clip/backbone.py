@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from clip_m2df.clip import formats
+from clip_m2df.clip.adapter_files import apply_adapter, read_adapter
 from clip_m2df.clip.families import family_of
 from clip_m2df.clip.families.clip import MEAN as CLIP_MEAN
 from clip_m2df.clip.families.clip import STD as CLIP_STD
@@ -209,15 +210,19 @@ class CLIPBackbone(nn.Module):
             {},
             f"the config.json of {name_or_dir} says what it is",
         )
+        adapter = read_adapter(folder, name_or_dir)
         description, state = formats.read_folder(folder, name_or_dir)
         description |= _given(mean=mean, std=std)
         own, family = description["visual_config"], family_of(description["visual_config"]["kind"])
         description["visual_config"] = family.resized(own, description.pop("image_size"))
         backbone = cls.from_description({**description, "source": name_or_dir})
         names = {*map(family.file_name, backbone.state_dict())}
+        state = family.renamed(state, names)
+        if adapter is not None:
+            state = apply_adapter(adapter, state, family, names, name_or_dir)
         part = backbone._resized(lambda _, weight: weight, own)
         told = {"model": family.name, "unused": family.unused(names)}
-        formats.load_weights(backbone, family.renamed(state, names), family.file_name, part, name_or_dir, **told)
+        formats.load_weights(backbone, state, family.file_name, part, name_or_dir, **told)
         if backbone.text is not None:
             backbone._read_tokenizer(
                 folder if tokenizer is None else Path(tokenizer).expanduser(), tokenizer or name_or_dir

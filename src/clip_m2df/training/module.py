@@ -17,15 +17,8 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from clip_m2df.clip.adapters import (
-    Kept,
-    add_adapters,
-    check_adapters,
-    merge_adapters,
-    own_state,
-    peft_files,
-    tower_digest,
-)
+from clip_m2df.clip.adapter_files import Kept, adapted_state, peft_files, tower_digest
+from clip_m2df.clip.adapters import add_adapters, check_adapters, merge_adapters
 from clip_m2df.clip.backbone import CLIPBackbone, check_options
 from clip_m2df.clip.formats import OPENAI, public_source
 from clip_m2df.clip.tokenizer import has_tokenizer
@@ -849,7 +842,7 @@ class CLIPM2DF(lightning.LightningModule):
             raise UserError(f"adapters: there is no {adapters!r:.80}; there are {', '.join(choices)}")
         checkpoint: dict[str, Any] = {"state_dict": self.state_dict()}
         self.on_save_checkpoint(checkpoint)
-        if adapters == "kept" or (own := self.hparams["adapters"]) is None:
+        if adapters == "kept" or self.hparams["adapters"] is None:
             if adapters == "apart":
                 raise UserError("the model has no adapters to be saved apart from its tower: give adapters='kept'")
             return checkpoint
@@ -862,7 +855,9 @@ class CLIPM2DF(lightning.LightningModule):
         towers = {name.removeprefix(BACKBONE): w for name, w in state.items() if name.startswith(BACKBONE)}
         checkpoint["state_dict"] = {name: w for name, w in state.items() if not name.startswith(BACKBONE)}
         checkpoint["tower"] = tower_digest(towers)
-        checkpoint["adapter"] = peft_files(towers, own, public_source(self.model.backbone.source))
+        backbone = cast(CLIPBackbone, self.model.backbone)
+        source = public_source(backbone.source)
+        checkpoint["adapter"] = peft_files(towers, self.hparams["adapters"], backbone.family, source)
         return checkpoint
 
     @classmethod
@@ -943,7 +938,9 @@ def _add_tower(folder: Path, checkpoint: dict[str, Any], clip: Clip | None, opti
             f"the adapters in {folder} are of another tower than {tower.source!r}: give the one that its training"
             f" began with, {name!r}, its weights to the bit"
         )
-    checkpoint["state_dict"] |= {f"{BACKBONE}{name}": w for name, w in own_state(adapter, state).items()}
+    checkpoint["state_dict"] |= {
+        f"{BACKBONE}{name}": w for name, w in adapted_state(adapter, state, tower.family).items()
+    }
 
 
 def _unusable(file: str | os.PathLike[str], error: Exception) -> UserError:
