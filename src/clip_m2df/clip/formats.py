@@ -108,17 +108,20 @@ def load_weights(
     source: str,
     *,
     model: str = "CLIP",
+    remedy: str = "",
     unused: Callable[[str], bool] = lambda name: False,
 ) -> None:
     """Load weights that have other names than the backbone's own.
 
     Args:
-        backbone: Where the weights go, whatever the floating type that they come in.
+        backbone: Where the weights go, whatever the floating type that they come in. If it is on the device ``meta``,
+            their names and shapes are checked alone.
         state: The weights.
         name_of: From the backbone's own name of a weight to its name in ``state``.
         part: From the backbone's own name, and the weight in ``state``, to what the backbone keeps of that weight.
         source: Where the weights come from, for messages.
         model: What they should be of, for messages.
+        remedy: What helps if they are not, for messages.
         unused: Which of the names that are left over are no error.
 
     Raises:
@@ -134,7 +137,7 @@ def load_weights(
                 problems[name] = f"of the type {weight.dtype}, which is no floating one"
             elif weight.shape == own[key].shape:
                 own[key].copy_(weight)  # the very memory of the parameters; float16 becomes float32 here
-                if not own[key].isfinite().all():
+                if not own[key].is_meta and not own[key].isfinite().all():
                     problems[name] = "not finite (NaN or infinite)"
             else:
                 problems[name] = f"{tuple(weight.shape)} where {tuple(own[key].shape)} belongs"
@@ -142,7 +145,7 @@ def load_weights(
             problems[name] = "missing"
     if problems:
         named = some(f"{name} is {problem}" for name, problem in problems.items())
-        raise UserError(f"the weights of {source} aren't those of one {model}: {named}")
+        raise UserError(f"the weights of {source} aren't those of one {model}: {named}{remedy}")
 
 
 # Transformers' format
@@ -156,6 +159,7 @@ _ADAPTER = re.compile(
 _ADAPTER_FILE = re.compile(
     r"adapter_(?!config\.json$|model\.safetensors$)|(?i:(.*[^a-z])?lora([^a-z].*)?\.(safetensors|bin|pt)$)"
 )
+ONE_MODEL = "fetch config.json and weights of one whole model"
 _MERGE_IT = "which is not applied here: merge it into the model and save that (peft's merge_and_unload)"
 # The steps of transformers' preprocessing of images, of which each is done unless a file or the family says otherwise;
 # what other preprocessings have; and Pillow's numbers of the two ways to resize that are known here.
@@ -187,8 +191,37 @@ def read_folder(folder: Path, source: str) -> tuple[dict[str, Any], dict[str, Te
         visual, text = family.configs(values)
     except Exception as error:  # transformers' validation errors have no common class
         raise UserError(f"the config.json of {source} can't be used: {error}") from error
+    for tower in (visual, text or {}):
+        for name, value in tower.items():
+            number = name.endswith(("_size", "_dim", "_ratio", "_layers", "_heads", "_channels", "_embeddings"))
+            if not isinstance(value, bool | int | float | str) or (number and (type(value) is not int or value < 1)):
+                kind = "a whole number above 0" if number else "a number, a word, or true or false"
+                raise UserError(f"the config.json of {source} can't be used: {name} is {value!r:.80}, not {kind}")
     description = {"visual_config": visual, "text_config": text}
-    return description | _read_preprocessing(folder, family, visual["image_size"]), _read_folder_weights(folder, source)
+    description |= _read_preprocessing(folder, family, visual["image_size"])
+    state = _read_folder_weights(folder, source)
+    for tower in (visual, text or {}):
+        if (layers := tower.get("num_hidden_layers", 0)) > len(state):
+            raise UserError(f"{source} has {len(state)} weights, but its config.json {layers} layers: {ONE_MODEL}")
+    return description, state
+
+
+def check_towers(backbone: nn.Module, state: Mapping[str, Tensor], name_of: Callable[[str], str], source: str) -> None:
+    """Refuse the weights of one tower alone.
+
+    Raises:
+        UserError: The state has none of the names of one of the two towers.
+    """
+    towers: dict[str, bool] = {}
+    for key in backbone.state_dict():
+        tower = key.split(".")[0]
+        towers[tower] = towers.get(tower, False) or name_of(key) in state
+    missing = [tower for tower, found in towers.items() if not found]
+    if len(missing) == 1 < len(towers):
+        raise UserError(
+            f"{source} has the weights of one tower alone, and none of the {missing[0]} tower that its config.json"
+            f" describes: {ONE_MODEL}"
+        )
 
 
 def _family(model_type: object, source: str) -> Family:
@@ -281,26 +314,27 @@ def _read_sides(
     Raises:
         UserError: The visual tower takes no such images.
     """
-    told: dict[str, Any] = {name: values.get(name) for name in ("size", "crop_size")}
-    for name, sides in told.items():
-        if isinstance(sides, dict):
-            told[name] = {side: length for side, length in sides.items() if length is not None}
-    last = "crop_size" if family.crops else "size"  # what of it decides on the images' size
-    if family.any_size and told[last] is not None:
-        side = told[last].get("height") if isinstance(told[last], dict) else told[last]
-        if type(side) is not int or side < 1:
-            raise unusable(f"its {last} is {told[last]!r:.100}, and not two equal sides")
-        image_size = side
+    told: dict[str, Any] = {}
+    for name in ("size", "crop_size"):
+        sides = values.get(name)
+        if type(sides) is int:
+            square = name == "crop_size" or values.get("default_to_square") is True
+            sides = {"height": sides, "width": sides} if square else {"shortest_edge": sides}
+        elif isinstance(sides, dict):
+            sides = {side: length for side, length in sides.items() if length is not None}
+        told[name] = sides
+    last = "crop_size" if family.crops else "size"  # the step that decides on the images' size
+    if family.any_size and isinstance(told[last], dict) and type(told[last].get("height")) is int:
+        image_size = max(told[last]["height"], 1)
     square = {"height": image_size, "width": image_size}
     for name, right in (("size", {"shortest_edge": image_size} if family.crops else square), ("crop_size", square)):
-        own = right if told[name] is None else told[name]
-        number = own == image_size and not (name == "size" and family.crops and values.get("default_to_square"))
-        if family.any_size and family.crops and name == "size":
-            shortest = own.get("shortest_edge") if isinstance(own, dict) and len(own) == 1 else own
-            if type(shortest) is int and shortest >= image_size:
-                continue  # which data.resize does
-        if own != right and not number:
-            raise unusable(f"its {name} is {own!r:.100}, where the tower has {json.dumps(right)}")
+        own = told[name]
+        if family.any_size and family.crops and name == "size" and isinstance(own, dict) and {*own} == {*right}:
+            edge = own["shortest_edge"]
+            if type(edge) is int and edge >= image_size:
+                continue  # of which the middle is cut out, as data.resize and data.size have it
+        if own not in (None, right):
+            raise unusable(f"its {name} is {values[name]!r:.100}, where the tower has {json.dumps(right)}")
     return image_size
 
 
@@ -413,7 +447,9 @@ def told_options(description: Mapping[str, Any]) -> dict[str, Any]:
         heads, activation = vision.get("head_width", OPENAI["head_width"]), text.get("hidden_act")
         if vision["kind"] != "resnet":
             heads, activation = vision["hidden_size"] // vision["num_attention_heads"], vision["hidden_act"]
-        return {"activation": activation, "head_width": heads, "mean": description["mean"], "std": description["std"]}
+        own = {"image_size": vision["image_size"], "dtype": description.get("dtype", "float32")}
+        own |= {"mean": description["mean"], "std": description["std"]}
+        return {"activation": activation, "head_width": heads, **own}
     except (ArithmeticError, AttributeError, LookupError, TypeError):
         return {}
 
@@ -548,6 +584,8 @@ def openai_configs(
     except (IndexError, ValueError) as error:  # of a weight with other axes
         raise UserError(f"{source} isn't CLIP in OpenAI's layout: its weights have other shapes ({error})") from error
     except KeyError as error:
+        if "token_embedding.weight" in state and not any(name.startswith("visual.") for name in state):
+            raise UserError(f"{source} has the text tower alone: give a file that has the visual tower too") from error
         raise UserError(
             f"{source} isn't CLIP in OpenAI's layout: {error.args[0]} is missing; "
             f"it has {some(sorted(state))}. Weights in transformers' format are given by their folder."

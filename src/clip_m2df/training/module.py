@@ -110,7 +110,8 @@ class CLIPM2DF(lightning.LightningModule):
             OpenAI's layout; ``rn50`` for the public ResNet-50; ``tiny`` for the small CLIP that comes with the package.
         backbone_options: what the weights don't tell, or tell otherwise: ``activation`` (``gelu`` or ``quick_gelu``)
             and ``head_width`` of weights in OpenAI's layout; ``tokenizer``, a file or a folder; ``mean`` and ``std``,
-            three numbers each for pixels between 0 and 1.
+            three numbers each for pixels between 0 and 1; ``image_size``, to which position embeddings are
+            interpolated; ``dtype``, what the weights are held in: ``float32``, ``bfloat16`` or ``float16``.
         head: what scores the queries: ``m2df``; for comparison ``clip_fsar``, ``otam``, ``bi_mhm``,
             ``nearest_prototype`` or ``zero_shot``; or the class path of another head.
         head_options: options of the head's class; for ``m2df`` those of :class:`clip_m2df.nn.m2df.M2DFHead`.
@@ -233,7 +234,10 @@ class CLIPM2DF(lightning.LightningModule):
         if gradient_checkpointing:
             tower.enable_gradient_checkpointing()
         self.model = M2DF(tower, build_head(head, {"dim": tower.dim, **own}), template, freeze_backbone)
-        self.model.distinct_prompts |= bool(class_weight or text_fusion)
+        for name, value in (("class_weight", class_weight), ("text_fusion", text_fusion)):
+            if value:
+                self.model.distinct_prompts = True
+                self.model.without_prompts = f"set model.{name} to 0"
         if compile:  # in place, so that the weights keep their names
             tower.visual.compile()
             self.model.head.compile()
@@ -280,6 +284,19 @@ class CLIPM2DF(lightning.LightningModule):
         """How frames are resized as images were in the training of the tower."""
         bicubic = cast(CLIPBackbone, self.model.backbone).interpolation == "bicubic"
         return "short_side_bicubic" if bicubic else "short_side"
+
+    @property
+    def image_size(self) -> int:
+        """Height and width in pixels of the frames that the tower takes."""
+        return self.model.backbone.image_size
+
+    def setup(self, stage: str) -> None:
+        """Refuse, before videos are read, a tower without text under a head that needs prompts.
+
+        Raises:
+            UserError: says what to do.
+        """
+        self.model.check_has_prompts()
 
     def forward(self, episode: Episode | FeatureEpisode) -> HeadOutput:
         """Score the queries of a batch of episodes."""
@@ -359,7 +376,7 @@ class CLIPM2DF(lightning.LightningModule):
 
         share = 0.0 if stage == "train" else self.text_fusion
         scores = fuse_text(self.model.head, share, output.logits, query, prompts)
-        self._metrics_of(stage).count(output, scores.argmax(-1), episode, losses)
+        self._metrics_of(stage).count(output, scores.argmax(-1), episode, losses, prompts=self.model.has_prompts)
         return loss, Played(episode, prompts, output, scores)
 
     # ---------------------------------------------------------------------------------------- features
@@ -531,6 +548,7 @@ class CLIPM2DF(lightning.LightningModule):
             UserError: nothing is trained.
         """
         trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        self._check_rounding()
         bare = {name for name in trained if any(part in name for part in self.no_decay)}
         if self.no_decay and not bare:
             warnings.warn(f"no_decay: no parameter's name has {' or '.join(self.no_decay)}", stacklevel=2)
@@ -550,6 +568,23 @@ class CLIPM2DF(lightning.LightningModule):
         optimizer = torch.optim.Adam(groups, weight_decay=self.weight_decay, fused=fused)
         scheduler = LambdaLR(optimizer, self._lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _check_rounding(self) -> None:
+        """Refuse to train a tower in float16, in which Adam divides by 0, and tell what bfloat16 loses."""
+        held = self.model.backbone.dtype
+        weights = [p for p in self.model.backbone.visual.parameters() if p.requires_grad]
+        if held == "float32" or not any(weight.dtype == getattr(torch, held) for weight in weights):
+            return
+        remedy = (
+            "leave it out, with trainer.precision bf16-mixed for speed, or set model.freeze_backbone to train the head"
+            " alone"
+        )
+        if held == "float16":
+            raise UserError(f"model.backbone_options.dtype is float16, in which Adam can't train a tower: {remedy}")
+        warnings.warn(
+            f"model.backbone_options.dtype is {held}, in which updates below 1/256 of a weight are lost: {remedy}",
+            stacklevel=3,
+        )
 
     def _lr_factor(self, step: int) -> float:
         """Share of the peak learning rate at an optimiser step."""
