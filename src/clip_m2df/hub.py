@@ -43,8 +43,8 @@ def write_model(folder: str | os.PathLike[str], checkpoint: Mapping[str, Any], *
         folder: made if need be.
         checkpoint: what Lightning's checkpoints have of a model: ``hyper_parameters``, with the towers' description as
             ``backbone``, ``state_dict``, ``reading`` and ``selection``. Where the adapters are to be apart,
-            ``state_dict`` is that of the rest, ``adapter`` what :func:`clip_m2df.clip.adapter_files.peft_files` makes, and
-            ``tower`` the checksum of the towers.
+            ``state_dict`` is that of the head, ``adapter`` what :func:`clip_m2df.clip.adapter_files.peft_files` makes,
+            and ``tower`` what tells the towers.
         **card: see :func:`model_card`.
 
     Raises:

@@ -8,12 +8,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from benchmarks import soak
 from clip_m2df import CLIPM2DF, CLIPBackbone
 from clip_m2df.cli import main
 from clip_m2df.errors import UserError
 from clip_m2df.export import export_model
-from clip_m2df.training.checkpoints import FOLDER, LAST, read_checkpoint
-from tests.conftest import options
+from clip_m2df.training.checkpoints import BEST, FOLDER, LAST, read_checkpoint
+from tests.conftest import fails, options, quiet_trainer
+from tests.training.test_evaluation_from_bank import data
+from tests.training.test_interruption import kill, step_of
+from tests.training.test_many_devices import train
 
 HEAD = {"hidden_dim": 32, "num_heads": 4}
 ALL = ["q", "k", "v", "o", "fc1", "fc2"]
@@ -179,3 +183,150 @@ def test_an_export_has_the_adapters(batch: int, trained: CLIPM2DF, tmp_path: Pat
             program.module()(frames=frames)["features"], trained.model.encode_frames(frames), atol=1e-5, rtol=0
         )
     assert not any("lora" in name for name in program.state_dict)
+
+
+# Training
+
+# Six optimiser steps of two batches each, validated after every second.
+STEPS = (
+    *ADAPTERS,
+    "--data.batch_size=1",
+    "--data.episodes_per_step=2",
+    "--data.validate_every=2",
+    "--trainer.max_steps=6",
+    "--trainer.num_sanity_val_steps=0",
+    "--dashboard.figures=false",
+)
+
+
+@pytest.fixture(scope="module")
+def alone(manifest: Path, tiny_clip_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("alone")
+    assert main(["fit", *options(manifest, tiny_clip_dir, folder, *STEPS)]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("batch", [3, 6])
+def test_a_run_that_was_ended_goes_on_bit_for_bit(
+    batch: int, alone: Path, manifest: Path, tiny_clip_dir: Path, tmp_path: Path
+) -> None:
+    run = ["fit", *options(manifest, tiny_clip_dir, tmp_path, *STEPS)]
+    assert main([*run, *kill(batch)]) != 0
+    assert 0 < step_of(tmp_path) < 6
+    assert main([*run, "--ckpt_path=last"]) == 0
+    assert soak.differences(alone, tmp_path) == []
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_five_times_ends_as_if_left_alone(manifest: Path, tiny_clip_dir: Path) -> None:
+    own = ("--checkpoint.every=1", "--trainer.max_steps=20")
+    run = [
+        option
+        for option in options(manifest, tiny_clip_dir, Path("nowhere"), *STEPS, *own)
+        if "default_root_dir" not in option and "num_workers" not in option
+    ]
+    for case in soak.cases(kills=5, run=run):
+        assert case["different"] == "nothing"
+        assert case["within_bar"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "--model.adapters.r=4",
+        "--model.adapters.alpha=1",
+        "--model.adapters.dropout=0",
+        "--model.adapters.layers=[0]",
+        "--model.adapters=null",
+    ],
+)
+def test_a_run_goes_on_with_its_own_adapters_alone(
+    change: str, alone: Path, manifest: Path, tiny_clip_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = fails(
+        ["fit", *options(manifest, tiny_clip_dir, alone, *STEPS, change, "--ckpt_path=last")],
+        capsys,
+    )
+    assert "model.adapters is" in said
+    assert "a checkpoint keeps the options that it was trained with" in said
+
+
+def test_a_model_without_adapters_gets_none_afterwards(
+    fitted: Path, manifest: Path, tiny_clip_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ("--ckpt_path=best", "--model.adapters={r: 2}")
+    assert "model.adapters is {'r': 2" in fails(["test", *options(manifest, tiny_clip_dir, fitted, *more)], capsys)
+
+
+def test_adapters_of_a_frozen_tower_are_refused(
+    manifest: Path, tiny_clip_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = fails(["fit", *options(manifest, tiny_clip_dir, tmp_path, "--model.adapters={r: 2}")], capsys)
+    assert "freeze_backbone trains the head alone, and adapters train the tower too" in said
+
+
+@pytest.mark.parametrize(
+    ("more", "rtol"),
+    [
+        (["--model.gradient_checkpointing=true"], 0.0),
+        pytest.param(["--model.compile=true"], 1e-3, marks=pytest.mark.slow),
+    ],
+)
+def test_however_it_is_computed_a_run_ends_the_same(
+    more: list[str], rtol: float, alone: Path, manifest: Path, tiny_clip_dir: Path, tmp_path: Path
+) -> None:
+    plain = [option for option in STEPS if "adapters" not in option]
+    plain.append(
+        "--model.adapters={r: 2, target: [q, v, fc1]}"
+    )  # without the dropout, which a compiler draws otherwise
+    ends = []
+    for folder, own in ((tmp_path / "plain", []), (tmp_path / "other", more)):
+        assert main(["fit", *options(manifest, tiny_clip_dir, folder, *plain, "--trainer.max_steps=2", *own)]) == 0
+        ends.append(read_checkpoint(folder / FOLDER / LAST)["state_dict"])
+    for name in of_adapters(ends[0]):
+        torch.testing.assert_close(ends[1][name], ends[0][name], rtol=rtol, atol=1e-4 if rtol else 0)
+
+
+def test_a_training_in_mixed_precision_moves_adapters_in_float32(
+    manifest: Path, tiny_clip_dir: Path, tmp_path: Path
+) -> None:
+    more = (*STEPS, "--trainer.max_steps=2", "--trainer.precision=bf16-mixed")
+    assert main(["fit", *options(manifest, tiny_clip_dir, tmp_path, *more)]) == 0
+    state = read_checkpoint(tmp_path / FOLDER / LAST)["state_dict"]
+    assert {weight.dtype for name, weight in state.items() if "backbone" in name} == {torch.float32}
+    assert all(state[name].any() for name in of_adapters(state))
+
+
+@pytest.mark.parametrize(("precision", "rtol", "atol"), [("64-true", 1e-9, 1e-13), ("32-true", 1e-4, 1e-6)])
+def test_two_processes_train_adapters_as_one(
+    manifest: Path, tiny_clip_dir: Path, tmp_path: Path, precision: str, rtol: float, atol: float
+) -> None:
+    adapters = {"adapters": {"r": 2, "target": ALL}, "freeze_backbone": False}
+    ((_, expected),) = train(manifest, tiny_clip_dir, tmp_path, 1, precision, **adapters)
+    ranks = train(manifest, tiny_clip_dir, tmp_path, 2, precision, **adapters)
+    assert {".lora_" in name for name in expected if "backbone" in name} == {True}
+    for _, gradients in ranks:
+        assert gradients.keys() == expected.keys()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(gradients[name], gradient, rtol=rtol, atol=atol, msg=name)
+
+
+def test_features_of_a_tower_that_learns_are_not_trained_from(
+    manifest: Path, tiny_clip_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = fails(
+        ["fit", *options(manifest, tiny_clip_dir, tmp_path, *ADAPTERS, "--data.train_augmentations=1")], capsys
+    )
+    assert "trains from features, which a tower that learns would leave behind" in said
+
+
+def test_stored_features_are_those_of_the_same_adapters(alone: Path, manifest: Path, tmp_path: Path) -> None:
+    """The scale of what adapters add is not among the weights."""
+    model = CLIPM2DF.load_from_checkpoint(alone / FOLDER / BEST)
+    for alpha in (4, 40, 4):
+        model = CLIPM2DF.load_from_checkpoint(
+            alone / FOLDER / BEST, adapters=model.hparams["adapters"] | {"alpha": alpha}
+        )
+        quiet_trainer(tmp_path).test(model, data(manifest, store=str(tmp_path / "store")), verbose=False)
+    assert len(list((tmp_path / "store").glob("features-*.safetensors"))) == 2

@@ -32,14 +32,15 @@ _VALUES = {"bias": ("none",), "init_lora_weights": (True, "gaussian")}
 _MERGE_IT = "merge it into the model and save that (peft's merge_and_unload)"
 
 
-def tower_digest(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 of the weights in a backbone's state dict, in hexadecimal, but for those of its adapters."""
+def tower_checksum(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """What tells the weights in a backbone's state dict, but for its adapters: ``dtype``, and ``sha256`` of all."""
     own = {name.replace(".base_layer.", "."): weight for name, weight in state.items() if ".lora_" not in name}
     digest = hashlib.sha256()
     for name, weight in sorted(own.items()):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    dtype = str(next(iter(own.values())).dtype).removeprefix("torch.")
+    return {"dtype": dtype, "sha256": digest.hexdigest()}
 
 
 def peft_files(
@@ -118,11 +119,6 @@ def read_adapter(folder: Path, source: str) -> tuple[dict[str, Any], dict[str, T
         base = values.get("base_model_name_or_path")
         raise UserError(
             f"{source} has an adapter alone, of {base!r:.200} by its own words: put the files of that model beside it"
-        )
-    if not (folder / "config.json").is_file():
-        base = values.get("base_model_name_or_path")
-        raise UserError(
-            f"{source} has an adapter alone, by its own words of {base!r:.200}: put the files of that model beside it"
         )
     if (kind := values.get("peft_type")) != "LORA":
         raise UserError(f"{source} has an adapter of type {kind!r:.80}, and LORA alone is applied here: {_MERGE_IT}")

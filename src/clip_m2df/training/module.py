@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from clip_m2df.clip.adapter_files import Kept, adapted_state, peft_files, tower_digest
+from clip_m2df.clip.adapter_files import Kept, adapted_state, peft_files, tower_checksum
 from clip_m2df.clip.adapters import add_adapters, check_adapters, merge_adapters
 from clip_m2df.clip.backbone import CLIPBackbone, check_options
 from clip_m2df.clip.formats import OPENAI, public_source
@@ -889,7 +889,7 @@ class CLIPM2DF(lightning.LightningModule):
         state = checkpoint["state_dict"]
         towers = {name.removeprefix(BACKBONE): w for name, w in state.items() if name.startswith(BACKBONE)}
         checkpoint["state_dict"] = {name: w for name, w in state.items() if not name.startswith(BACKBONE)}
-        checkpoint["tower"] = tower_digest(towers)
+        checkpoint["tower"] = tower_checksum(towers)
         backbone = cast(CLIPBackbone, self.model.backbone)
         source = public_source(backbone.source)
         checkpoint["adapter"] = peft_files(towers, self.hparams["adapters"], backbone.family, source)
@@ -952,14 +952,16 @@ def _add_tower(folder: Path, checkpoint: dict[str, Any], clip: Clip | None, opti
     """
     known, adapter = checkpoint.pop("tower"), checkpoint.pop("adapter")
     try:
-        name = checkpoint["hyper_parameters"]["backbone"]["source"]
-    except (LookupError, TypeError):
-        return  # which is refused as damaged
+        description, dtype = checkpoint["hyper_parameters"]["backbone"], getattr(torch, known["dtype"])
+        name, size = description["source"], description["visual_config"]["image_size"]
+    except (AttributeError, LookupError, TypeError) as error:
+        raise UserError(f"{folder} is damaged: its config.json does not say of which tower its adapters are") from error
     if isinstance(clip, CLIPBackbone):
         tower = clip
     else:
+        own = {"image_size": size, "dtype": description.get("dtype")} | dict(options or {})
         try:
-            tower = CLIPBackbone.load(name if clip is None else clip, **check_options(options or {}))
+            tower = CLIPBackbone.load(name if clip is None else clip, **check_options(own))
         except UserError as error:
             if clip is not None:
                 raise
@@ -967,8 +969,8 @@ def _add_tower(folder: Path, checkpoint: dict[str, Any], clip: Clip | None, opti
                 f"{folder} has adapters apart from their tower, {name!r}, which can't be loaded by that name: give it"
                 f" as clip=, on the command line as --backbone ({error})"
             ) from error
-    state = tower.state_dict()
-    if tower.adapters is not None or tower_digest(state) != known:
+    state = {n: w.to(dtype) if w.is_floating_point() else w for n, w in tower.state_dict().items()}
+    if tower.adapters is not None or tower_checksum(state) != known:
         raise UserError(
             f"the adapters in {folder} are of another tower than {tower.source!r}: give the one that its training"
             f" began with, {name!r}, its weights to the bit"
