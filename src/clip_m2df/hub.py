@@ -180,6 +180,11 @@ def find_model(name_or_folder: str | os.PathLike[str], **options: Any) -> Path:
         ) from error
 
 
+def has_adapters_apart(folder: str | os.PathLike[str]) -> bool:
+    """Whether this is the folder of a model whose adapters are apart, so that its towers come from elsewhere."""
+    return os.path.isfile(os.path.join(folder, ADAPTER_WEIGHTS))
+
+
 def other_model(path: Path) -> str:
     """What to give in the place of a name or a folder that is not a model of :func:`write_model`, if that can be told.
 

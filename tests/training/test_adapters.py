@@ -1,5 +1,6 @@
 """LoRA in the visual tower: at the start the plain tower, in training nothing else of it moves, and it comes back."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from benchmarks import soak
-from clip_m2df import CLIPM2DF, CLIPBackbone
+from clip_m2df import CLIPM2DF, CLIPBackbone, FewShotClassifier
 from clip_m2df.cli import main
 from clip_m2df.errors import UserError
 from clip_m2df.export import export_model
@@ -330,3 +331,29 @@ def test_stored_features_are_those_of_the_same_adapters(alone: Path, manifest: P
         )
         quiet_trainer(tmp_path).test(model, data(manifest, store=str(tmp_path / "store")), verbose=False)
     assert len(list((tmp_path / "store").glob("features-*.safetensors"))) == 2
+
+
+def test_a_classifier_and_predict_take_adapters_apart(
+    trained: CLIPM2DF, tiny_clip_dir: Path, manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained.reading = {"frames": 2, "resize": 32, "resize_mode": "short_side", "sampling": "segments"}
+    folder, kept = tmp_path / "apart", tmp_path / "kept"
+    trained.save_pretrained(folder, adapters="apart")
+    trained.save_pretrained(kept)
+    support = tmp_path / "support"
+    for c in range(2):
+        (support / f"class {c}").mkdir(parents=True)
+        shutil.copy(manifest.parent / f"test{c}_0.mp4", support / f"class {c}")
+    tables = []
+    for model in ([f"--ckpt_path={folder}", f"--backbone={tiny_clip_dir}"], [f"--ckpt_path={kept}"]):
+        output = tmp_path / f"{len(tables)}.csv"
+        args = ["predict", *model, f"--support={support}", f"--videos={manifest.parent}", f"--output={output}"]
+        assert main(args) == 0
+        tables.append(output.read_text())
+    assert tables[0] == tables[1]
+    classifier = FewShotClassifier.from_checkpoint(folder, clip=tiny_clip_dir)
+    assert torch.equal(features(classifier.model), features(trained))
+    said = fails([*args, f"--backbone={tiny_clip_dir}"], capsys)
+    assert "give either --ckpt_path, a trained model, or --backbone" in said
+    with pytest.raises(UserError, match="has its towers itself: leave out CLIP's weights"):
+        CLIPM2DF.from_pretrained(kept, clip=tiny_clip_dir)
