@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from clip_m2df.clip import formats
+from clip_m2df.clip.adapter_files import apply_adapter, read_adapter
 from clip_m2df.clip.families import MOST_SIDE, family_of
 from clip_m2df.clip.families.clip import MEAN as CLIP_MEAN
 from clip_m2df.clip.families.clip import STD as CLIP_STD
@@ -73,6 +74,7 @@ class CLIPBackbone(nn.Module):
         text: Tokens ``(n, length)`` to embeddings ``(n, dim)``, or None.
         dim: Width of the embeddings.
         image_size: Height and width of the images.
+        adapters: Those of the visual tower, see :func:`clip_m2df.clip.adapters.add_adapters`; None without.
     """
 
     mean: Tensor
@@ -114,6 +116,7 @@ class CLIPBackbone(nn.Module):
             tower.to(getattr(torch, dtype))
         self.source = source
         self.freeze_batch_norm = freeze_batch_norm
+        self.adapters: dict[str, Any] | None = None
 
         self._tokenizer: Tokenizer | None = None
         if tokenizer is not None and self.text_config is not None:
@@ -232,6 +235,7 @@ class CLIPBackbone(nn.Module):
             {},
             f"the config.json of {name_or_dir} says what it is",
         )
+        adapter = read_adapter(folder, name_or_dir)
         description, state = formats.read_folder(folder, name_or_dir)
         description |= _given(mean=mean, std=std)
         own, family = description["visual_config"], family_of(description["visual_config"]["kind"])
@@ -241,6 +245,8 @@ class CLIPBackbone(nn.Module):
             backbone = cls.from_description({**description, "dtype": dtype, "source": name_or_dir})
             names = {*map(family.file_name, backbone.state_dict())}
             weights = family.renamed(state, names)
+            if adapter is not None:
+                weights = apply_adapter(adapter, weights, family, names, name_or_dir)
             formats.check_towers(backbone, weights, family.file_name, name_or_dir)
             formats.load_weights(
                 backbone,
