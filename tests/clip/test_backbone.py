@@ -1876,7 +1876,7 @@ def test_shards_of_two_models_are_not_mixed(suffix: str, copied: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors"],
+    ["adapter_model.bin", "pytorch_lora_weights.safetensors", "adapter_other.safetensors"],
 )
 def test_an_adapter_beside_the_weights_is_named(name: str, copied: Path) -> None:
     (copied / name).write_text("{}")

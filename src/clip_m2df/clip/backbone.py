@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from clip_m2df.clip import formats
+from clip_m2df.clip.adapter_files import apply_adapter, read_adapter
 from clip_m2df.clip.families import MOST_SIDE, family_of
 from clip_m2df.clip.families.clip import MEAN as CLIP_MEAN
 from clip_m2df.clip.families.clip import STD as CLIP_STD
@@ -73,6 +74,7 @@ class CLIPBackbone(nn.Module):
         text: Tokens ``(n, length)`` to embeddings ``(n, dim)``, or None.
         dim: Width of the embeddings.
         image_size: Height and width of the images.
+        adapters: Those of the visual tower, see :func:`clip_m2df.clip.adapters.add_adapters`; None without.
     """
 
     mean: Tensor
@@ -114,6 +116,7 @@ class CLIPBackbone(nn.Module):
             tower.to(getattr(torch, dtype))
         self.source = source
         self.freeze_batch_norm = freeze_batch_norm
+        self.adapters: dict[str, Any] | None = None
 
         self._tokenizer: Tokenizer | None = None
         if tokenizer is not None and self.text_config is not None:
@@ -232,14 +235,15 @@ class CLIPBackbone(nn.Module):
             {},
             f"the config.json of {name_or_dir} says what it is",
         )
+        adapter = read_adapter(folder, name_or_dir)
         description, state = formats.read_folder(folder, name_or_dir)
         description |= _given(mean=mean, std=std)
         own = description["visual_config"]
         description["visual_config"] = _sized(own, description.pop("image_size"), image_size, name_or_dir)
         description |= {"dtype": dtype, "source": name_or_dir}
         with torch.device("meta"):  # a wrong config.json may describe towers larger than any memory
-            cls._with_weights(description, own, state)
-        backbone = cls._with_weights(description, own, state)
+            cls._with_weights(description, own, state, adapter)
+        backbone = cls._with_weights(description, own, state, adapter)
         if backbone.text is not None:
             backbone._read_tokenizer(
                 folder if tokenizer is None else Path(tokenizer).expanduser(), tokenizer or name_or_dir
@@ -247,13 +251,20 @@ class CLIPBackbone(nn.Module):
         return backbone
 
     @classmethod
-    def _with_weights(cls, description: Mapping[str, Any], own: Mapping[str, Any], state: Mapping[str, Tensor]) -> Self:
+    def _with_weights(
+        cls,
+        description: Mapping[str, Any],
+        own: Mapping[str, Any],
+        state: Mapping[str, Tensor],
+        adapter: tuple[dict[str, Any], dict[str, Tensor]] | None,
+    ) -> Self:
         """Build what is described, and load the weights of a folder in transformers' format.
 
         Args:
             description: The description.
             own: The configuration of the visual tower in the folder, which may be of another size.
             state: The weights.
+            adapter: The folder's adapter, which is added to them.
 
         Raises:
             UserError: They are of other towers.
@@ -262,6 +273,8 @@ class CLIPBackbone(nn.Module):
         family, source = backbone.family, backbone.source
         names = {*map(family.file_name, backbone.state_dict())}
         weights = family.renamed(state, names)
+        if adapter is not None:
+            weights = apply_adapter(adapter, weights, family, names, source)
         formats.check_towers(backbone, weights, family.file_name, source)
         formats.load_weights(
             backbone,

@@ -46,8 +46,8 @@ _TOKENIZER = "tokenizer*.json"
 MODEL_FILES = [["config.json", _TOKENIZER, files] for of_format in _WEIGHTS for files in of_format]
 MODEL_FILES += [[OPEN_CLIP_CONFIG, _TOKENIZER, name] for name in _OPEN_CLIP_WEIGHTS]
 _OPTIONAL_FILES = [
-    *("preprocessor_config.json", "processor_config.json", "vocab.json", "merges.txt", "adapter_config.json"),
-    *(f"{name}.index.json" for name, _ in _WEIGHTS),
+    *("preprocessor_config.json", "processor_config.json", "vocab.json", "merges.txt"),
+    *("adapter_config.json", "adapter_model.safetensors", *(f"{name}.index.json" for name, _ in _WEIGHTS)),
 ]
 # The class of OpenAI's models in TorchScript: in the published archives, and in those that the public code makes, which
 # others ship under folders of their own.
@@ -156,8 +156,10 @@ _ADAPTER = re.compile(
     r"(^|\.)(lora|dora|vera|lokr|hada|ia3|oft|boft|hra|fourierft|adapters?|base_layer|original_module|modules_to_save)"
     r"([._]|$)"
 )
-# The files of such weights; lora stands in their names as a word.
-_ADAPTER_FILE = re.compile(r"adapter_|(?i:(.*[^a-z])?lora([^a-z].*)?\.(safetensors|bin|pt)$)")
+# The files of such weights but for peft's own, which are applied; lora stands in their names as a word.
+_ADAPTER_FILE = re.compile(
+    r"adapter_(?!config\.json$|model\.safetensors$)|(?i:(.*[^a-z])?lora([^a-z].*)?\.(safetensors|bin|pt)$)"
+)
 ONE_MODEL = "fetch config.json and weights of one whole model"
 _MERGE_IT = "which is not applied here: merge it into the model and save that (peft's merge_and_unload)"
 # The steps of transformers' preprocessing of images, of which each is done unless a file or the family says otherwise;
