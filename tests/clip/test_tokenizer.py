@@ -139,6 +139,12 @@ def test_a_tokenizer_of_another_size_is_refused(name: str, size: int, tmp_path: 
         read_tokenizer(tmp_path, config | {"vocab_size": size}, "'it'")
 
 
+def test_a_tower_too_short_for_the_ends_of_a_text_is_refused(tmp_path: Path) -> None:
+    config = saved("xlm", tmp_path) | {"max_position_embeddings": 1}
+    with pytest.raises(UserError, match="the text tower of it reads 1 tokens, and an empty text has 2"):
+        read_tokenizer(tmp_path, config, "it")
+
+
 @pytest.mark.parametrize("name", SAVED)
 def test_a_tokenizer_for_another_tower_is_refused(name: str, tiny_clip_dir: Path, tmp_path: Path) -> None:
     config = saved(name, tmp_path)

@@ -349,6 +349,10 @@ def fitted(tokenizer: Tokenizer, config: Mapping[str, Any], source: str) -> Toke
         end = expected - 1
     if ids[-1:] != [end]:
         raise UserError(f"the tokenizer of {source} makes {ids} of an empty text, where {end} has to be the last")
+    if len(ids) > length:
+        raise UserError(
+            f"the text tower of {source} reads {length} tokens, and an empty text has {len(ids)}: give another"
+        )
 
     tokenizer.enable_truncation(length)
     # What follows the end of text is never read by CLIP: attention is causal, and the first end of text is the one
