@@ -24,6 +24,7 @@ from torch import Tensor
 
 from clip_m2df.clip.adapter_files import CONFIG as ADAPTER_CONFIG
 from clip_m2df.clip.adapter_files import WEIGHTS as ADAPTER_WEIGHTS
+from clip_m2df.clip.families import family_of
 from clip_m2df.clip.formats import known_backbone, public_source
 from clip_m2df.episode import ResizeMode, Sampling
 from clip_m2df.errors import UserError, some
@@ -294,6 +295,10 @@ def model_card(
         license="apache-2.0",
         tags=["few-shot-learning", "action-recognition", "video-classification", "clip"],
     )
+    tower = options["backbone"]["visual_config"]
+    family = family_of(tower["kind"])
     facts: dict[str, Any] = {"options": options, "reading": reading, "name": name, "measured": measured, "apart": apart}
+    facts["kind"] = {"vit": "ViT", "resnet": "ResNet"}.get(tower["kind"], family.name)
+    facts["dim"] = tower[family.visual.dim]
     card: ModelCard = ModelCard.from_template(data, template_path=str(TEMPLATE), **facts)
     return card

@@ -75,6 +75,9 @@ def test_a_tower_goes_all_the_way(
     start, trained = CLIPBackbone.load(towers[name]).visual.state_dict(), model.model.backbone.visual.state_dict()
     assert not any(torch.equal(trained[key], weight) for key, weight in start.items() if key.endswith("q_proj.weight"))
     model.save_pretrained(tmp_path / "saved")
+    card, kind = (tmp_path / "saved" / "README.md").read_text(), {"siglip2": "SigLIP", "dinov2": "DINOv2"}
+    assert f": {kind.get(name, 'ViT')}, 32 x 32 pixels, embeddings of 32 |" in card
+    assert ("| prompt | none, as there is no text tower |" in card) == bool(head)
     again = CLIPM2DF.from_pretrained(tmp_path / "saved")
     frames = torch.randint(0, 256, (3, 2, 3, 32, 32), dtype=torch.uint8)
     with torch.no_grad():
@@ -137,6 +140,9 @@ def test_an_untrained_tower_is_measured_and_predicts(
     video = str(manifest.parent / "test0_1.mp4")
     assert main(["predict", "--backbone", towers[name], *told, "--videos", video]) == 0
     assert ",a,1.000000," in table.read_text()
+    held = ["--backbone_options", "image_size=40", "dtype=bfloat16", "--precision", "16-mixed", "--videos", video]
+    with pytest.warns(UserWarning, match="interpolated to those of 40"):
+        assert main(["predict", "--backbone", towers[name], *told, *held]) == 0
 
 
 # Sizes

@@ -91,7 +91,7 @@ def predict_videos(
             of CLIP-M²DF's published code, which lacks the text tower, and with a folder whose adapters are apart.
         backbone: CLIP's own weights instead, nothing trained: a name on the hub, a folder, a file, rn50 or tiny.
         backbone_options: What a file of weights doesn't tell, as in activation=gelu head_width=80; and tokenizer, mean,
-            std.
+            std, image_size, dtype.
         head: How a clip is compared with the examples, with --backbone; otam by default.
         head_options: Options of that head, as in smoothing=0.1.
         template: The prompt, with {} where the class goes, or several; by default the model's own.
