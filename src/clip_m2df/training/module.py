@@ -576,8 +576,8 @@ class CLIPM2DF(lightning.LightningModule):
         if held == "float32" or not any(weight.dtype == getattr(torch, held) for weight in weights):
             return
         remedy = (
-            "leave it out, with trainer.precision bf16-mixed for speed, or set model.freeze_backbone to train the head"
-            " alone"
+            "leave it out, with trainer.precision bf16-mixed for speed, or train model.adapters, which are in float32,"
+            " or the head alone (model.freeze_backbone)"
         )
         if held == "float16":
             raise UserError(f"model.backbone_options.dtype is float16, in which Adam can't train a tower: {remedy}")
