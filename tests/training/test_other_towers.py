@@ -60,7 +60,9 @@ def test_a_tower_goes_all_the_way(
     head = WITHOUT_TEXT if name in ("dinov2", "visual_only") else []
     args = own_size(manifest, towers[name], tmp_path / "run", *head, "--model.lr=1e-3")
     assert main(["fit", *args]) == 0
-    assert main(["test", *args, "--ckpt_path=best"]) == 0
+    page = tmp_path / "test.html"
+    assert main(["test", *args, "--ckpt_path=best", f"--report={page}"]) == 0
+    assert page.stat().st_size > 0
     assert re.search(r"test/accuracy *┃ *[\d.]+ ± [\d.]+ %", capsys.readouterr().out)
     (metrics,) = (tmp_path / "run").rglob("metrics.csv")
     logged = metrics.read_text().splitlines()[0].split(",")
@@ -94,7 +96,9 @@ def test_a_tower_goes_all_the_way(
     videos = [str(manifest.parent / f"test{c}_2.mp4") for c in range(3)]
     table = tmp_path / "labels.csv"
     told = ["--support", str(support), "--workers", "0", "--output", str(table), "--videos", *videos]
-    assert main(["predict", "--ckpt_path", str(tmp_path / "saved"), *told]) == 0
+    page = tmp_path / "labels.html"
+    assert main(["predict", "--ckpt_path", str(tmp_path / "saved"), *told, "--report", str(page)]) == 0
+    assert ("Prompt selection" in page.read_text()) == (not head)
     rows = [line.split(",") for line in table.read_text().splitlines()[1:]]
     classifier = FewShotClassifier.from_checkpoint(best).fit(support)
     assert [row[1] for row in rows] == list(classifier.predict(videos))
@@ -277,6 +281,7 @@ def test_a_tower_in_float16_is_not_trained(
         (["--model.head=zero_shot"], "take a head that needs none, such as otam"),
         (["--model.head=otam", "--model.class_weight=0.1"], "set model.class_weight to 0"),
         (["--model.head=otam", "--model.text_fusion=0.5"], "set model.text_fusion to 0"),
+        (["--model.head=clip_fsar", "--model.class_weight=1"], "nearest_prototype, and set model.class_weight to 0"),
     ],
 )
 def test_what_needs_prompts_says_so(

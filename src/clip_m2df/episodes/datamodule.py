@@ -286,7 +286,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
         resize = self.resize or round(size * 8 / 7)
         if resize < size and (self.size or own):
             whose = "size" if self.size else "the tower's size"
-            raise UserError(f"resize {resize} is smaller than {whose} {size}, the crop; give at least {size}")
+            raise UserError(f"resize {resize} is smaller than {whose} {size}, the crop; give {size} or more, or none")
         mode = self.resize_mode or getattr(model, "resize_mode", "short_side")
         return {"resize": resize, "size": size, "resize_mode": mode}
 

@@ -237,7 +237,8 @@ class CLIPM2DF(lightning.LightningModule):
         for name, value in (("class_weight", class_weight), ("text_fusion", text_fusion)):
             if value:
                 self.model.distinct_prompts = True
-                self.model.without_prompts = f"set model.{name} to 0"
+                changes = (self.model.without_prompts, f"set model.{name} to 0")
+                self.model.without_prompts = ", and ".join(filter(None, changes))
         if compile:  # in place, so that the weights keep their names
             tower.visual.compile()
             self.model.head.compile()
