@@ -1,6 +1,6 @@
 """Weights and inputs of the towers whose embeddings are in golden/towers.npz: drawn anew, so that they need no file.
 
-And small tokenizers in the layouts of the public ones, and small towers as people have them on disk.
+And small tokenizers and models in the layouts of the public ones.
 """
 
 import base64
@@ -49,6 +49,47 @@ def drawn_inputs(image_size: int, context_length: int, vocab_size: int, seed: in
     return torch.tensor(images, dtype=torch.float32), torch.tensor(tokens)
 
 
+def save_open_clip(folder: Path, *, text: bool = True, as_transformers: Path | None = None) -> Path:
+    """A small CLIP as OpenCLIP saves it, its configuration and tokenizer beside it.
+
+    Args:
+        folder: Where to.
+        text: Whether to save the text tower too.
+        as_transformers: Where to save the same model in transformers' format.
+
+    Returns:
+        The file of weights: images of 32 pixels, 77 tokens, embeddings of 32.
+    """
+    from transformers import CLIPConfig, CLIPModel
+
+    folder.mkdir(parents=True)
+    vocab_size = save_tokenizer(folder, ByteLevel.alphabet())
+    tower: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "hidden_act": "gelu"}
+    model = CLIPModel(
+        CLIPConfig(
+            text_config={**tower, "num_attention_heads": 1, "vocab_size": vocab_size, "eos_token_id": vocab_size - 1},
+            vision_config={**tower, "num_attention_heads": 2, "image_size": 32, "patch_size": 8},
+            projection_dim=32,
+        )
+    )
+    if as_transformers is not None:
+        model.save_pretrained(as_transformers)
+    state: dict[str, Tensor] = {}
+    for name, weight in model.state_dict().items():
+        named, parts = openai_name(name), [name.replace("q_proj", f"{part}_proj") for part in "qkv"]
+        if not text and not named.startswith("visual."):
+            continue
+        if "q_proj" in name:
+            state[named] = torch.cat([model.state_dict()[part] for part in parts])
+        elif "k_proj" not in name and "v_proj" not in name:
+            state[named] = weight.T.contiguous() if named in ("visual.proj", "text_projection") else weight
+    save_file(state, folder / "open_clip_model.safetensors")
+    vision = {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8, "head_width": 32}
+    told = {"embed_dim": 32, "vision_cfg": vision, "text_cfg": {"heads": 1, "vocab_size": vocab_size}}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": told}), encoding="utf-8")
+    return folder / "open_clip_model.safetensors"
+
+
 def save_gemma(folder: Path, texts: Iterable[str] = TEXTS) -> int:
     """Save a tokenizer of merges as the repositories of SigLIP 2 have it; its size."""
     from tokenizers import Tokenizer, models, trainers
@@ -90,35 +131,32 @@ def save_xlm(folder: Path) -> int:
     return len(vocab)
 
 
-def save_open_clip(folder: Path, *, text: bool = True) -> Path:
-    """A small CLIP as OpenCLIP saves it, its configuration and, if it has a text tower, its tokenizer beside it.
-
-    Returns:
-        The file of weights: images of 32 pixels, 77 tokens, embeddings of 32.
-    """
-    from transformers import CLIPConfig, CLIPModel
+def save_siglip2(folder: Path) -> Path:
+    """A small SigLIP 2 of a fixed resolution as its repositories have it: images of 32 pixels, 64 tokens."""
+    from transformers import SiglipConfig, SiglipImageProcessor, SiglipModel
 
     folder.mkdir(parents=True)
-    vocab_size = save_tokenizer(folder, ByteLevel.alphabet())
-    tower: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "hidden_act": "gelu"}
-    model = CLIPModel(
-        CLIPConfig(
-            text_config={**tower, "num_attention_heads": 1, "vocab_size": vocab_size, "eos_token_id": vocab_size - 1},
-            vision_config={**tower, "num_attention_heads": 2, "image_size": 32, "patch_size": 8},
-            projection_dim=32,
+    tower: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    tower |= {"num_attention_heads": 4}
+    text = {"vocab_size": save_gemma(folder), "max_position_embeddings": 64, "projection_size": 32}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = SiglipModel(
+            SiglipConfig(text_config=tower | text, vision_config={**tower, "image_size": 32, "patch_size": 8})
         )
-    )
-    state: dict[str, Tensor] = {}
-    for name, weight in model.state_dict().items():
-        named, parts = openai_name(name), [name.replace("q_proj", f"{part}_proj") for part in "qkv"]
-        if not text and not named.startswith("visual."):
-            continue
-        if "q_proj" in name:
-            state[named] = torch.cat([model.state_dict()[part] for part in parts])
-        elif "k_proj" not in name and "v_proj" not in name:
-            state[named] = weight.T.contiguous() if named in ("visual.proj", "text_projection") else weight
-    save_file(state, folder / "open_clip_model.safetensors")
-    vision = {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8, "head_width": 32}
-    told = {"embed_dim": 32, "vision_cfg": vision, "text_cfg": {"heads": 1, "vocab_size": vocab_size}}
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": told}), encoding="utf-8")
-    return folder / "open_clip_model.safetensors"
+    model.save_pretrained(folder)
+    SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+def save_dinov2(folder: Path) -> Path:
+    """A small DINOv2 as its repositories have it: positions for 56 pixels, images of 32 by its preprocessing."""
+    from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
+
+    config = Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=56, patch_size=8)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        Dinov2Model(config).save_pretrained(folder)
+    sides: dict[str, Any] = {"size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 32}}
+    BitImageProcessor(**sides).save_pretrained(folder)
+    return folder

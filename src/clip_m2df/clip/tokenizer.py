@@ -81,13 +81,13 @@ def read_tokenizer(path: Path, config: Mapping[str, Any], source: str) -> Tokeni
     files = _form(path)
     if not exists(path):
         raise UserError(f"tokenizer {path}: no such file or folder; relative names start at {Path.cwd()}")
-    if files is None and (other := next((name for name in _CONVERSIONS if isfile(path / name)), None)):
-        made = (
-            f", or make it by transformers, sentencepiece and protobuf: {how}" if (how := _CONVERSIONS[other]) else ""
-        )
+    if not _is_clips(config) and files != ["tokenizer.json"]:
+        other = next((name for name in _CONVERSIONS if isfile(path / name)), "")
+        only, how = f", only SentencePiece's {other}, which is not read" if other else "", _CONVERSIONS.get(other)
+        made = f"; transformers, sentencepiece and protobuf make it by {how}" if how else ""
         raise UserError(
-            f"{path} has SentencePiece's {other}, which is not read, and no tokenizer.json: add that of the model's"
-            f" repository{made}"
+            f"{path} has no tokenizer.json{only}: put that of the model's repository there, or name a folder with it by"
+            f" backbone_options, tokenizer{made}"
         )
     if files is None and not isfile(path):
         raise UserError(
@@ -189,24 +189,25 @@ def _made(content: Mapping[str, Any], special: Mapping[str, str], config: Mappin
     scored = isinstance(model["vocab"], list) and len(model["vocab"]) > 0
     if _is_clips(config) and scored:
         raise UserError(f"the tokenizer of {source} has words with scores, which CLIP's has not: give the tower's own")
-    clips = _is_clips(config) or not (scored or model.get("byte_fallback") or config["kind"] == "siglip")
-    if clips:
+    if _is_clips(config) or not (scored or model.get("byte_fallback") or config["kind"] == "siglip"):
         tokenizer, added = _clips(model, added, special)
     else:
         tokenizer = _sentencepiece(content, added, config, source)
     flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
-    for token in sorted(added, key=lambda token: token["id"]):
-        own = AddedToken(_text(token["content"]), **{flag: bool(token.get(flag)) for flag in flags})
-        tokenizer.add_special_tokens([own]) if own.special else tokenizer.add_tokens([own])
-        if tokenizer.token_to_id(own.content) != token["id"]:
-            raise ValueError(f"the token {own.content!r} can't have the number {token['id']}")
-    # Read again, CLIP's is what a description makes of it; the others are that already, and may be large.
-    return tokenizer.from_str(tokenizer.to_str()) if clips else tokenizer
+    added = sorted(added, key=lambda token: token["id"])
+    # All at once, for each call makes the table of all of them anew.
+    tokenizer.add_tokens(
+        [AddedToken(_text(token["content"]), **{flag: bool(token.get(flag)) for flag in flags}) for token in added]
+    )
+    for token in added:
+        if tokenizer.token_to_id(token["content"]) != token["id"]:
+            raise ValueError(f"the token {token['content']!r} can't have the number {token['id']}")
+    return tokenizer
 
 
 def _is_clips(config: Mapping[str, Any]) -> bool:
     """Whether a text tower is CLIP's; in earlier versions none had a kind."""
-    return config.get("kind", "vit") == "vit"
+    return bool(config.get("kind", "vit") == "vit")
 
 
 def _clips(model: Mapping[str, Any], added: Any, special: Mapping[str, str]) -> tuple[Tokenizer, Any]:
@@ -246,20 +247,25 @@ def _sentencepiece(content: Mapping[str, Any], added: Any, config: Mapping[str, 
     model, kind = content["model"], config["kind"]
     vocab = model["vocab"]
     words = [_text(entry[0]) for entry in vocab] if isinstance(vocab, list) else [_text(word) for word in vocab]
-    _check_size(len({*words, *(_text(token["content"]) for token in added)}), config, source)  # before it is made
-    merged = isinstance(vocab, dict)
+    new = {_text(token["content"]) for token in added}.difference(words)
+    _check_size(len(words) + len(new), config, source)  # before anything of that size is made
+    merged, xlm = isinstance(vocab, dict), words[0] == "<s>"
     if merged:
         ends, pad = ["$A", "<eos>"], "<pad>"
-    elif kind == "siglip" or words[0] != "<s>":
-        ends, pad = ["$A", "</s>"], "</s>"
     else:
-        ends, pad = ["<s>", "$A", "</s>"], "<pad>"
+        ends, pad = (["<s>", "$A", "</s>"], "<pad>") if xlm else (["$A", "</s>"], "</s>")
+    if kind == "siglip" and xlm:
+        raise UserError(
+            f"the tokenizer of {source} has <s> for its first token, as none of SigLIP's has: give the tower's"
+        )
     if missing := {*ends, pad, "<unk>"}.difference([*words, "$A"]):
         raise UserError(
             f"the tokenizer of {source} has no {min(missing)}, as that of a tower of the kind {kind} has: give the one"
             " that the tower was trained with"
         )
     if merged:
+        if sorted(vocab.values()) != list(range(len(vocab))):
+            raise ValueError("the number of a word is missing, or there twice")
         tokenizer = Tokenizer(BPE(vocab, _merges(model), unk_token="<unk>", fuse_unk=True, byte_fallback=True))
         tokenizer.normalizer = Sequence([Lowercase(), Replace(" ", _BLANK)])
     else:
@@ -268,7 +274,7 @@ def _sentencepiece(content: Mapping[str, Any], added: Any, config: Mapping[str, 
         tokenizer = Tokenizer(Unigram(list(zip(words, scores, strict=True)), words.index("<unk>"), False))
         charsmap = _charsmap(content.get("normalizer"))
         normalizers: list[Any] = [Precompiled(charsmap)] if charsmap else []
-        if len(ends) == 3:
+        if xlm:
             tokenizer.pre_tokenizer = Steps([WhitespaceSplit(), Metaspace(_BLANK, "always")])
         else:
             normalizers += [Replace(Regex(" {2,}"), " "), Strip()]  # of blanks that the table of characters makes
@@ -288,8 +294,8 @@ def _check_scored(words: Sequence[str], scores: Sequence[Any]) -> None:
     """
     if not all(type(score) in (int, float) and math.isfinite(score) for score in scores):
         raise ValueError("a score is no finite number")
-    if not all(words) or len(set(words)) < len(words):
-        raise ValueError("a word is empty, or there twice")
+    if not all(words):
+        raise ValueError("a word is empty")
     packed = [word.encode() for word in words]
     if sum(map(len, packed)) > _MOST_NODES:
         packed.sort()
@@ -337,11 +343,10 @@ def fitted(tokenizer: Tokenizer, config: Mapping[str, Any], source: str) -> Toke
     tokenizer.no_padding()
     tokenizer.no_truncation()
     ids = encoded(tokenizer, [""], source)[0]
-    end = ids[-1] if ids else None
-    if config.get("kind") != "siglip":  # whose configurations have other towers' numbers there
-        # A CLIP tower whose end of text is 2 takes the largest id of a text, for OpenAI's configurations say 2 wrongly.
-        largest = _is_clips(config) and config["eos_token_id"] == 2
-        end = expected - 1 if largest else config["eos_token_id"]
+    end = config.get("eos_token_id", ids[-1] if ids else None)  # of a tower that pools the last token, any
+    if _is_clips(config) and end == 2:
+        # Such a tower takes the largest id of a text, for OpenAI's configurations say 2 wrongly.
+        end = expected - 1
     if ids[-1:] != [end]:
         raise UserError(f"the tokenizer of {source} makes {ids} of an empty text, where {end} has to be the last")
 

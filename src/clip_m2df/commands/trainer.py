@@ -352,16 +352,12 @@ def _build_model(saved_options: dict[str, Any], cls: type[CLIPM2DF], *args: Any,
     return cls(*args, **kwargs | saved_options | {"backbone_options": None})
 
 
-def _build_sized(
-    size: int, cls: type[CLIPM2DF], *args: Any, backbone_options: dict[str, Any] | None = None, **kwargs: Any
-) -> CLIPM2DF:
+def _build_sized(size: int, cls: type[CLIPM2DF], *args: Any, **kwargs: Any) -> CLIPM2DF:
     """With a tower for frames of some size, whatever its own was."""
-    options = dict(backbone_options or {})
-    if options.setdefault("image_size", size) not in (None, size):
-        raise UserError(
-            f"data.size is {size}, and model.backbone_options.image_size {options['image_size']}: leave out one of them"
-        )
-    return cls(*args, backbone_options=options | {"image_size": size}, **kwargs)
+    options = kwargs.get("backbone_options") or {}
+    if (asked := options.get("image_size")) not in (None, size):
+        raise UserError(f"data.size is {size}, and model.backbone_options.image_size {asked}: leave out one of them")
+    return cls(*args, **kwargs | {"backbone_options": {**options, "image_size": size}})
 
 
 def _build_published(path: str, cls: type[CLIPM2DF], *, backbone: str, **options: Any) -> CLIPM2DF:

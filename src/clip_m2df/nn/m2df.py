@@ -224,6 +224,7 @@ class Towers(Protocol):
         text: the text tower, if there is one.
         dim: width of the features and of the prompt embeddings.
         image_size: height and width of the frames.
+        dtype: what the towers' weights are held in, by torch's name.
         mean: what :meth:`normalise` subtracts.
         std: what it divides by.
         visual_config: what describes the visual tower, in plain types.
@@ -235,6 +236,7 @@ class Towers(Protocol):
     text: nn.Module | None
     dim: int
     image_size: int
+    dtype: str
     mean: Tensor
     std: Tensor
     visual_config: dict[str, Any]
