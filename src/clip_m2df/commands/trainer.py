@@ -282,8 +282,7 @@ class CLI(LightningCLI):
         Raises:
             UserError: they are of another size.
         """
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) - self.datamodule.num_workers))
+        leave_cores(self.datamodule.num_workers)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         if self.datamodule.num_workers > 2 * max(cores, 2):
             warnings.warn(
@@ -364,6 +363,12 @@ def _build_sized(
 def _build_published(path: str, cls: type[CLIPM2DF], *, backbone: str, **options: Any) -> CLIPM2DF:
     """With the weights of a published checkpoint, whose text tower is that of the backbone."""
     return cls.from_published(path, clip=backbone, **options)
+
+
+def leave_cores(workers: int) -> None:
+    """Compute on the cores that are left by processes that decode, unless the environment says on how many."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) - workers))
 
 
 def _is_first_process() -> bool:

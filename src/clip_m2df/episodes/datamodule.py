@@ -325,6 +325,31 @@ class EpisodeDataModule(lightning.LightningDataModule):
                 " --fix"
             )
 
+    def video_tables(self) -> dict[str, TrainingTable]:
+        """The videos of each split for features of all of them, broken ones left out: those of train, in what a
+        training from features would take, and those of the others as an evaluation sees them.
+        """
+        if self.manifest is None:
+            self._read_manifest()
+        assert self.manifest is not None
+        tables = {}
+        options = {"root": self.manifest.root, "num_workers": self.num_workers, "stuck_after": self.stuck_after}
+        for name, split in self.manifest.splits.items():
+            train = name == "train"
+            self._datasets[name] = dataset = EpisodeDataset(
+                split,
+                self.train_shape,
+                self.reader,
+                seed=self.seed if train else self.eval_seed,
+                augment=train,
+                plans=[],
+            )
+            self._check_decoder(name)
+            unusable = UnusableVideos(split, 1.0, "it is left out")
+            augmentations = self.train_augmentations if train else 0
+            tables[name] = TrainingTable(dataset, augmentations, unusable, progress=True, **options)
+        return tables
+
     def test_plans(self) -> tuple[Split, list[EpisodePlan]]:
         """The test split and the videos of its episodes; from the manifest alone, no video is needed."""
         if self.manifest is None:
