@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,6 +87,10 @@ def encode_manifest(
             split that can be read, or a table that can't be written.
         Stopped: By SIGTERM; no table is written.
     """
+    import torch
+
+    from clip_m2df.classifier.clips import PRECISIONS
+    from clip_m2df.commands.trainer import leave_cores
     from clip_m2df.datasets.feature_tables import (
         check_no_classes,
         classes_file,
@@ -93,6 +98,7 @@ def encode_manifest(
         write_feature_table,
     )
     from clip_m2df.episodes.datamodule import EpisodeDataModule
+    from clip_m2df.evaluation.bank import encode_videos
 
     require(least=0, augmentations=augmentations, workers=workers)
     if not is_feature_table(output):
@@ -131,10 +137,12 @@ def encode_manifest(
                 embeddings |= dict(zip(split.class_names, prompts, strict=True))
         else:
             check_no_classes(output)
+        leave_cores(workers)
         rows, parts = [], []
-        start = _start(data.manifest, root)
+        start, half = _start(data.manifest, root), PRECISIONS[precision]
         for name, table in tables.items():
-            features = _encode(model, table, precision)
+            with torch.no_grad(), torch.autocast(model.device.type, half, enabled=half is not None):
+                features = encode_videos(model.model, table, [], precision=precision)
             kept = [i for i, video in enumerate(table.videos) if video.path not in table.unusable.reasons]
             parts.append(features[kept].cpu())
             for index in kept:
@@ -154,3 +162,38 @@ def encode_manifest(
         f"  clip-m2df fit --data.manifest {shlex.quote(str(output))} --model.backbone features",
     )
     return 1 if broken else 0
+
+
+def _load(
+    ckpt_path: str | None, backbone: str | None, size: int | None, options: dict[str, Any], device: str | None
+) -> CLIPM2DF:
+    """The model whose towers encode, in evaluation mode."""
+    from clip_m2df.classifier.classifier import FewShotClassifier
+    from clip_m2df.classifier.clips import placed
+    from clip_m2df.training.module import CLIPM2DF
+
+    if ckpt_path is None and backbone is None:
+        raise UserError(
+            "give the towers: --backbone, weights of CLIP or another family, or --ckpt_path, a trained model"
+        )
+    if ckpt_path is not None:
+        options = {name: value for name, value in options.items() if value}
+        model = FewShotClassifier.from_checkpoint(ckpt_path, clip=backbone, device=device, **options).model
+        if size not in (None, model.image_size):
+            raise UserError(f"size is {size}, but {ckpt_path} has a tower for {model.image_size} pixels: leave it out")
+    else:
+        if size is not None:
+            options["backbone_options"] = {"image_size": size} | options["backbone_options"]
+        # A head that has no part in this, and needs no prompts.
+        model = placed(CLIPM2DF(str(backbone), head="nearest_prototype", freeze_backbone=True, **options), device)
+    if not model.image_size:
+        raise UserError(f"{ckpt_path or backbone} has no tower: give the one that makes the features")
+    return model.eval()
+
+
+def _start(manifest: Manifest, root: str | None) -> str | None:
+    """The folder that paths start at in the table: as in the manifest, its own or the root."""
+    if root is None or all(lies_under(video.path, str(manifest.root)) for video in manifest.videos):
+        return manifest.root
+    folder = os.path.abspath(root)
+    return folder if all(lies_under(video.path, folder) for video in manifest.videos) else manifest.root

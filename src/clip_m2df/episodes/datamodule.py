@@ -154,7 +154,9 @@ class EpisodeDataModule(lightning.LightningDataModule):
     ) -> None:
         super().__init__()
         require(least=1, n_shot=n_shot, train_n_shot=train_n_shot, n_query=n_query, n_query_eval=n_query_eval)
-        require(least=1, val_episodes=val_episodes, test_episodes=test_episodes, frames=frames, resize=resize, size=size)
+        require(
+            least=1, val_episodes=val_episodes, test_episodes=test_episodes, frames=frames, resize=resize, size=size
+        )
         require(least=1, batch_size=batch_size, episodes_per_step=episodes_per_step, validate_every=validate_every)
         require(least=0, seed=seed, eval_seed=eval_seed, num_workers=num_workers)
         require(least=0, train_augmentations=train_augmentations)
@@ -304,6 +306,8 @@ class EpisodeDataModule(lightning.LightningDataModule):
 
     def _look_as_the_tower(self) -> None:
         """Have frames as the tower of the Trainer's model takes them, which may be a new one."""
+        if is_feature_table(self.manifest_path):
+            return
         looks = self._looks(self.trainer.lightning_module) if self.trainer else {}
         if any(value != getattr(self.reader, name) for name, value in looks.items()):
             self.reader = dataclasses.replace(self.reader, **looks, cache=None)
@@ -326,9 +330,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
             )
 
     def video_tables(self) -> dict[str, TrainingTable]:
-        """The videos of each split for features of all of them, broken ones left out: those of train, in what a
-        training from features would take, and those of the others as an evaluation sees them.
-        """
+        """All videos of each split, to be encoded: those of train in their augmentations, if there are to be any."""
         if self.manifest is None:
             self._read_manifest()
         assert self.manifest is not None
