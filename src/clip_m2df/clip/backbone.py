@@ -45,6 +45,7 @@ _REMEDY = (
 BACKBONE_OPTIONS = ("activation", "head_width", "tokenizer", "mean", "std", "image_size", "dtype", "dim")
 # What weights can be held in, by torch's names.
 DTYPES = ("float32", "bfloat16", "float16")
+HALF = (torch.bfloat16, torch.float16)
 # Side of an image in pixels beyond which memory does not suffice.
 MOST_SIDE = 4096
 
@@ -63,8 +64,8 @@ class CLIPBackbone(nn.Module):
         mean: What ``normalise`` subtracts, a number a channel.
         std: What it divides by.
         interpolation: How images were resized for the tower in its training: ``bilinear`` or ``bicubic``.
-        dtype: What the towers' weights are held in, and images and texts computed in: ``float32``, ``bfloat16`` or
-            ``float16``. Mean and std stay in float32.
+        dtype: What the towers' weights are held in, and images and texts computed in, under autocast too: ``float32``,
+            ``bfloat16`` or ``float16``. Mean and std stay in float32.
         source: Where the weights came from, for messages and the record.
         freeze_batch_norm: Keep batch norm in evaluation mode whatever ``train()`` says. Change the attribute and call
             ``train()`` to let it move.
@@ -109,6 +110,11 @@ class CLIPBackbone(nn.Module):
             if (dim := self.text_config[family.text.dim]) != self.dim:  # type: ignore[union-attr]
                 raise UserError(f"the embeddings of texts have {dim} channels, and those of images {self.dim}")
         self.image_size = int(self.visual_config["image_size"])
+        if dtype not in DTYPES:
+            raise UserError(f"dtype is {dtype!r:.80}; it must be one of {', '.join(DTYPES)}")
+        self.dtype = dtype
+        for tower in filter(None, (self.visual, self.text) if dtype != "float32" else ()):
+            tower.to(getattr(torch, dtype))
         self.source = source
         self.freeze_batch_norm = freeze_batch_norm
 
@@ -122,7 +128,6 @@ class CLIPBackbone(nn.Module):
         # Not in the state dict: they belong to the description, and weights from elsewhere don't have them.
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1), persistent=False)
-        self.hold_in(dtype)
         self.train()
 
     # Making one
@@ -132,17 +137,15 @@ class CLIPBackbone(nn.Module):
         """Load the backbone that the option ``backbone`` names.
 
         Args:
-            name: ``features``, which are there already: no tower; ``tiny`` (the one in this package, for tests and
-                demonstrations), ``rn50`` (OpenAI's ResNet-50, from
-                the hub), a folder in transformers' or OpenCLIP's format, a file of weights in OpenAI's layout
-                (``.safetensors``, ``.pt``, ``.bin``), or the hub's name of such a folder, as
-                ``openai/clip-vit-base-patch16``.
+            name: ``tiny`` (the one in this package, for tests and demonstrations), ``rn50`` (OpenAI's ResNet-50, from
+                the hub), ``features`` (no tower, for features that are there already), a folder in transformers' or
+                OpenCLIP's format, a file of weights in OpenAI's layout (``.safetensors``, ``.pt``, ``.bin``), or the
+                hub's name of such a folder, as ``openai/clip-vit-base-patch16``.
             freeze_batch_norm: Keep batch norm in evaluation mode whatever ``train()`` says.
             **options: What the weights don't tell, or tell otherwise: ``activation`` and ``head_width`` of weights in
                 OpenAI's layout, see :meth:`from_openai`; ``tokenizer``, where it lies; ``mean`` and ``std``, three
-                numbers each for pixels between 0 and 1; ``image_size``, see :meth:`resize`; ``dtype``, what the weights
-                are held in, whatever the file has: ``float32`` (the default), ``bfloat16`` or ``float16``; ``dim``, of
-                ``features`` alone: their width. None is as good as not given.
+                numbers each for pixels between 0 and 1; ``image_size`` and ``dtype``, see :meth:`from_pretrained`;
+                ``dim``, of ``features`` alone: their width. None is as good as not given.
 
         Raises:
             UserError: There is no such thing, it can't be fetched, or it isn't CLIP; an option that there is not, that
@@ -153,7 +156,6 @@ class CLIPBackbone(nn.Module):
             return cls._of_features(given)
         if "dim" in given:
             raise UserError(f"backbone_options.dim is of the backbone features, and {name!r} has its own: leave it out")
-        image_size, dtype = given.pop("image_size", None), given.pop("dtype", "float32")
         if name == "rn50":
             _check_known(given, formats.OPENAI, "rn50 is OpenAI's")
             folder = formats.fetch(formats.RN50_REPOSITORY, [[formats.RN50_FILE]])
@@ -176,14 +178,6 @@ class CLIPBackbone(nn.Module):
         if "tokenizer" in given and backbone.text is None:
             raise UserError(f"backbone_options.tokenizer: the weights of {name!r} have no text tower; leave it out")
         backbone.source = name
-        own = backbone.image_size
-        if image_size not in (None, own):
-            backbone.resize(image_size)
-            warnings.warn(
-                f"{name} was made for images of {own} pixels: its positions are interpolated to those of {image_size}",
-                stacklevel=2,
-            )
-        backbone.hold_in(dtype)
         backbone.freeze_batch_norm = freeze_batch_norm
         return backbone.train()
 
@@ -197,6 +191,8 @@ class CLIPBackbone(nn.Module):
         activation: Literal["quick_gelu", "gelu"] | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        image_size: int | None = None,
+        dtype: str = "float32",
     ) -> Self:
         """Load a ViT CLIP in transformers' format, or a CLIP in OpenCLIP's.
 
@@ -212,6 +208,9 @@ class CLIPBackbone(nn.Module):
                 ``preprocessor_config.json`` or ``open_clip_config.json`` says, as for interpolation; without it,
                 CLIP's.
             std: What they are divided by, likewise.
+            image_size: Height and width of the images in the place of the tower's own, a multiple of its patches'.
+                Position embeddings are interpolated, as transformers' ``interpolate_pos_encoding`` does it.
+            dtype: What the weights are held in, whatever the file has: ``float32``, ``bfloat16`` or ``float16``.
 
         Raises:
             UserError: The folder doesn't exist, the model can't be fetched, isn't CLIP, or is damaged.
@@ -224,7 +223,14 @@ class CLIPBackbone(nn.Module):
             folder = formats.fetch(name_or_dir, formats.MODEL_FILES)
         if file := formats.open_clip_weights(folder):
             backbone = cls.from_openai(
-                str(file), tokenizer=tokenizer, head_width=head_width, activation=activation, mean=mean, std=std
+                str(file),
+                tokenizer=tokenizer,
+                head_width=head_width,
+                activation=activation,
+                mean=mean,
+                std=std,
+                image_size=image_size,
+                dtype=dtype,
             )
             backbone.source = name_or_dir
             return backbone
@@ -236,12 +242,18 @@ class CLIPBackbone(nn.Module):
         description, state = formats.read_folder(folder, name_or_dir)
         description |= _given(mean=mean, std=std)
         own, family = description["visual_config"], family_of(description["visual_config"]["kind"])
-        description["visual_config"] = family.resized(own, description.pop("image_size"))
-        backbone = cls.from_description({**description, "source": name_or_dir})
+        description["visual_config"] = _sized(own, description.pop("image_size"), image_size, name_or_dir)
+        backbone = cls.from_description({**description, "dtype": dtype, "source": name_or_dir})
         names = {*map(family.file_name, backbone.state_dict())}
-        part = backbone._resized(lambda _, weight: weight, own)
-        told = {"model": family.name, "unused": family.unused(names)}
-        formats.load_weights(backbone, family.renamed(state, names), family.file_name, part, name_or_dir, **told)
+        formats.load_weights(
+            backbone,
+            family.renamed(state, names),
+            family.file_name,
+            backbone._resized(lambda _, weight: weight, own),
+            name_or_dir,
+            model=family.name,
+            unused=family.unused(names),
+        )
         if backbone.text is not None:
             backbone._read_tokenizer(
                 folder if tokenizer is None else Path(tokenizer).expanduser(), tokenizer or name_or_dir
@@ -258,6 +270,8 @@ class CLIPBackbone(nn.Module):
         activation: Literal["quick_gelu", "gelu"] | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        image_size: int | None = None,
+        dtype: str = "float32",
         freeze_batch_norm: bool = True,
     ) -> Self:
         """Load weights in OpenAI's own layout, with a ViT or a modified ResNet; the shapes tell the architecture.
@@ -280,6 +294,8 @@ class CLIPBackbone(nn.Module):
             mean: What is subtracted from pixels between 0 and 1, a number a channel; by default what the configuration
                 says, or CLIP's.
             std: What they are divided by, likewise.
+            image_size: See :meth:`from_pretrained`.
+            dtype: The same.
             freeze_batch_norm: Keep batch norm in evaluation mode whatever ``train()`` says.
 
         Raises:
@@ -314,9 +330,11 @@ class CLIPBackbone(nn.Module):
         images |= {name: told.pop(name) for name in ("mean", "std", "interpolation") if name in told}
         visual_config, text_config = formats.openai_configs(state, source, **told | given)
         images |= _given(mean=mean, std=std)
-        facts = {"source": source, "freeze_batch_norm": freeze_batch_norm, **images}
+        facts = {"source": source, "freeze_batch_norm": freeze_batch_norm, "dtype": dtype, **images}
+        own, visual_config = visual_config, _sized(visual_config, visual_config["image_size"], image_size, source)
         backbone = cls.from_description({"visual_config": visual_config, "text_config": text_config, **facts})
-        formats.load_weights(backbone, state, formats.openai_name, formats.openai_part, source)
+        part = backbone._resized(formats.openai_part, own)
+        formats.load_weights(backbone, state, formats.openai_name, part, source)
         if tokenizer is None:
             backbone._tokenizer_repository = STANDARD_TOKENIZER
         elif backbone.text is not None:
@@ -399,49 +417,6 @@ class CLIPBackbone(nn.Module):
         mine = nn.ModuleDict({"visual": self.visual}) if visual_only else self
         formats.load_weights(mine, state, formats.openai_name, formats.openai_part, "the file")
 
-    def resize(self, image_size: int) -> None:
-        """Have the visual tower take images of another size: its position embeddings are interpolated.
-
-        They are so as by transformers' ``interpolate_pos_encoding``: bicubic over the grid of patches; those of other
-        tokens stay.
-
-        Args:
-            image_size: Height and width of the images, a multiple of the patch's (of a ResNet, of 32).
-
-        Raises:
-            UserError: It is no such multiple.
-        """
-        if image_size == self.image_size:
-            return
-        family = family_of(self.visual_config["kind"])
-        config = family.resized(self.visual_config, image_size)
-        state = self.visual.state_dict()
-        state = {key: family.resized_weight(key, weight, self.visual_config, config) for key, weight in state.items()}
-        dtype = next(iter(state.values())).dtype
-        self.visual_config, self.image_size = config, image_size
-        self.visual = family.visual_tower(config).to(dtype)
-        self.visual.load_state_dict(state)
-        self.train(self.training)
-
-    def hold_in(self, dtype: str) -> None:
-        """Hold the towers' weights in another type, see the argument ``dtype``.
-
-        Raises:
-            UserError: It is none of those.
-        """
-        if dtype not in DTYPES:
-            raise UserError(f"dtype is {dtype!r:.80}; it must be one of {', '.join(DTYPES)}")
-        self.dtype = dtype
-        for tower in filter(None, (self.visual, self.text)):
-            tower.to(getattr(torch, dtype))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        mean, std = self.mean, self.std
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.mean.dtype in (torch.float16, torch.bfloat16):  # as a Trainer's bf16-true asks of all of a model
-            self.mean, self.std = mean.to(self.mean.device), std.to(self.std.device)
-        return self
-
     def description(self) -> dict[str, Any]:
         """All but the weights, in plain types that a weights-only ``torch.load`` reads.
 
@@ -478,6 +453,13 @@ class CLIPBackbone(nn.Module):
             return weight if name == key else self.family.resized_weight(name, weight, own, self.visual_config)
 
         return resized
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        mean, std = self.mean, self.std
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.mean.dtype in HALF:  # as a Trainer's bf16-true asks of all of a model
+            self.mean, self.std = mean.to(self.mean.device), std.to(self.std.device)
+        return self
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode as any module does, but for batch norm, which ``freeze_batch_norm`` keeps in evaluation mode."""
@@ -544,7 +526,12 @@ class CLIPBackbone(nn.Module):
         if not images.is_floating_point():
             raise UserError(f"encode_frames takes normalised images, not {images.dtype}: call normalise first")
         weights = next(self.visual.parameters())
-        embeddings: Tensor = self.visual(images.reshape(-1, 3, size, size).to(weights.dtype))
+        images = images.reshape(-1, 3, size, size).to(weights.dtype)
+        if weights.dtype in HALF:  # under autocast of the other half precision torch refuses them
+            with torch.autocast(images.device.type, enabled=False):
+                embeddings: Tensor = self.visual(images)
+        else:
+            embeddings = self.visual(images)
         return embeddings.reshape(*leading, self.dim)
 
     # Texts
@@ -647,3 +634,32 @@ def _check_known(options: Mapping[str, Any], known: Mapping[str, Any], why: str)
         if options.get(name) not in (None, known.get(name)):
             own = f", {known[name]}" if known else ""
             raise UserError(f"{name} is {options[name]!r:.80}, but {why}{own}: leave it out of backbone_options")
+
+
+def _sized(own: Mapping[str, Any], size: int, asked: int | None, source: str) -> dict[str, Any]:
+    """The visual configuration for images of a size.
+
+    Args:
+        own: The configuration.
+        size: What images the tower is used with.
+        asked: What somebody asks for instead, if anybody does.
+        source: Where the weights come from, for messages.
+
+    Raises:
+        UserError: What is asked for is no multiple of a patch's side.
+    """
+    family = family_of(own["kind"])
+    if asked in (None, size):
+        return family.resized(own, size)
+    patch = next(n for n in range(1, MOST_SIDE + 1) if family.grid({**own, "image_size": n}))
+    if asked % patch:
+        near = {max(asked // patch, 1) * patch, (asked // patch + 1) * patch}
+        raise UserError(
+            f"image_size is {asked}, no multiple of the {patch} pixels of {source}'s patches: give"
+            f" {' or '.join(map(str, sorted(near)))}"
+        )
+    warnings.warn(
+        f"{source} was made for images of {size} pixels: its positions are interpolated to those of {asked}",
+        stacklevel=4,
+    )
+    return family.resized(own, asked)

@@ -154,9 +154,8 @@ class EpisodeDataModule(lightning.LightningDataModule):
     ) -> None:
         super().__init__()
         require(least=1, n_shot=n_shot, train_n_shot=train_n_shot, n_query=n_query, n_query_eval=n_query_eval)
-        require(
-            least=1, val_episodes=val_episodes, test_episodes=test_episodes, frames=frames, resize=resize, size=size
-        )
+        require(least=1, val_episodes=val_episodes, test_episodes=test_episodes)
+        require(least=1, frames=frames, resize=resize, size=size)
         require(least=1, batch_size=batch_size, episodes_per_step=episodes_per_step, validate_every=validate_every)
         require(least=0, seed=seed, eval_seed=eval_seed, num_workers=num_workers)
         require(least=0, train_augmentations=train_augmentations)

@@ -371,7 +371,10 @@ class M2DF(nn.Module):
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_backbone):
             features = self.backbone.encode_frames(self.backbone.normalise(frames))
-            return features if torch.is_autocast_enabled(features.device.type) else features.to(self.head.scale.dtype)
+            if not torch.is_autocast_enabled(device := features.device.type):
+                return features.to(self.head.scale.dtype)
+            half = torch.get_autocast_dtype(device)
+            return features if features.dtype in (torch.float32, half) else features.to(half)
 
     def encode_episode(self, episode: Episode) -> tuple[Tensor, Tensor]:
         """Features of the support ``(…, n_shot, frames, dim)`` and the queries ``(…, frames, dim)`` of a batch."""

@@ -103,11 +103,13 @@ class CLIPM2DF(lightning.LightningModule):
 
     Args:
         backbone: CLIP's weights: a name on the hub or a folder, in transformers' format (ViT) or OpenCLIP's; a file in
-            OpenAI's layout; ``rn50`` for the public ResNet-50; ``tiny`` for the small CLIP that comes with the package.
+            OpenAI's layout; ``rn50`` for the public ResNet-50; ``tiny`` for the small CLIP that comes with the package;
+            ``features`` for no tower at all, where features come from a table.
         backbone_options: what the weights don't tell, or tell otherwise: ``activation`` (``gelu`` or ``quick_gelu``)
             and ``head_width`` of weights in OpenAI's layout; ``tokenizer``, a file or a folder; ``mean`` and ``std``,
             three numbers each for pixels between 0 and 1; ``image_size``, to which position embeddings are
-            interpolated; ``dtype``, what the weights are held in: ``float32``, ``bfloat16`` or ``float16``.
+            interpolated; ``dtype``, what the weights are held in: ``float32``, ``bfloat16`` or ``float16``;
+            ``dim``, the width of ``features``.
         head: what scores the queries: ``m2df``; for comparison ``clip_fsar``, ``otam``, ``bi_mhm``,
             ``nearest_prototype`` or ``zero_shot``; or the class path of another head.
         head_options: options of the head's class; for ``m2df`` those of :class:`clip_m2df.nn.m2df.M2DFHead`.
@@ -556,6 +558,7 @@ class CLIPM2DF(lightning.LightningModule):
             UserError: nothing is trained.
         """
         trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        self._check_rounding()
         bare = {name for name in trained if any(part in name for part in self.no_decay)}
         if self.no_decay and not bare:
             warnings.warn(f"no_decay: no parameter's name has {' or '.join(self.no_decay)}", stacklevel=2)
@@ -575,6 +578,23 @@ class CLIPM2DF(lightning.LightningModule):
         optimizer = torch.optim.Adam(groups, weight_decay=self.weight_decay, fused=fused)
         scheduler = LambdaLR(optimizer, self._lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _check_rounding(self) -> None:
+        """Refuse to train a tower in float16, in which Adam divides by 0, and tell what bfloat16 loses."""
+        held = self.model.backbone.dtype
+        weights = [p for p in self.model.backbone.visual.parameters() if p.requires_grad]
+        if held == "float32" or not any(weight.dtype == getattr(torch, held) for weight in weights):
+            return
+        remedy = (
+            "leave it out, with trainer.precision bf16-mixed for speed, or set model.freeze_backbone to train the head"
+            " alone"
+        )
+        if held == "float16":
+            raise UserError(f"model.backbone_options.dtype is float16, in which Adam can't train a tower: {remedy}")
+        warnings.warn(
+            f"model.backbone_options.dtype is {held}, in which updates below 1/256 of a weight are lost: {remedy}",
+            stacklevel=3,
+        )
 
     def _lr_factor(self, step: int) -> float:
         """Share of the peak learning rate at an optimiser step."""

@@ -1,7 +1,7 @@
 """Families of towers: what there is to know of an architecture, one file each.
 
-A family's file stands in this folder under the name of transformers' ``model_type`` and has a ``FAMILY``; nothing else
-lists it. transformers is imported where a tower is built, because it takes seconds.
+A family's file stands in this folder under the name of transformers' ``model_type`` and has a ``FAMILY``; nothing lists
+it. transformers is imported where a tower is built, because it takes seconds.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import pkgutil
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -57,20 +57,20 @@ class Tower:
         return Embedder(getattr(model, self.inside.removesuffix("."), model) if self.inside else model, self.output)
 
 
+@dataclass(frozen=True, kw_only=True)
 class Family:
-    """The towers of one architecture; subclasses say what the attributes are and override what is special.
+    """The towers of one architecture; subclasses override what is special.
 
     What is here suits any model in transformers that has one or two towers of attention blocks.
 
     Attributes:
-        kind: What descriptions call the family's towers.
+        kind: What descriptions call the family's towers; also the name of its file and transformers' ``model_type``.
         name: What people call them, for messages.
-        model_type: What a folder's ``config.json`` calls them; "" if the family has no folders.
-        relatives: What other models are by their ``model_type``, and why these can't be taken.
-        config: transformers' class of the configuration.
         visual: Its visual tower.
         text: Its text tower; None if there is none.
+        config: transformers' class of a folder's ``config.json``; "" if the family has no folders.
         shared: The fields that both towers take from the configuration of the whole model.
+        relatives: What other models are by their ``model_type``, and why these can't be taken.
         projections: LoRA's short names ``q k v o fc1 fc2`` to the names of linear layers in a block of the visual
             tower. Of several names a block has one or more. Empty if a family takes no adapters.
         positions: The name of the position embeddings among the weights of the visual tower, of the shape
@@ -87,25 +87,29 @@ class Family:
         not_needed: How the names of weights end that a folder has inside of the towers, and that embeddings need not.
     """
 
-    kind: ClassVar[str]
-    name: ClassVar[str]
-    model_type: ClassVar[str] = ""
-    relatives: ClassVar[Mapping[str, str]] = {}
-    config: ClassVar[str] = ""
-    visual: ClassVar[Tower]
-    text: ClassVar[Tower | None] = None
-    shared: ClassVar[tuple[str, ...]] = ()
-    projections: ClassVar[Mapping[str, tuple[str, ...]]] = {}
-    positions: ClassVar[str] = ""
-    prefix: ClassVar[int] = 0
-    any_size: ClassVar[bool] = False
-    processor: ClassVar[str] = ""
-    mean: ClassVar[tuple[float, float, float]] = (0.5, 0.5, 0.5)
-    std: ClassVar[tuple[float, float, float]] = (0.5, 0.5, 0.5)
-    resample: ClassVar[int] = 3
-    crops: ClassVar[bool] = False
-    renames: ClassVar[tuple[tuple[str, str], ...]] = ()
-    not_needed: ClassVar[tuple[str, ...]] = ()
+    kind: str
+    name: str
+    visual: Tower
+    text: Tower | None = None
+    config: str = ""
+    shared: tuple[str, ...] = ()
+    relatives: Mapping[str, str] = field(default_factory=dict)
+    projections: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    positions: str = ""
+    prefix: int = 0
+    any_size: bool = False
+    processor: str = ""
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    resample: int = 3
+    crops: bool = False
+    renames: tuple[tuple[str, str], ...] = ()
+    not_needed: tuple[str, ...] = ()
+
+    @property
+    def model_type(self) -> str:
+        """What a folder's ``config.json`` calls the family."""
+        return _FILES.get(self.kind, self.kind)
 
     # The towers
 
@@ -120,7 +124,7 @@ class Family:
         return self.text.build(config)
 
     def blocks(self, tower: nn.Module) -> list[nn.Module]:
-        """The blocks of a tower, in their order; gradient checkpointing computes each anew, and adapters go into them."""
+        """The blocks of a tower, in their order: what gradient checkpointing computes anew, and adapters go into."""
         from transformers.modeling_layers import GradientCheckpointingLayer
 
         return [module for module in tower.modules() if isinstance(module, GradientCheckpointingLayer)]

@@ -26,23 +26,6 @@ PROJECTIONS = {
 class CLIP(Family):
     """CLIP's two vision and text transformers, each with a projection."""
 
-    kind = "vit"
-    name = "CLIP"
-    model_type = "clip"
-    config = "CLIPConfig"
-    visual = Tower(VISUAL_FIELDS, "projection_dim", "CLIPVisionModelWithProjection", "CLIPVisionConfig", "image_embeds")
-    # The fixed two play no part in the tower, but their defaults are refused for a small vocabulary.
-    text = Tower(
-        *(TEXT_FIELDS, "projection_dim", "CLIPTextModelWithProjection", "CLIPTextConfig", "text_embeds"),
-        fixed={"bos_token_id": None, "pad_token_id": None},
-    )
-    shared = ("projection_dim",)  # a tower's own is what it would have alone, and often wrong
-    projections = PROJECTIONS
-    positions = "model.vision_model.embeddings.position_embedding.weight"
-    prefix = 1
-    processor = "CLIPImageProcessor"
-    mean, std, resample, crops = MEAN, STD, 3, True
-
     def configs(self, values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
         """The configurations; that of texts without a kind, as descriptions had it when there was one family."""
         visual, text = super().configs(values)
@@ -51,4 +34,32 @@ class CLIP(Family):
         return visual, text
 
 
-FAMILY = CLIP()
+FAMILY = CLIP(
+    kind="vit",
+    name="CLIP",
+    config="CLIPConfig",
+    visual=Tower(
+        fields=VISUAL_FIELDS,
+        dim="projection_dim",
+        model="CLIPVisionModelWithProjection",
+        config="CLIPVisionConfig",
+        output="image_embeds",
+    ),
+    # The fixed two play no part in the tower, but their defaults are refused for a small vocabulary.
+    text=Tower(
+        fields=TEXT_FIELDS,
+        dim="projection_dim",
+        model="CLIPTextModelWithProjection",
+        config="CLIPTextConfig",
+        output="text_embeds",
+        fixed={"bos_token_id": None, "pad_token_id": None},
+    ),
+    shared=("projection_dim",),  # a tower's own is what it would have alone, and often wrong
+    projections=PROJECTIONS,
+    positions="model.vision_model.embeddings.position_embedding.weight",
+    prefix=1,
+    processor="CLIPImageProcessor",
+    mean=MEAN,
+    std=STD,
+    crops=True,
+)

@@ -127,12 +127,6 @@ def _stage(channels: int, planes: int, blocks: int, stride: int) -> nn.Sequentia
 class ResNet(Family):
     """The modified ResNet as a visual tower; the text tower beside it is that of CLIP."""
 
-    kind = "resnet"
-    name = "CLIP's ResNet"
-    visual = Tower(("layers", "width", "dim", "image_size", "head_width"), "dim")
-    positions = "attnpool.positional_embedding"
-    prefix = 1
-
     def visual_tower(self, config: Mapping[str, Any]) -> nn.Module:
         """The modified ResNet, of random weights."""
         values = {key: value for key, value in config.items() if key != "kind"}
@@ -147,4 +141,10 @@ class ResNet(Family):
         return int(config["image_size"]) // 32
 
 
-FAMILY = ResNet()
+FAMILY = ResNet(
+    kind="resnet",
+    name="CLIP's ResNet",
+    visual=Tower(("layers", "width", "dim", "image_size", "head_width"), "dim"),
+    positions="attnpool.positional_embedding",
+    prefix=1,
+)

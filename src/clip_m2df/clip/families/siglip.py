@@ -9,31 +9,32 @@ _FIELDS = (
 )
 
 
-class SigLIP(Family):
-    """A vision transformer that pools by attention, and a text transformer whose last token is the embedding."""
-
-    kind = model_type = "siglip"
-    name = "SigLIP"
-    relatives = {
+# A vision transformer that pools by attention, and a text transformer whose last token is the embedding.
+FAMILY = Family(
+    kind="siglip",
+    name="SigLIP",
+    relatives={
         "siglip2": "a SigLIP 2 for images of any shape (NaFlex), which is not taken: give one of a fixed resolution, "
         "such as google/siglip2-base-patch16-224"
-    }
-    config = "SiglipConfig"
-    visual = Tower(
-        *((*_FIELDS, "image_size", "patch_size", "num_channels"), "hidden_size"),
-        *("SiglipVisionModel", "SiglipVisionConfig"),
+    },
+    config="SiglipConfig",
+    visual=Tower(
+        fields=(*_FIELDS, "image_size", "patch_size", "num_channels"),
+        dim="hidden_size",
+        model="SiglipVisionModel",
+        config="SiglipVisionConfig",
         inside="vision_model.",
-    )
+    ),
     # The fixed three play no part in the tower.
-    text = Tower(
-        *((*_FIELDS, "vocab_size", "max_position_embeddings", "projection_size"), "projection_size"),
-        *("SiglipTextModel", "SiglipTextConfig"),
+    text=Tower(
+        fields=(*_FIELDS, "vocab_size", "max_position_embeddings", "projection_size"),
+        dim="projection_size",
+        model="SiglipTextModel",
+        config="SiglipTextConfig",
         inside="text_model.",
         fixed={"bos_token_id": None, "eos_token_id": None, "pad_token_id": None},
-    )
-    projections = PROJECTIONS
-    positions = "model.embeddings.position_embedding.weight"
-    processor = "SiglipImageProcessor"
-
-
-FAMILY = SigLIP()
+    ),
+    projections=PROJECTIONS,
+    positions="model.embeddings.position_embedding.weight",
+    processor="SiglipImageProcessor",
+)
