@@ -414,9 +414,10 @@ class CLIPM2DF(lightning.LightningModule):
         if known is not None and known.table is table and (stage == "train" or self._bank is not None):
             return known.features
         if stage == "train" and not self.model.freeze_backbone:
+            what = "data.train_augmentations" if table.features() is None else "a feature table"
             raise UserError(
-                "data.train_augmentations, or a feature table, trains from features, which a tower that learns would"
-                " leave behind: set model.freeze_backbone, or train from videos with data.train_augmentations 0"
+                f"{what} trains from features, which a tower that learns would leave behind: set model.freeze_backbone,"
+                " or train from videos with data.train_augmentations 0"
             )
         numbers: Sequence[int] = episodes_played(self.trainer, table.block, len(table))
         if self.trainer.sanity_checking:
