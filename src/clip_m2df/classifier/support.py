@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clip_m2df.classifier.clips import Clip, ClipEncoder, Encoded, name_of, unique
+from clip_m2df.classifier.clips import Clip, ClipEncoder, Encoded, TableRow, name_of, unique
 from clip_m2df.datasets.manifest import class_key, readable
 from clip_m2df.errors import UserError, some
 from clip_m2df.files import file_of
@@ -32,20 +32,20 @@ class SupportClass:
 
     Attributes:
         label: its name.
-        text: what the prompt says.
-        examples: paths of the examples; empty for frames that were in memory.
+        text: what the prompt says; None where its embedding came with the class, in a feature table.
+        examples: paths of the examples; empty for what was in memory.
         features: ``(n_shot, frames, dim)``.
-        thumbnails: uint8 ``(n_shot, frames, 3, height, width)``, small frames of them.
+        thumbnails: of each example, uint8 ``(frames, 3, height, width)``, small frames; None of what came as features.
         prompt: ``(dim)``, the embedding of the class's prompt.
         embedded: what the head keeps of the examples, ``(n_shot, …)``.
         prototype: what the class is to the head.
     """
 
     label: str
-    text: str
+    text: str | None
     examples: tuple[str, ...]
     features: Tensor
-    thumbnails: Tensor
+    thumbnails: tuple[Tensor | None, ...]
     prompt: Tensor
     embedded: Embedded
     prototype: Embedded
@@ -53,16 +53,26 @@ class SupportClass:
     @classmethod
     @torch.no_grad()
     def of(
-        cls, model: CLIPM2DF, label: str, text: str, examples: Sequence[str], features: Tensor, thumbnails: Tensor
+        cls,
+        model: CLIPM2DF,
+        label: str,
+        text: str | None,
+        examples: Sequence[str],
+        features: Tensor,
+        thumbnails: Iterable[Tensor | None],
+        prompt: Tensor | None = None,
     ) -> SupportClass:
-        """A class as a model sees it; see the attributes."""
+        """A class as a model sees it; see the attributes. The prompt is given where there is no text."""
         features = features.to(model.device)
-        prompt = model.encode_prompts([text])[0]
+        if prompt is None:
+            assert text is not None
+            prompt = model.encode_prompts([text])[0]
+        prompt = prompt.to(model.device)
         embedded = model.model.head.embed(features, prompt.expand(len(features), -1))
         prototype = model.model.head.prototype(embedded, prompt)
         for tensor in (prompt, *prototype.values()):
             check_finite(tensor, f"{model.source} on the class {label!r}")
-        return cls(label, text, tuple(examples), features, thumbnails, prompt, embedded, prototype)
+        return cls(label, text, tuple(examples), features, tuple(thumbnails), prompt, embedded, prototype)
 
     @classmethod
     def from_encoded(
@@ -80,7 +90,8 @@ class SupportClass:
             label: the name of the class.
             clips: its examples.
             encoded: the same as the model sees them.
-            text: what the prompt says, where that is not the name in plain words.
+            text: what the prompt says, where that is neither what a feature table has of the class, nor the name in
+                plain words.
 
         Raises:
             UserError: no example can be read.
@@ -99,9 +110,11 @@ class SupportClass:
                 f"examples of the class {label!r} that can't be read are left out: {some(broken)}", stacklevel=4
             )
         features = torch.stack([example.features for _, example in kept])
-        thumbnails = torch.stack([example.thumbnail for _, example in kept])
-        text = readable(label) if text is None else text
-        return cls.of(model, label, text, [name for name, _ in kept], features, thumbnails)
+        thumbnails = [example.thumbnail for _, example in kept]
+        known = (clip.prompt for clip in clips if isinstance(clip, TableRow) and clip.prompt is not None)
+        prompt = next(known, None) if text is None else None
+        text = readable(label) if text is None and prompt is None else text
+        return cls.of(model, label, text, [name for name, _ in kept], features, thumbnails, prompt)
 
     def changed(self, model: CLIPM2DF, text: str | None, more: SupportClass | None = None) -> SupportClass:
         """The same class with another text, if there is one, and with the examples of another class too."""
@@ -112,7 +125,8 @@ class SupportClass:
             self.text if text is None else text,
             [example for part in parts for example in part.examples],
             torch.cat([part.features for part in parts]),
-            torch.cat([part.thumbnails for part in parts]),
+            [thumbnail for part in parts for thumbnail in part.thumbnails],
+            self.prompt if text is None and self.text is None else None,
         )
 
     def only(self, model: CLIPM2DF, indices: Sequence[int]) -> SupportClass:
@@ -123,7 +137,7 @@ class SupportClass:
             self,
             examples=tuple(self.examples[i] for i in kept),
             features=self.features[kept],
-            thumbnails=self.thumbnails[kept],
+            thumbnails=tuple(self.thumbnails[i] for i in kept),
             embedded=embedded,
             prototype=model.model.head.prototype(embedded, self.prompt),
         )
@@ -161,6 +175,11 @@ def make_classes(
         check_names(label, texts.get(label, label))
         if not clips:
             raise UserError(f"the class {label!r} has no examples: give one or more")
+        if len(others := {clip.label: clip.table for clip in clips if isinstance(clip, TableRow)}) > 1:
+            raise UserError(
+                f"the examples of {label!r} are of several classes in {next(iter(others.values()))}, {some(others)}:"
+                " give fit the table by itself, or a table whose rows are all of the class"
+            )
     every = [clip for clips in examples.values() for clip in clips]
     found = {index: encoded for batch in encoder.encode(every) for index, encoded in batch}
     classes, first = {}, 0
