@@ -15,29 +15,12 @@ from torch import Tensor
 
 from clip_m2df import FewShotClassifier, UserError
 from clip_m2df.classifier.classifier import NotFittedError
-from clip_m2df.classifier.clips import TOGETHER, Encoded, list_clips, videos_in
+from clip_m2df.classifier.clips import TOGETHER, list_clips, videos_in
 from clip_m2df.classifier.segments import Segment
 from clip_m2df.datasets.feature_tables import write_feature_table
-from tests.classifier.conftest import Make, make_model, noise, plain_model
+from tests.classifier.conftest import Make, as_features, make_model, noise, plain_model, write_table
 
 FRAMES, DIM = 8, 64  # of the small tower, where nobody has said how many frames
-
-
-def encoded(classifier: FewShotClassifier, clips: Sequence[Any]) -> Tensor:
-    """The features ``(n, frames, dim)`` of clips, as the classifier itself computes them."""
-    found = {index: clip for batch in classifier.encoder.encode(clips) for index, clip in batch}
-    kept = [found[index] for index in range(len(clips))]
-    assert all(isinstance(clip, Encoded) for clip in kept)
-    return torch.stack([clip.features for clip in kept if isinstance(clip, Encoded)])
-
-
-def write_table(
-    path: Path, features: Tensor, labels: Sequence[str], classes: Mapping[str, Tensor] | None = None
-) -> Path:
-    """A feature table whose rows are called ``0.mp4`` and so on, in the folder of their label."""
-    rows = [{"path": f"{label}/{n}.mp4", "label": label, "split": "test"} for n, label in enumerate(labels)]
-    write_feature_table(path, rows, features, classes)
-    return path
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -61,7 +44,7 @@ def as_table(classifier: FewShotClassifier, examples: Mapping[str, Sequence[Any]
     """The table of some examples."""
     clips = [clip for own in examples.values() for clip in own]
     labels = [label for label, own in examples.items() for _ in own]
-    return write_table(path, encoded(classifier, clips), labels, **options)
+    return write_table(path, as_features(classifier, clips), labels, **options)
 
 
 def says_the_same(one: FewShotClassifier, these: Any, other: FewShotClassifier, those: Any) -> None:
@@ -83,7 +66,7 @@ def test_features_give_what_their_videos_give(
     head: str, suffix: str, make: Make, examples: dict[str, list[str]], queries: list[Any], tmp_path: Path
 ) -> None:
     videos = make(head).fit(examples)
-    features = encoded(videos, queries)
+    features = as_features(videos, queries)
     support = as_table(videos, examples, tmp_path / f"support.{suffix}")
     clips = write_table(tmp_path / f"clips.{suffix}", features, ["?"] * len(queries))
     with_table = make(head).fit(support)
@@ -92,7 +75,7 @@ def test_features_give_what_their_videos_give(
     # As arrays, one by one and together, of numpy and of torch; and beside videos.
     says_the_same(make(head).fit(support), features.numpy(), videos, queries)
     says_the_same(make(head).fit(examples), [clip.numpy() for clip in features], videos, queries)
-    arrays = {label: encoded(videos, paths) for label, paths in examples.items()}
+    arrays = {label: as_features(videos, paths) for label, paths in examples.items()}
     if head == "otam":  # the sum of a batch's products may be taken in another order
         assert np.array_equal(make(head).fit(arrays).predict_proba(features), videos.predict_proba(queries))
     found = with_table.predict(clips).predictions
@@ -114,8 +97,8 @@ def test_features_may_have_any_floating_type(kind: torch.dtype, make: Make) -> N
 
 def test_why_is_told_without_pixels(make: Make, examples: dict[str, list[str]]) -> None:
     videos, clip = make().fit(examples), noise(3)
-    features = {label: encoded(videos, paths) for label, paths in examples.items()}
-    (query,) = encoded(videos, [clip])
+    features = {label: as_features(videos, paths) for label, paths in examples.items()}
+    (query,) = as_features(videos, [clip])
     why = make().fit(examples).explain(clip)
     blind = make().fit(features).explain(query)
     assert blind.frames is None
@@ -148,8 +131,8 @@ def test_a_tables_class_embeddings_stand_for_prompts(
     model = plain_model("m2df")
     assert not np.allclose(other.predict_proba(queries), videos.predict_proba(queries), atol=1e-4)
     expected = model.model.head(
-        torch.stack([encoded(videos, examples["jump_up"]), encoded(videos, examples["walk"])]),
-        encoded(videos, queries),
+        torch.stack([as_features(videos, examples["jump_up"]), as_features(videos, examples["walk"])]),
+        as_features(videos, queries),
         torch.stack([strange["jump_up"], strange["walk"]]),
     )
     two = other.remove("eat").predict_proba(queries)
@@ -223,7 +206,7 @@ def test_the_first_examples_tell_how_many_frames_there_are(make: Make) -> None:
     with pytest.raises(UserError, match="no example of the class 'b' can be read: array 0 "):
         classifier.fit({"a": random(2, 5, DIM), "b": random(6, DIM)})
     with pytest.raises(NotFittedError):
-        classifier.classes_
+        classifier.predict(random(5, DIM))
     classifier.fit({"a": random(2, 5, DIM), "b": random(5, DIM, seed=1)})
     assert classifier.encoder.reader.frames == 5
     assert classifier.predict(random(5, DIM)) in ("a", "b")

@@ -17,9 +17,21 @@ import torch
 from clip_m2df import CLIPM2DF, FewShotClassifier
 from clip_m2df.cli import main
 from clip_m2df.commands.predict import UntrainedHead
+from clip_m2df.datasets.feature_tables import read_feature_table, write_feature_table
 from clip_m2df.motion_shapes.rendering import write_video
 from clip_m2df.nn.baselines import HEADS, head_class
-from tests.classifier.conftest import LABELS, make_model, predict_args, read_csv, read_lines, reference, videos_of
+from tests.classifier.conftest import (
+    LABELS,
+    Labelled,
+    as_features,
+    make_model,
+    predict_args,
+    read_csv,
+    read_lines,
+    reference,
+    videos_of,
+    write_table,
+)
 from tests.conftest import fails, quiet_trainer
 
 # Tables
@@ -512,3 +524,104 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_work(
     (tmp_path / "a_file").touch()
     said = fails(predict_args(support, [folder], tmp_path / "a_file" / "labels.csv"), capsys)
     assert re.search("cannot write the predictions .*: .*; name a file in a folder that can be written", said)
+
+
+# Feature tables
+
+
+@pytest.fixture(scope="module")
+def tables(support: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Feature tables of the support and of the videos, each computed at once as the command would."""
+    place, videos = tmp_path_factory.mktemp("tables"), videos_of(folder)
+    classifier = FewShotClassifier(CLIPM2DF(backbone="tiny", head="otam", freeze_backbone=True))
+    examples = {label: sorted(map(str, (support / label).iterdir())) for label in sorted(LABELS)}
+    paths = [path for own in examples.values() for path in own]
+    labels = [label for label, own in examples.items() for _ in own]
+    write_table(place / "support.safetensors", as_features(classifier, paths), labels, paths=paths)
+    write_table(place / "clips.parquet", as_features(classifier, videos), ["?"] * len(videos), paths=videos)
+    return place / "support.safetensors", place / "clips.parquet"
+
+
+@pytest.mark.parametrize("more", [[], ["--reject"], ["--head", "nearest_prototype"]])
+def test_a_feature_table_says_what_its_videos_say(
+    more: list[str], tables: tuple[Path, Path], support: Path, folder: Path, tmp_path: Path
+) -> None:
+    examples, clips = tables
+    assert main(predict_args(support, [folder], tmp_path / "videos.csv", *more)) == 0
+    assert main(predict_args(examples, [clips], tmp_path / "tables.csv", *more)) == 0
+    assert main(predict_args(examples, [folder], tmp_path / "mixed.csv", *more)) == 0
+    expected = (tmp_path / "videos.csv").read_bytes()
+    assert (tmp_path / "tables.csv").read_bytes() == (tmp_path / "mixed.csv").read_bytes() == expected
+
+
+def test_a_run_over_feature_tables_goes_on_where_it_was(
+    tables: tuple[Path, Path], tmp_path: Path, labelled: Labelled, capsys: pytest.CaptureFixture[str]
+) -> None:
+    support, clips = (Path(shutil.copy(table, tmp_path)) for table in tables)
+    run = predict_args(support, [clips], tmp_path / "labels.csv")
+    assert main(run) == 0
+    whole = (tmp_path / "labels.csv").read_bytes()
+    names = labelled.forget()
+    labelled.most = 4
+    assert main(run) == 130
+    labelled.most = -1
+    labelled.forget()
+    assert main(run) == 0
+    assert labelled.forget() == names[4:]
+    assert (tmp_path / "labels.csv").read_bytes() == whole
+    # Other features, and other embeddings of the classes, are another run.
+    labelled.most = 4
+    assert main(run) == 130
+    labelled.most = -1
+    labelled.forget()
+    kept = read_feature_table(support)
+    rows = [{"path": v.path, "label": v.label, "split": v.split} for v in kept.manifest.videos]
+    own = {label: torch.ones(kept.dim) for label in LABELS}
+    write_feature_table(support, rows, kept.features, own)
+    capsys.readouterr()
+    assert main(run) == 0
+    assert "another model, support or options: starting anew" in " ".join(capsys.readouterr().out.split())
+    assert labelled.forget() == names
+
+
+def test_segments_and_the_report_of_feature_tables(
+    tables: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    support, clips = tables
+    page, table = tmp_path / "page.html", tmp_path / "labels.csv"
+    assert main(predict_args(support, [clips], table, "--report", str(page))) == 0
+    text = page.read_text(encoding="utf-8")
+    assert text.count("<details>") == len(read_csv(table))
+    assert "data:image/jpeg" not in text
+    classifier = FewShotClassifier(CLIPM2DF(backbone="tiny", head="otam", freeze_backbone=True)).fit(support)
+    features = read_feature_table(clips).features
+    sliding = ["--segments", "--window", "1.5", "--report", str(page)]
+    assert main(predict_args(support, [clips], table, *sliding, "--fps", "4")) == 0
+    rows = read_csv(table)
+    for video, own in zip(videos_of_rows(rows), features, strict=True):
+        found = classifier.segments(own, window=1.5, fps=4.0)
+        said = [(float(row["start"]), float(row["end"]), row["label"]) for row in rows if row["path"] == video]
+        assert said == [(pytest.approx(s.start, abs=1e-3), pytest.approx(s.end, abs=1e-3), s.label) for s in found]
+    assert main(predict_args(support, [clips], table, "--segments")) == 1
+    assert {row["error"] for row in read_csv(table)} == {
+        "features have no times: give fps, how many of them make a second"
+    }
+
+
+def videos_of_rows(rows: list[dict[str, str]]) -> list[str]:
+    return list(dict.fromkeys(row["path"] for row in rows))
+
+
+def test_feature_tables_of_no_use(
+    tables: tuple[Path, Path], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    support, clips = tables
+    wide = write_table(tmp_path / "wide.safetensors", torch.ones(2, 8, 32), ["a", "b"])
+    message = "wide.safetensors are 8 frames of width 32, and tiny takes 8 of width 64"
+    for args in ((wide, [clips]), (support, [wide]), (support, [wide], "--segments", "--fps", "4")):
+        assert message in fails(predict_args(args[0], list(args[1]), tmp_path / "x.csv", *args[2:]), capsys)
+    copied = shutil.copy(clips, tmp_path / "again.parquet")
+    for videos in ([clips, copied], [clips, folder], [folder, clips]):
+        assert "is there twice, in " in fails(predict_args(support, videos, tmp_path / "x.csv"), capsys)
+    assert "there is no feature table" in fails(predict_args(support, ["no.parquet"], tmp_path / "x.csv"), capsys)
+    assert main(predict_args(support, [clips, clips], tmp_path / "x.csv")) == 0

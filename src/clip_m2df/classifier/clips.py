@@ -426,12 +426,8 @@ class ClipEncoder:
         Raises:
             UserError: there is no tower for a clip that needs one, or a table's features are not the model's.
         """
+        self.check(clips)
         read = [index for index, clip in enumerate(clips) if not has_features(clip)]
-        if read:
-            self.check_tower(clips[read[0]])
-        for table, features in {clip.table: clip.features for clip in clips if isinstance(clip, TableRow)}.items():
-            if wrong := self._mismatch(features):
-                raise UserError(f"the features in {table} {wrong}")
         with_features = ((i, self._known(clip)) for i, clip in enumerate(clips) if has_features(clip))
         options: dict[str, Any] = {"workers": self.workers, "timeout": self.timeout}
         frames = ((read[i], found) for i, found in read_clips([clips[i] for i in read], self.reader, **options))
@@ -461,27 +457,35 @@ class ClipEncoder:
             return Unreadable(f"its features {wrong}")
         return Encoded(features.to(self.model.device), None)
 
-    def _mismatch(self, features: Tensor, frames: int | None = None) -> str:
+    def _mismatch(self, features: Tensor, *, any_length: bool = False) -> str:
         """What is wrong with the shape of a clip's features, if anything is."""
-        dim, frames = self.model.model.backbone.dim, self.reader.frames if frames is None else frames
-        if tuple(features.shape) == (frames, dim):
+        dim, frames = self.model.model.backbone.dim, self.reader.frames
+        if features.shape[-1] == dim and (any_length or len(features) == frames):
             return ""
         return (
             f"are {len(features)} frames of width {features.shape[-1]}, and {self.model.source} takes {frames} of width"
             f" {dim}: compute them with the tower that the model knows, and as many frames a clip"
         )
 
-    def check_tower(self, clip: Clip) -> None:
-        """Refuse a clip whose frames the model can't see.
+    def check(self, clips: Sequence[Clip], *, any_length: bool = False) -> None:
+        """Refuse clips that are of no use as a whole.
+
+        Args:
+            clips: to be encoded.
+            any_length: features may have any number of frames.
 
         Raises:
-            UserError: the model has no tower.
+            UserError: there is no tower for a clip that needs one, or a table's features are not the model's.
         """
-        if not has_tower(self.model):
+        read = next((clip for clip in clips if not has_features(clip)), None)
+        if read is not None and not has_tower(self.model):
             raise UserError(
-                f"{self.model.source} has no tower, and can't see {name_of(clip) or 'frames in memory'}: give features,"
+                f"{self.model.source} has no tower, and can't see {name_of(read) or 'frames in memory'}: give features,"
                 " as a table (clip-m2df encode makes one of videos) or as arrays (frames, dim)"
             )
+        for table, features in {clip.table: clip.features for clip in clips if isinstance(clip, TableRow)}.items():
+            if wrong := self._mismatch(features, any_length=any_length):
+                raise UserError(f"the features in {table} {wrong}")
 
     def long_features(self, clip: Clip) -> Tensor:
         """The features of a long video that comes as such, ``(frames, dim)``, on the model's device.
@@ -490,7 +494,7 @@ class ClipEncoder:
             UserError: they are not finite, or of another width.
         """
         features = as_features(clip)
-        if wrong := self._mismatch(features, len(features)):
+        if wrong := self._mismatch(features, any_length=True):
             raise UserError(f"the features of {name_of(clip) or 'a video in memory'} {wrong}")
         return features.to(self.model.device)
 

@@ -108,11 +108,11 @@ def find_segments(
         fps: frames a second, where there are no times.
         threshold: the distance beyond which a moment is none of the classes.
     """
+    encoder.check([video], any_length=True)
     if has_features(video):
         known = encoder.long_features(video)
         features = known[_numbers_at("features", len(known), windows.rate, fps)]
     else:
-        encoder.check_tower(video)
         cropped = map(encoder.reader.crop, _frames_at(video, windows.rate, fps))
         encoded = []
         while chunk := list(itertools.islice(cropped, CHUNK)):

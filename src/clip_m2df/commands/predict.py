@@ -359,6 +359,7 @@ class _Labeller:
             for index, found in self.classifier.classify(clips, reject=self.reject):
                 yield index, [self.broken_row(found.error) if found.label is None else self._row(found)]
             return
+        self.classifier.encoder.check(clips, any_length=True)
         for index, clip in enumerate(clips):
             try:
                 segments = self.classifier.segments(clip, reject=self.reject, **self.sliding)
