@@ -522,7 +522,8 @@ class ClipEncoder:
         """
         device, half = self.model.device, PRECISIONS[self.precision]
         with torch.autocast(device.type, half, enabled=half is not None):
-            features = self.model.model.encode_frames(frames.to(device)).float()
+            features = self.model.model.encode_frames(frames.to(device))
+        features = features.to(self.model.model.head.scale.dtype)
         check_finite(features, self.model.source)
         if not features.any():
             raise UserError(

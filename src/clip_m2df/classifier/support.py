@@ -168,8 +168,10 @@ def make_classes(
         texts: what prompts say, where that is not the name in plain words.
 
     Raises:
-        UserError: a name that is none, or a class without an example that can be read.
+        UserError: a name that is none, a class without an example that can be read, or a tower without text under a
+            head that needs prompts.
     """
+    encoder.model.model.check_has_prompts()
     examples = {label: unique(clips) for label, clips in examples.items()}
     for label, clips in examples.items():
         check_names(label, texts.get(label, label))

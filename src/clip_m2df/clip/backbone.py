@@ -7,14 +7,17 @@ needs neither.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
@@ -38,7 +41,11 @@ _REMEDY = (
 )
 
 # The keys of ``backbone_options``.
-BACKBONE_OPTIONS = ("activation", "head_width", "tokenizer", "mean", "std")
+BACKBONE_OPTIONS = ("activation", "head_width", "tokenizer", "mean", "std", "image_size", "dtype")
+# What weights can be held in, by torch's names.
+DTYPES = ("float32", "bfloat16", "float16")
+# Side of an image in pixels beyond which memory does not suffice.
+MOST_SIDE = 4096
 
 
 class CLIPBackbone(nn.Module):
@@ -55,6 +62,8 @@ class CLIPBackbone(nn.Module):
         mean: What ``normalise`` subtracts, a number a channel.
         std: What it divides by.
         interpolation: How images were resized for the tower in its training: ``bilinear`` or ``bicubic``.
+        dtype: What the towers' weights are held in, and images and texts computed in: ``float32``, ``bfloat16`` or
+            ``float16``. Mean and std stay in float32.
         source: Where the weights came from, for messages and the record.
         freeze_batch_norm: Keep batch norm in evaluation mode whatever ``train()`` says. Change the attribute and call
             ``train()`` to let it move.
@@ -78,6 +87,7 @@ class CLIPBackbone(nn.Module):
         mean: Sequence[float] = CLIP_MEAN,
         std: Sequence[float] = CLIP_STD,
         interpolation: str = "bilinear",
+        dtype: str = "float32",
         source: str = "",
         freeze_batch_norm: bool = True,
     ) -> None:
@@ -104,6 +114,7 @@ class CLIPBackbone(nn.Module):
         # Not in the state dict: they belong to the description, and weights from elsewhere don't have them.
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1), persistent=False)
+        self.hold_in(dtype)
         self.train()
 
     # Making one
@@ -120,13 +131,16 @@ class CLIPBackbone(nn.Module):
             freeze_batch_norm: Keep batch norm in evaluation mode whatever ``train()`` says.
             **options: What the weights don't tell, or tell otherwise: ``activation`` and ``head_width`` of weights in
                 OpenAI's layout, see :meth:`from_openai`; ``tokenizer``, where it lies; ``mean`` and ``std``, three
-                numbers each for pixels between 0 and 1. None is as good as not given.
+                numbers each for pixels between 0 and 1; ``image_size``, see :meth:`resize`; ``dtype``, what the weights
+                are held in, whatever the file has: ``float32`` (the default), ``bfloat16`` or ``float16``. None is as
+                good as not given.
 
         Raises:
             UserError: There is no such thing, it can't be fetched, or it isn't CLIP; an option that there is not, that
                 has another value, or that this format has no use for.
         """
         given, name = check_options(options), os.fspath(name)
+        image_size, dtype = given.pop("image_size", None), given.pop("dtype", "float32")
         if name == "rn50":
             _check_known(given, formats.OPENAI, "rn50 is OpenAI's")
             folder = formats.fetch(formats.RN50_REPOSITORY, [[formats.RN50_FILE]])
@@ -149,6 +163,14 @@ class CLIPBackbone(nn.Module):
         if "tokenizer" in given and backbone.text is None:
             raise UserError(f"backbone_options.tokenizer: the weights of {name!r} have no text tower; leave it out")
         backbone.source = name
+        own = backbone.image_size
+        if image_size not in (None, own):
+            backbone.resize(image_size)
+            warnings.warn(
+                f"{name} was made for images of {own} pixels: its positions are interpolated to those of {image_size}",
+                stacklevel=2,
+            )
+        backbone.hold_in(dtype)
         backbone.freeze_batch_norm = freeze_batch_norm
         return backbone.train()
 
@@ -331,6 +353,54 @@ class CLIPBackbone(nn.Module):
         mine = nn.ModuleDict({"visual": self.visual}) if visual_only else self
         formats.load_weights(mine, state, formats.openai_name, "the file")
 
+    def resize(self, image_size: int) -> None:
+        """Have the visual tower take images of another size: its position embeddings are interpolated.
+
+        They are so as by transformers' ``interpolate_pos_encoding``: bicubic over the grid of patches; those of other
+        tokens stay.
+
+        Args:
+            image_size: Height and width of the images, a multiple of the patch's (of a ResNet, of 32).
+
+        Raises:
+            UserError: It is no such multiple.
+        """
+        if image_size == self.image_size:
+            return
+        name, others, patch = _positions(self.visual_config)
+        if image_size % patch:
+            near = sorted({max(image_size // patch, 1) * patch, (image_size // patch + 1) * patch})
+            raise UserError(
+                f"backbone {self.source!r} can't take images of {image_size} pixels, which is no multiple of its"
+                f" patches' {patch}: give {' or '.join(map(str, near))}"
+            )
+        state = self.visual.state_dict()
+        grid = image_size // patch
+        state[name] = _interpolated(state[name], others, grid)
+        self.visual_config["image_size"] = self.image_size = image_size
+        self.visual = visual_tower(self.visual_config).to(state[name])
+        self.visual.load_state_dict(state)
+        self.train(self.training)
+
+    def hold_in(self, dtype: str) -> None:
+        """Hold the towers' weights in another type, see the argument ``dtype``.
+
+        Raises:
+            UserError: It is none of those.
+        """
+        if dtype not in DTYPES:
+            raise UserError(f"dtype is {dtype!r:.80}; it must be one of {', '.join(DTYPES)}")
+        self.dtype = dtype
+        for tower in filter(None, (self.visual, self.text)):
+            tower.to(getattr(torch, dtype))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        mean, std = self.mean, self.std
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.mean.dtype in (torch.float16, torch.bfloat16):  # as a Trainer's bf16-true asks of all of a model
+            self.mean, self.std = mean.to(self.mean.device), std.to(self.std.device)
+        return self
+
     def description(self) -> dict[str, Any]:
         """All but the weights, in plain types that a weights-only ``torch.load`` reads.
 
@@ -347,6 +417,7 @@ class CLIPBackbone(nn.Module):
             "mean": self.mean.flatten().tolist(),
             "std": self.std.flatten().tolist(),
             "interpolation": self.interpolation,
+            "dtype": self.dtype,
             "source": self.source,
             "freeze_batch_norm": self.freeze_batch_norm,
         }
@@ -496,6 +567,13 @@ def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
             raise UserError(
                 f"backbone_options.{option} is {given[option]!r:.80}; it must be three finite numbers{above}"
             )
+    size = given.get("image_size", 1)
+    if type(size) is not int or not 1 <= size <= MOST_SIDE:
+        raise UserError(
+            f"backbone_options.image_size is {size!r:.80}; it must be a whole number of pixels, at most {MOST_SIDE}"
+        )
+    if given.get("dtype", "float32") not in DTYPES:
+        raise UserError(f"backbone_options.dtype is {given['dtype']!r:.80}; it must be one of {', '.join(DTYPES)}")
     if not isinstance(given.get("tokenizer", ""), str):
         raise UserError(f"backbone_options.tokenizer is {given['tokenizer']!r:.80}; it must be a file or a folder")
     return given
@@ -524,6 +602,23 @@ class _Tower(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         embeddings: Tensor = getattr(self.model(x), self.output)
         return embeddings
+
+
+def _positions(visual_config: Mapping[str, Any]) -> tuple[str, int, int]:
+    """Of a visual tower the name of its position embeddings, how many are no patch's, and the patch's side."""
+    if visual_config["kind"] == "resnet":
+        return "attnpool.positional_embedding", 1, 32
+    return "model.vision_model.embeddings.position_embedding.weight", 1, int(visual_config["patch_size"])
+
+
+def _interpolated(positions: Tensor, others: int, grid: int) -> Tensor:
+    """Position embeddings ``(…, others + own_grid², dim)`` for another grid: ``(…, others + grid², dim)``."""
+    patches = positions[..., others:, :].float()
+    own = math.isqrt(patches.shape[-2])
+    square = patches.reshape(-1, own, own, patches.shape[-1]).permute(0, 3, 1, 2)
+    resized = F.interpolate(square, size=(grid, grid), mode="bicubic", align_corners=False)
+    flat = resized.permute(0, 2, 3, 1).reshape(*positions.shape[:-2], grid * grid, -1)
+    return torch.cat((positions[..., :others, :], flat.to(positions.dtype)), -2)
 
 
 def visual_tower(config: Mapping[str, Any]) -> nn.Module:

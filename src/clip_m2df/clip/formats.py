@@ -377,7 +377,9 @@ def told_options(description: Mapping[str, Any]) -> dict[str, Any]:
         heads, activation = vision.get("head_width", OPENAI["head_width"]), text.get("hidden_act")
         if vision["kind"] == "vit":
             heads, activation = vision["hidden_size"] // vision["num_attention_heads"], vision["hidden_act"]
-        return {"activation": activation, "head_width": heads, "mean": description["mean"], "std": description["std"]}
+        own = {"image_size": vision["image_size"], "dtype": description.get("dtype", "float32")}
+        own |= {"mean": description["mean"], "std": description["std"]}
+        return {"activation": activation, "head_width": heads, **own}
     except (ArithmeticError, AttributeError, LookupError, TypeError):
         return {}
 

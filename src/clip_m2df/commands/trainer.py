@@ -273,6 +273,8 @@ class CLI(LightningCLI):
                 return
             self._take_options_from(self.checkpoint, config)
             self.parser.add_instantiator(partial(_build_model, self.saved_options), CLIPM2DF, subclasses=False)
+        elif config.data.size is not None:
+            self.parser.add_instantiator(partial(_build_sized, config.data.size), CLIPM2DF, subclasses=False)
 
     def after_instantiate_classes(self) -> None:
         """Check that the data module makes frames of the tower's size; leave cores to the workers that decode.
@@ -289,11 +291,11 @@ class CLI(LightningCLI):
                 " cores decode no faster, and take memory",
                 stacklevel=2,
             )
-        size, wanted = self.datamodule.reader.size, self.model.model.backbone.image_size
-        if size != wanted:
+        size, wanted = self.datamodule.size, self.model.image_size
+        if size not in (None, wanted):
             raise UserError(
-                f"data.size is {size}, but the tower takes frames of {wanted} pixels: give --data.size {wanted}, and"
-                f" --data.resize {wanted} or more"
+                f"data.size is {size}, but the tower takes frames of {wanted} pixels, which a checkpoint keeps: give"
+                f" --data.size {wanted}, and --data.resize {wanted} or more"
             )
 
     def _take_published(self, config: Namespace) -> None:
@@ -345,6 +347,18 @@ class CLI(LightningCLI):
 def _build_model(saved_options: dict[str, Any], cls: type[CLIPM2DF], *args: Any, **kwargs: Any) -> CLIPM2DF:
     """With the towers' description that a checkpoint holds: as an option it would be parsed once more."""
     return cls(*args, **kwargs | saved_options | {"backbone_options": None})
+
+
+def _build_sized(
+    size: int, cls: type[CLIPM2DF], *args: Any, backbone_options: dict[str, Any] | None = None, **kwargs: Any
+) -> CLIPM2DF:
+    """With a tower for frames of some size, whatever its own was."""
+    options = dict(backbone_options or {})
+    if options.setdefault("image_size", size) not in (None, size):
+        raise UserError(
+            f"data.size is {size}, and model.backbone_options.image_size {options['image_size']}: leave out one of them"
+        )
+    return cls(*args, backbone_options=options | {"image_size": size}, **kwargs)
 
 
 def _build_published(path: str, cls: type[CLIPM2DF], *, backbone: str, **options: Any) -> CLIPM2DF:

@@ -89,11 +89,12 @@ class EpisodeDataModule(lightning.LightningDataModule):
             ``direct`` one for each, as published, and either repeats. ``window``: evenly spaced over all but the last
             35 frames, as CLIP-FSAR does on Kinetics. ``linspace``: evenly spaced from the second frame to the last but
             one, from end to end with a jitter in training, as CLIP-M²DF's own code does.
-        resize: short side of the frames in pixels before the crop.
+        resize: short side of the frames in pixels before the crop; by default 8/7 of ``size``, 256 for 224.
         resize_mode: ``short_side``: bilinear, antialiased, the aspect kept; ``short_side_bicubic``: the same by bicubic
             interpolation; ``squash``: both sides to ``resize``, bilinear, not antialiased, as CLIP-FSAR does. By
             default ``short_side_bicubic`` where the tower was trained with it, or else ``short_side``.
-        size: side of the square crop in pixels, what the visual tower takes.
+        size: side of the square crop in pixels, what the visual tower takes; by default the tower's own. On the command
+            line another one changes a tower whose weights are loaded anew: its position embeddings are interpolated.
         flip: mirror half of the training clips. Leave it off where classes have a left and a right.
         jitter_queries: mirror half of the training *queries* and change their colours (brightness, contrast and
             saturation by up to a half, hue by up to a quarter, three in ten grey), as CLIP-FSAR does on Kinetics.
@@ -135,9 +136,9 @@ class EpisodeDataModule(lightning.LightningDataModule):
         eval_seed: int = 0,
         frames: int = 8,
         sampling: Sampling = "segments",
-        resize: int = 256,
+        resize: int | None = None,
         resize_mode: ResizeMode | None = None,
-        size: int = 224,
+        size: int | None = None,
         flip: bool = False,
         jitter_queries: bool = False,
         decoder: Decoder = "auto",
@@ -150,15 +151,13 @@ class EpisodeDataModule(lightning.LightningDataModule):
     ) -> None:
         super().__init__()
         require(least=1, n_shot=n_shot, train_n_shot=train_n_shot, n_query=n_query, n_query_eval=n_query_eval)
-        require(least=1, val_episodes=val_episodes, test_episodes=test_episodes, frames=frames, size=size)
+        require(least=1, val_episodes=val_episodes, test_episodes=test_episodes, frames=frames, resize=resize, size=size)
         require(least=1, batch_size=batch_size, episodes_per_step=episodes_per_step, validate_every=validate_every)
         require(least=0, seed=seed, eval_seed=eval_seed, num_workers=num_workers)
         require(least=0, train_augmentations=train_augmentations)
         require(least=2, n_way=n_way)
         require(above=0, stuck_after=stuck_after)
         require(least=0, most=1, max_unusable=max_unusable)
-        if resize < size:
-            raise UserError(f"resize {resize} is smaller than size {size}, the crop; give at least {size}")
         if store is not None and os.path.exists(store) and not os.path.isdir(store):
             raise UserError(f"store {store} is no folder; name one, which is made if need be")
         if decoder in ("decord", "torchcodec") and importlib.util.find_spec(decoder) is None:
@@ -200,11 +199,11 @@ class EpisodeDataModule(lightning.LightningDataModule):
         self.train_augmentations = train_augmentations
         self.seed = seed
         self.eval_seed = eval_seed
+        self.resize = resize
         self.resize_mode = resize_mode
+        self.size = size
         self.jitter_queries = jitter_queries
-        self.reader = ClipReader(
-            frames, resize, size, flip, decoder, resize_mode=resize_mode or "short_side", sampling=sampling
-        )
+        self.reader = ClipReader(frames, flip=flip, decoder=decoder, sampling=sampling, **self._looks(None))
         self.batch_size = batch_size
         self.episodes_per_step = episodes_per_step
         self.validate_every = validate_every
@@ -250,7 +249,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
         """
         if stage != "test" and self.knobs != motion_shapes.NO_KNOBS:
             raise UserError("data.knobs makes test episodes harder; leave it out for anything but a test")
-        self._resize_as_the_tower()
+        self._look_as_the_tower()
         if self.manifest is None:
             self._read_manifest()
         for option in ("val_episodes", "test_episodes"):
@@ -275,14 +274,28 @@ class EpisodeDataModule(lightning.LightningDataModule):
         if name in self._tables and (self.evaluation == "direct" or stage == "fit"):
             self._check_videos(name)
 
-    def _resize_as_the_tower(self) -> None:
-        """Without ``resize_mode``, resize frames as images were for the model's tower, which may be a new one."""
-        if self.resize_mode is None and self.trainer:
-            mode: ResizeMode = getattr(self.trainer.lightning_module, "resize_mode", "short_side")
-            if mode != self.reader.resize_mode:
-                self.reader = dataclasses.replace(self.reader, resize_mode=mode, cache=None)
-                self.manifest = None
-                self._datasets, self._tables, self._checked = {}, {}, set()
+    def _looks(self, model: object) -> dict[str, Any]:
+        """How frames are resized and cropped: what no option says is as for the tower of a model.
+
+        Raises:
+            UserError: the crop is larger than the frames.
+        """
+        own = getattr(model, "image_size", None)
+        size = self.size or (own if isinstance(own, int) else 224)
+        resize = self.resize or round(size * 8 / 7)
+        if resize < size and (self.size or own):
+            whose = "size" if self.size else "the tower's size"
+            raise UserError(f"resize {resize} is smaller than {whose} {size}, the crop; give at least {size}")
+        mode = self.resize_mode or getattr(model, "resize_mode", "short_side")
+        return {"resize": resize, "size": size, "resize_mode": mode}
+
+    def _look_as_the_tower(self) -> None:
+        """Have frames as the tower of the Trainer's model takes them, which may be a new one."""
+        looks = self._looks(self.trainer.lightning_module) if self.trainer else {}
+        if any(value != getattr(self.reader, name) for name, value in looks.items()):
+            self.reader = dataclasses.replace(self.reader, **looks, cache=None)
+            self.manifest = None
+            self._datasets, self._tables, self._checked = {}, {}, set()
 
     def _check_decoder(self, name: str) -> None:
         """Refuse at the start a split of which the decoder that was chosen may give other frames."""

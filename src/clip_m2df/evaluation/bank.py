@@ -305,9 +305,10 @@ class FeatureStore:
         self.key = digest_of(how, tower)
         self.shape = shape
         self.path = Path(folder) / f"features-{self.key[:16]}.safetensors"
-        # Under autocast features are half as wide as weights; the key tells the precision.
+        # Under autocast features are half as wide as weights, and of a tower held in half precision twice as wide; the
+        # key tells both.
         self.dtypes = {torch.float16, torch.bfloat16} if "mixed" in how else set()
-        self.dtypes |= {weight.dtype for weight in tower.parameters()}
+        self.dtypes |= {torch.float32, *(weight.dtype for weight in tower.parameters())}
 
     def read(self) -> dict[str, Tensor]:
         """Features ``(frames, dim)`` by what tells their video; nothing where there are none that can be trusted.

@@ -64,7 +64,7 @@ class Explanation(NamedTuple):
         distance: to the closest class, fused, above the least that there can be: 0 where all frames of both are the
             same picture. Of a head that measures none, by how much its highest logit is below the highest possible.
         prompt: the class whose prompt PPS chose; None without PPS, or where the clip got an expectation over all.
-        prompt_probabilities: PPS's, by class.
+        prompt_probabilities: PPS's, by class; empty where there are no prompts, of a tower without text.
         frame_scores: ``(n_way, frames)``, cosines of PPS between each class's prompt and each frame.
         counted: bool ``(n_way, frames)``, those that a prompt's score is the mean of.
         views: what each view alone says; empty for a head without views.
@@ -118,7 +118,7 @@ class Explanation(NamedTuple):
         shown = likeliest(self.prompt_probabilities)[:most]
         if self.prompt is not None and self.prompt not in shown:
             shown[-1] = self.prompt
-        rows = zip(self.prompt_probabilities, self.frame_scores.tolist(), self.counted.tolist(), strict=True)
+        rows = zip(self.prompt_probabilities, self.frame_scores.tolist(), self.counted.tolist(), strict=False)
         scores = {
             name: PromptScore(name, self.prompt_probabilities[name], cosines, counted, name == self.prompt)
             for name, cosines, counted in rows
@@ -161,7 +161,7 @@ def explain(
         output: what it says of this one query: ``n_queries`` is 1, and there are no leading axes.
         prototypes: ``(n_way, …)``.
         query: features ``(frames, dim)``.
-        prompts: ``(n_way, dim)``.
+        prompts: ``(n_way, dim)``; all zero where there are none.
         draws: ``(1)``, where PPS samples.
         class_names: all different.
         label: the answer, see :class:`Explanation`.
@@ -182,7 +182,7 @@ def explain(
         threshold=threshold,
         distance=-float(logits.max()) - head.least_distance(len(query)),
         prompt=None if evidence.chosen in (None, -1) else names[evidence.chosen],
-        prompt_probabilities=_by_class(names, output.prompt_probabilities[0]),
+        prompt_probabilities=_by_class(names, output.prompt_probabilities[0]) if prompts.any() else {},
         frame_scores=evidence.frame_scores,
         counted=evidence.counted,
         views={
@@ -229,7 +229,8 @@ def parts(found: Explanation) -> tuple[list[Figure], list[Figure]]:
     left = [_answer(found), _probabilities(found)]
     if found.views:
         left.append(_votes(found))
-    left.append(prompt_map(found.prompt_scores(), found.frames, title))
+    if found.prompt_probabilities:
+        left.append(prompt_map(found.prompt_scores(), found.frames, title))
     aligned = found.compared_alignments()
     shots = " (its closest example)" if found.examples else ""
     title = f"soft alignment: rows are the clip's frames, columns those of the class{shots}"

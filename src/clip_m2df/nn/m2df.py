@@ -127,6 +127,13 @@ class M2DFHead(Head):
         selection = self.train_selection if self.training else self.selection
         return "none" if not self.pps else "mixture" if selection == "expectation" else "class"
 
+    @property
+    def without_prompts(self) -> str:
+        """Without PPS, and without reliability by text, token 0 of shots and queries alike may be zero."""
+        if not self.pps and ("text" not in self.reliability or len(self.views) == 1):
+            return ""
+        return "set of model.head_options pps to false and reliability to [visual] or [], or take the head otam"
+
     def embed(self, videos: Tensor, prompt: Tensor | None) -> Embedded:
         """The fused sequence ``(…, 1 + frames, dim)`` of each view: token 0 is the text part, the others the visual."""
         prompt = torch.zeros_like(videos[..., 0, :]) if prompt is None else prompt
@@ -265,6 +272,7 @@ class M2DF(nn.Module):
 
     Attributes:
         distinct_prompts: refuse classes that have one prompt; by default where the head's scores depend on prompts.
+        without_prompts: what to change so that the scores need no prompts; "" where they don't.
     """
 
     def __init__(
@@ -280,6 +288,7 @@ class M2DF(nn.Module):
         self.templates = check_templates(template)
         self.freeze_backbone = freeze_backbone
         self.distinct_prompts = head.uses_prompts
+        self.without_prompts = head.without_prompts
         backbone.visual.requires_grad_(not freeze_backbone)
         if backbone.text is not None:
             backbone.text.requires_grad_(False)
@@ -355,9 +364,13 @@ class M2DF(nn.Module):
         return self
 
     def encode_frames(self, frames: Tensor) -> Tensor:
-        """Features of uint8 ``frames (…, 3, height, width)``: ``(…, dim)``, not L2-normalised."""
+        """Features of uint8 ``frames (…, 3, height, width)``: ``(…, dim)``, not L2-normalised.
+
+        They have the head's floating type, whatever the tower's weights are held in; under autocast, autocast's.
+        """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_backbone):
-            return self.backbone.encode_frames(self.backbone.normalise(frames))
+            features = self.backbone.encode_frames(self.backbone.normalise(frames))
+            return features if torch.is_autocast_enabled(features.device.type) else features.to(self.head.scale.dtype)
 
     def encode_episode(self, episode: Episode) -> tuple[Tensor, Tensor]:
         """Features of the support ``(…, n_shot, frames, dim)`` and the queries ``(…, frames, dim)`` of a batch."""
@@ -380,13 +393,19 @@ class M2DF(nn.Module):
     def encode_prompts(self, class_names: Sequence[str], labels: Sequence[str] | None = None) -> Tensor:
         """The prompt table ``(n_classes, dim)`` of these classes, float32, computed once and kept.
 
+        Of a tower without text they are zero: heads that need no prompts take them for none.
+
         Args:
             class_names: what the prompts say.
             labels: what messages call the classes; the same by default.
 
         Raises:
-            UserError: two classes have one prompt, see :meth:`check_prompts`.
+            UserError: two classes have one prompt, see :meth:`check_prompts`; or the tower has no text, and the scores
+                need prompts.
         """
+        self.check_has_prompts()
+        if not self.has_prompts:
+            return torch.zeros(len(class_names), self.backbone.dim, device=self.device)
         names = tuple(class_names)
         device = self.device
         if names not in self._prompt_tables or self._prompt_tables[names].device != device:
@@ -398,6 +417,23 @@ class M2DF(nn.Module):
                 self._prompt_tables[names] = ensemble(embeddings)
         return self._prompt_tables[names]
 
+    @property
+    def has_prompts(self) -> bool:
+        """Whether there is a text tower to make them."""
+        return self.backbone.text is not None
+
+    def check_has_prompts(self) -> None:
+        """Refuse a tower without text where the scores need prompts.
+
+        Raises:
+            UserError: says what to change.
+        """
+        if self.without_prompts and not self.has_prompts:
+            raise UserError(
+                f"the weights of backbone {self.backbone.source!r} have no text tower, and so there are no prompts, by"
+                f" which the model would score: {self.without_prompts}; or take weights that have both towers"
+            )
+
     def check_prompts(self, class_names: Sequence[str], labels: Sequence[str]) -> None:
         """Refuse classes that have one prompt, where ``distinct_prompts`` says so.
 
@@ -408,7 +444,7 @@ class M2DF(nn.Module):
         Raises:
             UserError: names two such classes.
         """
-        if self.distinct_prompts and len(class_names) > 1:
+        if self.distinct_prompts and self.has_prompts and len(class_names) > 1:
             prompts = [self.backbone.tokenize(fill_template(t, class_names)) for t in self.templates]
             check_distinct(torch.stack(prompts), class_names, labels)
 

@@ -105,7 +105,8 @@ class CLIPM2DF(lightning.LightningModule):
             OpenAI's layout; ``rn50`` for the public ResNet-50; ``tiny`` for the small CLIP that comes with the package.
         backbone_options: what the weights don't tell, or tell otherwise: ``activation`` (``gelu`` or ``quick_gelu``)
             and ``head_width`` of weights in OpenAI's layout; ``tokenizer``, a file or a folder; ``mean`` and ``std``,
-            three numbers each for pixels between 0 and 1.
+            three numbers each for pixels between 0 and 1; ``image_size``, to which position embeddings are
+            interpolated; ``dtype``, what the weights are held in: ``float32``, ``bfloat16`` or ``float16``.
         head: what scores the queries: ``m2df``; for comparison ``clip_fsar``, ``otam``, ``bi_mhm``,
             ``nearest_prototype`` or ``zero_shot``; or the class path of another head.
         head_options: options of the head's class; for ``m2df`` those of :class:`clip_m2df.nn.m2df.M2DFHead`.
@@ -215,7 +216,10 @@ class CLIPM2DF(lightning.LightningModule):
         if gradient_checkpointing:
             tower.enable_gradient_checkpointing()
         self.model = M2DF(tower, build_head(head, {"dim": tower.dim, **own}), template, freeze_backbone)
-        self.model.distinct_prompts |= bool(class_weight or text_fusion)
+        for name, value in (("class_weight", class_weight), ("text_fusion", text_fusion)):
+            if value:
+                self.model.distinct_prompts = True
+                self.model.without_prompts = f"set model.{name} to 0"
         if compile:  # in place, so that the weights keep their names
             tower.visual.compile()
             self.model.head.compile()
@@ -262,6 +266,19 @@ class CLIPM2DF(lightning.LightningModule):
         """How frames are resized as images were in the training of the tower."""
         bicubic = cast(CLIPBackbone, self.model.backbone).interpolation == "bicubic"
         return "short_side_bicubic" if bicubic else "short_side"
+
+    @property
+    def image_size(self) -> int:
+        """Height and width in pixels of the frames that the tower takes."""
+        return self.model.backbone.image_size
+
+    def setup(self, stage: str) -> None:
+        """Refuse, before videos are read, a tower without text under a head that needs prompts.
+
+        Raises:
+            UserError: says what to do.
+        """
+        self.model.check_has_prompts()
 
     def forward(self, episode: Episode | FeatureEpisode) -> HeadOutput:
         """Score the queries of a batch of episodes."""
@@ -341,7 +358,7 @@ class CLIPM2DF(lightning.LightningModule):
 
         share = 0.0 if stage == "train" else self.text_fusion
         scores = fuse_text(self.model.head, share, output.logits, query, prompts)
-        self._metrics_of(stage).count(output, scores.argmax(-1), episode, losses)
+        self._metrics_of(stage).count(output, scores.argmax(-1), episode, losses, prompts=self.model.has_prompts)
         return loss, Played(episode, prompts, output, scores)
 
     # ---------------------------------------------------------------------------------------- features
