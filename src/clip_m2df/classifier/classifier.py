@@ -20,7 +20,6 @@ from clip_m2df.classifier.clips import (
     ClipEncoder,
     Clips,
     Encoded,
-    has_tower,
     list_clips,
     list_examples,
     name_of,
@@ -338,7 +337,8 @@ class FewShotClassifier:
     def _check(self, classes: Mapping[str, SupportClass]) -> None:
         check_disjoint(classes.values())
         texts = {label: c.text for label, c in classes.items() if c.text is not None}
-        self.model.model.check_prompts(list(texts.values()), list(texts))
+        if self.model.image_size:  # without one, labels stand for prompts
+            self.model.model.check_prompts(list(texts.values()), list(texts))
 
     def _take(self, classes: dict[str, SupportClass], encoder: ClipEncoder) -> None:
         scorer = ClassScorer(self.model, list(classes.values()))
@@ -578,7 +578,7 @@ class FewShotClassifier:
         saved, reading = saving.read_support(Path(folder))
         model = placed(CLIPM2DF.from_pretrained(folder, **(reading.options | options)), device)
         threshold = reading.threshold if threshold is None else threshold
-        resize = reading.resize if has_tower(model) else None
+        resize = reading.resize if model.image_size else None
         known: dict[str, Any] = {"frames": reading.frames, "resize": resize, "threshold": threshold}
         classifier = cls(model, precision=precision, workers=workers, timeout=timeout, **known)
         shape = (reading.frames, dim := model.model.backbone.dim)

@@ -372,11 +372,11 @@ class ClipEncoder:
         workers: int,
         timeout: float,
     ) -> None:
-        if not has_tower(model) and resize is not None:
+        if not model.image_size and resize is not None:
             raise UserError(
                 f"resize is {resize!r:.40}, but {model.source} has no tower, and sees no frames: leave it out"
             )
-        size = model.model.backbone.image_size if has_tower(model) else 1
+        size = max(model.image_size, 1)
         known: dict[str, Any] = model.reading or {"frames": 8, "resize": size, "resize_mode": model.resize_mode}
         # Whether somebody has said how many frames there are; otherwise features tell.
         self._told = frames is not None or model.reading is not None
@@ -455,7 +455,7 @@ class ClipEncoder:
             return Unreadable(error)
         if wrong := self._mismatch(features):
             return Unreadable(f"its features {wrong}")
-        return Encoded(features.to(self.model.device), None)
+        return Encoded(features.to(self.model.device, self.model.model.head.scale.dtype), None)
 
     def _mismatch(self, features: Tensor, *, any_length: bool = False) -> str:
         """What is wrong with the shape of a clip's features, if anything is."""
@@ -478,7 +478,7 @@ class ClipEncoder:
             UserError: there is no tower for a clip that needs one, or a table's features are not the model's.
         """
         read = next((clip for clip in clips if not has_features(clip)), None)
-        if read is not None and not has_tower(self.model):
+        if read is not None and not self.model.image_size:
             raise UserError(
                 f"{self.model.source} has no tower, and can't see {name_of(read) or 'frames in memory'}: give features,"
                 " as a table (clip-m2df encode makes one of videos) or as arrays (frames, dim)"
@@ -496,7 +496,7 @@ class ClipEncoder:
         features = as_features(clip)
         if wrong := self._mismatch(features, any_length=True):
             raise UserError(f"the features of {name_of(clip) or 'a video in memory'} {wrong}")
-        return features.to(self.model.device)
+        return features.to(self.model.device, self.model.model.head.scale.dtype)
 
     def encode_one(self, clip: Clip) -> Encoded:
         """The same of one clip.
@@ -538,11 +538,6 @@ def _small(frames: Tensor) -> Tensor:
     if frames.shape[-1] <= SMALL_SIDE:
         return frames
     return F.interpolate(frames, size=(SMALL_SIDE, SMALL_SIDE), mode="bilinear", antialias=True)
-
-
-def has_tower(model: CLIPM2DF) -> bool:
-    """Whether a model sees frames; one that was trained on features alone has nothing that does."""
-    return bool(model.model.backbone.visual_config["kind"] != "features")
 
 
 def placed(model: CLIPM2DF, device: str | None) -> CLIPM2DF:

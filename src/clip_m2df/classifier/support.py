@@ -64,7 +64,9 @@ class SupportClass:
     ) -> SupportClass:
         """A class as a model sees it; see the attributes. The prompt is given where there is no text."""
         features = features.to(model.device)
-        if prompt is None:
+        if prompt is None and not model.image_size and not model.model.without_prompts:
+            prompt = features.new_zeros(features.shape[-1])  # it has those of its training alone, and needs none
+        elif prompt is None:
             assert text is not None
             prompt = model.encode_prompts([text])[0]
         prompt = prompt.to(model.device)
@@ -111,9 +113,9 @@ class SupportClass:
             )
         features = torch.stack([example.features for _, example in kept])
         thumbnails = [example.thumbnail for _, example in kept]
-        known = (clip.prompt for clip in clips if isinstance(clip, TableRow) and clip.prompt is not None)
-        prompt = next(known, None) if text is None else None
-        text = readable(label) if text is None and prompt is None else text
+        prompt = _prompt_of(clips) if text is None else None
+        if text is None and prompt is None:
+            text = readable(label) if model.image_size else label  # of features, labels stand for prompts
         return cls.of(model, label, text, [name for name, _ in kept], features, thumbnails, prompt)
 
     def changed(self, model: CLIPM2DF, text: str | None, more: SupportClass | None = None) -> SupportClass:
@@ -141,6 +143,11 @@ class SupportClass:
             embedded=embedded,
             prototype=model.model.head.prototype(embedded, self.prompt),
         )
+
+
+def _prompt_of(clips: Iterable[Clip]) -> Tensor | None:
+    """The embedding of a class's prompt that came with its clips, if one did."""
+    return next((clip.prompt for clip in clips if isinstance(clip, TableRow) and clip.prompt is not None), None)
 
 
 def check_names(label: object, text: object) -> None:
@@ -171,7 +178,8 @@ def make_classes(
         UserError: a name that is none, a class without an example that can be read, or a tower without text under a
             head that needs prompts.
     """
-    encoder.model.model.check_has_prompts()
+    if any(label in texts or _prompt_of(clips) is None for label, clips in examples.items()):
+        encoder.model.model.check_has_prompts()
     examples = {label: unique(clips) for label, clips in examples.items()}
     for label, clips in examples.items():
         check_names(label, texts.get(label, label))
