@@ -156,8 +156,8 @@ def predict_videos(
     if sliding and not segments:
         raise UserError(f"--{next(iter(sliding))} is of --segments: give that too, or leave it out")
     clips, empty = _list_videos(videos)
-    own = {"head": head or "otam", "head_options": _parse_options("head_options", head_options or [])}
-    own["backbone_options"] = _parse_options("backbone_options", backbone_options or [])
+    own = {"head": head or "otam", "head_options": parse_options("head_options", head_options or [])}
+    own["backbone_options"] = parse_options("backbone_options", backbone_options or [])
     told: dict[str, Any] = {
         "support": support,
         "texts": texts,
@@ -239,7 +239,7 @@ def _fingerprint(clip: Clip) -> str:
     return fingerprint_text(clip.table if isinstance(clip, TableRow) else name_of(clip))
 
 
-def _parse_options(option: str, arguments: Sequence[str]) -> dict[str, Any]:
+def parse_options(option: str, arguments: Sequence[str]) -> dict[str, Any]:
     """Options of a head or of weights from ``NAME=VALUE``: numbers, true and false, lists, and else text.
 
     Raises:

@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from clip_m2df.clip.backbone import CLIPBackbone, check_options
 from clip_m2df.clip.formats import OPENAI
 from clip_m2df.clip.tokenizer import has_tokenizer
+from clip_m2df.datasets.feature_tables import FeatureTable
 from clip_m2df.datasets.manifest import Manifest
 from clip_m2df.episode import Episode, FeatureEpisode, ResizeMode, TableEpisodes, VideoTable
 from clip_m2df.errors import UserError, require, some
@@ -102,11 +103,13 @@ class CLIPM2DF(lightning.LightningModule):
 
     Args:
         backbone: CLIP's weights: a name on the hub or a folder, in transformers' format (ViT) or OpenCLIP's; a file in
-            OpenAI's layout; ``rn50`` for the public ResNet-50; ``tiny`` for the small CLIP that comes with the package.
+            OpenAI's layout; ``rn50`` for the public ResNet-50; ``tiny`` for the small CLIP that comes with the package;
+            ``features`` for no tower at all, where features come from a table.
         backbone_options: what the weights don't tell, or tell otherwise: ``activation`` (``gelu`` or ``quick_gelu``)
             and ``head_width`` of weights in OpenAI's layout; ``tokenizer``, a file or a folder; ``mean`` and ``std``,
             three numbers each for pixels between 0 and 1; ``image_size``, to which position embeddings are
-            interpolated; ``dtype``, what the weights are held in: ``float32``, ``bfloat16`` or ``float16``.
+            interpolated; ``dtype``, what the weights are held in: ``float32``, ``bfloat16`` or ``float16``;
+            ``dim``, the width of ``features``.
         head: what scores the queries: ``m2df``; for comparison ``clip_fsar``, ``otam``, ``bi_mhm``,
             ``nearest_prototype`` or ``zero_shot``; or the class path of another head.
         head_options: options of the head's class; for ``m2df`` those of :class:`clip_m2df.nn.m2df.M2DFHead`.
@@ -215,6 +218,8 @@ class CLIPM2DF(lightning.LightningModule):
         tower.freeze_batch_norm = freeze_batch_norm
         if gradient_checkpointing:
             tower.enable_gradient_checkpointing()
+        if tower.family.kind == "features":  # labels stand for prompts, and there is nothing to train
+            template, freeze_backbone = "{}", True
         self.model = M2DF(tower, build_head(head, {"dim": tower.dim, **own}), template, freeze_backbone)
         for name, value in (("class_weight", class_weight), ("text_fusion", text_fusion)):
             if value:
@@ -273,12 +278,35 @@ class CLIPM2DF(lightning.LightningModule):
         return self.model.backbone.image_size
 
     def setup(self, stage: str) -> None:
-        """Refuse, before videos are read, a tower without text under a head that needs prompts.
+        """Take over what a feature table has; refuse, before videos are read, what does not fit together.
 
         Raises:
-            UserError: says what to do.
+            UserError: features of another width or number of frames than the model's; or a tower without text under a
+                head that needs prompts.
         """
+        table = getattr(getattr(self._trainer, "datamodule", None), "table", None)
+        if isinstance(table, FeatureTable):
+            self._take_table(table)
         self.model.check_has_prompts()
+
+    def _take_table(self, table: FeatureTable) -> None:
+        backbone = cast(CLIPBackbone, self.model.backbone)
+        if table.dim != backbone.dim:
+            raise UserError(
+                f"the features in {table.source} have {table.dim} numbers a frame, and those of the model"
+                f" ({self.source}) {backbone.dim}: give a table of its own tower's features, or for another width"
+                " model.backbone features"
+            )
+        frames = table.frames if self.reading is None else self.reading["frames"]
+        if table.frames != frames:
+            raise UserError(
+                f"the features in {table.source} are of {table.frames} frames, and the model ({self.source}) was"
+                f" trained on {frames}: give a table of as many"
+            )
+        if table.class_embeddings and backbone.family.kind == "features" and backbone.text is None:
+            backbone.keep_classes(table.class_embeddings)  # which goes into its checkpoints
+        else:
+            self.model.take_class_embeddings(table.class_embeddings)
 
     def forward(self, episode: Episode | FeatureEpisode) -> HeadOutput:
         """Score the queries of a batch of episodes."""
@@ -387,8 +415,8 @@ class CLIPM2DF(lightning.LightningModule):
             return known.features
         if stage == "train" and not self.model.freeze_backbone:
             raise UserError(
-                "data.train_augmentations trains from features, which a tower that learns would leave behind: set"
-                " model.freeze_backbone, or data.train_augmentations to 0"
+                "data.train_augmentations, or a feature table, trains from features, which a tower that learns would"
+                " leave behind: set model.freeze_backbone, or train from videos with data.train_augmentations 0"
             )
         numbers: Sequence[int] = episodes_played(self.trainer, table.block, len(table))
         if self.trainer.sanity_checking:
@@ -530,6 +558,7 @@ class CLIPM2DF(lightning.LightningModule):
             UserError: nothing is trained.
         """
         trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        self._check_rounding()
         bare = {name for name in trained if any(part in name for part in self.no_decay)}
         if self.no_decay and not bare:
             warnings.warn(f"no_decay: no parameter's name has {' or '.join(self.no_decay)}", stacklevel=2)
@@ -549,6 +578,23 @@ class CLIPM2DF(lightning.LightningModule):
         optimizer = torch.optim.Adam(groups, weight_decay=self.weight_decay, fused=fused)
         scheduler = LambdaLR(optimizer, self._lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _check_rounding(self) -> None:
+        """Refuse to train a tower in float16, in which Adam divides by 0, and tell what bfloat16 loses."""
+        held = self.model.backbone.dtype
+        weights = [p for p in self.model.backbone.visual.parameters() if p.requires_grad]
+        if held == "float32" or not any(weight.dtype == getattr(torch, held) for weight in weights):
+            return
+        remedy = (
+            "leave it out, with trainer.precision bf16-mixed for speed, or set model.freeze_backbone to train the head"
+            " alone"
+        )
+        if held == "float16":
+            raise UserError(f"model.backbone_options.dtype is float16, in which Adam can't train a tower: {remedy}")
+        warnings.warn(
+            f"model.backbone_options.dtype is {held}, in which updates below 1/256 of a weight are lost: {remedy}",
+            stacklevel=3,
+        )
 
     def _lr_factor(self, step: int) -> float:
         """Share of the peak learning rate at an optimiser step."""
