@@ -19,6 +19,7 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, R
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from clip_m2df.clip.families import family_of
 from clip_m2df.clip.formats import known_backbone, public_source
 from clip_m2df.episode import ResizeMode, Sampling
 from clip_m2df.errors import UserError, some
@@ -263,5 +264,6 @@ def model_card(
         tags=["few-shot-learning", "action-recognition", "video-classification", "clip"],
     )
     facts: dict[str, Any] = {"options": options, "reading": reading, "name": name, "measured": measured}
+    facts["family"] = family_of(options["backbone"]["visual_config"]["kind"])
     card: ModelCard = ModelCard.from_template(data, template_path=str(TEMPLATE), **facts)
     return card

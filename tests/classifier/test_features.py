@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from clip_m2df import FewShotClassifier, UserError
+from clip_m2df import CLIPM2DF, CLIPBackbone, FewShotClassifier, UserError
 from clip_m2df.classifier.classifier import NotFittedError
 from clip_m2df.classifier.clips import TOGETHER, list_clips, videos_in
 from clip_m2df.classifier.segments import Segment
 from clip_m2df.datasets.feature_tables import write_feature_table
-from tests.classifier.conftest import Make, as_features, make_model, noise, plain_model, write_table
+from tests.classifier.conftest import SMALL, Make, as_features, make_model, noise, plain_model, write_table
+from tests.conftest import save_checkpoint
 
 FRAMES, DIM = 8, 64  # of the small tower, where nobody has said how many frames
 
@@ -355,3 +356,82 @@ def test_a_saved_classifier_needs_no_table(
         assert all(other.examples[name].equal(frames) for name, frames in why.examples.items())
     again.save(tmp_path / "saved")
     says_the_same(FewShotClassifier.load(tmp_path / "saved"), queries, classifier, queries)
+
+
+# A model without a tower
+
+
+def blind(head: str = "m2df", classes: Mapping[str, Tensor] | None = None) -> CLIPM2DF:
+    """The head of the small model, on features alone, and what its training knew of classes."""
+    options = SMALL if head == "m2df" else {}
+    model = CLIPM2DF("features", {"dim": DIM}, head=head, head_options=options).eval()
+    model.model.head.load_state_dict(plain_model(head).model.head.state_dict())
+    if classes:
+        cast(CLIPBackbone, model.model.backbone).keep_classes(classes)
+    return model
+
+
+@pytest.mark.parametrize("head", ["m2df", "otam"])
+def test_a_head_alone_says_what_it_says_behind_its_tower(
+    head: str, make: Make, examples: dict[str, list[str]], queries: list[Any], tmp_path: Path
+) -> None:
+    videos = make(head).fit(examples)
+    clips = as_features(videos, queries)
+    prompts = {label: plain_model(head).encode_prompts([label.replace("_", " ")])[0] for label in examples}
+    support = as_table(videos, examples, tmp_path / "support.safetensors")
+    known = FewShotClassifier(blind(head, prompts)).fit(support)  # whose classes are those of the training
+    says_the_same(known, clips, videos, queries)
+    beside = as_table(videos, examples, tmp_path / "beside.parquet", classes=prompts)
+    strange = {label: random(DIM) for label in ("jump_up", "else")}
+    told = FewShotClassifier(blind(head, strange)).fit(beside)  # the table goes before the training
+    says_the_same(told, clips, videos, queries)
+    for classifier in (known, told):
+        classifier.save(tmp_path / "saved")
+        says_the_same(FewShotClassifier.load(tmp_path / "saved"), clips, videos, queries)
+    # As a checkpoint and as a folder, the classes of the training included.
+    model = blind(head, prompts)
+    model.save_pretrained(tmp_path / "model")
+    for name in (tmp_path / "model", save_checkpoint(model, tmp_path / "model.ckpt")):
+        says_the_same(FewShotClassifier.from_checkpoint(name).fit(support), clips, videos, queries)
+    card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+    assert "| tower | none: it takes features of width 64, computed elsewhere |" in card
+    assert "| prompt | embeddings of 3 classes |" in card
+
+
+def test_classes_that_a_head_alone_does_not_know(make: Make, queries: list[Any], tmp_path: Path) -> None:
+    features = {label: random(2, FRAMES, DIM, seed=seed) for seed, label in enumerate(["a", "b"])}
+    needs_none = FewShotClassifier(blind("otam", {"a": random(DIM), "c": random(DIM)})).fit(features)
+    says_the_same(needs_none, as_features(make("otam"), queries), make("otam").fit(features), queries)
+    needs_none.save(tmp_path / "saved")
+    again = FewShotClassifier.load(tmp_path / "saved")
+    says_the_same(again, as_features(make("otam"), queries), make("otam").fit(features), queries)
+    assert again.explain(random(FRAMES, DIM)).figure().width > 300
+    with pytest.raises(UserError, match="no embedding of the class 'b', but of a, c: give a feature table with"):
+        FewShotClassifier(blind("m2df", {"a": random(DIM), "c": random(DIM)})).fit(features)
+    with pytest.raises(UserError, match=r"there are no prompts, by which the model would score: .* a feature table"):
+        FewShotClassifier(blind("m2df")).fit(features)
+
+
+def test_what_needs_pixels_is_refused_where_there_is_no_tower(videos: Path, images: Path) -> None:
+    classifier = FewShotClassifier(blind("otam")).fit({"a": random(FRAMES, DIM), "b": random(FRAMES, DIM, seed=1)})
+    video = videos / "eat" / "0.mp4"
+    uses: list[Callable[[Any], object]] = [
+        classifier.predict,
+        classifier.explain,
+        lambda clip: classifier.fit({"a": clip}),
+        lambda clip: classifier.add("a", clip),
+        lambda clip: classifier.segments(clip, fps=4.0),
+        lambda clip: classifier.predict([random(FRAMES, DIM), clip]),
+    ]
+    for use in uses:
+        for clip, name in (
+            (video, "0.mp4"),
+            (images, "clip"),
+            (noise(0), "frames in memory"),
+            ("none.mp4", "none.mp4"),
+        ):
+            with pytest.raises(UserError, match=rf"features has no tower, and can't see .*{name}: give features, as a"):
+                use(clip)
+    assert list(classifier.classes_) == ["a", "b"]
+    with pytest.raises(UserError, match="resize is 40, but features has no tower, and sees no frames: leave it out"):
+        FewShotClassifier(blind("otam"), resize=40)

@@ -625,3 +625,32 @@ def test_feature_tables_of_no_use(
         assert "is there twice, in " in fails(predict_args(support, videos, tmp_path / "x.csv"), capsys)
     assert "there is no feature table" in fails(predict_args(support, ["no.parquet"], tmp_path / "x.csv"), capsys)
     assert main(predict_args(support, [clips, clips], tmp_path / "x.csv")) == 0
+
+
+@pytest.mark.parametrize("more", [[], ["--reject", "--head", "bi_mhm"]])
+def test_features_need_no_tower(
+    more: list[str], tables: tuple[Path, Path], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    support, clips = tables
+    assert main(predict_args(support, [clips], tmp_path / "tower.csv", *more)) == 0
+    alone = ["--backbone", "features", *more]
+    capsys.readouterr()
+    page = tmp_path / "page.html"
+    assert main(predict_args(support, [clips], tmp_path / "alone.csv", *alone, "--report", str(page))) == 0
+    assert f"the model takes features of 64 numbers a frame, as {support} has" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    assert (tmp_path / "alone.csv").read_bytes() == (tmp_path / "tower.csv").read_bytes()
+    assert page.read_text(encoding="utf-8").count("<details>") == len(read_csv(tmp_path / "alone.csv"))
+    shutil.copy(folder / "0.mp4", tmp_path)
+    for videos in ([folder], [clips, tmp_path / "0.mp4"]):
+        for sliding in ([], ["--segments", "--fps", "4"]):
+            arguments = predict_args(support, videos, tmp_path / "x.csv", *alone[:2], *sliding)
+            assert "features has no tower, and can't see" in fails(arguments, capsys)
+    classifier = FewShotClassifier(CLIPM2DF("features", {"dim": 64}, head="otam")).fit(support)
+    classifier.save(tmp_path / "saved")
+    assert main(predict_args(None, [clips], tmp_path / "saved.csv", "--ckpt_path", str(tmp_path / "saved"))) == 0
+    assert read_csv(tmp_path / "saved.csv")[0]["label"] in LABELS
+    narrow = ["--backbone", "features", "--backbone_options", "dim=32"]
+    message = fails(predict_args(support, [clips], tmp_path / "x.csv", *narrow), capsys)
+    assert "support.safetensors are 8 frames of width 64, and features takes 8 of width 32" in message

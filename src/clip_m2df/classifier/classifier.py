@@ -171,7 +171,8 @@ class FewShotClassifier:
         counts = some([f"{name!r}: {count}" for name, count in classes.items()], most=20)
         return printable(
             f"{type(self).__name__}(model={self.model.source!r}, head={self.model.hparams['head']!r},"
-            f" frames={reader.frames}, resize={reader.resize}, device={str(self.model.device)!r},"
+            f" frames={reader.frames}{f', resize={reader.resize}' if self.model.image_size else ''},"
+            f" device={str(self.model.device)!r},"
             f" examples={{{counts}}})"
         )
 

@@ -307,7 +307,9 @@ def _fit_classifier(
         classifier = FewShotClassifier.from_checkpoint(ckpt_path, clip=backbone, **reading, **options)
     else:
         if backbone == "features" and rows and "dim" not in own["backbone_options"]:
-            own = {**own, "backbone_options": own["backbone_options"] | {"dim": rows[0].features.shape[-1]}}
+            width = rows[0].features.shape[-1]
+            say(f"the model takes features of {width} numbers a frame, as {support} has them")
+            own = {**own, "backbone_options": own["backbone_options"] | {"dim": width}}
         model = CLIPM2DF(backbone=str(backbone), freeze_backbone=True, **own, **options)
         classifier = FewShotClassifier(placed(model, reading.pop("device")), **reading)
     with warnings.catch_warnings(record=True) as caught:

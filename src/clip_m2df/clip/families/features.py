@@ -50,11 +50,6 @@ class ClassEmbeddings(nn.Module):
 class Features(Family):
     """Features that are there already; images and texts can't be embedded."""
 
-    kind = "features"
-    name = "features of one's own"
-    visual = Tower(("dim", "image_size"), "dim")
-    text = Tower(("dim", "labels", "max_position_embeddings"), "dim")
-
     def visual_tower(self, config: Mapping[str, Any]) -> nn.Module:
         """Nothing that takes images: their size is 0."""
         return nn.Identity()
@@ -68,4 +63,9 @@ class Features(Family):
         return []
 
 
-FAMILY = Features()
+FAMILY = Features(
+    kind="features",
+    name="features of one's own",
+    visual=Tower(("dim", "image_size"), "dim"),
+    text=Tower(("dim", "labels", "max_position_embeddings"), "dim"),
+)
