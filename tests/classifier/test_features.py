@@ -406,6 +406,10 @@ def test_classes_that_a_head_alone_does_not_know(make: Make, queries: list[Any],
     again = FewShotClassifier.load(tmp_path / "saved")
     says_the_same(again, as_features(make("otam"), queries), make("otam").fit(features), queries)
     assert again.explain(random(FRAMES, DIM)).figure().width > 300
+    embedded = write_table(tmp_path / "x.safetensors", random(1, FRAMES, DIM), ["x"], classes={"x": random(DIM)})
+    grown = FewShotClassifier(blind("m2df", {"a": random(DIM), "c": random(DIM)})).fit(embedded)
+    grown.add("x", random(FRAMES, DIM, seed=1)).add("a", random(2, FRAMES, DIM)).add("a", random(FRAMES, DIM, seed=2))
+    assert [(c.text, len(c.features)) for c in grown._classes.values()] == [(None, 2), ("a", 3)]
     with pytest.raises(UserError, match="no embedding of the class 'b', but of a, c: give a feature table with"):
         FewShotClassifier(blind("m2df", {"a": random(DIM), "c": random(DIM)})).fit(features)
     with pytest.raises(UserError, match=r"there are no prompts, by which the model would score: .* a feature table"):

@@ -308,14 +308,16 @@ class FewShotClassifier:
         listed, old = list_clips(clips)[0], self._classes.get(label)
         more = unique(listed, old.examples if old else ())
         texts = {} if text is None else {label: text}
+        prompts: dict[str, Tensor] = {}
+        if old is not None and text is None:  # what the class has of a prompt stays
+            texts, prompts = ({}, {label: old.prompt}) if old.text is None else ({label: old.text}, {})
         encoder = self.encoder if self._classes else self.encoder.settled(more)
-        if old is None:
-            new = make_classes(encoder, {label: more}, texts)[label]
-        elif listed and not more:
+        if old is not None and listed and not more:
             check_names(label, label if text is None else text)
             new = old.changed(self.model, text)
         else:
-            new = old.changed(self.model, text, make_classes(encoder, {label: more}, texts)[label])
+            new = make_classes(encoder, {label: more}, texts, prompts)[label]
+            new = new if old is None else old.changed(self.model, text, new)
         classes = self._classes | {label: new}
         self._check(classes)
         self._take(classes, encoder)

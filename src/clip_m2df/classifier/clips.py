@@ -181,7 +181,8 @@ def list_examples(support: Mapping[str, Clips] | str | os.PathLike[str]) -> dict
     if not isinstance(support, str | os.PathLike):
         raise UserError(
             f"the support is of type {type(support).__name__}: give the examples of each class by its name,"
-            ' {"pour water": ["a.mp4", "b.mp4"]}, a folder with a folder for each class, or a feature table'
+            ' {"pour water": ["a.mp4", "b.mp4"]}, a folder with a folder for each class, or the path of a'
+            " feature table"
         )
     if is_feature_table(support):
         by_label: dict[str, list[Clip]] = {}

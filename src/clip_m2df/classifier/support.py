@@ -84,6 +84,7 @@ class SupportClass:
         clips: Sequence[Clip],
         encoded: Sequence[Encoded | Unreadable],
         text: str | None,
+        prompt: Tensor | None,
     ) -> SupportClass:
         """A class by its examples. Those that can't be read are named in a warning, and left out.
 
@@ -92,8 +93,8 @@ class SupportClass:
             label: the name of the class.
             clips: its examples.
             encoded: the same as the model sees them.
-            text: what the prompt says, where that is neither what a feature table has of the class, nor the name in
-                plain words.
+            text: what the prompt says, where that is not the name in plain words.
+            prompt: its embedding, where there is one in the place of a text.
 
         Raises:
             UserError: no example can be read.
@@ -113,7 +114,6 @@ class SupportClass:
             )
         features = torch.stack([example.features for _, example in kept])
         thumbnails = [example.thumbnail for _, example in kept]
-        prompt = _prompt_of(clips) if text is None else None
         if text is None and prompt is None:
             text = readable(label) if model.image_size else label  # of features, labels stand for prompts
         return cls.of(model, label, text, [name for name, _ in kept], features, thumbnails, prompt)
@@ -145,11 +145,6 @@ class SupportClass:
         )
 
 
-def _prompt_of(clips: Iterable[Clip]) -> Tensor | None:
-    """The embedding of a class's prompt that came with its clips, if one did."""
-    return next((clip.prompt for clip in clips if isinstance(clip, TableRow) and clip.prompt is not None), None)
-
-
 def check_names(label: object, text: object) -> None:
     """Refuse a class's name, or what its prompt says, that is none.
 
@@ -165,7 +160,10 @@ def check_names(label: object, text: object) -> None:
 
 
 def make_classes(
-    encoder: ClipEncoder, examples: Mapping[str, Sequence[Clip]], texts: Mapping[str, str]
+    encoder: ClipEncoder,
+    examples: Mapping[str, Sequence[Clip]],
+    texts: Mapping[str, str],
+    prompts: Mapping[str, Tensor] | None = None,
 ) -> dict[str, SupportClass]:
     """Classes by their names, all of their examples read together.
 
@@ -173,12 +171,16 @@ def make_classes(
         encoder: of the clips.
         examples: the clips of each class.
         texts: what prompts say, where that is not the name in plain words.
+        prompts: their embeddings ``(dim)``, of classes without a text; by default what feature tables have of them.
 
     Raises:
         UserError: a name that is none, a class without an example that can be read, or a tower without text under a
             head that needs prompts.
     """
-    if any(label in texts or _prompt_of(clips) is None for label, clips in examples.items()):
+    rows = [(label, clip) for label, clips in examples.items() for clip in clips if isinstance(clip, TableRow)]
+    of_tables = {label: row.prompt for label, row in reversed(rows) if row.prompt is not None and label not in texts}
+    prompts = of_tables | dict(prompts or {})
+    if examples.keys() - prompts.keys():
         encoder.model.model.check_has_prompts()
     examples = {label: unique(clips) for label, clips in examples.items()}
     for label, clips in examples.items():
@@ -195,7 +197,8 @@ def make_classes(
     classes, first = {}, 0
     for label, clips in examples.items():
         encoded = [found[index] for index in range(first, first + len(clips))]
-        classes[label] = SupportClass.from_encoded(encoder.model, label, clips, encoded, texts.get(label))
+        of_class = (label, clips, encoded, texts.get(label), prompts.get(label))
+        classes[label] = SupportClass.from_encoded(encoder.model, *of_class)
         first += len(clips)
     return classes
 
