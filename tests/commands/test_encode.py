@@ -21,7 +21,8 @@ from clip_m2df.cli import main
 from clip_m2df.datasets.feature_tables import read_feature_table
 from clip_m2df.datasets.manifest import Manifest
 from tests import clips
-from tests.conftest import fails, options, quiet_trainer
+from tests.conftest import fails, quiet_trainer
+from tests.conftest import options as run_of
 
 READING = ["--frames=2", "--resize=32", "--resize_mode=short_side", "--workers=0"]
 
@@ -63,23 +64,20 @@ def test_a_head_trains_from_the_table_as_from_the_videos(many: Path, tiny_clip_d
     given: dict[str, Any] = {"n_way": 3, "n_query": 2, "frames": 2, "num_workers": 0, "seed": 7, "episodes_per_step": 2}
     given |= {"validate_every": 2, "val_episodes": 5, "resize": 32, "size": 32, "flip": True}
     found = []
-    for manifest, backbone, options in (
-        (many, str(tiny_clip_dir), {"train_augmentations": 1}),
-        (table, "features", {}),
-    ):
+    for manifest, backbone, augmentations in ((many, str(tiny_clip_dir), 1), (table, "features", 0)):
         torch.manual_seed(0)
-        tower: dict[str, Any] = {"backbone": backbone, "backbone_options": {"dim": 32} if manifest == table else None}
-        head = {"hidden_dim": 32, "num_heads": 4}
-        model = CLIPM2DF(**tower, head_options=head, freeze_backbone=True, lr=1e-3, class_weight=0.5)
-        data = EpisodeDataModule(str(manifest), resize_mode="short_side", **given, **options)
+        options: dict[str, Any] = {"head_options": {"hidden_dim": 32, "num_heads": 4}, "class_weight": 0.5, "lr": 1e-3}
+        options |= {"freeze_backbone": True, "backbone_options": {"dim": 32} if manifest == table else None}
+        model = CLIPM2DF(backbone, **options)
+        data = EpisodeDataModule(str(manifest), resize_mode="short_side", train_augmentations=augmentations, **given)
         trainer = quiet_trainer(tmp_path, max_steps=4, log_every_n_steps=1, logger=CSVLogger(tmp_path / backbone[-8:]))
         trainer.fit(model, data)
         (metrics,) = (tmp_path / backbone[-8:]).rglob("metrics.csv")
         found.append((metrics.read_text(), model.model.head.state_dict()))
-    (of_videos, weights), (of_table, own) = found
+    (of_videos, weights), (of_table, found_weights) = found
     assert of_videos == of_table
     assert "train/loss/class" in of_table.splitlines()[0]
-    assert all(weight.equal(own[name]) for name, weight in weights.items())
+    assert all(weight.equal(found_weights[name]) for name, weight in weights.items())
 
 
 @pytest.mark.slow
@@ -110,9 +108,9 @@ def test_a_training_from_the_table_is_that_from_the_videos(
     common = ["--data.seed=7", "--data.flip=true", "--model.lr=0.001", "--trainer.max_steps=4", *trains]
     common.append("--trainer.log_every_n_steps=1")
     videos = ["--model.freeze_backbone=true", f"--data.train_augmentations={augmentations}"]
-    assert main(["fit", *options(many, tiny_clip_dir, tmp_path / "videos", *common, *videos)]) == 0
+    assert main(["fit", *run_of(many, tiny_clip_dir, tmp_path / "videos", *common, *videos)]) == 0
     own = ["--model.backbone=features", "--model.freeze_backbone=false"]
-    assert main(["fit", *options(table, tiny_clip_dir, tmp_path / "table", *common, *own)]) == 0
+    assert main(["fit", *run_of(table, tiny_clip_dir, tmp_path / "table", *common, *own)]) == 0
 
     ours, theirs = logged(tmp_path / "table"), logged(tmp_path / "videos")
     assert ours == theirs

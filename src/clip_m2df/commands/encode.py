@@ -110,7 +110,12 @@ def encode_manifest(
         options: dict[str, Any] = {} if template is None else {"template": list(template)}
         options["backbone_options"] = parse_options("backbone_options", backbone_options or [])
         model = _load(ckpt_path, backbone, size, options, device)
-        reading = {"frames": 8, "resize": None, "resize_mode": model.resize_mode, "sampling": "segments"}
+        reading: dict[str, Any] = {
+            "frames": 8,
+            "resize": None,
+            "resize_mode": model.resize_mode,
+            "sampling": "segments",
+        }
         reading |= model.reading or {}
         given = {"frames": frames, "resize": resize, "resize_mode": resize_mode, "sampling": sampling}
         reading |= {name: value for name, value in given.items() if value is not None}
@@ -130,7 +135,7 @@ def encode_manifest(
         data.prepare_data()
         tables = data.video_tables()
         assert data.manifest is not None
-        embeddings = {}
+        embeddings: dict[str, torch.Tensor] = {}
         if model.model.has_prompts:
             for split in data.manifest.splits.values():  # each at once, as a training and an evaluation encode them
                 prompts = model.model.encode_prompts(split.class_texts, split.class_names)
