@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ from clip_m2df import CLIPM2DF, FewShotClassifier
 from clip_m2df.cli import main
 from clip_m2df.commands.predict import UntrainedHead
 from clip_m2df.datasets.feature_tables import read_feature_table, write_feature_table
+from clip_m2df.datasets.manifest import readable
 from clip_m2df.motion_shapes.rendering import write_video
 from clip_m2df.nn.baselines import HEADS, head_class
 from tests.classifier.conftest import (
@@ -654,3 +656,27 @@ def test_features_need_no_tower(
     narrow = ["--backbone", "features", "--backbone_options", "dim=32"]
     message = fails(predict_args(support, [clips], tmp_path / "x.csv", *narrow), capsys)
     assert "support.safetensors are 8 frames of width 64, and features takes 8 of width 32" in message
+
+
+def test_what_encode_writes_says_what_the_videos_say(
+    support: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """But for the last digits, which depend on what is encoded together."""
+    examples = [(str(path), label) for label in LABELS for path in sorted((support / label).iterdir())]
+    for name, videos in (("support", examples), ("clips", [(path, "not known") for path in videos_of(folder)])):
+        with (tmp_path / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
+            rows = ((path, label, "test", readable(label)) for path, label in videos)
+            csv.writer(file).writerows([("path", "label", "split", "text"), *rows])
+        reading = ["--resize", "40", "--workers", "0", "--root", "/", "--output", str(tmp_path / f"{name}.safetensors")]
+        assert main(["encode", "--manifest", str(tmp_path / f"{name}.csv"), "--backbone", "tiny", *reading]) == 0
+    tables = tmp_path / "support.safetensors", [tmp_path / "clips.safetensors"]
+    for head in ("otam", "zero_shot"):  # that goes by the class embeddings which encode writes
+        assert main(predict_args(support, [folder], tmp_path / "videos.csv", "--head", head)) == 0
+        for backbone in ("tiny", "features"):
+            more = ["--backbone", backbone, "--head", head]
+            assert main(predict_args(*tables, tmp_path / "tables.csv", *more)) == 0
+            for row, expected in zip(read_csv(tmp_path / "tables.csv"), read_csv(tmp_path / "videos.csv"), strict=True):
+                assert row["path"].endswith(expected["path"])  # its name from the root
+                assert row["label"] == expected["label"]
+                shares = [float(row[f"p_{label}"]) for label in LABELS]
+                assert shares == pytest.approx([float(expected[f"p_{label}"]) for label in LABELS], abs=2e-5)
