@@ -292,6 +292,16 @@ def test_files_that_are_no_tables_are_named(tmp_path: Path) -> None:
     assert "ends in .safetensors or .parquet" in refusal(other, lambda: write_feature_table(other, ROWS, numbers()))
 
 
+def test_a_table_that_is_larger_inside_than_outside_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "table.parquet"
+    ones = pa.FixedSizeListArray.from_arrays(pa.array(torch.ones(5 * 2000 * 1000).numpy()), 1000)
+    columns = {name: [row[name] for row in ROWS] for name in ROWS[0]}
+    table = pa.table(columns | {"features": pa.FixedSizeListArray.from_arrays(ones, 2000)})
+    pq.write_table(table, path, compression="zstd")
+    assert path.stat().st_size < 100_000
+    assert "features are not packed like that" in refusal(path)
+
+
 @pytest.mark.parametrize("which", ["table", "classes"])
 def test_damaged_files_are_refused_or_read(file: Path, which: str) -> None:
     write_feature_table(file, ROWS, numbers(), embeddings())

@@ -64,6 +64,7 @@ APPENDED = {
     r"^clip-m2df (check|cache) ": "--workers 1",
     r"^clip-m2df cache ": "--short_side 40 --frames 6",
     r"^clip-m2df predict ": "--workers 0",
+    r"^clip-m2df encode ": "--workers 0 --frames 2 --resize 40",
     r"^clip-m2df demo$": "--episodes 4",
     r"^python -m tests\.project\.fuzz ": "--workers 1",
 }

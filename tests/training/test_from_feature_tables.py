@@ -52,8 +52,7 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def model(dim: int = DIM, **options: Any) -> CLIPM2DF:
     torch.manual_seed(0)
-    head = {} if "head" in options else {"head_options": HEAD}
-    return CLIPM2DF("features", {"dim": dim}, **head, **options)
+    return CLIPM2DF("features", {"dim": dim}, **({} if "head" in options else {"head_options": HEAD}) | options)
 
 
 def fit(table: Path, folder: Path, own: CLIPM2DF | None = None, **options: Any) -> CLIPM2DF:
@@ -134,7 +133,7 @@ def test_a_tower_takes_features_of_its_own(tiny_clip_dir: Path, tmp_path: Path) 
     write_feature_table(tmp_path / "t.safetensors", rows, torch.randn(len(rows), FRAMES, 32), classes)
     measured(tmp_path / "t.safetensors", tmp_path, own)
     assert own.encode_prompts(LABELS[:4]).equal(torch.stack([classes[label] for label in LABELS[:4]]))
-    with pytest.raises(UserError, match=r"feature table, trains from features.*set model.freeze_backbone"):
+    with pytest.raises(UserError, match=r"a feature table trains from features.*set model.freeze_backbone"):
         fit(tmp_path / "t.safetensors", tmp_path, CLIPM2DF(str(tiny_clip_dir), head_options=HEAD))
 
 
@@ -153,20 +152,21 @@ def test_features_that_do_not_fit_are_refused(table: Path, tmp_path: Path) -> No
     (tmp_path / "texts.csv").write_text("label,text\ntest 0,zero\n")
     with pytest.raises(UserError, match=r"class_texts .* class embeddings .*: leave one of them out"):
         EpisodeDataModule(str(table), class_texts=str(tmp_path / "texts.csv"), **SHAPE).setup("fit")
-    for option, value in (
+    videos: list[tuple[str, Any]] = [
         ("root", "/data"),
         ("cache", "caches"),
-        ("store", "store"),
         ("jitter_queries", True),
         ("evaluation", "direct"),
-    ):
+    ]
+    for option, value in videos:
         with pytest.raises(UserError, match=f"{option} is of videos, and the feature table"):
-            EpisodeDataModule(str(table), **{option: value}, **SHAPE)
-    for options, said in (
+            EpisodeDataModule(str(table), **SHAPE | {option: value})
+    widths: list[tuple[dict[str, Any], str]] = [
         ({}, r"backbone_options.dim"),
         ({"dim": 0}, "dim is 0"),
         ({"dim": 4, "image_size": 32}, "the one option dim"),
-    ):
+    ]
+    for options, said in widths:
         with pytest.raises(UserError, match=said):
             CLIPM2DF("features", options)
     with pytest.raises(UserError, match="dim is of the backbone features"):

@@ -40,7 +40,7 @@ from clip_m2df.classifier.support import (
 from clip_m2df.datasets.manifest import class_key
 from clip_m2df.errors import UserError, printable, require, some
 from clip_m2df.evaluation.explanation import Explanation, compared_classes, explain
-from clip_m2df.hub import other_model
+from clip_m2df.hub import has_adapters_apart, other_model
 from clip_m2df.training.module import CLIPM2DF
 from clip_m2df.video.isolation import Unreadable
 
@@ -203,7 +203,8 @@ class FewShotClassifier:
             precision: the same.
             workers: the same.
             timeout: the same.
-            clip: with a published checkpoint alone, see :meth:`clip_m2df.CLIPM2DF.from_published`.
+            clip: with a published checkpoint, see :meth:`clip_m2df.CLIPM2DF.from_published`, or a folder whose
+                adapters are apart, see :meth:`clip_m2df.CLIPM2DF.from_pretrained`.
             **options: of :class:`clip_m2df.CLIPM2DF`, such as ``selection`` and ``text_fusion``. Here ``selection`` is
                 ``argmax`` by default for every model, so that predictions repeat.
 
@@ -214,10 +215,10 @@ class FewShotClassifier:
         options = {"selection": "argmax"} | options
         if os.path.isfile(path):
             model = CLIPM2DF.load_from_checkpoint(path, map_location="cpu", clip=clip, **options)
-        elif clip is not None:
+        elif clip is not None and not has_adapters_apart(path):
             raise UserError(
-                f"{path_or_hub_name} is no file of a published checkpoint, which alone takes CLIP's weights beside it:"
-                f" check the name, or leave out {clip}"
+                f"{path_or_hub_name} is neither the file of a published checkpoint nor a folder whose adapters are"
+                f" apart, which alone take CLIP's weights beside them: check the name, or leave out {clip}"
             )
         elif os.path.isfile(os.path.join(path, saving.TABLE)):
             raise UserError(f"{path_or_hub_name} is a classifier with its classes: FewShotClassifier.load takes it")
@@ -225,7 +226,7 @@ class FewShotClassifier:
             missing = f"there is no checkpoint {path_or_hub_name}: check the name, or train one by clip-m2df fit"
             raise UserError(other_model(Path(path)) or missing)
         else:
-            model = CLIPM2DF.from_pretrained(path_or_hub_name, **options)
+            model = CLIPM2DF.from_pretrained(path_or_hub_name, clip=clip, **options)
         reading: dict[str, Any] = {
             "frames": frames,
             "resize": resize,

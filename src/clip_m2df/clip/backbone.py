@@ -21,7 +21,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from clip_m2df.clip import formats
-from clip_m2df.clip.families import family_of
+from clip_m2df.clip.adapter_files import apply_adapter, read_adapter
+from clip_m2df.clip.families import MOST_SIDE, family_of
 from clip_m2df.clip.families.clip import MEAN as CLIP_MEAN
 from clip_m2df.clip.families.clip import STD as CLIP_STD
 from clip_m2df.clip.families.features import ClassEmbeddings
@@ -46,8 +47,6 @@ BACKBONE_OPTIONS = ("activation", "head_width", "tokenizer", "mean", "std", "ima
 # What weights can be held in, by torch's names.
 DTYPES = ("float32", "bfloat16", "float16")
 HALF = (torch.bfloat16, torch.float16)
-# Side of an image in pixels beyond which memory does not suffice.
-MOST_SIDE = 4096
 
 
 class CLIPBackbone(nn.Module):
@@ -76,6 +75,7 @@ class CLIPBackbone(nn.Module):
         text: Tokens ``(n, length)`` to embeddings ``(n, dim)``, or None.
         dim: Width of the embeddings.
         image_size: Height and width of the images.
+        adapters: Those of the visual tower, see :func:`clip_m2df.clip.adapters.add_adapters`; None without.
     """
 
     mean: Tensor
@@ -117,6 +117,7 @@ class CLIPBackbone(nn.Module):
             tower.to(getattr(torch, dtype))
         self.source = source
         self.freeze_batch_norm = freeze_batch_norm
+        self.adapters: dict[str, Any] | None = None
 
         self._tokenizer: Tokenizer | None = None
         if tokenizer is not None and self.text_config is not None:
@@ -239,21 +240,34 @@ class CLIPBackbone(nn.Module):
             {},
             f"the config.json of {name_or_dir} says what it is",
         )
+        adapter = read_adapter(folder, name_or_dir)
         description, state = formats.read_folder(folder, name_or_dir)
         description |= _given(mean=mean, std=std)
         own, family = description["visual_config"], family_of(description["visual_config"]["kind"])
         description["visual_config"] = _sized(own, description.pop("image_size"), image_size, name_or_dir)
-        backbone = cls.from_description({**description, "dtype": dtype, "source": name_or_dir})
-        names = {*map(family.file_name, backbone.state_dict())}
-        formats.load_weights(
-            backbone,
-            family.renamed(state, names),
-            family.file_name,
-            backbone._resized(lambda _, weight: weight, own),
-            name_or_dir,
-            model=family.name,
-            unused=family.unused(names),
-        )
+
+        def loaded() -> CLIPBackbone:
+            backbone = cls.from_description({**description, "dtype": dtype, "source": name_or_dir})
+            names = {*map(family.file_name, backbone.state_dict())}
+            weights = family.renamed(state, names)
+            if adapter is not None:
+                weights = apply_adapter(adapter, weights, family, names, name_or_dir)
+            formats.check_towers(backbone, weights, family.file_name, name_or_dir)
+            formats.load_weights(
+                backbone,
+                weights,
+                family.file_name,
+                backbone._resized(lambda _, weight: weight, own),
+                name_or_dir,
+                model=family.name,
+                remedy=f": {formats.ONE_MODEL}",
+                unused=family.unused(names),
+            )
+            return backbone
+
+        with torch.device("meta"):  # a wrong config.json may describe towers larger than any memory
+            loaded()
+        backbone = loaded()
         if backbone.text is not None:
             backbone._read_tokenizer(
                 folder if tokenizer is None else Path(tokenizer).expanduser(), tokenizer or name_or_dir

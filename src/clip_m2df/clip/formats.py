@@ -45,8 +45,8 @@ _OPEN_CLIP_WEIGHTS = (
 MODEL_FILES = [["config.json", "tokenizer*.json", files] for of_format in _WEIGHTS for files in of_format]
 MODEL_FILES += [[OPEN_CLIP_CONFIG, "tokenizer*.json", name] for name in _OPEN_CLIP_WEIGHTS]
 _OPTIONAL_FILES = [
-    *("preprocessor_config.json", "processor_config.json", "vocab.json", "merges.txt", "adapter_config.json"),
-    *(f"{name}.index.json" for name, _ in _WEIGHTS),
+    *("preprocessor_config.json", "processor_config.json", "vocab.json", "merges.txt"),
+    *("adapter_config.json", "adapter_model.safetensors", *(f"{name}.index.json" for name, _ in _WEIGHTS)),
 ]
 # The class of OpenAI's models in TorchScript: in the published archives, and in those that the public code makes, which
 # others ship under folders of their own.
@@ -108,17 +108,20 @@ def load_weights(
     source: str,
     *,
     model: str = "CLIP",
+    remedy: str = "",
     unused: Callable[[str], bool] = lambda name: False,
 ) -> None:
     """Load weights that have other names than the backbone's own.
 
     Args:
-        backbone: Where the weights go, whatever the floating type that they come in.
+        backbone: Where the weights go, whatever the floating type that they come in. If it is on the device ``meta``,
+            their names and shapes are checked alone.
         state: The weights.
         name_of: From the backbone's own name of a weight to its name in ``state``.
         part: From the backbone's own name, and the weight in ``state``, to what the backbone keeps of that weight.
         source: Where the weights come from, for messages.
         model: What they should be of, for messages.
+        remedy: What helps if they are not, for messages.
         unused: Which of the names that are left over are no error.
 
     Raises:
@@ -134,7 +137,7 @@ def load_weights(
                 problems[name] = f"of the type {weight.dtype}, which is no floating one"
             elif weight.shape == own[key].shape:
                 own[key].copy_(weight)  # the very memory of the parameters; float16 becomes float32 here
-                if not own[key].isfinite().all():
+                if not own[key].is_meta and not own[key].isfinite().all():
                     problems[name] = "not finite (NaN or infinite)"
             else:
                 problems[name] = f"{tuple(weight.shape)} where {tuple(own[key].shape)} belongs"
@@ -142,7 +145,7 @@ def load_weights(
             problems[name] = "missing"
     if problems:
         named = some(f"{name} is {problem}" for name, problem in problems.items())
-        raise UserError(f"the weights of {source} aren't those of one {model}: {named}")
+        raise UserError(f"the weights of {source} aren't those of one {model}: {named}{remedy}")
 
 
 # Transformers' format
@@ -152,8 +155,11 @@ _ADAPTER = re.compile(
     r"(^|\.)(lora|dora|vera|lokr|hada|ia3|oft|boft|hra|fourierft|adapters?|base_layer|original_module|modules_to_save)"
     r"([._]|$)"
 )
-# The files of such weights; lora stands in their names as a word.
-_ADAPTER_FILE = re.compile(r"adapter_|(?i:(.*[^a-z])?lora([^a-z].*)?\.(safetensors|bin|pt)$)")
+# The files of such weights but for peft's own, which are applied; lora stands in their names as a word.
+_ADAPTER_FILE = re.compile(
+    r"adapter_(?!config\.json$|model\.safetensors$)|(?i:(.*[^a-z])?lora([^a-z].*)?\.(safetensors|bin|pt)$)"
+)
+ONE_MODEL = "fetch config.json and weights of one whole model"
 _MERGE_IT = "which is not applied here: merge it into the model and save that (peft's merge_and_unload)"
 # The steps of transformers' preprocessing of images, of which each is done unless a file or the family says otherwise;
 # what other preprocessings have; and Pillow's numbers of the two ways to resize that are known here.
@@ -181,12 +187,42 @@ def read_folder(folder: Path, source: str) -> tuple[dict[str, Any], dict[str, Te
         raise UserError(f"{source} isn't a model in transformers' format: there is no config.json in it{hint}")
     values = _read_json(folder / "config.json")
     family = _family(values.get("model_type"), source)
+    state = _read_folder_weights(folder, source)
+    for table in (values, values.get("vision_config"), values.get("text_config")):
+        layers = table.get("num_hidden_layers") if isinstance(table, dict) else None
+        if isinstance(layers, int) and layers > len(state):  # transformers makes a list of so many
+            raise UserError(f"{source} has {len(state)} weights, but its config.json {layers} layers: {ONE_MODEL}")
     try:
         visual, text = family.configs(values)
     except Exception as error:  # transformers' validation errors have no common class
         raise UserError(f"the config.json of {source} can't be used: {error}") from error
+    for tower in (visual, text or {}):
+        for name, value in tower.items():
+            number = name.endswith(("_size", "_dim", "_ratio", "_layers", "_heads", "_channels", "_embeddings"))
+            if not isinstance(value, bool | int | float | str) or (number and (type(value) is not int or value < 1)):
+                kind = "a whole number above 0" if number else "a number, a word, or true or false"
+                raise UserError(f"the config.json of {source} can't be used: {name} is {value!r:.80}, not {kind}")
     description = {"visual_config": visual, "text_config": text}
-    return description | _read_preprocessing(folder, family, visual["image_size"]), _read_folder_weights(folder, source)
+    description |= _read_preprocessing(folder, family, visual["image_size"])
+    return description, state
+
+
+def check_towers(backbone: nn.Module, state: Mapping[str, Tensor], name_of: Callable[[str], str], source: str) -> None:
+    """Refuse the weights of one tower alone.
+
+    Raises:
+        UserError: The state has none of the names of one of the two towers.
+    """
+    towers: dict[str, bool] = {}
+    for key in backbone.state_dict():
+        tower = key.split(".")[0]
+        towers[tower] = towers.get(tower, False) or name_of(key) in state
+    missing = [tower for tower, found in towers.items() if not found]
+    if len(missing) == 1 < len(towers):
+        raise UserError(
+            f"{source} has the weights of one tower alone, and none of the {missing[0]} tower that its config.json"
+            f" describes: {ONE_MODEL}"
+        )
 
 
 def _family(model_type: object, source: str) -> Family:
@@ -199,8 +235,8 @@ def _family(model_type: object, source: str) -> Family:
     for family in known:
         if model_type == family.model_type:
             return family
-        if model_type in family.relatives:
-            raise UserError(f"{source} is {family.relatives[str(model_type)]}")
+        if (relative := family.relatives.get(str(model_type))) is not None:
+            raise UserError(f"{source} is {relative}")
         if model_type in (f"{family.model_type}_vision_model", f"{family.model_type}_text_model"):
             tower = "visual" if "vision" in str(model_type) else "text"
             raise UserError(f"{source} is the {tower} tower of a {family.name} alone: give a folder of the whole model")
@@ -279,26 +315,27 @@ def _read_sides(
     Raises:
         UserError: The visual tower takes no such images.
     """
-    told: dict[str, Any] = {name: values.get(name) for name in ("size", "crop_size")}
-    for name, sides in told.items():
-        if isinstance(sides, dict):
-            told[name] = {side: length for side, length in sides.items() if length is not None}
-    last = "crop_size" if family.crops else "size"  # what of it decides on the images' size
-    if family.any_size and told[last] is not None:
-        side = told[last].get("height") if isinstance(told[last], dict) else told[last]
-        if type(side) is not int or side < 1:
-            raise unusable(f"its {last} is {told[last]!r:.100}, and not two equal sides")
-        image_size = side
+    told: dict[str, Any] = {}
+    for name in ("size", "crop_size"):
+        sides = values.get(name)
+        if type(sides) is int:
+            both = name == "crop_size" or values.get("default_to_square") is True
+            sides = {"height": sides, "width": sides} if both else {"shortest_edge": sides}
+        elif isinstance(sides, dict):
+            sides = {side: length for side, length in sides.items() if length is not None}
+        told[name] = sides
+    last = "crop_size" if family.crops else "size"  # the step that decides on the images' size
+    if family.any_size and isinstance(told[last], dict) and type(told[last].get("height")) is int:
+        image_size = max(told[last]["height"], 1)
     square = {"height": image_size, "width": image_size}
     for name, right in (("size", {"shortest_edge": image_size} if family.crops else square), ("crop_size", square)):
-        own = right if told[name] is None else told[name]
-        number = own == image_size and not (name == "size" and family.crops and values.get("default_to_square"))
-        if family.any_size and family.crops and name == "size":
-            shortest = own.get("shortest_edge") if isinstance(own, dict) and len(own) == 1 else own
-            if type(shortest) is int and shortest >= image_size:
-                continue  # which data.resize does
-        if own != right and not number:
-            raise unusable(f"its {name} is {own!r:.100}, where the tower has {json.dumps(right)}")
+        own = told[name]
+        if family.any_size and family.crops and name == "size" and isinstance(own, dict) and {*own} == {*right}:
+            edge = own["shortest_edge"]
+            if type(edge) is int and edge >= image_size:
+                continue  # of which the middle is cut out, as data.resize and data.size have it
+        if own not in (None, right):
+            raise unusable(f"its {name} is {values[name]!r:.100}, where the tower has {json.dumps(right)}")
     return image_size
 
 
@@ -548,6 +585,8 @@ def openai_configs(
     except (IndexError, ValueError) as error:  # of a weight with other axes
         raise UserError(f"{source} isn't CLIP in OpenAI's layout: its weights have other shapes ({error})") from error
     except KeyError as error:
+        if "token_embedding.weight" in state and not any(name.startswith("visual.") for name in state):
+            raise UserError(f"{source} has the text tower alone: give a file that has the visual tower too") from error
         raise UserError(
             f"{source} isn't CLIP in OpenAI's layout: {error.args[0]} is missing; "
             f"it has {some(sorted(state))}. Weights in transformers' format are given by their folder."

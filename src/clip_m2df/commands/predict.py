@@ -89,7 +89,7 @@ def predict_videos(
     Args:
         ckpt_path: A trained model: a .ckpt file, a folder that save_pretrained wrote, or a name on the hub; or a folder
             that FewShotClassifier.save wrote, which has its classes. Either this or --backbone; both with a checkpoint
-            of CLIP-M²DF's published code, which lacks the text tower.
+            of CLIP-M²DF's published code, which lacks the text tower, and with a folder whose adapters are apart.
         backbone: CLIP's own weights instead, nothing trained: a name on the hub, a folder, a file, rn50 or tiny; or
             "features", where support and videos are feature tables.
         backbone_options: What a file of weights doesn't tell, as in activation=gelu head_width=80; and tokenizer, mean,
@@ -129,11 +129,13 @@ def predict_videos(
     """
     from clip_m2df.classifier.clips import name_of
     from clip_m2df.classifier.saving import TABLE
+    from clip_m2df.hub import has_adapters_apart
     from clip_m2df.report.page import check_page
     from clip_m2df.report.predictions import write_predictions
 
-    is_file = ckpt_path is not None and os.path.isfile(os.path.expanduser(ckpt_path))
-    if (ckpt_path is None) == (backbone is None) and not is_file:
+    path = os.path.expanduser(ckpt_path or "")
+    is_file = os.path.isfile(path)
+    if (ckpt_path is None) == (backbone is None) and not (is_file or (path and has_adapters_apart(path))):
         missing = "" if ckpt_path is None else f", and {ckpt_path} is no file"
         raise UserError(
             "give either --ckpt_path, a trained model, or --backbone, CLIP's own weights; both with the file of a"
@@ -392,7 +394,7 @@ class _Labeller:
         model, reader = self.classifier.model, self.classifier.encoder.reader
         facts = {
             "version": __version__,
-            "model": {name: model.hparams[name] for name in ("head", "head_options", "template")},
+            "model": {name: model.hparams[name] for name in ("head", "head_options", "template", "adapters")},
             "tower": model.model.backbone.description(),
             "text_fusion": model.text_fusion,
             "selection": getattr(model.model.head, "selection", None),

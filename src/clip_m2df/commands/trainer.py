@@ -31,6 +31,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.multiprocessing.spawn import ProcessException
 
+from clip_m2df.clip.adapters import check_adapters
 from clip_m2df.clip.backbone import check_options
 from clip_m2df.clip.formats import told_options
 from clip_m2df.datasets.feature_tables import is_feature_table, read_feature_table
@@ -330,8 +331,10 @@ class CLI(LightningCLI):
         saved = saved_options(config.ckpt_path, saved, CLIPM2DF, head=config.model.head)
         given = self.parser.parse_args(self.args, defaults=False)[str(self.subcommand)].get("model")
         source = saved["backbone"]["source"]
-        kept = options_by_name(saved) | {"model.backbone": source}
+        kept = {"model.adapters": None} | options_by_name(saved) | {"model.backbone": source}
         asked = {f"model.{option}": value for option, value in (given.as_dict() if given else {}).items()}
+        if asked.get("model.adapters") is not None:
+            asked["model.adapters"] = check_adapters(asked["model.adapters"])
         of_head = "model.head_options."
         asked |= {f"{of_head}{option}": v for option, v in (asked.pop("model.head_options", None) or {}).items()}
         run_config = Path(config.ckpt_path).parent.parent / "config.yaml"
@@ -365,16 +368,12 @@ def _build_model(saved_options: dict[str, Any], cls: type[CLIPM2DF], *args: Any,
     return cls(*args, **kwargs | saved_options | {"backbone_options": None})
 
 
-def _build_sized(
-    size: int, cls: type[CLIPM2DF], *args: Any, backbone_options: dict[str, Any] | None = None, **kwargs: Any
-) -> CLIPM2DF:
+def _build_sized(size: int, cls: type[CLIPM2DF], *args: Any, **kwargs: Any) -> CLIPM2DF:
     """With a tower for frames of some size, whatever its own was."""
-    options = dict(backbone_options or {})
-    if options.setdefault("image_size", size) not in (None, size):
-        raise UserError(
-            f"data.size is {size}, and model.backbone_options.image_size {options['image_size']}: leave out one of them"
-        )
-    return cls(*args, backbone_options=options | {"image_size": size}, **kwargs)
+    options = kwargs.get("backbone_options") or {}
+    if (asked := options.get("image_size")) not in (None, size):
+        raise UserError(f"data.size is {size}, and model.backbone_options.image_size {asked}: leave out one of them")
+    return cls(*args, **kwargs | {"backbone_options": {**options, "image_size": size}})
 
 
 def _build_published(path: str, cls: type[CLIPM2DF], *, backbone: str, **options: Any) -> CLIPM2DF:

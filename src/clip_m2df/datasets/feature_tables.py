@@ -33,6 +33,8 @@ CLASSES_FORMAT = "clip-m2df class embeddings 1"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Rows whose numbers are checked at once.
 _CHECKED = 1024
+# How many times larger than its file a table may be.
+_MOST_PACKED = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -343,6 +345,7 @@ def _read_parquet(source: str, what: str, name: str) -> tuple[list[dict[str, Any
                     f" {some(map(repr, there))}"
                 )
             cells = [column for column in (*texts, "augmentation") if column in there]
+            _check_size(file.metadata, source, what)
             table = file.read(columns=[*cells, name], use_threads=False)
             columns = {column: table[column].to_pylist() for column in cells}
     except (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:
@@ -356,6 +359,18 @@ def _read_parquet(source: str, what: str, name: str) -> tuple[list[dict[str, Any
         ]
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     return rows, _numbers(pa, table[name], parts, f"{name} of the {what} {source}")
+
+
+def _check_size(metadata: Any, source: str, what: str) -> None:
+    """Refuse a file that is far larger inside than outside: features are noise, which nothing makes small."""
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+    columns = [group.column(index) for group in groups for index in range(group.num_columns)]
+    inside = sum(max(column.total_uncompressed_size, 2 * column.num_values) for column in columns)
+    if inside > _MOST_PACKED * os.path.getsize(source) + 2**24:
+        raise UserError(
+            f"the {what} {source} takes {os.path.getsize(source)} bytes for {inside}, and features are not packed like"
+            " that: write it anew, or as .safetensors"
+        )
 
 
 def _numbers(pa: Any, column: Any, parts: Sequence[str], what: str) -> Tensor:

@@ -187,7 +187,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
             raise UserError(f"knobs are those of the embedded benchmark ({', '.join(EMBEDDED)}), not of {manifest}")
         if knobs and episodes_file is not None:
             raise UserError("knobs and episodes_file both say what a test plays; leave out one of them")
-        of_videos = {"root": root, "cache": cache, "store": store, "jitter_queries": jitter_queries or None}
+        of_videos = {"root": root, "cache": cache, "jitter_queries": jitter_queries or None}
         of_videos["evaluation"] = "direct" if evaluation == "direct" else None
         if is_feature_table(manifest) and (given := [name for name, value in of_videos.items() if value is not None]):
             raise UserError(

@@ -224,20 +224,24 @@ class Towers(Protocol):
         text: the text tower, if there is one.
         dim: width of the features and of the prompt embeddings.
         image_size: height and width of the frames.
+        dtype: what the towers' weights are held in, by torch's name.
         mean: what :meth:`normalise` subtracts.
         std: what it divides by.
         visual_config: what describes the visual tower, in plain types.
         source: where the weights came from.
+        adapters: what describes the visual tower's adapters, if it has any; its own weights are frozen then.
     """
 
     visual: nn.Module
     text: nn.Module | None
     dim: int
     image_size: int
+    dtype: str
     mean: Tensor
     std: Tensor
     visual_config: dict[str, Any]
     source: str
+    adapters: dict[str, Any] | None
 
     def normalise(self, images: Tensor, /) -> Tensor:
         """Bring uint8 images ``(…, 3, height, width)`` to what the visual tower was trained on."""
@@ -289,7 +293,8 @@ class M2DF(nn.Module):
         self.freeze_backbone = freeze_backbone
         self.distinct_prompts = head.uses_prompts
         self.without_prompts = head.without_prompts
-        backbone.visual.requires_grad_(not freeze_backbone)
+        if backbone.adapters is None or freeze_backbone:
+            backbone.visual.requires_grad_(not freeze_backbone)
         if backbone.text is not None:
             backbone.text.requires_grad_(False)
         self._prompt_tables: dict[tuple[str, ...], Tensor] = {}

@@ -22,6 +22,10 @@ from clip_m2df.errors import UserError
 
 # What descriptions call a family whose file has another name.
 _FILES = {"vit": "clip"}
+# Side of an image in pixels beyond which memory does not suffice.
+MOST_SIDE = 4096
+# Layers of a tower beyond which a description is a forgery: the largest towers have 40 to 50.
+MOST_LAYERS = 1000
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,8 @@ class Tower:
         output: What the class calls the embeddings among its outputs.
         inside: What the names of its weights begin with in a folder, beyond those that the class itself gives them.
         fixed: Values of further fields, which are the same for every tower.
+        unused: The names of its weights that embeddings need not, such as the mask of its own training. They are left
+            out: trained on several devices, weights without a gradient are an error.
     """
 
     fields: tuple[str, ...]
@@ -46,13 +52,23 @@ class Tower:
     output: str = "pooler_output"
     inside: str = ""
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
 
     def build(self, config: Mapping[str, Any]) -> Embedder:
-        """The tower that a description's values make, with weights drawn at random."""
+        """The tower that a description's values make, with weights drawn at random.
+
+        Raises:
+            UserError: It has more layers than any tower.
+        """
         import transformers
 
+        if (layers := config.get("num_hidden_layers", 0)) > MOST_LAYERS:
+            raise UserError(f"num_hidden_layers is {layers}; it must be at most {MOST_LAYERS}")
         values = {key: value for key, value in config.items() if key != "kind"}
         model = getattr(transformers, self.model)(getattr(transformers, self.config)(**values, **self.fixed))
+        for name in self.unused:
+            module, _, weight = name.rpartition(".")
+            setattr(model.get_submodule(module), weight, None)
         # Earlier versions of some classes only wrap a module, under the very name that stands in files.
         return Embedder(getattr(model, self.inside.removesuffix("."), model) if self.inside else model, self.output)
 
@@ -84,7 +100,6 @@ class Family:
         resample: Pillow's number of how it resizes: 2 is bilinear, 3 bicubic.
         crops: Whether it resizes the short side and cuts out the middle, and does not bring both sides to one length.
         renames: Patterns in the names of weights in files, and what stands there in the names of transformers' classes.
-        not_needed: How the names of weights end that a folder has inside of the towers, and that embeddings need not.
     """
 
     kind: str
@@ -104,7 +119,6 @@ class Family:
     resample: int = 3
     crops: bool = False
     renames: tuple[tuple[str, str], ...] = ()
-    not_needed: tuple[str, ...] = ()
 
     @property
     def model_type(self) -> str:
@@ -137,11 +151,13 @@ class Family:
         """The description of the same visual tower for images of another size.
 
         Raises:
-            UserError: The size has not one patch.
+            UserError: The size has not one patch, or is beyond ``MOST_SIDE``.
         """
         resized = {**config, "image_size": image_size}
         if self.grid(resized) < 1:
             raise UserError(f"image_size is {image_size}, less than one patch of {self.name}'s visual tower")
+        if image_size > MOST_SIDE:
+            raise UserError(f"image_size is {image_size}; it must be at most {MOST_SIDE}")
         return resized
 
     def resized_weight(self, key: str, weight: Tensor, own: Mapping[str, Any], config: Mapping[str, Any]) -> Tensor:
@@ -158,10 +174,10 @@ class Family:
         side, grid, shape = self.grid(own), self.grid(config), weight.shape
         if key != self.positions or side == grid or shape[-2:-1] != (self.prefix + side * side,):
             return weight
-        first, patches = weight.reshape(-1, shape[-1]).split([self.prefix, side * side])
+        first, patches = weight.float().reshape(-1, shape[-1]).split([self.prefix, side * side])
         patches = rearrange(patches, "(h w) d -> 1 d h w", h=side)
-        patches = F.interpolate(patches.float(), size=(grid, grid), mode="bicubic", align_corners=False)
-        patches = rearrange(patches, "1 d h w -> (h w) d").to(weight.dtype)
+        patches = F.interpolate(patches, size=(grid, grid), mode="bicubic", align_corners=False)
+        patches = rearrange(patches, "1 d h w -> (h w) d")
         return torch.cat([first, patches]).view(*shape[:-2], -1, shape[-1])
 
     # A folder's files
@@ -215,13 +231,15 @@ class Family:
     def unused(self, names: Iterable[str]) -> Callable[[str], bool]:
         """Tell what of a folder's weights is no error although the towers don't have it.
 
-        This is what lies outside of the towers, and positions' numbers, which older versions stored.
+        This is what lies outside of the towers, what embeddings need not, and positions' numbers, which older versions
+        stored.
 
         Args:
             names: Those that a folder's files have for all of the backbone's weights.
         """
-        towers = {name.split(".")[0] for name in names}
-        return lambda name: name.split(".")[0] not in towers or name.endswith(("position_ids", *self.not_needed))
+        first = {name.split(".")[0] for name in names}
+        unused = {tower.inside + name for tower in (self.visual, self.text) if tower for name in tower.unused}
+        return lambda name: name.split(".")[0] not in first or name in unused or name.endswith("position_ids")
 
 
 class Embedder(nn.Module):

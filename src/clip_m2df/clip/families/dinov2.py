@@ -42,8 +42,7 @@ FAMILY = DINOv2(
         dim="hidden_size",
         model="Dinov2Model",
         config="Dinov2Config",
-        # The mask is of its own training; weights without a gradient would be an error on several devices.
-        fixed={"use_mask_token": False},
+        unused=("embeddings.mask_token",),
     ),
     projections={
         "q": ("attention.q_proj",),
@@ -60,7 +59,6 @@ FAMILY = DINOv2(
     mean=MEAN,
     std=STD,
     crops=True,
-    not_needed=("embeddings.mask_token",),
     renames=(
         (r"attention\.attention\.query", "attention.q_proj"),
         (r"attention\.attention\.key", "attention.k_proj"),

@@ -1,25 +1,11 @@
 """DINOv3 (Siméoni et al., 2025) with a vision transformer, an encoder of images alone."""
 
-from collections.abc import Mapping
-from typing import Any
-
-from torch import nn
-
 from clip_m2df.clip.families import Family, Tower
 from clip_m2df.clip.families.dinov2 import MEAN, STD
 
-
-class DINOv3(Family):
-    """A vision transformer with rotary positions, for images of any size, whose class token is the embedding."""
-
-    def visual_tower(self, config: Mapping[str, Any]) -> nn.Module:
-        """The tower without its mask, of its own training: weights without a gradient fail on several devices."""
-        tower = self.visual.build(config)
-        tower.model.embeddings.mask_token = None  # type: ignore[union-attr]
-        return tower
-
-
-FAMILY = DINOv3(
+# A vision transformer with rotary positions, for images of any size, whose class token is the embedding. What its own
+# training drew at every step, scales of the positions, is left out: draws of a training here come from its seeds.
+FAMILY = Family(
     kind="dinov3_vit",
     name="DINOv3",
     config="DINOv3ViTConfig",
@@ -33,7 +19,7 @@ FAMILY = DINOv3(
         dim="hidden_size",
         model="DINOv3ViTModel",
         config="DINOv3ViTConfig",
-        # Draws at every training step, made by no seed of the training, which belong to its own training.
+        unused=("embeddings.mask_token",),
         fixed={"pos_embed_shift": None, "pos_embed_jitter": None, "pos_embed_rescale": None},
     ),
     projections={
@@ -49,6 +35,5 @@ FAMILY = DINOv3(
     mean=MEAN,
     std=STD,
     resample=2,
-    not_needed=("embeddings.mask_token",),
     renames=((r"^layer\.", "model.layer."),),
 )
