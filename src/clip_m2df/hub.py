@@ -295,10 +295,7 @@ def model_card(
         license="apache-2.0",
         tags=["few-shot-learning", "action-recognition", "video-classification", "clip"],
     )
-    tower = options["backbone"]["visual_config"]
-    family = family_of(tower["kind"])
     facts: dict[str, Any] = {"options": options, "reading": reading, "name": name, "measured": measured, "apart": apart}
-    facts["kind"] = {"vit": "ViT", "resnet": "ResNet"}.get(tower["kind"], family.name)
-    facts["dim"] = tower[family.visual.dim]
+    facts["family"] = family_of(options["backbone"]["visual_config"]["kind"])
     card: ModelCard = ModelCard.from_template(data, template_path=str(TEMPLATE), **facts)
     return card

@@ -93,6 +93,7 @@ AFTER = {
         *("manifests/hmdb51_sound.csv", "manifests/hmdb51.check.csv"),
         *(f"runs/hmdb51_5way1shot/test_{table}.csv" for table in ("classes", "confusion")),
     ],
+    "docs/features.md": ["runs/mine/test_metrics.csv", "bread_classifier/support.safetensors"],
     "docs/index.md": ["runs/demo/checkpoints/best.ckpt", "runs/hmdb51_5way1shot/test_classes.csv"],
     "docs/motion_shapes.md": ["videos/manifest.csv"],
     "docs/own_videos.md": ["why.png", "jars_classifier/support.safetensors"],

@@ -293,7 +293,7 @@ class CLIPM2DF(lightning.LightningModule):
 
     @property
     def image_size(self) -> int:
-        """Height and width in pixels of the frames that the tower takes."""
+        """Height and width in pixels of the frames that the tower takes; 0 without a tower, for features alone."""
         return self.model.backbone.image_size
 
     def setup(self, stage: str) -> None:
