@@ -115,8 +115,7 @@ def test_a_saved_model_has_the_same_features(
     before = {name: weight.clone() for name, weight in trained.state_dict().items()}
     trained.save_pretrained(tmp_path, adapters=adapters)
     assert all(torch.equal(weight, before[name]) for name, weight in trained.state_dict().items())
-    clip = {"clip": tiny_clip_dir} if adapters == "apart" else {}
-    model = CLIPM2DF.from_pretrained(tmp_path, **clip)
+    model = CLIPM2DF.from_pretrained(tmp_path, clip=tiny_clip_dir if adapters == "apart" else None)
     tolerance = 1e-5 if adapters == "merged" else 0
     torch.testing.assert_close(features(model), features(trained), atol=tolerance, rtol=0)
     assert bool(of_adapters(model.state_dict())) == (adapters != "merged")
@@ -130,9 +129,7 @@ def test_a_saved_model_has_the_same_features(
 
 def test_a_loaded_tower_will_do_for_adapters_apart(trained: CLIPM2DF, tiny_clip_dir: Path, tmp_path: Path) -> None:
     trained.save_pretrained(tmp_path, adapters="apart")
-    assert (tmp_path / "model.safetensors").stat().st_size < sum(
-        weight.nbytes for weight in trained.model.backbone.parameters()
-    )
+    assert not any("backbone" in name for name in load_file(tmp_path / "model.safetensors"))
     tower = CLIPBackbone.load(tiny_clip_dir)
     model = CLIPM2DF.from_pretrained(tmp_path, clip=tower)
     assert torch.equal(features(model), features(trained))
@@ -170,7 +167,7 @@ def test_files_of_different_models_are_noticed(
 
 def test_another_model_takes_the_place_of_one_apart(trained: CLIPM2DF, tmp_path: Path) -> None:
     for adapters in ("apart", "kept"):
-        trained.save_pretrained(tmp_path, adapters=adapters)  # type: ignore[arg-type]
+        trained.save_pretrained(tmp_path, adapters=adapters)
     assert not list(tmp_path.glob("adapter_*"))
     assert torch.equal(features(CLIPM2DF.from_pretrained(tmp_path)), features(trained))
 
