@@ -59,7 +59,7 @@ def export_model(
     class_names: Sequence[str] = (),
     formats: Sequence[Format] = ("onnx", "pt2"),
 ) -> dict[str, float]:
-    """Write the visual tower and the head as programs, and the prompt table of some classes.
+    """Write the visual tower, if there is one, and the head as programs, and the prompt table of some classes.
 
     ``tower`` takes uint8 ``frames (batch, 3, size, size)`` and gives ``features (batch, dim)``; mean and std are in it.
     ``head`` takes ``support (n_way, n_shot, frames, dim)``, ``query (n_queries, frames, dim)`` and
@@ -109,10 +109,9 @@ def _write(
     model: CLIPM2DF, folder: Path, shapes: dict[str, int], class_names: Sequence[str], formats: Sequence[Format]
 ) -> dict[str, float]:
     prompts = model.encode_prompts(class_names).cpu().contiguous() if class_names else None
-    programs = {
-        "tower": tower_program(model, batch=shapes.pop("batch")),
-        "head": head_program(model, **shapes),
-    }
+    batch = shapes.pop("batch")
+    programs = {"tower": tower_program(model, batch=batch)} if model.image_size else {}
+    programs["head"] = head_program(model, **shapes)
     differences: dict[str, float] = {}
     try:
         with TemporaryDirectory(dir=folder) as draft:

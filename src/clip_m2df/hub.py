@@ -24,6 +24,7 @@ from torch import Tensor
 
 from clip_m2df.clip.adapter_files import CONFIG as ADAPTER_CONFIG
 from clip_m2df.clip.adapter_files import WEIGHTS as ADAPTER_WEIGHTS
+from clip_m2df.clip.families import family_of
 from clip_m2df.clip.formats import known_backbone, public_source
 from clip_m2df.episode import ResizeMode, Sampling
 from clip_m2df.errors import UserError, some
@@ -295,5 +296,6 @@ def model_card(
         tags=["few-shot-learning", "action-recognition", "video-classification", "clip"],
     )
     facts: dict[str, Any] = {"options": options, "reading": reading, "name": name, "measured": measured, "apart": apart}
+    facts["family"] = family_of(options["backbone"]["visual_config"]["kind"])
     card: ModelCard = ModelCard.from_template(data, template_path=str(TEMPLATE), **facts)
     return card

@@ -1,8 +1,9 @@
 """Towers of all families from folders of transformers', against transformers itself."""
 
+import copy
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -334,6 +335,7 @@ def test_a_configuration_that_contradicts_the_weights_is_refused(kind: str, tmp_
     [
         ("vision_config", {"num_attention_heads": 0}, "num_attention_heads is 0, not a whole number above 0"),
         ("vision_config", {"num_attention_heads": 7}, "can't be"),
+        ("vision_config", {"attention_dropout": float("nan")}, "attention_dropout is nan; it must be finite"),
         ("vision_config", {"image_size": [32, 48]}, r"image_size is \[32, 48\]"),
         ("vision_config", {"patch_size": -8}, "patch_size is -8"),
         ("vision_config", {"num_hidden_layers": 2.5}, "can't be used"),
@@ -361,6 +363,49 @@ def test_configurations_are_checked(table: str, change: dict[str, Any], message:
     with pytest.raises(UserError, match=message) as error:
         CLIPBackbone.load(str(tmp_path / "tower"))
     assert "tower" in str(error.value)
+
+
+@pytest.mark.parametrize("heads", [3, 16, 32])
+def test_heads_that_do_not_fit_the_width_are_refused(heads: int, tmp_path: Path) -> None:
+    save_folder("dinov3_vit", tmp_path / "tower")
+    changed_config(tmp_path / "tower", {"num_attention_heads": heads})
+    with pytest.raises(UserError, match=r"config\.json of .* makes no tower that runs"):
+        CLIPBackbone.load(str(tmp_path / "tower"))
+
+
+def fields_of(table: dict[str, Any], *before: str) -> Iterator[tuple[str, ...]]:
+    for name, value in table.items():
+        yield (*before, name)
+        if isinstance(value, dict):
+            yield from fields_of(value, *before, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
+@pytest.mark.parametrize("kind", ["metaclip_2", "siglip_2", "dinov2", "dinov3_vit"])
+def test_any_value_of_any_field_is_taken_or_refused_in_words(kind: str, file: str, tmp_path: Path) -> None:
+    save_folder(kind, tmp_path / "tower")
+    good = json.loads((tmp_path / "tower" / file).read_text())
+    taken = 0
+    for *tables, field in fields_of(good):
+        for value in (None, -1, 0, True, 2.5, float("nan"), float("inf"), "x", [], [1, 2], {"a": 1}, 1 << 40, 10**30):
+            changed = copy.deepcopy(good)
+            table = changed
+            for name in tables:
+                table = table[name]
+            table[field] = value
+            (tmp_path / "tower" / file).write_text(json.dumps(changed))
+            try:
+                backbone = CLIPBackbone.load(str(tmp_path / "tower")).eval()
+            except UserError:
+                continue
+            with torch.no_grad():
+                backbone.encode_frames(torch.randn(1, 3, backbone.image_size, backbone.image_size))
+                if backbone.text is not None:
+                    backbone.encode_text(backbone.tokenize(["a cat"]))
+            json.dumps(backbone.description(), allow_nan=False)
+            taken += 1
+    assert taken > 2
 
 
 @pytest.mark.parametrize("kind", FOLDERS)

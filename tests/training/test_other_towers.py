@@ -60,7 +60,9 @@ def test_a_tower_goes_all_the_way(
     head = WITHOUT_TEXT if name in ("dinov2", "visual_only") else []
     args = own_size(manifest, towers[name], tmp_path / "run", *head, "--model.lr=1e-3")
     assert main(["fit", *args]) == 0
-    assert main(["test", *args, "--ckpt_path=best"]) == 0
+    page = tmp_path / "test.html"
+    assert main(["test", *args, "--ckpt_path=best", f"--report={page}"]) == 0
+    assert page.stat().st_size > 0
     assert re.search(r"test/accuracy *┃ *[\d.]+ ± [\d.]+ %", capsys.readouterr().out)
     (metrics,) = (tmp_path / "run").rglob("metrics.csv")
     logged = metrics.read_text().splitlines()[0].split(",")
@@ -75,6 +77,9 @@ def test_a_tower_goes_all_the_way(
     start, trained = CLIPBackbone.load(towers[name]).visual.state_dict(), model.model.backbone.visual.state_dict()
     assert not any(torch.equal(trained[key], weight) for key, weight in start.items() if key.endswith("q_proj.weight"))
     model.save_pretrained(tmp_path / "saved")
+    card, kind = (tmp_path / "saved" / "README.md").read_text(), {"siglip2": "SigLIP", "dinov2": "DINOv2"}
+    assert f": {kind.get(name, 'ViT')}, 32 x 32 pixels, embeddings of 32 |" in card
+    assert ("| prompt | none, as there is no text tower |" in card) == bool(head)
     again = CLIPM2DF.from_pretrained(tmp_path / "saved")
     frames = torch.randint(0, 256, (3, 2, 3, 32, 32), dtype=torch.uint8)
     with torch.no_grad():
@@ -91,7 +96,9 @@ def test_a_tower_goes_all_the_way(
     videos = [str(manifest.parent / f"test{c}_2.mp4") for c in range(3)]
     table = tmp_path / "labels.csv"
     told = ["--support", str(support), "--workers", "0", "--output", str(table), "--videos", *videos]
-    assert main(["predict", "--ckpt_path", str(tmp_path / "saved"), *told]) == 0
+    page = tmp_path / "labels.html"
+    assert main(["predict", "--ckpt_path", str(tmp_path / "saved"), *told, "--report", str(page)]) == 0
+    assert ("Prompt selection" in page.read_text()) == (not head)
     rows = [line.split(",") for line in table.read_text().splitlines()[1:]]
     classifier = FewShotClassifier.from_checkpoint(best).fit(support)
     assert [row[1] for row in rows] == list(classifier.predict(videos))
@@ -137,6 +144,9 @@ def test_an_untrained_tower_is_measured_and_predicts(
     video = str(manifest.parent / "test0_1.mp4")
     assert main(["predict", "--backbone", towers[name], *told, "--videos", video]) == 0
     assert ",a,1.000000," in table.read_text()
+    held = ["--backbone_options", "image_size=40", "dtype=bfloat16", "--precision", "16-mixed", "--videos", video]
+    with pytest.warns(UserWarning, match="interpolated to those of 40"):
+        assert main(["predict", "--backbone", towers[name], *told, *held]) == 0
 
 
 # Sizes
@@ -271,6 +281,7 @@ def test_a_tower_in_float16_is_not_trained(
         (["--model.head=zero_shot"], "take a head that needs none, such as otam"),
         (["--model.head=otam", "--model.class_weight=0.1"], "set model.class_weight to 0"),
         (["--model.head=otam", "--model.text_fusion=0.5"], "set model.text_fusion to 0"),
+        (["--model.head=clip_fsar", "--model.class_weight=1"], "nearest_prototype, and set model.class_weight to 0"),
     ],
 )
 def test_what_needs_prompts_says_so(

@@ -25,6 +25,7 @@ from clip_m2df.clip.adapter_files import apply_adapter, read_adapter
 from clip_m2df.clip.families import MOST_SIDE, family_of
 from clip_m2df.clip.families.clip import MEAN as CLIP_MEAN
 from clip_m2df.clip.families.clip import STD as CLIP_STD
+from clip_m2df.clip.families.features import ClassEmbeddings
 from clip_m2df.clip.formats import STANDARD_TOKENIZER
 from clip_m2df.clip.tokenizer import VOCABULARY, encoded, has_tokenizer, read_tokenizer, saved_tokenizer
 from clip_m2df.errors import UserError, some
@@ -42,7 +43,7 @@ _REMEDY = (
 )
 
 # The keys of ``backbone_options``.
-BACKBONE_OPTIONS = ("activation", "head_width", "tokenizer", "mean", "std", "image_size", "dtype")
+BACKBONE_OPTIONS = ("activation", "head_width", "tokenizer", "mean", "std", "image_size", "dtype", "dim")
 # What weights can be held in, by torch's names.
 DTYPES = ("float32", "bfloat16", "float16")
 HALF = (torch.bfloat16, torch.float16)
@@ -138,20 +139,24 @@ class CLIPBackbone(nn.Module):
 
         Args:
             name: ``tiny`` (the one in this package, for tests and demonstrations), ``rn50`` (OpenAI's ResNet-50, from
-                the hub), a folder in transformers' or OpenCLIP's format, a file of weights in OpenAI's layout
-                (``.safetensors``, ``.pt``, ``.bin``), or the hub's name of such a folder, as
-                ``openai/clip-vit-base-patch16``.
+                the hub), ``features`` (no tower, for features that are there already), a folder in transformers' or
+                OpenCLIP's format, a file of weights in OpenAI's layout (``.safetensors``, ``.pt``, ``.bin``), or the
+                hub's name of such a folder, as ``openai/clip-vit-base-patch16``.
             freeze_batch_norm: Keep batch norm in evaluation mode whatever ``train()`` says.
             **options: What the weights don't tell, or tell otherwise: ``activation`` and ``head_width`` of weights in
                 OpenAI's layout, see :meth:`from_openai`; ``tokenizer``, where it lies; ``mean`` and ``std``, three
-                numbers each for pixels between 0 and 1; ``image_size`` and ``dtype``, see :meth:`from_pretrained`. None
-                is as good as not given.
+                numbers each for pixels between 0 and 1; ``image_size`` and ``dtype``, see :meth:`from_pretrained`;
+                ``dim``, of ``features`` alone: their width. None is as good as not given.
 
         Raises:
             UserError: There is no such thing, it can't be fetched, or it isn't CLIP; an option that there is not, that
                 has another value, or that this format has no use for.
         """
         given, name = check_options(options), os.fspath(name)
+        if name == "features":
+            return cls._of_features(given)
+        if "dim" in given:
+            raise UserError(f"backbone_options.dim is of the backbone features, and {name!r} has its own: leave it out")
         if name == "rn50":
             _check_known(given, formats.OPENAI, "rn50 is OpenAI's")
             folder = formats.fetch(formats.RN50_REPOSITORY, [[formats.RN50_FILE]])
@@ -242,7 +247,11 @@ class CLIPBackbone(nn.Module):
         description["visual_config"] = _sized(own, description.pop("image_size"), image_size, name_or_dir)
         description |= {"dtype": dtype, "source": name_or_dir}
         with torch.device("meta"):  # a wrong config.json may describe towers larger than any memory
-            cls._with_weights(description, own, state, adapter)
+            tried = cls._with_weights(description, own, state, adapter)
+            try:  # some classes of transformers find out only then that heads don't fit their width
+                tried.visual(torch.empty(1, 3, tried.image_size, tried.image_size))
+            except Exception as error:  # torch's have no common class
+                raise UserError(f"the config.json of {name_or_dir} makes no tower that runs: {error}") from error
         backbone = cls._with_weights(description, own, state, adapter)
         if backbone.text is not None:
             backbone._read_tokenizer(
@@ -399,6 +408,28 @@ class CLIPBackbone(nn.Module):
         except Exception as error:  # that values make no tower, torch and transformers say in many ways
             raise UserError(f"the towers of {source!r} can't be built: {error}") from error
 
+    @classmethod
+    def _of_features(cls, options: Mapping[str, Any]) -> Self:
+        """No towers, for features of a width."""
+        if options.keys() != {"dim"}:
+            raise UserError(
+                "the backbone features has no weights, and the one option dim, the width of the features: give"
+                " backbone_options.dim, or on the command line a feature table as data.manifest"
+            )
+        return cls({"kind": "features", "dim": options["dim"], "image_size": 0}, source="features")
+
+    def keep_classes(self, embeddings: Mapping[str, Tensor]) -> None:
+        """Have class embeddings in the place of a text tower, of a backbone that has no towers.
+
+        Args:
+            embeddings: ``(dim)`` by label.
+        """
+        self.text_config = {"kind": "features", "dim": self.dim, "labels": list(embeddings)}
+        self.text_config["max_position_embeddings"] = 1
+        self.text = ClassEmbeddings(list(embeddings), self.dim)
+        self.text.embeddings.copy_(torch.stack(list(embeddings.values())))
+        self.text.to(self.mean.device)
+
     def load_openai(self, state: Mapping[str, Tensor]) -> None:
         """Take weights in OpenAI's layout in the place of one's own, of towers built as OpenAI builds them.
 
@@ -515,8 +546,13 @@ class CLIPBackbone(nn.Module):
             Embeddings ``(..., dim)``, not L2-normalised.
 
         Raises:
-            UserError: The images have another size, or haven't been normalised.
+            UserError: The images have another size, or haven't been normalised; or there is no tower.
         """
+        if not self.image_size:
+            raise UserError(
+                "the model was made for features and has no tower that takes frames: give a feature table, as clip-m2df"
+                " encode writes it with the tower of its training"
+            )
         *leading, channels, height, width = images.shape
         size = self.image_size
         if (channels, height, width) != (3, size, size):
@@ -548,6 +584,8 @@ class CLIPBackbone(nn.Module):
             UserError: There is no text tower, or its tokenizer can't be had or isn't its own.
         """
         length = self._text_values()["max_position_embeddings"]
+        if isinstance(self.text, ClassEmbeddings):
+            return self.text.tokens(texts, repr(self.source))
         tokenizer = self._fetch_tokenizer() if self._tokenizer is None else self._tokenizer
         tokens = encoded(tokenizer, texts, repr(self.source))
         return torch.tensor(tokens, dtype=torch.long).reshape(len(texts), length)
@@ -614,6 +652,8 @@ def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(
             f"backbone_options.image_size is {size!r:.80}; it must be a whole number of pixels, at most {MOST_SIDE}"
         )
+    if type(given.get("dim", 1)) is not int or given.get("dim", 1) < 1:
+        raise UserError(f"backbone_options.dim is {given['dim']!r:.80}; it must be a whole number, at least 1")
     if given.get("dtype", "float32") not in DTYPES:
         raise UserError(f"backbone_options.dtype is {given['dtype']!r:.80}; it must be one of {', '.join(DTYPES)}")
     if not isinstance(given.get("tokenizer", ""), str):

@@ -34,6 +34,7 @@ from torch.multiprocessing.spawn import ProcessException
 from clip_m2df.clip.adapters import check_adapters
 from clip_m2df.clip.backbone import check_options
 from clip_m2df.clip.formats import told_options
+from clip_m2df.datasets.feature_tables import is_feature_table, read_feature_table
 from clip_m2df.episodes.datamodule import EpisodeDataModule
 from clip_m2df.episodes.files import write_episodes_file
 from clip_m2df.errors import Stopped, UserError, ended_by_sigterm, say
@@ -254,6 +255,8 @@ class CLI(LightningCLI):
             config.ckpt_path = str(path)
         elif config.ckpt_path == "best":
             config.ckpt_path = str(folder / checkpoints.BEST)
+        if is_feature_table(config.data.manifest):
+            self._take_table(config)
         if self.subcommand == "fit":
             self.goes_on = config.ckpt_path is not None and Path(config.ckpt_path).resolve().parent == folder.resolve()
             held = any((folder / name).exists() for name in (checkpoints.LAST, checkpoints.PREVIOUS))
@@ -274,7 +277,7 @@ class CLI(LightningCLI):
                 return
             self._take_options_from(self.checkpoint, config)
             self.parser.add_instantiator(partial(_build_model, self.saved_options), CLIPM2DF, subclasses=False)
-        elif config.data.size is not None:
+        elif config.data.size is not None and not is_feature_table(config.data.manifest):
             self.parser.add_instantiator(partial(_build_sized, config.data.size), CLIPM2DF, subclasses=False)
 
     def after_instantiate_classes(self) -> None:
@@ -283,8 +286,7 @@ class CLI(LightningCLI):
         Raises:
             UserError: they are of another size.
         """
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) - self.datamodule.num_workers))
+        leave_cores(self.datamodule.num_workers)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         if self.datamodule.num_workers > 2 * max(cores, 2):
             warnings.warn(
@@ -293,10 +295,24 @@ class CLI(LightningCLI):
                 stacklevel=2,
             )
         size, wanted = self.datamodule.size, self.model.image_size
-        if size not in (None, wanted):
+        if size not in (None, wanted) and not is_feature_table(self.datamodule.manifest_path):
             raise UserError(
                 f"data.size is {size}, but the tower takes frames of {wanted} pixels, which a checkpoint keeps: give"
                 f" --data.size {wanted}, and --data.resize {wanted} or more"
+            )
+
+    def _take_table(self, config: Namespace) -> None:
+        """Take from a feature table what no option says: how many frames a video has, and a model of its features."""
+        given = self.parser.parse_args(self.args, defaults=False)[str(self.subcommand)]
+        table = read_feature_table(config.data.manifest)
+        if given.get("data.frames") is None:
+            config.data.frames = table.frames
+        if config.ckpt_path is None and given.get("model.backbone", "features") == "features":
+            config.model.backbone, config.model.freeze_backbone = "features", True
+            config.model.backbone_options = {"dim": table.dim} | (config.model.backbone_options or {})
+            say(
+                f"{config.data.manifest} has features of {table.frames} frames, {table.dim} numbers each: the model has"
+                " the backbone features, which is no tower"
             )
 
     def _take_published(self, config: Namespace) -> None:
@@ -363,6 +379,12 @@ def _build_sized(size: int, cls: type[CLIPM2DF], *args: Any, **kwargs: Any) -> C
 def _build_published(path: str, cls: type[CLIPM2DF], *, backbone: str, **options: Any) -> CLIPM2DF:
     """With the weights of a published checkpoint, whose text tower is that of the backbone."""
     return cls.from_published(path, clip=backbone, **options)
+
+
+def leave_cores(workers: int) -> None:
+    """Compute on the cores that are left by processes that decode, unless the environment says on how many."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) - workers))
 
 
 def _is_first_process() -> bool:

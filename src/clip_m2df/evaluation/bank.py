@@ -189,7 +189,7 @@ def encode_videos(
 
     What goes through the tower together is the same whatever the number of ranks, and so is every bit. Videos that
     can't be read are replaced, or end it, as the table has it. If the table has a folder for features, those that are
-    there are taken, and the others are put there.
+    there are taken, and the others are put there. Features that the table has itself are taken as they are.
 
     Args:
         model: in eval mode.
@@ -207,6 +207,9 @@ def encode_videos(
     Raises:
         UserError: another process adds features to the same file; or videos are unusable that may not be replaced.
     """
+    if (features := table.features()) is not None:
+        # Under autocast as the tower gave them; else as wide as the weights that they go through.
+        return features.to(model.device, None if "mixed" in precision else model.head.scale.dtype)
     store = _open_store(model, table, precision) if table.store and keep else None
     with ExitStack() as until_written:
         kept, refusal = _kept_features(store, table, numbers, until_written) if store and rank == 0 else ({}, None)
@@ -250,6 +253,8 @@ def _encode_missing(
         fresh |= {table.identity(index): feature for index, feature in mine.items()}
         if unusable:
             table.replace(unusable)
+    if not encoded:
+        raise UserError("not one of the videos can be read: check that they are there, and what they are")
     if store and fresh and rank == 0:
         dtype = next(iter(fresh.values())).dtype
         store.write({name: feature for name, feature in kept.items() if feature.dtype == dtype} | fresh)

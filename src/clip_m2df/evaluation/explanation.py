@@ -73,7 +73,7 @@ class Explanation(NamedTuple):
         alignments: by view, ``(n, frames, frames)``: how OTAM aligns the clip's frames, the rows, with those of the
             ``compared`` classes; empty for a head without views.
         compared: the closest class, then the runner-up if there is one.
-        frames: of the clip, uint8 ``(frames, 3, height, width)``, small.
+        frames: of the clip, uint8 ``(frames, 3, height, width)``, small; None of a clip that came as features.
         examples: the same of an example of each compared class, as far as there are some.
     """
 
@@ -90,7 +90,7 @@ class Explanation(NamedTuple):
     teacher: str | None
     alignments: dict[str, Tensor]
     compared: list[str]
-    frames: Tensor
+    frames: Tensor | None
     examples: dict[str, Tensor]
 
     @property
@@ -149,7 +149,7 @@ def explain(
     class_names: Sequence[str],
     label: str,
     probabilities: Tensor,
-    frames: Tensor,
+    frames: Tensor | None,
     examples: Mapping[str, Tensor],
     threshold: float | None = None,
     video: str = "",
@@ -166,7 +166,7 @@ def explain(
         class_names: all different.
         label: the answer, see :class:`Explanation`.
         probabilities: ``(n_way)``, as the answer goes by them; they may hold more than the head's logits.
-        frames: small ones of the clip, uint8 ``(frames, 3, height, width)``.
+        frames: small ones of the clip, uint8 ``(frames, 3, height, width)``, if there are some.
         examples: the same of an example of a class, by class; those of :func:`compared_classes` are kept.
         threshold: the distance beyond which a clip is none of the classes.
         video: the clip's path.
@@ -198,7 +198,7 @@ def explain(
         teacher=_teacher(output),
         alignments=evidence.alignments,
         compared=[names[c] for c in compared],
-        frames=frames.cpu(),
+        frames=None if frames is None else frames.cpu(),
         examples={names[c]: examples[names[c]].cpu() for c in compared if names[c] in examples},
     )
 
@@ -238,14 +238,14 @@ def parts(found: Explanation) -> tuple[list[Figure], list[Figure]]:
 
 
 def _answer(found: Explanation) -> Figure:
-    """The answer, how far the clip is from the closest class, and the clip."""
+    """The answer, how far the clip is from the closest class, and the clip if it has frames."""
     title = f"{shortened(Path(found.video).name) or 'a clip'}: {shortened(found.label or 'none of these')}"
     if found.label in found.probabilities:
         title += f" ({100 * found.probabilities[found.label]:.0f} %)"
     said = f"distance {found.distance:.2f} from the closest class, {shortened(found.compared[0])}"
     if found.threshold is not None:
         said += f", {'beyond' if found.rejected else 'within'} the threshold {found.threshold:.2f}"
-    clip = strip(found.frames, SIDE)
+    clip = Image.new("RGB", (BAR, 1), "white") if found.frames is None else strip(found.frames, SIDE)
     figure, axes = chart(clip.width, clip.height, "")
     axes.set_title(title, size=14, loc="left", y=1, pad=24)
     axes.text(0, -8, said, color=WRONG if found.rejected else GREY)

@@ -298,6 +298,7 @@ class M2DF(nn.Module):
         if backbone.text is not None:
             backbone.text.requires_grad_(False)
         self._prompt_tables: dict[tuple[str, ...], Tensor] = {}
+        self._class_embeddings: dict[str, Tensor] = {}
         self.register_load_state_dict_post_hook(_forget_prompts)  # type: ignore[no-untyped-call]
         self.train()  # what is frozen is in eval mode from the start: a Trainer keeps the modes that it finds
 
@@ -416,6 +417,8 @@ class M2DF(nn.Module):
             return torch.zeros(len(class_names), self.backbone.dim, device=self.device)
         names = tuple(class_names)
         device = self.device
+        if self._class_embeddings.keys() >= {*names}:
+            return torch.stack([self._class_embeddings[name] for name in names]).to(device)
         if names not in self._prompt_tables or self._prompt_tables[names].device != device:
             self.check_prompts(names, names if labels is None else labels)
             prompts = [self.backbone.tokenize(fill_template(t, names)).to(device) for t in self.templates]
@@ -427,8 +430,16 @@ class M2DF(nn.Module):
 
     @property
     def has_prompts(self) -> bool:
-        """Whether there is a text tower to make them."""
-        return self.backbone.text is not None
+        """Whether there is a text tower to make them, or class embeddings in its place."""
+        return self.backbone.text is not None or bool(self._class_embeddings)
+
+    def take_class_embeddings(self, embeddings: Mapping[str, Tensor]) -> None:
+        """Have embeddings of classes that were computed elsewhere, in the place of their prompts'.
+
+        Args:
+            embeddings: float32 ``(dim)`` by what prompts would say.
+        """
+        self._class_embeddings = dict(embeddings)
 
     def check_has_prompts(self) -> None:
         """Refuse a tower without text where the scores need prompts.
@@ -439,7 +450,8 @@ class M2DF(nn.Module):
         if self.without_prompts and not self.has_prompts:
             raise UserError(
                 f"the weights of backbone {self.backbone.source!r} have no text tower, and so there are no prompts, by"
-                f" which the model would score: {self.without_prompts}; or take weights that have both towers"
+                f" which the model would score: {self.without_prompts}; or take weights that have both towers, or"
+                " a feature table with class embeddings"
             )
 
     def check_prompts(self, class_names: Sequence[str], labels: Sequence[str]) -> None:
@@ -452,7 +464,7 @@ class M2DF(nn.Module):
         Raises:
             UserError: names two such classes.
         """
-        if self.distinct_prompts and self.has_prompts and len(class_names) > 1:
+        if self.distinct_prompts and self.backbone.text is not None and len(class_names) > 1:
             prompts = [self.backbone.tokenize(fill_template(t, class_names)) for t in self.templates]
             check_distinct(torch.stack(prompts), class_names, labels)
 

@@ -22,6 +22,7 @@ from clip_m2df.clip.adapters import add_adapters, check_adapters, merge_adapters
 from clip_m2df.clip.backbone import CLIPBackbone, check_options
 from clip_m2df.clip.formats import OPENAI, public_source
 from clip_m2df.clip.tokenizer import has_tokenizer
+from clip_m2df.datasets.feature_tables import FeatureTable
 from clip_m2df.datasets.manifest import Manifest
 from clip_m2df.episode import Episode, FeatureEpisode, ResizeMode, TableEpisodes, VideoTable
 from clip_m2df.errors import UserError, require, some
@@ -107,11 +108,13 @@ class CLIPM2DF(lightning.LightningModule):
 
     Args:
         backbone: CLIP's weights: a name on the hub or a folder, in transformers' format (ViT) or OpenCLIP's; a file in
-            OpenAI's layout; ``rn50`` for the public ResNet-50; ``tiny`` for the small CLIP that comes with the package.
+            OpenAI's layout; ``rn50`` for the public ResNet-50; ``tiny`` for the small CLIP that comes with the package;
+            ``features`` for no tower at all, where features come from a table.
         backbone_options: what the weights don't tell, or tell otherwise: ``activation`` (``gelu`` or ``quick_gelu``)
             and ``head_width`` of weights in OpenAI's layout; ``tokenizer``, a file or a folder; ``mean`` and ``std``,
             three numbers each for pixels between 0 and 1; ``image_size``, to which position embeddings are
-            interpolated; ``dtype``, what the weights are held in: ``float32``, ``bfloat16`` or ``float16``.
+            interpolated; ``dtype``, what the weights are held in: ``float32``, ``bfloat16`` or ``float16``;
+            ``dim``, the width of ``features``.
         head: what scores the queries: ``m2df``; for comparison ``clip_fsar``, ``otam``, ``bi_mhm``,
             ``nearest_prototype`` or ``zero_shot``; or the class path of another head.
         head_options: options of the head's class; for ``m2df`` those of :class:`clip_m2df.nn.m2df.M2DFHead`.
@@ -233,11 +236,14 @@ class CLIPM2DF(lightning.LightningModule):
             add_adapters(tower, adapters)
         if gradient_checkpointing:
             tower.enable_gradient_checkpointing()
+        if tower.family.kind == "features":  # labels stand for prompts, and there is nothing to train
+            template, freeze_backbone = "{}", True
         self.model = M2DF(tower, build_head(head, {"dim": tower.dim, **own}), template, freeze_backbone)
         for name, value in (("class_weight", class_weight), ("text_fusion", text_fusion)):
             if value:
                 self.model.distinct_prompts = True
-                self.model.without_prompts = f"set model.{name} to 0"
+                changes = (self.model.without_prompts, f"set model.{name} to 0")
+                self.model.without_prompts = ", and ".join(filter(None, changes))
         if compile:  # in place, so that the weights keep their names
             tower.visual.compile()
             self.model.head.compile()
@@ -287,16 +293,39 @@ class CLIPM2DF(lightning.LightningModule):
 
     @property
     def image_size(self) -> int:
-        """Height and width in pixels of the frames that the tower takes."""
+        """Height and width in pixels of the frames that the tower takes; 0 without a tower, for features alone."""
         return self.model.backbone.image_size
 
     def setup(self, stage: str) -> None:
-        """Refuse, before videos are read, a tower without text under a head that needs prompts.
+        """Take over what a feature table has; refuse, before videos are read, what does not fit together.
 
         Raises:
-            UserError: says what to do.
+            UserError: features of another width or number of frames than the model's; or a tower without text under a
+                head that needs prompts.
         """
+        table = getattr(getattr(self._trainer, "datamodule", None), "table", None)
+        if isinstance(table, FeatureTable):
+            self._take_table(table)
         self.model.check_has_prompts()
+
+    def _take_table(self, table: FeatureTable) -> None:
+        backbone = cast(CLIPBackbone, self.model.backbone)
+        if table.dim != backbone.dim:
+            raise UserError(
+                f"the features in {table.source} have {table.dim} numbers a frame, and those of the model"
+                f" ({self.source}) {backbone.dim}: give a table of its own tower's features, or for another width"
+                " model.backbone features"
+            )
+        frames = table.frames if self.reading is None else self.reading["frames"]
+        if table.frames != frames:
+            raise UserError(
+                f"the features in {table.source} are of {table.frames} frames, and the model ({self.source}) was"
+                f" trained on {frames}: give a table of as many"
+            )
+        if table.class_embeddings and backbone.family.kind == "features" and backbone.text is None:
+            backbone.keep_classes(table.class_embeddings)  # which goes into its checkpoints
+        else:
+            self.model.take_class_embeddings(table.class_embeddings)
 
     def forward(self, episode: Episode | FeatureEpisode) -> HeadOutput:
         """Score the queries of a batch of episodes."""
@@ -404,9 +433,10 @@ class CLIPM2DF(lightning.LightningModule):
         if known is not None and known.table is table and (stage == "train" or self._bank is not None):
             return known.features
         if stage == "train" and not self.model.freeze_backbone:
+            what = "data.train_augmentations" if table.features() is None else "a feature table"
             raise UserError(
-                "data.train_augmentations trains from features, which a tower that learns would leave behind: set"
-                " model.freeze_backbone, or data.train_augmentations to 0"
+                f"{what} trains from features, which a tower that learns would leave behind: set model.freeze_backbone,"
+                " or train from videos with data.train_augmentations 0"
             )
         numbers: Sequence[int] = episodes_played(self.trainer, table.block, len(table))
         if self.trainer.sanity_checking:
@@ -576,8 +606,8 @@ class CLIPM2DF(lightning.LightningModule):
         if held == "float32" or not any(weight.dtype == getattr(torch, held) for weight in weights):
             return
         remedy = (
-            "leave it out, with trainer.precision bf16-mixed for speed, or set model.freeze_backbone to train the head"
-            " alone"
+            "leave it out, with trainer.precision bf16-mixed for speed, or train model.adapters, which are in float32,"
+            " or the head alone (model.freeze_backbone)"
         )
         if held == "float16":
             raise UserError(f"model.backbone_options.dtype is float16, in which Adam can't train a tower: {remedy}")
