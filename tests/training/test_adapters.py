@@ -174,8 +174,7 @@ def test_another_model_takes_the_place_of_one_apart(trained: CLIPM2DF, tmp_path:
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_an_export_has_the_adapters(batch: int, trained: CLIPM2DF, tmp_path: Path) -> None:
-    sizes = {"n_way": 2, "n_shot": 1, "n_queries": 1, "frames": 2, "batch": batch}
-    export_model(trained, tmp_path / "export", **sizes)
+    export_model(trained, tmp_path / "export", n_way=2, n_shot=1, n_queries=1, frames=2, batch=batch)
     program = torch.export.load(tmp_path / "export" / "tower.pt2")
     frames = torch.randint(256, (batch, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
@@ -333,7 +332,7 @@ def test_a_classifier_and_predict_take_adapters_apart(
     for c in range(2):
         (support / f"class {c}").mkdir(parents=True)
         shutil.copy(manifest.parent / f"test{c}_0.mp4", support / f"class {c}")
-    tables = []
+    tables: list[str] = []
     for model in ([f"--ckpt_path={folder}", f"--backbone={tiny_clip_dir}"], [f"--ckpt_path={kept}"]):
         output = tmp_path / f"{len(tables)}.csv"
         args = ["predict", *model, f"--support={support}", f"--videos={manifest.parent}", f"--output={output}"]
