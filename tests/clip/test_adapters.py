@@ -164,13 +164,13 @@ def copied(tiny_clip_dir: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_clip_dir, tmp_path / "clip"))
 
 
-def save_adapter(folder: Path, **config: Any) -> CLIPModel:
+def save_adapter(folder: Path, **config: Any) -> Any:
     """Put an adapter of both towers beside a model's weights, as peft saves it; the model with it."""
     model = CLIPModel.from_pretrained(folder)
     torch.manual_seed(0)
     values: dict[str, Any] = {"r": 3, "lora_alpha": 7, "target_modules": ["q_proj", "fc1"], "init_lora_weights": False}
     adapted = get_peft_model(model, LoraConfig(**(values | config)))
-    adapted.save_pretrained(folder)
+    adapted.save_pretrained(str(folder))
     return adapted.eval()
 
 
@@ -199,9 +199,9 @@ def test_a_lone_part_of_an_adapter_is_named(copied: Path, tmp_path: Path) -> Non
         with pytest.raises(UserError, match=f"has an adapter, but no {other}: fetch it again"):
             CLIPBackbone.load(copied)
         (tmp_path / "away").rename(copied / file)
-    for file in copied.iterdir():
-        if not file.name.startswith("adapter_"):
-            file.unlink()
+    for path in copied.iterdir():
+        if not path.name.startswith("adapter_"):
+            path.unlink()
     with pytest.raises(UserError, match=r"has an adapter alone, of .* by its own words: put the files of that model"):
         CLIPBackbone.load(copied)
 

@@ -115,8 +115,7 @@ def test_a_saved_model_has_the_same_features(
     before = {name: weight.clone() for name, weight in trained.state_dict().items()}
     trained.save_pretrained(tmp_path, adapters=adapters)
     assert all(torch.equal(weight, before[name]) for name, weight in trained.state_dict().items())
-    clip = {"clip": tiny_clip_dir} if adapters == "apart" else {}
-    model = CLIPM2DF.from_pretrained(tmp_path, **clip)
+    model = CLIPM2DF.from_pretrained(tmp_path, clip=tiny_clip_dir if adapters == "apart" else None)
     tolerance = 1e-5 if adapters == "merged" else 0
     torch.testing.assert_close(features(model), features(trained), atol=tolerance, rtol=0)
     assert bool(of_adapters(model.state_dict())) == (adapters != "merged")
@@ -130,9 +129,7 @@ def test_a_saved_model_has_the_same_features(
 
 def test_a_loaded_tower_will_do_for_adapters_apart(trained: CLIPM2DF, tiny_clip_dir: Path, tmp_path: Path) -> None:
     trained.save_pretrained(tmp_path, adapters="apart")
-    assert (tmp_path / "model.safetensors").stat().st_size < sum(
-        weight.nbytes for weight in trained.model.backbone.parameters()
-    )
+    assert not any("backbone" in name for name in load_file(tmp_path / "model.safetensors"))
     tower = CLIPBackbone.load(tiny_clip_dir)
     model = CLIPM2DF.from_pretrained(tmp_path, clip=tower)
     assert torch.equal(features(model), features(trained))
@@ -170,15 +167,14 @@ def test_files_of_different_models_are_noticed(
 
 def test_another_model_takes_the_place_of_one_apart(trained: CLIPM2DF, tmp_path: Path) -> None:
     for adapters in ("apart", "kept"):
-        trained.save_pretrained(tmp_path, adapters=adapters)  # type: ignore[arg-type]
+        trained.save_pretrained(tmp_path, adapters=adapters)
     assert not list(tmp_path.glob("adapter_*"))
     assert torch.equal(features(CLIPM2DF.from_pretrained(tmp_path)), features(trained))
 
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_an_export_has_the_adapters(batch: int, trained: CLIPM2DF, tmp_path: Path) -> None:
-    sizes = {"n_way": 2, "n_shot": 1, "n_queries": 1, "frames": 2, "batch": batch}
-    export_model(trained, tmp_path / "export", **sizes)
+    export_model(trained, tmp_path / "export", n_way=2, n_shot=1, n_queries=1, frames=2, batch=batch)
     program = torch.export.load(tmp_path / "export" / "tower.pt2")
     frames = torch.randint(256, (batch, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
@@ -273,26 +269,12 @@ def test_adapters_of_a_frozen_tower_are_refused(
     assert "freeze_backbone trains the head alone, and adapters train the tower too" in said
 
 
-@pytest.mark.parametrize(
-    ("more", "rtol"),
-    [
-        (["--model.gradient_checkpointing=true"], 0.0),
-        pytest.param(["--model.compile=true"], 1e-3, marks=pytest.mark.slow),
-    ],
-)
-def test_however_it_is_computed_a_run_ends_the_same(
-    more: list[str], rtol: float, alone: Path, manifest: Path, tiny_clip_dir: Path, tmp_path: Path
+def test_gradient_checkpointing_changes_no_bit(
+    alone: Path, manifest: Path, tiny_clip_dir: Path, tmp_path: Path
 ) -> None:
-    plain = [option for option in STEPS if "adapters" not in option]
-    plain.append(
-        "--model.adapters={r: 2, target: [q, v, fc1]}"
-    )  # without the dropout, which a compiler draws otherwise
-    ends = []
-    for folder, own in ((tmp_path / "plain", []), (tmp_path / "other", more)):
-        assert main(["fit", *options(manifest, tiny_clip_dir, folder, *plain, "--trainer.max_steps=2", *own)]) == 0
-        ends.append(read_checkpoint(folder / FOLDER / LAST)["state_dict"])
-    for name in of_adapters(ends[0]):
-        torch.testing.assert_close(ends[1][name], ends[0][name], rtol=rtol, atol=1e-4 if rtol else 0)
+    more = (*STEPS, "--model.gradient_checkpointing=true")
+    assert main(["fit", *options(manifest, tiny_clip_dir, tmp_path, *more)]) == 0
+    assert soak.differences(alone, tmp_path) == []
 
 
 def test_a_training_in_mixed_precision_moves_adapters_in_float32(
@@ -350,7 +332,7 @@ def test_a_classifier_and_predict_take_adapters_apart(
     for c in range(2):
         (support / f"class {c}").mkdir(parents=True)
         shutil.copy(manifest.parent / f"test{c}_0.mp4", support / f"class {c}")
-    tables = []
+    tables: list[str] = []
     for model in ([f"--ckpt_path={folder}", f"--backbone={tiny_clip_dir}"], [f"--ckpt_path={kept}"]):
         output = tmp_path / f"{len(tables)}.csv"
         args = ["predict", *model, f"--support={support}", f"--videos={manifest.parent}", f"--output={output}"]
