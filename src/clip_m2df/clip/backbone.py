@@ -247,11 +247,7 @@ class CLIPBackbone(nn.Module):
         description["visual_config"] = _sized(own, description.pop("image_size"), image_size, name_or_dir)
         description |= {"dtype": dtype, "source": name_or_dir}
         with torch.device("meta"):  # a wrong config.json may describe towers larger than any memory
-            tried = cls._with_weights(description, own, state, adapter)
-            try:  # some classes of transformers find out only then that heads don't fit their width
-                tried.visual(torch.empty(1, 3, tried.image_size, tried.image_size))
-            except Exception as error:  # torch's have no common class
-                raise UserError(f"the config.json of {name_or_dir} makes no tower that runs: {error}") from error
+            cls._with_weights(description, own, state, adapter)
         backbone = cls._with_weights(description, own, state, adapter)
         if backbone.text is not None:
             backbone._read_tokenizer(

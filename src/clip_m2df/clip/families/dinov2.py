@@ -45,12 +45,13 @@ FAMILY = DINOv2(
         unused=("embeddings.mask_token",),
     ),
     projections={
-        "q": ("attention.q_proj",),
-        "k": ("attention.k_proj",),
-        "v": ("attention.v_proj",),
-        "o": ("attention.o_proj",),
-        "fc1": ("mlp.fc1", "mlp.gate_proj", "mlp.up_proj"),  # the last two of the largest model
-        "fc2": ("mlp.fc2", "mlp.down_proj"),
+        # The last of each are those of earlier versions of transformers, gates those of the largest model.
+        "q": ("attention.q_proj", "attention.attention.query"),
+        "k": ("attention.k_proj", "attention.attention.key"),
+        "v": ("attention.v_proj", "attention.attention.value"),
+        "o": ("attention.o_proj", "attention.output.dense"),
+        "fc1": ("mlp.fc1", "mlp.gate_proj", "mlp.up_proj", "mlp.weights_in"),
+        "fc2": ("mlp.fc2", "mlp.down_proj", "mlp.weights_out"),
     },
     positions="model.embeddings.position_embeddings",
     prefix=1,

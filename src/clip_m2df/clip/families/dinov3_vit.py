@@ -1,11 +1,29 @@
 """DINOv3 (Siméoni et al., 2025) with a vision transformer, an encoder of images alone."""
 
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
 from clip_m2df.clip.families import Family, Tower
 from clip_m2df.clip.families.dinov2 import MEAN, STD
+from clip_m2df.errors import UserError
+
+
+class DINOv3(Family):
+    """Its classes find out at the first image that heads don't fit."""
+
+    def visual_tower(self, config: Mapping[str, Any]) -> nn.Module:
+        """The tower, whose heads are as wide as rotary positions need them."""
+        width, heads = config["hidden_size"], config["num_attention_heads"]
+        if width % (4 * heads):
+            raise UserError(f"{heads} heads: the width {width} has to be a multiple of 4 channels for each")
+        return super().visual_tower(config)
+
 
 # A vision transformer with rotary positions, for images of any size, whose class token is the embedding. What its own
 # training drew at every step, scales of the positions, is left out: draws of a training here come from its seeds.
-FAMILY = Family(
+FAMILY = DINOv3(
     kind="dinov3_vit",
     name="DINOv3",
     config="DINOv3ViTConfig",
