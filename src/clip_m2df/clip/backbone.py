@@ -692,7 +692,8 @@ def _sized(own: Mapping[str, Any], size: int, asked: int | None, source: str) ->
             f" {' or '.join(map(str, sorted(near)))}"
         )
     warnings.warn(
-        f"{source} was made for images of {size} pixels: its positions are interpolated to those of {asked}",
+        f"{source} was made for images of {size} pixels: its positions are interpolated to those of {asked}, as"
+        f" data.size or backbone_options.image_size asks; null for them and data.resize leaves it {size}",
         stacklevel=4,
     )
     return family.resized(own, asked)
