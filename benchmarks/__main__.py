@@ -9,6 +9,7 @@ from pathlib import Path
 from benchmarks.timing import line
 
 NAMES = (
+    "adapters",
     "dashboard",
     "decode",
     "evaluation",

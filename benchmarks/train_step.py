@@ -77,12 +77,12 @@ def cases() -> Iterator[Case]:
 class RandomCLIP(CLIPM2DF):
     """The model with random weights and prompts, without a text tower."""
 
-    def __init__(self, tower: str, setting: Setting) -> None:
+    def __init__(self, tower: str, setting: Setting, **options: Any) -> None:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             super().__init__(
                 {"visual_config": {**TOWERS[tower], "image_size": setting.size}},
-                gradient_checkpointing=setting.checkpointing,
+                **{"gradient_checkpointing": setting.checkpointing, **options},
             )
             self.prompts = torch.randn(5, self.model.backbone.dim).to(setting.device)
 

@@ -355,14 +355,28 @@ def test_nothing_is_said_of_few_workers(own: list[str], capsys: pytest.CaptureFi
 
 def test_more_workers_than_cores_are_said_to_be_of_no_use(own: list[str]) -> None:
     with pytest.warns(UserWarning, match="data.num_workers is 10000, but there are .* cores"):
-        assert main(["fit", *own, "--data.num_workers=10000", "--data.size=24"]) == 2
+        assert main(["fit", *own, "--data.num_workers=10000", "--data.n_way=5"]) == 2
 
 
 def test_errors_of_the_data_come_as_one_line(own: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     args = ["fit", *own]
     assert "n_way is 1" in fails([*args, "--data.n_way=1"], capsys)
     assert "too few" in fails([*args, "--data.n_way=5"], capsys)
-    assert "data.size is 24, but the tower takes frames of 32 pixels" in fails([*args, "--data.size=24"], capsys)
+    assert "image_size is 25, no multiple of the 8 pixels" in fails([*args, "--data.size=25"], capsys)
+
+
+def test_a_checkpoint_keeps_the_size_of_its_frames(
+    best: list[str], tiny_clip_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = fails(["test", *best, "--data.size=24"], capsys)
+    assert "data.size is 24, but the tower takes frames of 32 pixels, which a checkpoint keeps" in said
+    said = fails(["test", *best, "--model.backbone_options.image_size=24"], capsys)
+    assert "model.backbone_options.image_size is 24, but 32 in" in said
+    said = fails(["test", *best, "--model.backbone_options.dtype=float16"], capsys)
+    assert "model.backbone_options.dtype is 'float16', but 'float32' in" in said
+    assert "resize 30 is smaller than the tower's size 32" in fails(
+        ["test", *best, "--data.size=null", "--data.resize=30"], capsys
+    )
 
 
 def test_a_broken_video_ends_a_run_with_its_name(

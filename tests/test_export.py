@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import onnx
 import onnxruntime  # type: ignore[import-untyped]
@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from clip_m2df import CLIPM2DF, CLIPBackbone, UserError, export
-from clip_m2df.clip.resnet import ModifiedResNet
+from clip_m2df.clip.families.resnet import ModifiedResNet
 from clip_m2df.export import FORMATS, Program, export_model, head_program, tower_program, write_program
 from clip_m2df.files import locked_folder
 from clip_m2df.nn.baselines import HEADS
@@ -370,3 +370,28 @@ class Looking(torch.nn.Module):
 def test_a_module_that_looks_at_its_numbers_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the head can't be exported: "):
         write_program(Program(Looking(), {"x": (3,)}), tmp_path / "head", ["pt2"])
+
+
+@pytest.mark.parametrize("head", ["otam", "m2df"])
+def test_a_model_without_a_tower_is_exported_as_its_head(head: str, tmp_path: Path) -> None:
+    model = make_of_features(head)
+    found = export_model(model, tmp_path / "out", **SHAPES, class_names=["b", "a"], formats=["pt2"])
+    assert list(found) == ["head.pt2"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} <= {
+        *("head.pt2", "prompts.safetensors", "export.json", ".lock")
+    }
+    about = json.loads((tmp_path / "out" / "export.json").read_text(encoding="utf-8"))
+    assert list(about["programs"]) == ["head"]
+    assert about["programs"]["head"]["inputs"]["query"] == [1, 2, 24]
+    prompts = load_file(tmp_path / "out" / "prompts.safetensors")["prompts"]
+    assert prompts.equal(torch.stack([torch.full((24,), 2.0), torch.full((24,), 1.0)]))
+    check_head(model, tmp_path, 2, 5, ("pt2",))
+
+
+def make_of_features(head: str) -> CLIPM2DF:
+    """A model of features 24 wide that knows two classes."""
+    torch.manual_seed(0)
+    sizes = SMALL if head == "m2df" else {}
+    model = CLIPM2DF("features", {"dim": 24}, head=head, head_options=sizes).eval()
+    cast(CLIPBackbone, model.model.backbone).keep_classes({"a": torch.ones(24), "b": torch.full((24,), 2.0)})
+    return model

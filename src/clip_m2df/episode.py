@@ -194,6 +194,9 @@ class VideoTable(Protocol):
             UserError: it can't be read.
         """
 
+    def features(self) -> torch.Tensor | None:
+        """The features ``(videos, frames, dim)`` where they were computed elsewhere, and there is no video to read."""
+
     def clips(self, chunks: Sequence[Sequence[int]]) -> Iterator[Clips]:
         """The clips of videos given by their indices, as they come together, read by the table's workers."""
 

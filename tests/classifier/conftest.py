@@ -7,7 +7,7 @@ import json
 import os
 import signal
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -74,6 +74,32 @@ def noise(seed: int, frames: int = 8, height: int = 40, width: int = 40) -> NDAr
     """A clip in memory, blocks of noise that change from frame to frame: ``(frames, height, width, 3)``."""
     blocks = np.random.default_rng(seed).integers(0, 256, (frames, 4, 4, 3), dtype=np.uint8)
     return blocks.repeat(-(-height // 4), 1).repeat(-(-width // 4), 2)[:, :height, :width]
+
+
+def as_features(classifier: FewShotClassifier, videos: Sequence[Any]) -> Tensor:
+    """The features ``(n, frames, dim)`` of clips, as the classifier itself computes them."""
+    from clip_m2df.classifier.clips import Encoded
+
+    found = {index: clip for batch in classifier.encoder.encode(videos) for index, clip in batch}
+    kept = [found[index] for index in range(len(videos))]
+    assert all(isinstance(clip, Encoded) for clip in kept)
+    return torch.stack([clip.features for clip in kept if isinstance(clip, Encoded)])
+
+
+def write_table(
+    path: Path,
+    features: Tensor,
+    labels: Sequence[str],
+    classes: Mapping[str, Tensor] | None = None,
+    paths: Sequence[str] = (),
+) -> Path:
+    """A feature table; rows without a path are called ``0.mp4`` and so on, in the folder of their label."""
+    from clip_m2df.datasets.feature_tables import write_feature_table
+
+    names = paths or [f"{label}/{n}.mp4" for n, label in enumerate(labels)]
+    rows = [{"path": name, "label": label, "split": "test"} for name, label in zip(names, labels, strict=True)]
+    write_feature_table(path, rows, features, classes)
+    return path
 
 
 @pytest.fixture(scope="session")
@@ -209,6 +235,7 @@ class Labelled:
 def labelled(monkeypatch: pytest.MonkeyPatch) -> Labelled:
     """Watches over ``classify``."""
     from clip_m2df import FewShotClassifier
+    from clip_m2df.classifier.clips import name_of
 
     watched = Labelled()
     own = FewShotClassifier.classify
@@ -217,7 +244,7 @@ def labelled(monkeypatch: pytest.MonkeyPatch) -> Labelled:
         for k, (place, prediction) in enumerate(own(self, paths, **options)):
             if k == watched.most:
                 watched.lose_patience()
-            watched.names.append(os.path.basename(paths[place]))
+            watched.names.append(os.path.basename(name_of(paths[place])))
             yield place, prediction
 
     monkeypatch.setattr(FewShotClassifier, "classify", classify)

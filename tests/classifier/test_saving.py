@@ -82,6 +82,12 @@ def pictures(*shape: int) -> torch.Tensor:
     return torch.zeros(shape, dtype=torch.uint8)
 
 
+def own_prompt(folder: Path, prompts: torch.Tensor) -> None:
+    """A class that came with the embedding of its prompt."""
+    change_class(folder, 0, text=None)
+    write_tensors(folder, prompts=prompts)
+
+
 def flip(path: Path) -> None:
     content = path.read_bytes()
     path.write_bytes(content[:-100] + bytes([content[-100] ^ 4]) + content[-99:])
@@ -343,6 +349,13 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "pictures of nothing": (lambda f: write_tensors(f, thumbnails=pictures(6, 5, 3, 0, 8)), "its small frames are"),
     "fewer pictures": (lambda f: write_tensors(f, thumbnails=pictures(5, 5, 3, 8, 8)), "is damaged"),
     "shorter pictures": (lambda f: write_tensors(f, thumbnails=pictures(6, 4, 3, 8, 8)), "are not of its model"),
+    "a prompt that is not there": (lambda f: change_class(f, 0, text=None), "its prompts are not those of the classes"),
+    "a prompt of nobody": (lambda f: write_tensors(f, prompts=torch.ones(1, 64)), "its prompts are not those of the"),
+    "a narrow prompt": (lambda f: own_prompt(f, torch.ones(1, 63)), "its features are not of its model"),
+    "a prompt of nothing": (lambda f: own_prompt(f, torch.ones(1)), "its features are not of its model"),
+    "a prompt that is no number": (lambda f: own_prompt(f, torch.full((1, 64), torch.nan)), "not finite"),
+    "pictures of one too few": (lambda f: change_class(f, 0, without_frames=[0]), "its small frames are not those of"),
+    "pictures of text": (lambda f: change_class(f, 0, without_frames="all"), "is damaged"),
     # What JSON has and nobody wrote
     "no number": (lambda f: change(f, frames=float("inf")), "is damaged"),
     "no text": (lambda f: change_class(f, 0, text="\ud800"), "is damaged"),

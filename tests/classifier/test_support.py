@@ -77,7 +77,7 @@ def make_queries(n: int, seed: int = 1) -> Tensor:
 def m2df_by_loops(model: CLIPM2DF, classes: Sequence[SupportClass], query: Tensor) -> Tensor:
     """Minus the fused distances: a query, a class, a view and an example at a time."""
     head: Any = model.model.head
-    prompts = model.encode_prompts([c.text for c in classes])
+    prompts = model.encode_prompts([c.text or "" for c in classes])
     logits = torch.zeros(len(query), len(classes))
     for q, frames in enumerate(query):
         scores = torch.stack([cosine(frames, prompt[None])[:, 0].topk(head.top_k).values.mean() for prompt in prompts])

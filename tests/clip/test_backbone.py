@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from clip_m2df import CLIPM2DF
 from clip_m2df.clip.backbone import TINY_CLIP, CLIPBackbone
+from clip_m2df.clip.families.clip import MEAN as CLIP_MEAN
+from clip_m2df.clip.families.clip import STD as CLIP_STD
+from clip_m2df.clip.families.resnet import ModifiedResNet
 from clip_m2df.clip.formats import (
-    CLIP_MEAN,
-    CLIP_STD,
     RN50_FILE,
     RN50_REPOSITORY,
     STANDARD_TOKENIZER,
@@ -28,9 +29,8 @@ from clip_m2df.clip.formats import (
     openai_state,
     told_options,
 )
-from clip_m2df.clip.resnet import ModifiedResNet
 from clip_m2df.errors import UserError
-from tests.clip.towers import drawn_inputs, drawn_weights
+from tests.clip.towers import drawn_inputs, drawn_weights, save_dinov2, save_open_clip, save_siglip2, save_xlm
 from tests.conftest import GOLDEN, read_golden, save_tokenizer
 
 State = dict[str, Tensor]
@@ -1342,6 +1342,16 @@ def test_tokenizer_mean_and_std_of_a_folder_in_transformers_format(copied: Path,
         ),
         ("FILE", {"std": [1, 0, 1]}, "three finite numbers, above 0"),
         ("FILE", {"tokenizer": 3}, "tokenizer is 3; it must be a file or a folder"),
+        *(
+            ("tiny", {"image_size": value}, r"backbone_options\.image_size is .*; it must be a whole number of pixels")
+            for value in (0, -8, 40.0, "40", True, 5000, [40, 40])
+        ),
+        ("tiny", {"image_size": 44}, "image_size is 44, no multiple of the 8 pixels of .* patches: give 40 or 48"),
+        ("FILE", {**OPENAI, "image_size": 7}, "image_size is 7, no multiple of the 8 pixels of .* patches: give 8"),
+        *(
+            ("tiny", {"dtype": value}, r"backbone_options\.dtype is .*; it must be one of float32, bfloat16, float16")
+            for value in ("half", "float64", 16, ["float16"])
+        ),
         ("VISUAL", {**OPENAI, "tokenizer": "x"}, r"backbone_options\.tokenizer: the weights of .* have no text tower"),
     ],
 )
@@ -1362,6 +1372,110 @@ def test_backbone_options_that_cannot_be_are_refused(
 def test_backbone_options_are_a_table(options: Any) -> None:
     with pytest.raises(UserError, match=r"backbone_options (is .* a table of options|has no 1; there are)"):
         CLIPM2DF(backbone="tiny", backbone_options=options)
+
+
+# Sizes and types
+
+
+@pytest.mark.parametrize("image_size", [16, 40, 56])
+@pytest.mark.parametrize("kind", ["clip", "open_clip", "siglip", "metaclip_2", "dinov2", "dinov3_vit"])
+def test_positions_are_interpolated_as_by_transformers(
+    kind: str, image_size: int, copied: Path, tmp_path: Path
+) -> None:
+    import transformers
+
+    folder = {"clip": copied}.get(kind, tmp_path / kind)
+    tower: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    tower |= {"num_attention_heads": 2, "patch_size": 8, "image_size": 32}
+    if kind == "open_clip":
+        save_open_clip(folder, as_transformers=tmp_path / "same")
+    elif kind == "siglip":
+        save_siglip2(folder)
+    elif kind == "dinov2":
+        save_dinov2(folder)
+    elif kind == "dinov3_vit":
+        transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**tower)).save_pretrained(folder)
+    elif kind == "metaclip_2":
+        text = {**tower, "vocab_size": save_xlm(folder), "eos_token_id": 2, "max_position_embeddings": 77}
+        parts: dict[str, Any] = {"text_config": text, "vision_config": tower, "projection_dim": 32}
+        transformers.MetaClip2Model(transformers.MetaClip2Config(**parts)).save_pretrained(folder)
+    reference = transformers.AutoModel.from_pretrained(tmp_path / "same" if kind == "open_clip" else folder).eval()
+    images = torch.randn(2, 3, image_size, image_size)
+
+    with pytest.warns(UserWarning, match=f"of 32 pixels: its positions are interpolated to those of {image_size}"):
+        backbone = CLIPBackbone.load(folder, image_size=image_size).eval()
+
+    with torch.no_grad():
+        found = backbone.encode_frames(images)
+        if kind.startswith("dino"):
+            expected = reference(images).pooler_output
+        else:
+            expected = reference.get_image_features(images, interpolate_pos_encoding=True).pooler_output
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        again = CLIPBackbone.from_description(backbone.description()).eval()
+        again.load_state_dict(backbone.state_dict())
+        assert torch.equal(again.encode_frames(images), found)
+    assert again.image_size == image_size == told_options(backbone.description())["image_size"]
+
+
+def test_the_positions_of_a_resnet_are_interpolated() -> None:
+    golden, state = read_golden("clip_resnet")
+    own, name = golden["image"].shape[-1] // 32, "attnpool.positional_embedding"
+    with pytest.warns(UserWarning, match="interpolated"):
+        larger = CLIPBackbone.from_openai(state, image_size=96, **OPENAI)
+    positions = state[f"visual.{name}"].double()
+    patches, grid = positions[1:].view(own, own, -1), 3
+
+    def weight(x: float) -> float:  # Keys' cubic, of -3/4
+        x = abs(x)
+        return 1.25 * x**3 - 2.25 * x**2 + 1 if x <= 1 else -0.75 * (x**3 - 5 * x**2 + 8 * x - 4) if x < 2 else 0.0
+
+    def at(i: int) -> list[tuple[int, float]]:
+        centre = (i + 0.5) * own / grid - 0.5
+        near = range(int(np.floor(centre)) - 1, int(np.floor(centre)) + 3)
+        return [(min(max(k, 0), own - 1), weight(centre - k)) for k in near]
+
+    expected = torch.stack(
+        [positions[0]]
+        + [
+            torch.stack([patches[k, m] * a * b for k, a in at(i) for m, b in at(j)]).sum(0)
+            for i in range(grid)
+            for j in range(grid)
+        ]
+    )
+    torch.testing.assert_close(larger.visual.state_dict()[name].double(), expected, rtol=1e-5, atol=1e-6)
+    assert larger.encode_frames(torch.randn(1, 3, 96, 96)).shape == (1, 32)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_weights_are_held_in_what_is_asked_for(dtype: str, stored: torch.dtype, copied: Path) -> None:
+    weights = {name: weight.to(stored) for name, weight in load_file(copied / "model.safetensors").items()}
+    save_file(weights, copied / "model.safetensors")
+    backbone = CLIPBackbone.load(copied, dtype=dtype)
+    for key, weight in backbone.state_dict().items():
+        assert torch.equal(weight, weights[backbone.family.file_name(key)].to(getattr(torch, dtype)))
+    plain = CLIPBackbone.load(copied).eval()
+    assert {weight.dtype for weight in plain.parameters()} == {torch.float32}
+    images, tokens = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8), plain.tokenize(["a cat"])
+    again = CLIPBackbone.from_description(backbone.description()).eval()
+    again.load_state_dict(backbone.state_dict())
+    with torch.no_grad():
+        found = again.encode_frames(again.normalise(images))
+        assert found.dtype == again.encode_text(tokens).dtype == getattr(torch, dtype)
+        torch.testing.assert_close(found.float(), plain.encode_frames(plain.normalise(images)), rtol=0.05, atol=0.05)
+        for other in (torch.bfloat16, torch.float16):  # autocast of neither makes another type of it
+            with torch.autocast("cpu", other, enabled=dtype != "float32"):
+                assert torch.equal(again.encode_frames(again.normalise(images)), found)
+    assert again.description() == backbone.description()
+
+
+def test_mean_and_std_are_not_rounded(copied: Path) -> None:
+    plain = CLIPBackbone.load(copied)
+    for dtype in (torch.bfloat16, torch.float16):
+        half = CLIPBackbone.load(copied).to(dtype)
+        assert next(half.visual.parameters()).dtype == dtype
+        assert half.description() == plain.description()
 
 
 # Names and folders
@@ -1428,6 +1542,18 @@ def test_a_model_in_the_cache_needs_no_network(
     hub("somebody/part", tmp_path / "part")
     with pytest.raises(UserError, match="not on this machine"):
         CLIPBackbone.load("somebody/part")
+
+
+def test_an_encoder_of_images_in_the_cache_needs_no_tokenizer(
+    hub: Callable[[str, Path], None], copied: Path, tmp_path: Path
+) -> None:
+    hub("somebody/small-dinov2", save_dinov2(tmp_path / "dinov2"))
+    assert CLIPBackbone.load("somebody/small-dinov2").text is None
+    (copied / "tokenizer.json").unlink()
+    (copied / "tokenizer_config.json").unlink(missing_ok=True)
+    hub("somebody/small-clip", copied)
+    with pytest.raises(UserError, match=r"weights or the tokenizer of 'somebody/small-clip' are not on this machine"):
+        CLIPBackbone.load("somebody/small-clip")
 
 
 def test_the_network_is_asked_after_the_cache(tiny_clip_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1515,7 +1641,7 @@ def test_towers_that_cannot_be(tiny_clip_dir: Path) -> None:
         )
     ]
     for change in (*changes, {"tokenizer": "{}"}):
-        with pytest.raises(UserError, match=r"the towers of .* can't be built"):
+        with pytest.raises(UserError, match=r"the towers of .* can't be built|, which no backbone saves"):
             CLIPBackbone.from_description(description | change)
 
 
@@ -1750,7 +1876,7 @@ def test_shards_of_two_models_are_not_mixed(suffix: str, copied: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors"],
+    ["adapter_model.bin", "pytorch_lora_weights.safetensors", "adapter_other.safetensors"],
 )
 def test_an_adapter_beside_the_weights_is_named(name: str, copied: Path) -> None:
     (copied / name).write_text("{}")

@@ -71,7 +71,7 @@ def test_there_is_a_config_for_each_data_set_and_shot_and_no_settings_of_the_stu
         "demo_5way1shot.yaml",
         *(f"{name}_5way{shot}shot.yaml" for name, shot in itertools.product((*DATA_SETS, *FAMILIES), (1, 5))),
     }
-    names = ("published", "clip_fsar", "clip_fsar_kinetics100", "gpu24gb", "laptop", "wandb_offline")
+    names = ("published", "clip_fsar", "clip_fsar_kinetics100", "gpu24gb", "laptop", "lora", "wandb_offline")
     assert set(RECIPES) == {f"recipes/{name}.yaml" for name in names}
 
 

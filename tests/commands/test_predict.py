@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import re
 import shutil
@@ -17,9 +18,22 @@ import torch
 from clip_m2df import CLIPM2DF, FewShotClassifier
 from clip_m2df.cli import main
 from clip_m2df.commands.predict import UntrainedHead
+from clip_m2df.datasets.feature_tables import read_feature_table, write_feature_table
+from clip_m2df.datasets.manifest import readable
 from clip_m2df.motion_shapes.rendering import write_video
 from clip_m2df.nn.baselines import HEADS, head_class
-from tests.classifier.conftest import LABELS, make_model, predict_args, read_csv, read_lines, reference, videos_of
+from tests.classifier.conftest import (
+    LABELS,
+    Labelled,
+    as_features,
+    make_model,
+    predict_args,
+    read_csv,
+    read_lines,
+    reference,
+    videos_of,
+    write_table,
+)
 from tests.conftest import fails, quiet_trainer
 
 # Tables
@@ -512,3 +526,157 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_work(
     (tmp_path / "a_file").touch()
     said = fails(predict_args(support, [folder], tmp_path / "a_file" / "labels.csv"), capsys)
     assert re.search("cannot write the predictions .*: .*; name a file in a folder that can be written", said)
+
+
+# Feature tables
+
+
+@pytest.fixture(scope="module")
+def tables(support: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Feature tables of the support and of the videos, each computed at once as the command would."""
+    place, videos = tmp_path_factory.mktemp("tables"), videos_of(folder)
+    classifier = FewShotClassifier(CLIPM2DF(backbone="tiny", head="otam", freeze_backbone=True))
+    examples = {label: sorted(map(str, (support / label).iterdir())) for label in sorted(LABELS)}
+    paths = [path for own in examples.values() for path in own]
+    labels = [label for label, own in examples.items() for _ in own]
+    write_table(place / "support.safetensors", as_features(classifier, paths), labels, paths=paths)
+    write_table(place / "clips.parquet", as_features(classifier, videos), ["?"] * len(videos), paths=videos)
+    return place / "support.safetensors", place / "clips.parquet"
+
+
+@pytest.mark.parametrize("more", [[], ["--reject"], ["--head", "nearest_prototype"]])
+def test_a_feature_table_says_what_its_videos_say(
+    more: list[str], tables: tuple[Path, Path], support: Path, folder: Path, tmp_path: Path
+) -> None:
+    examples, clips = tables
+    assert main(predict_args(support, [folder], tmp_path / "videos.csv", *more)) == 0
+    assert main(predict_args(examples, [clips], tmp_path / "tables.csv", *more)) == 0
+    assert main(predict_args(examples, [folder], tmp_path / "mixed.csv", *more)) == 0
+    expected = (tmp_path / "videos.csv").read_bytes()
+    assert (tmp_path / "tables.csv").read_bytes() == (tmp_path / "mixed.csv").read_bytes() == expected
+
+
+def test_a_run_over_feature_tables_goes_on_where_it_was(
+    tables: tuple[Path, Path], tmp_path: Path, labelled: Labelled, capsys: pytest.CaptureFixture[str]
+) -> None:
+    support, clips = (Path(shutil.copy(table, tmp_path)) for table in tables)
+    run = predict_args(support, [clips], tmp_path / "labels.csv")
+    assert main(run) == 0
+    whole = (tmp_path / "labels.csv").read_bytes()
+    names = labelled.forget()
+    labelled.most = 4
+    assert main(run) == 130
+    labelled.most = -1
+    labelled.forget()
+    assert main(run) == 0
+    assert labelled.forget() == names[4:]
+    assert (tmp_path / "labels.csv").read_bytes() == whole
+    # Other features, and other embeddings of the classes, are another run.
+    labelled.most = 4
+    assert main(run) == 130
+    labelled.most = -1
+    labelled.forget()
+    kept = read_feature_table(support)
+    rows = [{"path": v.path, "label": v.label, "split": v.split} for v in kept.manifest.videos]
+    own = {label: torch.ones(kept.dim) for label in LABELS}
+    write_feature_table(support, rows, kept.features, own)
+    capsys.readouterr()
+    assert main(run) == 0
+    assert "another model, support or options: starting anew" in " ".join(capsys.readouterr().out.split())
+    assert labelled.forget() == names
+
+
+def test_segments_and_the_report_of_feature_tables(
+    tables: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    support, clips = tables
+    page, table = tmp_path / "page.html", tmp_path / "labels.csv"
+    assert main(predict_args(support, [clips], table, "--report", str(page))) == 0
+    text = page.read_text(encoding="utf-8")
+    assert text.count("<details>") == len(read_csv(table))
+    assert "data:image/jpeg" not in text
+    classifier = FewShotClassifier(CLIPM2DF(backbone="tiny", head="otam", freeze_backbone=True)).fit(support)
+    features = read_feature_table(clips).features
+    sliding = ["--segments", "--window", "1.5", "--report", str(page)]
+    assert main(predict_args(support, [clips], table, *sliding, "--fps", "4")) == 0
+    rows = read_csv(table)
+    for video, own in zip(videos_of_rows(rows), features, strict=True):
+        found = classifier.segments(own, window=1.5, fps=4.0)
+        said = [(float(row["start"]), float(row["end"]), row["label"]) for row in rows if row["path"] == video]
+        assert said == [(round(s.start, 3), round(s.end, 3), s.label) for s in found]
+    assert main(predict_args(support, [clips], table, "--segments")) == 1
+    assert {row["error"] for row in read_csv(table)} == {
+        "features have no times: give fps, how many of them make a second"
+    }
+
+
+def videos_of_rows(rows: list[dict[str, str]]) -> list[str]:
+    return list(dict.fromkeys(row["path"] for row in rows))
+
+
+def test_feature_tables_of_no_use(
+    tables: tuple[Path, Path], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    support, clips = tables
+    wide = write_table(tmp_path / "wide.safetensors", torch.ones(2, 8, 32), ["a", "b"])
+    message = "wide.safetensors are 8 frames of width 32, and tiny takes 8 of width 64"
+    for args in ((wide, [clips]), (support, [wide]), (support, [wide], "--segments", "--fps", "4")):
+        assert message in fails(predict_args(args[0], list(args[1]), tmp_path / "x.csv", *args[2:]), capsys)
+    copied = shutil.copy(clips, tmp_path / "again.parquet")
+    for videos in ([clips, copied], [clips, folder], [folder, clips]):
+        assert "is there twice, in " in fails(predict_args(support, videos, tmp_path / "x.csv"), capsys)
+    assert "there is no feature table" in fails(predict_args(support, ["no.parquet"], tmp_path / "x.csv"), capsys)
+    assert main(predict_args(support, [clips, clips], tmp_path / "x.csv")) == 0
+
+
+@pytest.mark.parametrize("more", [[], ["--reject", "--head", "bi_mhm"]])
+def test_features_need_no_tower(
+    more: list[str], tables: tuple[Path, Path], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    support, clips = tables
+    assert main(predict_args(support, [clips], tmp_path / "tower.csv", *more)) == 0
+    alone = ["--backbone", "features", *more]
+    capsys.readouterr()
+    page = tmp_path / "page.html"
+    assert main(predict_args(support, [clips], tmp_path / "alone.csv", *alone, "--report", str(page))) == 0
+    assert f"the model takes features of 64 numbers a frame, as {support} has" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    assert (tmp_path / "alone.csv").read_bytes() == (tmp_path / "tower.csv").read_bytes()
+    assert page.read_text(encoding="utf-8").count("<details>") == len(read_csv(tmp_path / "alone.csv"))
+    shutil.copy(folder / "0.mp4", tmp_path)
+    for videos in ([folder], [clips, tmp_path / "0.mp4"]):
+        for sliding in ([], ["--segments", "--fps", "4"]):
+            arguments = predict_args(support, videos, tmp_path / "x.csv", *alone[:2], *sliding)
+            assert "features has no tower, and can't see" in fails(arguments, capsys)
+    classifier = FewShotClassifier(CLIPM2DF("features", {"dim": 64}, head="otam")).fit(support)
+    classifier.save(tmp_path / "saved")
+    assert main(predict_args(None, [clips], tmp_path / "saved.csv", "--ckpt_path", str(tmp_path / "saved"))) == 0
+    assert read_csv(tmp_path / "saved.csv")[0]["label"] in LABELS
+    narrow = ["--backbone", "features", "--backbone_options", "dim=32"]
+    message = fails(predict_args(support, [clips], tmp_path / "x.csv", *narrow), capsys)
+    assert "support.safetensors are 8 frames of width 64, and features takes 8 of width 32" in message
+
+
+def test_what_encode_writes_says_what_the_videos_say(
+    support: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """But for the last digits, which depend on what is encoded together."""
+    examples = [(str(path), label) for label in LABELS for path in sorted((support / label).iterdir())]
+    for name, videos in (("support", examples), ("clips", [(path, "not known") for path in videos_of(folder)])):
+        with (tmp_path / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
+            rows = ((path, label, "test", readable(label)) for path, label in videos)
+            csv.writer(file).writerows([("path", "label", "split", "text"), *rows])
+        reading = ["--resize", "40", "--workers", "0", "--root", "/", "--output", str(tmp_path / f"{name}.safetensors")]
+        assert main(["encode", "--manifest", str(tmp_path / f"{name}.csv"), "--backbone", "tiny", *reading]) == 0
+    tables = tmp_path / "support.safetensors", [tmp_path / "clips.safetensors"]
+    for head in ("otam", "zero_shot"):  # that goes by the class embeddings which encode writes
+        assert main(predict_args(support, [folder], tmp_path / "videos.csv", "--head", head)) == 0
+        for backbone in ("tiny", "features"):
+            more = ["--backbone", backbone, "--head", head]
+            assert main(predict_args(*tables, tmp_path / "tables.csv", *more)) == 0
+            for row, expected in zip(read_csv(tmp_path / "tables.csv"), read_csv(tmp_path / "videos.csv"), strict=True):
+                assert row["path"].endswith(expected["path"])  # its name from the root
+                assert row["label"] == expected["label"]
+                shares = [float(row[f"p_{label}"]) for label in LABELS]
+                assert shares == pytest.approx([float(expected[f"p_{label}"]) for label in LABELS], abs=2e-5)

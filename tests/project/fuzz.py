@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import yaml
 
+from clip_m2df.clip.tokenizer import encoded, read_tokenizer, saved_tokenizer
 from clip_m2df.commands.configs import resolve_configs, shipped_configs
 from clip_m2df.errors import UserError
 from clip_m2df.video.isolation import Unreadable, isolated_map
@@ -32,6 +33,7 @@ from clip_m2df.video.reader import probe
 from clip_m2df.video.transforms import ClipReader
 from clip_m2df.weight_files import program_classes, read_weights
 from tests import clips
+from tests.clip.towers import save_gemma, save_siglip, save_xlm
 from tests.conftest import GOLDEN, save_checkpoint
 from tests.project.damage import SCRAPS, Rng, alter, damage, damaged_archive
 
@@ -169,6 +171,45 @@ def weights(samples: Path, scratch: Path, rng: Rng) -> str:
     return f"read, {name}"
 
 
+# What the text tower of each tokenizer is.
+TEXT_TOWERS: dict[str, dict[str, Any]] = {
+    "gemma": {"kind": "siglip", "max_position_embeddings": 64},
+    "siglip": {"kind": "siglip", "max_position_embeddings": 64},
+    "xlm": {"kind": "metaclip_2", "max_position_embeddings": 77, "eos_token_id": 2},
+}
+
+
+def save_tokenizers(folder: Path) -> None:
+    """Write the folders of whole tokenizers, of the kinds that SentencePiece trains."""
+    for name, save in (("gemma", save_gemma), ("siglip", save_siglip), ("xlm", save_xlm)):
+        save(folder / name)
+
+
+def tokenizer(samples: Path, scratch: Path, rng: Rng) -> str:
+    """A folder with a tokenizer, or the same in a description, and texts for it; CLIP's is in the folder of weights."""
+    name = rng.choice(sorted(TEXT_TOWERS))
+    folder = scratch / name
+    shutil.copytree(samples / name, folder)
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    tower = TEXT_TOWERS[name] | {"vocab_size": len(content["model"]["vocab"])}
+    file = folder / rng.choice(["tokenizer.json"] * 9 + ["tokenizer_config.json"])
+    if rng.random() < 0.6:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+        for _ in range(rng.choice([1, 1, 2, 5])):
+            tree = alter(rng, tree)
+        file.write_text(json.dumps(tree), encoding="utf-8")
+    else:
+        file.write_bytes(damage(rng, file.read_bytes(), SCRAPS))
+    if rng.random() < 0.5:
+        made = read_tokenizer(folder, tower, "it")
+    else:
+        made = saved_tokenizer((folder / "tokenizer.json").read_text(encoding="utf-8", errors="replace"), tower, "it")
+    for tokens in encoded(made, ["", "A photo of\ta fox, jumping over", "\ufdfae\u0301\u0300" * 99, "</s><eos>"], "it"):
+        assert len(tokens) == tower["max_position_embeddings"]
+        assert all(0 <= token < tower["vocab_size"] for token in tokens), tokens
+    return f"read, {name}"
+
+
 def archive(samples: Path, scratch: Path, rng: Rng) -> str:
     """A TorchScript archive of OpenAI's class, by ``read_weights``; damage to the file never ends in other weights."""
     whole = (GOLDEN / "openai_archive.pt").read_bytes()
@@ -266,6 +307,7 @@ KINDS: dict[str, tuple[Attempt, Callable[[Path], None] | None]] = {
     "config": (config, None),
     "checkpoint": (checkpoint, save_samples),
     "weights": (weights, save_samples),
+    "tokenizer": (tokenizer, save_tokenizers),
     "archive": (archive, None),
     "features": (features, None),
     "frames": (frames, save_samples),

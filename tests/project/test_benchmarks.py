@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import dashboard, double_loop, evaluation_head, head, matching, own_videos
+from benchmarks import adapters, dashboard, double_loop, evaluation_head, head, matching, own_videos
 from benchmarks.__main__ import NAMES, main
 from benchmarks.evaluation_head import draw_episodes
 from benchmarks.timing import compare, line, report
@@ -54,6 +54,16 @@ def test_the_bank_is_equal() -> None:
     assert case["off"] < evaluation_head.MOST_OFF
     # Each of the 5 x 30 queries and supports is embedded once at most.
     assert 0 < case["embedded"] <= 300
+
+
+@pytest.mark.slow
+def test_adapters_are_few_weights() -> None:
+    found = {case["case"]: case for case in adapters.cases(32)}
+    # q and v of 12 blocks, each 768 wide: two matrices of 16 x 768.
+    assert found["LoRA"]["trained"] == 12 * 2 * 2 * 16 * 768
+    assert found["frozen"]["trained"] == 0
+    assert found["full"]["trained"] > 80e6
+    assert found["frozen"]["gib"] < found["LoRA"]["gib"] < found["full"]["gib"]
 
 
 @pytest.mark.slow

@@ -64,6 +64,7 @@ APPENDED = {
     r"^clip-m2df (check|cache) ": "--workers 1",
     r"^clip-m2df cache ": "--short_side 40 --frames 6",
     r"^clip-m2df predict ": "--workers 0",
+    r"^clip-m2df encode ": "--workers 0 --frames 2 --resize 40",
     r"^clip-m2df demo$": "--episodes 4",
     r"^python -m tests\.project\.fuzz ": "--workers 1",
 }
@@ -92,6 +93,7 @@ AFTER = {
         *("manifests/hmdb51_sound.csv", "manifests/hmdb51.check.csv"),
         *(f"runs/hmdb51_5way1shot/test_{table}.csv" for table in ("classes", "confusion")),
     ],
+    "docs/features.md": ["runs/mine/test_metrics.csv", "bread_classifier/support.safetensors"],
     "docs/index.md": ["runs/demo/checkpoints/best.ckpt", "runs/hmdb51_5way1shot/test_classes.csv"],
     "docs/motion_shapes.md": ["videos/manifest.csv"],
     "docs/own_videos.md": ["why.png", "jars_classifier/support.safetensors"],

@@ -39,9 +39,9 @@ class Note(lightning.Callback):
         torch.save((torch.cat(self.draws), self.gradients), self.folder / f"{trainer.world_size}_{trainer.global_rank}")
 
 
-def train(manifest: Path, tiny_clip_dir: Path, folder: Path, devices: int, precision: str) -> list[Any]:
-    """Two steps of 8 episodes in batches of two, on all weights; what each rank noted."""
-    model, source = make(tiny_clip_dir, class_weight=1.0), data(manifest, batch_size=2, episodes_per_step=8)
+def train(manifest: Path, tiny_clip_dir: Path, folder: Path, devices: int, precision: str, **options: Any) -> list[Any]:
+    """Two steps of 8 episodes in batches of two, on all weights by default; what each rank noted."""
+    model, source = make(tiny_clip_dir, class_weight=1.0, **options), data(manifest, batch_size=2, episodes_per_step=8)
     run: dict[str, Any] = {"max_steps": 2, "limit_val_batches": 0, "precision": precision, "callbacks": [Note(folder)]}
     if devices > 1:
         run["strategy"] = "ddp_fork"

@@ -352,11 +352,16 @@ def test_a_clip_that_episodes_share_is_encoded_once_with_the_gradients_of_both(t
 
 
 @pytest.mark.slow
-def test_compiled_parts_give_the_same_loss_and_gradients(tiny_clip_dir: Path) -> None:
+@pytest.mark.parametrize("adapters", [None, {"r": 2, "target": ["q", "fc1"]}])
+def test_compiled_parts_give_the_same_loss_and_gradients(adapters: Any, tiny_clip_dir: Path) -> None:
     batch = make_episodes(2)
     losses, gradients = [], []
     for compiled in (False, True):
-        model = make(tiny_clip_dir, head_options={"train_selection": "argmax"}, class_weight=1.0, compile=compiled)
+        options = {"class_weight": 1.0, "adapters": adapters, "compile": compiled}
+        model = make(tiny_clip_dir, head_options={"train_selection": "argmax"}, **options)
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:  # zero at first
+                torch.nn.init.constant_(weight, 0.1)
         loss = model.training_step(batch, 0)
         loss.backward()
         losses.append(loss.detach())

@@ -24,6 +24,7 @@ from clip_m2df.classifier.clips import (
     list_examples,
     name_of,
     placed,
+    the_clip,
     unique,
 )
 from clip_m2df.classifier.rejection import calibrate, near_identical
@@ -39,7 +40,7 @@ from clip_m2df.classifier.support import (
 from clip_m2df.datasets.manifest import class_key
 from clip_m2df.errors import UserError, printable, require, some
 from clip_m2df.evaluation.explanation import Explanation, compared_classes, explain
-from clip_m2df.hub import other_model
+from clip_m2df.hub import has_adapters_apart, other_model
 from clip_m2df.training.module import CLIPM2DF
 from clip_m2df.video.isolation import Unreadable
 
@@ -52,7 +53,7 @@ class Prediction(NamedTuple):
     """The prediction for a clip.
 
     Attributes:
-        video: its path, or "" for frames in memory.
+        video: its path, or "" for what was in memory.
         label: its class, ``none of these``, or None where it can't be read.
         probability: of that class, among the classes; NaN where there is none, ``none of these`` among it, which the
             distance tells.
@@ -112,13 +113,15 @@ def _said(found: Prediction) -> str:
 class FewShotClassifier:
     """Names the action in a clip from a handful of examples of each; nothing is trained.
 
+    Clips may come as features of the model's tower, or of whatever the model was trained with, in the place of videos.
     A clip's features, and those of the examples, go through the model's head as in an episode of all classes at once.
     The classes may have any number of examples each. Which frames are seen, and how they are resized, is as in the
     model's training; where that is not known, the middles of segments, resized as images were for its tower.
 
     Args:
         model: a trained one, or one with a head that has nothing to train; it is put in eval mode.
-        frames: frames of a clip; by default as many as in the model's training, or 8 where that is not known.
+        frames: frames of a clip; by default as many as in the model's training; where that is not known, as many as the
+            first examples have that come as features, or 8.
         resize: short side of the frames in pixels before the crop; by default as in the model's training, or the crop's
             own size where that is not known.
         threshold: the distance beyond which a clip is none of the classes, in the place of what the examples tell.
@@ -168,7 +171,8 @@ class FewShotClassifier:
         counts = some([f"{name!r}: {count}" for name, count in classes.items()], most=20)
         return printable(
             f"{type(self).__name__}(model={self.model.source!r}, head={self.model.hparams['head']!r},"
-            f" frames={reader.frames}, resize={reader.resize}, device={str(self.model.device)!r},"
+            f" frames={reader.frames}{f', resize={reader.resize}' if self.model.image_size else ''},"
+            f" device={str(self.model.device)!r},"
             f" examples={{{counts}}})"
         )
 
@@ -199,7 +203,8 @@ class FewShotClassifier:
             precision: the same.
             workers: the same.
             timeout: the same.
-            clip: with a published checkpoint alone, see :meth:`clip_m2df.CLIPM2DF.from_published`.
+            clip: with a published checkpoint, see :meth:`clip_m2df.CLIPM2DF.from_published`, or a folder whose
+                adapters are apart, see :meth:`clip_m2df.CLIPM2DF.from_pretrained`.
             **options: of :class:`clip_m2df.CLIPM2DF`, such as ``selection`` and ``text_fusion``. Here ``selection`` is
                 ``argmax`` by default for every model, so that predictions repeat.
 
@@ -210,10 +215,10 @@ class FewShotClassifier:
         options = {"selection": "argmax"} | options
         if os.path.isfile(path):
             model = CLIPM2DF.load_from_checkpoint(path, map_location="cpu", clip=clip, **options)
-        elif clip is not None:
+        elif clip is not None and not has_adapters_apart(path):
             raise UserError(
-                f"{path_or_hub_name} is no file of a published checkpoint, which alone takes CLIP's weights beside it:"
-                f" check the name, or leave out {clip}"
+                f"{path_or_hub_name} is neither the file of a published checkpoint nor a folder whose adapters are"
+                f" apart, which alone take CLIP's weights beside them: check the name, or leave out {clip}"
             )
         elif os.path.isfile(os.path.join(path, saving.TABLE)):
             raise UserError(f"{path_or_hub_name} is a classifier with its classes: FewShotClassifier.load takes it")
@@ -221,7 +226,7 @@ class FewShotClassifier:
             missing = f"there is no checkpoint {path_or_hub_name}: check the name, or train one by clip-m2df fit"
             raise UserError(other_model(Path(path)) or missing)
         else:
-            model = CLIPM2DF.from_pretrained(path_or_hub_name, **options)
+            model = CLIPM2DF.from_pretrained(path_or_hub_name, clip=clip, **options)
         reading: dict[str, Any] = {
             "frames": frames,
             "resize": resize,
@@ -265,8 +270,10 @@ class FewShotClassifier:
         """Take these classes, in the place of all that were there.
 
         Args:
-            support: the examples of each class, by its name; or a folder with a folder of examples for each class.
-            texts: what the prompt says of a class, where that is not its name in plain words.
+            support: the examples of each class, by its name; or a folder with a folder of examples for each class; or a
+                feature table, each of whose rows is an example of its label, whatever its split.
+            texts: what the prompt says of a class, where that is neither what a feature table has of it, nor its name
+                in plain words.
 
         Raises:
             UserError: a class without an example that can be read, an example of two classes, two classes with one
@@ -282,9 +289,10 @@ class FewShotClassifier:
             raise UserError(f"texts names {some(map(repr, unknown))}, which is no class of the support")
         if len(by_key) < len(texts or ()):
             raise UserError("texts names a class twice, in two spellings: keep one")
-        classes = make_classes(self.encoder, examples, {spelled[key]: text for key, text in by_key.items()})
+        encoder = self.encoder.settled(clip for clips in examples.values() for clip in clips)
+        classes = make_classes(encoder, examples, {spelled[key]: text for key, text in by_key.items()})
         self._check(classes)
-        self._take(classes)
+        self._take(classes, encoder)
         return self
 
     def add(self, label: str, clips: Clips, text: str | None = None) -> Self:
@@ -301,16 +309,19 @@ class FewShotClassifier:
         listed, old = list_clips(clips)[0], self._classes.get(label)
         more = unique(listed, old.examples if old else ())
         texts = {} if text is None else {label: text}
-        if old is None:
-            new = make_classes(self.encoder, {label: more}, texts)[label]
-        elif listed and not more:
-            check_names(label, old.text if text is None else text)
+        prompts: dict[str, Tensor] = {}
+        if old is not None and text is None:  # what the class has of a prompt stays
+            texts, prompts = ({}, {label: old.prompt}) if old.text is None else ({label: old.text}, {})
+        encoder = self.encoder if self._classes else self.encoder.settled(more)
+        if old is not None and listed and not more:
+            check_names(label, label if text is None else text)
             new = old.changed(self.model, text)
         else:
-            new = old.changed(self.model, text, make_classes(self.encoder, {label: more}, texts)[label])
+            new = make_classes(encoder, {label: more}, texts, prompts)[label]
+            new = new if old is None else old.changed(self.model, text, new)
         classes = self._classes | {label: new}
         self._check(classes)
-        self._take(classes)
+        self._take(classes, encoder)
         return self
 
     def remove(self, label: str) -> Self:
@@ -324,17 +335,19 @@ class FewShotClassifier:
             raise UserError(f"there is no class {label!r}; there are {some(self._classes)}")
         if len(self._classes) == 1:
             raise UserError(f"{label!r} is the only class: add another before it is removed")
-        self._take({name: c for name, c in self._classes.items() if name != label})
+        self._take({name: c for name, c in self._classes.items() if name != label}, self.encoder)
         return self
 
     def _check(self, classes: Mapping[str, SupportClass]) -> None:
         check_disjoint(classes.values())
-        self.model.model.check_prompts([c.text for c in classes.values()], list(classes))
+        texts = {label: c.text for label, c in classes.items() if c.text is not None}
+        if self.model.image_size:  # without one, labels stand for prompts
+            self.model.model.check_prompts(list(texts.values()), list(texts))
 
-    def _take(self, classes: dict[str, SupportClass]) -> None:
+    def _take(self, classes: dict[str, SupportClass], encoder: ClipEncoder) -> None:
         scorer = ClassScorer(self.model, list(classes.values()))
         scorer.score(next(iter(classes.values())).features[:1])  # refused at once where no number comes of it
-        self._scorer = scorer
+        self._scorer, self.encoder = scorer, encoder
         self._classes = classes
         self._told = None
 
@@ -348,8 +361,9 @@ class FewShotClassifier:
         """The class of each clip.
 
         Args:
-            clips: a clip, that is the path of a video or of a folder of numbered images, or uint8 frames
-                ``(frames, height, width, 3)``; or several, as a list, as an array or as a folder.
+            clips: a clip, that is the path of a video or of a folder of numbered images, uint8 frames
+                ``(frames, height, width, 3)``, or floating features ``(frames, dim)``; or several, as a list, as an
+                array, as a folder or as a feature table.
             reject: say ``none of these`` of clips that are farther from every class than :attr:`threshold_`.
 
         Returns:
@@ -460,13 +474,14 @@ class FewShotClassifier:
         share it.
 
         Args:
-            video: a path, or uint8 frames ``(frames, height, width, 3)``.
+            video: a path, uint8 frames ``(frames, height, width, 3)``, or floating features ``(frames, dim)``.
             window: length of a window in seconds; about as long as the examples are.
             stride: seconds from one window to the next, to the nearest multiple of ``window`` over the frames of a
                 clip; a quarter of the window by default.
             smoothing: seconds over which scores are averaged; half the window by default.
             reject: leave out moments that are none of the classes, by :attr:`threshold_`.
-            fps: frames a second, of frames in memory or of a folder of images, which have no times of their own.
+            fps: frames a second, of frames or features in memory or of a folder of images, which have no times of their
+                own.
 
         Returns:
             Segments in their order, neighbours of different labels; a video shorter than a window has one.
@@ -476,20 +491,23 @@ class FewShotClassifier:
         """
         scorer, threshold = self._check_fitted(), self._rejecting(reject)
         windows = Windows.of(self.encoder.reader.frames, window, stride, smoothing)
-        return find_segments(self.encoder, scorer, list(self._classes), video, windows, fps=fps, threshold=threshold)
+        names, options = list(self._classes), {"fps": fps, "threshold": threshold}
+        return find_segments(self.encoder, scorer, names, the_clip(video), windows, **options)
 
     @torch.no_grad()
     def explain(self, clip: Clip | Encoded, *, reject: bool = False) -> Explanation:
         """Why a clip is taken for what it is, as data; its ``figure()`` draws it.
 
         Args:
-            clip: a path, uint8 frames ``(frames, height, width, 3)``, or what ``encoder`` makes of a clip.
+            clip: a path, uint8 frames ``(frames, height, width, 3)``, floating features ``(frames, dim)``, or what
+                ``encoder`` makes of a clip. Features have no pixels: nothing shows the frames then.
             reject: see :meth:`predict`.
 
         Raises:
             UserError: the clip can't be read, or there is no threshold.
         """
         scorer, threshold = self._check_fitted(), self._rejecting(reject)
+        clip = clip if isinstance(clip, Encoded) else the_clip(clip)
         clip_encoded = clip if isinstance(clip, Encoded) else self.encoder.encode_one(clip)
         query = clip_encoded.features
         (prediction,) = self._label(scorer, [name_of(clip)], query.unsqueeze(0), threshold)
@@ -505,7 +523,9 @@ class FewShotClassifier:
             label=prediction.label or "",
             probabilities=torch.tensor(list(prediction.probabilities.values())),
             frames=clip_encoded.thumbnail,
-            examples={c.label: c.thumbnails[self._closest_example(c, query)] for c in compared},
+            examples={
+                c.label: small for c in compared if (small := c.thumbnails[self._closest_example(c, query)]) is not None
+            },
             threshold=threshold,
             video=prediction.video,
         )
@@ -562,10 +582,16 @@ class FewShotClassifier:
         saved, reading = saving.read_support(Path(folder))
         model = placed(CLIPM2DF.from_pretrained(folder, **(reading.options | options)), device)
         threshold = reading.threshold if threshold is None else threshold
-        known: dict[str, Any] = {"frames": reading.frames, "resize": reading.resize, "threshold": threshold}
+        resize = reading.resize if model.image_size else None
+        known: dict[str, Any] = {"frames": reading.frames, "resize": resize, "threshold": threshold}
         classifier = cls(model, precision=precision, workers=workers, timeout=timeout, **known)
-        shape = (reading.frames, model.model.backbone.dim)
-        if any(tuple(c.features.shape[1:]) != shape or c.thumbnails.shape[1] != reading.frames for c in saved):
-            raise UserError(f"the classifier in {folder} is damaged (its features are not of its model): fit it again")
-        classifier._take({c.label: SupportClass.of(model, *c) for c in saved})
+        shape = (reading.frames, dim := model.model.backbone.dim)
+        for c in saved:
+            pictures = [len(small) for small in c.thumbnails if small is not None]
+            prompt = (dim,) if c.prompt is None else tuple(c.prompt.shape)
+            if tuple(c.features.shape[1:]) != shape or {*pictures} - {reading.frames} or prompt != (dim,):
+                raise UserError(
+                    f"the classifier in {folder} is damaged (its features are not of its model): fit it again"
+                )
+        classifier._take({c.label: SupportClass.of(model, *c) for c in saved}, classifier.encoder)
         return classifier

@@ -1,13 +1,15 @@
 """What may be given as a clip, and how its frames are read."""
 
+import copy
 import itertools
 import operator
 import os
 import warnings
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Self, TypeAlias
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from clip_m2df.datasets.feature_tables import is_feature_table, read_feature_table
 from clip_m2df.datasets.tree import VIDEO_EXTENSIONS, Tree, describe, scan
 from clip_m2df.errors import UserError, require, some
 from clip_m2df.files import file_of
@@ -24,9 +27,31 @@ from clip_m2df.video.isolation import Unreadable, isolated_map
 from clip_m2df.video.reader import VideoError, is_video
 from clip_m2df.video.transforms import ClipReader
 
-# A video file, a folder of numbered images, or uint8 RGB frames (frames, height, width, 3).
-Clip: TypeAlias = "str | os.PathLike[str] | NDArray[np.uint8] | Tensor"
-# One clip, a folder of clips, or several of either; also an array (clips, frames, height, width, 3).
+
+@dataclass(frozen=True, eq=False)
+class TableRow:
+    """A clip of a feature table.
+
+    Attributes:
+        path: what the table calls it.
+        label: its class there.
+        features: ``(frames, dim)``.
+        prompt: ``(dim)``, the embedding of its class; None where the table has none.
+        table: the file.
+    """
+
+    path: str
+    label: str
+    features: Tensor
+    prompt: Tensor | None
+    table: str
+
+
+# A video file, a folder of numbered images, uint8 RGB frames (frames, height, width, 3), floating features (frames,
+# dim), or a row of a feature table.
+Clip: TypeAlias = "str | os.PathLike[str] | NDArray[Any] | Tensor | TableRow"
+# One clip, a folder of clips, a feature table, or several of either; also an array (clips, frames, height, width, 3) or
+# (clips, frames, dim).
 Clips: TypeAlias = "Clip | Iterable[Clip]"
 
 # Clips that are encoded together.
@@ -43,15 +68,21 @@ def list_clips(clips: Clips) -> tuple[list[Clip], bool]:
     """The clips that are meant, one by one.
 
     Args:
-        clips: a clip, a folder, or several of either. A folder that holds images alone is a clip itself.
+        clips: a clip, a folder, a feature table, or several of either. A folder that holds images alone is a clip
+            itself.
 
     Returns:
-        The clips, those of folders in the order of their names, and whether it is one clip that was given.
+        The clips, those of folders in the order of their names and those of tables in that of their rows, and whether
+        it is one clip that was given.
 
     Raises:
-        UserError: a folder without videos, or something that is no clip.
+        UserError: a folder without videos, a table that can't be read, or something that is no clip.
     """
+    if isinstance(clips, TableRow):
+        return [clips], True
     if isinstance(clips, str | os.PathLike):
+        if is_feature_table(clips):
+            return list(table_rows(clips)), False
         if not os.path.isdir(clips):
             return [clips], True
         found = videos_in(clips)
@@ -59,13 +90,13 @@ def list_clips(clips: Clips) -> tuple[list[Clip], bool]:
     if isinstance(clips, np.ndarray) and clips.dtype.kind in "OSU":  # of paths
         clips = clips.tolist()
     if isinstance(clips, np.ndarray | Tensor):
-        if clips.ndim == 5:
+        if clips.ndim == 5 or (clips.ndim == 3 and _is_floating(clips)):
             return list(clips), False
         return [clips], True
     if isinstance(clips, Mapping) or not isinstance(clips, Iterable):
         raise UserError(
-            f"a value of type {type(clips).__name__} is no clip: give a path, an array (frames, height, width, 3), or a"
-            " list of them"
+            f"a value of type {type(clips).__name__} is no clip: give a path, an array (frames, height, width, 3) or"
+            " (frames, dim), or a list of them"
         )
     return [clip for several in clips for clip in list_clips(several)[0]], False
 
@@ -101,14 +132,47 @@ def _warn_of_left_out(folder: str | os.PathLike[str], left_out: Mapping[str, Seq
         warnings.warn(f"not taken for videos in {os.fspath(folder)}: {describe(left_out)}", stacklevel=4)
 
 
+def table_rows(table: str | os.PathLike[str]) -> list[TableRow]:
+    """The clips of a feature table, in its order; of several augmentations of a video the first.
+
+    Raises:
+        UserError: it can't be read.
+    """
+    found = read_feature_table(table)
+    return [
+        TableRow(
+            video.path,
+            video.label,
+            found.features[found.rows[video.path, 0]],
+            found.class_embeddings.get(video.label),
+            found.source,
+        )
+        for video in found.manifest.videos
+    ]
+
+
+def the_clip(clip: Clip) -> Clip:
+    """A clip where one is taken: a feature table of one row stands for that row.
+
+    Raises:
+        UserError: it is a table of several.
+    """
+    if not isinstance(clip, str | os.PathLike) or not is_feature_table(clip):
+        return clip
+    rows = table_rows(clip)
+    if len(rows) > 1:
+        raise UserError(f"{os.fspath(clip)} has {len(rows)} clips: give the features (frames, dim) of one of them")
+    return rows[0]
+
+
 def list_examples(support: Mapping[str, Clips] | str | os.PathLike[str]) -> dict[str, list[Clip]]:
     """The examples of each class.
 
     Args:
-        support: by the class's name; or a folder with a folder for each class, whose name it has.
+        support: by the class's name; a folder with a folder for each class, whose name it has; or a feature table.
 
     Raises:
-        UserError: there is no class, or a folder of a class has no videos.
+        UserError: there is no class, a folder of a class has no videos, or a table can't be read.
     """
     if isinstance(support, Mapping):
         if not support:
@@ -117,8 +181,14 @@ def list_examples(support: Mapping[str, Clips] | str | os.PathLike[str]) -> dict
     if not isinstance(support, str | os.PathLike):
         raise UserError(
             f"the support is of type {type(support).__name__}: give the examples of each class by its name,"
-            ' {"pour water": ["a.mp4", "b.mp4"]}, or a folder with a folder for each class'
+            ' {"pour water": ["a.mp4", "b.mp4"]}, a folder with a folder for each class, or the path of a'
+            " feature table"
         )
+    if is_feature_table(support):
+        by_label: dict[str, list[Clip]] = {}
+        for row in table_rows(support):
+            by_label.setdefault(row.label, []).append(row)
+        return by_label
     folder = Path(support)
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder: give one that has a folder of examples for each class")
@@ -153,7 +223,42 @@ def unique(clips: Sequence[Clip], known: Iterable[str] = ()) -> list[Clip]:
 
 def name_of(clip: object) -> str:
     """The path of a clip, or nothing for what is in memory."""
+    if isinstance(clip, TableRow):
+        return clip.path
     return os.fspath(clip) if isinstance(clip, str | os.PathLike) else ""
+
+
+def _is_floating(array: NDArray[Any] | Tensor) -> bool:
+    return array.is_floating_point() if isinstance(array, Tensor) else np.issubdtype(array.dtype, np.floating)
+
+
+def has_features(clip: Clip) -> bool:
+    """Whether a clip comes as features, without pixels."""
+    if isinstance(clip, np.ndarray | Tensor):
+        return clip.ndim == 2 and _is_floating(clip)
+    return isinstance(clip, TableRow)
+
+
+def as_features(clip: Clip) -> Tensor:
+    """The features of a clip that comes as such: float32 ``(frames, dim)``, detached.
+
+    Raises:
+        UserError: there are none, they are not finite, or all of a frame are zero, which compares with nothing.
+    """
+    given = clip.features if isinstance(clip, TableRow) else clip
+    if isinstance(given, Tensor):
+        features = given.detach().float()
+    else:
+        with np.errstate(over="ignore"):  # what float32 can't hold is infinite, and told below
+            features = torch.from_numpy(np.array(given, dtype=np.float32))
+    if not features.numel():
+        raise UserError(f"its features are empty, {tuple(features.shape)}: give (frames, dim)")
+    if not (finite := features.isfinite().all(-1)).all():
+        frame = int((~finite).nonzero()[0]) + 1
+        raise UserError(f"its features of frame {frame} are not finite (NaN or infinite): compute them anew")
+    if not (seen := features.any(-1)).all():
+        raise UserError(f"its features of frame {int((~seen).nonzero()[0]) + 1} are all zero: compute them anew")
+    return features
 
 
 def read_clip(clip: Clip, reader: ClipReader) -> Tensor:
@@ -164,11 +269,11 @@ def read_clip(clip: Clip, reader: ClipReader) -> Tensor:
     """
     if isinstance(clip, str | os.PathLike):
         return reader.read(os.fspath(clip))[0]
-    check_frames(clip)
-    return reader.crop(as_frames(clip, reader.choose(len(clip))))
+    frames = check_frames(clip)
+    return reader.crop(as_frames(frames, reader.choose(len(frames))))
 
 
-def check_frames(clip: NDArray[np.uint8] | Tensor) -> None:
+def check_frames(clip: object) -> NDArray[np.uint8] | Tensor:
     """Refuse what is no array of frames ``(frames, height, width, 3)``.
 
     Raises:
@@ -180,9 +285,13 @@ def check_frames(clip: NDArray[np.uint8] | Tensor) -> None:
         )
     shape = tuple(clip.shape)
     if len(shape) != 4 or shape[-1] != 3 or 0 in shape:
-        raise UserError(f"an array of shape {shape} is no clip: give (frames, height, width, 3), colours as RGB")
+        raise UserError(
+            f"an array of shape {shape} is no clip: give (frames, height, width, 3), colours as RGB, or floating"
+            " features (frames, dim)"
+        )
     if clip.dtype not in (np.uint8, torch.uint8):
         raise UserError(f"an array of {clip.dtype} is no clip: give uint8, colours from 0 to 255")
+    return clip
 
 
 def as_frames(clip: NDArray[np.uint8] | Tensor, numbers: Sequence[int]) -> Tensor:
@@ -232,15 +341,15 @@ class Encoded(NamedTuple):
 
     Attributes:
         features: ``(frames, dim)``.
-        thumbnail: uint8 ``(frames, 3, height, width)``, small frames.
+        thumbnail: uint8 ``(frames, 3, height, width)``, small frames; None of a clip that came as features.
     """
 
     features: Tensor
-    thumbnail: Tensor
+    thumbnail: Tensor | None
 
 
 class ClipEncoder:
-    """Reads clips and puts them through a model's tower.
+    """Reads clips and puts them through a model's tower, but for those that come as features.
 
     Args:
         model: in eval mode.
@@ -264,8 +373,14 @@ class ClipEncoder:
         workers: int,
         timeout: float,
     ) -> None:
-        size = model.model.backbone.image_size
+        if not model.image_size and resize is not None:
+            raise UserError(
+                f"resize is {resize!r:.40}, but {model.source} has no tower, and sees no frames: leave it out"
+            )
+        size = max(model.image_size, 1)
         known: dict[str, Any] = model.reading or {"frames": 8, "resize": size, "resize_mode": model.resize_mode}
+        # Whether somebody has said how many frames there are; otherwise features tell.
+        self._told = frames is not None or model.reading is not None
         frames = known["frames"] if frames is None else frames
         resize = known["resize"] if resize is None else resize
         with suppress(TypeError):  # numpy's whole numbers too
@@ -291,19 +406,98 @@ class ClipEncoder:
         self.workers = int(workers)
         self.timeout = timeout
 
+    def settled(self, clips: Iterable[Clip]) -> Self:
+        """The same for as many frames as the first clip has that comes as features, where nobody has said how many.
+
+        Args:
+            clips: the examples of a classifier's first classes.
+        """
+        first = None if self._told else next((clip for clip in clips if has_features(clip)), None)
+        if first is None:
+            return self
+        frames = len(as_features(first))
+        require(most=MOST_FRAMES, **{"frames of a clip's features": frames})
+        settled = copy.copy(self)
+        settled.reader = replace(self.reader, frames=frames)
+        return settled
+
     def encode(self, clips: Sequence[Clip]) -> Iterator[list[tuple[int, Encoded | Unreadable]]]:
-        """The index of each clip with what it looks like to the model, or why it can't be read; some at once."""
-        held: list[tuple[int, Tensor]] = []
-        read = read_clips(clips, self.reader, workers=self.workers, timeout=self.timeout)
-        for number, (index, found) in enumerate(read, 1):
+        """The index of each clip with what it looks like to the model, or why it can't be read; some at once.
+
+        Raises:
+            UserError: there is no tower for a clip that needs one, or a table's features are not the model's.
+        """
+        self.check(clips)
+        read = [index for index, clip in enumerate(clips) if not has_features(clip)]
+        with_features = ((i, self._known(clip)) for i, clip in enumerate(clips) if has_features(clip))
+        options: dict[str, Any] = {"workers": self.workers, "timeout": self.timeout}
+        frames = ((read[i], found) for i, found in read_clips([clips[i] for i in read], self.reader, **options))
+        held: list[tuple[int, Tensor | Encoded]] = []
+        for number, (index, found) in enumerate(itertools.chain(with_features, frames), 1):
             if isinstance(found, Unreadable):
                 yield [(index, found)]
             else:
                 held.append((index, found))
             if held and (len(held) == TOGETHER or number == len(clips)):
-                features = self.frames(torch.stack([frames for _, frames in held]))
-                yield [(i, Encoded(f, _small(frames))) for (i, frames), f in zip(held, features, strict=True)]
+                yield self._encode(held)
                 held = []
+
+    def _encode(self, held: Sequence[tuple[int, Tensor | Encoded]]) -> list[tuple[int, Encoded | Unreadable]]:
+        """What clips look like to the model, those that were read all at once."""
+        read = [frames for _, frames in held if isinstance(frames, Tensor)]
+        features = iter(self.frames(torch.stack(read)) if read else ())
+        return [(i, Encoded(next(features), _small(f)) if isinstance(f, Tensor) else f) for i, f in held]
+
+    def _known(self, clip: Clip) -> Encoded | Unreadable:
+        """A clip that comes as features, or why they are of no use."""
+        try:
+            features = as_features(clip)
+        except UserError as error:
+            return Unreadable(error)
+        if wrong := self._mismatch(features):
+            return Unreadable(f"its features {wrong}")
+        return Encoded(features.to(self.model.device, self.model.model.head.scale.dtype), None)
+
+    def _mismatch(self, features: Tensor, *, any_length: bool = False) -> str:
+        """What is wrong with the shape of a clip's features, if anything is."""
+        dim, frames = self.model.model.backbone.dim, self.reader.frames
+        if features.shape[-1] == dim and (any_length or len(features) == frames):
+            return ""
+        return (
+            f"are {len(features)} frames of width {features.shape[-1]}, and {self.model.source} takes {frames} of width"
+            f" {dim}: compute them with the tower that the model knows, and as many frames a clip"
+        )
+
+    def check(self, clips: Sequence[Clip], *, any_length: bool = False) -> None:
+        """Refuse clips that are of no use as a whole.
+
+        Args:
+            clips: to be encoded.
+            any_length: features may have any number of frames.
+
+        Raises:
+            UserError: there is no tower for a clip that needs one, or a table's features are not the model's.
+        """
+        read = next((clip for clip in clips if not has_features(clip)), None)
+        if read is not None and not self.model.image_size:
+            raise UserError(
+                f"{self.model.source} has no tower, and can't see {name_of(read) or 'frames in memory'}: give features,"
+                " as a table (clip-m2df encode makes one of videos) or as arrays (frames, dim)"
+            )
+        for table, features in {clip.table: clip.features for clip in clips if isinstance(clip, TableRow)}.items():
+            if wrong := self._mismatch(features, any_length=any_length):
+                raise UserError(f"the features in {table} {wrong}")
+
+    def long_features(self, clip: Clip) -> Tensor:
+        """The features of a long video that comes as such, ``(frames, dim)``, on the model's device.
+
+        Raises:
+            UserError: they are not finite, or of another width.
+        """
+        features = as_features(clip)
+        if wrong := self._mismatch(features, any_length=True):
+            raise UserError(f"the features of {name_of(clip) or 'a video in memory'} {wrong}")
+        return features.to(self.model.device, self.model.model.head.scale.dtype)
 
     def encode_one(self, clip: Clip) -> Encoded:
         """The same of one clip.
@@ -329,7 +523,8 @@ class ClipEncoder:
         """
         device, half = self.model.device, PRECISIONS[self.precision]
         with torch.autocast(device.type, half, enabled=half is not None):
-            features = self.model.model.encode_frames(frames.to(device)).float()
+            features = self.model.model.encode_frames(frames.to(device))
+        features = features.to(self.model.model.head.scale.dtype)
         check_finite(features, self.model.source)
         if not features.any():
             raise UserError(

@@ -1,7 +1,8 @@
 """A fitted classifier in a folder: the model as on the hub, and its examples beside it.
 
-``classifier.json`` has the classes and how clips are read, ``support.safetensors`` the features of the examples and
-small frames of them; the checksum of the one is in the other.
+``classifier.json`` has the classes and how clips are read; ``support.safetensors`` the features of the examples, small
+frames of those that had frames, and the embeddings of prompts that came with a class. The checksum of the one is in the
+other.
 """
 
 import hashlib
@@ -35,10 +36,11 @@ class SavedClass(NamedTuple):
     """A class as it is saved; see :class:`SupportClass`."""
 
     label: str
-    text: str
+    text: str | None
     examples: list[str]
     features: Tensor
-    thumbnails: Tensor
+    thumbnails: list[Tensor | None]
+    prompt: Tensor | None
 
 
 class Reading(NamedTuple):
@@ -86,10 +88,11 @@ def write_classifier(folder: Path, model: CLIPM2DF, classes: Sequence[SupportCla
 
 
 def _write(folder: Path, model: CLIPM2DF, classes: Sequence[SupportClass], reading: Reading) -> None:
-    tensors = {
-        "features": torch.cat([c.features.cpu() for c in classes]).contiguous(),
-        "thumbnails": torch.cat([c.thumbnails.cpu() for c in classes]).contiguous(),
-    }
+    tensors = {"features": torch.cat([c.features.cpu() for c in classes]).contiguous()}
+    if thumbnails := [small.cpu() for c in classes for small in c.thumbnails if small is not None]:
+        tensors["thumbnails"] = torch.stack(thumbnails)
+    if prompts := [c.prompt.cpu() for c in classes if c.text is None]:
+        tensors["prompts"] = torch.stack(prompts)
     content = save_tensors(tensors)
     # All but the table is written before the first takes its place: at a full disk the classifier that was there stays.
     with whole_file(folder / TABLE, "classifier") as table_draft, whole_file(folder / SUPPORT, "examples") as draft:
@@ -98,15 +101,21 @@ def _write(folder: Path, model: CLIPM2DF, classes: Sequence[SupportClass], readi
         table = {
             "format": CLASSIFIER_FORMAT,
             **reading._asdict(),
-            "classes": [
-                {"label": c.label, "text": c.text, "examples": [os.path.abspath(e) if e else "" for e in c.examples]}
-                for c in classes
-            ],
+            "classes": [_row(c) for c in classes],
             "sha256": hashlib.sha256(content).hexdigest(),
             "model": sha256_of(folder / CONFIG),
         }
         # In ASCII: a file's name may have bytes that are no UTF-8.
         table_draft.write_bytes(f"{json.dumps(table, indent=2)}\n".encode())
+
+
+def _row(saved: SupportClass) -> dict[str, Any]:
+    """What the table says of a class; that examples have no frames only where some have none."""
+    row: dict[str, Any] = {"label": saved.label, "text": saved.text}
+    row["examples"] = [os.path.abspath(e) if e else "" for e in saved.examples]
+    if without := [i for i, small in enumerate(saved.thumbnails) if small is None]:
+        row["without_frames"] = without
+    return row
 
 
 def read_support(folder: Path) -> tuple[list[SavedClass], Reading]:
@@ -153,11 +162,22 @@ def _classes(table: dict[str, Any], tensors: dict[str, Tensor]) -> list[SavedCla
     if not counts or 0 in counts or len({label for label, _, _ in rows}) < len(rows):
         raise ValueError("its classes have no examples, or one is there twice")
     for label, text, _ in rows:
-        check_names(label, text)
-    features, thumbnails = tensors["features"], tensors["thumbnails"]
+        check_names(label, label if text is None else text)
+    features, without = tensors["features"], [row.get("without_frames", []) for row in table["classes"]]
     if not features.is_floating_point() or not features.isfinite().all() or not features.any(-1).all():
         raise ValueError("its features are not finite numbers, or those of a frame are zero")
-    if thumbnails.dtype != torch.uint8 or thumbnails.ndim != 5 or thumbnails.shape[2] != 3 or 0 in thumbnails.shape:
+    thumbnails = tensors.get("thumbnails", torch.zeros((0, 1, 3, 1, 1), dtype=torch.uint8))
+    if thumbnails.dtype != torch.uint8 or thumbnails.ndim != 5 or thumbnails.shape[2] != 3 or 0 in thumbnails.shape[1:]:
         raise ValueError(f"its small frames are {thumbnails.dtype} {tuple(thumbnails.shape)}")
-    parts = zip(rows, features.split(counts), thumbnails.split(counts), strict=True)
-    return [SavedClass(*row, own.float(), small) for row, own, small in parts]
+    seen = [i not in missing for n, missing in zip(counts, without, strict=True) for i in range(n)]
+    prompts = tensors.get("prompts", torch.zeros(0))
+    if not prompts.is_floating_point() or len(prompts) != sum(text is None for _, text, _ in rows):
+        raise ValueError("its prompts are not those of the classes without a text")
+    if len(thumbnails) != sum(seen):
+        raise ValueError("its small frames are not those of its examples")
+    small, prompt = iter(thumbnails), iter(prompts.float())
+    found, pictures = [], [next(small) if there else None for there in seen]
+    for row, own in zip(rows, features.split(counts), strict=True):
+        own_pictures, pictures = pictures[: len(own)], pictures[len(own) :]
+        found.append(SavedClass(*row, own.float(), own_pictures, next(prompt) if row[1] is None else None))
+    return found

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clip_m2df.classifier.clips import Clip, ClipEncoder, as_frames, check_frames
+from clip_m2df.classifier.clips import Clip, ClipEncoder, as_frames, check_frames, has_features
 from clip_m2df.classifier.support import ClassScorer
 from clip_m2df.errors import UserError, require
 from clip_m2df.video.reader import sample_frames
@@ -103,22 +103,27 @@ def find_segments(
         encoder: of the frames.
         scorer: of the windows.
         names: of its classes.
-        video: a path, or frames.
+        video: a path, frames, or features of frames.
         windows: how they slide.
         fps: frames a second, where there are no times.
         threshold: the distance beyond which a moment is none of the classes.
     """
-    shown = _frames_at(video, windows.rate, fps)
-    cropped = map(encoder.reader.crop, shown)
-    encoded = []
-    while chunk := list(itertools.islice(cropped, CHUNK)):
-        encoded.append(encoder.frames(torch.cat(chunk)))
-    n_frames = sum(map(len, encoded))
-    if n_frames < windows.frames:  # it is a clip, whose own frames repeat
-        features = encoder.encode_one(video).features
-        windows = windows._replace(rate=windows.rate * windows.frames / max(n_frames, 1))
+    encoder.check([video], any_length=True)
+    if has_features(video):
+        known = encoder.long_features(video)
+        features = known[_numbers_at("features", len(known), windows.rate, fps)]
     else:
-        features = torch.cat(encoded)
+        cropped = map(encoder.reader.crop, _frames_at(video, windows.rate, fps))
+        encoded = []
+        while chunk := list(itertools.islice(cropped, CHUNK)):
+            encoded.append(encoder.frames(torch.cat(chunk)))
+        features = torch.cat(encoded) if encoded else torch.empty(0)
+    if (n_frames := len(features)) < windows.frames:  # it is a clip, whose own frames repeat
+        windows = windows._replace(rate=windows.rate * windows.frames / max(n_frames, 1))
+        if has_features(video):
+            features = known[encoder.reader.choose(len(known))]
+        else:
+            features = encoder.encode_one(video).features
     starts = windows.starts(len(features))
     log_probabilities, distances = scorer.label(torch.stack([features[s : s + windows.frames] for s in starts]))
     values = torch.cat((log_probabilities, distances.amin(-1, keepdim=True)), -1).cpu()
@@ -136,16 +141,27 @@ def _frames_at(video: Clip, rate: float, fps: float | None) -> Iterator[Tensor]:
     Raises:
         UserError: the video can't be read, or frames without times come without ``fps``.
     """
-    if fps is not None:
-        exact_rate("fps", fps)
-        require(least=SLOWEST, fps=fps)
     if isinstance(video, str | os.PathLike):
+        if fps is not None:
+            exact_rate("fps", fps)
+            require(least=SLOWEST, fps=fps)
         return (frame.unsqueeze(0) for frame in sample_frames(os.fspath(video), rate, fps=fps))
-    check_frames(video)
+    frames = check_frames(video)
+    return (as_frames(frames, [number]) for number in _numbers_at("frames in memory", len(frames), rate, fps))
+
+
+def _numbers_at(what: str, n_frames: int, rate: float, fps: float | None) -> list[int]:
+    """Which frames of a video without times of its own are shown at regular times.
+
+    Raises:
+        UserError: there is no ``fps``.
+    """
     if fps is None:
-        raise UserError("frames in memory have no times: give fps, how many of them make a second")
-    shown = count_samples(evenly_timed(range(len(video)), exact_rate("fps", fps)), exact_rate("rate", rate))
-    return (as_frames(video, [number]) for number, count in shown for _ in range(count))
+        raise UserError(f"{what} have no times: give fps, how many of them make a second")
+    exact_rate("fps", fps)
+    require(least=SLOWEST, fps=fps)
+    shown = count_samples(evenly_timed(range(n_frames), exact_rate("fps", fps)), exact_rate("rate", rate))
+    return [number for number, count in shown for _ in range(count)]
 
 
 def smooth(values: Tensor, starts: Sequence[int], windows: Windows, n_frames: int) -> Tensor:

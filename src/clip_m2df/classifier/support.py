@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clip_m2df.classifier.clips import Clip, ClipEncoder, Encoded, name_of, unique
+from clip_m2df.classifier.clips import Clip, ClipEncoder, Encoded, TableRow, name_of, unique
 from clip_m2df.datasets.manifest import class_key, readable
 from clip_m2df.errors import UserError, some
 from clip_m2df.files import file_of
@@ -32,20 +32,20 @@ class SupportClass:
 
     Attributes:
         label: its name.
-        text: what the prompt says.
-        examples: paths of the examples; empty for frames that were in memory.
+        text: what the prompt says; None where its embedding came with the class, in a feature table.
+        examples: paths of the examples; empty for what was in memory.
         features: ``(n_shot, frames, dim)``.
-        thumbnails: uint8 ``(n_shot, frames, 3, height, width)``, small frames of them.
+        thumbnails: of each example, uint8 ``(frames, 3, height, width)``, small frames; None of what came as features.
         prompt: ``(dim)``, the embedding of the class's prompt.
         embedded: what the head keeps of the examples, ``(n_shot, …)``.
         prototype: what the class is to the head.
     """
 
     label: str
-    text: str
+    text: str | None
     examples: tuple[str, ...]
     features: Tensor
-    thumbnails: Tensor
+    thumbnails: tuple[Tensor | None, ...]
     prompt: Tensor
     embedded: Embedded
     prototype: Embedded
@@ -53,16 +53,28 @@ class SupportClass:
     @classmethod
     @torch.no_grad()
     def of(
-        cls, model: CLIPM2DF, label: str, text: str, examples: Sequence[str], features: Tensor, thumbnails: Tensor
+        cls,
+        model: CLIPM2DF,
+        label: str,
+        text: str | None,
+        examples: Sequence[str],
+        features: Tensor,
+        thumbnails: Iterable[Tensor | None],
+        prompt: Tensor | None = None,
     ) -> SupportClass:
-        """A class as a model sees it; see the attributes."""
+        """A class as a model sees it; see the attributes. The prompt is given where there is no text."""
         features = features.to(model.device)
-        prompt = model.encode_prompts([text])[0]
+        if prompt is None and not model.image_size and not model.model.without_prompts:
+            prompt = features.new_zeros(features.shape[-1])  # it has those of its training alone, and needs none
+        elif prompt is None:
+            assert text is not None
+            prompt = model.encode_prompts([text])[0]
+        prompt = prompt.to(model.device)
         embedded = model.model.head.embed(features, prompt.expand(len(features), -1))
         prototype = model.model.head.prototype(embedded, prompt)
         for tensor in (prompt, *prototype.values()):
             check_finite(tensor, f"{model.source} on the class {label!r}")
-        return cls(label, text, tuple(examples), features, thumbnails, prompt, embedded, prototype)
+        return cls(label, text, tuple(examples), features, tuple(thumbnails), prompt, embedded, prototype)
 
     @classmethod
     def from_encoded(
@@ -72,6 +84,7 @@ class SupportClass:
         clips: Sequence[Clip],
         encoded: Sequence[Encoded | Unreadable],
         text: str | None,
+        prompt: Tensor | None,
     ) -> SupportClass:
         """A class by its examples. Those that can't be read are named in a warning, and left out.
 
@@ -81,6 +94,7 @@ class SupportClass:
             clips: its examples.
             encoded: the same as the model sees them.
             text: what the prompt says, where that is not the name in plain words.
+            prompt: its embedding, where there is one in the place of a text.
 
         Raises:
             UserError: no example can be read.
@@ -99,9 +113,10 @@ class SupportClass:
                 f"examples of the class {label!r} that can't be read are left out: {some(broken)}", stacklevel=4
             )
         features = torch.stack([example.features for _, example in kept])
-        thumbnails = torch.stack([example.thumbnail for _, example in kept])
-        text = readable(label) if text is None else text
-        return cls.of(model, label, text, [name for name, _ in kept], features, thumbnails)
+        thumbnails = [example.thumbnail for _, example in kept]
+        if text is None and prompt is None:
+            text = readable(label) if model.image_size else label  # of features, labels stand for prompts
+        return cls.of(model, label, text, [name for name, _ in kept], features, thumbnails, prompt)
 
     def changed(self, model: CLIPM2DF, text: str | None, more: SupportClass | None = None) -> SupportClass:
         """The same class with another text, if there is one, and with the examples of another class too."""
@@ -112,7 +127,8 @@ class SupportClass:
             self.text if text is None else text,
             [example for part in parts for example in part.examples],
             torch.cat([part.features for part in parts]),
-            torch.cat([part.thumbnails for part in parts]),
+            [thumbnail for part in parts for thumbnail in part.thumbnails],
+            self.prompt if text is None and self.text is None else None,
         )
 
     def only(self, model: CLIPM2DF, indices: Sequence[int]) -> SupportClass:
@@ -123,7 +139,7 @@ class SupportClass:
             self,
             examples=tuple(self.examples[i] for i in kept),
             features=self.features[kept],
-            thumbnails=self.thumbnails[kept],
+            thumbnails=tuple(self.thumbnails[i] for i in kept),
             embedded=embedded,
             prototype=model.model.head.prototype(embedded, self.prompt),
         )
@@ -144,7 +160,10 @@ def check_names(label: object, text: object) -> None:
 
 
 def make_classes(
-    encoder: ClipEncoder, examples: Mapping[str, Sequence[Clip]], texts: Mapping[str, str]
+    encoder: ClipEncoder,
+    examples: Mapping[str, Sequence[Clip]],
+    texts: Mapping[str, str],
+    prompts: Mapping[str, Tensor] | None = None,
 ) -> dict[str, SupportClass]:
     """Classes by their names, all of their examples read together.
 
@@ -152,21 +171,34 @@ def make_classes(
         encoder: of the clips.
         examples: the clips of each class.
         texts: what prompts say, where that is not the name in plain words.
+        prompts: their embeddings ``(dim)``, of classes without a text; by default what feature tables have of them.
 
     Raises:
-        UserError: a name that is none, or a class without an example that can be read.
+        UserError: a name that is none, a class without an example that can be read, or a tower without text under a
+            head that needs prompts.
     """
+    rows = [(label, clip) for label, clips in examples.items() for clip in clips if isinstance(clip, TableRow)]
+    of_tables = {label: row.prompt for label, row in reversed(rows) if row.prompt is not None and label not in texts}
+    prompts = of_tables | dict(prompts or {})
+    if examples.keys() - prompts.keys():
+        encoder.model.model.check_has_prompts()
     examples = {label: unique(clips) for label, clips in examples.items()}
     for label, clips in examples.items():
         check_names(label, texts.get(label, label))
         if not clips:
             raise UserError(f"the class {label!r} has no examples: give one or more")
+        if len(others := {clip.label: clip.table for clip in clips if isinstance(clip, TableRow)}) > 1:
+            raise UserError(
+                f"the examples of {label!r} are of several classes in {next(iter(others.values()))}, {some(others)}:"
+                " give fit the table by itself, or a table whose rows are all of the class"
+            )
     every = [clip for clips in examples.values() for clip in clips]
     found = {index: encoded for batch in encoder.encode(every) for index, encoded in batch}
     classes, first = {}, 0
     for label, clips in examples.items():
         encoded = [found[index] for index in range(first, first + len(clips))]
-        classes[label] = SupportClass.from_encoded(encoder.model, label, clips, encoded, texts.get(label))
+        of_class = (label, clips, encoded, texts.get(label), prompts.get(label))
+        classes[label] = SupportClass.from_encoded(encoder.model, *of_class)
         first += len(clips)
     return classes
 

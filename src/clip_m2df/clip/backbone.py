@@ -1,4 +1,4 @@
-"""CLIP's two towers with all that goes with them, and the ways to make them.
+"""A visual and a text tower with all that goes with them, and the ways to make them.
 
 transformers and the hub's client are imported where they are used, because they take seconds and a ResNet without text
 needs neither.
@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -20,8 +21,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from clip_m2df.clip import formats
-from clip_m2df.clip.formats import CLIP_MEAN, CLIP_STD, STANDARD_TOKENIZER
-from clip_m2df.clip.resnet import Bottleneck, ModifiedResNet
+from clip_m2df.clip.adapter_files import apply_adapter, read_adapter
+from clip_m2df.clip.families import MOST_SIDE, family_of
+from clip_m2df.clip.families.clip import MEAN as CLIP_MEAN
+from clip_m2df.clip.families.clip import STD as CLIP_STD
+from clip_m2df.clip.families.features import ClassEmbeddings
+from clip_m2df.clip.formats import STANDARD_TOKENIZER
 from clip_m2df.clip.tokenizer import VOCABULARY, encoded, has_tokenizer, read_tokenizer, saved_tokenizer
 from clip_m2df.errors import UserError, some
 from clip_m2df.weight_files import program_classes, read_weights
@@ -38,32 +43,39 @@ _REMEDY = (
 )
 
 # The keys of ``backbone_options``.
-BACKBONE_OPTIONS = ("activation", "head_width", "tokenizer", "mean", "std")
+BACKBONE_OPTIONS = ("activation", "head_width", "tokenizer", "mean", "std", "image_size", "dtype", "dim")
+# What weights can be held in, by torch's names.
+DTYPES = ("float32", "bfloat16", "float16")
+HALF = (torch.bfloat16, torch.float16)
 
 
 class CLIPBackbone(nn.Module):
-    """CLIP's towers with all that goes with them: tokenizer, image size, mean and std.
+    """Towers of CLIP, or of another family, with all that goes with them: tokenizer, image size, mean and std.
 
     Made by ``load``, ``from_pretrained``, ``from_openai`` or ``from_description``. Images and texts become projected
     embeddings of one width; neither is L2-normalised.
 
     Args:
-        visual_config: ``{"kind": "resnet", "layers", "width", "dim", "image_size"}``, or ``{"kind": "vit", ...}`` with
-            the values of transformers' ``CLIPVisionConfig``.
-        text_config: The values of transformers' ``CLIPTextConfig``; None leaves the text tower out.
+        visual_config: ``{"kind": K, ...}``, with the family's kind and the fields of its visual tower, see
+            :mod:`clip_m2df.clip.families`.
+        text_config: The same of the text tower, of kind ``vit`` where it doesn't say; None leaves the tower out.
         tokenizer: The text of a ``tokenizer.json`` that pads and truncates; None if there is none yet.
         mean: What ``normalise`` subtracts, a number a channel.
         std: What it divides by.
         interpolation: How images were resized for the tower in its training: ``bilinear`` or ``bicubic``.
+        dtype: What the towers' weights are held in, and images and texts computed in, under autocast too: ``float32``,
+            ``bfloat16`` or ``float16``. Mean and std stay in float32.
         source: Where the weights came from, for messages and the record.
         freeze_batch_norm: Keep batch norm in evaluation mode whatever ``train()`` says. Change the attribute and call
             ``train()`` to let it move.
 
     Attributes:
+        family: Of the visual tower.
         visual: Normalised images ``(n, 3, image_size, image_size)`` to embeddings ``(n, dim)``.
         text: Tokens ``(n, length)`` to embeddings ``(n, dim)``, or None.
         dim: Width of the embeddings.
         image_size: Height and width of the images.
+        adapters: Those of the visual tower, see :func:`clip_m2df.clip.adapters.add_adapters`; None without.
     """
 
     mean: Tensor
@@ -78,6 +90,7 @@ class CLIPBackbone(nn.Module):
         mean: Sequence[float] = CLIP_MEAN,
         std: Sequence[float] = CLIP_STD,
         interpolation: str = "bilinear",
+        dtype: str = "float32",
         source: str = "",
         freeze_batch_norm: bool = True,
     ) -> None:
@@ -87,12 +100,24 @@ class CLIPBackbone(nn.Module):
         self.interpolation = interpolation
         self.visual_config = dict(visual_config)
         self.text_config = None if text_config is None else dict(text_config)
-        self.visual = visual_tower(self.visual_config)
-        self.text = None if self.text_config is None else text_tower(self.text_config)
-        self.dim = int(self.visual_config["dim" if self.visual_config["kind"] == "resnet" else "projection_dim"])
+        self.family = family_of(self.visual_config["kind"])
+        self.visual = self.family.visual_tower(self.visual_config)
+        self.dim = int(self.visual_config[self.family.visual.dim])
+        self.text: nn.Module | None = None
+        if self.text_config is not None:
+            family = family_of(self.text_config.get("kind", "vit"))
+            self.text = family.text_tower(self.text_config)
+            if (dim := self.text_config[family.text.dim]) != self.dim:  # type: ignore[union-attr]
+                raise UserError(f"the embeddings of texts have {dim} channels, and those of images {self.dim}")
         self.image_size = int(self.visual_config["image_size"])
+        if dtype not in DTYPES:
+            raise UserError(f"dtype is {dtype!r:.80}; it must be one of {', '.join(DTYPES)}")
+        self.dtype = dtype
+        for tower in filter(None, (self.visual, self.text) if dtype != "float32" else ()):
+            tower.to(getattr(torch, dtype))
         self.source = source
         self.freeze_batch_norm = freeze_batch_norm
+        self.adapters: dict[str, Any] | None = None
 
         self._tokenizer: Tokenizer | None = None
         if tokenizer is not None and self.text_config is not None:
@@ -114,19 +139,24 @@ class CLIPBackbone(nn.Module):
 
         Args:
             name: ``tiny`` (the one in this package, for tests and demonstrations), ``rn50`` (OpenAI's ResNet-50, from
-                the hub), a folder in transformers' or OpenCLIP's format, a file of weights in OpenAI's layout
-                (``.safetensors``, ``.pt``, ``.bin``), or the hub's name of such a folder, as
-                ``openai/clip-vit-base-patch16``.
+                the hub), ``features`` (no tower, for features that are there already), a folder in transformers' or
+                OpenCLIP's format, a file of weights in OpenAI's layout (``.safetensors``, ``.pt``, ``.bin``), or the
+                hub's name of such a folder, as ``openai/clip-vit-base-patch16``.
             freeze_batch_norm: Keep batch norm in evaluation mode whatever ``train()`` says.
             **options: What the weights don't tell, or tell otherwise: ``activation`` and ``head_width`` of weights in
                 OpenAI's layout, see :meth:`from_openai`; ``tokenizer``, where it lies; ``mean`` and ``std``, three
-                numbers each for pixels between 0 and 1. None is as good as not given.
+                numbers each for pixels between 0 and 1; ``image_size`` and ``dtype``, see :meth:`from_pretrained`;
+                ``dim``, of ``features`` alone: their width. None is as good as not given.
 
         Raises:
             UserError: There is no such thing, it can't be fetched, or it isn't CLIP; an option that there is not, that
                 has another value, or that this format has no use for.
         """
         given, name = check_options(options), os.fspath(name)
+        if name == "features":
+            return cls._of_features(given)
+        if "dim" in given:
+            raise UserError(f"backbone_options.dim is of the backbone features, and {name!r} has its own: leave it out")
         if name == "rn50":
             _check_known(given, formats.OPENAI, "rn50 is OpenAI's")
             folder = formats.fetch(formats.RN50_REPOSITORY, [[formats.RN50_FILE]])
@@ -162,8 +192,10 @@ class CLIPBackbone(nn.Module):
         activation: Literal["quick_gelu", "gelu"] | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        image_size: int | None = None,
+        dtype: str = "float32",
     ) -> Self:
-        """Load a ViT CLIP in transformers' format, or a CLIP in OpenCLIP's.
+        """Load towers of any family in transformers' format, or a CLIP in OpenCLIP's.
 
         A folder that has both is read as transformers'.
 
@@ -174,12 +206,15 @@ class CLIPBackbone(nn.Module):
             head_width: Of OpenCLIP's, see :meth:`from_openai`; folders in transformers' format have their own.
             activation: The same.
             mean: What is subtracted from pixels between 0 and 1, a number a channel. By default what the folder's
-                ``preprocessor_config.json`` or ``open_clip_config.json`` says, as for interpolation; without it,
-                CLIP's.
+                ``preprocessor_config.json`` or ``open_clip_config.json`` says, as for interpolation; without it, those
+                of its family.
             std: What they are divided by, likewise.
+            image_size: Height and width of the images in the place of the tower's own, a multiple of its patches'.
+                Position embeddings are interpolated, as transformers' ``interpolate_pos_encoding`` does it.
+            dtype: What the weights are held in, whatever the file has: ``float32``, ``bfloat16`` or ``float16``.
 
         Raises:
-            UserError: The folder doesn't exist, the model can't be fetched, isn't CLIP, or is damaged.
+            UserError: The folder doesn't exist, the model can't be fetched, is of no family, or is damaged.
         """
         name_or_dir, tokenizer = os.fspath(name_or_dir), None if tokenizer is None else os.fspath(tokenizer)
         folder = Path(name_or_dir).expanduser()
@@ -189,7 +224,14 @@ class CLIPBackbone(nn.Module):
             folder = formats.fetch(name_or_dir, formats.MODEL_FILES)
         if file := formats.open_clip_weights(folder):
             backbone = cls.from_openai(
-                str(file), tokenizer=tokenizer, head_width=head_width, activation=activation, mean=mean, std=std
+                str(file),
+                tokenizer=tokenizer,
+                head_width=head_width,
+                activation=activation,
+                mean=mean,
+                std=std,
+                image_size=image_size,
+                dtype=dtype,
             )
             backbone.source = name_or_dir
             return backbone
@@ -198,13 +240,56 @@ class CLIPBackbone(nn.Module):
             {},
             f"the config.json of {name_or_dir} says what it is",
         )
+        adapter = read_adapter(folder, name_or_dir)
         description, state = formats.read_folder(folder, name_or_dir)
         description |= _given(mean=mean, std=std)
-        backbone = cls.from_description({**description, "source": name_or_dir})
-        # What else such a file may hold, its logit scale and older versions' position numbers, isn't needed.
-        formats.load_weights(backbone, state, formats.transformers_name, name_or_dir, strict=False)
-        backbone._read_tokenizer(
-            folder if tokenizer is None else Path(tokenizer).expanduser(), tokenizer or name_or_dir
+        own = description["visual_config"]
+        description["visual_config"] = _sized(own, description.pop("image_size"), image_size, name_or_dir)
+        description |= {"dtype": dtype, "source": name_or_dir}
+        with torch.device("meta"):  # a wrong config.json may describe towers larger than any memory
+            cls._with_weights(description, own, state, adapter)
+        backbone = cls._with_weights(description, own, state, adapter)
+        if backbone.text is not None:
+            backbone._read_tokenizer(
+                folder if tokenizer is None else Path(tokenizer).expanduser(), tokenizer or name_or_dir
+            )
+        return backbone
+
+    @classmethod
+    def _with_weights(
+        cls,
+        description: Mapping[str, Any],
+        own: Mapping[str, Any],
+        state: Mapping[str, Tensor],
+        adapter: tuple[dict[str, Any], dict[str, Tensor]] | None,
+    ) -> Self:
+        """Build what is described, and load the weights of a folder in transformers' format.
+
+        Args:
+            description: The description.
+            own: The configuration of the visual tower in the folder, which may be of another size.
+            state: The weights.
+            adapter: The folder's adapter, which is added to them.
+
+        Raises:
+            UserError: They are of other towers.
+        """
+        backbone = cls.from_description(description)
+        family, source = backbone.family, backbone.source
+        names = {*map(family.file_name, backbone.state_dict())}
+        weights = family.renamed(state, names)
+        if adapter is not None:
+            weights = apply_adapter(adapter, weights, family, names, source)
+        formats.check_towers(backbone, weights, family.file_name, source)
+        formats.load_weights(
+            backbone,
+            weights,
+            family.file_name,
+            backbone._resized(lambda _, weight: weight, own),
+            source,
+            model=family.name,
+            remedy=f": {formats.ONE_MODEL}",
+            unused=family.unused(names),
         )
         return backbone
 
@@ -218,6 +303,8 @@ class CLIPBackbone(nn.Module):
         activation: Literal["quick_gelu", "gelu"] | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        image_size: int | None = None,
+        dtype: str = "float32",
         freeze_batch_norm: bool = True,
     ) -> Self:
         """Load weights in OpenAI's own layout, with a ViT or a modified ResNet; the shapes tell the architecture.
@@ -240,6 +327,8 @@ class CLIPBackbone(nn.Module):
             mean: What is subtracted from pixels between 0 and 1, a number a channel; by default what the configuration
                 says, or CLIP's.
             std: What they are divided by, likewise.
+            image_size: See :meth:`from_pretrained`.
+            dtype: The same.
             freeze_batch_norm: Keep batch norm in evaluation mode whatever ``train()`` says.
 
         Raises:
@@ -274,9 +363,11 @@ class CLIPBackbone(nn.Module):
         images |= {name: told.pop(name) for name in ("mean", "std", "interpolation") if name in told}
         visual_config, text_config = formats.openai_configs(state, source, **told | given)
         images |= _given(mean=mean, std=std)
-        facts = {"source": source, "freeze_batch_norm": freeze_batch_norm, **images}
+        facts = {"source": source, "freeze_batch_norm": freeze_batch_norm, "dtype": dtype, **images}
+        own, visual_config = visual_config, _sized(visual_config, visual_config["image_size"], image_size, source)
         backbone = cls.from_description({"visual_config": visual_config, "text_config": text_config, **facts})
-        formats.load_weights(backbone, state, formats.openai_name, source)
+        part = backbone._resized(formats.openai_part, own)
+        formats.load_weights(backbone, state, formats.openai_name, part, source)
         if tokenizer is None:
             backbone._tokenizer_repository = STANDARD_TOKENIZER
         elif backbone.text is not None:
@@ -292,7 +383,7 @@ class CLIPBackbone(nn.Module):
         """
         source = description.get("source")
         # transformers' configurations take many more fields, down to the address of code to fetch and run.
-        for name, fields in (("visual_config", formats.VISUAL_FIELDS), ("text_config", formats.TEXT_FIELDS)):
+        for name in ("visual_config", "text_config"):
             config = description.get(name)
             if config is None and name == "text_config":
                 continue
@@ -300,12 +391,40 @@ class CLIPBackbone(nn.Module):
                 raise UserError(
                     f"the backbone {source!r} has no {name} that is a table of values, as every backbone saves"
                 )
+            try:
+                family = family_of(config.get("kind", "vit" if name == "text_config" else None))
+            except UserError as error:
+                raise UserError(f"the {name} of {source!r}: {error}") from error
+            tower = family.visual if name == "visual_config" else family.text
+            fields = ("kind",) if tower is None else ("kind", *tower.fields)
             if unknown := [field for field in config if field not in fields]:
                 raise UserError(f"the {name} of {source!r} has {some(map(repr, unknown))}, which no backbone saves")
         try:
             return cls(**description)
         except Exception as error:  # that values make no tower, torch and transformers say in many ways
             raise UserError(f"the towers of {source!r} can't be built: {error}") from error
+
+    @classmethod
+    def _of_features(cls, options: Mapping[str, Any]) -> Self:
+        """No towers, for features of a width."""
+        if options.keys() != {"dim"}:
+            raise UserError(
+                "the backbone features has no weights, and the one option dim, the width of the features: give"
+                " backbone_options.dim, or on the command line a feature table as data.manifest"
+            )
+        return cls({"kind": "features", "dim": options["dim"], "image_size": 0}, source="features")
+
+    def keep_classes(self, embeddings: Mapping[str, Tensor]) -> None:
+        """Have class embeddings in the place of a text tower, of a backbone that has no towers.
+
+        Args:
+            embeddings: ``(dim)`` by label.
+        """
+        self.text_config = {"kind": "features", "dim": self.dim, "labels": list(embeddings)}
+        self.text_config["max_position_embeddings"] = 1
+        self.text = ClassEmbeddings(list(embeddings), self.dim)
+        self.text.embeddings.copy_(torch.stack(list(embeddings.values())))
+        self.text.to(self.mean.device)
 
     def load_openai(self, state: Mapping[str, Tensor]) -> None:
         """Take weights in OpenAI's layout in the place of one's own, of towers built as OpenAI builds them.
@@ -329,7 +448,7 @@ class CLIPBackbone(nn.Module):
                 )
         visual_only = all(name.startswith("visual.") for name in state)
         mine = nn.ModuleDict({"visual": self.visual}) if visual_only else self
-        formats.load_weights(mine, state, formats.openai_name, "the file")
+        formats.load_weights(mine, state, formats.openai_name, formats.openai_part, "the file")
 
     def description(self) -> dict[str, Any]:
         """All but the weights, in plain types that a weights-only ``torch.load`` reads.
@@ -347,9 +466,33 @@ class CLIPBackbone(nn.Module):
             "mean": self.mean.flatten().tolist(),
             "std": self.std.flatten().tolist(),
             "interpolation": self.interpolation,
+            "dtype": self.dtype,
             "source": self.source,
             "freeze_batch_norm": self.freeze_batch_norm,
         }
+
+    def _resized(
+        self, part: Callable[[str, Tensor], Tensor], own: Mapping[str, Any]
+    ) -> Callable[[str, Tensor], Tensor]:
+        """The function ``part`` of :func:`formats.load_weights`, followed by a change of the visual tower's size.
+
+        Args:
+            part: What belongs under a name of the backbone's, of a weight in a file.
+            own: The configuration of the file's visual tower.
+        """
+
+        def resized(key: str, weight: Tensor) -> Tensor:
+            weight, name = part(key, weight), key.removeprefix("visual.")
+            return weight if name == key else self.family.resized_weight(name, weight, own, self.visual_config)
+
+        return resized
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        mean, std = self.mean, self.std
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.mean.dtype in HALF:  # as a Trainer's bf16-true asks of all of a model
+            self.mean, self.std = mean.to(self.mean.device), std.to(self.std.device)
+        return self
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode as any module does, but for batch norm, which ``freeze_batch_norm`` keeps in evaluation mode."""
@@ -366,19 +509,14 @@ class CLIPBackbone(nn.Module):
         Raises:
             UserError: Batch norm moves, which would count each batch twice.
         """
-        kind: type[nn.Module] = Bottleneck
-        if self.visual_config["kind"] == "vit":
-            from transformers.models.clip.modeling_clip import CLIPEncoderLayer
-
-            kind = CLIPEncoderLayer
-        elif not self.freeze_batch_norm:
+        norms = any(isinstance(module, _BatchNorm) for module in self.visual.modules())
+        if norms and not self.freeze_batch_norm:
             raise UserError(
                 "gradient checkpointing passes each batch twice through a batch norm that moves: set "
                 "freeze_batch_norm, or leave gradient_checkpointing out"
             )
-        for block in self.visual.modules():
-            if isinstance(block, kind):
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        for block in self.family.blocks(self.visual):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
     # Images
 
@@ -404,8 +542,13 @@ class CLIPBackbone(nn.Module):
             Embeddings ``(..., dim)``, not L2-normalised.
 
         Raises:
-            UserError: The images have another size, or haven't been normalised.
+            UserError: The images have another size, or haven't been normalised; or there is no tower.
         """
+        if not self.image_size:
+            raise UserError(
+                "the model was made for features and has no tower that takes frames: give a feature table, as clip-m2df"
+                " encode writes it with the tower of its training"
+            )
         *leading, channels, height, width = images.shape
         size = self.image_size
         if (channels, height, width) != (3, size, size):
@@ -417,9 +560,11 @@ class CLIPBackbone(nn.Module):
             raise UserError(f"encode_frames takes normalised images, not {images.dtype}: call normalise first")
         weights = next(self.visual.parameters())
         images = images.reshape(-1, 3, size, size).to(weights.dtype)
-        if self.visual_config["kind"] == "resnet":
-            images = images.contiguous(memory_format=torch.channels_last)
-        embeddings: Tensor = self.visual(images)
+        if weights.dtype in HALF:  # under autocast of the other half precision torch refuses them
+            with torch.autocast(images.device.type, enabled=False):
+                embeddings: Tensor = self.visual(images)
+        else:
+            embeddings = self.visual(images)
         return embeddings.reshape(*leading, self.dim)
 
     # Texts
@@ -428,13 +573,15 @@ class CLIPBackbone(nn.Module):
         """Turn texts into tokens.
 
         Returns:
-            ``(n, length)``, long, where length is the text tower's; shorter texts are padded with the end of text, and
-            longer ones are cut so that it stays.
+            ``(n, length)``, long, where length is the text tower's; shorter texts are padded as in its training (CLIP's
+            with the end of text), and longer ones are cut so that the end of text stays.
 
         Raises:
             UserError: There is no text tower, or its tokenizer can't be had or isn't its own.
         """
         length = self._text_values()["max_position_embeddings"]
+        if isinstance(self.text, ClassEmbeddings):
+            return self.text.tokens(texts, repr(self.source))
         tokenizer = self._fetch_tokenizer() if self._tokenizer is None else self._tokenizer
         tokens = encoded(tokenizer, texts, repr(self.source))
         return torch.tensor(tokens, dtype=torch.long).reshape(len(texts), length)
@@ -496,6 +643,15 @@ def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
             raise UserError(
                 f"backbone_options.{option} is {given[option]!r:.80}; it must be three finite numbers{above}"
             )
+    size = given.get("image_size", 1)
+    if type(size) is not int or not 1 <= size <= MOST_SIDE:
+        raise UserError(
+            f"backbone_options.image_size is {size!r:.80}; it must be a whole number of pixels, at most {MOST_SIDE}"
+        )
+    if type(given.get("dim", 1)) is not int or given.get("dim", 1) < 1:
+        raise UserError(f"backbone_options.dim is {given['dim']!r:.80}; it must be a whole number, at least 1")
+    if given.get("dtype", "float32") not in DTYPES:
+        raise UserError(f"backbone_options.dtype is {given['dtype']!r:.80}; it must be one of {', '.join(DTYPES)}")
     if not isinstance(given.get("tokenizer", ""), str):
         raise UserError(f"backbone_options.tokenizer is {given['tokenizer']!r:.80}; it must be a file or a folder")
     return given
@@ -513,34 +669,31 @@ def _check_known(options: Mapping[str, Any], known: Mapping[str, Any], why: str)
             raise UserError(f"{name} is {options[name]!r:.80}, but {why}{own}: leave it out of backbone_options")
 
 
-class _Tower(nn.Module):
-    """A tower of transformers' as a plain function from a tensor to its embeddings."""
+def _sized(own: Mapping[str, Any], size: int, asked: int | None, source: str) -> dict[str, Any]:
+    """The visual configuration for images of a size.
 
-    def __init__(self, model: nn.Module, output: str) -> None:
-        super().__init__()
-        self.model = model
-        self.output = output
+    Args:
+        own: The configuration.
+        size: What images the tower is used with.
+        asked: What somebody asks for instead, if anybody does.
+        source: Where the weights come from, for messages.
 
-    def forward(self, x: Tensor) -> Tensor:
-        embeddings: Tensor = getattr(self.model(x), self.output)
-        return embeddings
-
-
-def visual_tower(config: Mapping[str, Any]) -> nn.Module:
-    """Normalised images ``(n, 3, image_size, image_size)`` to embeddings ``(n, dim)``."""
-    values = {key: value for key, value in config.items() if key != "kind"}
-    if config["kind"] == "resnet":
-        # What convolutions like best on a GPU in half precision; the values are the same.
-        return ModifiedResNet(**values).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
-    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-
-    return _Tower(CLIPVisionModelWithProjection(CLIPVisionConfig(**values)), "image_embeds")
-
-
-def text_tower(config: Mapping[str, Any]) -> nn.Module:
-    """Tokens ``(n, length)`` to embeddings ``(n, dim)``."""
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
-
-    # These two play no part in the tower, but their defaults are refused for a small vocabulary.
-    values = CLIPTextConfig(**config, bos_token_id=None, pad_token_id=None)
-    return _Tower(CLIPTextModelWithProjection(values), "text_embeds")
+    Raises:
+        UserError: What is asked for is no multiple of a patch's side.
+    """
+    family = family_of(own["kind"])
+    if asked in (None, size):
+        return family.resized(own, size)
+    patch = next(n for n in range(1, MOST_SIDE + 1) if family.grid({**own, "image_size": n}))
+    if asked % patch:
+        near = {max(asked // patch, 1) * patch, (asked // patch + 1) * patch}
+        raise UserError(
+            f"image_size is {asked}, no multiple of the {patch} pixels of {source}'s patches: give"
+            f" {' or '.join(map(str, sorted(near)))}"
+        )
+    warnings.warn(
+        f"{source} was made for images of {size} pixels: its positions are interpolated to those of {asked}, as"
+        f" data.size or backbone_options.image_size asks; null for them and data.resize leaves it {size}",
+        stacklevel=4,
+    )
+    return family.resized(own, asked)

@@ -1,4 +1,4 @@
-"""CLIP's weights in the two formats that are in use: transformers' folders, and files in OpenAI's layout.
+"""Towers' weights in the two formats that are in use: transformers' folders, and CLIP's files in OpenAI's layout.
 
 Both are read without running anything in them, and come from this machine or from the hub. transformers, safetensors
 and the hub's client are imported where they are used, because they take seconds.
@@ -15,24 +15,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from clip_m2df.clip.families import Family, families, family_of
+from clip_m2df.clip.families.clip import MEAN as CLIP_MEAN
+from clip_m2df.clip.families.clip import STD as CLIP_STD
 from clip_m2df.errors import UserError, some
 from clip_m2df.files import check_regular
 from clip_m2df.weight_files import read_weights
 
-# What CLIP was trained with; a folder in transformers' format may say otherwise.
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 THREE_NUMBERS = "they have to be three finite numbers each, and std above 0"
-
-# What of transformers' configurations makes a tower.
-_TOWER_FIELDS = (
-    *("hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers", "num_attention_heads"),
-    *("hidden_act", "layer_norm_eps", "attention_dropout"),
-)
-_VISION_FIELDS = (*_TOWER_FIELDS, "image_size", "patch_size", "num_channels")
-TEXT_FIELDS = (*_TOWER_FIELDS, "vocab_size", "max_position_embeddings", "eos_token_id")
-# Those of a visual tower of either kind.
-VISUAL_FIELDS = ("kind", "layers", "width", "dim", "head_width", *_VISION_FIELDS)
 
 RN50_REPOSITORY, RN50_FILE = "timm/resnet50_clip.openai", "open_clip_model.safetensors"
 # All of OpenAI's releases share one vocabulary of 49,408 tokens; this is the smallest repository that has it.
@@ -51,12 +41,13 @@ _OPEN_CLIP_WEIGHTS = (
     "open_clip_pytorch_model.safetensors",
     "open_clip_pytorch_model.bin",
 )
-# What is fetched of a model.
-MODEL_FILES = [["config.json", "tokenizer*.json", files] for of_format in _WEIGHTS for files in of_format]
-MODEL_FILES += [[OPEN_CLIP_CONFIG, "tokenizer*.json", name] for name in _OPEN_CLIP_WEIGHTS]
+# What is fetched of a model; a family without texts has no tokenizer.
+_TOKENIZER = "tokenizer*.json"
+MODEL_FILES = [["config.json", _TOKENIZER, files] for of_format in _WEIGHTS for files in of_format]
+MODEL_FILES += [[OPEN_CLIP_CONFIG, _TOKENIZER, name] for name in _OPEN_CLIP_WEIGHTS]
 _OPTIONAL_FILES = [
-    *("preprocessor_config.json", "processor_config.json", "vocab.json", "merges.txt", "adapter_config.json"),
-    *(f"{name}.index.json" for name, _ in _WEIGHTS),
+    *("preprocessor_config.json", "processor_config.json", "vocab.json", "merges.txt"),
+    *("adapter_config.json", "adapter_model.safetensors", *(f"{name}.index.json" for name, _ in _WEIGHTS)),
 ]
 # The class of OpenAI's models in TorchScript: in the published archives, and in those that the public code makes, which
 # others ship under folders of their own.
@@ -111,34 +102,43 @@ def three_numbers(values: Any, *, positive: bool = False) -> bool:
 
 
 def load_weights(
-    backbone: nn.Module, state: Mapping[str, Tensor], name_of: Callable[[str], str], source: str, *, strict: bool = True
+    backbone: nn.Module,
+    state: Mapping[str, Tensor],
+    name_of: Callable[[str], str],
+    part: Callable[[str, Tensor], Tensor],
+    source: str,
+    *,
+    model: str = "CLIP",
+    remedy: str = "",
+    unused: Callable[[str], bool] = lambda name: False,
 ) -> None:
     """Load weights that have other names than the backbone's own.
 
     Args:
-        backbone: Where the weights go, whatever the floating type that they come in.
+        backbone: Where the weights go, whatever the floating type that they come in. If it is on the device ``meta``,
+            their names and shapes are checked alone.
         state: The weights.
         name_of: From the backbone's own name of a weight to its name in ``state``.
+        part: From the backbone's own name, and the weight in ``state``, to what the backbone keeps of that weight.
         source: Where the weights come from, for messages.
-        strict: Refuse all weights that the backbone doesn't have, and not only those that lie in its towers.
+        model: What they should be of, for messages.
+        remedy: What helps if they are not, for messages.
+        unused: Which of the names that are left over are no error.
 
     Raises:
         UserError: Names those that are missing, unexpected, of another shape, or not finite.
     """
     own = backbone.state_dict()
     names = {key: name_of(key) for key in own}
-    unexpected = sorted(state.keys() - {*names.values()})
-    if not strict:  # outside of the towers, and positions, which older versions stored
-        unexpected = [name for name in unexpected if name.startswith(_TOWERS) and not name.endswith("position_ids")]
-    problems = dict.fromkeys(unexpected, "unexpected")
+    problems = {name: "unexpected" for name in sorted(state.keys() - {*names.values()}) if not unused(name)}
     for key, name in names.items():
         if name in state:
-            weight = _openai_part(key, name, state[name])
+            weight = part(key, state[name])
             if own[key].is_floating_point() and not weight.is_floating_point():
                 problems[name] = f"of the type {weight.dtype}, which is no floating one"
             elif weight.shape == own[key].shape:
                 own[key].copy_(weight)  # the very memory of the parameters; float16 becomes float32 here
-                if not own[key].isfinite().all():
+                if not own[key].is_meta and not own[key].isfinite().all():
                     problems[name] = "not finite (NaN or infinite)"
             else:
                 problems[name] = f"{tuple(weight.shape)} where {tuple(own[key].shape)} belongs"
@@ -146,30 +146,27 @@ def load_weights(
             problems[name] = "missing"
     if problems:
         named = some(f"{name} is {problem}" for name, problem in problems.items())
-        raise UserError(f"the weights of {source} aren't those of one CLIP: {named}")
+        raise UserError(f"the weights of {source} aren't those of one {model}: {named}{remedy}")
 
 
 # Transformers' format
 
-_TOWERS = ("vision_model.", "text_model.", "visual_projection.", "text_projection.")
 # What peft and its like call the weights that they add, and those that they wrap.
 _ADAPTER = re.compile(
     r"(^|\.)(lora|dora|vera|lokr|hada|ia3|oft|boft|hra|fourierft|adapters?|base_layer|original_module|modules_to_save)"
     r"([._]|$)"
 )
-# The files of such weights; lora stands in their names as a word.
-_ADAPTER_FILE = re.compile(r"adapter_|(?i:(.*[^a-z])?lora([^a-z].*)?\.(safetensors|bin|pt)$)")
+# The files of such weights but for peft's own, which are applied; lora stands in their names as a word.
+_ADAPTER_FILE = re.compile(
+    r"adapter_(?!config\.json$|model\.safetensors$)|(?i:(.*[^a-z])?lora([^a-z].*)?\.(safetensors|bin|pt)$)"
+)
+ONE_MODEL = "fetch config.json and weights of one whole model"
 _MERGE_IT = "which is not applied here: merge it into the model and save that (peft's merge_and_unload)"
-# The steps of transformers' preprocessing of images for CLIP, of which each is done unless a file says otherwise; what
-# other preprocessings have; and Pillow's numbers of the two ways to resize that are known here.
+# The steps of transformers' preprocessing of images, of which each is done unless a file or the family says otherwise;
+# what other preprocessings have; and Pillow's numbers of the two ways to resize that are known here.
 _STEPS = ("resize", "center_crop", "rescale", "normalize", "convert_rgb")
 _OTHER_STEPS = {"offset", "rescale_offset", "pad_size", "size_divisor", "crop_pct", "use_square_size"}
 _INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}
-
-
-def transformers_name(key: str) -> str:
-    """What transformers' files call one of the backbone's weights."""
-    return key.removeprefix("visual.model.").removeprefix("text.model.")
 
 
 def read_folder(folder: Path, source: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -178,8 +175,6 @@ def read_folder(folder: Path, source: str) -> tuple[dict[str, Any], dict[str, Te
     Raises:
         UserError: It holds another model, no weights, or is damaged.
     """
-    from transformers import CLIPConfig
-
     for name in ("config.json", "processor_config.json", "preprocessor_config.json"):
         check_regular(folder / name, "model's description")
     adapters = (file.name for file in folder.iterdir() if _ADAPTER_FILE.match(file.name))
@@ -192,23 +187,84 @@ def read_folder(folder: Path, source: str) -> tuple[dict[str, Any], dict[str, Te
             hint = f", nor OpenCLIP's {OPEN_CLIP_CONFIG}{hint}"
         raise UserError(f"{source} isn't a model in transformers' format: there is no config.json in it{hint}")
     values = _read_json(folder / "config.json")
-    if values.get("model_type") != "clip":
-        raise UserError(f"{source} is a model of type {values.get('model_type')!r}: the backbone has to be a 'clip'")
-    try:  # through transformers, which fills in what a configuration leaves to defaults
-        config = CLIPConfig.from_dict(values)
-    except Exception as error:  # its validation errors have no common class
+    family = _family(values.get("model_type"), source)
+    state = _read_folder_weights(folder, source)
+    for table in (values, values.get("vision_config"), values.get("text_config")):
+        layers = table.get("num_hidden_layers") if isinstance(table, dict) else None
+        if isinstance(layers, int) and layers > len(state):  # transformers makes a list of so many
+            raise UserError(f"{source} has {len(state)} weights, but its config.json {layers} layers: {ONE_MODEL}")
+    try:
+        visual, text = family.configs(values)
+    except Exception as error:  # transformers' validation errors have no common class
         raise UserError(f"the config.json of {source} can't be used: {error}") from error
-    vision = {field: getattr(config.vision_config, field) for field in _VISION_FIELDS}
-    text = {field: getattr(config.text_config, field) for field in TEXT_FIELDS}
-    for tower in (vision, text):
-        tower["projection_dim"] = config.projection_dim  # a tower's own is what it would have alone, and often wrong
+    for tower in (visual, text or {}):
+        for name, value in tower.items():
+            number = name.endswith(("_size", "_dim", "_ratio", "_layers", "_heads", "_channels", "_embeddings"))
+            if not isinstance(value, bool | int | float | str) or (number and (type(value) is not int or value < 1)):
+                kind = "a whole number above 0" if number else "a number, a word, or true or false"
+                raise UserError(f"the config.json of {source} can't be used: {name} is {value!r:.80}, not {kind}")
+    description = {"visual_config": visual, "text_config": text}
+    description |= _read_preprocessing(folder, family, visual["image_size"])
+    return description, state
 
-    description = {"visual_config": {"kind": "vit", **vision}, "text_config": text}
-    return description | _read_preprocessing(folder, vision["image_size"]), _read_folder_weights(folder, source)
+
+def check_towers(backbone: nn.Module, state: Mapping[str, Tensor], name_of: Callable[[str], str], source: str) -> None:
+    """Refuse the weights of one tower alone.
+
+    Raises:
+        UserError: The state has none of the names of one of the two towers.
+    """
+    towers: dict[str, bool] = {}
+    for key in backbone.state_dict():
+        tower = key.split(".")[0]
+        towers[tower] = towers.get(tower, False) or name_of(key) in state
+    missing = [tower for tower, found in towers.items() if not found]
+    if len(missing) == 1 < len(towers):
+        raise UserError(
+            f"{source} has the weights of one tower alone, and none of the {missing[0]} tower that its config.json"
+            f" describes: {ONE_MODEL}"
+        )
 
 
-def _read_preprocessing(folder: Path, image_size: int) -> dict[str, Any]:
-    """Mean, std and interpolation of the images of a folder in transformers' format: CLIP's where it doesn't say.
+def _known_families() -> list[Family]:
+    """The families that have folders."""
+    return [family for family in map(family_of, families()) if family.config]
+
+
+def _described(folder: Path) -> Family | None:
+    """The family of a folder's ``config.json``, if it has one."""
+    if not (folder / "config.json").is_file():
+        return None
+    kind = _read_json(folder / "config.json").get("model_type")
+    return next((family for family in _known_families() if family.model_type == kind), None)
+
+
+def _family(model_type: object, source: str) -> Family:
+    """The family of a folder's ``model_type``.
+
+    Raises:
+        UserError: It is of none, or of a relative that is not taken.
+    """
+    known = _known_families()
+    for family in known:
+        if model_type == family.model_type:
+            return family
+        if (relative := family.relatives.get(str(model_type))) is not None:
+            raise UserError(f"{source} is {relative}")
+        if model_type in (f"{family.model_type}_vision_model", f"{family.model_type}_text_model"):
+            tower = "visual" if "vision" in str(model_type) else "text"
+            raise UserError(f"{source} is the {tower} tower of a {family.name} alone: give a folder of the whole model")
+    types = some([family.model_type for family in known], len(known))
+    raise UserError(f"{source} is a model of type {model_type!r:.80}: the backbone has to be one of {types}")
+
+
+def _read_preprocessing(folder: Path, family: Family, image_size: int) -> dict[str, Any]:
+    """Mean, std, interpolation and size of the images of a folder in transformers' format: its family's by default.
+
+    Args:
+        folder: The folder.
+        family: Its family.
+        image_size: Of the visual tower, by the configuration.
 
     Raises:
         UserError: It is damaged, or asks for what isn't done to videos here.
@@ -230,31 +286,27 @@ def _read_preprocessing(folder: Path, image_size: int) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise unusable("its image_processor is no table")
     values = {name: value for name, value in values.items() if value is not None or name.startswith("image_")}
-    kind = values.get("image_processor_type", values.get("feature_extractor_type", "CLIPImageProcessor"))
-    if kind not in ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor"):
-        raise unusable(f"{kind!r:.100} is no processor of CLIP's")
-    do = {name: values.get(f"do_{name}", True) for name in _STEPS}
+    kind, own = values.get("image_processor_type", values.get("feature_extractor_type")), family.processor
+    former = own.replace("ImageProcessor", "FeatureExtractor")
+    if kind not in (None, own, f"{own}Fast", f"{own}Pil", former):
+        raise unusable(f"{kind!r:.100} is no processor of {family.name}'s")
+    do = {name: values.get(f"do_{name}", name != "center_crop" or family.crops) for name in _STEPS}
     if wrong := [name for name in _STEPS if type(do[name]) is not bool]:
         raise unusable(f"do_{wrong[0]} is {do[wrong[0]]!r:.100}, which is neither true nor false")
-    if left_out := [f"do_{name}" for name in ("resize", "center_crop") if not do[name]]:
+    needed = ("resize", "center_crop") if family.crops else ("resize",)
+    if left_out := [f"do_{name}" for name in needed if not do[name]]:
         raise unusable(f"{some(left_out)} is false, but frames are always resized and cropped to the tower's size")
     other = {name for name in values if name.startswith("do_")} - {f"do_{name}" for name in _STEPS} | _OTHER_STEPS
     if done := [name for name in values if name in other and values[name]]:
         raise unusable(f"it has {some(done)}, which isn't done here")
-    sides = {"size": {"shortest_edge": image_size}, "crop_size": {"height": image_size, "width": image_size}}
-    for name, right in sides.items():
-        told = values.get(name, right)
-        if isinstance(told, dict):
-            told = {side: length for side, length in told.items() if length is not None}
-        if told != right and (told != image_size or (name == "size" and values.get("default_to_square"))):
-            raise unusable(f"its {name} is {told!r:.100}, where the tower has {json.dumps(right)}")
-    resample = values.get("resample", 3)
+    image_size = _read_sides(values, family, image_size, unusable)
+    resample = values.get("resample", family.resample)
     if type(resample) is not int or resample not in _INTERPOLATIONS:
         raise unusable(
             f"its resample is {resample!r:.100}, but frames are resized by 2 (bilinear) or 3 (bicubic) alone"
         )
     try:
-        mean, std = list(values.get("image_mean", CLIP_MEAN)), list(values.get("image_std", CLIP_STD))
+        mean, std = list(values.get("image_mean", family.mean)), list(values.get("image_std", family.std))
         if not do["normalize"]:
             mean, std = [0.0] * 3, [1.0] * 3
         if not three_numbers(mean) or not three_numbers(std, positive=True):
@@ -266,7 +318,39 @@ def _read_preprocessing(folder: Path, image_size: int) -> dict[str, Any]:
         mean, std = [value / scale for value in mean], [value / scale for value in std]
     except (TypeError, ZeroDivisionError, OverflowError) as error:
         raise unusable(error) from error
-    return {"mean": mean, "std": std, "interpolation": _INTERPOLATIONS[resample]}
+    return {"mean": mean, "std": std, "interpolation": _INTERPOLATIONS[resample], "image_size": image_size}
+
+
+def _read_sides(
+    values: Mapping[str, Any], family: Family, image_size: int, unusable: Callable[[object], UserError]
+) -> int:
+    """Height and width of the images that a preprocessing makes.
+
+    Raises:
+        UserError: The visual tower takes no such images.
+    """
+    told: dict[str, Any] = {}
+    for name in ("size", "crop_size"):
+        sides = values.get(name)
+        if type(sides) is int:
+            both = name == "crop_size" or values.get("default_to_square") is True
+            sides = {"height": sides, "width": sides} if both else {"shortest_edge": sides}
+        elif isinstance(sides, dict):
+            sides = {side: length for side, length in sides.items() if length is not None}
+        told[name] = sides
+    last = "crop_size" if family.crops else "size"  # the step that decides on the images' size
+    if family.any_size and isinstance(told[last], dict) and type(told[last].get("height")) is int:
+        image_size = max(told[last]["height"], 1)
+    square = {"height": image_size, "width": image_size}
+    for name, right in (("size", {"shortest_edge": image_size} if family.crops else square), ("crop_size", square)):
+        own = told[name]
+        if family.any_size and family.crops and name == "size" and isinstance(own, dict) and {*own} == {*right}:
+            edge = own["shortest_edge"]
+            if type(edge) is int and edge >= image_size:
+                continue  # of which the middle is cut out, as data.resize and data.size have it
+        if own not in (None, right):
+            raise unusable(f"its {name} is {values[name]!r:.100}, where the tower has {json.dumps(right)}")
+    return image_size
 
 
 def _read_folder_weights(folder: Path, source: str) -> dict[str, Tensor]:
@@ -351,14 +435,15 @@ _OPENAI_NAMES = (
 
 def openai_name(key: str) -> str:
     """What OpenAI's files call one of the backbone's weights; those of the modified ResNet have their names already."""
-    name = transformers_name(key)
+    name = key.removeprefix("visual.model.").removeprefix("text.model.")
     for pattern, replacement in _OPENAI_NAMES:
         name = re.sub(pattern, replacement, name)
     return name
 
 
-def _openai_part(key: str, name: str, weight: Tensor) -> Tensor:
-    """What the backbone keeps under ``key`` of the weight called ``name``."""
+def openai_part(key: str, weight: Tensor) -> Tensor:
+    """What the backbone keeps under ``key`` of the weight that has its name in OpenAI's layout."""
+    name = openai_name(key)
     if "attn.in_proj_" in name:  # OpenAI's layout stacks the maps to queries, keys and values
         parts = weight.chunk(3) if weight.ndim else ()
         return parts["qkv".index(key.split("_proj.")[0][-1])] if len(parts) == 3 else weight.new_empty(0)
@@ -375,9 +460,11 @@ def told_options(description: Mapping[str, Any]) -> dict[str, Any]:
     try:
         vision, text = description["visual_config"], description["text_config"] or {}
         heads, activation = vision.get("head_width", OPENAI["head_width"]), text.get("hidden_act")
-        if vision["kind"] == "vit":
+        if vision["kind"] != "resnet":
             heads, activation = vision["hidden_size"] // vision["num_attention_heads"], vision["hidden_act"]
-        return {"activation": activation, "head_width": heads, "mean": description["mean"], "std": description["std"]}
+        own = {"image_size": vision["image_size"], "dtype": description.get("dtype", "float32")}
+        own |= {"mean": description["mean"], "std": description["std"]}
+        return {"activation": activation, "head_width": heads, **own}
     except (ArithmeticError, AttributeError, LookupError, TypeError):
         return {}
 
@@ -423,7 +510,7 @@ def open_clip_weights(folder: Path) -> Path | None:
     """
     if not (folder / OPEN_CLIP_CONFIG).is_file():
         return None
-    described = (folder / "config.json").is_file() and _read_json(folder / "config.json").get("model_type") == "clip"
+    described = _described(folder) is not None
     if described and any(any(folder.glob(pattern)) for of_format in _WEIGHTS for pattern in of_format):
         return None
     return next((folder / name for name in _OPEN_CLIP_WEIGHTS if (folder / name).is_file()), None)
@@ -512,6 +599,8 @@ def openai_configs(
     except (IndexError, ValueError) as error:  # of a weight with other axes
         raise UserError(f"{source} isn't CLIP in OpenAI's layout: its weights have other shapes ({error})") from error
     except KeyError as error:
+        if "token_embedding.weight" in state and not any(name.startswith("visual.") for name in state):
+            raise UserError(f"{source} has the text tower alone: give a file that has the visual tower too") from error
         raise UserError(
             f"{source} isn't CLIP in OpenAI's layout: {error.args[0]} is missing; "
             f"it has {some(sorted(state))}. Weights in transformers' format are given by their folder."
@@ -743,7 +832,9 @@ def fetch(repository: str, choices: Sequence[Sequence[str]], *, offline: bool = 
         except Exception as error:  # the network's faults have no common class
             reason = error
             continue
-        if all(any(folder.glob(pattern)) for pattern in patterns):
+        described = _described(folder)
+        needed = [pattern for pattern in patterns if pattern != _TOKENIZER or described is None or described.text]
+        if all(any(folder.glob(pattern)) for pattern in needed):
             return folder
     raise UserError(
         f"the weights or the tokenizer of {repository!r} are not on this machine and can't be fetched: connect once, "

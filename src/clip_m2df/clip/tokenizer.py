@@ -1,20 +1,29 @@
 """The text tower's tokenizer: read from files or a description, checked against the tower, set to its length.
 
+There are CLIP's, and three that SentencePiece trained: Gemma's, as SigLIP 2 has it, SigLIP's, and XLM-RoBERTa's form,
+in which MetaCLIP 2 has XLM-V's words. Of their files words, scores, merges and added tokens are read; how each cleans,
+cuts and ends its texts is written here.
+
 ftfy, regex, tokenizers and transformers are imported where they are used, because they take long.
 """
 
 from __future__ import annotations
 
+import base64
 import gzip
 import hashlib
 import html
 import json
+import math
+import string
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from os.path import exists, isfile
+from itertools import pairwise
+from os.path import commonprefix, exists, isfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unicodedata import normalize
 
 from clip_m2df.errors import UserError
 from clip_m2df.files import check_regular, read_text
@@ -28,10 +37,21 @@ VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 _MERGES, _CHECKSUM = 49152 - 256 - 2, "f61f2adf497e6f5357c347aeb4646fabe82f341e946de5bdec5d2858e41bef4a"
 _MOST_BYTES = 1 << 22  # of the vocabulary, unpacked; CLIP's has three million
 _FORMS = (["tokenizer.json"], ["vocab.json", "merges.txt"], [VOCABULARY], [VOCABULARY.removesuffix(".gz")])
+# SentencePiece's own files, which are not read, and what makes a tokenizer.json of them.
+_CONVERSIONS = {
+    "spiece.model": "T5Tokenizer.from_pretrained(FOLDER, extra_ids=0).save_pretrained(FOLDER)",
+    "sentencepiece.bpe.model": "XLMRobertaTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)",
+    "tokenizer.model": "",
+}
 
 # The ends of a text by CLIP's names, and what its other words are, whatever the case of letters: see `_words`.
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 _WORD = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+_BLANK = "\u2581"  # what SentencePiece has in the place of a blank
+_MOST_NODES = 1 << 24  # of the tree in which scored words are looked up; a node takes some 280 bytes of memory
+_PUNCTUATION = dict.fromkeys(map(ord, string.punctuation))
+_LONGEST = 64  # bytes that a character may become; NFKC's longest, of U+FDFA, are 33
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -61,6 +81,14 @@ def read_tokenizer(path: Path, config: Mapping[str, Any], source: str) -> Tokeni
     files = _form(path)
     if not exists(path):
         raise UserError(f"tokenizer {path}: no such file or folder; relative names start at {Path.cwd()}")
+    if not _is_clips(config) and files != ["tokenizer.json"]:
+        other = next((name for name in _CONVERSIONS if isfile(path / name)), "")
+        only, how = f", only SentencePiece's {other}, which is not read" if other else "", _CONVERSIONS.get(other)
+        made = f"; transformers, sentencepiece and protobuf make it by {how}" if how else ""
+        raise UserError(
+            f"{path} has no tokenizer.json{only}: put that of the model's repository there, or name a folder with it by"
+            f" backbone_options, tokenizer{made}"
+        )
     if files is None and not isfile(path):
         raise UserError(
             f"{path} has no tokenizer: neither tokenizer.json, nor vocab.json and merges.txt, nor {VOCABULARY}: put one"
@@ -68,7 +96,7 @@ def read_tokenizer(path: Path, config: Mapping[str, Any], source: str) -> Tokeni
         )
     if files is None or files[0].startswith(VOCABULARY.removesuffix(".gz")):
         vocabulary = _read_vocabulary(path if files is None else path / files[0])
-        return fitted(_made(vocabulary, {}), config, source)
+        return fitted(_made(vocabulary, {}, config, source), config, source)
     with _in_words(f"the tokenizer in {path} can't be read"):
         special = {}
         if (path / "tokenizer_config.json").exists():
@@ -84,7 +112,14 @@ def read_tokenizer(path: Path, config: Mapping[str, Any], source: str) -> Tokeni
             lines = _read_own(path, "merges.txt").splitlines()
             pairs = [line.split() for line in lines if line.strip() and not line.startswith("#version")]
             content = {"model": {"vocab": vocab, "merges": pairs}}
-        tokenizer = _made(content, special)
+        tokenizer = _made(content, special, config, source)
+    if config.get("kind") == "siglip" and tokenizer.padding:
+        given, pad = special.get("pad_token"), tokenizer.padding["pad_token"]
+        if given not in (None, pad):
+            raise UserError(
+                f"the tokenizer_config.json in {path} has the pad_token {given!r:.80}, and SigLIP's text towers were"
+                f" trained with {pad!r}: write that there"
+            )
     return fitted(tokenizer, config, source)
 
 
@@ -128,38 +163,165 @@ def saved_tokenizer(text: str, config: Mapping[str, Any], source: str) -> Tokeni
         ends = content.get("post_processor") or {}
         for name, end in (("bos_token", "cls"), ("eos_token", "sep")):
             special[name] = ends[end][0] if end in ends else None
-        tokenizer = _made(content, {name: _text(token) for name, token in special.items() if token})
+        special = {name: _text(token) for name, token in special.items() if token}
+        tokenizer = _made(content, special, config, source)
     return fitted(tokenizer, config, source)
 
 
-def _made(content: Mapping[str, Any], special: Mapping[str, str]) -> Tokenizer:
-    """CLIP's tokenizer with the words, merges and added tokens of a ``tokenizer.json``.
+def _made(content: Mapping[str, Any], special: Mapping[str, str], config: Mapping[str, Any], source: str) -> Tokenizer:
+    """The tokenizer with the words, scores, merges and added tokens of a ``tokenizer.json``.
 
-    How CLIP cleans and cuts texts is known (see :func:`_words`): the file's own regular expressions, replacements and
-    templates, which may take any time and memory, are not read.
+    How texts are cleaned, cut and ended is known of each tokenizer: the file's own regular expressions, replacements
+    and templates, which may take any time and memory, are not read.
+
+    Args:
+        content: The content of the file.
+        special: The names of CLIP's special tokens; those of the other tokenizers are fixed.
+        config: The text tower's.
+        source: Where the tokenizer comes from, for messages.
+
+    Raises:
+        UserError: It is a tokenizer of another kind or size than the tower's, or it lacks a token.
     """
     from tokenizers import AddedToken
+
+    model, added = content["model"], content.get("added_tokens") or []
+    scored = isinstance(model["vocab"], list) and len(model["vocab"]) > 0
+    if _is_clips(config) and scored:
+        raise UserError(f"the tokenizer of {source} has words with scores, which CLIP's has not: give the tower's own")
+    if _is_clips(config) or not (scored or model.get("byte_fallback") or config["kind"] == "siglip"):
+        tokenizer, added = _clips(model, added, special)
+    else:
+        tokenizer = _sentencepiece(content, added, config, source)
+    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    added = sorted(added, key=lambda token: token["id"])
+    # All at once, for each call makes the table of all of them anew.
+    tokenizer.add_tokens(
+        [AddedToken(_text(token["content"]), **{flag: bool(token.get(flag)) for flag in flags}) for token in added]
+    )
+    for token in added:
+        if tokenizer.token_to_id(token["content"]) != token["id"]:
+            raise ValueError(f"the token {token['content']!r} can't have the number {token['id']}")
+    return tokenizer
+
+
+def _is_clips(config: Mapping[str, Any]) -> bool:
+    """Whether a text tower is CLIP's; in earlier versions none had a kind."""
+    return bool(config.get("kind", "vit") == "vit")
+
+
+def _clips(model: Mapping[str, Any], added: Any, special: Mapping[str, str]) -> tuple[Tokenizer, Any]:
+    """CLIP's tokenizer, which takes texts in words (see :func:`_words`), and the tokens to add to it."""
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer
 
-    vocab = {_text(word): number for word, number in content["model"]["vocab"].items()}
-    merges, added = content["model"]["merges"], content.get("added_tokens") or []
-    pairs: Any = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
+    vocab = {_text(word): number for word, number in model["vocab"].items()}
     # Folders of OpenCLIP's models pad with "!", whose number is 0: as a token it would be taken out of texts.
     if (pad := special.get("pad_token")) in vocab and len(pad) == 1:
         special = {**special, "pad_token": special.get("eos_token", _END)}
         added = [token for token in added if token["content"] != pad]
-    made = CLIPTokenizer(vocab=vocab, merges=pairs, **special)
+    made = CLIPTokenizer(vocab=vocab, merges=_merges(model), **special)
     tokenizer: Tokenizer = made.backend_tokenizer
     tokenizer.normalizer = None
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
-    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
-    for token in sorted(added, key=lambda token: token["id"]):
-        own = AddedToken(_text(token["content"]), **{flag: bool(token.get(flag)) for flag in flags})
-        tokenizer.add_special_tokens([own]) if own.special else tokenizer.add_tokens([own])
-        if tokenizer.token_to_id(own.content) != token["id"]:
-            raise ValueError(f"the token {own.content!r} can't have the number {token['id']}")
-    return tokenizer.from_str(tokenizer.to_str())
+    return tokenizer, added
+
+
+def _merges(model: Mapping[str, Any]) -> Any:
+    return [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+
+
+def _sentencepiece(content: Mapping[str, Any], added: Any, config: Mapping[str, Any], source: str) -> Tokenizer:
+    """A tokenizer that SentencePiece trained: Gemma's of words and merges, SigLIP's and XLM-V's of words with scores.
+
+    Gemma's texts are lower-cased, as SigLIP 2 had them: transformers' ``Siglip2Tokenizer``. What becomes of SigLIP's,
+    :func:`encoded` says. XLM-V's, which most of MetaCLIP 2 has, is known by its first word: ``XLMRobertaTokenizer``.
+    """
+    from tokenizers import Regex, Tokenizer
+    from tokenizers.models import BPE, Unigram
+    from tokenizers.normalizers import Lowercase, Precompiled, Replace, Sequence, Strip
+    from tokenizers.pre_tokenizers import Metaspace, WhitespaceSplit
+    from tokenizers.pre_tokenizers import Sequence as Steps
+    from tokenizers.processors import TemplateProcessing
+
+    model, kind = content["model"], config["kind"]
+    vocab = model["vocab"]
+    words = [_text(entry[0]) for entry in vocab] if isinstance(vocab, list) else [_text(word) for word in vocab]
+    new = {_text(token["content"]) for token in added}.difference(words)
+    _check_size(len(words) + len(new), config, source)  # before anything of that size is made
+    merged, xlm = isinstance(vocab, dict), words[0] == "<s>"
+    if merged:
+        ends, pad = ["$A", "<eos>"], "<pad>"
+    else:
+        ends, pad = (["<s>", "$A", "</s>"], "<pad>") if xlm else (["$A", "</s>"], "</s>")
+    if kind == "siglip" and xlm:
+        raise UserError(
+            f"the tokenizer of {source} has <s> for its first token, as none of SigLIP's has: give the tower's"
+        )
+    if missing := {*ends, pad, "<unk>"}.difference([*words, "$A"]):
+        raise UserError(
+            f"the tokenizer of {source} has no {min(missing)}, as that of a tower of the kind {kind} has: give the one"
+            " that the tower was trained with"
+        )
+    if merged:
+        if sorted(vocab.values()) != list(range(len(vocab))):
+            raise ValueError("the number of a word is missing, or there twice")
+        tokenizer = Tokenizer(BPE(vocab, _merges(model), unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+        tokenizer.normalizer = Sequence([Lowercase(), Replace(" ", _BLANK)])
+    else:
+        scores = [score for _, score in vocab]
+        _check_scored(words, scores)
+        tokenizer = Tokenizer(Unigram(list(zip(words, scores, strict=True)), words.index("<unk>"), False))
+        charsmap = _charsmap(content.get("normalizer"))
+        normalizers: list[Any] = [Precompiled(charsmap)] if charsmap else []
+        if xlm:
+            tokenizer.pre_tokenizer = Steps([WhitespaceSplit(), Metaspace(_BLANK, "always")])
+        else:
+            normalizers += [Replace(Regex(" {2,}"), " "), Strip()]  # of blanks that the table of characters makes
+            tokenizer.pre_tokenizer = Metaspace(_BLANK, "always")
+        tokenizer.normalizer = Sequence(normalizers)
+    marks = [(end, tokenizer.token_to_id(end)) for end in ends if end != "$A"]
+    tokenizer.post_processor = TemplateProcessing(single=ends, special_tokens=marks)
+    tokenizer.enable_padding(pad_id=tokenizer.token_to_id(pad), pad_token=pad)
+    return tokenizer
+
+
+def _check_scored(words: Sequence[str], scores: Sequence[Any]) -> None:
+    """Refuse words with scores that make no table, or one that takes more memory than any tokenizer's.
+
+    Raises:
+        ValueError: What is wrong with them.
+    """
+    if not all(type(score) in (int, float) and math.isfinite(score) for score in scores):
+        raise ValueError("a score is no finite number")
+    if not all(words):
+        raise ValueError("a word is empty")
+    packed = [word.encode() for word in words]
+    if sum(map(len, packed)) > _MOST_NODES:
+        packed.sort()
+        nodes = sum(len(pair[1]) - len(commonprefix(pair)) for pair in pairwise([b"", *packed]))  # noqa: RUF071
+        if nodes > _MOST_NODES:
+            raise ValueError(f"its words make a tree of {nodes} nodes, and {_MOST_NODES} are the most")
+
+
+def _charsmap(normalizer: Any) -> bytes | None:
+    """SentencePiece's table of what each character becomes, such as NFKC's, where a file has one.
+
+    Raises:
+        ValueError: It is damaged, or makes a long text of a short one.
+    """
+    steps = normalizer.get("normalizers", [normalizer]) if normalizer else []
+    packed = next((step["precompiled_charsmap"] for step in steps if step["type"] == "Precompiled"), None)
+    if not packed:
+        return None
+    charsmap = base64.b64decode(packed, validate=True)
+    # The size of a tree in four bytes, the tree, and texts that end with a NUL.
+    start = 4 + int.from_bytes(charsmap[:4], "little")
+    if not 4 < start <= len(charsmap) or start % 4:
+        raise ValueError("its table of characters is damaged")
+    if max(map(len, charsmap[start:].split(b"\0"))) > _LONGEST:
+        raise ValueError(f"its table of characters makes more than {_LONGEST} bytes of one character")
+    return charsmap
 
 
 def fitted(tokenizer: Tokenizer, config: Mapping[str, Any], source: str) -> Tokenizer:
@@ -173,27 +335,40 @@ def fitted(tokenizer: Tokenizer, config: Mapping[str, Any], source: str) -> Toke
     Raises:
         UserError: It is another tower's.
     """
-    # The size also gives away a tokenizer of two tokens that was saved to a folder.
     size, expected, length = tokenizer.get_vocab_size(), config["vocab_size"], config["max_position_embeddings"]
-    if size != expected:
+    _check_size(size, config, source)
+    if (last := max(tokenizer.get_vocab().values())) != size - 1:
+        raise UserError(f"the tokenizer of {source} has {size} tokens, but numbers up to {last}: it is damaged")
+    padding = tokenizer.padding
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    ids = encoded(tokenizer, [""], source)[0]
+    end = config.get("eos_token_id", ids[-1] if ids else None)  # of a tower that pools the last token, any
+    if _is_clips(config) and end == 2:
+        # Such a tower takes the largest id of a text, for OpenAI's configurations say 2 wrongly.
+        end = expected - 1
+    if ids[-1:] != [end]:
+        raise UserError(f"the tokenizer of {source} makes {ids} of an empty text, where {end} has to be the last")
+    if len(ids) > length:
+        raise UserError(
+            f"the text tower of {source} reads {length} tokens, and an empty text has {len(ids)}: give another"
+        )
+
+    tokenizer.enable_truncation(length)
+    # What follows the end of text is never read by CLIP: attention is causal, and the first end of text is the one
+    # pooled. SigLIP's towers were trained on the tokens that fill a text up, and pool the last.
+    pad = end if padding is None else padding["pad_id"]
+    tokenizer.enable_padding(length=length, pad_id=pad, pad_token=tokenizer.id_to_token(pad))
+    return tokenizer
+
+
+def _check_size(size: int, config: Mapping[str, Any], source: str) -> None:
+    # The size also gives away a tokenizer of two tokens that was saved to a folder.
+    if size != (expected := config["vocab_size"]):
         raise UserError(
             f"the tokenizer of {source} has {size} tokens and the text tower {expected}: give the one that it was "
             "trained with"
         )
-    if (last := max(tokenizer.get_vocab().values())) != size - 1:
-        raise UserError(f"the tokenizer of {source} has {size} tokens, but numbers up to {last}: it is damaged")
-    # A tower whose end of text is 2 takes the largest id of a text, for OpenAI's configurations say 2 wrongly.
-    end = config["eos_token_id"] if config["eos_token_id"] != 2 else expected - 1
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    ids = encoded(tokenizer, [""], source)[0]
-    if ids[-1:] != [end]:
-        raise UserError(f"the tokenizer of {source} makes {ids} of an empty text, where {end} has to be the last")
-
-    tokenizer.enable_truncation(length)
-    # What follows the end of text is never read: attention is causal, and the first end of text is the one pooled.
-    tokenizer.enable_padding(length=length, pad_id=end, pad_token=tokenizer.id_to_token(end))
-    return tokenizer
 
 
 def encoded(tokenizer: Tokenizer, texts: Sequence[str], source: str) -> list[list[int]]:
@@ -202,9 +377,32 @@ def encoded(tokenizer: Tokenizer, texts: Sequence[str], source: str) -> list[lis
     Raises:
         UserError: The tokenizer fails at them, as one with a regular expression does that never comes to an end.
     """
+    from tokenizers.pre_tokenizers import Metaspace
+
     with _in_words(f"the tokenizer of {source} fails at a text"):
-        words = list(_words(tokenizer, texts))
-        return [encoding.ids for encoding in tokenizer.encode_batch(words, is_pretokenized=True)]
+        if tokenizer.normalizer is None:  # CLIP's
+            words = list(_words(tokenizer, texts))
+            return [encoding.ids for encoding in tokenizer.encode_batch(words, is_pretokenized=True)]
+        # Halves of pairs that UTF-16 has, of which UTF-8 knows nothing.
+        texts = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in texts]
+        if isinstance(tokenizer.pre_tokenizer, Metaspace):
+            texts = _canonical(tokenizer, texts)
+        return [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+
+
+def _canonical(tokenizer: Tokenizer, texts: Sequence[str]) -> list[str]:
+    """Texts as SigLIP had them in training: lower-cased, without ASCII's punctuation, with one blank between words.
+
+    So a special token in a text is no token, as it is to transformers' ``SiglipTokenizer``. Letters with several marks
+    are composed, of which the library's table of characters would leave out the second mark.
+    """
+    import regex
+    from tokenizers.normalizers import Precompiled
+
+    texts = [" ".join(text.replace(_BLANK, " ").lower().translate(_PUNCTUATION).split()) for text in texts]
+    if isinstance(tokenizer.normalizer[0], Precompiled):
+        texts = [regex.sub(r"\P{M}\p{M}+", lambda found: normalize("NFKC", found[0]), text) for text in texts]
+    return texts
 
 
 def _words(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[list[str]]:

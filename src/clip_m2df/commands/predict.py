@@ -34,6 +34,7 @@ from clip_m2df.files import (
 
 if TYPE_CHECKING:
     from clip_m2df.classifier.classifier import FewShotClassifier, Prediction
+    from clip_m2df.classifier.clips import Clip
     from clip_m2df.classifier.segments import Segment
     from clip_m2df.report.predictions import Row
 
@@ -88,16 +89,19 @@ def predict_videos(
     Args:
         ckpt_path: A trained model: a .ckpt file, a folder that save_pretrained wrote, or a name on the hub; or a folder
             that FewShotClassifier.save wrote, which has its classes. Either this or --backbone; both with a checkpoint
-            of CLIP-M²DF's published code, which lacks the text tower.
-        backbone: CLIP's own weights instead, nothing trained: a name on the hub, a folder, a file, rn50 or tiny.
+            of CLIP-M²DF's published code, which lacks the text tower, and with a folder whose adapters are apart.
+        backbone: CLIP's own weights instead, nothing trained: a name on the hub, a folder, a file, rn50 or tiny; or
+            "features", where support and videos are feature tables.
         backbone_options: What a file of weights doesn't tell, as in activation=gelu head_width=80; and tokenizer, mean,
-            std.
+            std, image_size, dtype.
         head: How a clip is compared with the examples, with --backbone; otam by default.
         head_options: Options of that head, as in smoothing=0.1.
         template: The prompt, with {} where the class goes, or several; by default the model's own.
-        support: A folder with a folder of examples for each class; not with a saved classifier.
+        support: A folder with a folder of examples for each class, or a feature table, each row of which is an example
+            of its label; not with a saved classifier.
         texts: What prompts say of classes, where that is not their names: a CSV with the columns label and text.
-        videos: Files, folders with videos at any depth, folders of numbered images.
+        videos: Files, folders with videos at any depth, folders of numbered images; feature tables, each row of which
+            is a video.
         output: The table, .csv or .jsonl; a run that was interrupted goes on. Without it the table is printed, unless
             there is a report.
         report: A page for a browser, .html: each video with its frames, and why.
@@ -123,12 +127,15 @@ def predict_videos(
         UserError: Options that don't go together or are out of range, no model or support, no file of its own to write.
         Stopped: By SIGTERM; what has been found is kept.
     """
+    from clip_m2df.classifier.clips import name_of
     from clip_m2df.classifier.saving import TABLE
+    from clip_m2df.hub import has_adapters_apart
     from clip_m2df.report.page import check_page
     from clip_m2df.report.predictions import write_predictions
 
-    is_file = ckpt_path is not None and os.path.isfile(os.path.expanduser(ckpt_path))
-    if (ckpt_path is None) == (backbone is None) and not is_file:
+    path = os.path.expanduser(ckpt_path or "")
+    is_file = os.path.isfile(path)
+    if (ckpt_path is None) == (backbone is None) and not (is_file or (path and has_adapters_apart(path))):
         missing = "" if ckpt_path is None else f", and {ckpt_path} is no file"
         raise UserError(
             "give either --ckpt_path, a trained model, or --backbone, CLIP's own weights; both with the file of a"
@@ -150,9 +157,9 @@ def predict_videos(
     sliding = {name: value for name, value in given.items() if value is not None}
     if sliding and not segments:
         raise UserError(f"--{next(iter(sliding))} is of --segments: give that too, or leave it out")
-    paths, empty = _list_videos(videos)
-    own = {"head": head or "otam", "head_options": _parse_options("head_options", head_options or [])}
-    own["backbone_options"] = _parse_options("backbone_options", backbone_options or [])
+    clips, empty = _list_videos(videos)
+    own = {"head": head or "otam", "head_options": parse_options("head_options", head_options or [])}
+    own["backbone_options"] = parse_options("backbone_options", backbone_options or [])
     told: dict[str, Any] = {
         "support": support,
         "texts": texts,
@@ -171,52 +178,70 @@ def predict_videos(
         else:
             classifier, support_facts = _fit_classifier(ckpt_path, backbone, own, told, reading)
         labeller = _Labeller(classifier, reject, {"window": 2.0, **sliding} if segments else None)
-        fingerprints = {key: fingerprint_text(path) for key, path in paths.items()}
+        fingerprints = {key: _fingerprint(clip) for key, clip in clips.items()}
         digest, columns = labeller.digest(support_facts), list(labeller.blank)
         found = {} if part is None else part.take_over(digest, fingerprints, columns)
         if found:
-            say(f"{len(found)} of {len(paths)} videos were labelled before the last run was interrupted")
+            say(f"{len(found)} of {len(clips)} videos were labelled before the last run was interrupted")
         found |= {key: [labeller.broken_row("the folder has no videos")] for key in empty}
-        left = [key for key in paths if key not in found]
+        left = [key for key in clips if key not in found]
         # Closed, so that workers end at once when the run does.
-        with closing(labeller.label([paths[key] for key in left])) as results:
+        with closing(labeller.label([clips[key] for key in left])) as results:
             bar = track(results, "labelling", total=len(left), console=console(error=True), disable=not left)
             for index, rows in bar:
                 found[left[index]] = rows
                 if part is not None:
                     part.add(left[index], fingerprints[left[index]], rows)
-        table = {path: found[key] for key, path in paths.items()}
+        table = {name_of(clip): found[key] for key, clip in clips.items()}
         if output is not None:
             _write_predictions(output, ["path", *columns], table)
         elif report is None:
             _print_predictions(table, columns)
         if report is not None:
-            model = str(ckpt_path or backbone)
-            write_predictions(report, classifier, table, model, support, reject=reject, segments=segments)
+            model, by_name = str(ckpt_path or backbone), {name_of(clip): clip for clip in clips.values()}
+            write_predictions(report, classifier, table, by_name, model, support, reject=reject, segments=segments)
         if part is not None:
             part.clear()
     return _print_summary(table, "segments" if segments else "videos", output)
 
 
-def _list_videos(arguments: Sequence[str]) -> tuple[dict[str, str], set[str]]:
-    """The videos by their absolute paths, each as it was named first, and the folders among them that have none."""
-    from clip_m2df.classifier.clips import videos_in
+def _list_videos(arguments: Sequence[str]) -> tuple[dict[str, Clip], set[str]]:
+    """The videos by their absolute paths, each as it was named first, and the folders among them that have none.
 
-    listed: dict[str, str] = {}
+    Raises:
+        UserError: A feature table can't be read, or a video comes by its features and otherwise, or in two tables.
+    """
+    from clip_m2df.classifier.clips import TableRow, name_of, table_rows, videos_in
+    from clip_m2df.datasets.feature_tables import is_feature_table
+
+    listed: dict[str, Clip] = {}
     empty = set()
-    for argument in arguments:
-        try:
-            paths = videos_in(argument) if os.path.isdir(argument) else [argument]
-        except UserError as error:
-            say(f"clip-m2df: warning: {error}", error=True)
-            paths = [argument]
-            empty.add(os.path.abspath(argument))
-        for path in paths:
-            listed.setdefault(os.path.abspath(path), path)
+    for argument in dict.fromkeys(arguments):
+        clips: Sequence[Clip] = [argument]
+        if is_feature_table(argument):
+            clips = table_rows(argument)
+        elif os.path.isdir(argument):
+            try:
+                clips = videos_in(argument)
+            except UserError as error:
+                say(f"clip-m2df: warning: {error}", error=True)
+                empty.add(os.path.abspath(argument))
+        for clip in clips:
+            known = listed.setdefault(os.path.abspath(name_of(clip)), clip)
+            if known is not clip and (isinstance(clip, TableRow) or isinstance(known, TableRow)):
+                first, then = (c.table if isinstance(c, TableRow) else "--videos" for c in (known, clip))
+                raise UserError(f"{name_of(clip)} is there twice, in {first} and in {then}: leave one out")
     return listed, empty
 
 
-def _parse_options(option: str, arguments: Sequence[str]) -> dict[str, Any]:
+def _fingerprint(clip: Clip) -> str:
+    """What changes when a video does, or the feature table that it is in; empty if it is not there."""
+    from clip_m2df.classifier.clips import TableRow, name_of
+
+    return fingerprint_text(clip.table if isinstance(clip, TableRow) else name_of(clip))
+
+
+def parse_options(option: str, arguments: Sequence[str]) -> dict[str, Any]:
     """Options of a head or of weights from ``NAME=VALUE``: numbers, true and false, lists, and else text.
 
     Raises:
@@ -260,20 +285,22 @@ def _fit_classifier(
     encoded.
     """
     from clip_m2df.classifier.classifier import FewShotClassifier
-    from clip_m2df.classifier.clips import list_examples, name_of, placed
+    from clip_m2df.classifier.clips import TableRow, list_examples, name_of, placed
     from clip_m2df.datasets.manifest import read_class_texts
     from clip_m2df.training.module import CLIPM2DF
 
     support: Path | None = told["support"]
     if support is None:
         raise UserError(
-            f"{ckpt_path or backbone} knows no classes: give --support, a folder with a folder of examples for each"
-            + near_by(ckpt_path or "")
+            f"{ckpt_path or backbone} knows no classes: give --support, a folder with a folder of examples for each, or"
+            " a feature table" + near_by(ckpt_path or "")
         )
     examples = list_examples(support)  # before the model, which takes longer
     texts = {} if told["texts"] is None else read_class_texts(told["texts"], examples, "the support")
-    names = [(label, name_of(clip)) for label, clips in examples.items() for clip in clips]
-    marks = [(label, os.path.relpath(name, support), fingerprint_text(name)) for label, name in names]
+    every = [(label, clip) for label, clips in examples.items() for clip in clips]
+    marks = [(label, os.path.relpath(name_of(clip), support), _fingerprint(clip)) for label, clip in every]
+    rows = [clip for _, clip in every if isinstance(clip, TableRow)]
+    prompts = [(row.label, row.prompt.tolist()) for row in rows if row.prompt is not None]
     options: dict[str, Any] = {} if told["template"] is None else {"template": list(told["template"])}
     reading = {"frames": told["frames"], "resize": told["resize"], **reading}
     if ckpt_path is not None:
@@ -281,6 +308,10 @@ def _fit_classifier(
         options |= {name: own[name] for name in ("head_options", "backbone_options") if own[name]}
         classifier = FewShotClassifier.from_checkpoint(ckpt_path, clip=backbone, **reading, **options)
     else:
+        if backbone == "features" and rows and "dim" not in own["backbone_options"]:
+            width = rows[0].features.shape[-1]
+            say(f"the model takes features of {width} numbers a frame, as {support} has them")
+            own = {**own, "backbone_options": own["backbone_options"] | {"dim": width}}
         model = CLIPM2DF(backbone=str(backbone), freeze_backbone=True, **own, **options)
         classifier = FewShotClassifier(placed(model, reading.pop("device")), **reading)
     with warnings.catch_warnings(record=True) as caught:
@@ -289,7 +320,7 @@ def _fit_classifier(
     left_out = [str(warning.message) for warning in caught]
     for message in left_out:
         say(f"clip-m2df: warning: {message}", error=True)
-    return classifier, [marks, left_out, texts]
+    return classifier, [marks, left_out, texts, dict(prompts)]
 
 
 class _Labeller:
@@ -323,19 +354,21 @@ class _Labeller:
         columns = [f"p_{plain(name)}" for name in classifier.classes_.tolist()]
         self.blank: Row = dict.fromkeys([*times, "label", "probability", *distance, *columns, "error"])
 
-    def label(self, paths: Sequence[str]) -> Generator[tuple[int, list[Row]], None, None]:
+    def label(self, clips: Sequence[Clip]) -> Generator[tuple[int, list[Row]], None, None]:
         """The index of each video and its rows, as they are ready."""
+        from clip_m2df.classifier.clips import name_of
         from clip_m2df.video.reader import VideoError
 
         if self.sliding is None:
-            for index, found in self.classifier.classify(paths, reject=self.reject):
+            for index, found in self.classifier.classify(clips, reject=self.reject):
                 yield index, [self.broken_row(found.error) if found.label is None else self._row(found)]
             return
-        for index, path in enumerate(paths):
+        self.classifier.encoder.check(clips, any_length=True)
+        for index, clip in enumerate(clips):
             try:
-                segments = self.classifier.segments(path, reject=self.reject, **self.sliding)
+                segments = self.classifier.segments(clip, reject=self.reject, **self.sliding)
             except UserError as error:
-                reason = error.reason_for(path) if isinstance(error, VideoError) else str(error)
+                reason = error.reason_for(name_of(clip)) if isinstance(error, VideoError) else str(error)
                 yield index, [self.broken_row(reason)]
             else:
                 yield index, [self._row(s) | {"start": round(s.start, 3), "end": round(s.end, 3)} for s in segments]
@@ -361,7 +394,7 @@ class _Labeller:
         model, reader = self.classifier.model, self.classifier.encoder.reader
         facts = {
             "version": __version__,
-            "model": {name: model.hparams[name] for name in ("head", "head_options", "template")},
+            "model": {name: model.hparams[name] for name in ("head", "head_options", "template", "adapters")},
             "tower": model.model.backbone.description(),
             "text_fusion": model.text_fusion,
             "selection": getattr(model.model.head, "selection", None),

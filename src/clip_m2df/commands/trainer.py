@@ -31,8 +31,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.multiprocessing.spawn import ProcessException
 
+from clip_m2df.clip.adapters import check_adapters
 from clip_m2df.clip.backbone import check_options
 from clip_m2df.clip.formats import told_options
+from clip_m2df.datasets.feature_tables import is_feature_table, read_feature_table
 from clip_m2df.episodes.datamodule import EpisodeDataModule
 from clip_m2df.episodes.files import write_episodes_file
 from clip_m2df.errors import Stopped, UserError, ended_by_sigterm, say
@@ -253,6 +255,8 @@ class CLI(LightningCLI):
             config.ckpt_path = str(path)
         elif config.ckpt_path == "best":
             config.ckpt_path = str(folder / checkpoints.BEST)
+        if is_feature_table(config.data.manifest):
+            self._take_table(config)
         if self.subcommand == "fit":
             self.goes_on = config.ckpt_path is not None and Path(config.ckpt_path).resolve().parent == folder.resolve()
             held = any((folder / name).exists() for name in (checkpoints.LAST, checkpoints.PREVIOUS))
@@ -273,6 +277,8 @@ class CLI(LightningCLI):
                 return
             self._take_options_from(self.checkpoint, config)
             self.parser.add_instantiator(partial(_build_model, self.saved_options), CLIPM2DF, subclasses=False)
+        elif config.data.size is not None and not is_feature_table(config.data.manifest):
+            self.parser.add_instantiator(partial(_build_sized, config.data.size), CLIPM2DF, subclasses=False)
 
     def after_instantiate_classes(self) -> None:
         """Check that the data module makes frames of the tower's size; leave cores to the workers that decode.
@@ -280,8 +286,7 @@ class CLI(LightningCLI):
         Raises:
             UserError: they are of another size.
         """
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) - self.datamodule.num_workers))
+        leave_cores(self.datamodule.num_workers)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         if self.datamodule.num_workers > 2 * max(cores, 2):
             warnings.warn(
@@ -289,11 +294,25 @@ class CLI(LightningCLI):
                 " cores decode no faster, and take memory",
                 stacklevel=2,
             )
-        size, wanted = self.datamodule.reader.size, self.model.model.backbone.image_size
-        if size != wanted:
+        size, wanted = self.datamodule.size, self.model.image_size
+        if size not in (None, wanted) and not is_feature_table(self.datamodule.manifest_path):
             raise UserError(
-                f"data.size is {size}, but the tower takes frames of {wanted} pixels: give --data.size {wanted}, and"
-                f" --data.resize {wanted} or more"
+                f"data.size is {size}, but the tower takes frames of {wanted} pixels, which a checkpoint keeps: give"
+                f" --data.size {wanted}, and --data.resize {wanted} or more"
+            )
+
+    def _take_table(self, config: Namespace) -> None:
+        """Take from a feature table what no option says: how many frames a video has, and a model of its features."""
+        given = self.parser.parse_args(self.args, defaults=False)[str(self.subcommand)]
+        table = read_feature_table(config.data.manifest)
+        if given.get("data.frames") is None:
+            config.data.frames = table.frames
+        if config.ckpt_path is None and given.get("model.backbone", "features") == "features":
+            config.model.backbone, config.model.freeze_backbone = "features", True
+            config.model.backbone_options = {"dim": table.dim} | (config.model.backbone_options or {})
+            say(
+                f"{config.data.manifest} has features of {table.frames} frames, {table.dim} numbers each: the model has"
+                " the backbone features, which is no tower"
             )
 
     def _take_published(self, config: Namespace) -> None:
@@ -312,8 +331,10 @@ class CLI(LightningCLI):
         saved = saved_options(config.ckpt_path, saved, CLIPM2DF, head=config.model.head)
         given = self.parser.parse_args(self.args, defaults=False)[str(self.subcommand)].get("model")
         source = saved["backbone"]["source"]
-        kept = options_by_name(saved) | {"model.backbone": source}
+        kept = {"model.adapters": None} | options_by_name(saved) | {"model.backbone": source}
         asked = {f"model.{option}": value for option, value in (given.as_dict() if given else {}).items()}
+        if asked.get("model.adapters") is not None:
+            asked["model.adapters"] = check_adapters(asked["model.adapters"])
         of_head = "model.head_options."
         asked |= {f"{of_head}{option}": v for option, v in (asked.pop("model.head_options", None) or {}).items()}
         run_config = Path(config.ckpt_path).parent.parent / "config.yaml"
@@ -347,9 +368,23 @@ def _build_model(saved_options: dict[str, Any], cls: type[CLIPM2DF], *args: Any,
     return cls(*args, **kwargs | saved_options | {"backbone_options": None})
 
 
+def _build_sized(size: int, cls: type[CLIPM2DF], *args: Any, **kwargs: Any) -> CLIPM2DF:
+    """With a tower for frames of some size, whatever its own was."""
+    options = kwargs.get("backbone_options") or {}
+    if (asked := options.get("image_size")) not in (None, size):
+        raise UserError(f"data.size is {size}, and model.backbone_options.image_size {asked}: leave out one of them")
+    return cls(*args, **kwargs | {"backbone_options": {**options, "image_size": size}})
+
+
 def _build_published(path: str, cls: type[CLIPM2DF], *, backbone: str, **options: Any) -> CLIPM2DF:
     """With the weights of a published checkpoint, whose text tower is that of the backbone."""
     return cls.from_published(path, clip=backbone, **options)
+
+
+def leave_cores(workers: int) -> None:
+    """Compute on the cores that are left by processes that decode, unless the environment says on how many."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) - workers))
 
 
 def _is_first_process() -> bool:

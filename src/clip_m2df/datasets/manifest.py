@@ -19,6 +19,9 @@ from clip_m2df.files import file_of, lies_under, read_text, relative_path, shipp
 SPLITS = ("train", "val", "test")
 """The names that a split may have, in the order in which they are listed."""
 
+TABLE_SUFFIXES = (".safetensors", ".parquet")
+"""How the names of feature tables end, which have no videos (:mod:`clip_m2df.datasets.feature_tables`)."""
+
 _REQUIRED = ("path", "label", "split")
 
 
@@ -123,6 +126,10 @@ class Manifest:
             UserError: If the file cannot be read, a row is at fault (the message names the line), or videos lie in
                 neither folder.
         """
+        if os.fspath(path).lower().endswith(TABLE_SUFFIXES):
+            raise UserError(
+                f"the manifest {path} is a feature table by its name, and has no videos: give a CSV with their paths"
+            )
         rows = read_rows(path, "manifest", _REQUIRED)
         source, folder = f"the manifest {path}", os.path.dirname(os.path.abspath(path))
         # Of several texts of a class the first; that it has only one is checked below.

@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import clip_m2df.motion_shapes as motion_shapes
+from clip_m2df.datasets.feature_tables import FeatureTable, is_feature_table, read_feature_table
 from clip_m2df.datasets.manifest import Manifest, Split, Video
 from clip_m2df.episode import ResizeMode, Sampling, episode_generator, of_all_ranks
 from clip_m2df.episodes.dataset import EpisodeDataset, collate_episodes
@@ -56,7 +57,9 @@ class EpisodeDataModule(lightning.LightningDataModule):
     Args:
         manifest: a CSV with the columns path, label, split and, if wanted, text (what the prompt says); paths relative
             to the CSV's folder, of videos or of folders of numbered images. Or ``motion_shapes``,
-            ``motion_shapes_scene`` or ``motion_shapes_order``, the embedded benchmark, rendered when first used.
+            ``motion_shapes_scene`` or ``motion_shapes_order``, the embedded benchmark, rendered when first used. Or a
+            feature table (``.safetensors`` or ``.parquet``), as ``clip-m2df encode`` and other tools write it: then no
+            video is read, and no tower needed.
         knobs: how much harder than usual the test episodes of the embedded benchmark are: shares by the names
             ``overlap``, ``outliers`` and ``noise`` (see :class:`clip_m2df.motion_shapes.Knobs`).
         root: a folder outside the manifest's own in which its videos may lie too; those elsewhere are refused.
@@ -79,7 +82,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
             the same weights takes seconds. What has changed is never used.
         train_augmentations: how many augmentations of each training video are encoded before the training, which then
             takes features and no frames: for a frozen tower, on a laptop. 0: frames are read and encoded for each
-            episode.
+            episode. A feature table has as many as it was written with.
         seed: of the training episodes.
         eval_seed: of the validation and test episodes.
         frames: frames a video.
@@ -89,11 +92,12 @@ class EpisodeDataModule(lightning.LightningDataModule):
             ``direct`` one for each, as published, and either repeats. ``window``: evenly spaced over all but the last
             35 frames, as CLIP-FSAR does on Kinetics. ``linspace``: evenly spaced from the second frame to the last but
             one, from end to end with a jitter in training, as CLIP-M²DF's own code does.
-        resize: short side of the frames in pixels before the crop.
+        resize: short side of the frames in pixels before the crop; by default 8/7 of ``size``, 256 for 224.
         resize_mode: ``short_side``: bilinear, antialiased, the aspect kept; ``short_side_bicubic``: the same by bicubic
             interpolation; ``squash``: both sides to ``resize``, bilinear, not antialiased, as CLIP-FSAR does. By
             default ``short_side_bicubic`` where the tower was trained with it, or else ``short_side``.
-        size: side of the square crop in pixels, what the visual tower takes.
+        size: side of the square crop in pixels, what the visual tower takes; by default the tower's own. On the command
+            line another one changes a tower whose weights are loaded anew: its position embeddings are interpolated.
         flip: mirror half of the training clips. Leave it off where classes have a left and a right.
         jitter_queries: mirror half of the training *queries* and change their colours (brightness, contrast and
             saturation by up to a half, hue by up to a quarter, three in ten grey), as CLIP-FSAR does on Kinetics.
@@ -135,9 +139,9 @@ class EpisodeDataModule(lightning.LightningDataModule):
         eval_seed: int = 0,
         frames: int = 8,
         sampling: Sampling = "segments",
-        resize: int = 256,
+        resize: int | None = None,
         resize_mode: ResizeMode | None = None,
-        size: int = 224,
+        size: int | None = None,
         flip: bool = False,
         jitter_queries: bool = False,
         decoder: Decoder = "auto",
@@ -150,15 +154,14 @@ class EpisodeDataModule(lightning.LightningDataModule):
     ) -> None:
         super().__init__()
         require(least=1, n_shot=n_shot, train_n_shot=train_n_shot, n_query=n_query, n_query_eval=n_query_eval)
-        require(least=1, val_episodes=val_episodes, test_episodes=test_episodes, frames=frames, size=size)
+        require(least=1, val_episodes=val_episodes, test_episodes=test_episodes)
+        require(least=1, frames=frames, resize=resize, size=size)
         require(least=1, batch_size=batch_size, episodes_per_step=episodes_per_step, validate_every=validate_every)
         require(least=0, seed=seed, eval_seed=eval_seed, num_workers=num_workers)
         require(least=0, train_augmentations=train_augmentations)
         require(least=2, n_way=n_way)
         require(above=0, stuck_after=stuck_after)
         require(least=0, most=1, max_unusable=max_unusable)
-        if resize < size:
-            raise UserError(f"resize {resize} is smaller than size {size}, the crop; give at least {size}")
         if store is not None and os.path.exists(store) and not os.path.isdir(store):
             raise UserError(f"store {store} is no folder; name one, which is made if need be")
         if decoder in ("decord", "torchcodec") and importlib.util.find_spec(decoder) is None:
@@ -184,6 +187,13 @@ class EpisodeDataModule(lightning.LightningDataModule):
             raise UserError(f"knobs are those of the embedded benchmark ({', '.join(EMBEDDED)}), not of {manifest}")
         if knobs and episodes_file is not None:
             raise UserError("knobs and episodes_file both say what a test plays; leave out one of them")
+        of_videos = {"root": root, "cache": cache, "jitter_queries": jitter_queries or None}
+        of_videos["evaluation"] = "direct" if evaluation == "direct" else None
+        if is_feature_table(manifest) and (given := [name for name, value in of_videos.items() if value is not None]):
+            raise UserError(
+                f"{given[0]} is of videos, and the feature table {manifest} has none: leave it out, or give the"
+                " manifest of the videos"
+            )
 
         self.manifest_path = manifest
         self.knobs = motion_shapes.Knobs(**knobs or {})
@@ -200,11 +210,11 @@ class EpisodeDataModule(lightning.LightningDataModule):
         self.train_augmentations = train_augmentations
         self.seed = seed
         self.eval_seed = eval_seed
+        self.resize = resize
         self.resize_mode = resize_mode
+        self.size = size
         self.jitter_queries = jitter_queries
-        self.reader = ClipReader(
-            frames, resize, size, flip, decoder, resize_mode=resize_mode or "short_side", sampling=sampling
-        )
+        self.reader = ClipReader(frames, flip=flip, decoder=decoder, sampling=sampling, **self._looks(None))
         self.batch_size = batch_size
         self.episodes_per_step = episodes_per_step
         self.validate_every = validate_every
@@ -212,6 +222,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
         self.stuck_after = stuck_after
         self.max_unusable = max_unusable
         self.manifest: Manifest | None = None
+        self.table: FeatureTable | None = None
         self._datasets: dict[str, EpisodeDataset] = {}
         self._notes: dict[str, ReadingNow] = {}
         self._unusable: dict[str, UnusableVideos] = {}
@@ -250,7 +261,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
         """
         if stage != "test" and self.knobs != motion_shapes.NO_KNOBS:
             raise UserError("data.knobs makes test episodes harder; leave it out for anything but a test")
-        self._resize_as_the_tower()
+        self._look_as_the_tower()
         if self.manifest is None:
             self._read_manifest()
         for option in ("val_episodes", "test_episodes"):
@@ -268,6 +279,8 @@ class EpisodeDataModule(lightning.LightningDataModule):
             self._add_dataset("test")
         elif stage == "validate" or not self.trainer or self.trainer.limit_val_batches:
             self._add_dataset("val")
+        if self.table is not None:  # all of which was checked when it was read
+            return
         for name in self._datasets:
             self._check_decoder(name)
         # A bank reads its videos before it plays: only in fit is that long after the start.
@@ -275,14 +288,30 @@ class EpisodeDataModule(lightning.LightningDataModule):
         if name in self._tables and (self.evaluation == "direct" or stage == "fit"):
             self._check_videos(name)
 
-    def _resize_as_the_tower(self) -> None:
-        """Without ``resize_mode``, resize frames as images were for the model's tower, which may be a new one."""
-        if self.resize_mode is None and self.trainer:
-            mode: ResizeMode = getattr(self.trainer.lightning_module, "resize_mode", "short_side")
-            if mode != self.reader.resize_mode:
-                self.reader = dataclasses.replace(self.reader, resize_mode=mode, cache=None)
-                self.manifest = None
-                self._datasets, self._tables, self._checked = {}, {}, set()
+    def _looks(self, model: object) -> dict[str, Any]:
+        """How frames are resized and cropped: what no option says is as for the tower of a model.
+
+        Raises:
+            UserError: the crop is larger than the frames.
+        """
+        own = getattr(model, "image_size", None)
+        size = self.size or (own if isinstance(own, int) else 224)
+        resize = self.resize or round(size * 8 / 7)
+        if resize < size and (self.size or own):
+            whose = "size" if self.size else "the tower's size"
+            raise UserError(f"resize {resize} is smaller than {whose} {size}, the crop; give {size} or more, or none")
+        mode = self.resize_mode or getattr(model, "resize_mode", "short_side")
+        return {"resize": resize, "size": size, "resize_mode": mode}
+
+    def _look_as_the_tower(self) -> None:
+        """Have frames as the tower of the Trainer's model takes them, which may be a new one."""
+        if is_feature_table(self.manifest_path):
+            return
+        looks = self._looks(self.trainer.lightning_module) if self.trainer else {}
+        if any(value != getattr(self.reader, name) for name, value in looks.items()):
+            self.reader = dataclasses.replace(self.reader, **looks, cache=None)
+            self.manifest = None
+            self._datasets, self._tables, self._checked = {}, {}, set()
 
     def _check_decoder(self, name: str) -> None:
         """Refuse at the start a split of which the decoder that was chosen may give other frames."""
@@ -298,6 +327,29 @@ class EpisodeDataModule(lightning.LightningDataModule):
                 f" decoder auto (--data.decoder auto), or leave them out by clip-m2df check --decoder {reader.decoder}"
                 " --fix"
             )
+
+    def video_tables(self) -> dict[str, TrainingTable]:
+        """All videos of each split, to be encoded: those of train in their augmentations, if there are to be any."""
+        if self.manifest is None:
+            self._read_manifest()
+        assert self.manifest is not None
+        tables = {}
+        options = {"root": self.manifest.root, "num_workers": self.num_workers, "stuck_after": self.stuck_after}
+        for name, split in self.manifest.splits.items():
+            train = name == "train"
+            self._datasets[name] = dataset = EpisodeDataset(
+                split,
+                self.train_shape,
+                self.reader,
+                seed=self.seed if train else self.eval_seed,
+                augment=train,
+                plans=[],
+            )
+            self._check_decoder(name)
+            unusable = UnusableVideos(split, 1.0, "it is left out")
+            augmentations = self.train_augmentations if train else 0
+            tables[name] = TrainingTable(dataset, augmentations, unusable, progress=True, **options)
+        return tables
 
     def test_plans(self) -> tuple[Split, list[EpisodePlan]]:
         """The test split and the videos of its episodes; from the manifest alone, no video is needed."""
@@ -340,7 +392,9 @@ class EpisodeDataModule(lightning.LightningDataModule):
                 },
                 "data.jitter_queries": self.jitter_queries,
                 "data.cache": None if cache is None else f"one of {cache.settings}",
-                "data.train_augmentations": self.train_augmentations,
+                "data.train_augmentations": self.train_augmentations
+                if self.table is None
+                else self.table.augmentations,
                 "the train split of data.manifest": self._contents("train"),
             }
         return depends
@@ -388,11 +442,34 @@ class EpisodeDataModule(lightning.LightningDataModule):
         return motion_shapes.render(family=EMBEDDED[self.manifest_path], knobs=self.knobs)
 
     def _read_manifest(self, *, check_files: bool = True) -> None:
+        if is_feature_table(self.manifest_path):
+            self._read_table()
+            return
         path = self._render() if self.manifest_path in EMBEDDED else self.manifest_path
         manifest = Manifest.read(path, self.root, check_files=check_files and self.cache is None)
         if self.cache is not None:
             self.reader = read_from_cache(self.cache, manifest, self.reader, str(path), check_files=check_files)
         self.manifest = manifest if self.class_texts in (None, []) else manifest.with_texts(self.class_texts)
+
+    def _read_table(self) -> None:
+        self.table = table = read_feature_table(self.manifest_path)
+        for option, value, own in (
+            ("frames", self.reader.frames, table.frames),
+            ("train_augmentations", self.train_augmentations or table.augmentations, table.augmentations),
+        ):
+            if value != own:
+                raise UserError(
+                    f"{option} is {value}, but {own} in the feature table {self.manifest_path}: give --data.{option}"
+                    f" {own}"
+                )
+        if self.class_texts not in (None, []) and table.class_embeddings:
+            raise UserError(
+                f"class_texts say what prompts say, and {self.manifest_path} has class embeddings in the place of"
+                " prompts: leave one of them out"
+            )
+        self.manifest = (
+            table.manifest if self.class_texts in (None, []) else table.manifest.with_texts(self.class_texts)
+        )
 
     def _add_dataset(self, name: str) -> None:
         if name in self._datasets:
@@ -417,15 +494,16 @@ class EpisodeDataModule(lightning.LightningDataModule):
         )
         progress = self.rank == 0 and bool(self.trainer and self.trainer.progress_bar_callback)
         options: dict[str, Any] = {"progress": progress, "root": self.manifest.root, "store": self.store}
-        options |= {"num_workers": self.num_workers, "stuck_after": self.stuck_after}
+        options |= {"num_workers": self.num_workers, "stuck_after": self.stuck_after, "known": self.table}
         if not train:
             count = len(plans) if plans is not None else self.val_episodes if name == "val" else self.test_episodes
             # Episodes that are played together: a number that doesn't depend on the devices.
             options["block"] = min(max(count // MOST_DEVICES, 1), MOST_PLAYED)
             self._tables[name] = EvaluationTable(dataset, count, self._unusable[name], **options)
-        elif self.train_augmentations:
+        elif self.train_augmentations or self.table is not None:
             options["block"] = self.batch_size
-            self._tables[name] = TrainingTable(dataset, self.train_augmentations, self._unusable[name], **options)
+            augmentations = self.train_augmentations if self.table is None else self.table.augmentations
+            self._tables[name] = TrainingTable(dataset, augmentations, self._unusable[name], **options)
 
     def _test_plans(self, split: Split) -> list[EpisodePlan]:
         """The test episodes: those of a file, if one is given, which has the last word on how many there are."""

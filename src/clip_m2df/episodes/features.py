@@ -12,6 +12,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from clip_m2df.datasets.feature_tables import FeatureTable
 from clip_m2df.datasets.manifest import Video
 from clip_m2df.episode import (
     Clips,
@@ -42,6 +43,7 @@ class EpisodeTable(Dataset[int], VideoTable):
         store: a folder for features.
         num_workers: processes that decode.
         stuck_after: see :class:`clip_m2df.episodes.loader.VideoLoader`.
+        known: the features of its videos; then no video is read.
         reading: how frames are read, in words.
         frames: of a video.
         videos: what the indices of episodes mean.
@@ -56,6 +58,7 @@ class EpisodeTable(Dataset[int], VideoTable):
     store: str | None = None
     num_workers: int = 0
     stuck_after: float = 300.0
+    known: FeatureTable | None = None
 
     def __post_init__(self) -> None:
         self.reading = repr(self.dataset.reader)
@@ -101,9 +104,15 @@ class EpisodeTable(Dataset[int], VideoTable):
         """The frames of one video, read in this process: uint8 ``(frames, 3, size, size)``.
 
         Raises:
-            VideoError: it can't be read.
+            VideoError: it can't be read; of a feature table none can.
         """
+        if self.known is not None:  # whose paths are names that anybody may have given
+            raise VideoError(f"there are no frames of {self.videos[index].path}, of which a feature table has features")
         return self.dataset.reader.read(self.videos[index].path, self.uniforms(index))[0]
+
+    def features(self) -> Tensor | None:
+        """See :class:`clip_m2df.episode.VideoTable`."""
+        return None if self.known is None else self.known.of([(video.path, 0) for video in self.videos])
 
     def clips(self, chunks: Sequence[Sequence[int]]) -> Iterator[Clips]:
         """Read videos.
@@ -222,7 +231,7 @@ class TrainingTable(EpisodeTable):
 
     Args:
         dataset: see :class:`EpisodeTable`.
-        augmentations: how many a video has.
+        augmentations: how many a video has; 0: each video once, as an evaluation sees it.
         unusable: see :class:`EpisodeTable`.
         **options: the same.
 
@@ -233,8 +242,9 @@ class TrainingTable(EpisodeTable):
     def __init__(self, dataset: EpisodeDataset, augmentations: int, unusable: UnusableVideos, **options: Any) -> None:
         super().__init__(dataset, unusable, **options)
         self.augmentations = augmentations
-        self.videos = [video for row in dataset.split.videos for video in row for _ in range(augmentations)]
-        self._first = {video.path: augmentations * i for i, video in enumerate(self.videos[::augmentations])}
+        self._each = each = max(augmentations, 1)
+        self.videos = [video for row in dataset.split.videos for video in row for _ in range(each)]
+        self._first = {video.path: each * i for i, video in enumerate(self.videos[::each])}
 
     def __len__(self) -> int:
         """See :class:`EpisodeTable`."""
@@ -247,7 +257,7 @@ class TrainingTable(EpisodeTable):
         videos = []
         for number, (plan, _) in zip(numbers, replanned, strict=True):
             rng = episode_generator(seed, stage, number, "augmentation")
-            videos.append([self._first[v.path] + int(rng.integers(self.augmentations)) for v in plan.videos])
+            videos.append([self._first[v.path] + int(rng.integers(self._each)) for v in plan.videos])
         plans, replaced = [plan for plan, _ in replanned], [len(passed_over) for _, passed_over in replanned]
         return self._rows(numbers, plans, replaced, torch.tensor(videos))
 
@@ -262,10 +272,18 @@ class TrainingTable(EpisodeTable):
 
     def identity(self, index: int) -> str:
         """The video and the augmentation, which files of features call a view."""
-        return f"{super().identity(index)} view {index % self.augmentations} of seed {self.dataset.seed}"
+        return f"{super().identity(index)} view {index % self._each} of seed {self.dataset.seed}"
 
-    def uniforms(self, index: int) -> Tensor:
+    def features(self) -> Tensor | None:
+        """See :class:`clip_m2df.episode.VideoTable`."""
+        if self.known is None:
+            return None
+        return self.known.of([(video.path, index % self._each) for index, video in enumerate(self.videos)])
+
+    def uniforms(self, index: int) -> Tensor | None:
         """An augmentation's own."""
+        if not self.augmentations:
+            return super().uniforms(index)
         return self._draw(index, self.augmentations)[index % self.augmentations]
 
 

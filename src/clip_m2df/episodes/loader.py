@@ -219,12 +219,14 @@ class UnusableVideos:
     Args:
         split: whose videos.
         limit: the share of them that may be unusable.
+        instead: what becomes of such a video.
     """
 
-    def __init__(self, split: Split, limit: float) -> None:
+    def __init__(self, split: Split, limit: float, instead: str = "another video of its class takes its place") -> None:
         self.split = split.name
         self.n_videos = sum(map(len, split.videos))
         self.limit = limit
+        self.instead = instead
         self.reasons: dict[str, str] = {}
         self.said_short = False
 
@@ -270,4 +272,4 @@ class UnusableVideos:
                 f" {next(iter(self.reasons.values()))}; clip-m2df check --fix writes a manifest without such videos"
             )
         for reason in new.values() if say else ():
-            warnings.warn(f"{reason}; another video of its class takes its place", stacklevel=2)
+            warnings.warn(f"{reason}; {self.instead}", stacklevel=2)

@@ -189,7 +189,7 @@ def encode_videos(
 
     What goes through the tower together is the same whatever the number of ranks, and so is every bit. Videos that
     can't be read are replaced, or end it, as the table has it. If the table has a folder for features, those that are
-    there are taken, and the others are put there.
+    there are taken, and the others are put there. Features that the table has itself are taken as they are.
 
     Args:
         model: in eval mode.
@@ -207,6 +207,9 @@ def encode_videos(
     Raises:
         UserError: another process adds features to the same file; or videos are unusable that may not be replaced.
     """
+    if (features := table.features()) is not None:
+        # Under autocast as the tower gave them; else as wide as the weights that they go through.
+        return features.to(model.device, None if "mixed" in precision else model.head.scale.dtype)
     store = _open_store(model, table, precision) if table.store and keep else None
     with ExitStack() as until_written:
         kept, refusal = _kept_features(store, table, numbers, until_written) if store and rank == 0 else ({}, None)
@@ -250,6 +253,8 @@ def _encode_missing(
         fresh |= {table.identity(index): feature for index, feature in mine.items()}
         if unusable:
             table.replace(unusable)
+    if not encoded:
+        raise UserError("not one of the videos can be read: check that they are there, and what they are")
     if store and fresh and rank == 0:
         dtype = next(iter(fresh.values())).dtype
         store.write({name: feature for name, feature in kept.items() if feature.dtype == dtype} | fresh)
@@ -262,7 +267,9 @@ def _encode_missing(
 
 def _open_store(model: M2DF, table: VideoTable, precision: str) -> FeatureStore:
     tower = model.backbone
-    preprocessing = [tower.visual_config, tower.mean.flatten().tolist(), tower.std.flatten().tolist()]
+    # Of adapters, since the scale of what they add is not in the weights.
+    config = tower.visual_config | ({} if tower.adapters is None else {"adapters": tower.adapters})
+    preprocessing = [config, tower.mean.flatten().tolist(), tower.std.flatten().tolist()]
     how = json.dumps([table.reading, precision, preprocessing], sort_keys=True, default=str)
     return FeatureStore(str(table.store), tower.visual, how, shape=(table.frames, tower.dim))
 
@@ -305,9 +312,10 @@ class FeatureStore:
         self.key = digest_of(how, tower)
         self.shape = shape
         self.path = Path(folder) / f"features-{self.key[:16]}.safetensors"
-        # Under autocast features are half as wide as weights; the key tells the precision.
+        # Under autocast features are half as wide as weights, and of a tower held in half precision twice as wide; the
+        # key tells both.
         self.dtypes = {torch.float16, torch.bfloat16} if "mixed" in how else set()
-        self.dtypes |= {weight.dtype for weight in tower.parameters()}
+        self.dtypes |= {torch.float32, *(weight.dtype for weight in tower.parameters())}
 
     def read(self) -> dict[str, Tensor]:
         """Features ``(frames, dim)`` by what tells their video; nothing where there are none that can be trusted.

@@ -64,7 +64,7 @@ class Explanation(NamedTuple):
         distance: to the closest class, fused, above the least that there can be: 0 where all frames of both are the
             same picture. Of a head that measures none, by how much its highest logit is below the highest possible.
         prompt: the class whose prompt PPS chose; None without PPS, or where the clip got an expectation over all.
-        prompt_probabilities: PPS's, by class.
+        prompt_probabilities: PPS's, by class; empty where there are no prompts, of a tower without text.
         frame_scores: ``(n_way, frames)``, cosines of PPS between each class's prompt and each frame.
         counted: bool ``(n_way, frames)``, those that a prompt's score is the mean of.
         views: what each view alone says; empty for a head without views.
@@ -73,7 +73,7 @@ class Explanation(NamedTuple):
         alignments: by view, ``(n, frames, frames)``: how OTAM aligns the clip's frames, the rows, with those of the
             ``compared`` classes; empty for a head without views.
         compared: the closest class, then the runner-up if there is one.
-        frames: of the clip, uint8 ``(frames, 3, height, width)``, small.
+        frames: of the clip, uint8 ``(frames, 3, height, width)``, small; None of a clip that came as features.
         examples: the same of an example of each compared class, as far as there are some.
     """
 
@@ -90,7 +90,7 @@ class Explanation(NamedTuple):
     teacher: str | None
     alignments: dict[str, Tensor]
     compared: list[str]
-    frames: Tensor
+    frames: Tensor | None
     examples: dict[str, Tensor]
 
     @property
@@ -118,7 +118,7 @@ class Explanation(NamedTuple):
         shown = likeliest(self.prompt_probabilities)[:most]
         if self.prompt is not None and self.prompt not in shown:
             shown[-1] = self.prompt
-        rows = zip(self.prompt_probabilities, self.frame_scores.tolist(), self.counted.tolist(), strict=True)
+        rows = zip(self.prompt_probabilities, self.frame_scores.tolist(), self.counted.tolist(), strict=False)
         scores = {
             name: PromptScore(name, self.prompt_probabilities[name], cosines, counted, name == self.prompt)
             for name, cosines, counted in rows
@@ -149,7 +149,7 @@ def explain(
     class_names: Sequence[str],
     label: str,
     probabilities: Tensor,
-    frames: Tensor,
+    frames: Tensor | None,
     examples: Mapping[str, Tensor],
     threshold: float | None = None,
     video: str = "",
@@ -161,12 +161,12 @@ def explain(
         output: what it says of this one query: ``n_queries`` is 1, and there are no leading axes.
         prototypes: ``(n_way, …)``.
         query: features ``(frames, dim)``.
-        prompts: ``(n_way, dim)``.
+        prompts: ``(n_way, dim)``; all zero where there are none.
         draws: ``(1)``, where PPS samples.
         class_names: all different.
         label: the answer, see :class:`Explanation`.
         probabilities: ``(n_way)``, as the answer goes by them; they may hold more than the head's logits.
-        frames: small ones of the clip, uint8 ``(frames, 3, height, width)``.
+        frames: small ones of the clip, uint8 ``(frames, 3, height, width)``, if there are some.
         examples: the same of an example of a class, by class; those of :func:`compared_classes` are kept.
         threshold: the distance beyond which a clip is none of the classes.
         video: the clip's path.
@@ -182,7 +182,7 @@ def explain(
         threshold=threshold,
         distance=-float(logits.max()) - head.least_distance(len(query)),
         prompt=None if evidence.chosen in (None, -1) else names[evidence.chosen],
-        prompt_probabilities=_by_class(names, output.prompt_probabilities[0]),
+        prompt_probabilities=_by_class(names, output.prompt_probabilities[0]) if prompts.any() else {},
         frame_scores=evidence.frame_scores,
         counted=evidence.counted,
         views={
@@ -198,7 +198,7 @@ def explain(
         teacher=_teacher(output),
         alignments=evidence.alignments,
         compared=[names[c] for c in compared],
-        frames=frames.cpu(),
+        frames=None if frames is None else frames.cpu(),
         examples={names[c]: examples[names[c]].cpu() for c in compared if names[c] in examples},
     )
 
@@ -229,7 +229,8 @@ def parts(found: Explanation) -> tuple[list[Figure], list[Figure]]:
     left = [_answer(found), _probabilities(found)]
     if found.views:
         left.append(_votes(found))
-    left.append(prompt_map(found.prompt_scores(), found.frames, title))
+    if found.prompt_probabilities:
+        left.append(prompt_map(found.prompt_scores(), found.frames, title))
     aligned = found.compared_alignments()
     shots = " (its closest example)" if found.examples else ""
     title = f"soft alignment: rows are the clip's frames, columns those of the class{shots}"
@@ -237,14 +238,14 @@ def parts(found: Explanation) -> tuple[list[Figure], list[Figure]]:
 
 
 def _answer(found: Explanation) -> Figure:
-    """The answer, how far the clip is from the closest class, and the clip."""
+    """The answer, how far the clip is from the closest class, and the clip if it has frames."""
     title = f"{shortened(Path(found.video).name) or 'a clip'}: {shortened(found.label or 'none of these')}"
     if found.label in found.probabilities:
         title += f" ({100 * found.probabilities[found.label]:.0f} %)"
     said = f"distance {found.distance:.2f} from the closest class, {shortened(found.compared[0])}"
     if found.threshold is not None:
         said += f", {'beyond' if found.rejected else 'within'} the threshold {found.threshold:.2f}"
-    clip = strip(found.frames, SIDE)
+    clip = Image.new("RGB", (BAR, 1), "white") if found.frames is None else strip(found.frames, SIDE)
     figure, axes = chart(clip.width, clip.height, "")
     axes.set_title(title, size=14, loc="left", y=1, pad=24)
     axes.text(0, -8, said, color=WRONG if found.rejected else GREY)

@@ -176,7 +176,8 @@ class Mean(Metric):
 
 SHARES = ("pps_accuracy", "local_accuracy", "global_accuracy", "view_agreement", "local_to_global", "global_to_local")
 LOSSES = ("total", "match", "distill", "class")
-# All that a stage can log, after its own name and a slash; heads without views and losses that are off leave some out.
+# All that a stage can log, after its own name and a slash; heads without views, towers without text and losses that are
+# off leave some out.
 NAMES = ("accuracy", "interval", "replaced_videos", *SHARES, *(f"loss/{name}" for name in LOSSES))
 
 
@@ -199,7 +200,15 @@ class StageMetrics(nn.ModuleDict):
         # Half precision, as a Trainer's "bf16-true" sets it for all of a model, can't count.
         return super()._apply(lambda tensor: fn(tensor).to(tensor.dtype), recurse)  # type: ignore[no-any-return, no-untyped-call]
 
-    def count(self, output: HeadOutput, predicted: Tensor, batch: Labels, losses: Mapping[str, Tensor]) -> None:
+    def count(
+        self,
+        output: HeadOutput,
+        predicted: Tensor,
+        batch: Labels,
+        losses: Mapping[str, Tensor],
+        *,
+        prompts: bool = True,
+    ) -> None:
         """Count a batch of episodes.
 
         Args:
@@ -207,10 +216,12 @@ class StageMetrics(nn.ModuleDict):
             predicted: int64 ``(episodes, n_queries)``, classes as indices in the episode.
             batch: the episodes.
             losses: by name, means over the episodes.
+            prompts: whether there were any; without them there is no PPS.
         """
         metrics, labels = cast(dict[str, Any], dict(self.items())), batch["query_labels"]
         metrics["accuracy"].update(predicted == labels)
-        metrics["pps_accuracy"].update(output.prompt_indices == labels)
+        if prompts:
+            metrics["pps_accuracy"].update(output.prompt_indices == labels)
         # By the class table of the split.
         own, taken_for = (batch["class_indices"].gather(1, indices) for indices in (labels, predicted))
         metrics["confusion"].update(own, taken_for, len(batch["class_names"]))

@@ -241,6 +241,11 @@ class Head(nn.Module, Scoring):
         # Scale of the class logits, learnt where their loss is used.
         self.scale = nn.Parameter(torch.ones(1))
 
+    @property
+    def without_prompts(self) -> str:
+        """What to change so that it does without prompts, which a tower without text has not; "" where it does."""
+        return "take a head that needs none, such as otam, bi_mhm or nearest_prototype" if self.uses_prompts else ""
+
     def forward(self, support: Tensor, query: Tensor, prompts: Tensor, draws: Tensor | None = None) -> HeadOutput:
         """Score the queries of an episode.
 

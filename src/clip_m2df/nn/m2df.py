@@ -127,6 +127,13 @@ class M2DFHead(Head):
         selection = self.train_selection if self.training else self.selection
         return "none" if not self.pps else "mixture" if selection == "expectation" else "class"
 
+    @property
+    def without_prompts(self) -> str:
+        """Without PPS, and without reliability by text, token 0 of shots and queries alike may be zero."""
+        if not self.pps and ("text" not in self.reliability or len(self.views) == 1):
+            return ""
+        return "set of model.head_options pps to false and reliability to [visual] or [], or take the head otam"
+
     def embed(self, videos: Tensor, prompt: Tensor | None) -> Embedded:
         """The fused sequence ``(…, 1 + frames, dim)`` of each view: token 0 is the text part, the others the visual."""
         prompt = torch.zeros_like(videos[..., 0, :]) if prompt is None else prompt
@@ -217,20 +224,24 @@ class Towers(Protocol):
         text: the text tower, if there is one.
         dim: width of the features and of the prompt embeddings.
         image_size: height and width of the frames.
+        dtype: what the towers' weights are held in, by torch's name.
         mean: what :meth:`normalise` subtracts.
         std: what it divides by.
         visual_config: what describes the visual tower, in plain types.
         source: where the weights came from.
+        adapters: what describes the visual tower's adapters, if it has any; its own weights are frozen then.
     """
 
     visual: nn.Module
     text: nn.Module | None
     dim: int
     image_size: int
+    dtype: str
     mean: Tensor
     std: Tensor
     visual_config: dict[str, Any]
     source: str
+    adapters: dict[str, Any] | None
 
     def normalise(self, images: Tensor, /) -> Tensor:
         """Bring uint8 images ``(…, 3, height, width)`` to what the visual tower was trained on."""
@@ -265,6 +276,7 @@ class M2DF(nn.Module):
 
     Attributes:
         distinct_prompts: refuse classes that have one prompt; by default where the head's scores depend on prompts.
+        without_prompts: what to change so that the scores need no prompts; "" where they don't.
     """
 
     def __init__(
@@ -280,10 +292,13 @@ class M2DF(nn.Module):
         self.templates = check_templates(template)
         self.freeze_backbone = freeze_backbone
         self.distinct_prompts = head.uses_prompts
-        backbone.visual.requires_grad_(not freeze_backbone)
+        self.without_prompts = head.without_prompts
+        if backbone.adapters is None or freeze_backbone:
+            backbone.visual.requires_grad_(not freeze_backbone)
         if backbone.text is not None:
             backbone.text.requires_grad_(False)
         self._prompt_tables: dict[tuple[str, ...], Tensor] = {}
+        self._class_embeddings: dict[str, Tensor] = {}
         self.register_load_state_dict_post_hook(_forget_prompts)  # type: ignore[no-untyped-call]
         self.train()  # what is frozen is in eval mode from the start: a Trainer keeps the modes that it finds
 
@@ -355,9 +370,16 @@ class M2DF(nn.Module):
         return self
 
     def encode_frames(self, frames: Tensor) -> Tensor:
-        """Features of uint8 ``frames (…, 3, height, width)``: ``(…, dim)``, not L2-normalised."""
+        """Features of uint8 ``frames (…, 3, height, width)``: ``(…, dim)``, not L2-normalised.
+
+        They have the head's floating type, whatever the tower's weights are held in; under autocast, autocast's.
+        """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_backbone):
-            return self.backbone.encode_frames(self.backbone.normalise(frames))
+            features = self.backbone.encode_frames(self.backbone.normalise(frames))
+            if not torch.is_autocast_enabled(device := features.device.type):
+                return features.to(self.head.scale.dtype)
+            half = torch.get_autocast_dtype(device)
+            return features if features.dtype in (torch.float32, half) else features.to(half)
 
     def encode_episode(self, episode: Episode) -> tuple[Tensor, Tensor]:
         """Features of the support ``(…, n_shot, frames, dim)`` and the queries ``(…, frames, dim)`` of a batch."""
@@ -380,15 +402,23 @@ class M2DF(nn.Module):
     def encode_prompts(self, class_names: Sequence[str], labels: Sequence[str] | None = None) -> Tensor:
         """The prompt table ``(n_classes, dim)`` of these classes, float32, computed once and kept.
 
+        Of a tower without text they are zero: heads that need no prompts take them for none.
+
         Args:
             class_names: what the prompts say.
             labels: what messages call the classes; the same by default.
 
         Raises:
-            UserError: two classes have one prompt, see :meth:`check_prompts`.
+            UserError: two classes have one prompt, see :meth:`check_prompts`; or the tower has no text, and the scores
+                need prompts.
         """
+        self.check_has_prompts()
+        if not self.has_prompts:
+            return torch.zeros(len(class_names), self.backbone.dim, device=self.device)
         names = tuple(class_names)
         device = self.device
+        if self._class_embeddings.keys() >= {*names}:
+            return torch.stack([self._class_embeddings[name] for name in names]).to(device)
         if names not in self._prompt_tables or self._prompt_tables[names].device != device:
             self.check_prompts(names, names if labels is None else labels)
             prompts = [self.backbone.tokenize(fill_template(t, names)).to(device) for t in self.templates]
@@ -397,6 +427,32 @@ class M2DF(nn.Module):
                 embeddings = torch.stack([at_least_float32(self.backbone.encode_text(tokens)) for tokens in prompts])
                 self._prompt_tables[names] = ensemble(embeddings)
         return self._prompt_tables[names]
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether there is a text tower to make them, or class embeddings in its place."""
+        return self.backbone.text is not None or bool(self._class_embeddings)
+
+    def take_class_embeddings(self, embeddings: Mapping[str, Tensor]) -> None:
+        """Have embeddings of classes that were computed elsewhere, in the place of their prompts'.
+
+        Args:
+            embeddings: float32 ``(dim)`` by what prompts would say.
+        """
+        self._class_embeddings = dict(embeddings)
+
+    def check_has_prompts(self) -> None:
+        """Refuse a tower without text where the scores need prompts.
+
+        Raises:
+            UserError: says what to change.
+        """
+        if self.without_prompts and not self.has_prompts:
+            raise UserError(
+                f"the weights of backbone {self.backbone.source!r} have no text tower, and so there are no prompts, by"
+                f" which the model would score: {self.without_prompts}; or take weights that have both towers, or"
+                " a feature table with class embeddings"
+            )
 
     def check_prompts(self, class_names: Sequence[str], labels: Sequence[str]) -> None:
         """Refuse classes that have one prompt, where ``distinct_prompts`` says so.
@@ -408,7 +464,7 @@ class M2DF(nn.Module):
         Raises:
             UserError: names two such classes.
         """
-        if self.distinct_prompts and len(class_names) > 1:
+        if self.distinct_prompts and self.backbone.text is not None and len(class_names) > 1:
             prompts = [self.backbone.tokenize(fill_template(t, class_names)) for t in self.templates]
             check_distinct(torch.stack(prompts), class_names, labels)
 

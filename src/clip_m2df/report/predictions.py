@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from rich.progress import track
 
 from clip_m2df.classifier.classifier import FewShotClassifier
-from clip_m2df.classifier.clips import read_clips
+from clip_m2df.classifier.clips import Clip, has_features, read_clips
 from clip_m2df.errors import console, say
 from clip_m2df.evaluation.explanation import likeliest
 from clip_m2df.report.page import frame_pictures, write_page
@@ -26,6 +26,7 @@ def write_predictions(
     page: Path,
     classifier: FewShotClassifier,
     videos: Mapping[str, Sequence[Row]],
+    clips: Mapping[str, Clip],
     model: str,
     support: Path | None,
     *,
@@ -38,6 +39,7 @@ def write_predictions(
         page: where to.
         classifier: which labelled them.
         videos: rows of the table, by the video's path, in the order of the table.
+        clips: the same videos; of those that came as features there are no frames to show.
         model: what the model is called.
         support: the examples' folder; None where the model brought its own.
         reject: whether videos may show none of the classes.
@@ -63,16 +65,19 @@ def write_predictions(
     readable = [content for content in contents if not content["error"]]
     explained = sorted(readable, key=_certainty)[:MOST_EXPLAINED]
     encoder = classifier.encoder
-    read = read_clips(
-        [content["path"] for content in explained], encoder.reader, workers=encoder.workers, timeout=encoder.timeout
-    )
-    with closing(read) as clips:  # type: ignore[type-var]
-        for i, frames in track(clips, "reporting", len(explained), console=console(error=True), disable=not explained):
+    for content in explained:
+        if has_features(clip := clips[content["path"]]) and not segments:
+            content["why"] = classifier.explain(clip, reject=reject)
+    shown = [content for content in explained if not has_features(clips[content["path"]])]
+    options: dict[str, Any] = {"workers": encoder.workers, "timeout": encoder.timeout}
+    read = read_clips([clips[content["path"]] for content in shown], encoder.reader, **options)
+    with closing(read) as found:  # type: ignore[type-var]
+        for i, frames in track(found, "reporting", len(shown), console=console(error=True), disable=not shown):
             if isinstance(frames, Unreadable):  # since it was labelled
                 continue
-            explained[i]["frames"] = frame_pictures(frames)
+            shown[i]["frames"] = frame_pictures(frames)
             if not segments:
-                explained[i]["why"] = classifier.explain(encoder.encode_frames(frames), reject=reject)
+                shown[i]["why"] = classifier.explain(encoder.encode_frames(frames), reject=reject)
     write_page(
         page,
         "predictions.html.j2",
@@ -92,6 +97,7 @@ def write_predictions(
             "counts": counts,
             "n_labelled": len(readable),
             "n_explained": len(explained),
+            "with_frames": bool(shown),
             "probabilities": _probabilities,
         },
     )

@@ -17,9 +17,12 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from clip_m2df.clip.adapter_files import Kept, adapted_state, peft_files, tower_checksum
+from clip_m2df.clip.adapters import add_adapters, check_adapters, merge_adapters
 from clip_m2df.clip.backbone import CLIPBackbone, check_options
-from clip_m2df.clip.formats import OPENAI
+from clip_m2df.clip.formats import OPENAI, public_source
 from clip_m2df.clip.tokenizer import has_tokenizer
+from clip_m2df.datasets.feature_tables import FeatureTable
 from clip_m2df.datasets.manifest import Manifest
 from clip_m2df.episode import Episode, FeatureEpisode, ResizeMode, TableEpisodes, VideoTable
 from clip_m2df.errors import UserError, require, some
@@ -49,6 +52,9 @@ from clip_m2df.weight_files import read_weights
 # backbone_options do too, since the towers' description has their effect.
 RUN_OPTIONS = ("selection", "text_fusion", "gradient_checkpointing", "bank_memory", "compile", "backbone_options")
 
+
+# Before the names of the towers' weights.
+BACKBONE = "model.backbone."
 
 # Of each batch, in the sanity check before a training: it is to be quick.
 SANITY_EPISODES = 2
@@ -102,16 +108,22 @@ class CLIPM2DF(lightning.LightningModule):
 
     Args:
         backbone: CLIP's weights: a name on the hub or a folder, in transformers' format (ViT) or OpenCLIP's; a file in
-            OpenAI's layout; ``rn50`` for the public ResNet-50; ``tiny`` for the small CLIP that comes with the package.
+            OpenAI's layout; ``rn50`` for the public ResNet-50; ``tiny`` for the small CLIP that comes with the package;
+            ``features`` for no tower at all, where features come from a table.
         backbone_options: what the weights don't tell, or tell otherwise: ``activation`` (``gelu`` or ``quick_gelu``)
             and ``head_width`` of weights in OpenAI's layout; ``tokenizer``, a file or a folder; ``mean`` and ``std``,
-            three numbers each for pixels between 0 and 1.
+            three numbers each for pixels between 0 and 1; ``image_size``, to which position embeddings are
+            interpolated; ``dtype``, what the weights are held in: ``float32``, ``bfloat16`` or ``float16``;
+            ``dim``, the width of ``features``.
         head: what scores the queries: ``m2df``; for comparison ``clip_fsar``, ``otam``, ``bi_mhm``,
             ``nearest_prototype`` or ``zero_shot``; or the class path of another head.
         head_options: options of the head's class; for ``m2df`` those of :class:`clip_m2df.nn.m2df.M2DFHead`.
         template: the prompt, with ``{}`` where the class goes, or a list of such: an ensemble, the mean of their
             normalised embeddings.
         freeze_backbone: train the head alone.
+        adapters: train LoRA's adapters in the visual tower in the place of its own weights: a table of ``r`` (16 by
+            default), ``alpha`` (twice ``r``), ``target`` (``[q, v]``, of ``q``, ``k``, ``v``, ``o``, ``fc1``, ``fc2``),
+            ``layers`` (``all``, or the blocks' numbers from 0) and ``dropout`` (0). Needs peft.
         gradient_checkpointing: compute the tower's activations anew in the backward pass, to save memory.
         bank_memory: GiB that an evaluation may take for fused sequences; with less than all take, some are fused again.
         compile: compile tower and head with ``torch.compile`` for training: the first steps take long, the others less.
@@ -119,7 +131,7 @@ class CLIPM2DF(lightning.LightningModule):
             Note: the published code does so until its first evaluation only, and changes its model half-way.
             Where it moves, it sees the support of an episode and then its queries, whatever the batch, as in CLIP-FSAR.
         lr: peak learning rate of Adam, for the head.
-        backbone_lr: the same for the visual tower; ``lr`` by default.
+        backbone_lr: the same for the visual tower, or its adapters; ``lr`` by default.
         weight_decay: Adam's; it is added to the gradient, not decoupled.
         no_decay: parts of names: a parameter whose name has one of them gets no weight decay. ``.bn`` and ``.norm.``
             are CLIP-FSAR's choice: a ResNet's batch norm but for its shortcuts', and the head's layer norm, but not
@@ -156,6 +168,7 @@ class CLIPM2DF(lightning.LightningModule):
         head_options: dict[str, Any] | None = None,
         template: list[str] | str = DEFAULT_TEMPLATE,
         freeze_backbone: bool = False,
+        adapters: dict[str, Any] | None = None,
         gradient_checkpointing: bool = False,
         bank_memory: float = 4.0,
         compile: bool = False,
@@ -189,6 +202,13 @@ class CLIPM2DF(lightning.LightningModule):
         parts = [] if no_decay is None else no_decay
         if not isinstance(parts, list | tuple) or not all(isinstance(part, str) and part for part in parts):
             raise UserError(f"no_decay is {no_decay!r:.80}; it must be a list of parts of names, such as ['.bn']")
+        if adapters is not None:
+            options["adapters"] = adapters = check_adapters(adapters)
+            if freeze_backbone:
+                raise UserError(
+                    "freeze_backbone trains the head alone, and adapters train the tower too: set it to false, or leave"
+                    " adapters out"
+                )
         # What is asked of the head is checked before a tower is loaded, which takes longer.
         own = dict(head_options or {})
         if "selection" in own:
@@ -212,10 +232,18 @@ class CLIPM2DF(lightning.LightningModule):
             else:
                 tower = CLIPBackbone.from_description(backbone)
         tower.freeze_batch_norm = freeze_batch_norm
+        if adapters is not None:
+            add_adapters(tower, adapters)
         if gradient_checkpointing:
             tower.enable_gradient_checkpointing()
+        if tower.family.kind == "features":  # labels stand for prompts, and there is nothing to train
+            template, freeze_backbone = "{}", True
         self.model = M2DF(tower, build_head(head, {"dim": tower.dim, **own}), template, freeze_backbone)
-        self.model.distinct_prompts |= bool(class_weight or text_fusion)
+        for name, value in (("class_weight", class_weight), ("text_fusion", text_fusion)):
+            if value:
+                self.model.distinct_prompts = True
+                changes = (self.model.without_prompts, f"set model.{name} to 0")
+                self.model.without_prompts = ", and ".join(filter(None, changes))
         if compile:  # in place, so that the weights keep their names
             tower.visual.compile()
             self.model.head.compile()
@@ -262,6 +290,42 @@ class CLIPM2DF(lightning.LightningModule):
         """How frames are resized as images were in the training of the tower."""
         bicubic = cast(CLIPBackbone, self.model.backbone).interpolation == "bicubic"
         return "short_side_bicubic" if bicubic else "short_side"
+
+    @property
+    def image_size(self) -> int:
+        """Height and width in pixels of the frames that the tower takes; 0 without a tower, for features alone."""
+        return self.model.backbone.image_size
+
+    def setup(self, stage: str) -> None:
+        """Take over what a feature table has; refuse, before videos are read, what does not fit together.
+
+        Raises:
+            UserError: features of another width or number of frames than the model's; or a tower without text under a
+                head that needs prompts.
+        """
+        table = getattr(getattr(self._trainer, "datamodule", None), "table", None)
+        if isinstance(table, FeatureTable):
+            self._take_table(table)
+        self.model.check_has_prompts()
+
+    def _take_table(self, table: FeatureTable) -> None:
+        backbone = cast(CLIPBackbone, self.model.backbone)
+        if table.dim != backbone.dim:
+            raise UserError(
+                f"the features in {table.source} have {table.dim} numbers a frame, and those of the model"
+                f" ({self.source}) {backbone.dim}: give a table of its own tower's features, or for another width"
+                " model.backbone features"
+            )
+        frames = table.frames if self.reading is None else self.reading["frames"]
+        if table.frames != frames:
+            raise UserError(
+                f"the features in {table.source} are of {table.frames} frames, and the model ({self.source}) was"
+                f" trained on {frames}: give a table of as many"
+            )
+        if table.class_embeddings and backbone.family.kind == "features" and backbone.text is None:
+            backbone.keep_classes(table.class_embeddings)  # which goes into its checkpoints
+        else:
+            self.model.take_class_embeddings(table.class_embeddings)
 
     def forward(self, episode: Episode | FeatureEpisode) -> HeadOutput:
         """Score the queries of a batch of episodes."""
@@ -341,7 +405,7 @@ class CLIPM2DF(lightning.LightningModule):
 
         share = 0.0 if stage == "train" else self.text_fusion
         scores = fuse_text(self.model.head, share, output.logits, query, prompts)
-        self._metrics_of(stage).count(output, scores.argmax(-1), episode, losses)
+        self._metrics_of(stage).count(output, scores.argmax(-1), episode, losses, prompts=self.model.has_prompts)
         return loss, Played(episode, prompts, output, scores)
 
     # ---------------------------------------------------------------------------------------- features
@@ -369,9 +433,10 @@ class CLIPM2DF(lightning.LightningModule):
         if known is not None and known.table is table and (stage == "train" or self._bank is not None):
             return known.features
         if stage == "train" and not self.model.freeze_backbone:
+            what = "data.train_augmentations" if table.features() is None else "a feature table"
             raise UserError(
-                "data.train_augmentations trains from features, which a tower that learns would leave behind: set"
-                " model.freeze_backbone, or data.train_augmentations to 0"
+                f"{what} trains from features, which a tower that learns would leave behind: set model.freeze_backbone,"
+                " or train from videos with data.train_augmentations 0"
             )
         numbers: Sequence[int] = episodes_played(self.trainer, table.block, len(table))
         if self.trainer.sanity_checking:
@@ -513,6 +578,7 @@ class CLIPM2DF(lightning.LightningModule):
             UserError: nothing is trained.
         """
         trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        self._check_rounding()
         bare = {name for name in trained if any(part in name for part in self.no_decay)}
         if self.no_decay and not bare:
             warnings.warn(f"no_decay: no parameter's name has {' or '.join(self.no_decay)}", stacklevel=2)
@@ -532,6 +598,23 @@ class CLIPM2DF(lightning.LightningModule):
         optimizer = torch.optim.Adam(groups, weight_decay=self.weight_decay, fused=fused)
         scheduler = LambdaLR(optimizer, self._lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _check_rounding(self) -> None:
+        """Refuse to train a tower in float16, in which Adam divides by 0, and tell what bfloat16 loses."""
+        held = self.model.backbone.dtype
+        weights = [p for p in self.model.backbone.visual.parameters() if p.requires_grad]
+        if held == "float32" or not any(weight.dtype == getattr(torch, held) for weight in weights):
+            return
+        remedy = (
+            "leave it out, with trainer.precision bf16-mixed for speed, or train model.adapters, which are in float32,"
+            " or the head alone (model.freeze_backbone)"
+        )
+        if held == "float16":
+            raise UserError(f"model.backbone_options.dtype is float16, in which Adam can't train a tower: {remedy}")
+        warnings.warn(
+            f"model.backbone_options.dtype is {held}, in which updates below 1/256 of a weight are lost: {remedy}",
+            stacklevel=3,
+        )
 
     def _lr_factor(self, step: int) -> float:
         """Share of the peak learning rate at an optimiser step."""
@@ -680,6 +763,8 @@ class CLIPM2DF(lightning.LightningModule):
             raise UserError(f"{file} is a checkpoint of CLIP-M²DF, whose head is m2df and not {head}: leave head out")
         if "backbone" in options:
             raise UserError(f"{file} is a published checkpoint: give CLIP's weights as clip, not as backbone")
+        if options.get("adapters") is not None:
+            raise UserError(f"{file} is a published checkpoint, whose tower has no adapters: leave adapters out")
         if not isinstance(clip, str | os.PathLike | CLIPBackbone | None):
             raise UserError(
                 f"clip is of the type {type(clip).__name__}: give the file, folder or name of CLIP's weights, or a"
@@ -750,6 +835,7 @@ class CLIPM2DF(lightning.LightningModule):
         save_directory: str | os.PathLike[str],
         *,
         measured: Mapping[str, str] | None = None,
+        adapters: Kept = "kept",
         push_to_hub: bool = False,
         repo_id: str | None = None,
         model_card_kwargs: Mapping[str, Any] | None = None,
@@ -761,6 +847,9 @@ class CLIPM2DF(lightning.LightningModule):
             save_directory: the folder; made if need be.
             measured: figures for the card's table, by what was measured:
                 ``{"motion_shapes test, 5-way 1-shot": "83.2 ± 0.8"}``.
+            adapters: ``kept``, so that the folder needs nothing else, and a training can go on; ``merged`` into the
+                tower's weights, a model without adapters that has the same scores; or ``apart`` from the towers, which
+                are not in the folder: head and adapters alone, of a few megabytes.
             push_to_hub: push it too.
             repo_id: its name on the hub; that of the folder by default.
             model_card_kwargs: options of :func:`clip_m2df.hub.model_card`.
@@ -774,16 +863,18 @@ class CLIPM2DF(lightning.LightningModule):
                 what was measured can't go into.
         """
         card = {"measured": measured, **(model_card_kwargs or {})}
-        write_model(save_directory, self._saved(), **card)
+        write_model(save_directory, self._saved(adapters), **card)
         if not push_to_hub:
             return None
-        return self.push_to_hub(repo_id or Path(save_directory).name, model_card_kwargs=card, **options)
+        name = repo_id or Path(save_directory).name
+        return self.push_to_hub(name, adapters=adapters, model_card_kwargs=card, **options)
 
     def push_to_hub(
         self,
         repo_id: str,
         *,
         measured: Mapping[str, str] | None = None,
+        adapters: Kept = "kept",
         private: bool | None = None,
         token: str | None = None,
         model_card_kwargs: Mapping[str, Any] | None = None,
@@ -794,6 +885,7 @@ class CLIPM2DF(lightning.LightningModule):
         Args:
             repo_id: its name there, ``user/name``; made if need be.
             measured: see :meth:`save_pretrained`.
+            adapters: the same.
             private: whether others may see it, if it is made.
             token: what the hub knows you by; that of ``hf auth login`` by default.
             model_card_kwargs: options of :func:`clip_m2df.hub.model_card`.
@@ -807,12 +899,30 @@ class CLIPM2DF(lightning.LightningModule):
                 with the upload itself comes from huggingface_hub as it is.
         """
         card = {"measured": measured, **(model_card_kwargs or {})}
-        return push_model(repo_id, self._saved(), card, private=private, token=token, **options)
+        return push_model(repo_id, self._saved(adapters), card, private=private, token=token, **options)
 
-    def _saved(self) -> dict[str, Any]:
-        """A checkpoint of the model alone, without a run."""
-        checkpoint = {"state_dict": self.state_dict()}
+    def _saved(self, adapters: Kept) -> dict[str, Any]:
+        """A checkpoint of the model alone, without a run, for :func:`clip_m2df.hub.write_model`."""
+        if adapters not in (choices := get_args(Kept)):
+            raise UserError(f"adapters: there is no {adapters!r:.80}; there are {', '.join(choices)}")
+        checkpoint: dict[str, Any] = {"state_dict": self.state_dict()}
         self.on_save_checkpoint(checkpoint)
+        if adapters == "kept" or self.hparams["adapters"] is None:
+            if adapters == "apart":
+                raise UserError("the model has no adapters to be saved apart from its tower: give adapters='kept'")
+            return checkpoint
+        if adapters == "merged":
+            merged = self._restore(self.source, checkpoint, {"head": self.hparams["head"]})
+            merge_adapters(cast(CLIPBackbone, merged.model.backbone))
+            merged.hparams["adapters"] = None
+            return merged._saved("kept")
+        state = checkpoint["state_dict"]
+        towers = {name.removeprefix(BACKBONE): w for name, w in state.items() if name.startswith(BACKBONE)}
+        checkpoint["state_dict"] = {name: w for name, w in state.items() if not name.startswith(BACKBONE)}
+        checkpoint["tower"] = tower_checksum(towers)
+        backbone = cast(CLIPBackbone, self.model.backbone)
+        source = public_source(backbone.source)
+        checkpoint["adapter"] = peft_files(towers, self.hparams["adapters"], backbone.family, source)
         return checkpoint
 
     @classmethod
@@ -820,6 +930,7 @@ class CLIPM2DF(lightning.LightningModule):
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],
         *,
+        clip: Clip | None = None,
         force_download: bool = False,
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
@@ -833,6 +944,8 @@ class CLIPM2DF(lightning.LightningModule):
 
         Args:
             pretrained_model_name_or_path: the folder, or the model's name on the hub, ``user/name``.
+            clip: with a model whose adapters are apart alone: the CLIP that its training began with, as the option
+                ``backbone`` names it, or loaded; by default by the name by which it was loaded then.
             force_download: fetch from the hub what is on this machine already.
             token: what the hub knows you by, for private models; that of ``hf auth login`` by default.
             cache_dir: where files of the hub are kept; huggingface_hub's own folder by default.
@@ -842,7 +955,8 @@ class CLIPM2DF(lightning.LightningModule):
 
         Raises:
             UserError: there is no such model, it can't be fetched, it is damaged, or it takes a head that is other
-                people's code and was not asked for by ``head=``; or an option that the model doesn't have.
+                people's code and was not asked for by ``head=``; an option that the model doesn't have; or ``clip`` is
+                another than its adapters are of.
         """
         folder = find_model(
             pretrained_model_name_or_path,
@@ -852,7 +966,48 @@ class CLIPM2DF(lightning.LightningModule):
             local_files_only=local_files_only,
             revision=revision,
         )
-        return cls._restore(folder, read_model(folder), model_kwargs).eval()
+        checkpoint = read_model(folder)
+        if "adapter" in checkpoint:
+            _add_tower(folder, checkpoint, clip, model_kwargs.pop("backbone_options", None))
+        elif clip is not None:
+            raise UserError(f"{folder} has its towers itself: leave out CLIP's weights")
+        return cls._restore(folder, checkpoint, model_kwargs).eval()
+
+
+def _add_tower(folder: Path, checkpoint: dict[str, Any], clip: Clip | None, options: Mapping[str, Any] | None) -> None:
+    """Put the weights of the towers, and of their adapters, into a checkpoint that was saved without.
+
+    Raises:
+        UserError: they are not there, or others than the adapters are of.
+    """
+    known, adapter = checkpoint.pop("tower"), checkpoint.pop("adapter")
+    try:
+        description, dtype = checkpoint["hyper_parameters"]["backbone"], getattr(torch, known["dtype"])
+        name, size = description["source"], description["visual_config"]["image_size"]
+    except (AttributeError, LookupError, TypeError) as error:
+        raise UserError(f"{folder} is damaged: its config.json does not say of which tower its adapters are") from error
+    if isinstance(clip, CLIPBackbone):
+        tower = clip
+    else:
+        own = {"image_size": size, "dtype": description.get("dtype")} | dict(options or {})
+        try:
+            tower = CLIPBackbone.load(name if clip is None else clip, **check_options(own))
+        except UserError as error:
+            if clip is not None:
+                raise
+            raise UserError(
+                f"{folder} has adapters apart from their tower, {name!r}, which can't be loaded by that name: give it"
+                f" as clip=, on the command line as --backbone ({error})"
+            ) from error
+    state = {n: w.to(dtype) if w.is_floating_point() else w for n, w in tower.state_dict().items()}
+    if tower.adapters is not None or tower_checksum(state) != known:
+        raise UserError(
+            f"the adapters in {folder} are of another tower than {tower.source!r}: give the one that its training"
+            f" began with, {name!r}, its weights to the bit"
+        )
+    checkpoint["state_dict"] |= {
+        f"{BACKBONE}{name}": w for name, w in adapted_state(adapter, state, tower.family).items()
+    }
 
 
 def _unusable(file: str | os.PathLike[str], error: Exception) -> UserError:

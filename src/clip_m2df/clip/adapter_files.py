@@ -1,0 +1,182 @@
+"""Adapters in files of their own, by peft's names: written apart from their tower, and read beside its weights."""
+
+import hashlib
+import json
+import math
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from clip_m2df.clip.families import Family
+from clip_m2df.errors import UserError, require, some
+from clip_m2df.files import check_regular
+from clip_m2df.weight_files import read_weights
+
+# How a model with adapters is saved: with its tower, added to its tower's weights, or without its tower.
+Kept = Literal["kept", "merged", "apart"]
+# Peft's own files of an adapter, and what it puts before the names of layers in them.
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+# What peft calls the one adapter of a layer; in files it has no name.
+NAME = "default"
+# What of peft's configurations changes nothing of a LoRA, or is obeyed here. All else has to be off.
+_FIELDS = (
+    *("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "target_modules", "exclude_modules"),
+    *("layers_to_transform", "layers_pattern", "lora_dropout", "inference_mode", "base_model_name_or_path", "revision"),
+    *("task_type", "peft_version", "auto_mapping", "runtime_config", "megatron_core", "qalora_group_size"),
+)
+_VALUES = {"bias": ("none",), "init_lora_weights": (True, "gaussian")}
+_MERGE_IT = "merge it into the model and save that (peft's merge_and_unload)"
+
+
+def tower_checksum(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """What tells the weights in a backbone's state dict, but for its adapters: ``dtype``, and ``sha256`` of all."""
+    own = {name.replace(".base_layer.", "."): weight for name, weight in state.items() if ".lora_" not in name}
+    digest = hashlib.sha256()
+    for name, weight in sorted(own.items()):
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    dtype = str(next(iter(own.values())).dtype).removeprefix("torch.")
+    return {"dtype": dtype, "sha256": digest.hexdigest()}
+
+
+def peft_files(
+    state: Mapping[str, Tensor], adapters: Mapping[str, Any], family: Family, source: str
+) -> tuple[str, dict[str, Tensor]]:
+    """What peft's two files have of a backbone's adapters.
+
+    Args:
+        state: The backbone's.
+        adapters: See :func:`clip_m2df.clip.adapters.check_adapters`.
+        family: Of the visual tower.
+        source: What the tower is called in them.
+
+    Returns:
+        The text of the configuration, and the weights by peft's names.
+    """
+    named = {
+        family.file_name(name).replace(f".{NAME}.", "."): weight for name, weight in state.items() if ".lora_" in name
+    }
+    config = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": source,
+        "r": adapters["r"],
+        "lora_alpha": adapters["alpha"],
+        "lora_dropout": adapters["dropout"],
+        "target_modules": list(dict.fromkeys(name.partition(".lora_")[0] for name in named)),
+        "bias": "none",
+        "inference_mode": True,
+    }
+    return json.dumps(config, indent=2) + "\n", {_PREFIX + name: weight for name, weight in named.items()}
+
+
+def adapted_state(weights: Mapping[str, Tensor], tower: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
+    """The state dict of a backbone with adapters.
+
+    Args:
+        weights: Of the adapters, by peft's names.
+        tower: The state dict of the same backbone without adapters.
+        family: Of the visual tower.
+    """
+    layers = {family.file_name(name): name for name in (key.rpartition(".")[0] for key in tower)}
+    state = {}
+    for name, weight in weights.items():
+        layer, _, part = name.removeprefix(_PREFIX).partition(".lora_")
+        state[f"{layers.get(layer, layer)}.lora_{part.replace('.', f'.{NAME}.')}"] = weight
+    adapted = {name.partition(".lora_")[0] for name in state}
+    for name, weight in tower.items():
+        layer, _, part = name.rpartition(".")
+        state[f"{layer}.base_layer.{part}" if layer in adapted else name] = weight
+    return state
+
+
+# Adapters beside the weights of a folder
+
+
+def read_adapter(folder: Path, source: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """The configuration and the weights of the adapter in a folder in transformers' format; None if there is none.
+
+    Raises:
+        UserError: One of its two files is missing or damaged, or it is no LoRA as it is applied here.
+    """
+    config, weights = folder / CONFIG, folder / WEIGHTS
+    check_regular(config, "adapter's configuration")
+    if not config.is_file() and not weights.is_file():
+        return None
+    if missing := [file.name for file in (config, weights) if not file.is_file()]:
+        raise UserError(f"{source} has an adapter, but no {missing[0]}: fetch it again, or move the rest elsewhere")
+    try:
+        values = json.loads(config.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{config} is damaged: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{config} is damaged: a table of names and values is expected")
+    if not (folder / "config.json").is_file():
+        base = values.get("base_model_name_or_path")
+        raise UserError(
+            f"{source} has an adapter alone, of {base!r:.200} by its own words: put the files of that model beside it"
+        )
+    if (kind := values.get("peft_type")) != "LORA":
+        raise UserError(f"{source} has an adapter of type {kind!r:.80}, and LORA alone is applied here: {_MERGE_IT}")
+    for name, value in values.items():
+        if name not in _FIELDS and value and value not in _VALUES.get(name, ()):
+            raise UserError(
+                f"{source} has an adapter with {name} {value!r:.80}, which is not applied here: {_MERGE_IT}"
+            )
+    require(above=0, below=math.inf, **{f"{config}: lora_alpha": values.get("lora_alpha", 8)})
+    return values, read_weights(weights)
+
+
+def apply_adapter(
+    adapter: tuple[Mapping[str, Any], Mapping[str, Tensor]],
+    state: Mapping[str, Tensor],
+    family: Family,
+    own: Collection[str],
+    source: str,
+) -> dict[str, Tensor]:
+    """The weights of a folder with those of the adapter beside them added.
+
+    Args:
+        adapter: See :func:`read_adapter`.
+        state: The folder's weights by the names that transformers' classes have.
+        family: Of the towers.
+        own: Those names.
+        source: The folder, for messages.
+
+    Raises:
+        UserError: The adapter is of another model.
+    """
+    config, weights = adapter
+    weights = family.renamed({name.removeprefix(_PREFIX): weight for name, weight in weights.items()}, own)
+    alpha = config.get("lora_alpha", 8)
+    problems: dict[str, str] = {}
+    layers = {name: name.partition(".lora_")[0] for name in weights}
+    added = dict(state)
+    for layer in dict.fromkeys(layers.values()):
+        parts = [f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"]
+        if stray := [n for n, of in layers.items() if of == layer and n not in parts] + [
+            n for n in parts if n not in weights
+        ]:
+            problems |= dict.fromkeys(stray, "missing or of no LoRA")
+            continue
+        (down, up), weight = (weights[part].float() for part in parts), added.get(f"{layer}.weight")
+        shape = tuple(up.shape[:1] + down.shape[1:])
+        if weight is None or down.shape[:1] != up.shape[1:] or shape != weight.shape:
+            there = "nothing" if weight is None else tuple(weight.shape)
+            problems[layer] = f"of {tuple(up.shape)} by {tuple(down.shape)} where the model has {there}"
+            continue
+        rank = len(down)
+        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        added[f"{layer}.weight"] = (weight.float() + scale * up @ down).to(weight.dtype)
+    if problems or not layers:
+        named = some(f"{name} is {problem}" for name, problem in problems.items())
+        base = config.get("base_model_name_or_path")
+        raise UserError(
+            f"the adapter in {source} is of another model, by its own words of {base!r:.200}: {named or 'it is empty'};"
+            f" give the folder of that, or move {CONFIG} and {WEIGHTS} elsewhere"
+        )
+    return added
