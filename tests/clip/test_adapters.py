@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,13 @@ def test_a_resnet_says_no() -> None:
     config = {"kind": "resnet", "layers": [1, 1, 1, 1], "width": 4, "dim": 8, "image_size": 32}
     backbone = CLIPBackbone.from_description({"visual_config": config, "source": "RN50.pt"})
     with pytest.raises(UserError, match=r"the visual tower of 'RN50.pt', .*ResNet.*, takes none: leave them out"):
+        add_adapters(backbone, {})
+
+
+def test_without_peft_a_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = small("vit")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(UserError, match=r"adapters need peft: pip install clip-m2df\[lora\], or leave them out"):
         add_adapters(backbone, {})
 
 

@@ -335,7 +335,14 @@ def test_a_classifier_and_predict_take_adapters_apart(
     tables: list[str] = []
     for model in ([f"--ckpt_path={folder}", f"--backbone={tiny_clip_dir}"], [f"--ckpt_path={kept}"]):
         output = tmp_path / f"{len(tables)}.csv"
-        args = ["predict", *model, f"--support={support}", f"--videos={manifest.parent}", f"--output={output}"]
+        args = [
+            "predict",
+            *model,
+            f"--support={support}",
+            f"--videos={manifest.parent}",
+            f"--output={output}",
+            "--workers=0",
+        ]
         assert main(args) == 0
         tables.append(output.read_text())
     assert tables[0] == tables[1]
