@@ -147,7 +147,10 @@ def test_options_win_over_the_saved_ones(saved: Path) -> None:
     assert loaded.hparams["lr"] == 0.5
     assert list(loaded.model.templates) == ["a photo of {}", "{} in a video"]
     wrong: list[tuple[dict[str, Any], str]] = [
-        ({"selektion": "sample"}, r"CLIPM2DF has no option 'selektion'; its options are adapters, backbone, .*warmup_steps"),
+        (
+            {"selektion": "sample"},
+            r"CLIPM2DF has no option 'selektion'; its options are adapters, backbone, .*warmup_steps",
+        ),
         ({"head_options": PLAIN | {"depth": 3}}, r"no model can be made of .*: not a checkpoint .*missing model\.head"),
         ({"lr": -1.0}, r"no model can be made of .*: lr is -1"),
     ]

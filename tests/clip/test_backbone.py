@@ -1544,6 +1544,18 @@ def test_a_model_in_the_cache_needs_no_network(
         CLIPBackbone.load("somebody/part")
 
 
+def test_an_encoder_of_images_in_the_cache_needs_no_tokenizer(
+    hub: Callable[[str, Path], None], copied: Path, tmp_path: Path
+) -> None:
+    hub("somebody/small-dinov2", save_dinov2(tmp_path / "dinov2"))
+    assert CLIPBackbone.load("somebody/small-dinov2").text is None
+    (copied / "tokenizer.json").unlink()
+    (copied / "tokenizer_config.json").unlink(missing_ok=True)
+    hub("somebody/small-clip", copied)
+    with pytest.raises(UserError, match=r"weights or the tokenizer of 'somebody/small-clip' are not on this machine"):
+        CLIPBackbone.load("somebody/small-clip")
+
+
 def test_the_network_is_asked_after_the_cache(tiny_clip_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 

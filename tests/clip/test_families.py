@@ -1,11 +1,13 @@
 """Towers of all families from folders of transformers', against transformers itself."""
 
+import copy
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,7 +19,7 @@ from clip_m2df.clip.backbone import CLIPBackbone
 from clip_m2df.clip.families import family_of
 from clip_m2df.errors import UserError
 from tests.clip.towers import save_gemma, save_siglip, save_xlm
-from tests.conftest import save_tokenizer
+from tests.conftest import GOLDEN, save_tokenizer
 
 # The families in folders of transformers', by the name of the tests: SigLIP's two tokenizers are of two generations.
 FOLDERS = ("clip", "metaclip_2", "siglip", "siglip_2", "dinov2", "dinov2_swiglu", "dinov3_vit", "dinov3_vit_gated")
@@ -144,6 +146,14 @@ def test_images_of_another_size(kind: str, tmp_path: Path) -> None:
     assert_equal_to(backbone, of_transformers(tmp_path / "tower"), **options)
 
 
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_two_equal_sides_are_one_size(kind: str, tmp_path: Path) -> None:
+    model = save_folder(kind, tmp_path / "tower")
+    table = ["vision_config"] if kind in TWO_TOWERS else []
+    changed_config(tmp_path / "tower", {"image_size": [32, 32], "patch_size": [8, 8]}, *table)
+    assert_equal_to(CLIPBackbone.load(str(tmp_path / "tower")).eval(), model)
+
+
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("kind", ["dinov2", "dinov3_vit"])
 def test_the_preprocessing_says_the_size_where_the_tower_takes_any(kind: str, half: bool, tmp_path: Path) -> None:
@@ -177,6 +187,17 @@ def test_images_become_what_transformers_processor_makes_of_them(
     image = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)  # a frame that has been resized and cropped
     theirs = processor(image.numpy(), return_tensors="pt", do_resize=False)["pixel_values"][0]
     torch.testing.assert_close(backbone.normalise(image), theirs, atol=1e-5, rtol=0)
+
+
+def test_images_become_what_dinov3s_processor_makes_of_them(tmp_path: Path) -> None:
+    with np.load(GOLDEN / "dinov3_pixels.npz") as golden:  # it needs torchvision
+        image, pixels, resample = (torch.from_numpy(golden[name]) for name in ("image", "pixels", "resample"))
+    save_folder("dinov3_vit", tmp_path / "tower")
+    for written in ({}, {"size": {"height": 224, "width": 224}, "resample": int(resample)}):
+        (tmp_path / "tower" / "preprocessor_config.json").write_text(json.dumps(written))
+        backbone = CLIPBackbone.load(str(tmp_path / "tower"))
+        assert backbone.interpolation == {2: "bilinear", 3: "bicubic"}[int(resample)]
+        torch.testing.assert_close(backbone.normalise(image), pixels, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kind", FOLDERS)
@@ -242,6 +263,8 @@ def test_blocks_projections_and_gradients(kind: str, tmp_path: Path) -> None:
     backbone = CLIPBackbone.load(str(tmp_path / "tower")).eval()
     blocks = backbone.family.blocks(backbone.visual)
     assert len(blocks) == 2
+    models: list[Any] = [tower.model for tower in (backbone.visual, backbone.text) if tower is not None]
+    assert {model.config._attn_implementation for model in models} == {"sdpa"}
     for block in blocks:
         layers = {name for name, module in block.named_modules() if isinstance(module, nn.Linear)}
         named = {name: layers.intersection(of) for name, of in backbone.family.projections.items()}
@@ -312,6 +335,7 @@ def test_a_configuration_that_contradicts_the_weights_is_refused(kind: str, tmp_
     [
         ("vision_config", {"num_attention_heads": 0}, "num_attention_heads is 0, not a whole number above 0"),
         ("vision_config", {"num_attention_heads": 7}, "can't be"),
+        ("vision_config", {"attention_dropout": float("nan")}, "attention_dropout is nan; it must be finite"),
         ("vision_config", {"image_size": [32, 48]}, r"image_size is \[32, 48\]"),
         ("vision_config", {"patch_size": -8}, "patch_size is -8"),
         ("vision_config", {"num_hidden_layers": 2.5}, "can't be used"),
@@ -339,6 +363,49 @@ def test_configurations_are_checked(table: str, change: dict[str, Any], message:
     with pytest.raises(UserError, match=message) as error:
         CLIPBackbone.load(str(tmp_path / "tower"))
     assert "tower" in str(error.value)
+
+
+@pytest.mark.parametrize("heads", [3, 16, 32])
+def test_heads_that_do_not_fit_the_width_are_refused(heads: int, tmp_path: Path) -> None:
+    save_folder("dinov3_vit", tmp_path / "tower")
+    changed_config(tmp_path / "tower", {"num_attention_heads": heads})
+    with pytest.raises(UserError, match=r"config\.json of .* makes no tower that runs"):
+        CLIPBackbone.load(str(tmp_path / "tower"))
+
+
+def fields_of(table: dict[str, Any], *before: str) -> Iterator[tuple[str, ...]]:
+    for name, value in table.items():
+        yield (*before, name)
+        if isinstance(value, dict):
+            yield from fields_of(value, *before, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
+@pytest.mark.parametrize("kind", ["metaclip_2", "siglip_2", "dinov2", "dinov3_vit"])
+def test_any_value_of_any_field_is_taken_or_refused_in_words(kind: str, file: str, tmp_path: Path) -> None:
+    save_folder(kind, tmp_path / "tower")
+    good = json.loads((tmp_path / "tower" / file).read_text())
+    taken = 0
+    for *tables, field in fields_of(good):
+        for value in (None, -1, 0, True, 2.5, float("nan"), float("inf"), "x", [], [1, 2], {"a": 1}, 1 << 40, 10**30):
+            changed = copy.deepcopy(good)
+            table = changed
+            for name in tables:
+                table = table[name]
+            table[field] = value
+            (tmp_path / "tower" / file).write_text(json.dumps(changed))
+            try:
+                backbone = CLIPBackbone.load(str(tmp_path / "tower")).eval()
+            except UserError:
+                continue
+            with torch.no_grad():
+                backbone.encode_frames(torch.randn(1, 3, backbone.image_size, backbone.image_size))
+                if backbone.text is not None:
+                    backbone.encode_text(backbone.tokenize(["a cat"]))
+            json.dumps(backbone.description(), allow_nan=False)
+            taken += 1
+    assert taken > 2
 
 
 @pytest.mark.parametrize("kind", FOLDERS)

@@ -186,17 +186,21 @@ def test_siglips_padding_is_held_against_its_training(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("spiece.model", r"has SentencePiece's spiece\.model, which is not read, .* T5Tokenizer\.from_pretrained"),
-        ("sentencepiece.bpe.model", r"has .* and no tokenizer\.json: .* XLMRobertaTokenizer\.from_pretrained"),
-        ("tokenizer.model", r"has .* and no tokenizer\.json: add that of the model's repository$"),
-        ("tokenizer_config.json", r"has no tokenizer: neither tokenizer\.json"),
+        ("spiece.model", r", only SentencePiece's spiece\.model, which is not read: .* T5Tokenizer\.from_pretrained"),
+        ("sentencepiece.bpe.model", r", only .* which is not read: .* by XLMRobertaTokenizer\.from_pretrained"),
+        ("tokenizer.model", r", only .*, which is not read: .* backbone_options, tokenizer$"),
+        ("tokenizer_config.json", r": put that of the model's repository there, .* backbone_options, tokenizer$"),
+        ("vocab.json", r": put that of the model's repository there, .* backbone_options, tokenizer$"),
+        ("bpe_simple_vocab_16e6.txt", r": put that of the model's repository there, .* backbone_options, tokenizer$"),
     ],
 )
 def test_a_folder_without_tokenizer_json(name: str, message: str, tmp_path: Path) -> None:
     config = SAVED["siglip"][1] | {"vocab_size": 450}
     (tmp_path / name).write_text("{}")
-    with pytest.raises(UserError, match=message):
-        read_tokenizer(tmp_path, config, "it")
+    (tmp_path / "merges.txt").write_text("")
+    for path in (tmp_path, tmp_path / name):
+        with pytest.raises(UserError, match=f"has no tokenizer.json{message if path == tmp_path else ''}"):
+            read_tokenizer(path, config, "it")
 
 
 EXPLODING = {"type": "Split", "pattern": {"Regex": "(a+)+(a+)+(a+)+(a+)+$"}, "behavior": "Isolated", "invert": False}
@@ -361,3 +365,21 @@ def test_merges_that_undo_each_other_end(tmp_path: Path) -> None:
     tokens = encoded(read_tokenizer(tmp_path, config, "it"), ["a" * 5000, "a"], "it")
     assert [len(row) for row in tokens] == [64, 64]
     assert tokens[1][1:] == [1] + [0] * 62
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_many_added_tokens(name: str, tmp_path: Path) -> None:
+    config = saved(name, tmp_path)
+    size, more = config["vocab_size"], 50_000  # hours, one by one
+
+    def change(content: Any) -> None:
+        for number in range(more):
+            content["added_tokens"].append(
+                {"id": size + number, "content": f"<{number}>", "special": number % 2 > 0, "normalized": False}
+            )
+
+    changed(tmp_path, change)
+    tokenizer = read_tokenizer(tmp_path, config | {"vocab_size": size + more}, "it")
+    assert (size + 49_999 in encoded(tokenizer, ["a <49999>"], "it")[0]) == (name != "siglip")
+    with pytest.raises(UserError, match=f"has {size + more} tokens and the text tower {size}"):
+        read_tokenizer(tmp_path, config, "it")

@@ -1,4 +1,4 @@
-"""CLIP's two towers with all that goes with them, and the ways to make them.
+"""A visual and a text tower with all that goes with them, and the ways to make them.
 
 transformers and the hub's client are imported where they are used, because they take seconds and a ResNet without text
 needs neither.
@@ -50,7 +50,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 class CLIPBackbone(nn.Module):
-    """CLIP's towers with all that goes with them: tokenizer, image size, mean and std.
+    """Towers of CLIP, or of another family, with all that goes with them: tokenizer, image size, mean and std.
 
     Made by ``load``, ``from_pretrained``, ``from_openai`` or ``from_description``. Images and texts become projected
     embeddings of one width; neither is L2-normalised.
@@ -195,7 +195,7 @@ class CLIPBackbone(nn.Module):
         image_size: int | None = None,
         dtype: str = "float32",
     ) -> Self:
-        """Load a ViT CLIP in transformers' format, or a CLIP in OpenCLIP's.
+        """Load towers of any family in transformers' format, or a CLIP in OpenCLIP's.
 
         A folder that has both is read as transformers'.
 
@@ -206,15 +206,15 @@ class CLIPBackbone(nn.Module):
             head_width: Of OpenCLIP's, see :meth:`from_openai`; folders in transformers' format have their own.
             activation: The same.
             mean: What is subtracted from pixels between 0 and 1, a number a channel. By default what the folder's
-                ``preprocessor_config.json`` or ``open_clip_config.json`` says, as for interpolation; without it,
-                CLIP's.
+                ``preprocessor_config.json`` or ``open_clip_config.json`` says, as for interpolation; without it, those
+                of its family.
             std: What they are divided by, likewise.
             image_size: Height and width of the images in the place of the tower's own, a multiple of its patches'.
                 Position embeddings are interpolated, as transformers' ``interpolate_pos_encoding`` does it.
             dtype: What the weights are held in, whatever the file has: ``float32``, ``bfloat16`` or ``float16``.
 
         Raises:
-            UserError: The folder doesn't exist, the model can't be fetched, isn't CLIP, or is damaged.
+            UserError: The folder doesn't exist, the model can't be fetched, is of no family, or is damaged.
         """
         name_or_dir, tokenizer = os.fspath(name_or_dir), None if tokenizer is None else os.fspath(tokenizer)
         folder = Path(name_or_dir).expanduser()
@@ -243,35 +243,58 @@ class CLIPBackbone(nn.Module):
         adapter = read_adapter(folder, name_or_dir)
         description, state = formats.read_folder(folder, name_or_dir)
         description |= _given(mean=mean, std=std)
-        own, family = description["visual_config"], family_of(description["visual_config"]["kind"])
+        own = description["visual_config"]
         description["visual_config"] = _sized(own, description.pop("image_size"), image_size, name_or_dir)
-
-        def loaded() -> CLIPBackbone:
-            backbone = cls.from_description({**description, "dtype": dtype, "source": name_or_dir})
-            names = {*map(family.file_name, backbone.state_dict())}
-            weights = family.renamed(state, names)
-            if adapter is not None:
-                weights = apply_adapter(adapter, weights, family, names, name_or_dir)
-            formats.check_towers(backbone, weights, family.file_name, name_or_dir)
-            formats.load_weights(
-                backbone,
-                weights,
-                family.file_name,
-                backbone._resized(lambda _, weight: weight, own),
-                name_or_dir,
-                model=family.name,
-                remedy=f": {formats.ONE_MODEL}",
-                unused=family.unused(names),
-            )
-            return backbone
-
+        description |= {"dtype": dtype, "source": name_or_dir}
         with torch.device("meta"):  # a wrong config.json may describe towers larger than any memory
-            loaded()
-        backbone = loaded()
+            tried = cls._with_weights(description, own, state, adapter)
+            try:  # some classes of transformers find out only then that heads don't fit their width
+                tried.visual(torch.empty(1, 3, tried.image_size, tried.image_size))
+            except Exception as error:  # torch's have no common class
+                raise UserError(f"the config.json of {name_or_dir} makes no tower that runs: {error}") from error
+        backbone = cls._with_weights(description, own, state, adapter)
         if backbone.text is not None:
             backbone._read_tokenizer(
                 folder if tokenizer is None else Path(tokenizer).expanduser(), tokenizer or name_or_dir
             )
+        return backbone
+
+    @classmethod
+    def _with_weights(
+        cls,
+        description: Mapping[str, Any],
+        own: Mapping[str, Any],
+        state: Mapping[str, Tensor],
+        adapter: tuple[dict[str, Any], dict[str, Tensor]] | None,
+    ) -> Self:
+        """Build what is described, and load the weights of a folder in transformers' format.
+
+        Args:
+            description: The description.
+            own: The configuration of the visual tower in the folder, which may be of another size.
+            state: The weights.
+            adapter: The folder's adapter, which is added to them.
+
+        Raises:
+            UserError: They are of other towers.
+        """
+        backbone = cls.from_description(description)
+        family, source = backbone.family, backbone.source
+        names = {*map(family.file_name, backbone.state_dict())}
+        weights = family.renamed(state, names)
+        if adapter is not None:
+            weights = apply_adapter(adapter, weights, family, names, source)
+        formats.check_towers(backbone, weights, family.file_name, source)
+        formats.load_weights(
+            backbone,
+            weights,
+            family.file_name,
+            backbone._resized(lambda _, weight: weight, own),
+            source,
+            model=family.name,
+            remedy=f": {formats.ONE_MODEL}",
+            unused=family.unused(names),
+        )
         return backbone
 
     @classmethod
@@ -554,8 +577,8 @@ class CLIPBackbone(nn.Module):
         """Turn texts into tokens.
 
         Returns:
-            ``(n, length)``, long, where length is the text tower's; shorter texts are padded with the end of text, and
-            longer ones are cut so that it stays.
+            ``(n, length)``, long, where length is the text tower's; shorter texts are padded as in its training (CLIP's
+            with the end of text), and longer ones are cut so that the end of text stays.
 
         Raises:
             UserError: There is no text tower, or its tokenizer can't be had or isn't its own.

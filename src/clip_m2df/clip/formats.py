@@ -41,9 +41,10 @@ _OPEN_CLIP_WEIGHTS = (
     "open_clip_pytorch_model.safetensors",
     "open_clip_pytorch_model.bin",
 )
-# What is fetched of a model.
-MODEL_FILES = [["config.json", "tokenizer*.json", files] for of_format in _WEIGHTS for files in of_format]
-MODEL_FILES += [[OPEN_CLIP_CONFIG, "tokenizer*.json", name] for name in _OPEN_CLIP_WEIGHTS]
+# What is fetched of a model; a family without texts has no tokenizer.
+_TOKENIZER = "tokenizer*.json"
+MODEL_FILES = [["config.json", _TOKENIZER, files] for of_format in _WEIGHTS for files in of_format]
+MODEL_FILES += [[OPEN_CLIP_CONFIG, _TOKENIZER, name] for name in _OPEN_CLIP_WEIGHTS]
 _OPTIONAL_FILES = [
     *("preprocessor_config.json", "processor_config.json", "vocab.json", "merges.txt"),
     *("adapter_config.json", "adapter_model.safetensors", *(f"{name}.index.json" for name, _ in _WEIGHTS)),
@@ -225,13 +226,26 @@ def check_towers(backbone: nn.Module, state: Mapping[str, Tensor], name_of: Call
         )
 
 
+def _known_families() -> list[Family]:
+    """The families that have folders."""
+    return [family for family in map(family_of, families()) if family.config]
+
+
+def _described(folder: Path) -> Family | None:
+    """The family of a folder's ``config.json``, if it has one."""
+    if not (folder / "config.json").is_file():
+        return None
+    kind = _read_json(folder / "config.json").get("model_type")
+    return next((family for family in _known_families() if family.model_type == kind), None)
+
+
 def _family(model_type: object, source: str) -> Family:
     """The family of a folder's ``model_type``.
 
     Raises:
         UserError: It is of none, or of a relative that is not taken.
     """
-    known = [family for family in map(family_of, families()) if family.config]
+    known = _known_families()
     for family in known:
         if model_type == family.model_type:
             return family
@@ -496,7 +510,7 @@ def open_clip_weights(folder: Path) -> Path | None:
     """
     if not (folder / OPEN_CLIP_CONFIG).is_file():
         return None
-    described = (folder / "config.json").is_file() and _read_json(folder / "config.json").get("model_type") == "clip"
+    described = _described(folder) is not None
     if described and any(any(folder.glob(pattern)) for of_format in _WEIGHTS for pattern in of_format):
         return None
     return next((folder / name for name in _OPEN_CLIP_WEIGHTS if (folder / name).is_file()), None)
@@ -818,7 +832,9 @@ def fetch(repository: str, choices: Sequence[Sequence[str]], *, offline: bool = 
         except Exception as error:  # the network's faults have no common class
             reason = error
             continue
-        if all(any(folder.glob(pattern)) for pattern in patterns):
+        described = _described(folder)
+        needed = [pattern for pattern in patterns if pattern != _TOKENIZER or described is None or described.text]
+        if all(any(folder.glob(pattern)) for pattern in needed):
             return folder
     raise UserError(
         f"the weights or the tokenizer of {repository!r} are not on this machine and can't be fetched: connect once, "

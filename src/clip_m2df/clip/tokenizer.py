@@ -81,13 +81,13 @@ def read_tokenizer(path: Path, config: Mapping[str, Any], source: str) -> Tokeni
     files = _form(path)
     if not exists(path):
         raise UserError(f"tokenizer {path}: no such file or folder; relative names start at {Path.cwd()}")
-    if files is None and (other := next((name for name in _CONVERSIONS if isfile(path / name)), None)):
-        made = (
-            f", or make it by transformers, sentencepiece and protobuf: {how}" if (how := _CONVERSIONS[other]) else ""
-        )
+    if not _is_clips(config) and files != ["tokenizer.json"]:
+        other = next((name for name in _CONVERSIONS if isfile(path / name)), "")
+        only, how = f", only SentencePiece's {other}, which is not read" if other else "", _CONVERSIONS.get(other)
+        made = f"; transformers, sentencepiece and protobuf make it by {how}" if how else ""
         raise UserError(
-            f"{path} has SentencePiece's {other}, which is not read, and no tokenizer.json: add that of the model's"
-            f" repository{made}"
+            f"{path} has no tokenizer.json{only}: put that of the model's repository there, or name a folder with it by"
+            f" backbone_options, tokenizer{made}"
         )
     if files is None and not isfile(path):
         raise UserError(
@@ -189,19 +189,20 @@ def _made(content: Mapping[str, Any], special: Mapping[str, str], config: Mappin
     scored = isinstance(model["vocab"], list) and len(model["vocab"]) > 0
     if _is_clips(config) and scored:
         raise UserError(f"the tokenizer of {source} has words with scores, which CLIP's has not: give the tower's own")
-    clips = _is_clips(config) or not (scored or model.get("byte_fallback") or config["kind"] == "siglip")
-    if clips:
+    if _is_clips(config) or not (scored or model.get("byte_fallback") or config["kind"] == "siglip"):
         tokenizer, added = _clips(model, added, special)
     else:
         tokenizer = _sentencepiece(content, added, config, source)
     flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
-    for token in sorted(added, key=lambda token: token["id"]):
-        own = AddedToken(_text(token["content"]), **{flag: bool(token.get(flag)) for flag in flags})
-        tokenizer.add_special_tokens([own]) if own.special else tokenizer.add_tokens([own])
-        if tokenizer.token_to_id(own.content) != token["id"]:
-            raise ValueError(f"the token {own.content!r} can't have the number {token['id']}")
-    # Read again, CLIP's is what a description makes of it; the others are that already, and may be large.
-    return tokenizer.from_str(tokenizer.to_str()) if clips else tokenizer
+    added = sorted(added, key=lambda token: token["id"])
+    # All at once, for each call makes the table of all of them anew.
+    tokenizer.add_tokens(
+        [AddedToken(_text(token["content"]), **{flag: bool(token.get(flag)) for flag in flags}) for token in added]
+    )
+    for token in added:
+        if tokenizer.token_to_id(token["content"]) != token["id"]:
+            raise ValueError(f"the token {token['content']!r} can't have the number {token['id']}")
+    return tokenizer
 
 
 def _is_clips(config: Mapping[str, Any]) -> bool:

@@ -7,6 +7,7 @@ it. transformers is imported where a tower is built, because it takes seconds.
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -58,13 +59,15 @@ class Tower:
         """The tower that a description's values make, with weights drawn at random.
 
         Raises:
-            UserError: It has more layers than any tower.
+            UserError: It has more layers than any tower, or a number that is not finite.
         """
         import transformers
 
         if (layers := config.get("num_hidden_layers", 0)) > MOST_LAYERS:
             raise UserError(f"num_hidden_layers is {layers}; it must be at most {MOST_LAYERS}")
         values = {key: value for key, value in config.items() if key != "kind"}
+        if wrong := [name for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)]:
+            raise UserError(f"{wrong[0]} is {values[wrong[0]]}; it must be finite")
         model = getattr(transformers, self.model)(getattr(transformers, self.config)(**values, **self.fixed))
         for name in self.unused:
             module, _, weight = name.rpartition(".")
