@@ -265,7 +265,10 @@ class CLI(LightningCLI):
                     f"the run folder {run_folder} holds a run already: go on with it by --ckpt_path last, or give"
                     " another --trainer.default_root_dir"
                 )
-        elif config.ckpt_path is None and (head_class(config.model.head).trained or not config.model.freeze_backbone):
+        elif config.ckpt_path is None and (
+            head_class(config.model.head).trained
+            or not (config.model.freeze_backbone or config.model.backbone == "features")
+        ):
             raise UserError(
                 f"{self.subcommand} measures a checkpoint: give --ckpt_path best, last, or a file; where"
                 " nothing is trained, neither head nor tower (--model.freeze_backbone true), it takes none"
@@ -308,7 +311,7 @@ class CLI(LightningCLI):
         if given.get("data.frames") is None:
             config.data.frames = table.frames
         if config.ckpt_path is None and given.get("model.backbone", "features") == "features":
-            config.model.backbone, config.model.freeze_backbone = "features", True
+            config.model.backbone = "features"
             config.model.backbone_options = {"dim": table.dim} | (config.model.backbone_options or {})
             say(
                 f"{config.data.manifest} has features of {table.frames} frames, {table.dim} numbers each: the model has"
