@@ -313,10 +313,11 @@ class CLI(LightningCLI):
         if config.ckpt_path is None and given.get("model.backbone", "features") == "features":
             config.model.backbone = "features"
             config.model.backbone_options = {"dim": table.dim} | (config.model.backbone_options or {})
-            say(
-                f"{config.data.manifest} has features of {table.frames} frames, {table.dim} numbers each: the model has"
-                " the backbone features, which is no tower"
-            )
+            if _is_first_process():
+                say(
+                    f"{config.data.manifest} has features of {table.frames} frames, {table.dim} numbers each: the model"
+                    " has the backbone features, which is no tower"
+                )
 
     def _take_published(self, config: Namespace) -> None:
         """Have the model made of a published checkpoint: it keeps no options, so that those given hold."""
