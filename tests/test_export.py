@@ -372,7 +372,7 @@ def test_a_module_that_looks_at_its_numbers_is_refused(tmp_path: Path) -> None:
         write_program(Program(Looking(), {"x": (3,)}), tmp_path / "head", ["pt2"])
 
 
-@pytest.mark.parametrize("head", ["otam", "m2df"])
+@pytest.mark.parametrize("head", ["otam", pytest.param("m2df", marks=pytest.mark.slow)])
 def test_a_model_without_a_tower_is_exported_as_its_head(head: str, tmp_path: Path) -> None:
     model = make_of_features(head)
     found = export_model(model, tmp_path / "out", **SHAPES, class_names=["b", "a"], formats=["pt2"])

@@ -631,9 +631,14 @@ def test_feature_tables_of_no_use(
 
 @pytest.mark.parametrize("more", [[], ["--reject", "--head", "bi_mhm"]])
 def test_features_need_no_tower(
-    more: list[str], tables: tuple[Path, Path], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    more: list[str],
+    tables: tuple[Path, Path],
+    support: Path,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    support, clips = tables
+    of_videos, (support, clips) = support, tables
     assert main(predict_args(support, [clips], tmp_path / "tower.csv", *more)) == 0
     alone = ["--backbone", "features", *more]
     capsys.readouterr()
@@ -653,6 +658,8 @@ def test_features_need_no_tower(
     classifier.save(tmp_path / "saved")
     assert main(predict_args(None, [clips], tmp_path / "saved.csv", "--ckpt_path", str(tmp_path / "saved"))) == 0
     assert read_csv(tmp_path / "saved.csv")[0]["label"] in LABELS
+    message = fails(predict_args(of_videos, [clips], tmp_path / "x.csv", *alone[:2]), capsys)
+    assert f"--backbone features is no tower, and {of_videos} has videos: give --support a feature table" in message
     narrow = ["--backbone", "features", "--backbone_options", "dim=32"]
     message = fails(predict_args(support, [clips], tmp_path / "x.csv", *narrow), capsys)
     assert "support.safetensors are 8 frames of width 64, and features takes 8 of width 32" in message

@@ -65,7 +65,7 @@ class SupportClass:
         """A class as a model sees it; see the attributes. The prompt is given where there is no text."""
         features = features.to(model.device)
         if prompt is None and not model.image_size and not model.model.without_prompts:
-            prompt = features.new_zeros(features.shape[-1])  # it has those of its training alone, and needs none
+            prompt = torch.zeros(features.shape[-1])  # it has those of its training alone, and needs none
         elif prompt is None:
             assert text is not None
             prompt = model.encode_prompts([text])[0]

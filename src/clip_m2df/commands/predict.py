@@ -308,7 +308,11 @@ def _fit_classifier(
         options |= {name: own[name] for name in ("head_options", "backbone_options") if own[name]}
         classifier = FewShotClassifier.from_checkpoint(ckpt_path, clip=backbone, **reading, **options)
     else:
-        if backbone == "features" and rows and "dim" not in own["backbone_options"]:
+        if backbone == "features" and not rows:
+            raise UserError(
+                f"--backbone features is no tower, and {support} has videos: give --support a feature table"
+            )
+        if backbone == "features" and "dim" not in own["backbone_options"]:
             width = rows[0].features.shape[-1]
             say(f"the model takes features of {width} numbers a frame, as {support} has them")
             own = {**own, "backbone_options": own["backbone_options"] | {"dim": width}}
