@@ -59,7 +59,7 @@ def test_a_head_trains_from_the_table_as_from_the_videos(many: Path, tiny_clip_d
     table = tmp_path / "table.safetensors"
     assert encode(many, tiny_clip_dir, table, "--augmentations=1", "--seed=7", "--flip") == 0
     given: dict[str, Any] = {"n_way": 3, "n_query": 2, "frames": 2, "num_workers": 0, "seed": 7, "episodes_per_step": 2}
-    given |= {"validate_every": 2, "val_episodes": 5, "resize": 32, "size": 32, "flip": True}
+    given |= {"validate_every": 2, "val_episodes": 40, "resize": 32, "size": 32, "flip": True}
     found = []
     for manifest, backbone, augmentations in ((many, str(tiny_clip_dir), 1), (table, "features", 0)):
         torch.manual_seed(0)
@@ -101,9 +101,9 @@ def test_a_training_from_the_table_is_that_from_the_videos(
         pytest.skip("the numbers that Parquet holds are those of safetensors")
     table = tmp_path / f"table.{ending}"
     assert encode(many, tiny_clip_dir, table, f"--augmentations={augmentations}", "--seed=7", "--flip", *reads) == 0
-    # Fewer validation episodes than name all videos: what goes through the tower with a video doesn't matter.
+    # Episodes that name all videos: then the same go through the tower together.
     common = ["--data.seed=7", "--data.flip=true", "--model.lr=0.001", "--trainer.max_steps=4", *trains]
-    common.append("--trainer.log_every_n_steps=1")
+    common += ["--trainer.log_every_n_steps=1", "--data.val_episodes=40", "--data.test_episodes=40"]
     videos = ["--model.freeze_backbone=true", f"--data.train_augmentations={augmentations}"]
     assert main(["fit", *run_of(many, tiny_clip_dir, tmp_path / "videos", *common, *videos)]) == 0
     own = ["--model.backbone=features", "--model.freeze_backbone=false"]
@@ -176,7 +176,7 @@ def test_towers_of_trained_models_read_as_in_their_training(
     found = []
     for source in (manifest, output):
         run = tmp_path / source.stem
-        more = [f"--ckpt_path={checkpoint}", "--data.size=null", "--data.frames=2"]
+        more = [f"--ckpt_path={checkpoint}", "--data.size=null", "--data.test_episodes=40"]
         config = ["--config", str(fitted / "config.yaml"), f"--trainer.default_root_dir={run}"]
         assert main(["test", *config, f"--data.manifest={source}", *more]) == 0
         found.append((run / "test_metrics.csv").read_text())
