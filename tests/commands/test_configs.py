@@ -168,8 +168,10 @@ def test_the_tuned_recipe_is_in_them(name: str, shot: int) -> None:
     assert config["model.weight_decay"] == 1e-3
     assert config["model.class_weight"] == weight
     assert config["data.flip"] is (not name.startswith("ssv2"))
-    expected = {"frames": 8, "resize": 256, "size": 224, "n_query": 5, "n_query_eval": 1, "test_episodes": 10000}
+    expected = {"frames": 8, "resize": None, "size": None, "n_query": 5, "n_query_eval": 1, "test_episodes": 10000}
     assert {key: config[f"data.{key}"] for key in expected} == expected
+    data = EpisodeDataModule(**parse(f"{name}_5way{shot}shot.yaml").data.as_dict())
+    assert (data.reader.resize, data.reader.size) == (256, 224)  # of a ViT-B/16
 
 
 def dropped(model: CLIPM2DF) -> list[float]:
