@@ -80,7 +80,7 @@ class Settings:
     Attributes:
         seeds: of weights and training episodes, one run each.
         choosing_seed: the seed of the runs by which learning rates are chosen.
-        parts: ``main`` (frozen tower) and ``tower`` (trained too).
+        parts: ``main`` (frozen tower), ``tower`` (trained too) and ``adapters`` (both compared with LoRA).
     """
 
     seeds: tuple[int, ...]

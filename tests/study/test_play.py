@@ -125,7 +125,13 @@ def test_a_run_repeats_without_what_others_left(study: tuple[Path, list[Record]]
     assert [r.curve for r in fresh] == [r.curve for r in kept if r.row != "OTAM"]
 
 
-def test_features_are_kept_for_a_frozen_tower_alone(tmp_path: Path) -> None:
+def test_features_are_kept_where_heads_train_on_them_alone(tmp_path: Path) -> None:
     assert configuration(RUN, SETTINGS, tmp_path)["data"]["store"].startswith(str(tmp_path))
     tower = dataclasses.replace(RUN, part="tower")
     assert "store" not in configuration(tower, SETTINGS, tmp_path)["data"]
+    # A frozen tower's head trains from frames too, where others that it is compared with have to.
+    frozen = dataclasses.replace(TOWER, options=TOWER.options | {"model.freeze_backbone": True})
+    from_frames = dataclasses.replace(SETTINGS, parts={"adapters": frozen})
+    config = configuration(dataclasses.replace(RUN, part="adapters"), from_frames, tmp_path)
+    assert config["model"]["freeze_backbone"]
+    assert "store" not in config["data"]
