@@ -64,6 +64,7 @@ class CLIPBackbone(nn.Module):
         text: Tokens ``(n, length)`` to embeddings ``(n, dim)``, or None.
         dim: Width of the embeddings.
         image_size: Height and width of the images.
+        adapters: Those of the visual tower, see :func:`clip_m2df.clip.adapters.add_adapters`; None without.
     """
 
     mean: Tensor
@@ -93,6 +94,7 @@ class CLIPBackbone(nn.Module):
         self.image_size = int(self.visual_config["image_size"])
         self.source = source
         self.freeze_batch_norm = freeze_batch_norm
+        self.adapters: dict[str, Any] | None = None
 
         self._tokenizer: Tokenizer | None = None
         if tokenizer is not None and self.text_config is not None:

@@ -361,7 +361,7 @@ class _Labeller:
         model, reader = self.classifier.model, self.classifier.encoder.reader
         facts = {
             "version": __version__,
-            "model": {name: model.hparams[name] for name in ("head", "head_options", "template")},
+            "model": {name: model.hparams[name] for name in ("head", "head_options", "template", "adapters")},
             "tower": model.model.backbone.description(),
             "text_fusion": model.text_fusion,
             "selection": getattr(model.model.head, "selection", None),

@@ -31,6 +31,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.multiprocessing.spawn import ProcessException
 
+from clip_m2df.clip.adapters import check_adapters
 from clip_m2df.clip.backbone import check_options
 from clip_m2df.clip.formats import told_options
 from clip_m2df.episodes.datamodule import EpisodeDataModule
@@ -312,8 +313,10 @@ class CLI(LightningCLI):
         saved = saved_options(config.ckpt_path, saved, CLIPM2DF, head=config.model.head)
         given = self.parser.parse_args(self.args, defaults=False)[str(self.subcommand)].get("model")
         source = saved["backbone"]["source"]
-        kept = options_by_name(saved) | {"model.backbone": source}
+        kept = {"model.adapters": None} | options_by_name(saved) | {"model.backbone": source}
         asked = {f"model.{option}": value for option, value in (given.as_dict() if given else {}).items()}
+        if asked.get("model.adapters") is not None:
+            asked["model.adapters"] = check_adapters(asked["model.adapters"])
         of_head = "model.head_options."
         asked |= {f"{of_head}{option}": v for option, v in (asked.pop("model.head_options", None) or {}).items()}
         run_config = Path(config.ckpt_path).parent.parent / "config.yaml"

@@ -262,7 +262,9 @@ def _encode_missing(
 
 def _open_store(model: M2DF, table: VideoTable, precision: str) -> FeatureStore:
     tower = model.backbone
-    preprocessing = [tower.visual_config, tower.mean.flatten().tolist(), tower.std.flatten().tolist()]
+    # Of adapters, since the scale of what they add is not in the weights.
+    config = tower.visual_config | ({} if tower.adapters is None else {"adapters": tower.adapters})
+    preprocessing = [config, tower.mean.flatten().tolist(), tower.std.flatten().tolist()]
     how = json.dumps([table.reading, precision, preprocessing], sort_keys=True, default=str)
     return FeatureStore(str(table.store), tower.visual, how, shape=(table.frames, tower.dim))
 

@@ -221,6 +221,7 @@ class Towers(Protocol):
         std: what it divides by.
         visual_config: what describes the visual tower, in plain types.
         source: where the weights came from.
+        adapters: what describes the visual tower's adapters, if it has any; its own weights are frozen then.
     """
 
     visual: nn.Module
@@ -231,6 +232,7 @@ class Towers(Protocol):
     std: Tensor
     visual_config: dict[str, Any]
     source: str
+    adapters: dict[str, Any] | None
 
     def normalise(self, images: Tensor, /) -> Tensor:
         """Bring uint8 images ``(…, 3, height, width)`` to what the visual tower was trained on."""
@@ -280,7 +282,8 @@ class M2DF(nn.Module):
         self.templates = check_templates(template)
         self.freeze_backbone = freeze_backbone
         self.distinct_prompts = head.uses_prompts
-        backbone.visual.requires_grad_(not freeze_backbone)
+        if backbone.adapters is None or freeze_backbone:
+            backbone.visual.requires_grad_(not freeze_backbone)
         if backbone.text is not None:
             backbone.text.requires_grad_(False)
         self._prompt_tables: dict[tuple[str, ...], Tensor] = {}

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from clip_m2df.clip.adapters import add_adapters, check_adapters
 from clip_m2df.clip.backbone import CLIPBackbone, check_options
 from clip_m2df.clip.formats import OPENAI
 from clip_m2df.clip.tokenizer import has_tokenizer
@@ -112,6 +113,9 @@ class CLIPM2DF(lightning.LightningModule):
         template: the prompt, with ``{}`` where the class goes, or a list of such: an ensemble, the mean of their
             normalised embeddings.
         freeze_backbone: train the head alone.
+        adapters: train LoRA's adapters in the visual tower in the place of its own weights: a table of ``r`` (16 by
+            default), ``alpha`` (twice ``r``), ``target`` (``[q, v]``, of ``q``, ``k``, ``v``, ``o``, ``fc1``, ``fc2``),
+            ``layers`` (``all``, or the blocks' numbers from 0) and ``dropout`` (0). Needs peft.
         gradient_checkpointing: compute the tower's activations anew in the backward pass, to save memory.
         bank_memory: GiB that an evaluation may take for fused sequences; with less than all take, some are fused again.
         compile: compile tower and head with ``torch.compile`` for training: the first steps take long, the others less.
@@ -119,7 +123,7 @@ class CLIPM2DF(lightning.LightningModule):
             Note: the published code does so until its first evaluation only, and changes its model half-way.
             Where it moves, it sees the support of an episode and then its queries, whatever the batch, as in CLIP-FSAR.
         lr: peak learning rate of Adam, for the head.
-        backbone_lr: the same for the visual tower; ``lr`` by default.
+        backbone_lr: the same for the visual tower, or its adapters; ``lr`` by default.
         weight_decay: Adam's; it is added to the gradient, not decoupled.
         no_decay: parts of names: a parameter whose name has one of them gets no weight decay. ``.bn`` and ``.norm.``
             are CLIP-FSAR's choice: a ResNet's batch norm but for its shortcuts', and the head's layer norm, but not
@@ -156,6 +160,7 @@ class CLIPM2DF(lightning.LightningModule):
         head_options: dict[str, Any] | None = None,
         template: list[str] | str = DEFAULT_TEMPLATE,
         freeze_backbone: bool = False,
+        adapters: dict[str, Any] | None = None,
         gradient_checkpointing: bool = False,
         bank_memory: float = 4.0,
         compile: bool = False,
@@ -189,6 +194,13 @@ class CLIPM2DF(lightning.LightningModule):
         parts = [] if no_decay is None else no_decay
         if not isinstance(parts, list | tuple) or not all(isinstance(part, str) and part for part in parts):
             raise UserError(f"no_decay is {no_decay!r:.80}; it must be a list of parts of names, such as ['.bn']")
+        if adapters is not None:
+            options["adapters"] = adapters = check_adapters(adapters)
+            if freeze_backbone:
+                raise UserError(
+                    "freeze_backbone trains the head alone, and adapters train the tower too: set it to false, or leave"
+                    " adapters out"
+                )
         # What is asked of the head is checked before a tower is loaded, which takes longer.
         own = dict(head_options or {})
         if "selection" in own:
@@ -212,6 +224,8 @@ class CLIPM2DF(lightning.LightningModule):
             else:
                 tower = CLIPBackbone.from_description(backbone)
         tower.freeze_batch_norm = freeze_batch_norm
+        if adapters is not None:
+            add_adapters(tower, adapters)
         if gradient_checkpointing:
             tower.enable_gradient_checkpointing()
         self.model = M2DF(tower, build_head(head, {"dim": tower.dim, **own}), template, freeze_backbone)
@@ -680,6 +694,8 @@ class CLIPM2DF(lightning.LightningModule):
             raise UserError(f"{file} is a checkpoint of CLIP-M²DF, whose head is m2df and not {head}: leave head out")
         if "backbone" in options:
             raise UserError(f"{file} is a published checkpoint: give CLIP's weights as clip, not as backbone")
+        if options.get("adapters") is not None:
+            raise UserError(f"{file} is a published checkpoint, whose tower has no adapters: leave adapters out")
         if not isinstance(clip, str | os.PathLike | CLIPBackbone | None):
             raise UserError(
                 f"clip is of the type {type(clip).__name__}: give the file, folder or name of CLIP's weights, or a"
