@@ -179,6 +179,17 @@ def test_a_trained_tower_gives_every_head_something_to_train() -> None:
     assert dataclasses.replace(PART, options={"model.freeze_backbone": False}).trains("OTAM")
 
 
+def test_a_tower_may_learn_at_a_share_of_the_heads_rate() -> None:
+    rows = {"same": Row(), "slower": Row(tower_rate=0.1)}
+    settings = Settings((0,), 0, {"adapters": dataclasses.replace(PART, rows=rows)})
+    same, slower = (Run("adapters", "measure", "scene", row, 0, 3e-3).options(settings) for row in rows)
+    assert "model.backbone_lr" not in same
+    assert slower == same | {"model.backbone_lr": 3e-4}
+    read = Settings.read(ROOT / "configs/study/full.yaml").parts["adapters"].rows
+    assert {name: row.tower_rate for name, row in read.items()} == {"frozen tower": 1, "LoRA": 1, "full training": 0.1}
+    assert not any("tower_rate" in row.options for row in read.values())
+
+
 def parsed(command: str) -> tuple[str, Any]:
     """What a command line asks for: its verb, and the config that it comes to."""
     program, verb, *args = shlex.split(command)
