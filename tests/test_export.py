@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from clip_m2df import CLIPM2DF, CLIPBackbone, UserError, export
-from clip_m2df.clip.resnet import ModifiedResNet
+from clip_m2df.clip.families.resnet import ModifiedResNet
 from clip_m2df.export import FORMATS, Program, export_model, head_program, tower_program, write_program
 from clip_m2df.files import locked_folder
 from clip_m2df.nn.baselines import HEADS

@@ -147,7 +147,7 @@ def test_options_win_over_the_saved_ones(saved: Path) -> None:
     assert loaded.hparams["lr"] == 0.5
     assert list(loaded.model.templates) == ["a photo of {}", "{} in a video"]
     wrong: list[tuple[dict[str, Any], str]] = [
-        ({"selektion": "sample"}, r"CLIPM2DF has no option 'selektion'; its options are backbone, .*warmup_steps"),
+        ({"selektion": "sample"}, r"CLIPM2DF has no option 'selektion'; its options are adapters, backbone, .*warmup_steps"),
         ({"head_options": PLAIN | {"depth": 3}}, r"no model can be made of .*: not a checkpoint .*missing model\.head"),
         ({"lr": -1.0}, r"no model can be made of .*: lr is -1"),
     ]
@@ -304,7 +304,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         if not (root / repo_id).is_dir():
             raise FileNotFoundError(repo_id)
         ignore = shutil.ignore_patterns("README.md")
-        assert allow_patterns == ["config.json", "model.safetensors"]
+        assert allow_patterns == ["config.json", "model.safetensors", "adapter_model.safetensors"]
         return str(shutil.copytree(root / repo_id, tmp_path / "cache", ignore=ignore, dirs_exist_ok=True))
 
     monkeypatch.setattr(HfApi, "create_repo", create_repo)

@@ -16,7 +16,7 @@ from itertools import accumulate
 from keyword import iskeyword
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, cast, get_args
 
 import torch
 from safetensors.torch import save as save_tensors
@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from clip_m2df.__about__ import __version__
+from clip_m2df.clip.adapters import merge_adapters
+from clip_m2df.clip.backbone import CLIPBackbone
 from clip_m2df.errors import UserError
 from clip_m2df.files import locked_folder, write_text
 from clip_m2df.nn.class_text import fuse_text
@@ -201,7 +203,9 @@ def tower_program(model: CLIPM2DF, *, batch: int) -> Program:
     """The visual tower for ``batch`` frames at once, without the text tower."""
     backbone = model.model.backbone
     # Whatever deepcopy finds in its memo it takes for copied.
-    module = TowerModule(copy.deepcopy(backbone, {id(backbone.text): None}))
+    module = TowerModule(copy.deepcopy(backbone, {id(backbone.text): None})).float()
+    if backbone.adapters is not None:
+        merge_adapters(cast(CLIPBackbone, module.backbone))
     shape = (batch, 3, backbone.image_size, backbone.image_size)
     return Program(_settled(module), {"frames": shape}, torch.uint8)
 

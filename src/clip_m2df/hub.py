@@ -2,12 +2,14 @@
 
 A folder is enough for a model: ``model.safetensors`` has the weights; ``config.json`` the options with the towers'
 description, tokenizer included, how videos are read and prompts picked, and the checksum of the weights; ``README.md``
-is the card.
+is the card. Of a model whose adapters are apart, ``model.safetensors`` has the head alone, peft's two files have the
+adapters, and ``config.json`` has the checksum of the towers' weights, which are loaded from elsewhere.
 """
 
 import json
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, get_args
@@ -18,14 +20,17 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 
+from clip_m2df.clip.adapters import CONFIG as ADAPTER_CONFIG
+from clip_m2df.clip.adapters import WEIGHTS as ADAPTER_WEIGHTS
 from clip_m2df.clip.formats import known_backbone, public_source
 from clip_m2df.episode import ResizeMode, Sampling
 from clip_m2df.errors import UserError, some
 from clip_m2df.files import check_regular, locked_folder, near_by, sha256_of, whole_file, write_text
 from clip_m2df.weight_files import read_weights
 
-MODEL_FORMAT = "clip-m2df model 1"
+MODEL_FORMAT, APART_FORMAT = "clip-m2df model 1", "clip-m2df model 1, adapters apart"
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 REMEDY = "give a folder that save_pretrained wrote, or fetch the model anew"
 TEMPLATE = Path(__file__).parent / "assets" / "model_card.md.jinja"
@@ -37,7 +42,9 @@ def write_model(folder: str | os.PathLike[str], checkpoint: Mapping[str, Any], *
     Args:
         folder: made if need be.
         checkpoint: what Lightning's checkpoints have of a model: ``hyper_parameters``, with the towers' description as
-            ``backbone``, ``state_dict``, ``reading`` and ``selection``.
+            ``backbone``, ``state_dict``, ``reading`` and ``selection``. Where the adapters are to be apart,
+            ``state_dict`` is that of the rest, ``adapter`` what :func:`clip_m2df.clip.adapters.peft_files` makes, and
+            ``tower`` the checksum of the towers.
         **card: see :func:`model_card`.
 
     Raises:
@@ -54,36 +61,48 @@ def write_model(folder: str | os.PathLike[str], checkpoint: Mapping[str, Any], *
     # A path of whoever saves the model would tell others nothing but that person's folders.
     source = public_source(options["backbone"]["source"])
     options = options | {"backbone": options["backbone"] | {"source": source}}
-    # Contiguous, and no two in the same memory, as safetensors takes them.
-    copies = {
-        name: w.cpu().clone(memory_format=torch.contiguous_format) for name, w in checkpoint["state_dict"].items()
-    }
+    adapter_config, adapter = checkpoint.get("adapter", ("", {}))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # All is written before the first takes its place, so that the model that was there outlives a full disk. The
         # config, which has the checksum of the weights, comes last.
-        with (
-            locked_folder(folder, "model"),
-            whole_file(folder / CONFIG, "model") as config_draft,
-            whole_file(folder / WEIGHTS, "weights") as draft,
-        ):
-            mode = draft.stat().st_mode
-            save_file(copies, draft, {"format": "pt"})
-            draft.chmod(mode)  # safetensors lets nobody but the writer read
-            config = {"format": MODEL_FORMAT, "options": options, "reading": reading}
-            config |= {"selection": checkpoint["selection"], "sha256": sha256_of(draft)}
-            try:
-                text = json.dumps(config, indent=2)
-            except (TypeError, ValueError) as error:
-                raise UserError(f"the model's options can't be saved as JSON: {error}; give plain values") from error
-            config_draft.write_bytes(f"{text}\n".encode())
-            if not (folder / CARD).exists():
-                write_text(folder / CARD, "model card", str(model_card(options, reading, **card)))
+        with locked_folder(folder, "model"):
+            with ExitStack() as drafts:
+                config_draft, draft = (drafts.enter_context(whole_file(folder / n, "model")) for n in (CONFIG, WEIGHTS))
+                _save_weights(checkpoint["state_dict"], draft)
+                config = {"format": MODEL_FORMAT, "options": options, "reading": reading}
+                config |= {"selection": checkpoint["selection"], "sha256": sha256_of(draft)}
+                if adapter:
+                    drafts.enter_context(whole_file(folder / ADAPTER_CONFIG, "model")).write_text(adapter_config)
+                    draft = drafts.enter_context(whole_file(folder / ADAPTER_WEIGHTS, "model"))
+                    _save_weights(adapter, draft)
+                    config |= {"format": APART_FORMAT, "adapter": sha256_of(draft), "tower": checkpoint["tower"]}
+                try:
+                    text = json.dumps(config, indent=2)
+                except (TypeError, ValueError) as error:
+                    raise UserError(
+                        f"the model's options can't be saved as JSON: {error}; give plain values"
+                    ) from error
+                config_draft.write_bytes(f"{text}\n".encode())
+                if not (folder / CARD).exists():
+                    card["apart"] = bool(adapter)
+                    write_text(folder / CARD, "model card", str(model_card(options, reading, **card)))
+            if not adapter:  # of a model that was there before
+                for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+                    (folder / name).unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"cannot save the model in {folder}: {getattr(error, 'strerror', None) or error}; make room, or give"
             " another folder"
         ) from error
+
+
+def _save_weights(state: Mapping[str, Tensor], draft: Path) -> None:
+    # Contiguous, and no two in the same memory, as safetensors takes them.
+    copies = {name: w.cpu().clone(memory_format=torch.contiguous_format) for name, w in state.items()}
+    mode = draft.stat().st_mode
+    save_file(copies, draft, {"format": "pt"})
+    draft.chmod(mode)  # safetensors lets nobody but the writer read
 
 
 def push_model(
@@ -142,8 +161,10 @@ def find_model(name_or_folder: str | os.PathLike[str], **options: Any) -> Path:
     if other := other_model(Path(name)):
         raise UserError(other)
     try:
-        # Two files, in one go: asked for a single one, the client takes 23 s to find out that there is no network.
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS], **options))
+        # All files in one go: asked for a single one, the client takes 23 s to find out that there is no network.
+        return Path(
+            huggingface_hub.snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, ADAPTER_WEIGHTS], **options)
+        )
     except (HFValidationError, RepositoryNotFoundError) as error:
         raise UserError(
             f"{name!r} is neither a folder here nor a model of the hub that you may see: check the name, or give token="
@@ -188,7 +209,7 @@ def read_model(folder: Path) -> dict[str, Any]:
     """Read a model's folder; its options are as they stand there, and still to be checked.
 
     Returns:
-        See :func:`write_model`.
+        See :func:`write_model`; ``adapter`` are the weights alone.
 
     Raises:
         UserError: a file is missing, damaged, or of another model.
@@ -200,13 +221,15 @@ def read_model(folder: Path) -> dict[str, Any]:
         check_regular(file, "model's file")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        checksum = sha256_of(folder / WEIGHTS)
+        config = config if isinstance(config, dict) else {}
+        apart = config.get("format") == APART_FORMAT
+        checksums = {WEIGHTS: "sha256"} | ({ADAPTER_WEIGHTS: "adapter"} if apart else {})
+        found_sums = {name: sha256_of(folder / name) for name in checksums}
     except OSError as error:
         raise UserError(f"cannot read {error.filename} ({error.strerror}): {REMEDY}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}): {REMEDY}") from error
-    config = config if isinstance(config, dict) else {}
-    if (found := config.get("format")) != MODEL_FORMAT:
+    if (found := config.get("format")) not in (MODEL_FORMAT, APART_FORMAT):
         hint = (
             "; CLIP's own weights are given as --backbone, or backbone=" if config.get("model_type") == "clip" else ""
         )
@@ -214,14 +237,16 @@ def read_model(folder: Path) -> dict[str, Any]:
     reading = config.get("reading", {})
     if not is_reading(reading):
         raise UserError(f"{path} is damaged, its reading is not a number of frames and one of pixels: {REMEDY}")
-    if config.get("sha256") != checksum:
-        raise UserError(
-            f"{folder / WEIGHTS} is damaged, or was not saved with the {CONFIG} beside it: its sha256 is {checksum},"
-            f" not {config.get('sha256')}; fetch both anew (from the hub: force_download=True)"
-        )
-    weights = read_weights(folder / WEIGHTS)
+    for name, key in checksums.items():
+        if config.get(key) != found_sums[name]:
+            raise UserError(
+                f"{folder / name} is damaged, or was not saved with the {CONFIG} beside it: its sha256 is"
+                f" {found_sums[name]}, not {config.get(key)}; fetch both anew (from the hub: force_download=True)"
+            )
     told = {"reading": reading, "selection": config.get("selection", "argmax")}
-    return {"hyper_parameters": config.get("options"), **told, "state_dict": weights}
+    if apart:
+        told |= {"adapter": read_weights(folder / ADAPTER_WEIGHTS), "tower": config.get("tower")}
+    return {"hyper_parameters": config.get("options"), **told, "state_dict": read_weights(folder / WEIGHTS)}
 
 
 def is_reading(reading: object) -> bool:
@@ -246,6 +271,7 @@ def model_card(
     *,
     name: str = "user/name",
     measured: Mapping[str, str] | None = None,
+    apart: bool = False,
 ) -> ModelCard:
     """What a model is, how it is used, and what was measured.
 
@@ -255,6 +281,7 @@ def model_card(
             ``resize_mode`` and ``sampling``; None: not known.
         name: the model's on the hub.
         measured: figures by what was measured.
+        apart: the adapters are, and the towers are not in the folder.
     """
     data = ModelCardData(
         library_name="clip-m2df",
@@ -262,6 +289,6 @@ def model_card(
         license="apache-2.0",
         tags=["few-shot-learning", "action-recognition", "video-classification", "clip"],
     )
-    facts: dict[str, Any] = {"options": options, "reading": reading, "name": name, "measured": measured}
+    facts: dict[str, Any] = {"options": options, "reading": reading, "name": name, "measured": measured, "apart": apart}
     card: ModelCard = ModelCard.from_template(data, template_path=str(TEMPLATE), **facts)
     return card

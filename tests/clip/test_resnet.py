@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from clip_m2df.clip.resnet import AttentionPool, Bottleneck, ModifiedResNet
+from clip_m2df.clip.families.resnet import AttentionPool, Bottleneck, ModifiedResNet
 
 
 def test_rn50_has_openais_weights() -> None:
@@ -57,7 +57,7 @@ def test_a_strided_bottleneck_pools_before_its_last_convolution() -> None:
 
 def test_imports_stay_light() -> None:
     code = (
-        "import sys, clip_m2df.clip.resnet, clip_m2df.clip.backbone;"
+        "import sys, clip_m2df.clip.families.resnet, clip_m2df.clip.backbone;"
         "print(*sorted({'transformers', 'huggingface_hub', 'tokenizers', 'lightning'} & sys.modules.keys()))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -3,12 +3,14 @@
 peft is imported where it is used, because it takes seconds and is an extra.
 """
 
+import hashlib
+import json
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from clip_m2df.clip.backbone import CLIPBackbone
 from clip_m2df.errors import UserError, require, some
@@ -16,6 +18,10 @@ from clip_m2df.errors import UserError, require, some
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
 
+# How a model with adapters is saved: with its tower, added to its tower's weights, or without its tower.
+Kept = Literal["kept", "merged", "apart"]
+# Peft's own files of an adapter.
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What peft calls the one adapter of a layer.
 _NAME = "default"
 
@@ -36,7 +42,7 @@ def check_adapters(adapters: Mapping[str, Any]) -> dict[str, Any]:
     r = adapters.get("r", 16)
     if type(r) is not int or r < 1:
         raise UserError(f"adapters.r is {r!r:.80}; it must be a whole number of at least 1")
-    values = {"r": r, "alpha": 2 * r, "target": ["q", "v"], "layers": "all", "dropout": 0.0}
+    values: dict[str, Any] = {"r": r, "alpha": 2 * r, "target": ["q", "v"], "layers": "all", "dropout": 0.0}
     if unknown := [option for option in adapters if option not in values]:
         raise UserError(f"adapters has no {unknown[0]!r:.80}; there are {', '.join(values)}")
     values |= adapters
@@ -90,11 +96,11 @@ def add_adapters(backbone: CLIPBackbone, adapters: Mapping[str, Any]) -> None:
         inject_adapter_in_model(config, backbone.visual, adapter_name=_NAME)
     for layer in adapted_layers(backbone):
         # As in the paper, A is drawn and B is zero; in float32 whatever the tower is held in, as an optimiser needs it.
-        down, up = layer.lora_A[_NAME].float().weight, layer.lora_B[_NAME].float().weight
+        down, up = layer.lora_A.float().get_parameter(f"{_NAME}.weight"), layer.lora_B.float()
         drawn = nn.init.kaiming_uniform_(torch.empty(down.shape), a=math.sqrt(5), generator=generator)
         with torch.no_grad():
             down.copy_(drawn)
-            up.zero_()
+            up.get_parameter(f"{_NAME}.weight").zero_()
     backbone.adapters = adapters
 
 
@@ -127,3 +133,87 @@ def _adapted(backbone: CLIPBackbone, adapters: Mapping[str, Any]) -> list[str]:
             f"adapters.layers has {some(beyond)}, but the tower has {len(blocks)} blocks, from 0 to {len(blocks) - 1}"
         )
     return [f"{blocks[layer]}.{projections[name]}" for layer in layers for name in adapters["target"]]
+
+
+def merge_adapters(backbone: CLIPBackbone) -> None:
+    """Add what the adapters add to the visual tower's own weights, in place: it is a plain tower then, and trained."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, layer in list(backbone.visual.named_modules()):
+        if isinstance(layer, LoraLayer):
+            layer.merge()
+            parent, _, child = name.rpartition(".")
+            setattr(backbone.visual.get_submodule(parent), child, layer.get_base_layer())
+    backbone.visual.requires_grad_(True)
+    backbone.adapters = None
+
+
+# Adapters in files of their own
+
+
+def is_of_adapter(name: str) -> bool:
+    """Whether a weight is an adapter's, by its name in a state dict."""
+    return ".lora_" in name
+
+
+def tower_digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a backbone's own weights, in hexadecimal, whatever adapters it has."""
+    own = {name.replace(".base_layer.", "."): weight for name, weight in state.items() if not is_of_adapter(name)}
+    digest = hashlib.sha256()
+    for name, weight in sorted(own.items()):
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def peft_files(state: Mapping[str, Tensor], adapters: Mapping[str, Any], source: str) -> tuple[str, dict[str, Tensor]]:
+    """What peft's two files have of the adapters in a backbone's state dict.
+
+    Args:
+        state: The backbone's; it has adapters.
+        adapters: See :func:`check_adapters`.
+        source: The name of the tower.
+
+    Returns:
+        The text of the configuration, and the weights by peft's names.
+    """
+    named = {name: weight for name, weight in state.items() if is_of_adapter(name)}
+    layers = dict.fromkeys(name.partition(".lora_")[0].removeprefix(_TOWER) for name in named)
+    config = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": source,
+        "r": adapters["r"],
+        "lora_alpha": adapters["alpha"],
+        "lora_dropout": adapters["dropout"],
+        "target_modules": list(layers),
+        "bias": "none",
+        "inference_mode": True,
+    }
+    return json.dumps(config, indent=2) + "\n", {_peft_name(name): weight for name, weight in named.items()}
+
+
+def own_state(weights: Mapping[str, Tensor], tower: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of a backbone with adapters.
+
+    Args:
+        weights: Of the adapters, by peft's names.
+        tower: The state dict of the same backbone without adapters.
+    """
+    state = {}
+    for name, weight in weights.items():
+        layer, _, part = name.removeprefix(_PEFT).rpartition(".lora_")
+        state[f"{_TOWER}{layer}.lora_{part.replace('.', f'.{_NAME}.')}"] = weight
+    adapted = {name.partition(".lora_")[0] for name in state}
+    for name, weight in tower.items():
+        layer, _, part = name.rpartition(".")
+        state[f"{layer}.base_layer.{part}" if layer in adapted else name] = weight
+    return state
+
+
+# Before the names of a transformers tower: in a backbone's state dict, and in peft's files.
+_TOWER, _PEFT = "visual.model.", "base_model.model."
+
+
+def _peft_name(name: str) -> str:
+    return f"{_PEFT}{name.removeprefix(_TOWER).replace(f'.{_NAME}.', '.')}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -20,8 +20,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from clip_m2df.clip import formats
-from clip_m2df.clip.formats import CLIP_MEAN, CLIP_STD, STANDARD_TOKENIZER
-from clip_m2df.clip.resnet import Bottleneck, ModifiedResNet
+from clip_m2df.clip.families import family_of
+from clip_m2df.clip.families.clip import MEAN as CLIP_MEAN
+from clip_m2df.clip.families.clip import STD as CLIP_STD
+from clip_m2df.clip.formats import STANDARD_TOKENIZER
 from clip_m2df.clip.tokenizer import VOCABULARY, encoded, has_tokenizer, read_tokenizer, saved_tokenizer
 from clip_m2df.errors import UserError, some
 from clip_m2df.weight_files import program_classes, read_weights
@@ -48,9 +50,9 @@ class CLIPBackbone(nn.Module):
     embeddings of one width; neither is L2-normalised.
 
     Args:
-        visual_config: ``{"kind": "resnet", "layers", "width", "dim", "image_size"}``, or ``{"kind": "vit", ...}`` with
-            the values of transformers' ``CLIPVisionConfig``.
-        text_config: The values of transformers' ``CLIPTextConfig``; None leaves the text tower out.
+        visual_config: ``{"kind": K, ...}``, with the family's kind and the fields of its visual tower, see
+            :mod:`clip_m2df.clip.families`.
+        text_config: The same of the text tower, of kind ``vit`` where it doesn't say; None leaves the tower out.
         tokenizer: The text of a ``tokenizer.json`` that pads and truncates; None if there is none yet.
         mean: What ``normalise`` subtracts, a number a channel.
         std: What it divides by.
@@ -60,6 +62,7 @@ class CLIPBackbone(nn.Module):
             ``train()`` to let it move.
 
     Attributes:
+        family: Of the visual tower.
         visual: Normalised images ``(n, 3, image_size, image_size)`` to embeddings ``(n, dim)``.
         text: Tokens ``(n, length)`` to embeddings ``(n, dim)``, or None.
         dim: Width of the embeddings.
@@ -88,9 +91,15 @@ class CLIPBackbone(nn.Module):
         self.interpolation = interpolation
         self.visual_config = dict(visual_config)
         self.text_config = None if text_config is None else dict(text_config)
-        self.visual = visual_tower(self.visual_config)
-        self.text = None if self.text_config is None else text_tower(self.text_config)
-        self.dim = int(self.visual_config["dim" if self.visual_config["kind"] == "resnet" else "projection_dim"])
+        self.family = family_of(self.visual_config["kind"])
+        self.visual = self.family.visual_tower(self.visual_config)
+        self.dim = int(self.visual_config[self.family.visual.dim])
+        self.text: nn.Module | None = None
+        if self.text_config is not None:
+            family = family_of(self.text_config.get("kind", "vit"))
+            self.text = family.text_tower(self.text_config)
+            if (dim := self.text_config[family.text.dim]) != self.dim:  # type: ignore[union-attr]
+                raise UserError(f"the embeddings of texts have {dim} channels, and those of images {self.dim}")
         self.image_size = int(self.visual_config["image_size"])
         self.source = source
         self.freeze_batch_norm = freeze_batch_norm
@@ -202,12 +211,17 @@ class CLIPBackbone(nn.Module):
         )
         description, state = formats.read_folder(folder, name_or_dir)
         description |= _given(mean=mean, std=std)
+        own, family = description["visual_config"], family_of(description["visual_config"]["kind"])
+        description["visual_config"] = family.resized(own, description.pop("image_size"))
         backbone = cls.from_description({**description, "source": name_or_dir})
-        # What else such a file may hold, its logit scale and older versions' position numbers, isn't needed.
-        formats.load_weights(backbone, state, formats.transformers_name, name_or_dir, strict=False)
-        backbone._read_tokenizer(
-            folder if tokenizer is None else Path(tokenizer).expanduser(), tokenizer or name_or_dir
-        )
+        names = {*map(family.file_name, backbone.state_dict())}
+        part = backbone._resized(lambda _, weight: weight, own)
+        told = {"model": family.name, "unused": family.unused(names)}
+        formats.load_weights(backbone, family.renamed(state, names), family.file_name, part, name_or_dir, **told)
+        if backbone.text is not None:
+            backbone._read_tokenizer(
+                folder if tokenizer is None else Path(tokenizer).expanduser(), tokenizer or name_or_dir
+            )
         return backbone
 
     @classmethod
@@ -278,7 +292,7 @@ class CLIPBackbone(nn.Module):
         images |= _given(mean=mean, std=std)
         facts = {"source": source, "freeze_batch_norm": freeze_batch_norm, **images}
         backbone = cls.from_description({"visual_config": visual_config, "text_config": text_config, **facts})
-        formats.load_weights(backbone, state, formats.openai_name, source)
+        formats.load_weights(backbone, state, formats.openai_name, formats.openai_part, source)
         if tokenizer is None:
             backbone._tokenizer_repository = STANDARD_TOKENIZER
         elif backbone.text is not None:
@@ -294,7 +308,7 @@ class CLIPBackbone(nn.Module):
         """
         source = description.get("source")
         # transformers' configurations take many more fields, down to the address of code to fetch and run.
-        for name, fields in (("visual_config", formats.VISUAL_FIELDS), ("text_config", formats.TEXT_FIELDS)):
+        for name in ("visual_config", "text_config"):
             config = description.get(name)
             if config is None and name == "text_config":
                 continue
@@ -302,6 +316,12 @@ class CLIPBackbone(nn.Module):
                 raise UserError(
                     f"the backbone {source!r} has no {name} that is a table of values, as every backbone saves"
                 )
+            try:
+                family = family_of(config.get("kind", "vit" if name == "text_config" else None))
+            except UserError as error:
+                raise UserError(f"the {name} of {source!r}: {error}") from error
+            tower = family.visual if name == "visual_config" else family.text
+            fields = ("kind",) if tower is None else ("kind", *tower.fields)
             if unknown := [field for field in config if field not in fields]:
                 raise UserError(f"the {name} of {source!r} has {some(map(repr, unknown))}, which no backbone saves")
         try:
@@ -331,7 +351,7 @@ class CLIPBackbone(nn.Module):
                 )
         visual_only = all(name.startswith("visual.") for name in state)
         mine = nn.ModuleDict({"visual": self.visual}) if visual_only else self
-        formats.load_weights(mine, state, formats.openai_name, "the file")
+        formats.load_weights(mine, state, formats.openai_name, formats.openai_part, "the file")
 
     def description(self) -> dict[str, Any]:
         """All but the weights, in plain types that a weights-only ``torch.load`` reads.
@@ -353,6 +373,22 @@ class CLIPBackbone(nn.Module):
             "freeze_batch_norm": self.freeze_batch_norm,
         }
 
+    def _resized(
+        self, part: Callable[[str, Tensor], Tensor], own: Mapping[str, Any]
+    ) -> Callable[[str, Tensor], Tensor]:
+        """The function ``part`` of :func:`formats.load_weights`, followed by a change of the visual tower's size.
+
+        Args:
+            part: What belongs under a name of the backbone's, of a weight in a file.
+            own: The configuration of the file's visual tower.
+        """
+
+        def resized(key: str, weight: Tensor) -> Tensor:
+            weight, name = part(key, weight), key.removeprefix("visual.")
+            return weight if name == key else self.family.resized_weight(name, weight, own, self.visual_config)
+
+        return resized
+
     def train(self, mode: bool = True) -> Self:
         """Set the mode as any module does, but for batch norm, which ``freeze_batch_norm`` keeps in evaluation mode."""
         super().train(mode)
@@ -368,19 +404,14 @@ class CLIPBackbone(nn.Module):
         Raises:
             UserError: Batch norm moves, which would count each batch twice.
         """
-        kind: type[nn.Module] = Bottleneck
-        if self.visual_config["kind"] == "vit":
-            from transformers.models.clip.modeling_clip import CLIPEncoderLayer
-
-            kind = CLIPEncoderLayer
-        elif not self.freeze_batch_norm:
+        norms = any(isinstance(module, _BatchNorm) for module in self.visual.modules())
+        if norms and not self.freeze_batch_norm:
             raise UserError(
                 "gradient checkpointing passes each batch twice through a batch norm that moves: set "
                 "freeze_batch_norm, or leave gradient_checkpointing out"
             )
-        for block in self.visual.modules():
-            if isinstance(block, kind):
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        for block in self.family.blocks(self.visual):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
     # Images
 
@@ -418,10 +449,7 @@ class CLIPBackbone(nn.Module):
         if not images.is_floating_point():
             raise UserError(f"encode_frames takes normalised images, not {images.dtype}: call normalise first")
         weights = next(self.visual.parameters())
-        images = images.reshape(-1, 3, size, size).to(weights.dtype)
-        if self.visual_config["kind"] == "resnet":
-            images = images.contiguous(memory_format=torch.channels_last)
-        embeddings: Tensor = self.visual(images)
+        embeddings: Tensor = self.visual(images.reshape(-1, 3, size, size).to(weights.dtype))
         return embeddings.reshape(*leading, self.dim)
 
     # Texts
@@ -513,36 +541,3 @@ def _check_known(options: Mapping[str, Any], known: Mapping[str, Any], why: str)
         if options.get(name) not in (None, known.get(name)):
             own = f", {known[name]}" if known else ""
             raise UserError(f"{name} is {options[name]!r:.80}, but {why}{own}: leave it out of backbone_options")
-
-
-class _Tower(nn.Module):
-    """A tower of transformers' as a plain function from a tensor to its embeddings."""
-
-    def __init__(self, model: nn.Module, output: str) -> None:
-        super().__init__()
-        self.model = model
-        self.output = output
-
-    def forward(self, x: Tensor) -> Tensor:
-        embeddings: Tensor = getattr(self.model(x), self.output)
-        return embeddings
-
-
-def visual_tower(config: Mapping[str, Any]) -> nn.Module:
-    """Normalised images ``(n, 3, image_size, image_size)`` to embeddings ``(n, dim)``."""
-    values = {key: value for key, value in config.items() if key != "kind"}
-    if config["kind"] == "resnet":
-        # What convolutions like best on a GPU in half precision; the values are the same.
-        return ModifiedResNet(**values).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
-    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-
-    return _Tower(CLIPVisionModelWithProjection(CLIPVisionConfig(**values)), "image_embeds")
-
-
-def text_tower(config: Mapping[str, Any]) -> nn.Module:
-    """Tokens ``(n, length)`` to embeddings ``(n, dim)``."""
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
-
-    # These two play no part in the tower, but their defaults are refused for a small vocabulary.
-    values = CLIPTextConfig(**config, bos_token_id=None, pad_token_id=None)
-    return _Tower(CLIPTextModelWithProjection(values), "text_embeds")

@@ -1,4 +1,4 @@
-"""CLIP's weights in the two formats that are in use: transformers' folders, and files in OpenAI's layout.
+"""Towers' weights in the two formats that are in use: transformers' folders, and CLIP's files in OpenAI's layout.
 
 Both are read without running anything in them, and come from this machine or from the hub. transformers, safetensors
 and the hub's client are imported where they are used, because they take seconds.
@@ -15,24 +15,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from clip_m2df.clip.families import Family, families, family_of
+from clip_m2df.clip.families.clip import MEAN as CLIP_MEAN
+from clip_m2df.clip.families.clip import STD as CLIP_STD
 from clip_m2df.errors import UserError, some
 from clip_m2df.files import check_regular
 from clip_m2df.weight_files import read_weights
 
-# What CLIP was trained with; a folder in transformers' format may say otherwise.
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 THREE_NUMBERS = "they have to be three finite numbers each, and std above 0"
-
-# What of transformers' configurations makes a tower.
-_TOWER_FIELDS = (
-    *("hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers", "num_attention_heads"),
-    *("hidden_act", "layer_norm_eps", "attention_dropout"),
-)
-_VISION_FIELDS = (*_TOWER_FIELDS, "image_size", "patch_size", "num_channels")
-TEXT_FIELDS = (*_TOWER_FIELDS, "vocab_size", "max_position_embeddings", "eos_token_id")
-# Those of a visual tower of either kind.
-VISUAL_FIELDS = ("kind", "layers", "width", "dim", "head_width", *_VISION_FIELDS)
 
 RN50_REPOSITORY, RN50_FILE = "timm/resnet50_clip.openai", "open_clip_model.safetensors"
 # All of OpenAI's releases share one vocabulary of 49,408 tokens; this is the smallest repository that has it.
@@ -111,7 +101,14 @@ def three_numbers(values: Any, *, positive: bool = False) -> bool:
 
 
 def load_weights(
-    backbone: nn.Module, state: Mapping[str, Tensor], name_of: Callable[[str], str], source: str, *, strict: bool = True
+    backbone: nn.Module,
+    state: Mapping[str, Tensor],
+    name_of: Callable[[str], str],
+    part: Callable[[str, Tensor], Tensor],
+    source: str,
+    *,
+    model: str = "CLIP",
+    unused: Callable[[str], bool] = lambda name: False,
 ) -> None:
     """Load weights that have other names than the backbone's own.
 
@@ -119,21 +116,20 @@ def load_weights(
         backbone: Where the weights go, whatever the floating type that they come in.
         state: The weights.
         name_of: From the backbone's own name of a weight to its name in ``state``.
+        part: From the backbone's own name, and the weight in ``state``, to what the backbone keeps of that weight.
         source: Where the weights come from, for messages.
-        strict: Refuse all weights that the backbone doesn't have, and not only those that lie in its towers.
+        model: What they should be of, for messages.
+        unused: Which of the names that are left over are no error.
 
     Raises:
         UserError: Names those that are missing, unexpected, of another shape, or not finite.
     """
     own = backbone.state_dict()
     names = {key: name_of(key) for key in own}
-    unexpected = sorted(state.keys() - {*names.values()})
-    if not strict:  # outside of the towers, and positions, which older versions stored
-        unexpected = [name for name in unexpected if name.startswith(_TOWERS) and not name.endswith("position_ids")]
-    problems = dict.fromkeys(unexpected, "unexpected")
+    problems = {name: "unexpected" for name in sorted(state.keys() - {*names.values()}) if not unused(name)}
     for key, name in names.items():
         if name in state:
-            weight = _openai_part(key, name, state[name])
+            weight = part(key, state[name])
             if own[key].is_floating_point() and not weight.is_floating_point():
                 problems[name] = f"of the type {weight.dtype}, which is no floating one"
             elif weight.shape == own[key].shape:
@@ -146,12 +142,11 @@ def load_weights(
             problems[name] = "missing"
     if problems:
         named = some(f"{name} is {problem}" for name, problem in problems.items())
-        raise UserError(f"the weights of {source} aren't those of one CLIP: {named}")
+        raise UserError(f"the weights of {source} aren't those of one {model}: {named}")
 
 
 # Transformers' format
 
-_TOWERS = ("vision_model.", "text_model.", "visual_projection.", "text_projection.")
 # What peft and its like call the weights that they add, and those that they wrap.
 _ADAPTER = re.compile(
     r"(^|\.)(lora|dora|vera|lokr|hada|ia3|oft|boft|hra|fourierft|adapters?|base_layer|original_module|modules_to_save)"
@@ -160,16 +155,11 @@ _ADAPTER = re.compile(
 # The files of such weights; lora stands in their names as a word.
 _ADAPTER_FILE = re.compile(r"adapter_|(?i:(.*[^a-z])?lora([^a-z].*)?\.(safetensors|bin|pt)$)")
 _MERGE_IT = "which is not applied here: merge it into the model and save that (peft's merge_and_unload)"
-# The steps of transformers' preprocessing of images for CLIP, of which each is done unless a file says otherwise; what
-# other preprocessings have; and Pillow's numbers of the two ways to resize that are known here.
+# The steps of transformers' preprocessing of images, of which each is done unless a file or the family says otherwise;
+# what other preprocessings have; and Pillow's numbers of the two ways to resize that are known here.
 _STEPS = ("resize", "center_crop", "rescale", "normalize", "convert_rgb")
 _OTHER_STEPS = {"offset", "rescale_offset", "pad_size", "size_divisor", "crop_pct", "use_square_size"}
 _INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}
-
-
-def transformers_name(key: str) -> str:
-    """What transformers' files call one of the backbone's weights."""
-    return key.removeprefix("visual.model.").removeprefix("text.model.")
 
 
 def read_folder(folder: Path, source: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -178,8 +168,6 @@ def read_folder(folder: Path, source: str) -> tuple[dict[str, Any], dict[str, Te
     Raises:
         UserError: It holds another model, no weights, or is damaged.
     """
-    from transformers import CLIPConfig
-
     for name in ("config.json", "processor_config.json", "preprocessor_config.json"):
         check_regular(folder / name, "model's description")
     adapters = (file.name for file in folder.iterdir() if _ADAPTER_FILE.match(file.name))
@@ -192,23 +180,41 @@ def read_folder(folder: Path, source: str) -> tuple[dict[str, Any], dict[str, Te
             hint = f", nor OpenCLIP's {OPEN_CLIP_CONFIG}{hint}"
         raise UserError(f"{source} isn't a model in transformers' format: there is no config.json in it{hint}")
     values = _read_json(folder / "config.json")
-    if values.get("model_type") != "clip":
-        raise UserError(f"{source} is a model of type {values.get('model_type')!r}: the backbone has to be a 'clip'")
-    try:  # through transformers, which fills in what a configuration leaves to defaults
-        config = CLIPConfig.from_dict(values)
-    except Exception as error:  # its validation errors have no common class
+    family = _family(values.get("model_type"), source)
+    try:
+        visual, text = family.configs(values)
+    except Exception as error:  # transformers' validation errors have no common class
         raise UserError(f"the config.json of {source} can't be used: {error}") from error
-    vision = {field: getattr(config.vision_config, field) for field in _VISION_FIELDS}
-    text = {field: getattr(config.text_config, field) for field in TEXT_FIELDS}
-    for tower in (vision, text):
-        tower["projection_dim"] = config.projection_dim  # a tower's own is what it would have alone, and often wrong
-
-    description = {"visual_config": {"kind": "vit", **vision}, "text_config": text}
-    return description | _read_preprocessing(folder, vision["image_size"]), _read_folder_weights(folder, source)
+    description = {"visual_config": visual, "text_config": text}
+    return description | _read_preprocessing(folder, family, visual["image_size"]), _read_folder_weights(folder, source)
 
 
-def _read_preprocessing(folder: Path, image_size: int) -> dict[str, Any]:
-    """Mean, std and interpolation of the images of a folder in transformers' format: CLIP's where it doesn't say.
+def _family(model_type: object, source: str) -> Family:
+    """The family of a folder's ``model_type``.
+
+    Raises:
+        UserError: It is of none, or of a relative that is not taken.
+    """
+    known = [family for family in map(family_of, families()) if family.config]
+    for family in known:
+        if model_type == family.model_type:
+            return family
+        if model_type in family.relatives:
+            raise UserError(f"{source} is {family.relatives[str(model_type)]}")
+        if model_type in (f"{family.model_type}_vision_model", f"{family.model_type}_text_model"):
+            tower = "visual" if "vision" in str(model_type) else "text"
+            raise UserError(f"{source} is the {tower} tower of a {family.name} alone: give a folder of the whole model")
+    types = some([family.model_type for family in known], len(known))
+    raise UserError(f"{source} is a model of type {model_type!r:.80}: the backbone has to be one of {types}")
+
+
+def _read_preprocessing(folder: Path, family: Family, image_size: int) -> dict[str, Any]:
+    """Mean, std, interpolation and size of the images of a folder in transformers' format: its family's by default.
+
+    Args:
+        folder: The folder.
+        family: Its family.
+        image_size: Of the visual tower, by the configuration.
 
     Raises:
         UserError: It is damaged, or asks for what isn't done to videos here.
@@ -230,31 +236,27 @@ def _read_preprocessing(folder: Path, image_size: int) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise unusable("its image_processor is no table")
     values = {name: value for name, value in values.items() if value is not None or name.startswith("image_")}
-    kind = values.get("image_processor_type", values.get("feature_extractor_type", "CLIPImageProcessor"))
-    if kind not in ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor"):
-        raise unusable(f"{kind!r:.100} is no processor of CLIP's")
-    do = {name: values.get(f"do_{name}", True) for name in _STEPS}
+    kind, own = values.get("image_processor_type", values.get("feature_extractor_type")), family.processor
+    former = own.replace("ImageProcessor", "FeatureExtractor")
+    if kind not in (None, own, f"{own}Fast", f"{own}Pil", former):
+        raise unusable(f"{kind!r:.100} is no processor of {family.name}'s")
+    do = {name: values.get(f"do_{name}", name != "center_crop" or family.crops) for name in _STEPS}
     if wrong := [name for name in _STEPS if type(do[name]) is not bool]:
         raise unusable(f"do_{wrong[0]} is {do[wrong[0]]!r:.100}, which is neither true nor false")
-    if left_out := [f"do_{name}" for name in ("resize", "center_crop") if not do[name]]:
+    needed = ("resize", "center_crop") if family.crops else ("resize",)
+    if left_out := [f"do_{name}" for name in needed if not do[name]]:
         raise unusable(f"{some(left_out)} is false, but frames are always resized and cropped to the tower's size")
     other = {name for name in values if name.startswith("do_")} - {f"do_{name}" for name in _STEPS} | _OTHER_STEPS
     if done := [name for name in values if name in other and values[name]]:
         raise unusable(f"it has {some(done)}, which isn't done here")
-    sides = {"size": {"shortest_edge": image_size}, "crop_size": {"height": image_size, "width": image_size}}
-    for name, right in sides.items():
-        told = values.get(name, right)
-        if isinstance(told, dict):
-            told = {side: length for side, length in told.items() if length is not None}
-        if told != right and (told != image_size or (name == "size" and values.get("default_to_square"))):
-            raise unusable(f"its {name} is {told!r:.100}, where the tower has {json.dumps(right)}")
-    resample = values.get("resample", 3)
+    image_size = _read_sides(values, family, image_size, unusable)
+    resample = values.get("resample", family.resample)
     if type(resample) is not int or resample not in _INTERPOLATIONS:
         raise unusable(
             f"its resample is {resample!r:.100}, but frames are resized by 2 (bilinear) or 3 (bicubic) alone"
         )
     try:
-        mean, std = list(values.get("image_mean", CLIP_MEAN)), list(values.get("image_std", CLIP_STD))
+        mean, std = list(values.get("image_mean", family.mean)), list(values.get("image_std", family.std))
         if not do["normalize"]:
             mean, std = [0.0] * 3, [1.0] * 3
         if not three_numbers(mean) or not three_numbers(std, positive=True):
@@ -266,7 +268,38 @@ def _read_preprocessing(folder: Path, image_size: int) -> dict[str, Any]:
         mean, std = [value / scale for value in mean], [value / scale for value in std]
     except (TypeError, ZeroDivisionError, OverflowError) as error:
         raise unusable(error) from error
-    return {"mean": mean, "std": std, "interpolation": _INTERPOLATIONS[resample]}
+    return {"mean": mean, "std": std, "interpolation": _INTERPOLATIONS[resample], "image_size": image_size}
+
+
+def _read_sides(
+    values: Mapping[str, Any], family: Family, image_size: int, unusable: Callable[[object], UserError]
+) -> int:
+    """Height and width of the images that a preprocessing makes.
+
+    Raises:
+        UserError: The visual tower takes no such images.
+    """
+    told: dict[str, Any] = {name: values.get(name) for name in ("size", "crop_size")}
+    for name, sides in told.items():
+        if isinstance(sides, dict):
+            told[name] = {side: length for side, length in sides.items() if length is not None}
+    last = "crop_size" if family.crops else "size"  # what of it decides on the images' size
+    if family.any_size and told[last] is not None:
+        side = told[last].get("height") if isinstance(told[last], dict) else told[last]
+        if type(side) is not int or side < 1:
+            raise unusable(f"its {last} is {told[last]!r:.100}, and not two equal sides")
+        image_size = side
+    square = {"height": image_size, "width": image_size}
+    for name, right in (("size", {"shortest_edge": image_size} if family.crops else square), ("crop_size", square)):
+        own = right if told[name] is None else told[name]
+        number = own == image_size and not (name == "size" and family.crops and values.get("default_to_square"))
+        if family.any_size and family.crops and name == "size":
+            shortest = own.get("shortest_edge") if isinstance(own, dict) and len(own) == 1 else own
+            if type(shortest) is int and shortest >= image_size:
+                continue  # which data.resize does
+        if own != right and not number:
+            raise unusable(f"its {name} is {own!r:.100}, where the tower has {json.dumps(right)}")
+    return image_size
 
 
 def _read_folder_weights(folder: Path, source: str) -> dict[str, Tensor]:
@@ -351,14 +384,15 @@ _OPENAI_NAMES = (
 
 def openai_name(key: str) -> str:
     """What OpenAI's files call one of the backbone's weights; those of the modified ResNet have their names already."""
-    name = transformers_name(key)
+    name = key.removeprefix("visual.model.").removeprefix("text.model.")
     for pattern, replacement in _OPENAI_NAMES:
         name = re.sub(pattern, replacement, name)
     return name
 
 
-def _openai_part(key: str, name: str, weight: Tensor) -> Tensor:
-    """What the backbone keeps under ``key`` of the weight called ``name``."""
+def openai_part(key: str, weight: Tensor) -> Tensor:
+    """What the backbone keeps under ``key`` of the weight that has its name in OpenAI's layout."""
+    name = openai_name(key)
     if "attn.in_proj_" in name:  # OpenAI's layout stacks the maps to queries, keys and values
         parts = weight.chunk(3) if weight.ndim else ()
         return parts["qkv".index(key.split("_proj.")[0][-1])] if len(parts) == 3 else weight.new_empty(0)
@@ -375,7 +409,7 @@ def told_options(description: Mapping[str, Any]) -> dict[str, Any]:
     try:
         vision, text = description["visual_config"], description["text_config"] or {}
         heads, activation = vision.get("head_width", OPENAI["head_width"]), text.get("hidden_act")
-        if vision["kind"] == "vit":
+        if vision["kind"] != "resnet":
             heads, activation = vision["hidden_size"] // vision["num_attention_heads"], vision["hidden_act"]
         return {"activation": activation, "head_width": heads, "mean": description["mean"], "std": description["std"]}
     except (ArithmeticError, AttributeError, LookupError, TypeError):

@@ -17,9 +17,17 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from clip_m2df.clip.adapters import add_adapters, check_adapters
+from clip_m2df.clip.adapters import (
+    Kept,
+    add_adapters,
+    check_adapters,
+    merge_adapters,
+    own_state,
+    peft_files,
+    tower_digest,
+)
 from clip_m2df.clip.backbone import CLIPBackbone, check_options
-from clip_m2df.clip.formats import OPENAI
+from clip_m2df.clip.formats import OPENAI, public_source
 from clip_m2df.clip.tokenizer import has_tokenizer
 from clip_m2df.datasets.manifest import Manifest
 from clip_m2df.episode import Episode, FeatureEpisode, ResizeMode, TableEpisodes, VideoTable
@@ -50,6 +58,9 @@ from clip_m2df.weight_files import read_weights
 # backbone_options do too, since the towers' description has their effect.
 RUN_OPTIONS = ("selection", "text_fusion", "gradient_checkpointing", "bank_memory", "compile", "backbone_options")
 
+
+# Before the names of the towers' weights.
+BACKBONE = "model.backbone."
 
 # Of each batch, in the sanity check before a training: it is to be quick.
 SANITY_EPISODES = 2
@@ -766,6 +777,7 @@ class CLIPM2DF(lightning.LightningModule):
         save_directory: str | os.PathLike[str],
         *,
         measured: Mapping[str, str] | None = None,
+        adapters: Kept = "kept",
         push_to_hub: bool = False,
         repo_id: str | None = None,
         model_card_kwargs: Mapping[str, Any] | None = None,
@@ -777,6 +789,9 @@ class CLIPM2DF(lightning.LightningModule):
             save_directory: the folder; made if need be.
             measured: figures for the card's table, by what was measured:
                 ``{"motion_shapes test, 5-way 1-shot": "83.2 ± 0.8"}``.
+            adapters: ``kept``, so that the folder needs nothing else, and a training can go on; ``merged`` into the
+                tower's weights, a model without adapters that has the same scores; or ``apart`` from the towers, which
+                are not in the folder: head and adapters alone, of a few megabytes.
             push_to_hub: push it too.
             repo_id: its name on the hub; that of the folder by default.
             model_card_kwargs: options of :func:`clip_m2df.hub.model_card`.
@@ -790,16 +805,18 @@ class CLIPM2DF(lightning.LightningModule):
                 what was measured can't go into.
         """
         card = {"measured": measured, **(model_card_kwargs or {})}
-        write_model(save_directory, self._saved(), **card)
+        write_model(save_directory, self._saved(adapters), **card)
         if not push_to_hub:
             return None
-        return self.push_to_hub(repo_id or Path(save_directory).name, model_card_kwargs=card, **options)
+        name = repo_id or Path(save_directory).name
+        return self.push_to_hub(name, adapters=adapters, model_card_kwargs=card, **options)
 
     def push_to_hub(
         self,
         repo_id: str,
         *,
         measured: Mapping[str, str] | None = None,
+        adapters: Kept = "kept",
         private: bool | None = None,
         token: str | None = None,
         model_card_kwargs: Mapping[str, Any] | None = None,
@@ -810,6 +827,7 @@ class CLIPM2DF(lightning.LightningModule):
         Args:
             repo_id: its name there, ``user/name``; made if need be.
             measured: see :meth:`save_pretrained`.
+            adapters: the same.
             private: whether others may see it, if it is made.
             token: what the hub knows you by; that of ``hf auth login`` by default.
             model_card_kwargs: options of :func:`clip_m2df.hub.model_card`.
@@ -823,12 +841,28 @@ class CLIPM2DF(lightning.LightningModule):
                 with the upload itself comes from huggingface_hub as it is.
         """
         card = {"measured": measured, **(model_card_kwargs or {})}
-        return push_model(repo_id, self._saved(), card, private=private, token=token, **options)
+        return push_model(repo_id, self._saved(adapters), card, private=private, token=token, **options)
 
-    def _saved(self) -> dict[str, Any]:
-        """A checkpoint of the model alone, without a run."""
-        checkpoint = {"state_dict": self.state_dict()}
+    def _saved(self, adapters: Kept) -> dict[str, Any]:
+        """A checkpoint of the model alone, without a run, for :func:`clip_m2df.hub.write_model`."""
+        if adapters not in (choices := get_args(Kept)):
+            raise UserError(f"adapters: there is no {adapters!r:.80}; there are {', '.join(choices)}")
+        checkpoint: dict[str, Any] = {"state_dict": self.state_dict()}
         self.on_save_checkpoint(checkpoint)
+        if adapters == "kept" or (own := self.hparams["adapters"]) is None:
+            if adapters == "apart":
+                raise UserError("the model has no adapters to be saved apart from its tower: give adapters='kept'")
+            return checkpoint
+        if adapters == "merged":
+            merged = self._restore(self.source, checkpoint, {"head": self.hparams["head"]})
+            merge_adapters(cast(CLIPBackbone, merged.model.backbone))
+            merged.hparams["adapters"] = None
+            return merged._saved("kept")
+        state = checkpoint["state_dict"]
+        towers = {name.removeprefix(BACKBONE): w for name, w in state.items() if name.startswith(BACKBONE)}
+        checkpoint["state_dict"] = {name: w for name, w in state.items() if not name.startswith(BACKBONE)}
+        checkpoint["tower"] = tower_digest(towers)
+        checkpoint["adapter"] = peft_files(towers, own, public_source(self.model.backbone.source))
         return checkpoint
 
     @classmethod
@@ -836,6 +870,7 @@ class CLIPM2DF(lightning.LightningModule):
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],
         *,
+        clip: Clip | None = None,
         force_download: bool = False,
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
@@ -849,6 +884,8 @@ class CLIPM2DF(lightning.LightningModule):
 
         Args:
             pretrained_model_name_or_path: the folder, or the model's name on the hub, ``user/name``.
+            clip: with a model whose adapters are apart alone: the CLIP that its training began with, as the option
+                ``backbone`` names it, or loaded; by default by the name by which it was loaded then.
             force_download: fetch from the hub what is on this machine already.
             token: what the hub knows you by, for private models; that of ``hf auth login`` by default.
             cache_dir: where files of the hub are kept; huggingface_hub's own folder by default.
@@ -858,7 +895,8 @@ class CLIPM2DF(lightning.LightningModule):
 
         Raises:
             UserError: there is no such model, it can't be fetched, it is damaged, or it takes a head that is other
-                people's code and was not asked for by ``head=``; or an option that the model doesn't have.
+                people's code and was not asked for by ``head=``; an option that the model doesn't have; or ``clip`` is
+                another than its adapters are of.
         """
         folder = find_model(
             pretrained_model_name_or_path,
@@ -868,7 +906,44 @@ class CLIPM2DF(lightning.LightningModule):
             local_files_only=local_files_only,
             revision=revision,
         )
-        return cls._restore(folder, read_model(folder), model_kwargs).eval()
+        checkpoint = read_model(folder)
+        if "adapter" in checkpoint:
+            _add_tower(folder, checkpoint, clip, model_kwargs.pop("backbone_options", None))
+        elif clip is not None:
+            raise UserError(f"{folder} has its towers itself: leave out CLIP's weights")
+        return cls._restore(folder, checkpoint, model_kwargs).eval()
+
+
+def _add_tower(folder: Path, checkpoint: dict[str, Any], clip: Clip | None, options: Mapping[str, Any] | None) -> None:
+    """Put the weights of the towers, and of their adapters, into a checkpoint that was saved without.
+
+    Raises:
+        UserError: they are not there, or others than the adapters are of.
+    """
+    known, adapter = checkpoint.pop("tower"), checkpoint.pop("adapter")
+    try:
+        name = checkpoint["hyper_parameters"]["backbone"]["source"]
+    except (LookupError, TypeError):
+        return  # which is refused as damaged
+    if isinstance(clip, CLIPBackbone):
+        tower = clip
+    else:
+        try:
+            tower = CLIPBackbone.load(name if clip is None else clip, **check_options(options or {}))
+        except UserError as error:
+            if clip is not None:
+                raise
+            raise UserError(
+                f"{folder} has adapters apart from their tower, {name!r}, which can't be loaded by that name: give it"
+                f" as clip=, on the command line as --backbone ({error})"
+            ) from error
+    state = tower.state_dict()
+    if tower.adapters is not None or tower_digest(state) != known:
+        raise UserError(
+            f"the adapters in {folder} are of another tower than {tower.source!r}: give the one that its training"
+            f" began with, {name!r}, its weights to the bit"
+        )
+    checkpoint["state_dict"] |= {f"{BACKBONE}{name}": w for name, w in own_state(adapter, state).items()}
 
 
 def _unusable(file: str | os.PathLike[str], error: Exception) -> UserError:

@@ -1,11 +1,14 @@
 """CLIP's modified ResNet, under the names of OpenAI's released weights."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+
+from clip_m2df.clip.families import Family, Tower
 
 
 class Bottleneck(nn.Module):
@@ -105,7 +108,8 @@ class ModifiedResNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map normalised images ``(n, 3, image_size, image_size)`` to embeddings ``(n, dim)``."""
-        x = F.relu(self.bn1(self.conv1(images)))
+        # What convolutions like best on a GPU in half precision; the values are the same.
+        x = F.relu(self.bn1(self.conv1(images.contiguous(memory_format=torch.channels_last))))
         x = F.relu(self.bn2(self.conv2(x)))
         x = F.relu(self.bn3(self.conv3(x)))
         x = self.pool(x)
@@ -118,3 +122,29 @@ class ModifiedResNet(nn.Module):
 def _stage(channels: int, planes: int, blocks: int, stride: int) -> nn.Sequential:
     out = planes * Bottleneck.expansion
     return nn.Sequential(Bottleneck(channels, planes, stride), *(Bottleneck(out, planes) for _ in range(blocks - 1)))
+
+
+class ResNet(Family):
+    """The modified ResNet as a visual tower; the text tower beside it is that of CLIP."""
+
+    kind = "resnet"
+    name = "CLIP's ResNet"
+    visual = Tower(("layers", "width", "dim", "image_size", "head_width"), "dim")
+    positions = "attnpool.positional_embedding"
+    prefix = 1
+
+    def visual_tower(self, config: Mapping[str, Any]) -> nn.Module:
+        """The modified ResNet, of random weights."""
+        values = {key: value for key, value in config.items() if key != "kind"}
+        return ModifiedResNet(**values).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+    def blocks(self, tower: nn.Module) -> list[nn.Module]:
+        """The bottlenecks."""
+        return [module for module in tower.modules() if isinstance(module, Bottleneck)]
+
+    def grid(self, config: Mapping[str, Any]) -> int:
+        """Height and width of the last feature map."""
+        return int(config["image_size"]) // 32
+
+
+FAMILY = ResNet()
