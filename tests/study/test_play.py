@@ -12,7 +12,7 @@ from clip_m2df.motion_shapes import rendering
 from study.play import configuration, play
 from study.results import Record, read_results
 from study.schedule import run_study
-from study.settings import Part, Run, Settings
+from study.settings import Part, Row, Run, Settings
 from tests.study.test_schedule import ROWS, Inline
 
 SHORT = {
@@ -40,7 +40,9 @@ TOWER = Part(
     SHORT | {"model.freeze_backbone": False, "data.train_augmentations": 0},
     {row: ROWS[row] for row in ("CLIP-M²DF", "OTAM")},
 )
-SETTINGS = Settings((0, 1), 0, {"main": MAIN, "tower": TOWER})
+LORA = Row({"model.adapters": {"r": 4}}, tower_rate=0.5)
+ADAPTERS = dataclasses.replace(TOWER, rows={"LoRA": LORA})
+SETTINGS = Settings((0, 1), 0, {"main": MAIN, "tower": TOWER, "adapters": ADAPTERS})
 RUN = Run("main", "measure", "scene", "CLIP-M²DF", 1, 1e-3)
 
 
@@ -72,7 +74,7 @@ def accuracy(record: Record, test: str = "clean") -> float:
 @pytest.mark.slow
 def test_every_row_is_measured_on_the_same_number_of_episodes(study: tuple[Path, list[Record]]) -> None:
     _, records = study
-    assert len(records) == len({(r.part, r.purpose, r.row, r.n_shot, r.seed) for r in records}) == 17
+    assert len(records) == len({(r.part, r.purpose, r.row, r.n_shot, r.seed) for r in records}) == 20
     for record in records:
         # Validated is with one shot, on the way.
         validated = record.lr and record.n_shot == 1 and not record.weights_of
