@@ -127,7 +127,7 @@ def test_a_cell_to_the_letter(tmp_path: Path) -> None:
 
 
 def test_the_adapters_part_is_compared_with_lora(tmp_path: Path) -> None:
-    where = {"part": "adapters"}
+    where: dict[str, Any] = {"part": "adapters"}
     records = [
         measurement(row, seed, text, **where) for seed in (0, 1) for row, text in (("frozen", "1213"), ("LoRA", "2222"))
     ]

@@ -132,7 +132,7 @@ def test_features_are_kept_where_heads_train_on_them_alone(tmp_path: Path) -> No
     tower = dataclasses.replace(RUN, part="tower")
     assert "store" not in configuration(tower, SETTINGS, tmp_path)["data"]
     # A frozen tower's head trains from frames too, where others that it is compared with have to.
-    frozen = dataclasses.replace(TOWER, options=TOWER.options | {"model.freeze_backbone": True})
+    frozen = dataclasses.replace(TOWER, options={**TOWER.options, "model.freeze_backbone": True})
     from_frames = dataclasses.replace(SETTINGS, parts={"adapters": frozen})
     config = configuration(dataclasses.replace(RUN, part="adapters"), from_frames, tmp_path)
     assert config["model"]["freeze_backbone"]

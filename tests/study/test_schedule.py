@@ -127,7 +127,7 @@ def test_only_the_videos_of_what_is_left_are_made(
     monkeypatch.setattr(schedule, "encode_videos", lambda run, *args: encoded.append(run))
     played.clear()
     more = {"adapters": dataclasses.replace(PART, n_shots=(1,), rows={"LoRA": Row()}, knobs={}, knob_rows=())}
-    run_study(dataclasses.replace(SETTINGS, parts=SETTINGS.parts | more), results, tmp_path, Inline())
+    run_study(dataclasses.replace(SETTINGS, parts={**SETTINGS.parts, **more}), results, tmp_path, Inline())
     # What was there stays as it is.
     assert {run.part for run in played} == {"adapters"}
     assert rendered == [{"adapters"}]
