@@ -281,8 +281,10 @@ def _commands(results: Sequence[Record], parts: Sequence[str]) -> list[str]:
             continue
         # A run folder holds one training; rows tested from the weights of another share it.
         known = record.command in folders
-        place = f"--trainer.default_root_dir {folders.setdefault(record.command, f'runs/study/{len(folders) + 1}')}"
-        lines += [f"{c} {place}" for c in (record.command, record.test_command)[known:]]
+        folder = folders.setdefault(record.command, f"runs/study/{len(folders) + 1}")
+        # A test refuses options of the model other than its checkpoint's: they are those of the run's own config.
+        test = re.sub(r"--config \S+", f"--config {folder}/config.yaml", record.test_command)
+        lines += [f"{c} --trainer.default_root_dir {folder}" for c in (record.command, test)[known:]]
     versions: dict[str, set[str]] = {}
     for record in results:
         for package, version in record.versions.items():

@@ -328,15 +328,16 @@ def test_the_commands_can_be_run_one_after_another() -> None:
     """No training meets the run folder of another, and each test finds the one that it is of."""
     lines = (ROOT / "docs/results.md").read_text(encoding="utf-8").splitlines()
     commands = [shlex.split(line) for line in lines if line.startswith("clip-m2df ")]
-    trained: dict[str, list[str]] = {}
+    trained: dict[str, str] = {}
     for _, verb, *options in commands:
         values = dict(zip(options[::2], options[1::2], strict=True))
         folder = values.get("--trainer.default_root_dir", "")
         if verb == "fit":
             assert folder not in trained
-            trained[folder] = [values["--config"], values["--seed_everything"]]
+            trained[folder] = values["--seed_everything"]
         elif "--ckpt_path" in values:
-            assert trained[folder] == [values["--config"], values["--seed_everything"]]
+            assert values["--config"] == f"{folder}/config.yaml"
+            assert trained[folder] == values["--seed_everything"]
         else:
             assert not folder
     assert len(trained) > 10

@@ -1,6 +1,8 @@
 """Real runs of a small study, from rendering to the page."""
 
+import csv
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,9 @@ import pytest
 import torch
 from lightning import Trainer
 
+from clip_m2df.cli import main
 from clip_m2df.motion_shapes import rendering
+from study.page import render
 from study.play import configuration, play
 from study.results import Record, read_results
 from study.schedule import run_study
@@ -116,6 +120,23 @@ def test_the_digits_are_the_accuracy_that_the_test_command_reports(
     for record in again:
         kept = before[record.row, record.n_shot]
         assert dataclasses.replace(record, seconds=0) == dataclasses.replace(kept, seconds=0)
+
+
+@pytest.mark.slow
+def test_the_pages_commands_give_the_accuracy_on_it(
+    study: tuple[Path, list[Record]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = [record for record in study[1] if record.part == "adapters"]
+    render(records, "", tmp_path)
+    lines = (tmp_path / "results.md").read_text(encoding="utf-8").splitlines()
+    fit, test = (shlex.split(line)[1:] for line in lines if line.startswith("clip-m2df "))
+    assert "--model.adapters" in fit
+    monkeypatch.chdir(tmp_path)
+    for command in (fit, test):
+        assert main([*command, "--trainer.accelerator", "cpu", "--data.num_workers", "0"]) == 0
+    numbers = csv.reader((tmp_path / "runs/study/1/test_metrics.csv").read_text(encoding="utf-8").splitlines())
+    (of_seed_0,) = (record for record in records if (record.purpose, record.seed) == ("measure", 0))
+    assert float(dict(numbers)["test/accuracy"]) == pytest.approx(accuracy(of_seed_0), abs=1e-6)
 
 
 @pytest.mark.slow
