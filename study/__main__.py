@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
                 run_study(settings, results, ROOT / "runs/study", pool)
             except BaseException:
                 for worker in multiprocessing.active_children():
-                    worker.terminate()
+                    worker.kill()  # a Trainer only takes note of the signal that terminates
                 raise
             finally:
                 pool.shutdown(cancel_futures=True)

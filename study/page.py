@@ -16,6 +16,7 @@ from study.results import (
     CLEAN,
     PARTS,
     REFERENCE,
+    REFERENCES,
     SHARES,
     Cell,
     Estimate,
@@ -81,8 +82,8 @@ def filled(template: str, results: Sequence[Record]) -> str:
 
     ``{accuracy: row | family | shots}`` and ``{difference: …}``, against the full method, are in per cent, with the
     95 % interval; ``pps_accuracy``, ``view_agreement``, ``local_accuracy`` and ``global_accuracy`` are without. With a
-    fourth part, ``{accuracy: row | family | shots | noise=0.2}``, they are of that test. ``tower_accuracy`` and so on
-    are of the part in which the tower is trained.
+    fourth part, ``{accuracy: row | family | shots | noise=0.2}``, they are of that test. ``tower_accuracy``,
+    ``adapters_difference`` and so on are of the study's other parts.
 
     Args:
         template: the text.
@@ -104,19 +105,22 @@ def _value(content: str, results: Sequence[Record]) -> str:
     """Of a field."""
     name, _, rest = content.partition(": ")
     words = [word.strip() for word in rest.split("|")]
-    kind = name.removeprefix("tower_")
+    part = next((part for part in PARTS if name.startswith(f"{part}_")), "main")
+    kind = name.removeprefix(f"{part}_")
     if kind not in FIELDS:
-        known = ", ".join(FIELDS)
-        raise UserError(f"the findings have an unknown field {{{content}}}: write {known}, or tower_ before these")
+        known, others = ", ".join(FIELDS), ", ".join(f"{part}_" for part in PARTS if part != "main")
+        raise UserError(
+            f"the findings have an unknown field {{{content}}}: write {known}, or one of them after {others}"
+        )
     if len(words) not in (3, 4) or not words[2].isdecimal():
         raise UserError(f"the findings' field {{{content}}} can't be read: write it like {SYNTAX}")
-    cell = Cell("main" if kind == name else "tower", words[1], int(words[2]), words[0])
+    cell = Cell(part, words[1], int(words[2]), words[0])
     test = words[3] if len(words) == 4 else CLEAN
     try:
         if kind == "accuracy":
             return _accuracy(results, cell, test)
         if kind == "difference":
-            return _difference(difference(results, cell, test=test))
+            return _difference(difference(results, cell, test))
         return _share(results, cell, test, kind)
     except UserError as error:
         raise UserError(f"the findings ask for {{{content}}}: {error}") from error
@@ -142,6 +146,7 @@ def _how(results: Sequence[Record], parts: Sequence[str]) -> list[str]:
                 f"{sum(record.seconds for record in own) / 3600:.1f}",
             ]
         )
+    others = "".join(f" ({PARTS[part]}: from {REFERENCES[part]})" for part in parts if REFERENCES[part] != REFERENCE)
     return [
         "## How it was done",
         "`make study` runs what has not been run, and writes this page. A learning rate is chosen on val for each "
@@ -150,10 +155,10 @@ def _how(results: Sequence[Record], parts: Sequence[str]) -> list[str]:
         "have one shot, whatever the test's, where the method doesn't say otherwise.",
         _table(["", "test episodes", "training episodes", "seeds", "rates tried", "runs", "hours"], rows),
         f"Accuracies are in per cent, with 95 % intervals over the episodes ({Z_95} \N{GREEK SMALL LETTER SIGMA} / √n "
-        f"of each episode's mean over the seeds), of these classes and videos. Δ is the difference from {REFERENCE}, "
-        "episode by episode and seed by seed; a method without training has one run, which is compared with each "
-        "seed's. Its interval is over the seeds too (Student's t, the squares added), and it is in bold where it is "
-        "larger than that. The range is that of the seeds' own means.",
+        f"of each episode's mean over the seeds), of these classes and videos. Δ is the difference from "
+        f"{REFERENCE}{others}, episode by episode and seed by seed; a method without training has one run, which is "
+        "compared with each seed's. Its interval is over the seeds too (Student's t, the squares added), and it is in "
+        "bold where it is larger than that. The range is that of the seeds' own means.",
     ]
 
 
@@ -276,8 +281,10 @@ def _commands(results: Sequence[Record], parts: Sequence[str]) -> list[str]:
             continue
         # A run folder holds one training; rows tested from the weights of another share it.
         known = record.command in folders
-        place = f"--trainer.default_root_dir {folders.setdefault(record.command, f'runs/study/{len(folders) + 1}')}"
-        lines += [f"{c} {place}" for c in (record.command, record.test_command)[known:]]
+        folder = folders.setdefault(record.command, f"runs/study/{len(folders) + 1}")
+        # A test refuses options of the model other than its checkpoint's: they are those of the run's own config.
+        test = re.sub(r"--config \S+", f"--config {folder}/config.yaml", record.test_command)
+        lines += [f"{c} --trainer.default_root_dir {folder}" for c in (record.command, test)[known:]]
     versions: dict[str, set[str]] = {}
     for record in results:
         for package, version in record.versions.items():
@@ -315,10 +322,10 @@ def _difference(found: Estimate) -> str:
 
 
 def _marked(results: Sequence[Record], cell: Cell, test: str) -> str:
-    """The difference from the full method, in bold where it is established; nothing for that method itself."""
-    if cell.row == REFERENCE:
+    """The difference from the part's reference, in bold where it is established; nothing for that row itself."""
+    if cell.row == REFERENCES[cell.part]:
         return ""
-    found = difference(results, cell, test=test)
+    found = difference(results, cell, test)
     return f"**{_difference(found)}**" if found.established else _difference(found)
 
 

@@ -27,7 +27,7 @@ from clip_m2df.motion_shapes import Knobs, render
 from study.results import SHARES, Outcome, Point, Record
 from study.settings import Run, Settings, config_name
 
-PACKAGES = ("clip-m2df", "torch", "lightning", "transformers", "numpy", "av")
+PACKAGES = ("clip-m2df", "torch", "lightning", "transformers", "peft", "numpy", "av")
 # The Trainer's options that say where a run leaves its files: here it leaves none.
 OF_FILES = ("default_root_dir", "log_every_n_steps")
 
@@ -131,11 +131,11 @@ def _train(model: CLIPM2DF, config: Mapping[str, Any], kept: Path) -> list[Point
 def configuration(
     run: Run, settings: Settings, store: Path, options: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The config of a run's command as a tree, with features kept in ``store``; ``options`` come on top."""
+    """The config of a run's command as a tree, with features that heads train on in ``store``; ``options`` on top."""
     name = config_name(run.family, settings.parts[run.part].n_shots[0])
     config: dict[str, Any] = yaml.safe_load(find_config(name).read_text(encoding="utf-8"))
     everything = run.options(settings) | dict(options or {})
-    if everything.get("model.freeze_backbone", config["model"]["freeze_backbone"]):
+    if everything.get("data.train_augmentations", config["data"]["train_augmentations"]):
         # A folder each for what one process encodes: several would overwrite each other's features.
         everything["data.store"] = str(store / "features" / f"{config['data']['manifest']}_seed{run.seed}")
     for option, value in everything.items():
@@ -144,7 +144,7 @@ def configuration(
         for key in path:
             node = node.setdefault(key, {})
         node[last] = value
-    # Nothing is decoded while a head trains on features; workers would only cost their start.
+    # Runs share the cores already.
     config["data"]["num_workers"] = 0
     return config
 

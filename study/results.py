@@ -26,11 +26,12 @@ from clip_m2df.files import read_bytes
 P = ParamSpec("P")
 T = TypeVar("T")
 
-PARTS = {"main": "frozen tower", "tower": "tower trained too"}
+PARTS = {"main": "frozen tower", "tower": "tower trained too", "adapters": "adapters compared"}
 PURPOSES = ("choose", "measure")
 CLEAN = "clean"
-# What all differences are against.
+# What the differences are against, by part.
 REFERENCE = "CLIP-M²DF"
+REFERENCES = {"main": REFERENCE, "tower": REFERENCE, "adapters": "LoRA"}
 SHARES = ("pps_accuracy", "view_agreement", "local_accuracy", "global_accuracy")
 
 
@@ -269,15 +270,14 @@ def accuracy(records: Sequence[Record], cell: Cell, test: str = CLEAN) -> Estima
     return _estimate(*_correct(records, cell, test))
 
 
-def difference(records: Sequence[Record], cell: Cell, reference: str = REFERENCE, test: str = CLEAN) -> Estimate:
-    """By how much a row is more accurate than another of the same cell, paired by episode and by seed.
+def difference(records: Sequence[Record], cell: Cell, test: str = CLEAN) -> Estimate:
+    """By how much a row is more accurate than its part's reference, paired by episode and by seed.
 
     Where there is nothing to train, its one run is compared with each of the reference's.
 
     Args:
         records: of the study.
         cell: the row's.
-        reference: the other row.
         test: of both.
 
     Raises:
@@ -285,6 +285,7 @@ def difference(records: Sequence[Record], cell: Cell, reference: str = REFERENCE
         UserError: the two have other numbers of episodes.
     """
     ours, n_queries = _correct(records, cell, test)
+    reference = REFERENCES[cell.part]
     theirs, of_theirs = _correct(records, cell._replace(row=reference), test)
     if (ours.shape[1], n_queries) != (theirs.shape[1], of_theirs):
         raise UserError(

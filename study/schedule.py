@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, as_completed, wait
@@ -44,9 +45,12 @@ def _alone(results: Path) -> Iterator[None]:
 
 
 def _run(settings: Settings, records: list[Record], results: Path, store: Path, pool: Executor) -> None:
-    render_videos(settings)
+    # What is done needs no videos.
+    waiting = {run.part for run in to_do(settings, records)}
+    parts = {name: part for name, part in settings.parts.items() if name in waiting}
+    render_videos(dataclasses.replace(settings, parts=parts))
     with Progress(*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn()) as progress:
-        videos = _videos(settings)
+        videos = _videos(settings) if "main" in parts else []
         task = progress.add_task("encoding videos", total=len(videos))
         for encoded in as_completed([pool.submit(encode_videos, run, settings, store, test) for run, test in videos]):
             encoded.result()

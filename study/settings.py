@@ -27,10 +27,12 @@ class Row:
     Attributes:
         options: of ``clip-m2df fit``, where they differ from the config's; ``--model.lr`` as ``model.lr``.
         weights_of: the row whose weights are tested, with the options.
+        tower_rate: the tower's learning rate, as a share of the head's.
     """
 
     options: Options = field(default_factory=dict)
     weights_of: str = ""
+    tower_rate: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Settings:
     Attributes:
         seeds: of weights and training episodes, one run each.
         choosing_seed: the seed of the runs by which learning rates are chosen.
-        parts: ``main`` (frozen tower) and ``tower`` (trained too).
+        parts: ``main`` (frozen tower), ``tower`` (trained too) and ``adapters`` (both compared with LoRA).
     """
 
     seeds: tuple[int, ...]
@@ -114,7 +116,8 @@ def _part(part: dict[str, Any]) -> Part:
     rows = {}
     for name, options in part["rows"].items():
         options = dict(options or {})
-        rows[name] = Row(weights_of=options.pop("weights_of", ""), options=options)
+        weights_of, tower_rate = options.pop("weights_of", ""), float(options.pop("tower_rate", 1))
+        rows[name] = Row(options, weights_of, tower_rate)
     strangers = {row.weights_of for row in rows.values()} | set(part.get("knob_rows", ()))
     own = {name for name, row in rows.items() if not row.weights_of}
     if unknown := strangers - {"", *own}:
@@ -142,7 +145,7 @@ class Run:
         family: of the benchmark.
         row: its name.
         seed: of weights and training episodes.
-        lr: learning rate; None where nothing is trained.
+        lr: learning rate of the head; None where nothing is trained.
     """
 
     part: str
@@ -155,9 +158,12 @@ class Run:
     def options(self, settings: Settings) -> dict[str, Any]:
         """All options of ``clip-m2df fit`` where they differ from the config's."""
         part = settings.parts[self.part]
-        rate = {} if self.lr is None else {"model.lr": self.lr}
+        row = part.rows[self.row]
+        rates = {} if self.lr is None else {"model.lr": self.lr}
+        if self.lr is not None and row.tower_rate != 1:
+            rates["model.backbone_lr"] = float(f"{self.lr * row.tower_rate:g}")
         seeds = {"seed_everything": self.seed, "data.seed": self.seed}
-        return {**part.options, **part.rows[self.row].options, **rate, **seeds}
+        return {**part.options, **row.options, **rates, **seeds}
 
     def command(self, settings: Settings, n_shot: int) -> str:
         """What repeats the training, or where nothing is trained the clean test."""

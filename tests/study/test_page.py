@@ -126,6 +126,19 @@ def test_a_cell_to_the_letter(tmp_path: Path) -> None:
     assert table["less"]["Δ, 1 shot"] == "−5.0 ± 16.3"
 
 
+def test_the_adapters_part_is_compared_with_lora(tmp_path: Path) -> None:
+    where: dict[str, Any] = {"part": "adapters"}
+    records = [
+        measurement(row, seed, text, **where) for seed in (0, 1) for row, text in (("frozen", "1213"), ("LoRA", "2222"))
+    ]
+    records += [measurement(REFERENCE, seed, "3333") for seed in (0, 1)]
+    text = rendered_page(records, tmp_path, "{adapters_difference: frozen | scene | 1}")
+    (table,) = tables(text.split("## Accuracy, adapters compared")[1], "### `scene`")
+    assert {row: cells["Δ, 1 shot"] for row, cells in table.items()} == {"frozen": "−5.0 ± 16.3", "LoRA": ""}
+    assert "−5.0 ± 16.3" in text.split("## How it was done")[0]
+    assert f"the difference from {REFERENCE} (adapters compared: from LoRA), episode by episode" in text
+
+
 def test_knob_tables_have_clean_and_each_level_with_differences_below(text: str) -> None:
     noise = tables(text, "### Noise")
     assert len(noise) == 4  # two families, 1 and 5 shots
@@ -226,12 +239,14 @@ def test_findings_are_filled_in() -> None:
     ]
     records += [measurement("more", 0, "3324", lr=None)]
     records += [measurement(row, 0, text, part="tower") for row, text in ((REFERENCE, "5555"), ("more", "4444"))]
+    records += [measurement(row, 0, text, part="adapters") for row, text in (("LoRA", "3333"), ("full", "4444"))]
     template = (
         "{accuracy: more | scene | 1}; {accuracy: CLIP-M²DF | scene | 1 | noise=0.2}; {difference: more|scene|1}; "
         "{pps_accuracy: CLIP-M²DF | scene | 1 | noise=0.2} {view_agreement: CLIP-M²DF | scene | 1 | noise=0.2}; "
-        "{tower_accuracy: more | scene | 1}; {tower_difference: more | scene | 1}"
+        "{tower_accuracy: more | scene | 1}; {tower_difference: more | scene | 1}; "
+        "{adapters_accuracy: LoRA | scene | 1}; {adapters_difference: full | scene | 1}"
     )
-    expected = "60.0 ± 13.9; 20.0 ± 0.0; +20.0 ± 13.9; 50.0 75.0; 80.0 ± 0.0; −20.0 ± 0.0"
+    expected = "60.0 ± 13.9; 20.0 ± 0.0; +20.0 ± 13.9; 50.0 75.0; 80.0 ± 0.0; −20.0 ± 0.0; 60.0 ± 0.0; +20.0 ± 0.0"
     assert filled(template, records) == expected
 
 
@@ -239,6 +254,7 @@ def test_findings_are_filled_in() -> None:
     ("template", "message"),
     [
         ("{precision: CLIP-M²DF | scene | 1}", "unknown field {precision: CLIP-M²DF"),
+        ("{adapter_accuracy: LoRA | scene | 1}", "after tower_, adapters_"),
         ("{accuracy}", "{accuracy} can't be read: write it like"),
         ("{accuracy: CLIP-M²DF | scene}", "can't be read: write it like"),
         ("{accuracy: CLIP-M²DF | scene | one}", "can't be read: write it like"),
@@ -248,6 +264,7 @@ def test_findings_are_filled_in() -> None:
         ("{difference: OTAM | scene | 1 | noise=0.3}", "no test 'noise=0.3'"),
         ("{pps_accuracy: OTAM | scene | 1}", "no pps_accuracy"),
         ("{tower_accuracy: without PPS | scene | 1}", "tower trained too"),
+        ("{adapters_accuracy: LoRA | scene | 1}", "adapters compared"),
         ("{accuracy: OTAM | scene | 1", "a brace without its other: …'{accuracy: OTAM"),
     ],
 )
@@ -311,15 +328,16 @@ def test_the_commands_can_be_run_one_after_another() -> None:
     """No training meets the run folder of another, and each test finds the one that it is of."""
     lines = (ROOT / "docs/results.md").read_text(encoding="utf-8").splitlines()
     commands = [shlex.split(line) for line in lines if line.startswith("clip-m2df ")]
-    trained: dict[str, list[str]] = {}
+    trained: dict[str, str] = {}
     for _, verb, *options in commands:
         values = dict(zip(options[::2], options[1::2], strict=True))
         folder = values.get("--trainer.default_root_dir", "")
         if verb == "fit":
             assert folder not in trained
-            trained[folder] = [values["--config"], values["--seed_everything"]]
+            trained[folder] = values["--seed_everything"]
         elif "--ckpt_path" in values:
-            assert trained[folder] == [values["--config"], values["--seed_everything"]]
+            assert values["--config"] == f"{folder}/config.yaml"
+            assert trained[folder] == values["--seed_everything"]
         else:
             assert not folder
     assert len(trained) > 10

@@ -1,6 +1,8 @@
 """Real runs of a small study, from rendering to the page."""
 
+import csv
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +10,13 @@ import pytest
 import torch
 from lightning import Trainer
 
+from clip_m2df.cli import main
 from clip_m2df.motion_shapes import rendering
+from study.page import render
 from study.play import configuration, play
 from study.results import Record, read_results
 from study.schedule import run_study
-from study.settings import Part, Run, Settings
+from study.settings import Part, Row, Run, Settings
 from tests.study.test_schedule import ROWS, Inline
 
 SHORT = {
@@ -40,7 +44,9 @@ TOWER = Part(
     SHORT | {"model.freeze_backbone": False, "data.train_augmentations": 0},
     {row: ROWS[row] for row in ("CLIP-M²DF", "OTAM")},
 )
-SETTINGS = Settings((0, 1), 0, {"main": MAIN, "tower": TOWER})
+LORA = Row({"model.adapters": {"r": 4}}, tower_rate=0.5)
+ADAPTERS = dataclasses.replace(TOWER, rows={"LoRA": LORA})
+SETTINGS = Settings((0, 1), 0, {"main": MAIN, "tower": TOWER, "adapters": ADAPTERS})
 RUN = Run("main", "measure", "scene", "CLIP-M²DF", 1, 1e-3)
 
 
@@ -72,7 +78,7 @@ def accuracy(record: Record, test: str = "clean") -> float:
 @pytest.mark.slow
 def test_every_row_is_measured_on_the_same_number_of_episodes(study: tuple[Path, list[Record]]) -> None:
     _, records = study
-    assert len(records) == len({(r.part, r.purpose, r.row, r.n_shot, r.seed) for r in records}) == 17
+    assert len(records) == len({(r.part, r.purpose, r.row, r.n_shot, r.seed) for r in records}) == 20
     for record in records:
         # Validated is with one shot, on the way.
         validated = record.lr and record.n_shot == 1 and not record.weights_of
@@ -117,6 +123,23 @@ def test_the_digits_are_the_accuracy_that_the_test_command_reports(
 
 
 @pytest.mark.slow
+def test_the_pages_commands_give_the_accuracy_on_it(
+    study: tuple[Path, list[Record]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = [record for record in study[1] if record.part == "adapters"]
+    render(records, "", tmp_path)
+    lines = (tmp_path / "results.md").read_text(encoding="utf-8").splitlines()
+    fit, test = (shlex.split(line)[1:] for line in lines if line.startswith("clip-m2df "))
+    assert "--model.adapters" in fit
+    monkeypatch.chdir(tmp_path)
+    for command in (fit, test):
+        assert main([*command, "--trainer.accelerator", "cpu", "--data.num_workers", "0"]) == 0
+    numbers = csv.reader((tmp_path / "runs/study/1/test_metrics.csv").read_text(encoding="utf-8").splitlines())
+    (of_seed_0,) = (record for record in records if (record.purpose, record.seed) == ("measure", 0))
+    assert float(dict(numbers)["test/accuracy"]) == pytest.approx(accuracy(of_seed_0), abs=1e-6)
+
+
+@pytest.mark.slow
 def test_a_run_repeats_without_what_others_left(study: tuple[Path, list[Record]], tmp_path: Path) -> None:
     _, records = study
     fresh = play(RUN, SETTINGS, tmp_path)
@@ -125,7 +148,13 @@ def test_a_run_repeats_without_what_others_left(study: tuple[Path, list[Record]]
     assert [r.curve for r in fresh] == [r.curve for r in kept if r.row != "OTAM"]
 
 
-def test_features_are_kept_for_a_frozen_tower_alone(tmp_path: Path) -> None:
+def test_features_are_kept_where_heads_train_on_them_alone(tmp_path: Path) -> None:
     assert configuration(RUN, SETTINGS, tmp_path)["data"]["store"].startswith(str(tmp_path))
     tower = dataclasses.replace(RUN, part="tower")
     assert "store" not in configuration(tower, SETTINGS, tmp_path)["data"]
+    # A frozen tower's head trains from frames too, where others that it is compared with have to.
+    frozen = dataclasses.replace(TOWER, options={**TOWER.options, "model.freeze_backbone": True})
+    from_frames = dataclasses.replace(SETTINGS, parts={"adapters": frozen})
+    config = configuration(dataclasses.replace(RUN, part="adapters"), from_frames, tmp_path)
+    assert config["model"]["freeze_backbone"]
+    assert "store" not in config["data"]

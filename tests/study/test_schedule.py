@@ -16,7 +16,7 @@ from clip_m2df.nn.baselines import build_head
 from study import __main__ as command
 from study import schedule
 from study.play import configuration
-from study.results import Outcome, Point, Record, read_results
+from study.results import PARTS, Outcome, Point, Record, read_results
 from study.schedule import current, run_study, to_do
 from study.settings import Part, Row, Run, Settings
 from tests.commands.test_configs import Parsed
@@ -116,6 +116,27 @@ def test_a_study_that_was_stopped_goes_on(tmp_path: Path, played: list[Run]) -> 
         assert to_do(SETTINGS, read_results(results)) == []
 
 
+def test_only_the_videos_of_what_is_left_are_made(
+    tmp_path: Path, played: list[Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = tmp_path / "results.jsonl"
+    run_study(SETTINGS, results, tmp_path, Inline())
+    rendered: list[set[str]] = []
+    encoded: list[Run] = []
+    monkeypatch.setattr(schedule, "render_videos", lambda settings: rendered.append(set(settings.parts)))
+    monkeypatch.setattr(schedule, "encode_videos", lambda run, *args: encoded.append(run))
+    played.clear()
+    more = {"adapters": dataclasses.replace(PART, n_shots=(1,), rows={"LoRA": Row()}, knobs={}, knob_rows=())}
+    run_study(dataclasses.replace(SETTINGS, parts={**SETTINGS.parts, **more}), results, tmp_path, Inline())
+    # What was there stays as it is.
+    assert {run.part for run in played} == {"adapters"}
+    assert rendered == [{"adapters"}]
+    assert encoded == []
+    run_study(SETTINGS, tmp_path / "new.jsonl", tmp_path, Inline())
+    assert rendered[1:] == [{"main"}]
+    assert encoded
+
+
 def test_the_command_runs_the_small_study_and_renders_its_page(
     tmp_path: Path, played: list[Run], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -158,6 +179,17 @@ def test_a_trained_tower_gives_every_head_something_to_train() -> None:
     assert dataclasses.replace(PART, options={"model.freeze_backbone": False}).trains("OTAM")
 
 
+def test_a_tower_may_learn_at_a_share_of_the_heads_rate() -> None:
+    rows = {"same": Row(), "slower": Row(tower_rate=0.1)}
+    settings = Settings((0,), 0, {"adapters": dataclasses.replace(PART, rows=rows)})
+    same, slower = (Run("adapters", "measure", "scene", row, 0, 3e-3).options(settings) for row in rows)
+    assert "model.backbone_lr" not in same
+    assert slower == same | {"model.backbone_lr": 3e-4}
+    read = Settings.read(ROOT / "configs/study/full.yaml").parts["adapters"].rows
+    assert [read[name].tower_rate for name in ("frozen tower", "LoRA", "full training")] == [1, 0.3, 0.1]
+    assert not any("tower_rate" in row.options for row in read.values())
+
+
 def parsed(command: str) -> tuple[str, Any]:
     """What a command line asks for: its verb, and the config that it comes to."""
     program, verb, *args = shlex.split(command)
@@ -171,7 +203,7 @@ def parsed(command: str) -> tuple[str, Any]:
 @pytest.mark.parametrize("name", ["full", "quick"])
 def test_the_commands_of_a_study_are_those_that_are_run(name: str) -> None:
     settings = Settings.read(ROOT / f"configs/study/{name}.yaml")
-    assert {"main", "tower"} == set(settings.parts)
+    assert set(settings.parts) == set(PARTS)
     for part_name, part in settings.parts.items():
         for number, (row, described) in enumerate(part.rows.items()):
             family = part.families[number % len(part.families)]
