@@ -248,10 +248,13 @@ def test_a_run_that_is_ended_leaves_what_was_there(
             if len(blocks) == 2:
                 signal.raise_signal(signum)
 
+    # A shell starts what is in the background with SIGINT ignored.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     hook = nn.modules.module.register_module_forward_hook(end)
     try:
         assert encode(many, tiny_clip_dir, output, "--augmentations=2") == status
     finally:
         hook.remove()
+        signal.signal(signal.SIGINT, handler)
     assert len(blocks) == 2
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
