@@ -1,4 +1,4 @@
-"""Files of named tensors, read without running anything that is in them.
+"""Files of named tensors, written as safetensors and read without running anything that is in them.
 
 safetensors is imported where it is used, because it takes long.
 """
@@ -77,6 +77,19 @@ def read_weights(file: Path, inside: str = "") -> dict[str, Tensor]:
 
 
 # Zip files
+
+
+def write_weights(draft: Path, weights: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write safetensors to a file that is there, which whoever may read it now can read then too.
+
+    Raises:
+        SafetensorError: It can't be written.
+    """
+    from safetensors.torch import save_file
+
+    mode = draft.stat().st_mode
+    save_file(weights, draft, metadata)
+    draft.chmod(mode)  # safetensors lets nobody but the writer read
 
 
 def check_archive(path: str | os.PathLike[str]) -> None:

@@ -110,7 +110,7 @@ def find_segments(
     """
     encoder.check([video], any_length=True)
     if has_features(video):
-        known = encoder.long_features(video)
+        known = encoder.features_of(video, any_length=True)
         features = known[_numbers_at("features", len(known), windows.rate, fps)]
     else:
         cropped = map(encoder.reader.crop, _frames_at(video, windows.rate, fps))

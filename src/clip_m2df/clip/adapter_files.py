@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from clip_m2df.clip.families import Family
+from clip_m2df.clip.formats import MERGE_IT, read_json
 from clip_m2df.errors import UserError, require, some
 from clip_m2df.files import check_regular
 from clip_m2df.weight_files import read_weights
@@ -29,7 +30,6 @@ _FIELDS = (
     *("task_type", "peft_version", "auto_mapping", "runtime_config", "megatron_core", "qalora_group_size"),
 )
 _VALUES = {"bias": ("none",), "init_lora_weights": (True, "gaussian")}
-_MERGE_IT = "merge it into the model and save that (peft's merge_and_unload)"
 
 
 def tower_checksum(state: Mapping[str, Tensor]) -> dict[str, str]:
@@ -109,24 +109,17 @@ def read_adapter(folder: Path, source: str) -> tuple[dict[str, Any], dict[str, T
         return None
     if missing := [file.name for file in (config, weights) if not file.is_file()]:
         raise UserError(f"{source} has an adapter, but no {missing[0]}: fetch it again, or move the rest elsewhere")
-    try:
-        values = json.loads(config.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{config} is damaged: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{config} is damaged: a table of names and values is expected")
+    values = read_json(config)
     if not (folder / "config.json").is_file():
         base = values.get("base_model_name_or_path")
         raise UserError(
             f"{source} has an adapter alone, of {base!r:.200} by its own words: put the files of that model beside it"
         )
     if (kind := values.get("peft_type")) != "LORA":
-        raise UserError(f"{source} has an adapter of type {kind!r:.80}, and LORA alone is applied here: {_MERGE_IT}")
+        raise UserError(f"{source} has an adapter of type {kind!r:.80}, and LORA alone is applied here: {MERGE_IT}")
     for name, value in values.items():
         if name not in _FIELDS and value and value not in _VALUES.get(name, ()):
-            raise UserError(
-                f"{source} has an adapter with {name} {value!r:.80}, which is not applied here: {_MERGE_IT}"
-            )
+            raise UserError(f"{source} has an adapter with {name} {value!r:.80}, which is not applied here: {MERGE_IT}")
     require(above=0, below=math.inf, **{f"{config}: lora_alpha": values.get("lora_alpha", 8)})
     return values, read_weights(weights)
 

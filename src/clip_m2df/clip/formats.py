@@ -161,7 +161,8 @@ _ADAPTER_FILE = re.compile(
     r"adapter_(?!config\.json$|model\.safetensors$)|(?i:(.*[^a-z])?lora([^a-z].*)?\.(safetensors|bin|pt)$)"
 )
 ONE_MODEL = "fetch config.json and weights of one whole model"
-_MERGE_IT = "which is not applied here: merge it into the model and save that (peft's merge_and_unload)"
+MERGE_IT = "merge it into the model and save that (peft's merge_and_unload)"
+_NOT_APPLIED = f"which is not applied here: {MERGE_IT}"
 # The steps of transformers' preprocessing of images, of which each is done unless a file or the family says otherwise;
 # what other preprocessings have; and Pillow's numbers of the two ways to resize that are known here.
 _STEPS = ("resize", "center_crop", "rescale", "normalize", "convert_rgb")
@@ -179,14 +180,14 @@ def read_folder(folder: Path, source: str) -> tuple[dict[str, Any], dict[str, Te
         check_regular(folder / name, "model's description")
     adapters = (file.name for file in folder.iterdir() if _ADAPTER_FILE.match(file.name))
     if adapter := min(adapters, default=""):
-        raise UserError(f"{source} has an adapter, {adapter}, {_MERGE_IT}, or move it elsewhere")
+        raise UserError(f"{source} has an adapter, {adapter}, {_NOT_APPLIED}, or move it elsewhere")
     if not (folder / "config.json").is_file():
         files = sorted(file.name for file in folder.iterdir() if file.suffix in WEIGHT_SUFFIXES)
         hint = f"; give the file of weights in it, {some(files)}" if files else ""
         if not (folder / OPEN_CLIP_CONFIG).is_file():
             hint = f", nor OpenCLIP's {OPEN_CLIP_CONFIG}{hint}"
         raise UserError(f"{source} isn't a model in transformers' format: there is no config.json in it{hint}")
-    values = _read_json(folder / "config.json")
+    values = read_json(folder / "config.json")
     family = _family(values.get("model_type"), source)
     state = _read_folder_weights(folder, source)
     for table in (values, values.get("vision_config"), values.get("text_config")):
@@ -214,14 +215,11 @@ def check_towers(backbone: nn.Module, state: Mapping[str, Tensor], name_of: Call
     Raises:
         UserError: The state has none of the names of one of the two towers.
     """
-    towers: dict[str, bool] = {}
-    for key in backbone.state_dict():
-        tower = key.split(".")[0]
-        towers[tower] = towers.get(tower, False) or name_of(key) in state
-    missing = [tower for tower, found in towers.items() if not found]
-    if len(missing) == 1 < len(towers):
+    towers = {name_of(key): key.split(".")[0] for key in backbone.state_dict()}
+    found = {tower for name, tower in towers.items() if name in state}
+    if found and (missing := {*towers.values()} - found):
         raise UserError(
-            f"{source} has the weights of one tower alone, and none of the {missing[0]} tower that its config.json"
+            f"{source} has the weights of one tower alone, and none of the {missing.pop()} tower that its config.json"
             f" describes: {ONE_MODEL}"
         )
 
@@ -235,7 +233,7 @@ def _described(folder: Path) -> Family | None:
     """The family of a folder's ``config.json``, if it has one."""
     if not (folder / "config.json").is_file():
         return None
-    kind = _read_json(folder / "config.json").get("model_type")
+    kind = read_json(folder / "config.json").get("model_type")
     return next((family for family in _known_families() if family.model_type == kind), None)
 
 
@@ -271,9 +269,9 @@ def _read_preprocessing(folder: Path, family: Family, image_size: int) -> dict[s
     """
     file, nested, values = folder / "preprocessor_config.json", folder / "processor_config.json", {}
     if file.is_file():
-        values = _read_json(file)
+        values = read_json(file)
     if nested.is_file():
-        processors = _read_json(nested)
+        processors = read_json(nested)
         if "image_processor" in processors or "video_processor" in processors:  # which transformers prefers
             file, values = nested, processors
 
@@ -363,7 +361,7 @@ def _read_folder_weights(folder: Path, source: str) -> dict[str, Tensor]:
         if (folder / name).is_file():
             shards = {name}
         elif index.is_file():
-            files = _read_json(index).get("weight_map")
+            files = read_json(index).get("weight_map")
             if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
                 raise UserError(f"{index} is damaged: it has no weight_map from weights to files; fetch it again")
             shards = {*files.values()}
@@ -395,11 +393,16 @@ def _read_folder_weights(folder: Path, source: str) -> dict[str, Tensor]:
             f"{source} has no weights: neither model.safetensors nor pytorch_model.bin is in the folder{hint}"
         )
     if adapted := [key for key in state if _ADAPTER.search(key)]:
-        raise UserError(f"{source} has the weights of an adapter, {some(adapted)}, {_MERGE_IT}")
+        raise UserError(f"{source} has the weights of an adapter, {some(adapted)}, {_NOT_APPLIED}")
     return state
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """A table of JSON.
+
+    Raises:
+        UserError: It is damaged, or something else.
+    """
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -460,7 +463,7 @@ def told_options(description: Mapping[str, Any]) -> dict[str, Any]:
     try:
         vision, text = description["visual_config"], description["text_config"] or {}
         heads, activation = vision.get("head_width", OPENAI["head_width"]), text.get("hidden_act")
-        if vision["kind"] != "resnet":
+        if "num_attention_heads" in vision:
             heads, activation = vision["hidden_size"] // vision["num_attention_heads"], vision["hidden_act"]
         own = {"image_size": vision["image_size"], "dtype": description.get("dtype", "float32")}
         own |= {"mean": description["mean"], "std": description["std"]}
@@ -525,7 +528,7 @@ def read_open_clip_config(file: Path) -> dict[str, Any]:
     Raises:
         UserError: It is damaged, or of a model or of images that OpenAI's layout doesn't have.
     """
-    values = _read_json(file)
+    values = read_json(file)
     model = values.get("model_cfg", values)
     vision, text = (model.get(name) if isinstance(model, dict) else None for name in ("vision_cfg", "text_cfg"))
     images = values.get("preprocess_cfg") or {}

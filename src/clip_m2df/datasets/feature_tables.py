@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from clip_m2df.datasets.manifest import TABLE_SUFFIXES, Manifest, Video
 from clip_m2df.errors import UserError, printable, some
 from clip_m2df.files import check_regular, whole_file
+from clip_m2df.weight_files import write_weights
 
 FORMAT = "clip-m2df feature table 1"
 CLASSES_FORMAT = "clip-m2df class embeddings 1"
@@ -311,22 +311,10 @@ def _write(draft: Path, suffix: str, rows: Sequence[Mapping[str, Any]], name: st
     if suffix.lower() == ".parquet":
         _write_parquet(draft, rows, name, numbers)
         return
-    mode = draft.stat().st_mode
     try:
-        save_file({name: numbers.contiguous()}, draft, {"format": form, "rows": json.dumps(rows)})
+        write_weights(draft, {name: numbers.contiguous()}, {"format": form, "rows": json.dumps(rows)})
     except SafetensorError as error:
         raise OSError(str(error)) from error
-    draft.chmod(mode)  # safetensors lets nobody but the writer read
-
-
-def _parquet() -> Any:
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError(
-            "Parquet files need pyarrow: pip install clip-m2df[parquet]; or take a .safetensors file"
-        ) from error
-    return pyarrow
 
 
 def _read_parquet(source: str, what: str, name: str) -> tuple[list[dict[str, Any]], Tensor]:

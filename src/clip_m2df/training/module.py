@@ -236,7 +236,7 @@ class CLIPM2DF(lightning.LightningModule):
             add_adapters(tower, adapters)
         if gradient_checkpointing:
             tower.enable_gradient_checkpointing()
-        if tower.family.kind == "features":  # labels stand for prompts, and there is nothing to train
+        if not tower.image_size:  # labels stand for prompts, and there is nothing to train
             template, freeze_backbone = "{}", True
         self.model = M2DF(tower, build_head(head, {"dim": tower.dim, **own}), template, freeze_backbone)
         for name, value in (("class_weight", class_weight), ("text_fusion", text_fusion)):
@@ -322,7 +322,7 @@ class CLIPM2DF(lightning.LightningModule):
                 f"the features in {table.source} are of {table.frames} frames, and the model ({self.source}) was"
                 f" trained on {frames}: give a table of as many"
             )
-        if table.class_embeddings and backbone.family.kind == "features" and backbone.text is None:
+        if table.class_embeddings and not self.image_size and backbone.text is None:
             backbone.keep_classes(table.class_embeddings)  # which goes into its checkpoints
         else:
             self.model.take_class_embeddings(table.class_embeddings)
