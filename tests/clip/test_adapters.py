@@ -4,7 +4,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -29,6 +29,7 @@ TOWERS: dict[str, tuple[str, dict[str, Any], int]] = {
     "dinov3_vit with a gate": ("dinov3_vit", CLIP_SIZES | {"use_gated_mlp": True}, 7),
 }
 ALL = ["q", "k", "v", "o", "fc1", "fc2"]
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def small(name: str) -> CLIPBackbone:
@@ -44,13 +45,13 @@ def embedded(backbone: CLIPBackbone) -> Tensor:
         return backbone.encode_frames(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)))
 
 
-def shake(backbone: CLIPBackbone) -> CLIPBackbone:
+def shaken(module: Module) -> Module:
     """The same in evaluation mode, as if its adapters had been trained."""
     generator = torch.Generator().manual_seed(2)
-    for name, weight in backbone.named_parameters():
+    for name, weight in module.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(weight, std=0.05, generator=generator)
-    return backbone.eval()
+    return module.eval()
 
 
 @pytest.mark.parametrize("name", TOWERS)
@@ -69,7 +70,7 @@ def test_adapters_go_into_the_blocks_of_every_family(name: str) -> None:
     backbone.encode_frames(torch.randn(1, 3, 32, 32)).sum().backward()
     trained = [weight.grad for weight in backbone.visual.parameters() if weight.requires_grad]
     assert all(gradient is not None for gradient in trained)
-    found = embedded(shake(backbone))
+    found = embedded(shaken(backbone))
     assert (found - plain).abs().max() > 1e-3
     merge_adapters(backbone)
     torch.testing.assert_close(embedded(backbone), found, atol=1e-5, rtol=0)

@@ -11,15 +11,11 @@ import pytest
 
 from clip_m2df.clip.tokenizer import encoded, read_tokenizer, saved_tokenizer
 from clip_m2df.errors import UserError
-from tests.clip.towers import save_gemma, save_siglip, save_xlm
+from tests.clip.towers import TOKENIZERS as SAVED
+from tests.clip.towers import save_siglip
 from tests.conftest import GOLDEN
 
 Config = dict[str, Any]
-SAVED: dict[str, tuple[Callable[..., int], Config]] = {
-    "gemma": (save_gemma, {"kind": "siglip", "max_position_embeddings": 64}),
-    "siglip": (save_siglip, {"kind": "siglip", "max_position_embeddings": 64}),
-    "xlm": (save_xlm, {"kind": "metaclip_2", "max_position_embeddings": 77, "eos_token_id": 2}),
-}
 
 
 @pytest.fixture(scope="module")
@@ -348,17 +344,7 @@ def test_forged_words_and_merges_are_refused(change: Callable[[Any], None], tmp_
 
 def test_merges_that_undo_each_other_end(tmp_path: Path) -> None:
     config = saved("gemma", tmp_path)
-    pairs = [
-        ["a", "a"],
-        ["aa", "aa"],
-        ["a", "aa"],
-        ["aa", "a"],
-        ["a", "a"],
-        ["aaa", "a"],
-        ["", "a"],
-        ["a", ""],
-        ["", ""],
-    ]
+    pairs = [pair.split(" ") for pair in ("a a", "aa aa", "a aa", "aa a", "a a", "aaa a", " a", "a ", " ")]
 
     def change(content: Any) -> None:
         vocab = content["model"]["vocab"]

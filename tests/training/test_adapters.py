@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks import soak
 from clip_m2df import CLIPM2DF, CLIPBackbone, FewShotClassifier
@@ -17,13 +17,13 @@ from clip_m2df.cli import main
 from clip_m2df.errors import UserError
 from clip_m2df.export import export_model
 from clip_m2df.training.checkpoints import BEST, FOLDER, LAST, read_checkpoint
+from tests.clip.test_adapters import ALL, shaken
 from tests.conftest import fails, options, quiet_trainer
 from tests.training.test_evaluation_from_bank import data
-from tests.training.test_interruption import kill, step_of
+from tests.training.test_interruption import RUN, kill, step_of
 from tests.training.test_many_devices import train
 
 HEAD = {"hidden_dim": 32, "num_heads": 4}
-ALL = ["q", "k", "v", "o", "fc1", "fc2"]
 ADAPTERS = (
     "--model.freeze_backbone=false",
     "--model.adapters={r: 2, target: [q, v, fc1], dropout: 0.1}",
@@ -44,15 +44,6 @@ def images(model: CLIPM2DF, number: int = 3) -> Tensor:
 def features(model: CLIPM2DF) -> Tensor:
     with torch.no_grad():
         return model.model.backbone.encode_frames(images(model))
-
-
-def shaken(model: CLIPM2DF) -> CLIPM2DF:
-    """The same in evaluation mode, as if its adapters had been trained."""
-    generator = torch.Generator().manual_seed(2)
-    for name, weight in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(weight, std=0.05, generator=generator)
-    return model.eval()
 
 
 def of_adapters(state: dict[str, Tensor]) -> set[str]:
@@ -187,15 +178,7 @@ def test_an_export_has_the_adapters(batch: int, trained: CLIPM2DF, tmp_path: Pat
 # Training
 
 # Six optimiser steps of two batches each, validated after every second.
-STEPS = (
-    *ADAPTERS,
-    "--data.batch_size=1",
-    "--data.episodes_per_step=2",
-    "--data.validate_every=2",
-    "--trainer.max_steps=6",
-    "--trainer.num_sanity_val_steps=0",
-    "--dashboard.figures=false",
-)
+STEPS = (*ADAPTERS, *RUN)
 
 
 @pytest.fixture(scope="module")
