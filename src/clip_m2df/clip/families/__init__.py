@@ -38,7 +38,6 @@ class Tower:
             file.
         dim: The one of them that is the width of its embeddings.
         model: transformers' class of the tower; "" of one that ``Family.visual_tower`` builds otherwise.
-        config: transformers' class of its configuration.
         output: What the class calls the embeddings among its outputs.
         inside: What the names of its weights begin with in a folder, beyond those that the class itself gives them.
         fixed: Values of further fields, which are the same for every tower.
@@ -49,7 +48,6 @@ class Tower:
     fields: tuple[str, ...]
     dim: str
     model: str = ""
-    config: str = ""
     output: str = "pooler_output"
     inside: str = ""
     fixed: Mapping[str, Any] = field(default_factory=dict)
@@ -68,7 +66,8 @@ class Tower:
         values = {key: value for key, value in config.items() if key != "kind"}
         if wrong := [name for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)]:
             raise UserError(f"{wrong[0]} is {values[wrong[0]]}; it must be finite")
-        model = getattr(transformers, self.model)(getattr(transformers, self.config)(**values, **self.fixed))
+        of_model = getattr(transformers, self.model)
+        model = of_model(of_model.config_class(**values, **self.fixed))
         for name in self.unused:
             module, _, weight = name.rpartition(".")
             setattr(model.get_submodule(module), weight, None)

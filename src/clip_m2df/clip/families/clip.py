@@ -37,7 +37,6 @@ TEXT = Tower(
     fields=(*_FIELDS, "vocab_size", "max_position_embeddings", "eos_token_id"),
     dim="projection_dim",
     model="CLIPTextModelWithProjection",
-    config="CLIPTextConfig",
     output="text_embeds",
     fixed={"bos_token_id": None, "pad_token_id": None},
 )
@@ -49,7 +48,6 @@ FAMILY = CLIP(
         fields=(*_FIELDS, "image_size", "patch_size", "num_channels"),
         dim="projection_dim",
         model="CLIPVisionModelWithProjection",
-        config="CLIPVisionConfig",
         output="image_embeds",
     ),
     text=TEXT,

@@ -58,10 +58,6 @@ class Features(Family):
         """Class embeddings, yet to be filled."""
         return ClassEmbeddings(config["labels"], config["dim"])
 
-    def blocks(self, tower: nn.Module) -> list[nn.Module]:
-        """None."""
-        return []
-
 
 FAMILY = Features(
     kind="features",

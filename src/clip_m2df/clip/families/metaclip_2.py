@@ -11,7 +11,7 @@ _OWN = {
     "kind": "metaclip_2",
     "name": "MetaCLIP 2",
     "config": "MetaClip2Config",
-    "visual": replace(CLIP.visual, model="MetaClip2VisionModelWithProjection", config="MetaClip2VisionConfig"),
-    "text": replace(TEXT, model="MetaClip2TextModelWithProjection", config="MetaClip2TextConfig"),
+    "visual": replace(CLIP.visual, model="MetaClip2VisionModelWithProjection"),
+    "text": replace(TEXT, model="MetaClip2TextModelWithProjection"),
 }
 FAMILY = Family(**vars(CLIP) | _OWN)
