@@ -3,11 +3,13 @@
 safetensors is imported where it is used, because it takes long.
 """
 
+import hashlib
 import os
 import pickletools
 import re
 import sys
 import zipfile
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,6 +79,21 @@ def read_weights(file: Path, inside: str = "") -> dict[str, Tensor]:
 
 
 # Zip files
+
+
+def digest_of(weights: Mapping[str, Tensor], text: str = "") -> str:
+    """SHA-256 of a text and of weights by their names, in hexadecimal."""
+    digest = hashlib.sha256(text.encode())
+    for name, weight in weights.items():
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        digest.update(bytes_of(weight))
+    return digest.hexdigest()
+
+
+def bytes_of(tensor: Tensor) -> bytes:
+    """The numbers of a tensor, row by row, as they lie in memory."""
+    content: bytes = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return content
 
 
 def write_weights(draft: Path, weights: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -1,20 +1,18 @@
 """Adapters in files of their own, by peft's names: written apart from their tower, and read beside its weights."""
 
-import hashlib
 import json
 import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from clip_m2df.clip.families import Family
 from clip_m2df.clip.formats import MERGE_IT, read_json
 from clip_m2df.errors import UserError, require, some
 from clip_m2df.files import check_regular
-from clip_m2df.weight_files import read_weights
+from clip_m2df.weight_files import digest_of, read_weights
 
 # How a model with adapters is saved: with its tower, added to its tower's weights, or without its tower.
 Kept = Literal["kept", "merged", "apart"]
@@ -35,12 +33,8 @@ _VALUES = {"bias": ("none",), "init_lora_weights": (True, "gaussian")}
 def tower_checksum(state: Mapping[str, Tensor]) -> dict[str, str]:
     """What tells the weights in a backbone's state dict, but for its adapters: ``dtype``, and ``sha256`` of all."""
     own = {name.replace(".base_layer.", "."): weight for name, weight in state.items() if ".lora_" not in name}
-    digest = hashlib.sha256()
-    for name, weight in sorted(own.items()):
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     dtype = str(next(iter(own.values())).dtype).removeprefix("torch.")
-    return {"dtype": dtype, "sha256": digest.hexdigest()}
+    return {"dtype": dtype, "sha256": digest_of(dict(sorted(own.items())))}
 
 
 def peft_files(
@@ -151,10 +145,8 @@ def apply_adapter(
     added = dict(state)
     for layer in dict.fromkeys(layers.values()):
         parts = [f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"]
-        if stray := [n for n, of in layers.items() if of == layer and n not in parts] + [
-            n for n in parts if n not in weights
-        ]:
-            problems |= dict.fromkeys(stray, "missing or of no LoRA")
+        if stray := {name for name, of in layers.items() if of == layer} ^ {*parts}:
+            problems |= dict.fromkeys(sorted(stray), "missing or of no LoRA")
             continue
         (down, up), weight = (weights[part].float() for part in parts), added.get(f"{layer}.weight")
         shape = tuple(up.shape[:1] + down.shape[1:])
