@@ -253,11 +253,11 @@ def as_features(clip: Clip) -> Tensor:
             features = torch.from_numpy(np.array(given, dtype=np.float32))
     if not features.numel():
         raise UserError(f"its features are empty, {tuple(features.shape)}: give (frames, dim)")
-    if not (finite := features.isfinite().all(-1)).all():
-        frame = int((~finite).nonzero()[0]) + 1
-        raise UserError(f"its features of frame {frame} are not finite (NaN or infinite): compute them anew")
-    if not (seen := features.any(-1)).all():
-        raise UserError(f"its features of frame {int((~seen).nonzero()[0]) + 1} are all zero: compute them anew")
+    good = {"not finite (NaN or infinite)": features.isfinite().all(-1), "all zero": features.any(-1)}
+    for fault, frames in good.items():
+        if not frames.all():
+            frame = int((~frames).nonzero()[0]) + 1
+            raise UserError(f"its features of frame {frame} are {fault}: compute them anew")
     return features
 
 

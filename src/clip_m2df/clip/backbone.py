@@ -149,8 +149,8 @@ class CLIPBackbone(nn.Module):
                 ``dim``, of ``features`` alone: their width. None is as good as not given.
 
         Raises:
-            UserError: There is no such thing, it can't be fetched, or it isn't CLIP; an option that there is not, that
-                has another value, or that this format has no use for.
+            UserError: There is no such thing, it can't be fetched, or it is of no family; an option that there is not,
+                that has another value, or that this format has no use for.
         """
         given, name = check_options(options), os.fspath(name)
         if name == "features":
@@ -222,24 +222,13 @@ class CLIPBackbone(nn.Module):
             if formats.looks_like_a_path(name_or_dir):
                 raise UserError(f"backbone {name_or_dir!r}: no such file or folder")
             folder = formats.fetch(name_or_dir, formats.MODEL_FILES)
+        of_openai: dict[str, Any] = {"head_width": head_width, "activation": activation}
         if file := formats.open_clip_weights(folder):
-            backbone = cls.from_openai(
-                str(file),
-                tokenizer=tokenizer,
-                head_width=head_width,
-                activation=activation,
-                mean=mean,
-                std=std,
-                image_size=image_size,
-                dtype=dtype,
-            )
+            of_openai |= {"tokenizer": tokenizer, "mean": mean, "std": std, "image_size": image_size, "dtype": dtype}
+            backbone = cls.from_openai(str(file), **of_openai)
             backbone.source = name_or_dir
             return backbone
-        _check_known(
-            {"head_width": head_width, "activation": activation},
-            {},
-            f"the config.json of {name_or_dir} says what it is",
-        )
+        _check_known(of_openai, {}, f"the config.json of {name_or_dir} says what it is")
         adapter = read_adapter(folder, name_or_dir)
         description, state = formats.read_folder(folder, name_or_dir)
         description |= _given(mean=mean, std=std)

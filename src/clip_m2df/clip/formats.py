@@ -781,8 +781,8 @@ def _side(positions: Tensor) -> int:
 
 def looks_like_a_path(name: str) -> bool:
     """Whether what names no file or folder was meant to, and can be no model of the hub."""
-    suffixes = (".safetensors", ".pt", ".pth", ".bin")
-    return name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name or name.lower().endswith(suffixes)
+    name = name.lower()
+    return name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name or name.endswith(WEIGHT_SUFFIXES)
 
 
 # What people call CLIP's models, without what is not a letter or digit, and what the option ``backbone`` takes.

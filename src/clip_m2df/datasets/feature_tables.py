@@ -350,14 +350,14 @@ def _read_parquet(source: str, what: str, name: str) -> tuple[list[dict[str, Any
 
 
 def _check_size(metadata: Any, source: str, what: str) -> None:
-    """Refuse a file that is far larger inside than outside: features are noise, which nothing makes small."""
+    """Refuse a file that unpacks to far more than its size: features hardly compress."""
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
     columns = [group.column(index) for group in groups for index in range(group.num_columns)]
     inside = sum(max(column.total_uncompressed_size, 2 * column.num_values) for column in columns)
     if inside > _MOST_PACKED * os.path.getsize(source) + 2**24:
         raise UserError(
-            f"the {what} {source} takes {os.path.getsize(source)} bytes for {inside}, and features are not packed like"
-            " that: write it anew, or as .safetensors"
+            f"the {what} {source} unpacks from {os.path.getsize(source)} bytes to {inside}, and features hardly"
+            " compress: write it anew, or as .safetensors"
         )
 
 

@@ -107,9 +107,9 @@ class CLIPM2DF(lightning.LightningModule):
     the hub and ``from_pretrained`` loads.
 
     Args:
-        backbone: CLIP's weights: a name on the hub or a folder, in transformers' format (ViT) or OpenCLIP's; a file in
-            OpenAI's layout; ``rn50`` for the public ResNet-50; ``tiny`` for the small CLIP that comes with the package;
-            ``features`` for no tower at all, where features come from a table.
+        backbone: the towers: a name on the hub or a folder, of any family in transformers' format or of OpenCLIP's; a
+            file in OpenAI's layout; ``rn50`` for the public ResNet-50; ``tiny`` for the small CLIP that comes with the
+            package; ``features`` for no tower at all, where features come from a table.
         backbone_options: what the weights don't tell, or tell otherwise: ``activation`` (``gelu`` or ``quick_gelu``)
             and ``head_width`` of weights in OpenAI's layout; ``tokenizer``, a file or a folder; ``mean`` and ``std``,
             three numbers each for pixels between 0 and 1; ``image_size``, to which position embeddings are
