@@ -274,6 +274,16 @@ def test_a_table_of_characters_that_leads_out_of_itself_is_an_error(tmp_path: Pa
         encoded(tokenizer, ["a", "b"], "it")
 
 
+def refused(name: str, folder: Path, change: Callable[[Any], object]) -> None:
+    """A tokenizer whose file was changed is refused, from its folder and from a description."""
+    config = saved(name, folder)
+    changed(folder, change)
+    with pytest.raises(UserError, match=r"the tokenizer (in|of) .* (can't be read|has|makes)"):
+        read_tokenizer(folder, config, "it")
+    with pytest.raises(UserError, match=r"the tokenizer of .* (can't be read|has|makes)"):
+        saved_tokenizer((folder / "tokenizer.json").read_text(), config, "it")
+
+
 def _words(content: Any, *words: Any) -> None:
     content["model"]["vocab"][-len(words) :] = words
 
@@ -307,12 +317,7 @@ def _words(content: Any, *words: Any) -> None:
 )
 @pytest.mark.parametrize("name", ["siglip", "xlm"])
 def test_forged_words_with_scores_are_refused(name: str, change: Callable[[Any], None], tmp_path: Path) -> None:
-    config = saved(name, tmp_path)
-    changed(tmp_path, change)
-    with pytest.raises(UserError, match=r"the tokenizer (in|of) .* (can't be read|has|makes)"):
-        read_tokenizer(tmp_path, config, "it")
-    with pytest.raises(UserError, match=r"the tokenizer of .* (can't be read|has|makes)"):
-        saved_tokenizer((tmp_path / "tokenizer.json").read_text(), config, "it")
+    refused(name, tmp_path, change)
 
 
 @pytest.mark.parametrize(
@@ -334,12 +339,7 @@ def test_forged_words_with_scores_are_refused(name: str, change: Callable[[Any],
     ],
 )
 def test_forged_words_and_merges_are_refused(change: Callable[[Any], None], tmp_path: Path) -> None:
-    config = saved("gemma", tmp_path)
-    changed(tmp_path, lambda content: change(content["model"]))
-    with pytest.raises(UserError, match=r"the tokenizer (in|of) .* (can't be read|has|makes)"):
-        read_tokenizer(tmp_path, config, "it")
-    with pytest.raises(UserError, match=r"the tokenizer of .* (can't be read|has|makes)"):
-        saved_tokenizer((tmp_path / "tokenizer.json").read_text(), config, "it")
+    refused("gemma", tmp_path, lambda content: change(content["model"]))
 
 
 def test_merges_that_undo_each_other_end(tmp_path: Path) -> None:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from clip_m2df import CLIPM2DF, CLIPBackbone, EpisodeDataModule, FewShotClassifier
 from clip_m2df.cli import main
@@ -20,8 +18,10 @@ from clip_m2df.commands.trainer import run
 from clip_m2df.errors import UserError
 from clip_m2df.export import export_model
 from clip_m2df.training.checkpoints import read_checkpoint
+from tests.classifier.conftest import predict_args
 from tests.clip.towers import save_folder, save_open_clip
 from tests.conftest import fails, options, quiet_trainer
+from tests.test_export import opened
 
 TOWERS = ("siglip_2", "open_clip", "dinov2", "visual_only")
 # What of CLIP-M²DF needs no prompts.
@@ -93,9 +93,9 @@ def test_a_tower_goes_all_the_way(
             (support / f"class {c}" / f"{v}.mp4").symlink_to(manifest.parent / f"test{c}_{v}.mp4")
     videos = [str(manifest.parent / f"test{c}_2.mp4") for c in range(3)]
     table = tmp_path / "labels.csv"
-    told = ["--support", str(support), "--workers", "0", "--output", str(table), "--videos", *videos]
     page = tmp_path / "labels.html"
-    assert main(["predict", "--ckpt_path", str(tmp_path / "saved"), *told, "--report", str(page)]) == 0
+    model_of = ["--ckpt_path", str(tmp_path / "saved"), "--report", str(page)]
+    assert main(predict_args(support, videos, table, *model_of)) == 0
     assert ("Prompt selection" in page.read_text()) == (not head)
     rows = [line.split(",") for line in table.read_text().splitlines()[1:]]
     classifier = FewShotClassifier.from_checkpoint(best).fit(support)
@@ -109,20 +109,9 @@ def test_a_tower_goes_all_the_way(
     shapes: dict[str, Any] = {"n_way": 3, "n_shot": 2, "n_queries": 2, "frames": 2, "batch": 4}
     export_model(model, tmp_path / "exported", class_names=["a", "b", "c"], **shapes)
     for suffix in ("onnx", "pt2"):
-        program = opened(tmp_path / "exported" / f"tower.{suffix}")
-        torch.testing.assert_close(program(frames=frames[:2].flatten(0, 1)), features[:2].flatten(0, 1))
+        program = opened(tmp_path / "exported" / f"tower.{suffix}", "frames")
+        torch.testing.assert_close(program(frames=frames[:2].flatten(0, 1))["features"], features[:2].flatten(0, 1))
         assert (tmp_path / "exported" / f"head.{suffix}").stat().st_size > 0
-
-
-def opened(path: Path) -> Callable[..., Tensor]:
-    """A tower's program, from its frames to its features."""
-    if path.suffix == ".pt2":
-        module = torch.export.load(path).module()
-        return lambda frames: module(frames=frames)["features"]
-    import onnxruntime  # type: ignore[import-untyped]
-
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return lambda frames: torch.from_numpy(session.run(["features"], {"frames": frames.numpy()})[0])
 
 
 @pytest.mark.parametrize("name", TOWERS)
@@ -138,13 +127,12 @@ def test_an_untrained_tower_is_measured_and_predicts(
     support, table = tmp_path / "support" / "a", tmp_path / "labels.csv"
     support.mkdir(parents=True)
     (support / "0.mp4").symlink_to(manifest.parent / "test0_0.mp4")
-    told = ["--support", str(support.parent), "--workers", "0", "--output", str(table)]
-    video = str(manifest.parent / "test0_1.mp4")
-    assert main(["predict", "--backbone", towers[name], *told, "--videos", video]) == 0
+    args = predict_args(support.parent, [manifest.parent / "test0_1.mp4"], table, "--backbone", towers[name])
+    assert main(args) == 0
     assert ",a,1.000000," in table.read_text()
-    held = ["--backbone_options", "image_size=40", "dtype=bfloat16", "--precision", "16-mixed", "--videos", video]
+    held = ["--backbone_options", "image_size=40", "dtype=bfloat16", "--precision", "16-mixed"]
     with pytest.warns(UserWarning, match="interpolated to those of 40"):
-        assert main(["predict", "--backbone", towers[name], *told, *held]) == 0
+        assert main([*args, *held]) == 0
 
 
 # Sizes
