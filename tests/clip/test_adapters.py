@@ -17,6 +17,7 @@ from clip_m2df.clip.adapters import add_adapters, check_adapters, merge_adapters
 from clip_m2df.clip.backbone import CLIPBackbone
 from clip_m2df.clip.families import family_of
 from clip_m2df.errors import UserError
+from tests.clip.towers import save_open_clip
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 8, "image_size": 32}
 CLIP_SIZES = SIZES | {"intermediate_size": 48}
@@ -225,7 +226,11 @@ def test_a_lone_part_of_an_adapter_is_named(copied: Path, tmp_path: Path) -> Non
         ({"modules_to_save": ["classifier"]}, "with modules_to_save .* which is not applied here"),
         ({"of_tomorrow": 1}, "with of_tomorrow 1, which is not applied here"),
         ({"peft_type": "IA3"}, "has an adapter of type 'IA3', and LORA alone is applied here"),
-        ({"lora_alpha": "a"}, "lora_alpha is 'a'; it must be a number"),
+        *(({"lora_alpha": v}, "lora_alpha is .*; it must be a number") for v in ("a", None, True, 0, 10**400)),
+        *(({"r": value}, "r is .*; it must be a whole number above 0") for value in ("a", None, 0, -1, 2.5)),
+        ({"r": 4}, "q_proj is of rank 3 where adapter_config.json has r 4"),
+        ({"rank_pattern": [3]}, "rank_pattern a table"),
+        ({"use_rslora": "false"}, "use_rslora is true or false"),
     ],
 )
 def test_an_adapter_that_asks_for_more_is_refused(change: dict[str, Any], message: str, copied: Path) -> None:
@@ -254,7 +259,10 @@ def test_an_adapter_of_another_model_is_refused(copied: Path) -> None:
             r"layers.9.self_attn.q_proj.lora_B.weight is missing",
         ),
         ({f"{layer}.lora_magnitude_vector": torch.zeros(64)}, "lora_magnitude_vector is"),
-        ({name: torch.full((3, 64), torch.nan)}, "is not finite"),
+        ({name: torch.full((3, 64), torch.nan)}, r"of another model, .*lora_A.weight is not finite"),
+        ({name: torch.ones((3, 64), dtype=torch.int32)}, r"lora_A.weight is .* of no floating type"),
+        ({n: w[:2].clone() if "_A" in n else w[:, :2].clone() for n, w in weights.items() if layer in n}, "of rank 2"),
+        ({n: w[:0].clone() if "_A" in n else w[:, :0].clone() for n, w in weights.items() if layer in n}, "of rank 0"),
     ):
         save_file(weights | change, file)
         with pytest.raises(UserError, match=message):
@@ -265,3 +273,12 @@ def test_an_adapter_of_another_model_is_refused(copied: Path) -> None:
     file.write_bytes(b"no safetensors")
     with pytest.raises(UserError, match=r"adapter_model\.safetensors"):
         CLIPBackbone.load(copied)
+
+
+def test_an_adapter_beside_weights_of_open_clip_is_refused(copied: Path, tmp_path: Path) -> None:
+    save_adapter(copied)
+    save_open_clip(tmp_path / "open_clip")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (copied / name).rename(tmp_path / "open_clip" / name)
+    with pytest.raises(UserError, match=r"open_clip has an adapter, .* in transformers' format alone: merge it"):
+        CLIPBackbone.load(tmp_path / "open_clip")

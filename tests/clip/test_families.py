@@ -283,9 +283,14 @@ def test_a_configuration_that_contradicts_the_weights_is_refused(kind: str, tmp_
 @pytest.mark.parametrize(
     ("table", "change", "message"),
     [
-        ("vision_config", {"num_attention_heads": 0}, "num_attention_heads is 0, not a whole number above 0"),
+        ("vision_config", {"num_attention_heads": 0}, "num_attention_heads is 0; it must be a whole number above 0"),
         ("vision_config", {"num_attention_heads": 7}, "can't be"),
-        ("vision_config", {"attention_dropout": float("nan")}, "attention_dropout is nan; it must be finite"),
+        ("vision_config", {"attention_dropout": 3.0}, "attention_dropout is 3.0; it must be .* below 1"),
+        ("text_config", {"attention_dropout": -1.0}, "attention_dropout is -1.0; it must be .* at least 0"),
+        ("vision_config", {"layer_norm_eps": -1.0}, "layer_norm_eps is -1.0; it must be a number above 0"),
+        ("vision_config", {"patch_size": 1 << 30}, "image_size is 32, less than one patch"),
+        ("vision_config", {"image_size": 1 << 30}, "image_size is 1073741824; it must be at most 4096"),
+        ("vision_config", {"attention_dropout": float("nan")}, "attention_dropout is nan; it must be a number"),
         ("vision_config", {"image_size": [32, 48]}, r"image_size is \[32, 48\]"),
         ("vision_config", {"patch_size": -8}, "patch_size is -8"),
         ("vision_config", {"num_hidden_layers": 2.5}, "can't be used"),
@@ -312,7 +317,8 @@ def test_configurations_are_checked(table: str, change: dict[str, Any], message:
     changed_config(tmp_path / "tower", change, *filter(None, [table]))
     with pytest.raises(UserError, match=message) as error:
         CLIPBackbone.load(str(tmp_path / "tower"))
-    assert "tower" in str(error.value)
+    assert str(tmp_path / "tower") in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("heads", [3, 16, 32])
@@ -401,6 +407,12 @@ def test_missing_shards_and_weights_are_named(kind: str, tmp_path: Path) -> None
     shard.unlink()
     with pytest.raises(UserError, match=f"lacks {re.escape(shard.name)} of its weights"):
         CLIPBackbone.load(str(tmp_path / "tower"))
+    index = tmp_path / "tower" / "model.safetensors.index.json"
+    good = json.loads(index.read_text())
+    for name, said in (("", "leads out of its folder"), ("../x", "leads out"), ("x" * 300, "lacks .*x of its weights")):
+        index.write_text(json.dumps({"weight_map": good["weight_map"] | {"more": name}}))
+        with pytest.raises(UserError, match=said):
+            CLIPBackbone.load(str(tmp_path / "tower"))
 
 
 @pytest.mark.parametrize(
@@ -419,6 +431,9 @@ def test_missing_shards_and_weights_are_named(kind: str, tmp_path: Path) -> None
             "num_hidden_layers is 1099511627776",
         ),
         ("text_config", {"num_hidden_layers": 1 << 40}, "num_hidden_layers is 1099511627776"),
+        ("text_config", {"num_attention_heads": -1}, "num_attention_heads is -1; it must be a whole number above 0"),
+        ("visual_config", {"attention_dropout": 1.5}, "attention_dropout is 1.5; it must be .* below 1"),
+        ("visual_config", {"image_size": 1 << 40}, "image_size is 1099511627776; it must be at most 4096"),
         ("text_config", {"kind": "dinov2"}, "which no backbone saves"),
         ("visual_config", {"auto_map": {"AutoModel": "x"}}, "has 'auto_map', which no backbone saves"),
         ("visual_config", {"attn_implementation": "a/kernel:f"}, "has 'attn_implementation', which no backbone saves"),
@@ -434,6 +449,25 @@ def test_descriptions_name_no_code_and_no_unknown_field(
     description[tower] = description[tower] | change
     with pytest.raises(UserError, match=message):
         CLIPBackbone.from_description(description)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"source": 5}, "the source 5"),
+        ({"visual_config": {"kind": "features", "dim": 4, "image_size": 32}}, "image_size is 32; of features it is 0"),
+        (
+            {"text_config": {"kind": "features", "dim": 4, "labels": ["a"], "max_position_embeddings": 1 << 40}},
+            "max_position_embeddings is 1099511627776",
+        ),
+    ],
+    ids=str,
+)
+def test_descriptions_of_features_are_checked(change: dict[str, Any], message: str) -> None:
+    description = CLIPBackbone.load("features", dim=4).description()
+    CLIPBackbone.from_description(description)
+    with pytest.raises(UserError, match=message):
+        CLIPBackbone.from_description(description | change)
 
 
 # A new family

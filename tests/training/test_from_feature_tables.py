@@ -167,6 +167,15 @@ def test_features_that_do_not_fit_are_refused(table: Path, tmp_path: Path) -> No
         CLIPM2DF("tiny", {"dim": 4})
 
 
+def test_a_model_of_features_has_no_use_for_videos(table: Path, manifest: Path, tmp_path: Path) -> None:
+    for data in (EpisodeDataModule(str(manifest), **SHAPE), EpisodeDataModule(str(manifest), size=32, **SHAPE)):
+        with pytest.raises(UserError, match=r"no tower that takes videos: give a feature table as data\.manifest"):
+            trainer(tmp_path).test(model(), data, verbose=False)
+    for file in (table, features(tmp_path / "own.parquet", None)):
+        with pytest.raises(UserError, match=rf"{file.name} is a feature table.* give it as data\.manifest"):
+            CLIPM2DF(str(file))
+
+
 def test_no_file_is_opened_by_a_name_in_a_table(tmp_path: Path) -> None:
     """A table can come from anybody, and a report shows frames."""
     private = tmp_path / "private"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clip_m2df.clip.families import Family
 from clip_m2df.clip.formats import MERGE_IT, read_json
-from clip_m2df.errors import UserError, require, some
+from clip_m2df.errors import UserError, some
 from clip_m2df.files import check_regular
 from clip_m2df.weight_files import digest_of, read_weights
 
@@ -114,7 +114,12 @@ def read_adapter(folder: Path, source: str) -> tuple[dict[str, Any], dict[str, T
     for name, value in values.items():
         if name not in _FIELDS and value and value not in _VALUES.get(name, ()):
             raise UserError(f"{source} has an adapter with {name} {value!r:.80}, which is not applied here: {MERGE_IT}")
-    require(above=0, below=math.inf, **{f"{config}: lora_alpha": values.get("lora_alpha", 8)})
+    for name, wanted, kinds in (("r", "a whole number", (int,)), ("lora_alpha", "a number", (int, float))):
+        value = values.get(name, 8)
+        if type(value) not in kinds or not 0 < value < 2**31:
+            raise UserError(f"{config}: {name} is {value!r:.80}; it must be {wanted} above 0: fetch it again")
+    if type(values.get("use_rslora", False)) is not bool or not isinstance(values.get("rank_pattern") or {}, dict):
+        raise UserError(f"{config} is damaged: use_rslora is true or false, and rank_pattern a table; fetch it again")
     return values, read_weights(weights)
 
 
@@ -140,6 +145,7 @@ def apply_adapter(
     config, weights = adapter
     weights = family.renamed({name.removeprefix(_PREFIX): weight for name, weight in weights.items()}, own)
     alpha = config.get("lora_alpha", 8)
+    ranks = [config.get("r", 8), *(config.get("rank_pattern") or {}).values()]
     problems: dict[str, str] = {}
     layers = {name: name.partition(".lora_")[0] for name in weights}
     added = dict(state)
@@ -148,13 +154,18 @@ def apply_adapter(
         if stray := {name for name, of in layers.items() if of == layer} ^ {*parts}:
             problems |= dict.fromkeys(sorted(stray), "missing or of no LoRA")
             continue
+        if wrong := [n for n in parts if not weights[n].is_floating_point() or not weights[n].float().isfinite().all()]:
+            problems[wrong[0]] = "not finite (NaN or infinite), or of no floating type"
+            continue
         (down, up), weight = (weights[part].float() for part in parts), added.get(f"{layer}.weight")
         shape = tuple(up.shape[:1] + down.shape[1:])
         if weight is None or down.shape[:1] != up.shape[1:] or shape != weight.shape:
             there = "nothing" if weight is None else tuple(weight.shape)
             problems[layer] = f"of {tuple(up.shape)} by {tuple(down.shape)} where the model has {there}"
             continue
-        rank = len(down)
+        if (rank := len(down)) not in ranks or rank < 1:
+            problems[layer] = f"of rank {rank} where {CONFIG} has r {some(map(str, ranks))}"
+            continue
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         added[f"{layer}.weight"] = (weight.float() + scale * up @ down).to(weight.dtype)
     if problems or not layers:

@@ -7,6 +7,7 @@ and the hub's client are imported where they are used, because they take seconds
 import itertools
 import json
 import math
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from clip_m2df.clip.families import Family, families, family_of
+from clip_m2df.clip.families import Family, check_values, families, family_of
 from clip_m2df.clip.families.clip import MEAN as CLIP_MEAN
 from clip_m2df.clip.families.clip import STD as CLIP_STD
 from clip_m2df.errors import UserError, some
@@ -160,6 +161,10 @@ _ADAPTER = re.compile(
 _ADAPTER_FILE = re.compile(
     r"adapter_(?!config\.json$|model\.safetensors$)|(?i:(.*[^a-z])?lora([^a-z].*)?\.(safetensors|bin|pt)$)"
 )
+FEATURES_ARE_NO_WEIGHTS = (
+    "is a feature table, and has no weights: give it as data.manifest (predict: --support, --videos), and as backbone"
+    " features"
+)
 ONE_MODEL = "fetch config.json and weights of one whole model"
 MERGE_IT = "merge it into the model and save that (peft's merge_and_unload)"
 _NOT_APPLIED = f"which is not applied here: {MERGE_IT}"
@@ -196,14 +201,11 @@ def read_folder(folder: Path, source: str) -> tuple[dict[str, Any], dict[str, Te
             raise UserError(f"{source} has {len(state)} weights, but its config.json {layers} layers: {ONE_MODEL}")
     try:
         visual, text = family.configs(values)
+        for tower in filter(None, (visual, text)):
+            check_values(tower)
     except Exception as error:  # transformers' validation errors have no common class
-        raise UserError(f"the config.json of {source} can't be used: {error}") from error
-    for tower in (visual, text or {}):
-        for name, value in tower.items():
-            number = name.endswith(("_size", "_dim", "_ratio", "_layers", "_heads", "_channels", "_embeddings"))
-            if not isinstance(value, bool | int | float | str) or (number and (type(value) is not int or value < 1)):
-                kind = "a whole number above 0" if number else "a number, a word, or true or false"
-                raise UserError(f"the config.json of {source} can't be used: {name} is {value!r:.80}, not {kind}")
+        why = " ".join(str(error).split())  # of several lines
+        raise UserError(f"the config.json of {source} can't be used: {why}; fetch it again") from error
     description = {"visual_config": visual, "text_config": text}
     description |= _read_preprocessing(folder, family, visual["image_size"])
     return description, state
@@ -365,14 +367,14 @@ def _read_folder_weights(folder: Path, source: str) -> dict[str, Tensor]:
             if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
                 raise UserError(f"{index} is damaged: it has no weight_map from weights to files; fetch it again")
             shards = {*files.values()}
-            if outside := [file for file in shards if Path(file).name != file]:
-                raise UserError(f"{index} leads out of its folder, to {outside[0]}: fetch it again")
+            if outside := [file for file in shards if Path(file).name != file or not file]:
+                raise UserError(f"{index} leads out of its folder, to {outside[0]!r:.200}: fetch it again")
         else:
             for file in sorted(folder.glob(pattern)):
                 if match := re.fullmatch(r"(.*-)(\d{5})-of-(\d{5})(\..*)", file.name):
                     start, _, of, end = match.groups()
                     shards |= {f"{start}{n:05}-of-{of}{end}" for n in range(1, int(of) + 1)}
-        if missing := sorted(file for file in shards if not (folder / file).is_file()):
+        if missing := sorted(file for file in shards if not os.path.isfile(folder / file)):
             raise UserError(f"{source} lacks {some(missing)} of its weights: fetch the model again")
         for shard in sorted(shards):
             part = read_weights(folder / shard)
@@ -604,6 +606,8 @@ def openai_configs(
     except KeyError as error:
         if "token_embedding.weight" in state and not any(name.startswith("visual.") for name in state):
             raise UserError(f"{source} has the text tower alone: give a file that has the visual tower too") from error
+        if state.keys() == {"features"}:
+            raise UserError(f"{source} {FEATURES_ARE_NO_WEIGHTS}") from error
         raise UserError(
             f"{source} isn't CLIP in OpenAI's layout: {error.args[0]} is missing; "
             f"it has {some(sorted(state))}. Weights in transformers' format are given by their folder."

@@ -307,7 +307,14 @@ class EpisodeDataModule(lightning.LightningDataModule):
         """Have frames as the tower of the Trainer's model takes them, which may be a new one."""
         if is_feature_table(self.manifest_path):
             return
-        looks = self._looks(self.trainer.lightning_module) if self.trainer else {}
+        model = self.trainer.lightning_module if self.trainer else None
+        if getattr(model, "image_size", None) == 0:
+            raise UserError(
+                f"the model was made for features and has no tower that takes videos: give a feature table as"
+                f" data.manifest in the place of {self.manifest_path}, as clip-m2df encode writes it with the tower of"
+                " its training; or a model with a tower"
+            )
+        looks = self._looks(model) if self.trainer else {}
         if any(value != getattr(self.reader, name) for name, value in looks.items()):
             self.reader = dataclasses.replace(self.reader, **looks, cache=None)
             self.manifest = None
