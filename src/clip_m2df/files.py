@@ -81,7 +81,10 @@ def read_text(path: str | Path, what: str) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"line {line} of the {what} {path} is not UTF-8: save the file with that encoding") from error
+        raise UserError(
+            f"line {line} of the {what} {path} is not UTF-8: save the file with that encoding; or name another, if it"
+            " is no text"
+        ) from error
 
 
 @contextmanager

@@ -19,7 +19,6 @@ import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from clip_m2df.clip.adapter_files import CONFIG as ADAPTER_CONFIG
@@ -29,7 +28,7 @@ from clip_m2df.clip.formats import known_backbone, public_source
 from clip_m2df.episode import ResizeMode, Sampling
 from clip_m2df.errors import UserError, some
 from clip_m2df.files import check_regular, locked_folder, near_by, sha256_of, whole_file, write_text
-from clip_m2df.weight_files import read_weights
+from clip_m2df.weight_files import read_weights, write_weights
 
 MODEL_FORMAT, APART_FORMAT = "clip-m2df model 1", "clip-m2df model 1, adapters apart"
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -101,9 +100,7 @@ def write_model(folder: str | os.PathLike[str], checkpoint: Mapping[str, Any], *
 def _save_weights(state: Mapping[str, Tensor], draft: Path) -> None:
     # Contiguous, and no two in the same memory, as safetensors takes them.
     copies = {name: w.cpu().clone(memory_format=torch.contiguous_format) for name, w in state.items()}
-    mode = draft.stat().st_mode
-    save_file(copies, draft, {"format": "pt"})
-    draft.chmod(mode)  # safetensors lets nobody but the writer read
+    write_weights(draft, copies, {"format": "pt"})
 
 
 def push_model(

@@ -1,13 +1,15 @@
-"""Files of named tensors, read without running anything that is in them.
+"""Files of named tensors, written as safetensors and read without running anything that is in them.
 
 safetensors is imported where it is used, because it takes long.
 """
 
+import hashlib
 import os
 import pickletools
 import re
 import sys
 import zipfile
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,6 +79,34 @@ def read_weights(file: Path, inside: str = "") -> dict[str, Tensor]:
 
 
 # Zip files
+
+
+def digest_of(weights: Mapping[str, Tensor], text: str = "") -> str:
+    """SHA-256 of a text and of weights by their names, in hexadecimal."""
+    digest = hashlib.sha256(text.encode())
+    for name, weight in weights.items():
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        digest.update(bytes_of(weight))
+    return digest.hexdigest()
+
+
+def bytes_of(tensor: Tensor) -> bytes:
+    """The numbers of a tensor, row by row, as they lie in memory."""
+    content: bytes = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return content
+
+
+def write_weights(draft: Path, weights: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write safetensors to a file that is there, which whoever may read it now can read then too.
+
+    Raises:
+        SafetensorError: It can't be written.
+    """
+    from safetensors.torch import save_file
+
+    mode = draft.stat().st_mode
+    save_file(weights, draft, metadata)
+    draft.chmod(mode)  # safetensors lets nobody but the writer read
 
 
 def check_archive(path: str | os.PathLike[str]) -> None:

@@ -311,7 +311,7 @@ def test_segments_of_features(make: Make) -> None:
     same_times(short, classifier.segments(video[:3], fps=4.0))
     with pytest.raises(UserError, match="features have no times: give fps"):
         classifier.segments(features)
-    with pytest.raises(UserError, match="the features of a video in memory are 30 frames of width 32, and tiny takes"):
+    with pytest.raises(UserError, match="its features are 30 frames of width 32, and tiny takes"):
         classifier.segments(random(30, 32), fps=4.0)
     with pytest.raises(UserError, match="its features of frame 1 are not finite"):
         classifier.segments(torch.full((30, DIM), torch.nan), fps=4.0)

@@ -4,7 +4,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from clip_m2df.clip.adapters import add_adapters, check_adapters, merge_adapters
 from clip_m2df.clip.backbone import CLIPBackbone
 from clip_m2df.clip.families import family_of
 from clip_m2df.errors import UserError
+from tests.clip.towers import save_open_clip
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 8, "image_size": 32}
 CLIP_SIZES = SIZES | {"intermediate_size": 48}
@@ -29,6 +30,7 @@ TOWERS: dict[str, tuple[str, dict[str, Any], int]] = {
     "dinov3_vit with a gate": ("dinov3_vit", CLIP_SIZES | {"use_gated_mlp": True}, 7),
 }
 ALL = ["q", "k", "v", "o", "fc1", "fc2"]
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def small(name: str) -> CLIPBackbone:
@@ -44,13 +46,13 @@ def embedded(backbone: CLIPBackbone) -> Tensor:
         return backbone.encode_frames(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)))
 
 
-def shake(backbone: CLIPBackbone) -> CLIPBackbone:
+def shaken(module: Module) -> Module:
     """The same in evaluation mode, as if its adapters had been trained."""
     generator = torch.Generator().manual_seed(2)
-    for name, weight in backbone.named_parameters():
+    for name, weight in module.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(weight, std=0.05, generator=generator)
-    return backbone.eval()
+    return module.eval()
 
 
 @pytest.mark.parametrize("name", TOWERS)
@@ -69,7 +71,7 @@ def test_adapters_go_into_the_blocks_of_every_family(name: str) -> None:
     backbone.encode_frames(torch.randn(1, 3, 32, 32)).sum().backward()
     trained = [weight.grad for weight in backbone.visual.parameters() if weight.requires_grad]
     assert all(gradient is not None for gradient in trained)
-    found = embedded(shake(backbone))
+    found = embedded(shaken(backbone))
     assert (found - plain).abs().max() > 1e-3
     merge_adapters(backbone)
     torch.testing.assert_close(embedded(backbone), found, atol=1e-5, rtol=0)
@@ -224,7 +226,11 @@ def test_a_lone_part_of_an_adapter_is_named(copied: Path, tmp_path: Path) -> Non
         ({"modules_to_save": ["classifier"]}, "with modules_to_save .* which is not applied here"),
         ({"of_tomorrow": 1}, "with of_tomorrow 1, which is not applied here"),
         ({"peft_type": "IA3"}, "has an adapter of type 'IA3', and LORA alone is applied here"),
-        ({"lora_alpha": "a"}, "lora_alpha is 'a'; it must be a number"),
+        *(({"lora_alpha": v}, "lora_alpha is .*; it must be a number") for v in ("a", None, True, 0, 10**400)),
+        *(({"r": value}, "r is .*; it must be a whole number above 0") for value in ("a", None, 0, -1, 2.5)),
+        ({"r": 4}, "q_proj is of rank 3 where adapter_config.json has r 4"),
+        ({"rank_pattern": [3]}, "rank_pattern a table"),
+        ({"use_rslora": "false"}, "use_rslora is true or false"),
     ],
 )
 def test_an_adapter_that_asks_for_more_is_refused(change: dict[str, Any], message: str, copied: Path) -> None:
@@ -253,7 +259,10 @@ def test_an_adapter_of_another_model_is_refused(copied: Path) -> None:
             r"layers.9.self_attn.q_proj.lora_B.weight is missing",
         ),
         ({f"{layer}.lora_magnitude_vector": torch.zeros(64)}, "lora_magnitude_vector is"),
-        ({name: torch.full((3, 64), torch.nan)}, "is not finite"),
+        ({name: torch.full((3, 64), torch.nan)}, r"of another model, .*lora_A.weight is not finite"),
+        ({name: torch.ones((3, 64), dtype=torch.int32)}, r"lora_A.weight is .* of no floating type"),
+        ({n: w[:2].clone() if "_A" in n else w[:, :2].clone() for n, w in weights.items() if layer in n}, "of rank 2"),
+        ({n: w[:0].clone() if "_A" in n else w[:, :0].clone() for n, w in weights.items() if layer in n}, "of rank 0"),
     ):
         save_file(weights | change, file)
         with pytest.raises(UserError, match=message):
@@ -264,3 +273,12 @@ def test_an_adapter_of_another_model_is_refused(copied: Path) -> None:
     file.write_bytes(b"no safetensors")
     with pytest.raises(UserError, match=r"adapter_model\.safetensors"):
         CLIPBackbone.load(copied)
+
+
+def test_an_adapter_beside_weights_of_open_clip_is_refused(copied: Path, tmp_path: Path) -> None:
+    save_adapter(copied)
+    save_open_clip(tmp_path / "open_clip")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (copied / name).rename(tmp_path / "open_clip" / name)
+    with pytest.raises(UserError, match=r"open_clip has an adapter, .* in transformers' format alone: merge it"):
+        CLIPBackbone.load(tmp_path / "open_clip")

@@ -30,7 +30,7 @@ from clip_m2df.clip.formats import (
     told_options,
 )
 from clip_m2df.errors import UserError
-from tests.clip.towers import drawn_inputs, drawn_weights, save_dinov2, save_open_clip, save_siglip2, save_xlm
+from tests.clip.towers import drawn_inputs, drawn_weights, save_folder
 from tests.conftest import GOLDEN, read_golden, save_tokenizer
 
 State = dict[str, Tensor]
@@ -1377,47 +1377,6 @@ def test_backbone_options_are_a_table(options: Any) -> None:
 # Sizes and types
 
 
-@pytest.mark.parametrize("image_size", [16, 40, 56])
-@pytest.mark.parametrize("kind", ["clip", "open_clip", "siglip", "metaclip_2", "dinov2", "dinov3_vit"])
-def test_positions_are_interpolated_as_by_transformers(
-    kind: str, image_size: int, copied: Path, tmp_path: Path
-) -> None:
-    import transformers
-
-    folder = {"clip": copied}.get(kind, tmp_path / kind)
-    tower: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    tower |= {"num_attention_heads": 2, "patch_size": 8, "image_size": 32}
-    if kind == "open_clip":
-        save_open_clip(folder, as_transformers=tmp_path / "same")
-    elif kind == "siglip":
-        save_siglip2(folder)
-    elif kind == "dinov2":
-        save_dinov2(folder)
-    elif kind == "dinov3_vit":
-        transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**tower)).save_pretrained(folder)
-    elif kind == "metaclip_2":
-        text = {**tower, "vocab_size": save_xlm(folder), "eos_token_id": 2, "max_position_embeddings": 77}
-        parts: dict[str, Any] = {"text_config": text, "vision_config": tower, "projection_dim": 32}
-        transformers.MetaClip2Model(transformers.MetaClip2Config(**parts)).save_pretrained(folder)
-    reference = transformers.AutoModel.from_pretrained(tmp_path / "same" if kind == "open_clip" else folder).eval()
-    images = torch.randn(2, 3, image_size, image_size)
-
-    with pytest.warns(UserWarning, match=f"of 32 pixels: its positions are interpolated to those of {image_size}"):
-        backbone = CLIPBackbone.load(folder, image_size=image_size).eval()
-
-    with torch.no_grad():
-        found = backbone.encode_frames(images)
-        if kind.startswith("dino"):
-            expected = reference(images).pooler_output
-        else:
-            expected = reference.get_image_features(images, interpolate_pos_encoding=True).pooler_output
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-        again = CLIPBackbone.from_description(backbone.description()).eval()
-        again.load_state_dict(backbone.state_dict())
-        assert torch.equal(again.encode_frames(images), found)
-    assert again.image_size == image_size == told_options(backbone.description())["image_size"]
-
-
 def test_the_positions_of_a_resnet_are_interpolated() -> None:
     golden, state = read_golden("clip_resnet")
     own, name = golden["image"].shape[-1] // 32, "attnpool.positional_embedding"
@@ -1547,7 +1506,8 @@ def test_a_model_in_the_cache_needs_no_network(
 def test_an_encoder_of_images_in_the_cache_needs_no_tokenizer(
     hub: Callable[[str, Path], None], copied: Path, tmp_path: Path
 ) -> None:
-    hub("somebody/small-dinov2", save_dinov2(tmp_path / "dinov2"))
+    save_folder("dinov2", tmp_path / "dinov2")
+    hub("somebody/small-dinov2", tmp_path / "dinov2")
     assert CLIPBackbone.load("somebody/small-dinov2").text is None
     (copied / "tokenizer.json").unlink()
     (copied / "tokenizer_config.json").unlink(missing_ok=True)

@@ -11,78 +11,20 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 
 from clip_m2df.clip import families
 from clip_m2df.clip.backbone import CLIPBackbone
 from clip_m2df.clip.families import family_of
+from clip_m2df.clip.formats import told_options
 from clip_m2df.errors import UserError
-from tests.clip.towers import save_gemma, save_siglip, save_xlm
-from tests.conftest import GOLDEN, save_tokenizer
+from tests.clip.towers import save_folder, save_open_clip
+from tests.conftest import GOLDEN
 
 # The families in folders of transformers', by the name of the tests: SigLIP's two tokenizers are of two generations.
 FOLDERS = ("clip", "metaclip_2", "siglip", "siglip_2", "dinov2", "dinov2_swiglu", "dinov3_vit", "dinov3_vit_gated")
 TEXTS = ["a photo of a person", "the quick brown fox, jumping over the lazy dog", ""]
 TWO_TOWERS = [kind for kind in FOLDERS if not kind.startswith("dino")]
-
-
-def save_folder(kind: str, folder: Path, *, image_size: int = 32, own_size: int = 32) -> nn.Module:
-    """Save a small model of random weights as its public repositories are.
-
-    Args:
-        kind: One of ``FOLDERS``.
-        folder: Where to.
-        image_size: Of the images that its preprocessing makes.
-        own_size: Of the images that its configuration has, with patches of 8 pixels.
-
-    Returns:
-        The model, in evaluation mode.
-    """
-    import transformers
-
-    folder.mkdir(parents=True)
-    tower: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    images: dict[str, Any] = {**tower, "intermediate_size": 48, "image_size": own_size, "patch_size": 8}
-    square = {"height": image_size, "width": image_size}
-    processor: dict[str, Any] = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
-    if kind.startswith("dino"):
-        del images["intermediate_size"]
-        if kind.startswith("dinov2"):
-            config: Any = transformers.Dinov2Config(**images, use_swiglu_ffn=kind == "dinov2_swiglu")
-            processor |= {"image_processor_type": "BitImageProcessor", "resample": 3, "crop_size": square}
-            processor |= {"size": {"shortest_edge": image_size * 8 // 7}}
-        else:
-            more: dict[str, Any] = {"intermediate_size": 48, "num_register_tokens": 3}
-            more |= {"use_gated_mlp": "gated" in kind, "key_bias": "gated" in kind}
-            config = transformers.DINOv3ViTConfig(**images, **more)
-            processor |= {"image_processor_type": "DINOv3ViTImageProcessor", "resample": 2, "size": square}
-    else:
-        save = {"clip": save_clip, "metaclip_2": save_xlm, "siglip": save_siglip, "siglip_2": save_gemma}[kind]
-        texts = {**tower, "intermediate_size": 40, "vocab_size": save(folder), "max_position_embeddings": 16}
-        if kind.startswith("siglip"):
-            config = transformers.SiglipConfig(text_config=texts, vision_config=images)
-            processor |= {"image_processor_type": "SiglipImageProcessor", "size": square, "do_center_crop": None}
-            processor |= {"resample": 2 if kind == "siglip_2" else 3, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-        else:
-            texts["eos_token_id"] = 2 if kind == "metaclip_2" else texts["vocab_size"] - 1
-            name = {"clip": "CLIP", "metaclip_2": "MetaClip2"}[kind]
-            whole = getattr(transformers, f"{name}Config")
-            config = whole(text_config=texts, vision_config=images, projection_dim=24)
-            processor |= {"image_processor_type": "CLIPImageProcessor", "crop_size": square, "resample": 3}
-            processor |= {"size": {"shortest_edge": image_size}, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2] * 3}
-    torch.manual_seed(0)
-    model: nn.Module = transformers.AutoModel.from_config(config).eval()  # type: ignore[no-untyped-call]
-    with torch.no_grad():
-        for parameter in model.parameters():  # so that each of them matters
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    model.save_pretrained(folder)  # type: ignore[operator]
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
-    return model
-
-
-def save_clip(folder: Path) -> int:
-    return save_tokenizer(folder, ByteLevel.alphabet())
 
 
 def embeddings(model: Any, images: Tensor, **options: Any) -> Tensor:
@@ -136,14 +78,22 @@ def test_embeddings_are_those_of_transformers(kind: str, way: str, tmp_path: Pat
     assert_equal_to(backbone, of_transformers(tmp_path / "tower"))
 
 
-@pytest.mark.parametrize("kind", FOLDERS)
-def test_images_of_another_size(kind: str, tmp_path: Path) -> None:
-    save_folder(kind, tmp_path / "tower")
-    with pytest.warns(UserWarning, match="its positions are interpolated to those of 48"):
-        backbone = CLIPBackbone.load(str(tmp_path / "tower"), image_size=48).eval()
-    assert backbone.image_size == 48
+@pytest.mark.parametrize("image_size", [16, 40, 48, 56])
+@pytest.mark.parametrize("kind", [*FOLDERS, "open_clip"])
+def test_images_of_another_size(kind: str, image_size: int, tmp_path: Path) -> None:
+    folder = tmp_path / "transformers"
+    if kind == "open_clip":
+        save_open_clip(tmp_path / kind, as_transformers=folder)
+    else:
+        save_folder(kind, folder)
+    with pytest.warns(UserWarning, match=f"of 32 pixels: its positions are interpolated to those of {image_size}"):
+        backbone = CLIPBackbone.load(tmp_path / kind if kind == "open_clip" else folder, image_size=image_size).eval()
+    assert backbone.image_size == image_size == told_options(backbone.description())["image_size"]
     options = {} if kind.startswith("dino") else {"interpolate_pos_encoding": True}
-    assert_equal_to(backbone, of_transformers(tmp_path / "tower"), **options)
+    assert_equal_to(backbone, of_transformers(folder), **options)
+    again = CLIPBackbone.from_description(backbone.description()).eval()
+    again.load_state_dict(backbone.state_dict())
+    assert_equal_to(again, of_transformers(folder), **options)
 
 
 @pytest.mark.parametrize("kind", FOLDERS)
@@ -333,9 +283,14 @@ def test_a_configuration_that_contradicts_the_weights_is_refused(kind: str, tmp_
 @pytest.mark.parametrize(
     ("table", "change", "message"),
     [
-        ("vision_config", {"num_attention_heads": 0}, "num_attention_heads is 0, not a whole number above 0"),
+        ("vision_config", {"num_attention_heads": 0}, "num_attention_heads is 0; it must be a whole number above 0"),
         ("vision_config", {"num_attention_heads": 7}, "can't be"),
-        ("vision_config", {"attention_dropout": float("nan")}, "attention_dropout is nan; it must be finite"),
+        ("vision_config", {"attention_dropout": 3.0}, "attention_dropout is 3.0; it must be .* below 1"),
+        ("text_config", {"attention_dropout": -1.0}, "attention_dropout is -1.0; it must be .* at least 0"),
+        ("vision_config", {"layer_norm_eps": -1.0}, "layer_norm_eps is -1.0; it must be a number above 0"),
+        ("vision_config", {"patch_size": 1 << 30}, "image_size is 32, less than one patch"),
+        ("vision_config", {"image_size": 1 << 30}, "image_size is 1073741824; it must be at most 4096"),
+        ("vision_config", {"attention_dropout": float("nan")}, "attention_dropout is nan; it must be a number"),
         ("vision_config", {"image_size": [32, 48]}, r"image_size is \[32, 48\]"),
         ("vision_config", {"patch_size": -8}, "patch_size is -8"),
         ("vision_config", {"num_hidden_layers": 2.5}, "can't be used"),
@@ -362,7 +317,8 @@ def test_configurations_are_checked(table: str, change: dict[str, Any], message:
     changed_config(tmp_path / "tower", change, *filter(None, [table]))
     with pytest.raises(UserError, match=message) as error:
         CLIPBackbone.load(str(tmp_path / "tower"))
-    assert "tower" in str(error.value)
+    assert str(tmp_path / "tower") in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("heads", [3, 16, 32])
@@ -451,6 +407,12 @@ def test_missing_shards_and_weights_are_named(kind: str, tmp_path: Path) -> None
     shard.unlink()
     with pytest.raises(UserError, match=f"lacks {re.escape(shard.name)} of its weights"):
         CLIPBackbone.load(str(tmp_path / "tower"))
+    index = tmp_path / "tower" / "model.safetensors.index.json"
+    good = json.loads(index.read_text())
+    for name, said in (("", "leads out of its folder"), ("../x", "leads out"), ("x" * 300, "lacks .*x of its weights")):
+        index.write_text(json.dumps({"weight_map": good["weight_map"] | {"more": name}}))
+        with pytest.raises(UserError, match=said):
+            CLIPBackbone.load(str(tmp_path / "tower"))
 
 
 @pytest.mark.parametrize(
@@ -469,6 +431,9 @@ def test_missing_shards_and_weights_are_named(kind: str, tmp_path: Path) -> None
             "num_hidden_layers is 1099511627776",
         ),
         ("text_config", {"num_hidden_layers": 1 << 40}, "num_hidden_layers is 1099511627776"),
+        ("text_config", {"num_attention_heads": -1}, "num_attention_heads is -1; it must be a whole number above 0"),
+        ("visual_config", {"attention_dropout": 1.5}, "attention_dropout is 1.5; it must be .* below 1"),
+        ("visual_config", {"image_size": 1 << 40}, "image_size is 1099511627776; it must be at most 4096"),
         ("text_config", {"kind": "dinov2"}, "which no backbone saves"),
         ("visual_config", {"auto_map": {"AutoModel": "x"}}, "has 'auto_map', which no backbone saves"),
         ("visual_config", {"attn_implementation": "a/kernel:f"}, "has 'attn_implementation', which no backbone saves"),
@@ -484,6 +449,25 @@ def test_descriptions_name_no_code_and_no_unknown_field(
     description[tower] = description[tower] | change
     with pytest.raises(UserError, match=message):
         CLIPBackbone.from_description(description)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"source": 5}, "the source 5"),
+        ({"visual_config": {"kind": "features", "dim": 4, "image_size": 32}}, "image_size is 32; of features it is 0"),
+        (
+            {"text_config": {"kind": "features", "dim": 4, "labels": ["a"], "max_position_embeddings": 1 << 40}},
+            "max_position_embeddings is 1099511627776",
+        ),
+    ],
+    ids=str,
+)
+def test_descriptions_of_features_are_checked(change: dict[str, Any], message: str) -> None:
+    description = CLIPBackbone.load("features", dim=4).description()
+    CLIPBackbone.from_description(description)
+    with pytest.raises(UserError, match=message):
+        CLIPBackbone.from_description(description | change)
 
 
 # A new family

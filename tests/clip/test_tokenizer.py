@@ -11,15 +11,11 @@ import pytest
 
 from clip_m2df.clip.tokenizer import encoded, read_tokenizer, saved_tokenizer
 from clip_m2df.errors import UserError
-from tests.clip.towers import save_gemma, save_siglip, save_xlm
+from tests.clip.towers import TOKENIZERS as SAVED
+from tests.clip.towers import save_siglip
 from tests.conftest import GOLDEN
 
 Config = dict[str, Any]
-SAVED: dict[str, tuple[Callable[..., int], Config]] = {
-    "gemma": (save_gemma, {"kind": "siglip", "max_position_embeddings": 64}),
-    "siglip": (save_siglip, {"kind": "siglip", "max_position_embeddings": 64}),
-    "xlm": (save_xlm, {"kind": "metaclip_2", "max_position_embeddings": 77, "eos_token_id": 2}),
-}
 
 
 @pytest.fixture(scope="module")
@@ -278,6 +274,16 @@ def test_a_table_of_characters_that_leads_out_of_itself_is_an_error(tmp_path: Pa
         encoded(tokenizer, ["a", "b"], "it")
 
 
+def refused(name: str, folder: Path, change: Callable[[Any], object]) -> None:
+    """A tokenizer whose file was changed is refused, from its folder and from a description."""
+    config = saved(name, folder)
+    changed(folder, change)
+    with pytest.raises(UserError, match=r"the tokenizer (in|of) .* (can't be read|has|makes)"):
+        read_tokenizer(folder, config, "it")
+    with pytest.raises(UserError, match=r"the tokenizer of .* (can't be read|has|makes)"):
+        saved_tokenizer((folder / "tokenizer.json").read_text(), config, "it")
+
+
 def _words(content: Any, *words: Any) -> None:
     content["model"]["vocab"][-len(words) :] = words
 
@@ -311,12 +317,7 @@ def _words(content: Any, *words: Any) -> None:
 )
 @pytest.mark.parametrize("name", ["siglip", "xlm"])
 def test_forged_words_with_scores_are_refused(name: str, change: Callable[[Any], None], tmp_path: Path) -> None:
-    config = saved(name, tmp_path)
-    changed(tmp_path, change)
-    with pytest.raises(UserError, match=r"the tokenizer (in|of) .* (can't be read|has|makes)"):
-        read_tokenizer(tmp_path, config, "it")
-    with pytest.raises(UserError, match=r"the tokenizer of .* (can't be read|has|makes)"):
-        saved_tokenizer((tmp_path / "tokenizer.json").read_text(), config, "it")
+    refused(name, tmp_path, change)
 
 
 @pytest.mark.parametrize(
@@ -338,27 +339,12 @@ def test_forged_words_with_scores_are_refused(name: str, change: Callable[[Any],
     ],
 )
 def test_forged_words_and_merges_are_refused(change: Callable[[Any], None], tmp_path: Path) -> None:
-    config = saved("gemma", tmp_path)
-    changed(tmp_path, lambda content: change(content["model"]))
-    with pytest.raises(UserError, match=r"the tokenizer (in|of) .* (can't be read|has|makes)"):
-        read_tokenizer(tmp_path, config, "it")
-    with pytest.raises(UserError, match=r"the tokenizer of .* (can't be read|has|makes)"):
-        saved_tokenizer((tmp_path / "tokenizer.json").read_text(), config, "it")
+    refused("gemma", tmp_path, lambda content: change(content["model"]))
 
 
 def test_merges_that_undo_each_other_end(tmp_path: Path) -> None:
     config = saved("gemma", tmp_path)
-    pairs = [
-        ["a", "a"],
-        ["aa", "aa"],
-        ["a", "aa"],
-        ["aa", "a"],
-        ["a", "a"],
-        ["aaa", "a"],
-        ["", "a"],
-        ["a", ""],
-        ["", ""],
-    ]
+    pairs = [pair.split(" ") for pair in ("a a", "aa aa", "a aa", "aa a", "a a", "aaa a", " a", "a ", " ")]
 
     def change(content: Any) -> None:
         vocab = content["model"]["vocab"]

@@ -5,7 +5,7 @@ And small tokenizers and models in the layouts of the public ones.
 
 import base64
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel
-from torch import Tensor
+from torch import Tensor, nn
 
 from clip_m2df.clip.formats import openai_name
 from tests.conftest import GOLDEN, save_tokenizer
@@ -63,7 +63,7 @@ def save_open_clip(folder: Path, *, text: bool = True, as_transformers: Path | N
     from transformers import CLIPConfig, CLIPModel
 
     folder.mkdir(parents=True)
-    vocab_size = save_tokenizer(folder, ByteLevel.alphabet())
+    vocab_size = save_bytes(folder)
     tower: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "hidden_act": "gelu"}
     model = CLIPModel(
         CLIPConfig(
@@ -131,32 +131,68 @@ def save_xlm(folder: Path) -> int:
     return len(vocab)
 
 
-def save_siglip2(folder: Path) -> Path:
-    """A small SigLIP 2 of a fixed resolution as its repositories have it: images of 32 pixels, 64 tokens."""
-    from transformers import SiglipConfig, SiglipImageProcessor, SiglipModel
+def save_bytes(folder: Path) -> int:
+    """Save a tokenizer of CLIP's kind that knows bytes alone; its size."""
+    return save_tokenizer(folder, ByteLevel.alphabet())
+
+
+# Small tokenizers by their names: what saves one, and what the text tower's configuration says beside the size.
+TOKENIZERS: dict[str, tuple[Callable[[Path], int], dict[str, Any]]] = {
+    "gemma": (save_gemma, {"kind": "siglip", "max_position_embeddings": 64}),
+    "siglip": (save_siglip, {"kind": "siglip", "max_position_embeddings": 64}),
+    "xlm": (save_xlm, {"kind": "metaclip_2", "max_position_embeddings": 77, "eos_token_id": 2}),
+}
+
+
+def save_folder(kind: str, folder: Path, *, image_size: int = 32, own_size: int = 32) -> nn.Module:
+    """Save a small model of random weights as its public repositories are.
+
+    Args:
+        kind: One of ``test_families.FOLDERS``.
+        folder: Where to.
+        image_size: Of the images that its preprocessing makes.
+        own_size: Of the images that its configuration has, with patches of 8 pixels.
+
+    Returns:
+        The model, in evaluation mode.
+    """
+    import transformers
 
     folder.mkdir(parents=True)
-    tower: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    tower |= {"num_attention_heads": 4}
-    text = {"vocab_size": save_gemma(folder), "max_position_embeddings": 64, "projection_size": 32}
-    with torch.random.fork_rng():
+    tower: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    images: dict[str, Any] = {**tower, "intermediate_size": 48, "image_size": own_size, "patch_size": 8}
+    square = {"height": image_size, "width": image_size}
+    processor: dict[str, Any] = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+    if kind.startswith("dino"):
+        del images["intermediate_size"]
+        if kind.startswith("dinov2"):
+            config: Any = transformers.Dinov2Config(**images, use_swiglu_ffn=kind == "dinov2_swiglu")
+            processor |= {"image_processor_type": "BitImageProcessor", "resample": 3, "crop_size": square}
+            processor |= {"size": {"shortest_edge": image_size * 8 // 7}}
+        else:
+            more: dict[str, Any] = {"intermediate_size": 48, "num_register_tokens": 3}
+            more |= {"use_gated_mlp": "gated" in kind, "key_bias": "gated" in kind}
+            config = transformers.DINOv3ViTConfig(**images, **more)
+            processor |= {"image_processor_type": "DINOv3ViTImageProcessor", "resample": 2, "size": square}
+    else:
+        save = {"clip": save_bytes, "metaclip_2": save_xlm, "siglip": save_siglip, "siglip_2": save_gemma}[kind]
+        texts = {**tower, "intermediate_size": 40, "vocab_size": save(folder), "max_position_embeddings": 64}
+        if kind.startswith("siglip"):
+            config = transformers.SiglipConfig(text_config=texts, vision_config=images)
+            processor |= {"image_processor_type": "SiglipImageProcessor", "size": square, "do_center_crop": None}
+            processor |= {"resample": 2 if kind == "siglip_2" else 3, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+        else:
+            texts["eos_token_id"] = 2 if kind == "metaclip_2" else texts["vocab_size"] - 1
+            name = {"clip": "CLIP", "metaclip_2": "MetaClip2"}[kind]
+            whole = getattr(transformers, f"{name}Config")
+            config = whole(text_config=texts, vision_config=images, projection_dim=24)
+            processor |= {"image_processor_type": "CLIPImageProcessor", "crop_size": square, "resample": 3}
+            processor |= {"size": {"shortest_edge": image_size}, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2] * 3}
+    with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
-        model = SiglipModel(
-            SiglipConfig(text_config=tower | text, vision_config={**tower, "image_size": 32, "patch_size": 8})
-        )
-    model.save_pretrained(folder)
-    SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
-    return folder
-
-
-def save_dinov2(folder: Path) -> Path:
-    """A small DINOv2 as its repositories have it: positions for 56 pixels, images of 32 by its preprocessing."""
-    from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
-
-    config = Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=56, patch_size=8)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        Dinov2Model(config).save_pretrained(folder)
-    sides: dict[str, Any] = {"size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 32}}
-    BitImageProcessor(**sides).save_pretrained(folder)
-    return folder
+        model: nn.Module = transformers.AutoModel.from_config(config).eval()  # type: ignore[no-untyped-call]
+        for parameter in model.parameters():  # so that each of them matters
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    model.save_pretrained(folder)  # type: ignore[operator]
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return model

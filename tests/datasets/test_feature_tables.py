@@ -149,7 +149,8 @@ def test_a_table_is_told_by_its_name(tmp_path: Path) -> None:
     (tmp_path / "folder.parquet").mkdir()
     assert is_feature_table("a/b.safetensors")
     assert is_feature_table(Path("B.PARQUET"))
-    assert not any(is_feature_table(p) for p in ("m.csv", "motion_shapes", "v.mp4", tmp_path / "folder.parquet"))
+    others = ("m.csv", "motion_shapes", "v.mp4", ".parquet", tmp_path / "folder.parquet")
+    assert not any(is_feature_table(p) for p in others)
     with pytest.raises(UserError, match=r"table\.parquet is a feature table by its name"):
         Manifest.read(tmp_path / "table.parquet")
 
@@ -192,6 +193,16 @@ def test_a_row_at_fault_is_named(file: Path, rows: list[dict[str, Any]], said: s
         file.unlink()
         assert re.search(said, refusal(file, lambda: write_feature_table(file, rows, numbers())))
         assert not any(file.parent.iterdir())
+
+
+@pytest.mark.parametrize("name", ["path", "label"])
+def test_texts_that_are_no_utf8_are_named(file: Path, name: str) -> None:
+    """JSON can say them, and no Parquet file holds them; a digest of them would end a training later."""
+    for text in ("a\ud800", "a\udcff"):
+        rows = [*ROWS[:4], {**ROWS[4], name: text}]
+        assert "UTF-8" in refusal(file, lambda rows=rows: write_feature_table(file, rows, numbers()))  # type: ignore[misc]
+        save(file.with_suffix(".safetensors"), rows, numbers())
+        assert "row 5 of" in refusal(file.with_suffix(".safetensors"))
 
 
 def spoiled(row: int, frame: int, value: float) -> Tensor:
@@ -264,6 +275,34 @@ def test_classes_that_come_twice_are_named(tmp_path: Path) -> None:
     assert "'wave' twice" in refusal(file)
 
 
+def test_class_embeddings_that_are_not_read_are_named(file: Path) -> None:
+    """Of another ending than the table, or behind a broken link."""
+    write_feature_table(file, ROWS, numbers(), embeddings())
+    beside = classes_file(file)
+    other = next(s for s in (".safetensors", ".parquet") if s != file.suffix)
+    beside.rename(file.with_suffix(f".classes{other}"))
+    said = refusal(file)
+    assert beside.name in said
+    assert f".classes{other}" in said
+    write_feature_table(file.with_suffix(other), ROWS, numbers(), embeddings())  # of which they are now
+    assert not read_feature_table(file).class_embeddings
+    beside.symlink_to("gone")
+    assert "there is no file of class embeddings" in refusal(file)
+
+
+def test_arrays_are_written_as_tensors_are(file: Path) -> None:
+    classes = embeddings()
+    write_feature_table(file, ROWS, numbers().numpy(), {label: e.numpy() for label, e in classes.items()})
+    table = read_feature_table(file)
+    assert table.features.equal(numbers())
+    assert all(table.class_embeddings[label].equal(embedding) for label, embedding in classes.items())
+    ragged = classes | {"hug": torch.ones(DIM + 1)}
+    assert "several widths" in refusal(file, lambda: write_feature_table(file, ROWS, numbers(), ragged))
+    words: Any = [[["a"]]]
+    assert "no table of numbers" in refusal(file, lambda: write_feature_table(file, ROWS[:1], words))
+    assert "no table of numbers" in refusal(file, lambda: write_feature_table(file, ROWS, numbers().to_sparse()))
+
+
 def test_embeddings_that_another_table_left_are_not_taken(file: Path) -> None:
     write_feature_table(file, ROWS, numbers(), embeddings())
     said = refusal(file, lambda: write_feature_table(file, ROWS, numbers() + 1))
@@ -277,12 +316,19 @@ def test_files_that_are_no_tables_are_named(tmp_path: Path) -> None:
     weights = tmp_path / "weights.safetensors"
     save_file({"visual.proj": torch.ones(2)}, weights)
     assert "it needs the tensor 'features'" in refusal(weights)
-    for rows in ("", "[", "[1]", '{"a": 1}', "[" * 10**5):
+    for rows in ("", "[", "[1]", '{"a": 1}', "[" * 10**5, "[" + "9" * 5000 + "]"):
         save_file({"features": numbers()}, weights, {"format": "clip-m2df feature table 1", "rows": rows})
         refusal(weights)
     table = tmp_path / "table.parquet"
     pq.write_table(pa.table({"path": ["a"], "features": [[[1.0]]]}), table)
     assert "has no column 'label'" in refusal(table)
+    arrays = [pa.array([row[name]]) for row in ROWS[:1] for name in ("path", "label", "split")]
+    pq.write_table(pa.table([*arrays, arrays[1]], names=["path", "label", "split", "label"]), table)
+    assert "has no column 'features'" in refusal(table)
+    for twice in ("label", "features"):
+        columns = [*arrays, pa.array([[[1.0]]]), arrays[1] if twice == "label" else pa.array([[[1.0]]])]
+        pq.write_table(pa.table(columns, names=["path", "label", "split", "features", twice]), table)
+        assert f"has the column {twice!r} twice" in refusal(table)
     table.write_bytes(b"")
     assert "damaged, or no Parquet file" in refusal(table)
     pipe = tmp_path / "pipe.parquet"
@@ -299,7 +345,7 @@ def test_a_table_that_is_larger_inside_than_outside_is_refused(tmp_path: Path) -
     table = pa.table(columns | {"features": pa.FixedSizeListArray.from_arrays(ones, 2000)})
     pq.write_table(table, path, compression="zstd")
     assert path.stat().st_size < 100_000
-    assert "features are not packed like that" in refusal(path)
+    assert "and features hardly compress" in refusal(path)
 
 
 @pytest.mark.parametrize("which", ["table", "classes"])

@@ -33,7 +33,7 @@ from clip_m2df.video.reader import probe
 from clip_m2df.video.transforms import ClipReader
 from clip_m2df.weight_files import program_classes, read_weights
 from tests import clips
-from tests.clip.towers import save_gemma, save_siglip, save_xlm
+from tests.clip.towers import TOKENIZERS
 from tests.conftest import GOLDEN, save_checkpoint
 from tests.project.damage import SCRAPS, Rng, alter, damage, damaged_archive
 
@@ -171,27 +171,19 @@ def weights(samples: Path, scratch: Path, rng: Rng) -> str:
     return f"read, {name}"
 
 
-# What the text tower of each tokenizer is.
-TEXT_TOWERS: dict[str, dict[str, Any]] = {
-    "gemma": {"kind": "siglip", "max_position_embeddings": 64},
-    "siglip": {"kind": "siglip", "max_position_embeddings": 64},
-    "xlm": {"kind": "metaclip_2", "max_position_embeddings": 77, "eos_token_id": 2},
-}
-
-
 def save_tokenizers(folder: Path) -> None:
     """Write the folders of whole tokenizers, of the kinds that SentencePiece trains."""
-    for name, save in (("gemma", save_gemma), ("siglip", save_siglip), ("xlm", save_xlm)):
+    for name, (save, _) in TOKENIZERS.items():
         save(folder / name)
 
 
 def tokenizer(samples: Path, scratch: Path, rng: Rng) -> str:
     """A folder with a tokenizer, or the same in a description, and texts for it; CLIP's is in the folder of weights."""
-    name = rng.choice(sorted(TEXT_TOWERS))
+    name = rng.choice(sorted(TOKENIZERS))
     folder = scratch / name
     shutil.copytree(samples / name, folder)
     content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    tower = TEXT_TOWERS[name] | {"vocab_size": len(content["model"]["vocab"])}
+    tower = TOKENIZERS[name][1] | {"vocab_size": len(content["model"]["vocab"])}
     file = folder / rng.choice(["tokenizer.json"] * 9 + ["tokenizer_config.json"])
     if rng.random() < 0.6:
         tree = json.loads(file.read_text(encoding="utf-8"))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks import soak
 from clip_m2df import CLIPM2DF, CLIPBackbone, FewShotClassifier
@@ -17,13 +17,14 @@ from clip_m2df.cli import main
 from clip_m2df.errors import UserError
 from clip_m2df.export import export_model
 from clip_m2df.training.checkpoints import BEST, FOLDER, LAST, read_checkpoint
+from tests.classifier.conftest import predict_args
+from tests.clip.test_adapters import ALL, shaken
 from tests.conftest import fails, options, quiet_trainer
 from tests.training.test_evaluation_from_bank import data
-from tests.training.test_interruption import kill, step_of
+from tests.training.test_interruption import RUN, kill, step_of
 from tests.training.test_many_devices import train
 
 HEAD = {"hidden_dim": 32, "num_heads": 4}
-ALL = ["q", "k", "v", "o", "fc1", "fc2"]
 ADAPTERS = (
     "--model.freeze_backbone=false",
     "--model.adapters={r: 2, target: [q, v, fc1], dropout: 0.1}",
@@ -44,15 +45,6 @@ def images(model: CLIPM2DF, number: int = 3) -> Tensor:
 def features(model: CLIPM2DF) -> Tensor:
     with torch.no_grad():
         return model.model.backbone.encode_frames(images(model))
-
-
-def shaken(model: CLIPM2DF) -> CLIPM2DF:
-    """The same in evaluation mode, as if its adapters had been trained."""
-    generator = torch.Generator().manual_seed(2)
-    for name, weight in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(weight, std=0.05, generator=generator)
-    return model.eval()
 
 
 def of_adapters(state: dict[str, Tensor]) -> set[str]:
@@ -187,15 +179,7 @@ def test_an_export_has_the_adapters(batch: int, trained: CLIPM2DF, tmp_path: Pat
 # Training
 
 # Six optimiser steps of two batches each, validated after every second.
-STEPS = (
-    *ADAPTERS,
-    "--data.batch_size=1",
-    "--data.episodes_per_step=2",
-    "--data.validate_every=2",
-    "--trainer.max_steps=6",
-    "--trainer.num_sanity_val_steps=0",
-    "--dashboard.figures=false",
-)
+STEPS = (*ADAPTERS, *RUN)
 
 
 @pytest.fixture(scope="module")
@@ -235,22 +219,12 @@ def test_a_run_that_was_killed_five_times_ends_as_if_left_alone(
 
 
 @pytest.mark.parametrize(
-    "change",
-    [
-        "--model.adapters.r=4",
-        "--model.adapters.alpha=1",
-        "--model.adapters.dropout=0",
-        "--model.adapters.layers=[0]",
-        "--model.adapters=null",
-    ],
+    "change", [f"--model.adapters{change}" for change in (".r=4", ".alpha=1", ".dropout=0", ".layers=[0]", "=null")]
 )
 def test_a_run_goes_on_with_its_own_adapters_alone(
     change: str, alone: Path, manifest: Path, tiny_clip_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said = fails(
-        ["fit", *options(manifest, tiny_clip_dir, alone, *STEPS, change, "--ckpt_path=last")],
-        capsys,
-    )
+    said = fails(["fit", *options(manifest, tiny_clip_dir, alone, *STEPS, change, "--ckpt_path=last")], capsys)
     assert "model.adapters is" in said
     assert "a checkpoint keeps the options that it was trained with" in said
 
@@ -304,9 +278,8 @@ def test_two_processes_train_adapters_as_one(
 def test_features_of_a_tower_that_learns_are_not_trained_from(
     manifest: Path, tiny_clip_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said = fails(
-        ["fit", *options(manifest, tiny_clip_dir, tmp_path, *ADAPTERS, "--data.train_augmentations=1")], capsys
-    )
+    given = options(manifest, tiny_clip_dir, tmp_path, *ADAPTERS, "--data.train_augmentations=1")
+    said = fails(["fit", *given], capsys)
     assert "trains from features, which a tower that learns would leave behind" in said
 
 
@@ -314,9 +287,8 @@ def test_stored_features_are_those_of_the_same_adapters(alone: Path, manifest: P
     """The scale of what adapters add is not among the weights."""
     model = CLIPM2DF.load_from_checkpoint(alone / FOLDER / BEST)
     for alpha in (4, 40, 4):
-        model = CLIPM2DF.load_from_checkpoint(
-            alone / FOLDER / BEST, adapters=model.hparams["adapters"] | {"alpha": alpha}
-        )
+        adapters = model.hparams["adapters"] | {"alpha": alpha}
+        model = CLIPM2DF.load_from_checkpoint(alone / FOLDER / BEST, adapters=adapters)
         quiet_trainer(tmp_path).test(model, data(manifest, store=str(tmp_path / "store")), verbose=False)
     assert len(list((tmp_path / "store").glob("features-*.safetensors"))) == 2
 
@@ -333,16 +305,9 @@ def test_a_classifier_and_predict_take_adapters_apart(
         (support / f"class {c}").mkdir(parents=True)
         shutil.copy(manifest.parent / f"test{c}_0.mp4", support / f"class {c}")
     tables: list[str] = []
-    for model in ([f"--ckpt_path={folder}", f"--backbone={tiny_clip_dir}"], [f"--ckpt_path={kept}"]):
+    for model in (["--ckpt_path", str(folder), "--backbone", str(tiny_clip_dir)], ["--ckpt_path", str(kept)]):
         output = tmp_path / f"{len(tables)}.csv"
-        args = [
-            "predict",
-            *model,
-            f"--support={support}",
-            f"--videos={manifest.parent}",
-            f"--output={output}",
-            "--workers=0",
-        ]
+        args = predict_args(support, [manifest.parent], output, *model)
         assert main(args) == 0
         tables.append(output.read_text())
     assert tables[0] == tables[1]

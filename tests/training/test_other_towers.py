@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from clip_m2df import CLIPM2DF, CLIPBackbone, EpisodeDataModule, FewShotClassifier
 from clip_m2df.cli import main
@@ -20,15 +18,12 @@ from clip_m2df.commands.trainer import run
 from clip_m2df.errors import UserError
 from clip_m2df.export import export_model
 from clip_m2df.training.checkpoints import read_checkpoint
-from tests.clip.towers import save_dinov2, save_open_clip, save_siglip2
+from tests.classifier.conftest import predict_args
+from tests.clip.towers import save_folder, save_open_clip
 from tests.conftest import fails, options, quiet_trainer
+from tests.test_export import opened
 
-SAVE: dict[str, Callable[[Path], Path]] = {
-    "siglip2": save_siglip2,
-    "open_clip": save_open_clip,
-    "dinov2": save_dinov2,
-    "visual_only": lambda folder: save_open_clip(folder, text=False),
-}
+TOWERS = ("siglip_2", "open_clip", "dinov2", "visual_only")
 # What of CLIP-M²DF needs no prompts.
 WITHOUT_TEXT = ["--model.head_options.pps=false", "--model.head_options.reliability=[visual]"]
 UNTRAINED = ["--model.head=otam", "--model.freeze_backbone=true"]
@@ -38,7 +33,10 @@ UNTRAINED = ["--model.head=otam", "--model.freeze_backbone=true"]
 def towers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The small towers by their names, as ``model.backbone`` takes them."""
     folder = tmp_path_factory.mktemp("towers")
-    return {name: str(save(folder / name)) for name, save in SAVE.items()}
+    save_folder("siglip_2", folder / "siglip_2")
+    save_folder("dinov2", folder / "dinov2", own_size=56)
+    files = {name: save_open_clip(folder / name, text=name == "open_clip") for name in ("open_clip", "visual_only")}
+    return {name: str(files.get(name, folder / name)) for name in TOWERS}
 
 
 def own_size(manifest: Path, tower: str, folder: Path, *more: str) -> list[str]:
@@ -53,7 +51,7 @@ def own_size(manifest: Path, tower: str, folder: Path, *more: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SAVE)
+@pytest.mark.parametrize("name", TOWERS)
 def test_a_tower_goes_all_the_way(
     name: str, towers: dict[str, str], manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -77,7 +75,7 @@ def test_a_tower_goes_all_the_way(
     start, trained = CLIPBackbone.load(towers[name]).visual.state_dict(), model.model.backbone.visual.state_dict()
     assert not any(torch.equal(trained[key], weight) for key, weight in start.items() if key.endswith("q_proj.weight"))
     model.save_pretrained(tmp_path / "saved")
-    card, kind = (tmp_path / "saved" / "README.md").read_text(), {"siglip2": "SigLIP", "dinov2": "DINOv2"}
+    card, kind = (tmp_path / "saved" / "README.md").read_text(), {"siglip_2": "SigLIP", "dinov2": "DINOv2"}
     assert f": {kind.get(name, 'ViT')}, 32 x 32 pixels, embeddings of 32 |" in card
     assert ("| prompt | none, as there is no text tower |" in card) == bool(head)
     again = CLIPM2DF.from_pretrained(tmp_path / "saved")
@@ -95,9 +93,9 @@ def test_a_tower_goes_all_the_way(
             (support / f"class {c}" / f"{v}.mp4").symlink_to(manifest.parent / f"test{c}_{v}.mp4")
     videos = [str(manifest.parent / f"test{c}_2.mp4") for c in range(3)]
     table = tmp_path / "labels.csv"
-    told = ["--support", str(support), "--workers", "0", "--output", str(table), "--videos", *videos]
     page = tmp_path / "labels.html"
-    assert main(["predict", "--ckpt_path", str(tmp_path / "saved"), *told, "--report", str(page)]) == 0
+    model_of = ["--ckpt_path", str(tmp_path / "saved"), "--report", str(page)]
+    assert main(predict_args(support, videos, table, *model_of)) == 0
     assert ("Prompt selection" in page.read_text()) == (not head)
     rows = [line.split(",") for line in table.read_text().splitlines()[1:]]
     classifier = FewShotClassifier.from_checkpoint(best).fit(support)
@@ -111,23 +109,12 @@ def test_a_tower_goes_all_the_way(
     shapes: dict[str, Any] = {"n_way": 3, "n_shot": 2, "n_queries": 2, "frames": 2, "batch": 4}
     export_model(model, tmp_path / "exported", class_names=["a", "b", "c"], **shapes)
     for suffix in ("onnx", "pt2"):
-        program = opened(tmp_path / "exported" / f"tower.{suffix}")
-        torch.testing.assert_close(program(frames=frames[:2].flatten(0, 1)), features[:2].flatten(0, 1))
+        program = opened(tmp_path / "exported" / f"tower.{suffix}", "frames")
+        torch.testing.assert_close(program(frames=frames[:2].flatten(0, 1))["features"], features[:2].flatten(0, 1))
         assert (tmp_path / "exported" / f"head.{suffix}").stat().st_size > 0
 
 
-def opened(path: Path) -> Callable[..., Tensor]:
-    """A tower's program, from its frames to its features."""
-    if path.suffix == ".pt2":
-        module = torch.export.load(path).module()
-        return lambda frames: module(frames=frames)["features"]
-    import onnxruntime  # type: ignore[import-untyped]
-
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return lambda frames: torch.from_numpy(session.run(["features"], {"frames": frames.numpy()})[0])
-
-
-@pytest.mark.parametrize("name", SAVE)
+@pytest.mark.parametrize("name", TOWERS)
 def test_an_untrained_tower_is_measured_and_predicts(
     name: str, towers: dict[str, str], manifest: Path, tmp_path: Path
 ) -> None:
@@ -136,17 +123,16 @@ def test_an_untrained_tower_is_measured_and_predicts(
     with torch.no_grad():  # the same episodes, each encoded by itself
         direct = run(["test", *args, "--data.evaluation=direct"])
     assert float(done.model.evaluated.numbers["accuracy"]) == float(direct.model.evaluated.numbers["accuracy"])
-    assert ("pps_accuracy" in done.model.evaluated.numbers) == (name in ("siglip2", "open_clip"))
+    assert ("pps_accuracy" in done.model.evaluated.numbers) == (name in ("siglip_2", "open_clip"))
     support, table = tmp_path / "support" / "a", tmp_path / "labels.csv"
     support.mkdir(parents=True)
     (support / "0.mp4").symlink_to(manifest.parent / "test0_0.mp4")
-    told = ["--support", str(support.parent), "--workers", "0", "--output", str(table)]
-    video = str(manifest.parent / "test0_1.mp4")
-    assert main(["predict", "--backbone", towers[name], *told, "--videos", video]) == 0
+    args = predict_args(support.parent, [manifest.parent / "test0_1.mp4"], table, "--backbone", towers[name])
+    assert main(args) == 0
     assert ",a,1.000000," in table.read_text()
-    held = ["--backbone_options", "image_size=40", "dtype=bfloat16", "--precision", "16-mixed", "--videos", video]
+    held = ["--backbone_options", "image_size=40", "dtype=bfloat16", "--precision", "16-mixed"]
     with pytest.warns(UserWarning, match="interpolated to those of 40"):
-        assert main(["predict", "--backbone", towers[name], *told, *held]) == 0
+        assert main([*args, *held]) == 0
 
 
 # Sizes
@@ -186,7 +172,7 @@ def test_224_pixels_of_256_where_there_is_no_tower(manifest: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_keeps_the_size_that_was_asked_for(towers: dict[str, str], manifest: Path, tmp_path: Path) -> None:
-    args = own_size(manifest, towers["siglip2"], tmp_path / "run")
+    args = own_size(manifest, towers["siglip_2"], tmp_path / "run")
     with pytest.warns(UserWarning, match="interpolated"):
         assert main(["fit", *args, "--data.size=48"]) == 0
     checkpoint = read_checkpoint(tmp_path / "run" / "checkpoints" / "best.ckpt")
@@ -207,7 +193,7 @@ def test_a_run_keeps_the_size_that_was_asked_for(towers: dict[str, str], manifes
 def test_a_frozen_tower_of_any_type_serves_under_any_precision(
     dtype: str, precision: str, towers: dict[str, str], manifest: Path, tmp_path: Path
 ) -> None:
-    args = own_size(manifest, towers["siglip2"], tmp_path / "run", "--model.freeze_backbone=true")
+    args = own_size(manifest, towers["siglip_2"], tmp_path / "run", "--model.freeze_backbone=true")
     args += [f"--model.backbone_options.dtype={dtype}", f"--data.store={tmp_path / 'store'}"]
     args += [f"--trainer.precision={precision}"]
     assert main(["fit", *args]) == 0
@@ -221,7 +207,7 @@ def test_a_frozen_tower_of_any_type_serves_under_any_precision(
     assert {weight.dtype for weight in backbone.parameters()} == {getattr(torch, dtype)}
     assert {weight.dtype for weight in model.model.head.parameters()} == {torch.float32}
     # The weights are those of the file, as far as both types hold them; the images' mean is not rounded.
-    start = CLIPBackbone.load(towers["siglip2"], dtype=dtype)
+    start = CLIPBackbone.load(towers["siglip_2"], dtype=dtype)
     wider = precision == "bf16-true" and dtype != "bfloat16"
     for key, weight in start.visual.state_dict().items():
         expected = weight.to(torch.bfloat16).to(weight.dtype) if wider else weight
@@ -235,7 +221,7 @@ def test_half_a_tower_predicts_nearly_the_same(dtype: str, towers: dict[str, str
     videos = [str(manifest.parent / f"test{c}_2.mp4") for c in range(3)]
 
     def probabilities(precision: str = "32-true", **held: Any) -> np.ndarray[Any, Any]:
-        model = CLIPM2DF(towers["siglip2"], held, head="nearest_prototype", freeze_backbone=True)
+        model = CLIPM2DF(towers["siglip_2"], held, head="nearest_prototype", freeze_backbone=True)
         return FewShotClassifier(model, frames=4, precision=precision).fit(support).predict_proba(videos)
 
     whole = probabilities()
@@ -248,7 +234,7 @@ def test_a_model_in_half_precision_is_used_after_its_training(
     towers: dict[str, str], manifest: Path, tmp_path: Path
 ) -> None:
     head = {"hidden_dim": 32, "num_heads": 4}
-    model = CLIPM2DF(towers["siglip2"], head_options=head)
+    model = CLIPM2DF(towers["siglip_2"], head_options=head)
     shape: dict[str, Any] = {"n_way": 3, "n_query": 2, "frames": 2, "episodes_per_step": 2, "val_episodes": 2}
     data = EpisodeDataModule(str(manifest), num_workers=0, **shape)
     quiet_trainer(tmp_path, precision="bf16-true", max_steps=1).fit(model, data)

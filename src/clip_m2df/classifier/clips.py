@@ -253,11 +253,11 @@ def as_features(clip: Clip) -> Tensor:
             features = torch.from_numpy(np.array(given, dtype=np.float32))
     if not features.numel():
         raise UserError(f"its features are empty, {tuple(features.shape)}: give (frames, dim)")
-    if not (finite := features.isfinite().all(-1)).all():
-        frame = int((~finite).nonzero()[0]) + 1
-        raise UserError(f"its features of frame {frame} are not finite (NaN or infinite): compute them anew")
-    if not (seen := features.any(-1)).all():
-        raise UserError(f"its features of frame {int((~seen).nonzero()[0]) + 1} are all zero: compute them anew")
+    good = {"not finite (NaN or infinite)": features.isfinite().all(-1), "all zero": features.any(-1)}
+    for fault, frames in good.items():
+        if not frames.all():
+            frame = int((~frames).nonzero()[0]) + 1
+            raise UserError(f"its features of frame {frame} are {fault}: compute them anew")
     return features
 
 
@@ -451,12 +451,24 @@ class ClipEncoder:
     def _known(self, clip: Clip) -> Encoded | Unreadable:
         """A clip that comes as features, or why they are of no use."""
         try:
-            features = as_features(clip)
+            return Encoded(self.features_of(clip), None)
         except UserError as error:
             return Unreadable(error)
-        if wrong := self._mismatch(features):
-            return Unreadable(f"its features {wrong}")
-        return Encoded(features.to(self.model.device, self.model.model.head.scale.dtype), None)
+
+    def features_of(self, clip: Clip, *, any_length: bool = False) -> Tensor:
+        """The features of a clip that comes as such, ``(frames, dim)``, on the model's device.
+
+        Args:
+            clip: the clip.
+            any_length: they may be of any number of frames, as of a long video.
+
+        Raises:
+            UserError: they are of no use, see :func:`as_features`, or not as wide or as many as the model takes.
+        """
+        features = as_features(clip)
+        if wrong := self._mismatch(features, any_length=any_length):
+            raise UserError(f"its features {wrong}")
+        return features.to(self.model.device, self.model.model.head.scale.dtype)
 
     def _mismatch(self, features: Tensor, *, any_length: bool = False) -> str:
         """What is wrong with the shape of a clip's features, if anything is."""
@@ -487,17 +499,6 @@ class ClipEncoder:
         for table, features in {clip.table: clip.features for clip in clips if isinstance(clip, TableRow)}.items():
             if wrong := self._mismatch(features, any_length=any_length):
                 raise UserError(f"the features in {table} {wrong}")
-
-    def long_features(self, clip: Clip) -> Tensor:
-        """The features of a long video that comes as such, ``(frames, dim)``, on the model's device.
-
-        Raises:
-            UserError: they are not finite, or of another width.
-        """
-        features = as_features(clip)
-        if wrong := self._mismatch(features, any_length=True):
-            raise UserError(f"the features of {name_of(clip) or 'a video in memory'} {wrong}")
-        return features.to(self.model.device, self.model.model.head.scale.dtype)
 
     def encode_one(self, clip: Clip) -> Encoded:
         """The same of one clip.

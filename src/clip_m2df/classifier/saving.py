@@ -169,15 +169,15 @@ def _classes(table: dict[str, Any], tensors: dict[str, Tensor]) -> list[SavedCla
     thumbnails = tensors.get("thumbnails", torch.zeros((0, 1, 3, 1, 1), dtype=torch.uint8))
     if thumbnails.dtype != torch.uint8 or thumbnails.ndim != 5 or thumbnails.shape[2] != 3 or 0 in thumbnails.shape[1:]:
         raise ValueError(f"its small frames are {thumbnails.dtype} {tuple(thumbnails.shape)}")
-    seen = [i not in missing for n, missing in zip(counts, without, strict=True) for i in range(n)]
+    seen = [[i not in missing for i in range(n)] for n, missing in zip(counts, without, strict=True)]
     prompts = tensors.get("prompts", torch.zeros(0))
     if not prompts.is_floating_point() or len(prompts) != sum(text is None for _, text, _ in rows):
         raise ValueError("its prompts are not those of the classes without a text")
-    if len(thumbnails) != sum(seen):
+    if len(thumbnails) != sum(map(sum, seen)):
         raise ValueError("its small frames are not those of its examples")
     small, prompt = iter(thumbnails), iter(prompts.float())
-    found, pictures = [], [next(small) if there else None for there in seen]
-    for row, own in zip(rows, features.split(counts), strict=True):
-        own_pictures, pictures = pictures[: len(own)], pictures[len(own) :]
-        found.append(SavedClass(*row, own.float(), own_pictures, next(prompt) if row[1] is None else None))
+    found = []
+    for row, own, has_frames in zip(rows, features.split(counts), seen, strict=True):
+        pictures = [next(small) if there else None for there in has_frames]
+        found.append(SavedClass(*row, own.float(), pictures, next(prompt) if row[1] is None else None))
     return found

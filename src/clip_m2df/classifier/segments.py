@@ -110,7 +110,7 @@ def find_segments(
     """
     encoder.check([video], any_length=True)
     if has_features(video):
-        known = encoder.long_features(video)
+        known = encoder.features_of(video, any_length=True)
         features = known[_numbers_at("features", len(known), windows.rate, fps)]
     else:
         cropped = map(encoder.reader.crop, _frames_at(video, windows.rate, fps))
@@ -120,10 +120,9 @@ def find_segments(
         features = torch.cat(encoded) if encoded else torch.empty(0)
     if (n_frames := len(features)) < windows.frames:  # it is a clip, whose own frames repeat
         windows = windows._replace(rate=windows.rate * windows.frames / max(n_frames, 1))
-        if has_features(video):
-            features = known[encoder.reader.choose(len(known))]
-        else:
-            features = encoder.encode_one(video).features
+        features = (
+            known[encoder.reader.choose(len(known))] if has_features(video) else encoder.encode_one(video).features
+        )
     starts = windows.starts(len(features))
     log_probabilities, distances = scorer.label(torch.stack([features[s : s + windows.frames] for s in starts]))
     values = torch.cat((log_probabilities, distances.amin(-1, keepdim=True)), -1).cpu()

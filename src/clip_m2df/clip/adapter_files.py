@@ -1,19 +1,18 @@
 """Adapters in files of their own, by peft's names: written apart from their tower, and read beside its weights."""
 
-import hashlib
 import json
 import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from clip_m2df.clip.families import Family
-from clip_m2df.errors import UserError, require, some
+from clip_m2df.clip.formats import MERGE_IT, read_json
+from clip_m2df.errors import UserError, some
 from clip_m2df.files import check_regular
-from clip_m2df.weight_files import read_weights
+from clip_m2df.weight_files import digest_of, read_weights
 
 # How a model with adapters is saved: with its tower, added to its tower's weights, or without its tower.
 Kept = Literal["kept", "merged", "apart"]
@@ -29,18 +28,13 @@ _FIELDS = (
     *("task_type", "peft_version", "auto_mapping", "runtime_config", "megatron_core", "qalora_group_size"),
 )
 _VALUES = {"bias": ("none",), "init_lora_weights": (True, "gaussian")}
-_MERGE_IT = "merge it into the model and save that (peft's merge_and_unload)"
 
 
 def tower_checksum(state: Mapping[str, Tensor]) -> dict[str, str]:
     """What tells the weights in a backbone's state dict, but for its adapters: ``dtype``, and ``sha256`` of all."""
     own = {name.replace(".base_layer.", "."): weight for name, weight in state.items() if ".lora_" not in name}
-    digest = hashlib.sha256()
-    for name, weight in sorted(own.items()):
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     dtype = str(next(iter(own.values())).dtype).removeprefix("torch.")
-    return {"dtype": dtype, "sha256": digest.hexdigest()}
+    return {"dtype": dtype, "sha256": digest_of(dict(sorted(own.items())))}
 
 
 def peft_files(
@@ -109,25 +103,23 @@ def read_adapter(folder: Path, source: str) -> tuple[dict[str, Any], dict[str, T
         return None
     if missing := [file.name for file in (config, weights) if not file.is_file()]:
         raise UserError(f"{source} has an adapter, but no {missing[0]}: fetch it again, or move the rest elsewhere")
-    try:
-        values = json.loads(config.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{config} is damaged: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{config} is damaged: a table of names and values is expected")
+    values = read_json(config)
     if not (folder / "config.json").is_file():
         base = values.get("base_model_name_or_path")
         raise UserError(
             f"{source} has an adapter alone, of {base!r:.200} by its own words: put the files of that model beside it"
         )
     if (kind := values.get("peft_type")) != "LORA":
-        raise UserError(f"{source} has an adapter of type {kind!r:.80}, and LORA alone is applied here: {_MERGE_IT}")
+        raise UserError(f"{source} has an adapter of type {kind!r:.80}, and LORA alone is applied here: {MERGE_IT}")
     for name, value in values.items():
         if name not in _FIELDS and value and value not in _VALUES.get(name, ()):
-            raise UserError(
-                f"{source} has an adapter with {name} {value!r:.80}, which is not applied here: {_MERGE_IT}"
-            )
-    require(above=0, below=math.inf, **{f"{config}: lora_alpha": values.get("lora_alpha", 8)})
+            raise UserError(f"{source} has an adapter with {name} {value!r:.80}, which is not applied here: {MERGE_IT}")
+    for name, wanted, kinds in (("r", "a whole number", (int,)), ("lora_alpha", "a number", (int, float))):
+        value = values.get(name, 8)
+        if type(value) not in kinds or not 0 < value < 2**31:
+            raise UserError(f"{config}: {name} is {value!r:.80}; it must be {wanted} above 0: fetch it again")
+    if type(values.get("use_rslora", False)) is not bool or not isinstance(values.get("rank_pattern") or {}, dict):
+        raise UserError(f"{config} is damaged: use_rslora is true or false, and rank_pattern a table; fetch it again")
     return values, read_weights(weights)
 
 
@@ -153,15 +145,17 @@ def apply_adapter(
     config, weights = adapter
     weights = family.renamed({name.removeprefix(_PREFIX): weight for name, weight in weights.items()}, own)
     alpha = config.get("lora_alpha", 8)
+    ranks = [config.get("r", 8), *(config.get("rank_pattern") or {}).values()]
     problems: dict[str, str] = {}
     layers = {name: name.partition(".lora_")[0] for name in weights}
     added = dict(state)
     for layer in dict.fromkeys(layers.values()):
         parts = [f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"]
-        if stray := [n for n, of in layers.items() if of == layer and n not in parts] + [
-            n for n in parts if n not in weights
-        ]:
-            problems |= dict.fromkeys(stray, "missing or of no LoRA")
+        if stray := {name for name, of in layers.items() if of == layer} ^ {*parts}:
+            problems |= dict.fromkeys(sorted(stray), "missing or of no LoRA")
+            continue
+        if wrong := [n for n in parts if not weights[n].is_floating_point() or not weights[n].float().isfinite().all()]:
+            problems[wrong[0]] = "not finite (NaN or infinite), or of no floating type"
             continue
         (down, up), weight = (weights[part].float() for part in parts), added.get(f"{layer}.weight")
         shape = tuple(up.shape[:1] + down.shape[1:])
@@ -169,7 +163,9 @@ def apply_adapter(
             there = "nothing" if weight is None else tuple(weight.shape)
             problems[layer] = f"of {tuple(up.shape)} by {tuple(down.shape)} where the model has {there}"
             continue
-        rank = len(down)
+        if (rank := len(down)) not in ranks or rank < 1:
+            problems[layer] = f"of rank {rank} where {CONFIG} has r {some(map(str, ranks))}"
+            continue
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         added[f"{layer}.weight"] = (weight.float() + scale * up @ down).to(weight.dtype)
     if problems or not layers:

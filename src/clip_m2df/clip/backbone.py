@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from clip_m2df.clip import formats
+from clip_m2df.clip.adapter_files import CONFIG as ADAPTER
 from clip_m2df.clip.adapter_files import apply_adapter, read_adapter
 from clip_m2df.clip.families import MOST_SIDE, family_of
 from clip_m2df.clip.families.clip import MEAN as CLIP_MEAN
@@ -149,8 +150,8 @@ class CLIPBackbone(nn.Module):
                 ``dim``, of ``features`` alone: their width. None is as good as not given.
 
         Raises:
-            UserError: There is no such thing, it can't be fetched, or it isn't CLIP; an option that there is not, that
-                has another value, or that this format has no use for.
+            UserError: There is no such thing, it can't be fetched, or it is of no family; an option that there is not,
+                that has another value, or that this format has no use for.
         """
         given, name = check_options(options), os.fspath(name)
         if name == "features":
@@ -162,6 +163,8 @@ class CLIPBackbone(nn.Module):
             folder = formats.fetch(formats.RN50_REPOSITORY, [[formats.RN50_FILE]])
             backbone = cls.from_openai(str(folder / formats.RN50_FILE), **given | formats.OPENAI)
         elif Path(name).expanduser().is_file():
+            if name.lower().endswith(".parquet"):
+                raise UserError(f"{name} {formats.FEATURES_ARE_NO_WEIGHTS}")
             backbone = cls.from_openai(name, **given)
         else:
             known = re.sub("^(hf-hub:|hf://)", "", name)  # as OpenCLIP and the hub's client name it
@@ -222,24 +225,18 @@ class CLIPBackbone(nn.Module):
             if formats.looks_like_a_path(name_or_dir):
                 raise UserError(f"backbone {name_or_dir!r}: no such file or folder")
             folder = formats.fetch(name_or_dir, formats.MODEL_FILES)
+        of_openai: dict[str, Any] = {"head_width": head_width, "activation": activation}
         if file := formats.open_clip_weights(folder):
-            backbone = cls.from_openai(
-                str(file),
-                tokenizer=tokenizer,
-                head_width=head_width,
-                activation=activation,
-                mean=mean,
-                std=std,
-                image_size=image_size,
-                dtype=dtype,
-            )
+            if (folder / ADAPTER).exists():
+                raise UserError(
+                    f"{name_or_dir} has an adapter, and it is applied to weights in transformers' format alone: merge"
+                    f" it into the model, or move {ADAPTER} elsewhere"
+                )
+            of_openai |= {"tokenizer": tokenizer, "mean": mean, "std": std, "image_size": image_size, "dtype": dtype}
+            backbone = cls.from_openai(str(file), **of_openai)
             backbone.source = name_or_dir
             return backbone
-        _check_known(
-            {"head_width": head_width, "activation": activation},
-            {},
-            f"the config.json of {name_or_dir} says what it is",
-        )
+        _check_known(of_openai, {}, f"the config.json of {name_or_dir} says what it is")
         adapter = read_adapter(folder, name_or_dir)
         description, state = formats.read_folder(folder, name_or_dir)
         description |= _given(mean=mean, std=std)
@@ -381,7 +378,9 @@ class CLIPBackbone(nn.Module):
         Raises:
             UserError: It is not what ``description`` makes; or its values make no towers.
         """
-        source = description.get("source")
+        source = description.get("source", "")
+        if not isinstance(source, str):
+            raise UserError(f"a backbone has the source {source!r:.80}, where every backbone saves a name")
         # transformers' configurations take many more fields, down to the address of code to fetch and run.
         for name in ("visual_config", "text_config"):
             config = description.get(name)
@@ -402,7 +401,8 @@ class CLIPBackbone(nn.Module):
         try:
             return cls(**description)
         except Exception as error:  # that values make no tower, torch and transformers say in many ways
-            raise UserError(f"the towers of {source!r} can't be built: {error}") from error
+            why = " ".join(str(error).split())  # of several lines
+            raise UserError(f"the towers of {source!r} can't be built: {why}") from error
 
     @classmethod
     def _of_features(cls, options: Mapping[str, Any]) -> Self:
@@ -683,7 +683,10 @@ def _sized(own: Mapping[str, Any], size: int, asked: int | None, source: str) ->
     """
     family = family_of(own["kind"])
     if asked in (None, size):
-        return family.resized(own, size)
+        try:
+            return family.resized(own, size)
+        except UserError as error:
+            raise UserError(f"the configuration of {source} can't be used: {error}; fetch it again") from error
     patch = next(n for n in range(1, MOST_SIDE + 1) if family.grid({**own, "image_size": n}))
     if asked % patch:
         near = {max(asked // patch, 1) * patch, (asked // patch + 1) * patch}

@@ -7,6 +7,7 @@ and the hub's client are imported where they are used, because they take seconds
 import itertools
 import json
 import math
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from clip_m2df.clip.families import Family, families, family_of
+from clip_m2df.clip.families import Family, check_values, families, family_of
 from clip_m2df.clip.families.clip import MEAN as CLIP_MEAN
 from clip_m2df.clip.families.clip import STD as CLIP_STD
 from clip_m2df.errors import UserError, some
@@ -160,8 +161,13 @@ _ADAPTER = re.compile(
 _ADAPTER_FILE = re.compile(
     r"adapter_(?!config\.json$|model\.safetensors$)|(?i:(.*[^a-z])?lora([^a-z].*)?\.(safetensors|bin|pt)$)"
 )
+FEATURES_ARE_NO_WEIGHTS = (
+    "is a feature table, and has no weights: give it as data.manifest (predict: --support, --videos), and as backbone"
+    " features"
+)
 ONE_MODEL = "fetch config.json and weights of one whole model"
-_MERGE_IT = "which is not applied here: merge it into the model and save that (peft's merge_and_unload)"
+MERGE_IT = "merge it into the model and save that (peft's merge_and_unload)"
+_NOT_APPLIED = f"which is not applied here: {MERGE_IT}"
 # The steps of transformers' preprocessing of images, of which each is done unless a file or the family says otherwise;
 # what other preprocessings have; and Pillow's numbers of the two ways to resize that are known here.
 _STEPS = ("resize", "center_crop", "rescale", "normalize", "convert_rgb")
@@ -179,14 +185,14 @@ def read_folder(folder: Path, source: str) -> tuple[dict[str, Any], dict[str, Te
         check_regular(folder / name, "model's description")
     adapters = (file.name for file in folder.iterdir() if _ADAPTER_FILE.match(file.name))
     if adapter := min(adapters, default=""):
-        raise UserError(f"{source} has an adapter, {adapter}, {_MERGE_IT}, or move it elsewhere")
+        raise UserError(f"{source} has an adapter, {adapter}, {_NOT_APPLIED}, or move it elsewhere")
     if not (folder / "config.json").is_file():
         files = sorted(file.name for file in folder.iterdir() if file.suffix in WEIGHT_SUFFIXES)
         hint = f"; give the file of weights in it, {some(files)}" if files else ""
         if not (folder / OPEN_CLIP_CONFIG).is_file():
             hint = f", nor OpenCLIP's {OPEN_CLIP_CONFIG}{hint}"
         raise UserError(f"{source} isn't a model in transformers' format: there is no config.json in it{hint}")
-    values = _read_json(folder / "config.json")
+    values = read_json(folder / "config.json")
     family = _family(values.get("model_type"), source)
     state = _read_folder_weights(folder, source)
     for table in (values, values.get("vision_config"), values.get("text_config")):
@@ -195,14 +201,11 @@ def read_folder(folder: Path, source: str) -> tuple[dict[str, Any], dict[str, Te
             raise UserError(f"{source} has {len(state)} weights, but its config.json {layers} layers: {ONE_MODEL}")
     try:
         visual, text = family.configs(values)
+        for tower in filter(None, (visual, text)):
+            check_values(tower)
     except Exception as error:  # transformers' validation errors have no common class
-        raise UserError(f"the config.json of {source} can't be used: {error}") from error
-    for tower in (visual, text or {}):
-        for name, value in tower.items():
-            number = name.endswith(("_size", "_dim", "_ratio", "_layers", "_heads", "_channels", "_embeddings"))
-            if not isinstance(value, bool | int | float | str) or (number and (type(value) is not int or value < 1)):
-                kind = "a whole number above 0" if number else "a number, a word, or true or false"
-                raise UserError(f"the config.json of {source} can't be used: {name} is {value!r:.80}, not {kind}")
+        why = " ".join(str(error).split())  # of several lines
+        raise UserError(f"the config.json of {source} can't be used: {why}; fetch it again") from error
     description = {"visual_config": visual, "text_config": text}
     description |= _read_preprocessing(folder, family, visual["image_size"])
     return description, state
@@ -214,14 +217,11 @@ def check_towers(backbone: nn.Module, state: Mapping[str, Tensor], name_of: Call
     Raises:
         UserError: The state has none of the names of one of the two towers.
     """
-    towers: dict[str, bool] = {}
-    for key in backbone.state_dict():
-        tower = key.split(".")[0]
-        towers[tower] = towers.get(tower, False) or name_of(key) in state
-    missing = [tower for tower, found in towers.items() if not found]
-    if len(missing) == 1 < len(towers):
+    towers = {name_of(key): key.split(".")[0] for key in backbone.state_dict()}
+    found = {tower for name, tower in towers.items() if name in state}
+    if found and (missing := {*towers.values()} - found):
         raise UserError(
-            f"{source} has the weights of one tower alone, and none of the {missing[0]} tower that its config.json"
+            f"{source} has the weights of one tower alone, and none of the {missing.pop()} tower that its config.json"
             f" describes: {ONE_MODEL}"
         )
 
@@ -235,7 +235,7 @@ def _described(folder: Path) -> Family | None:
     """The family of a folder's ``config.json``, if it has one."""
     if not (folder / "config.json").is_file():
         return None
-    kind = _read_json(folder / "config.json").get("model_type")
+    kind = read_json(folder / "config.json").get("model_type")
     return next((family for family in _known_families() if family.model_type == kind), None)
 
 
@@ -271,9 +271,9 @@ def _read_preprocessing(folder: Path, family: Family, image_size: int) -> dict[s
     """
     file, nested, values = folder / "preprocessor_config.json", folder / "processor_config.json", {}
     if file.is_file():
-        values = _read_json(file)
+        values = read_json(file)
     if nested.is_file():
-        processors = _read_json(nested)
+        processors = read_json(nested)
         if "image_processor" in processors or "video_processor" in processors:  # which transformers prefers
             file, values = nested, processors
 
@@ -363,18 +363,18 @@ def _read_folder_weights(folder: Path, source: str) -> dict[str, Tensor]:
         if (folder / name).is_file():
             shards = {name}
         elif index.is_file():
-            files = _read_json(index).get("weight_map")
+            files = read_json(index).get("weight_map")
             if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
                 raise UserError(f"{index} is damaged: it has no weight_map from weights to files; fetch it again")
             shards = {*files.values()}
-            if outside := [file for file in shards if Path(file).name != file]:
-                raise UserError(f"{index} leads out of its folder, to {outside[0]}: fetch it again")
+            if outside := [file for file in shards if Path(file).name != file or not file]:
+                raise UserError(f"{index} leads out of its folder, to {outside[0]!r:.200}: fetch it again")
         else:
             for file in sorted(folder.glob(pattern)):
                 if match := re.fullmatch(r"(.*-)(\d{5})-of-(\d{5})(\..*)", file.name):
                     start, _, of, end = match.groups()
                     shards |= {f"{start}{n:05}-of-{of}{end}" for n in range(1, int(of) + 1)}
-        if missing := sorted(file for file in shards if not (folder / file).is_file()):
+        if missing := sorted(file for file in shards if not os.path.isfile(folder / file)):
             raise UserError(f"{source} lacks {some(missing)} of its weights: fetch the model again")
         for shard in sorted(shards):
             part = read_weights(folder / shard)
@@ -395,11 +395,16 @@ def _read_folder_weights(folder: Path, source: str) -> dict[str, Tensor]:
             f"{source} has no weights: neither model.safetensors nor pytorch_model.bin is in the folder{hint}"
         )
     if adapted := [key for key in state if _ADAPTER.search(key)]:
-        raise UserError(f"{source} has the weights of an adapter, {some(adapted)}, {_MERGE_IT}")
+        raise UserError(f"{source} has the weights of an adapter, {some(adapted)}, {_NOT_APPLIED}")
     return state
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """A table of JSON.
+
+    Raises:
+        UserError: It is damaged, or something else.
+    """
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -460,7 +465,7 @@ def told_options(description: Mapping[str, Any]) -> dict[str, Any]:
     try:
         vision, text = description["visual_config"], description["text_config"] or {}
         heads, activation = vision.get("head_width", OPENAI["head_width"]), text.get("hidden_act")
-        if vision["kind"] != "resnet":
+        if "num_attention_heads" in vision:
             heads, activation = vision["hidden_size"] // vision["num_attention_heads"], vision["hidden_act"]
         own = {"image_size": vision["image_size"], "dtype": description.get("dtype", "float32")}
         own |= {"mean": description["mean"], "std": description["std"]}
@@ -525,7 +530,7 @@ def read_open_clip_config(file: Path) -> dict[str, Any]:
     Raises:
         UserError: It is damaged, or of a model or of images that OpenAI's layout doesn't have.
     """
-    values = _read_json(file)
+    values = read_json(file)
     model = values.get("model_cfg", values)
     vision, text = (model.get(name) if isinstance(model, dict) else None for name in ("vision_cfg", "text_cfg"))
     images = values.get("preprocess_cfg") or {}
@@ -601,6 +606,8 @@ def openai_configs(
     except KeyError as error:
         if "token_embedding.weight" in state and not any(name.startswith("visual.") for name in state):
             raise UserError(f"{source} has the text tower alone: give a file that has the visual tower too") from error
+        if state.keys() == {"features"}:
+            raise UserError(f"{source} {FEATURES_ARE_NO_WEIGHTS}") from error
         raise UserError(
             f"{source} isn't CLIP in OpenAI's layout: {error.args[0]} is missing; "
             f"it has {some(sorted(state))}. Weights in transformers' format are given by their folder."
@@ -778,8 +785,8 @@ def _side(positions: Tensor) -> int:
 
 def looks_like_a_path(name: str) -> bool:
     """Whether what names no file or folder was meant to, and can be no model of the hub."""
-    suffixes = (".safetensors", ".pt", ".pth", ".bin")
-    return name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name or name.lower().endswith(suffixes)
+    name = name.lower()
+    return name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name or name.endswith(WEIGHT_SUFFIXES)
 
 
 # What people call CLIP's models, without what is not a letter or digit, and what the option ``backbone`` takes.

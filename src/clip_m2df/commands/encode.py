@@ -91,12 +91,7 @@ def encode_manifest(
 
     from clip_m2df.classifier.clips import PRECISIONS
     from clip_m2df.commands.trainer import leave_cores
-    from clip_m2df.datasets.feature_tables import (
-        check_no_classes,
-        classes_file,
-        is_feature_table,
-        write_feature_table,
-    )
+    from clip_m2df.datasets.feature_tables import check_no_classes, classes_file, is_feature_table, write_feature_table
     from clip_m2df.episodes.datamodule import EpisodeDataModule
     from clip_m2df.evaluation.bank import encode_videos
 
@@ -110,13 +105,8 @@ def encode_manifest(
         options: dict[str, Any] = {} if template is None else {"template": list(template)}
         options["backbone_options"] = parse_options("backbone_options", backbone_options or [])
         model = _load(ckpt_path, backbone, size, options, device)
-        reading: dict[str, Any] = {
-            "frames": 8,
-            "resize": None,
-            "resize_mode": model.resize_mode,
-            "sampling": "segments",
-        }
-        reading |= model.reading or {}
+        reading: dict[str, Any] = {"frames": 8, "resize": None, "sampling": "segments"}
+        reading |= {"resize_mode": model.resize_mode} | (model.reading or {})
         given = {"frames": frames, "resize": resize, "resize_mode": resize_mode, "sampling": sampling}
         reading |= {name: value for name, value in given.items() if value is not None}
         data = EpisodeDataModule(

@@ -393,7 +393,7 @@ class _Labeller:
 
     def digest(self, support: object) -> str:
         """SHA-256 of all that a row depends on, but for the video; ``support`` tells the examples from others."""
-        from clip_m2df.evaluation.bank import digest_of
+        from clip_m2df.weight_files import digest_of
 
         model, reader = self.classifier.model, self.classifier.encoder.reader
         facts = {
@@ -408,7 +408,7 @@ class _Labeller:
             "precision": self.classifier.encoder.precision,
             "question": [self.reject, self.sliding, self.classifier.threshold],
         }
-        return digest_of(json.dumps(facts, sort_keys=True), model.model)
+        return digest_of(model.model.state_dict(), json.dumps(facts, sort_keys=True))
 
 
 def _write_predictions(output: Path, columns: Sequence[str], table: Mapping[str, Sequence[Row]]) -> None:

@@ -10,23 +10,24 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from clip_m2df.datasets.manifest import TABLE_SUFFIXES, Manifest, Video
 from clip_m2df.errors import UserError, printable, some
 from clip_m2df.files import check_regular, whole_file
+from clip_m2df.weight_files import write_weights
 
 FORMAT = "clip-m2df feature table 1"
 CLASSES_FORMAT = "clip-m2df class embeddings 1"
@@ -75,7 +76,7 @@ class FeatureTable:
 
 def is_feature_table(path: str | os.PathLike[str]) -> bool:
     """Tell from its name whether a file is a feature table, and no manifest or video; a folder never is."""
-    return os.fspath(path).lower().endswith(TABLE_SUFFIXES) and not os.path.isdir(path)
+    return Path(path).suffix.lower() in TABLE_SUFFIXES and not os.path.isdir(path)
 
 
 def classes_file(path: str | os.PathLike[str]) -> Path:
@@ -100,10 +101,16 @@ def read_feature_table(path: str | os.PathLike[str]) -> FeatureTable:
     rows, features = _read(source, "feature table", "features", FORMAT)
     manifest, index, augmentations = _checked_rows(rows, features, source)
     embeddings: dict[str, Tensor] = {}
-    if (beside := classes_file(path)).exists():
+    if os.path.lexists(beside := classes_file(path)):  # a broken link is an error
         labels, tensor = _read(str(beside), "file of class embeddings", "embeddings", CLASSES_FORMAT)
         embeddings = _checked_classes(labels, tensor, str(beside))
         _check_fit(manifest, features, embeddings, source, str(beside))
+    for other in (Path(path).with_suffix(suffix) for suffix in TABLE_SUFFIXES) if not embeddings else ():
+        if classes_file(other).exists() and not other.exists():
+            raise UserError(
+                f"there are class embeddings in {classes_file(other)}, and those of {source} have to be in"
+                f" {beside.name}, a file of its own kind: write them as such, or name the table like them"
+            )
     if features.dtype == torch.float64:  # in which no head computes
         features = features.float()
     return FeatureTable(source, manifest, features, index, augmentations, embeddings)
@@ -112,16 +119,16 @@ def read_feature_table(path: str | os.PathLike[str]) -> FeatureTable:
 def write_feature_table(
     path: str | os.PathLike[str],
     rows: Sequence[Mapping[str, Any]],
-    features: Tensor,
-    class_embeddings: Mapping[str, Tensor] | None = None,
+    features: Tensor | NDArray[Any],
+    class_embeddings: Mapping[str, Tensor | NDArray[Any]] | None = None,
 ) -> None:
     """Write a feature table and its class embeddings, whole or not at all.
 
     Args:
         path: The file, ``.safetensors`` or ``.parquet``; one that is there is replaced.
         rows: ``path``, ``label``, ``split`` and for augmented training videos ``augmentation``, of each row.
-        features: ``(rows, frames, dim)``.
-        class_embeddings: ``(dim)`` by label; they go to the file beside it, ``NAME.classes.safetensors`` or
+        features: ``(rows, frames, dim)``, a tensor or an array of numpy's.
+        class_embeddings: ``(dim)`` by label, likewise; they go to the file beside it, ``NAME.classes.safetensors`` or
             ``NAME.classes.parquet``.
 
     Raises:
@@ -133,11 +140,14 @@ def write_feature_table(
         raise UserError(
             f"cannot write the feature table {source}: name a file that ends in {' or '.join(TABLE_SUFFIXES)}"
         )
-    rows = [dict(row) for row in rows]
+    rows, features = [dict(row) for row in rows], _as_tensor(features, f"the features for {source}")
     manifest, _, _ = _checked_rows(rows, features, source)
     if class_embeddings:
         labels = [{"label": label} for label in class_embeddings]
-        tensor = torch.stack([embedding.detach().cpu() for embedding in class_embeddings.values()])
+        parts = [_as_tensor(part, f"the class embeddings for {beside}") for part in class_embeddings.values()]
+        if len({part.shape for part in parts}) > 1:
+            raise UserError(f"the class embeddings for {beside} are of several widths: give embeddings of one space")
+        tensor = torch.stack(parts)
         _check_fit(manifest, features, _checked_classes(labels, tensor, str(beside)), source, str(beside))
     else:
         check_no_classes(path)
@@ -147,7 +157,14 @@ def write_feature_table(
             draft = drafts.enter_context(whole_file(beside, "class embeddings"))
             _write(draft, beside.suffix, labels, "embeddings", tensor, CLASSES_FORMAT)
         draft = drafts.enter_context(whole_file(Path(path), "feature table"))
-        _write(draft, Path(path).suffix, rows, "features", features.detach().cpu(), FORMAT)
+        _write(draft, Path(path).suffix, rows, "features", features, FORMAT)
+
+
+def _as_tensor(numbers: Tensor | NDArray[Any], what: str) -> Tensor:
+    try:
+        return torch.as_tensor(numbers).detach().cpu().contiguous()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{what} are no table of numbers ({error}): give a tensor or an array") from error
 
 
 def check_no_classes(path: str | os.PathLike[str]) -> None:
@@ -252,8 +269,9 @@ def _check_fit(
 
 
 def _check_text(cell: object, name: str, where: str) -> None:
-    if not isinstance(cell, str) or not cell.strip() or any(character in cell for character in "\n\r\0"):
-        raise UserError(f"{where} has the {name} {cell!r:.80}: give a text of one line")
+    # JSON can say lone surrogates, which no file of UTF-8 holds.
+    if not isinstance(cell, str) or not cell.strip() or re.search("[\n\r\0\ud800-\udfff]", cell):
+        raise UserError(f"{where} has the {name} {cell!r:.80}: give a text of one line, in UTF-8")
 
 
 def _check_numbers(numbers: Tensor, names: Sequence[str], part: str, what: str) -> None:
@@ -299,8 +317,12 @@ def _read(source: str, what: str, name: str, form: str) -> tuple[list[dict[str, 
                 )
             tensor = file.get_tensor(name)
         rows = json.loads(metadata.get("rows", ""))
-    except (SafetensorError, OSError, JSONDecodeError, RecursionError) as error:
-        raise UserError(f"cannot read the {what} {source} ({error}): it is damaged, write it anew") from error
+    except UserError:
+        raise
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:  # ValueError: also of a number too long
+        raise UserError(
+            f"cannot read the {what} {source} ({error}): it is damaged, or no safetensors file; write it anew"
+        ) from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"the metadata rows of the {what} {source} are no list of objects: write it anew")
     return rows, tensor
@@ -311,22 +333,10 @@ def _write(draft: Path, suffix: str, rows: Sequence[Mapping[str, Any]], name: st
     if suffix.lower() == ".parquet":
         _write_parquet(draft, rows, name, numbers)
         return
-    mode = draft.stat().st_mode
     try:
-        save_file({name: numbers.contiguous()}, draft, {"format": form, "rows": json.dumps(rows)})
+        write_weights(draft, {name: numbers.contiguous()}, {"format": form, "rows": json.dumps(rows)})
     except SafetensorError as error:
         raise OSError(str(error)) from error
-    draft.chmod(mode)  # safetensors lets nobody but the writer read
-
-
-def _parquet() -> Any:
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError(
-            "Parquet files need pyarrow: pip install clip-m2df[parquet]; or take a .safetensors file"
-        ) from error
-    return pyarrow
 
 
 def _read_parquet(source: str, what: str, name: str) -> tuple[list[dict[str, Any]], Tensor]:
@@ -344,6 +354,8 @@ def _read_parquet(source: str, what: str, name: str) -> tuple[list[dict[str, Any
                     f"the {what} {source} has no column {missing[0]!r}: it needs {', '.join((*texts, name))}, and has"
                     f" {some(map(repr, there))}"
                 )
+            if twice := [column for column in (*texts, "augmentation", name) if there.count(column) > 1]:
+                raise UserError(f"the {what} {source} has the column {twice[0]!r} twice: remove one")
             cells = [column for column in (*texts, "augmentation") if column in there]
             _check_size(file.metadata, source, what)
             table = file.read(columns=[*cells, name], use_threads=False)
@@ -362,14 +374,14 @@ def _read_parquet(source: str, what: str, name: str) -> tuple[list[dict[str, Any
 
 
 def _check_size(metadata: Any, source: str, what: str) -> None:
-    """Refuse a file that is far larger inside than outside: features are noise, which nothing makes small."""
+    """Refuse a file that unpacks to far more than its size: features hardly compress."""
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
     columns = [group.column(index) for group in groups for index in range(group.num_columns)]
     inside = sum(max(column.total_uncompressed_size, 2 * column.num_values) for column in columns)
     if inside > _MOST_PACKED * os.path.getsize(source) + 2**24:
         raise UserError(
-            f"the {what} {source} takes {os.path.getsize(source)} bytes for {inside}, and features are not packed like"
-            " that: write it anew, or as .safetensors"
+            f"the {what} {source} unpacks from {os.path.getsize(source)} bytes to {inside}, and features hardly"
+            " compress: write it anew, or as .safetensors"
         )
 
 
@@ -424,10 +436,7 @@ def _write_parquet(draft: Path, rows: Sequence[Mapping[str, Any]], name: str, nu
     for length in reversed(numbers.shape[1:]):
         lists = pa.FixedSizeListArray.from_arrays(lists, length)
     names = [n for n in ("path", "label", "split", "augmentation") if any(n in row for row in rows)]
-    try:
-        columns = {n: pa.array([row.get(n) for row in rows]) for n in names}
-    except UnicodeEncodeError as error:
-        raise UserError(f"{error.object!r:.200} is no UTF-8, and Parquet holds no other: take .safetensors") from error
+    columns = {n: pa.array([row.get(n) for row in rows]) for n in names}
     columns["features" if name == "features" else "embedding"] = lists
     pa.parquet.write_table(pa.table(columns), draft)
 

@@ -307,7 +307,14 @@ class EpisodeDataModule(lightning.LightningDataModule):
         """Have frames as the tower of the Trainer's model takes them, which may be a new one."""
         if is_feature_table(self.manifest_path):
             return
-        looks = self._looks(self.trainer.lightning_module) if self.trainer else {}
+        model = self.trainer.lightning_module if self.trainer else None
+        if getattr(model, "image_size", None) == 0:
+            raise UserError(
+                f"the model was made for features and has no tower that takes videos: give a feature table as"
+                f" data.manifest in the place of {self.manifest_path}, as clip-m2df encode writes it with the tower of"
+                " its training; or a model with a tower"
+            )
+        looks = self._looks(model) if self.trainer else {}
         if any(value != getattr(self.reader, name) for name, value in looks.items()):
             self.reader = dataclasses.replace(self.reader, **looks, cache=None)
             self.manifest = None
@@ -337,14 +344,9 @@ class EpisodeDataModule(lightning.LightningDataModule):
         options = {"root": self.manifest.root, "num_workers": self.num_workers, "stuck_after": self.stuck_after}
         for name, split in self.manifest.splits.items():
             train = name == "train"
-            self._datasets[name] = dataset = EpisodeDataset(
-                split,
-                self.train_shape,
-                self.reader,
-                seed=self.seed if train else self.eval_seed,
-                augment=train,
-                plans=[],
-            )
+            seed = self.seed if train else self.eval_seed
+            dataset = EpisodeDataset(split, self.train_shape, self.reader, seed=seed, augment=train, plans=[])
+            self._datasets[name] = dataset
             self._check_decoder(name)
             unusable = UnusableVideos(split, 1.0, "it is left out")
             augmentations = self.train_augmentations if train else 0
@@ -392,9 +394,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
                 },
                 "data.jitter_queries": self.jitter_queries,
                 "data.cache": None if cache is None else f"one of {cache.settings}",
-                "data.train_augmentations": self.train_augmentations
-                if self.table is None
-                else self.table.augmentations,
+                "data.train_augmentations": self.train_augmentations,
                 "the train split of data.manifest": self._contents("train"),
             }
         return depends
@@ -443,15 +443,15 @@ class EpisodeDataModule(lightning.LightningDataModule):
 
     def _read_manifest(self, *, check_files: bool = True) -> None:
         if is_feature_table(self.manifest_path):
-            self._read_table()
-            return
-        path = self._render() if self.manifest_path in EMBEDDED else self.manifest_path
-        manifest = Manifest.read(path, self.root, check_files=check_files and self.cache is None)
-        if self.cache is not None:
-            self.reader = read_from_cache(self.cache, manifest, self.reader, str(path), check_files=check_files)
+            manifest = self._read_table()
+        else:
+            path = self._render() if self.manifest_path in EMBEDDED else self.manifest_path
+            manifest = Manifest.read(path, self.root, check_files=check_files and self.cache is None)
+            if self.cache is not None:
+                self.reader = read_from_cache(self.cache, manifest, self.reader, str(path), check_files=check_files)
         self.manifest = manifest if self.class_texts in (None, []) else manifest.with_texts(self.class_texts)
 
-    def _read_table(self) -> None:
+    def _read_table(self) -> Manifest:
         self.table = table = read_feature_table(self.manifest_path)
         for option, value, own in (
             ("frames", self.reader.frames, table.frames),
@@ -467,9 +467,8 @@ class EpisodeDataModule(lightning.LightningDataModule):
                 f"class_texts say what prompts say, and {self.manifest_path} has class embeddings in the place of"
                 " prompts: leave one of them out"
             )
-        self.manifest = (
-            table.manifest if self.class_texts in (None, []) else table.manifest.with_texts(self.class_texts)
-        )
+        self.train_augmentations = table.augmentations
+        return table.manifest
 
     def _add_dataset(self, name: str) -> None:
         if name in self._datasets:
@@ -502,8 +501,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
             self._tables[name] = EvaluationTable(dataset, count, self._unusable[name], **options)
         elif self.train_augmentations or self.table is not None:
             options["block"] = self.batch_size
-            augmentations = self.train_augmentations if self.table is None else self.table.augmentations
-            self._tables[name] = TrainingTable(dataset, augmentations, self._unusable[name], **options)
+            self._tables[name] = TrainingTable(dataset, self.train_augmentations, self._unusable[name], **options)
 
     def _test_plans(self, split: Split) -> list[EpisodePlan]:
         """The test episodes: those of a file, if one is given, which has the last word on how many there are."""

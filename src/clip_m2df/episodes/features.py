@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +47,7 @@ class EpisodeTable(Dataset[int], VideoTable):
         reading: how frames are read, in words.
         frames: of a video.
         videos: what the indices of episodes mean.
+        each: how often each comes in them, one after the other.
     """
 
     dataset: EpisodeDataset
@@ -59,6 +60,7 @@ class EpisodeTable(Dataset[int], VideoTable):
     num_workers: int = 0
     stuck_after: float = 300.0
     known: FeatureTable | None = None
+    each: int = field(default=1, init=False)
 
     def __post_init__(self) -> None:
         self.reading = repr(self.dataset.reader)
@@ -112,7 +114,9 @@ class EpisodeTable(Dataset[int], VideoTable):
 
     def features(self) -> Tensor | None:
         """See :class:`clip_m2df.episode.VideoTable`."""
-        return None if self.known is None else self.known.of([(video.path, 0) for video in self.videos])
+        if self.known is None:
+            return None
+        return self.known.of([(video.path, index % self.each) for index, video in enumerate(self.videos)])
 
     def clips(self, chunks: Sequence[Sequence[int]]) -> Iterator[Clips]:
         """Read videos.
@@ -242,7 +246,7 @@ class TrainingTable(EpisodeTable):
     def __init__(self, dataset: EpisodeDataset, augmentations: int, unusable: UnusableVideos, **options: Any) -> None:
         super().__init__(dataset, unusable, **options)
         self.augmentations = augmentations
-        self._each = each = max(augmentations, 1)
+        self.each = each = max(augmentations, 1)
         self.videos = [video for row in dataset.split.videos for video in row for _ in range(each)]
         self._first = {video.path: each * i for i, video in enumerate(self.videos[::each])}
 
@@ -257,7 +261,7 @@ class TrainingTable(EpisodeTable):
         videos = []
         for number, (plan, _) in zip(numbers, replanned, strict=True):
             rng = episode_generator(seed, stage, number, "augmentation")
-            videos.append([self._first[v.path] + int(rng.integers(self._each)) for v in plan.videos])
+            videos.append([self._first[v.path] + int(rng.integers(self.each)) for v in plan.videos])
         plans, replaced = [plan for plan, _ in replanned], [len(passed_over) for _, passed_over in replanned]
         return self._rows(numbers, plans, replaced, torch.tensor(videos))
 
@@ -272,13 +276,7 @@ class TrainingTable(EpisodeTable):
 
     def identity(self, index: int) -> str:
         """The video and the augmentation, which files of features call a view."""
-        return f"{super().identity(index)} view {index % self._each} of seed {self.dataset.seed}"
-
-    def features(self) -> Tensor | None:
-        """See :class:`clip_m2df.episode.VideoTable`."""
-        if self.known is None:
-            return None
-        return self.known.of([(video.path, index % self._each) for index, video in enumerate(self.videos)])
+        return f"{super().identity(index)} view {index % self.each} of seed {self.dataset.seed}"
 
     def uniforms(self, index: int) -> Tensor | None:
         """An augmentation's own."""

@@ -28,6 +28,7 @@ from clip_m2df.files import beside, check_regular, locked, whole_file
 from clip_m2df.nn.head import Embedded, Head, HeadOutput, QueryPrompt, Scoring
 from clip_m2df.nn.m2df import M2DF
 from clip_m2df.nn.prompts import SelectedPrompts
+from clip_m2df.weight_files import bytes_of, digest_of
 
 # How many go through at once: videos that are read and encoded, pairs that are embedded, episodes.
 VIDEOS, PAIRS, EPISODES = 16, 64, 256
@@ -309,7 +310,7 @@ class FeatureStore:
     """
 
     def __init__(self, folder: str | Path, tower: nn.Module, how: str, *, shape: tuple[int, int] | None = None) -> None:
-        self.key = digest_of(how, tower)
+        self.key = digest_of(tower.state_dict(), how)
         self.shape = shape
         self.path = Path(folder) / f"features-{self.key[:16]}.safetensors"
         # Under autocast features are half as wide as weights, and of a tower held in half precision twice as wide; the
@@ -367,19 +368,5 @@ class FeatureStore:
             warnings.warn(f"the features can't be kept in {self.path}: {error}", stacklevel=2)
 
 
-def digest_of(text: str, module: nn.Module) -> str:
-    """SHA-256 of a text and of all weights of a module, in hexadecimal."""
-    state = hashlib.sha256(text.encode())
-    for name, weight in module.state_dict().items():
-        state.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        state.update(_bytes(weight.detach().cpu()))
-    return state.hexdigest()
-
-
 def _checksum(videos: str, features: Tensor) -> str:
-    return hashlib.sha256(videos.encode() + _bytes(features)).hexdigest()
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    content: bytes = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
-    return content
+    return hashlib.sha256(videos.encode() + bytes_of(features)).hexdigest()

@@ -107,9 +107,9 @@ class CLIPM2DF(lightning.LightningModule):
     the hub and ``from_pretrained`` loads.
 
     Args:
-        backbone: CLIP's weights: a name on the hub or a folder, in transformers' format (ViT) or OpenCLIP's; a file in
-            OpenAI's layout; ``rn50`` for the public ResNet-50; ``tiny`` for the small CLIP that comes with the package;
-            ``features`` for no tower at all, where features come from a table.
+        backbone: the towers: a name on the hub or a folder, of any family in transformers' format or of OpenCLIP's; a
+            file in OpenAI's layout; ``rn50`` for the public ResNet-50; ``tiny`` for the small CLIP that comes with the
+            package; ``features`` for no tower at all, where features come from a table.
         backbone_options: what the weights don't tell, or tell otherwise: ``activation`` (``gelu`` or ``quick_gelu``)
             and ``head_width`` of weights in OpenAI's layout; ``tokenizer``, a file or a folder; ``mean`` and ``std``,
             three numbers each for pixels between 0 and 1; ``image_size``, to which position embeddings are
@@ -236,7 +236,7 @@ class CLIPM2DF(lightning.LightningModule):
             add_adapters(tower, adapters)
         if gradient_checkpointing:
             tower.enable_gradient_checkpointing()
-        if tower.family.kind == "features":  # labels stand for prompts, and there is nothing to train
+        if not tower.image_size:  # labels stand for prompts, and there is nothing to train
             template, freeze_backbone = "{}", True
         self.model = M2DF(tower, build_head(head, {"dim": tower.dim, **own}), template, freeze_backbone)
         for name, value in (("class_weight", class_weight), ("text_fusion", text_fusion)):
@@ -322,7 +322,7 @@ class CLIPM2DF(lightning.LightningModule):
                 f"the features in {table.source} are of {table.frames} frames, and the model ({self.source}) was"
                 f" trained on {frames}: give a table of as many"
             )
-        if table.class_embeddings and backbone.family.kind == "features" and backbone.text is None:
+        if table.class_embeddings and not self.image_size and backbone.text is None:
             backbone.keep_classes(table.class_embeddings)  # which goes into its checkpoints
         else:
             self.model.take_class_embeddings(table.class_embeddings)

@@ -38,7 +38,6 @@ class Tower:
             file.
         dim: The one of them that is the width of its embeddings.
         model: transformers' class of the tower; "" of one that ``Family.visual_tower`` builds otherwise.
-        config: transformers' class of its configuration.
         output: What the class calls the embeddings among its outputs.
         inside: What the names of its weights begin with in a folder, beyond those that the class itself gives them.
         fixed: Values of further fields, which are the same for every tower.
@@ -49,7 +48,6 @@ class Tower:
     fields: tuple[str, ...]
     dim: str
     model: str = ""
-    config: str = ""
     output: str = "pooler_output"
     inside: str = ""
     fixed: Mapping[str, Any] = field(default_factory=dict)
@@ -59,21 +57,47 @@ class Tower:
         """The tower that a description's values make, with weights drawn at random.
 
         Raises:
-            UserError: It has more layers than any tower, or a number that is not finite.
+            UserError: See :func:`check_values`.
         """
         import transformers
 
-        if (layers := config.get("num_hidden_layers", 0)) > MOST_LAYERS:
-            raise UserError(f"num_hidden_layers is {layers}; it must be at most {MOST_LAYERS}")
         values = {key: value for key, value in config.items() if key != "kind"}
-        if wrong := [name for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)]:
-            raise UserError(f"{wrong[0]} is {values[wrong[0]]}; it must be finite")
-        model = getattr(transformers, self.model)(getattr(transformers, self.config)(**values, **self.fixed))
+        check_values(values)
+        of_model = getattr(transformers, self.model)
+        model = of_model(of_model.config_class(**values, **self.fixed))
         for name in self.unused:
             module, _, weight = name.rpartition(".")
             setattr(model.get_submodule(module), weight, None)
         # Earlier versions of some classes only wrap a module, under the very name that stands in files.
         return Embedder(getattr(model, self.inside.removesuffix("."), model) if self.inside else model, self.output)
+
+
+def check_values(config: Mapping[str, Any]) -> None:
+    """Check a tower's values, from a folder or a description, before they make anything.
+
+    Raises:
+        UserError: A value is of another type, not finite or out of its range; or there are more layers than any tower
+            has.
+    """
+    for name, value in config.items():
+        if name.endswith(("_size", "_dim", "_ratio", "_layers", "_heads", "_channels", "_embeddings")):
+            wanted = "a whole number above 0"
+            right = type(value) is int and value > 0
+        elif name.endswith(("dropout", "dropout_prob", "drop_path_rate")):
+            wanted = "a number, at least 0 and below 1"
+            right = type(value) in (int, float) and 0 <= value < 1
+        elif name.endswith(("_eps", "rope_theta")):
+            wanted = "a number above 0"
+            right = type(value) in (int, float) and 0 < value < math.inf
+        else:
+            wanted = "a finite number, a word, or true or false"
+            right = isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value))
+        if not right:
+            raise UserError(f"{name} is {value!r:.80}; it must be {wanted}")
+    if (layers := config.get("num_hidden_layers", 0)) > MOST_LAYERS:
+        raise UserError(f"num_hidden_layers is {layers}; it must be at most {MOST_LAYERS}")
+    if (side := config.get("image_size", 1)) > MOST_SIDE:
+        raise UserError(f"image_size is {side}; it must be at most {MOST_SIDE}")
 
 
 @dataclass(frozen=True, kw_only=True)

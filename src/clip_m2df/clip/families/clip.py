@@ -12,9 +12,7 @@ _FIELDS = (
     *("hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers", "num_attention_heads"),
     *("hidden_act", "layer_norm_eps", "attention_dropout"),
 )
-VISUAL_FIELDS = (*_FIELDS, "image_size", "patch_size", "num_channels")
-TEXT_FIELDS = (*_FIELDS, "vocab_size", "max_position_embeddings", "eos_token_id")
-# The linear layers of a block, which SigLIP and MetaCLIP 2 have under the same names.
+# The linear layers of a block, which SigLIP has under the same names.
 PROJECTIONS = {
     **{name: (f"self_attn.{name}_proj",) for name in "qkv"},
     "o": ("self_attn.out_proj",),
@@ -34,26 +32,25 @@ class CLIP(Family):
         return visual, text
 
 
+# The fixed two play no part in the tower, but their defaults are refused for a small vocabulary.
+TEXT = Tower(
+    fields=(*_FIELDS, "vocab_size", "max_position_embeddings", "eos_token_id"),
+    dim="projection_dim",
+    model="CLIPTextModelWithProjection",
+    output="text_embeds",
+    fixed={"bos_token_id": None, "pad_token_id": None},
+)
 FAMILY = CLIP(
     kind="vit",
     name="CLIP",
     config="CLIPConfig",
     visual=Tower(
-        fields=VISUAL_FIELDS,
+        fields=(*_FIELDS, "image_size", "patch_size", "num_channels"),
         dim="projection_dim",
         model="CLIPVisionModelWithProjection",
-        config="CLIPVisionConfig",
         output="image_embeds",
     ),
-    # The fixed two play no part in the tower, but their defaults are refused for a small vocabulary.
-    text=Tower(
-        fields=TEXT_FIELDS,
-        dim="projection_dim",
-        model="CLIPTextModelWithProjection",
-        config="CLIPTextConfig",
-        output="text_embeds",
-        fixed={"bos_token_id": None, "pad_token_id": None},
-    ),
+    text=TEXT,
     shared=("projection_dim",),  # a tower's own is what it would have alone, and often wrong
     projections=PROJECTIONS,
     positions="model.vision_model.embeddings.position_embedding.weight",

@@ -41,7 +41,6 @@ FAMILY = DINOv2(
         ),
         dim="hidden_size",
         model="Dinov2Model",
-        config="Dinov2Config",
         unused=("embeddings.mask_token",),
     ),
     projections={

@@ -36,7 +36,6 @@ FAMILY = DINOv3(
         ),
         dim="hidden_size",
         model="DINOv3ViTModel",
-        config="DINOv3ViTConfig",
         unused=("embeddings.mask_token",),
         fixed={"pos_embed_shift": None, "pos_embed_jitter": None, "pos_embed_rescale": None},
     ),

@@ -52,15 +52,15 @@ class Features(Family):
 
     def visual_tower(self, config: Mapping[str, Any]) -> nn.Module:
         """Nothing that takes images: their size is 0."""
+        if config["image_size"] != 0:
+            raise UserError(f"image_size is {config['image_size']!r:.80}; of features it is 0")
         return nn.Identity()
 
     def text_tower(self, config: Mapping[str, Any]) -> nn.Module:
         """Class embeddings, yet to be filled."""
+        if config["max_position_embeddings"] != 1:
+            raise UserError(f"max_position_embeddings is {config['max_position_embeddings']!r:.80}; of classes it is 1")
         return ClassEmbeddings(config["labels"], config["dim"])
-
-    def blocks(self, tower: nn.Module) -> list[nn.Module]:
-        """None."""
-        return []
 
 
 FAMILY = Features(

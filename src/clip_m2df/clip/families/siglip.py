@@ -22,7 +22,6 @@ FAMILY = Family(
         fields=(*_FIELDS, "image_size", "patch_size", "num_channels"),
         dim="hidden_size",
         model="SiglipVisionModel",
-        config="SiglipVisionConfig",
         inside="vision_model.",
     ),
     # The fixed three play no part in the tower.
@@ -30,7 +29,6 @@ FAMILY = Family(
         fields=(*_FIELDS, "vocab_size", "max_position_embeddings", "projection_size"),
         dim="projection_size",
         model="SiglipTextModel",
-        config="SiglipTextConfig",
         inside="text_model.",
         fixed={"bos_token_id": None, "eos_token_id": None, "pad_token_id": None},
     ),
