@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from clip_m2df.clip import families
 from clip_m2df.clip.backbone import CLIPBackbone
-from clip_m2df.clip.families import family_of
 from clip_m2df.errors import UserError
 from tests.clip.towers import save_gemma, save_siglip, save_xlm
 from tests.conftest import GOLDEN, save_tokenizer
@@ -507,4 +506,3 @@ def test_a_new_family_is_one_file_as_contributing_shows(tmp_path: Path, monkeypa
     assert tests
     for run in tests:
         run(tmp_path)
-    assert isinstance(family_of(name[1]).visual_tower, object)
