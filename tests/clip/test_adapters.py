@@ -105,6 +105,24 @@ def test_first_weights_depend_on_the_generator_alone_and_leave_it() -> None:
     assert drawn.std() == pytest.approx((32 * 3) ** -0.5, rel=0.15)
 
 
+def test_dropout_is_before_adapters_in_training_alone() -> None:
+    backbone = small("vit")
+    add_adapters(backbone, {"r": 2, "target": ["q"], "layers": [0], "dropout": 0.25})
+    layers: list[Any] = [module for module in shake(backbone).modules() if hasattr(module, "lora_A")]
+    (layer,) = layers
+    x = torch.randn(1, 32, generator=torch.Generator().manual_seed(1)).expand(20_000, -1)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        plain, added = layer.base_layer(x), layer(x) - layer.base_layer(x)
+        drawn = layer.train()(x) - plain
+    assert torch.equal(added[0], added[1])
+    assert not torch.equal(drawn[0], drawn[1])
+    torch.testing.assert_close(drawn.mean(0), added[0], atol=0.01, rtol=0)  # on average nothing is lost
+    # The variance of what is added: each input is left out in a quarter of the draws.
+    products = 2 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight * x[0]
+    torch.testing.assert_close(drawn.var(0), (products**2).sum(1) * 0.25 / 0.75, rtol=0.1, atol=0)
+
+
 def test_a_tower_in_half_precision_has_adapters_in_float32() -> None:
     backbone = small("vit").to(torch.bfloat16)
     plain = embedded(backbone)

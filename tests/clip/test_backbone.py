@@ -1601,7 +1601,8 @@ def test_towers_that_cannot_be(tiny_clip_dir: Path) -> None:
         )
     ]
     for change in (*changes, {"tokenizer": "{}"}):
-        with pytest.raises(UserError, match=r"the towers of .* can't be built|, which no backbone saves"):
+        resnet = change.get("visual_config", {}).get("kind") == "resnet"  # which has none of the other's fields
+        with pytest.raises(UserError, match="which no backbone saves" if resnet else "the towers of .* can't be built"):
             CLIPBackbone.from_description(description | change)
 
 

@@ -491,4 +491,3 @@ def test_a_new_family_is_one_file_as_contributing_shows(tmp_path: Path, monkeypa
     assert tests
     for run in tests:
         run(tmp_path)
-    assert isinstance(family_of(name[1]).visual_tower, object)

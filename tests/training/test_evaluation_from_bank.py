@@ -10,9 +10,10 @@ from typing import Any
 import lightning
 import pytest
 import torch
+from torch import Tensor
 
 from clip_m2df import CLIPM2DF, EpisodeDataModule, UserError
-from clip_m2df.evaluation.bank import FeatureStore
+from clip_m2df.evaluation.bank import FeatureStore, encode_videos
 from clip_m2df.files import beside, locked
 from clip_m2df.nn.baselines import HEADS
 from clip_m2df.nn.head import HeadOutput
@@ -49,9 +50,14 @@ def data(manifest: Path, **options: Any) -> EpisodeDataModule:
 
 
 def encoded(model: CLIPM2DF) -> list[int]:
-    """Notes how many frames go through the tower, call by call."""
+    """Notes how many frames go through the tower, call by call, but for the black ones that fill a block."""
     calls: list[int] = []
-    model.model.backbone.visual.register_forward_hook(lambda _, inputs, __: calls.append(len(inputs[0])))
+
+    def note(_: Any, inputs: tuple[Tensor], __: Any) -> None:
+        pixels = inputs[0].flatten(2)
+        calls.append(int((pixels != pixels[..., :1]).any(-1).any(-1).nonzero().max()) + 1)
+
+    model.model.backbone.visual.register_forward_hook(note)
     return calls
 
 
@@ -111,6 +117,20 @@ def test_any_number_of_ranks_gives_the_same_bits(
         options["store"] = str(tmp_path / folder)
         (shared,) = together.test(model, data(many, **options), verbose=False)
         assert shared == alone
+
+
+def test_a_video_has_the_same_features_whatever_is_encoded_with_it(many: Path, tiny_clip_dir: Path) -> None:
+    model, source = make(tiny_clip_dir).eval(), data(many, test_episodes=40)
+    # A tower's last bits depend on how many frames it gets at once, by machine and size; here they always do.
+    model.model.backbone.visual.register_forward_hook(lambda _, inputs, output: output + 1e-3 * len(inputs[0]))
+    source.setup("test")
+    table: Any = source.test_dataloader().dataset
+    with torch.no_grad():
+        whole = encode_videos(model.model, table, range(40))
+        for number in (0, 7, 39):
+            named = table.named([number])
+            assert 0 < len(named) < 16
+            assert torch.equal(encode_videos(model.model, table, [number])[named], whole[named])
 
 
 class Watch(lightning.Callback):

@@ -188,9 +188,10 @@ def encode_videos(
 ) -> Tensor:
     """Features of the videos that episodes name, each read and encoded once, by one of the ranks.
 
-    What goes through the tower together is the same whatever the number of ranks, and so is every bit. Videos that
-    can't be read are replaced, or end it, as the table has it. If the table has a folder for features, those that are
-    there are taken, and the others are put there. Features that the table has itself are taken as they are.
+    As many frames go through the tower together whatever the number of ranks and of videos, and so a video has the same
+    features to the bit. Videos that can't be read are replaced, or end it, as the table has it. If the table has a
+    folder for features, those that are there are taken, and the others are put there. Features that the table has
+    itself are taken as they are.
 
     Args:
         model: in eval mode.
@@ -285,7 +286,10 @@ def _encode(
     for clips in table.clips(chunks):
         unusable |= clips.unusable
         if clips.frames is not None:
-            features = model.encode_frames(clips.frames.to(model.device))
+            # A short block is filled up: the last bits of features depend on how many frames are encoded together.
+            count = len(clips.frames)
+            frames = torch.cat((clips.frames, clips.frames.new_zeros(VIDEOS - count, *clips.frames.shape[1:])))
+            features = model.encode_frames(frames.to(model.device))[:count]
             mine |= dict(zip(clips.indices.tolist(), features, strict=True))
     if world_size > 1:
         # Copies: a row of a tensor would be sent with the whole of it.
