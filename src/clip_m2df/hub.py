@@ -220,7 +220,7 @@ def read_model(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if other := other_model(folder):
         raise UserError(other)
-    for file in (path, folder / WEIGHTS):
+    for file in (path, folder / WEIGHTS, folder / ADAPTER_WEIGHTS):
         check_regular(file, "model's file")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

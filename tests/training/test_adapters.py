@@ -1,6 +1,7 @@
 """LoRA in the visual tower: at the start the plain tower, in training nothing else of it moves, and it comes back."""
 
 import multiprocessing
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -155,6 +156,15 @@ def test_files_of_different_models_are_noticed(
     save_file({name: weight + 1 for name, weight in weights.items()}, tmp_path / file)
     with pytest.raises(UserError, match=f"{file} is damaged, or was not saved with the config.json beside it"):
         CLIPM2DF.from_pretrained(tmp_path, clip=tiny_clip_dir)
+
+
+def test_adapters_that_are_no_file_are_not_waited_for(trained: CLIPM2DF, tmp_path: Path) -> None:
+    trained.save_pretrained(tmp_path / "apart", adapters="apart")
+    file = tmp_path / "apart" / "adapter_model.safetensors"
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors is not a regular file"):
+        CLIPM2DF.from_pretrained(tmp_path / "apart")
 
 
 def test_another_model_takes_the_place_of_one_apart(trained: CLIPM2DF, tmp_path: Path) -> None:

@@ -368,7 +368,7 @@ def _read_folder_weights(folder: Path, source: str) -> dict[str, Tensor]:
                 raise UserError(f"{index} is damaged: it has no weight_map from weights to files; fetch it again")
             shards = {*files.values()}
             if outside := [file for file in shards if Path(file).name != file or not file]:
-                raise UserError(f"{index} leads out of its folder, to {outside[0]!r:.200}: fetch it again")
+                raise UserError(f"{index} leads out of its folder, to {outside[0] or 'no name'}: fetch it again")
         else:
             for file in sorted(folder.glob(pattern)):
                 if match := re.fullmatch(r"(.*-)(\d{5})-of-(\d{5})(\..*)", file.name):
