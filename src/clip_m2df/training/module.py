@@ -107,9 +107,10 @@ class CLIPM2DF(lightning.LightningModule):
     the hub and ``from_pretrained`` loads.
 
     Args:
-        backbone: CLIP's weights: a name on the hub or a folder, in transformers' format (ViT) or OpenCLIP's; a file in
-            OpenAI's layout; ``rn50`` for the public ResNet-50; ``tiny`` for the small CLIP that comes with the package;
-            ``features`` for no tower at all, where features come from a table.
+        backbone: the towers: a name on the hub or a folder, in transformers' format (CLIP, MetaCLIP 2, SigLIP,
+            SigLIP 2, DINOv2, DINOv3) or OpenCLIP's; a file in OpenAI's layout; ``rn50`` for the public ResNet-50;
+            ``tiny`` for the small CLIP that comes with the package; ``features`` for no tower at all, where features
+            come from a table.
         backbone_options: what the weights don't tell, or tell otherwise: ``activation`` (``gelu`` or ``quick_gelu``)
             and ``head_width`` of weights in OpenAI's layout; ``tokenizer``, a file or a folder; ``mean`` and ``std``,
             three numbers each for pixels between 0 and 1; ``image_size``, to which position embeddings are
@@ -994,7 +995,9 @@ def _add_tower(folder: Path, checkpoint: dict[str, Any], clip: Clip | None, opti
             tower = CLIPBackbone.load(name if clip is None else clip, **check_options(own))
         except UserError as error:
             if clip is not None:
-                raise
+                raise UserError(
+                    f"{folder} has adapters of {name!r}; {clip} can't be loaded for them: {error}"
+                ) from error
             raise UserError(
                 f"{folder} has adapters apart from their tower, {name!r}, which can't be loaded by that name: give it"
                 f" as clip=, on the command line as --backbone ({error})"
