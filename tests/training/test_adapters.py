@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -118,6 +119,20 @@ def test_a_saved_model_has_the_same_features(
         assert model.hparams["adapters"] is None
         assert model.state_dict().keys() == CLIPM2DF(str(tiny_clip_dir), head_options=HEAD).state_dict().keys()
         assert all(weight.requires_grad for weight in model.model.backbone.visual.parameters())
+
+
+def test_a_tower_that_cannot_have_the_size_is_told_apart_from_the_adapters_own(
+    trained: CLIPM2DF, tiny_clip_dir: Path, tmp_path: Path
+) -> None:
+    from transformers import Dinov2Config, Dinov2Model
+
+    trained.save_pretrained(tmp_path / "apart", adapters="apart")
+    other = tmp_path / "other"
+    sizes: dict[str, int] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 56}
+    Dinov2Model(Dinov2Config(**sizes, patch_size=14)).save_pretrained(other)
+    message = f"adapters of {str(tiny_clip_dir)!r}; {other} can't be loaded for them: image_size is"
+    with pytest.raises(UserError, match=re.escape(message)):
+        CLIPM2DF.from_pretrained(tmp_path / "apart", clip=other)
 
 
 def test_a_loaded_tower_will_do_for_adapters_apart(trained: CLIPM2DF, tiny_clip_dir: Path, tmp_path: Path) -> None:

@@ -260,9 +260,9 @@ def test_a_tower_in_float16_is_not_trained(
 @pytest.mark.parametrize(
     ("asked", "remedy"),
     [
-        ([], "set of model.head_options pps to false and reliability to [visual] or []"),
-        (WITHOUT_TEXT[:1], "set of model.head_options pps to false and reliability to [visual] or []"),
-        (WITHOUT_TEXT[1:], "set of model.head_options pps to false and reliability to [visual] or []"),
+        ([], "set model.head_options.pps to false and model.head_options.reliability to [visual] or []"),
+        (WITHOUT_TEXT[:1], "set model.head_options.pps to false and model.head_options.reliability to [visual] or []"),
+        (WITHOUT_TEXT[1:], "set model.head_options.pps to false and model.head_options.reliability to [visual] or []"),
         (["--model.head=clip_fsar"], "take a head that needs none, such as otam"),
         (["--model.head=zero_shot"], "take a head that needs none, such as otam"),
         (["--model.head=otam", "--model.class_weight=0.1"], "set model.class_weight to 0"),

@@ -316,7 +316,7 @@ class CLI(LightningCLI):
             if _is_first_process():
                 say(
                     f"{config.data.manifest} has features of {table.frames} frames, {table.dim} numbers each: the model"
-                    " has the backbone features, which is no tower"
+                    " has no tower, model.backbone features"
                 )
 
     def _take_published(self, config: Namespace) -> None:

@@ -132,7 +132,10 @@ class M2DFHead(Head):
         """Without PPS, and without reliability by text, token 0 of shots and queries alike may be zero."""
         if not self.pps and ("text" not in self.reliability or len(self.views) == 1):
             return ""
-        return "set of model.head_options pps to false and reliability to [visual] or [], or take the head otam"
+        return (
+            "set model.head_options.pps to false and model.head_options.reliability to [visual] or [], or take the head"
+            " otam"
+        )
 
     def embed(self, videos: Tensor, prompt: Tensor | None) -> Embedded:
         """The fused sequence ``(…, 1 + frames, dim)`` of each view: token 0 is the text part, the others the visual."""

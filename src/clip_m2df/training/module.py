@@ -994,7 +994,9 @@ def _add_tower(folder: Path, checkpoint: dict[str, Any], clip: Clip | None, opti
             tower = CLIPBackbone.load(name if clip is None else clip, **check_options(own))
         except UserError as error:
             if clip is not None:
-                raise
+                raise UserError(
+                    f"{folder} has adapters of {name!r}; {clip} can't be loaded for them: {error}"
+                ) from error
             raise UserError(
                 f"{folder} has adapters apart from their tower, {name!r}, which can't be loaded by that name: give it"
                 f" as clip=, on the command line as --backbone ({error})"
