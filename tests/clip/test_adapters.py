@@ -108,7 +108,7 @@ def test_first_weights_depend_on_the_generator_alone_and_leave_it() -> None:
 def test_dropout_is_before_adapters_in_training_alone() -> None:
     backbone = small("vit")
     add_adapters(backbone, {"r": 2, "target": ["q"], "layers": [0], "dropout": 0.25})
-    layers: list[Any] = [module for module in shake(backbone).modules() if hasattr(module, "lora_A")]
+    layers: list[Any] = [module for module in shaken(backbone).modules() if hasattr(module, "lora_A")]
     (layer,) = layers
     x = torch.randn(1, 32, generator=torch.Generator().manual_seed(1)).expand(20_000, -1)
     torch.manual_seed(0)

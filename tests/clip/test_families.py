@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from clip_m2df.clip import families
 from clip_m2df.clip.backbone import CLIPBackbone
-from clip_m2df.clip.families import family_of
 from clip_m2df.clip.formats import told_options
 from clip_m2df.errors import UserError
 from tests.clip.towers import save_folder, save_open_clip

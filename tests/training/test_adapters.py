@@ -128,7 +128,7 @@ def test_a_tower_that_cannot_have_the_size_is_told_apart_from_the_adapters_own(
 
     trained.save_pretrained(tmp_path / "apart", adapters="apart")
     other = tmp_path / "other"
-    sizes: dict[str, int] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 56}
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 56}
     Dinov2Model(Dinov2Config(**sizes, patch_size=14)).save_pretrained(other)
     message = f"adapters of {tiny_clip_dir.name!r}; {other} can't be loaded for them: image_size is"
     with pytest.raises(UserError, match=re.escape(message)):
