@@ -3,6 +3,8 @@
 import copy
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -75,6 +77,19 @@ def test_embeddings_are_those_of_transformers(kind: str, way: str, tmp_path: Pat
         assert backbone.description() == description
     assert {weight.dtype for weight in backbone.parameters()} == {torch.float32}
     assert_equal_to(backbone, of_transformers(tmp_path / "tower"))
+
+
+def test_a_config_is_read_without_warnings_of_token_numbers(tmp_path: Path) -> None:
+    import transformers
+
+    save_folder("siglip_2", tmp_path / "tower")
+    # In a process of its own, for transformers says each warning once.
+    read = "import sys; from clip_m2df import CLIPBackbone; CLIPBackbone.load(sys.argv[1])"
+    command = [sys.executable, "-c", read, str(tmp_path / "tower")]
+    assert "token_id" not in subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    before = transformers.logging.get_verbosity()
+    CLIPBackbone.load(str(tmp_path / "tower"))
+    assert transformers.logging.get_verbosity() == before
 
 
 @pytest.mark.parametrize("image_size", [16, 40, 48, 56])

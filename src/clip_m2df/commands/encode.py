@@ -66,8 +66,8 @@ def encode_manifest(
         class_texts: What prompts say of classes, where that is not their names: CSVs with the columns label and text.
         augmentations: Of each training video; a training from the table is then that of as many
             --data.train_augmentations. 0: each video once, with the frames of an evaluation.
-        seed: That which augmentations are drawn by, --data.seed of the training.
-        eval_seed: That by which the frames of val and test are drawn, with --sampling random_segments.
+        seed: Of the augmentations' draws; the training's --data.seed.
+        eval_seed: Of the draws of val's and test's frames, with --sampling random_segments.
         frames: Frames of a video; as many as in the model's training by default, or 8.
         sampling: Which frames; as in the model's training by default, or segments.
         resize: Short side of the frames in pixels before the crop; by default as in the model's training, or 8/7 of
@@ -151,10 +151,12 @@ def encode_manifest(
         lines = [f"{relative_path(path, start)}: {reason}" for path, reason in broken.items()]
         say(f"videos that could not be read, and are not in the table: {len(lines)}{some_lines(lines, MOST_NAMED)}")
     beside = f", and the embeddings of {len(embeddings)} classes in {classes_file(output)}" if embeddings else ""
+    # Without class embeddings a head that needs no prompts.
+    verb, head = ("fit", "") if embeddings else ("test", " --model.head otam")
     say(
         f"features of {len(rows)} clips, {features.shape[1]} frames of {features.shape[2]} numbers each, are in"
         f" {output}{beside}; next:",
-        f"  clip-m2df fit --data.manifest {shlex.quote(str(output))} --model.backbone features",
+        f"  clip-m2df {verb} --data.manifest {shlex.quote(str(output))} --model.backbone features{head}",
     )
     return 1 if broken else 0
 

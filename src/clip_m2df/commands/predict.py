@@ -90,7 +90,7 @@ def predict_videos(
         ckpt_path: A trained model: a .ckpt file, a folder that save_pretrained wrote, or a name on the hub; or a folder
             that FewShotClassifier.save wrote, which has its classes. Either this or --backbone; both with a checkpoint
             of CLIP-M²DF's published code, which lacks the text tower, and with a folder whose adapters are apart.
-        backbone: CLIP's own weights instead, nothing trained: a name on the hub, a folder, a file, rn50 or tiny; or
+        backbone: Weights of towers instead, nothing trained: a name on the hub, a folder, a file, rn50 or tiny; or
             "features", where support and videos are feature tables.
         backbone_options: What a file of weights doesn't tell, as in activation=gelu head_width=80; and tokenizer, mean,
             std, image_size, dtype.

@@ -7,6 +7,7 @@ it. transformers is imported where a tower is built, because it takes seconds.
 from __future__ import annotations
 
 import importlib
+import logging
 import math
 import pkgutil
 import re
@@ -219,7 +220,13 @@ class Family:
         """
         import transformers
 
-        config = getattr(transformers, self.config).from_dict(dict(values))
+        # It warns of token numbers that play no part here, even of those in its own defaults for SigLIP.
+        verbosity = transformers.logging.get_verbosity()
+        transformers.logging.set_verbosity(logging.ERROR)
+        try:
+            config = getattr(transformers, self.config).from_dict(dict(values))
+        finally:
+            transformers.logging.set_verbosity(verbosity)
         if self.text is None:
             return {"kind": self.kind, **self._picked(self.visual, config, config)}, None
         return (
