@@ -3,6 +3,7 @@
 import csv
 import itertools
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -18,6 +19,7 @@ from clip_m2df.cli import main
 from clip_m2df.datasets.feature_tables import read_feature_table
 from clip_m2df.datasets.manifest import Manifest
 from tests import clips
+from tests.clip.towers import save_folder
 from tests.conftest import fails, quiet_trainer
 from tests.conftest import options as run_of
 
@@ -183,6 +185,26 @@ def test_towers_of_trained_models_read_as_in_their_training(
     assert found[0] == found[1]
     assert "--size" not in capsys.readouterr().err
     assert "size is 64" in fails([*arguments, "--size=64"], capsys)
+
+
+def test_what_is_to_be_typed_next_works_without_class_embeddings(
+    many: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_folder("dinov2", tmp_path / "tower")
+    assert encode(many, tmp_path / "tower", tmp_path / "t.safetensors") == 0
+    (command,) = re.findall("  clip-m2df (.*)", capsys.readouterr().out)
+    assert (
+        main(
+            [
+                *command.split(),
+                "--data.n_way=3",
+                "--data.test_episodes=20",
+                f"--trainer.default_root_dir={tmp_path / 'run'}",
+            ]
+        )
+        == 0
+    )
+    assert (tmp_path / "run" / "test_metrics.csv").is_file()
 
 
 def test_broken_videos_are_named_and_left_out(
