@@ -321,12 +321,16 @@ def as_case(block: Block) -> Any:
 def test_marked_blocks_are_commands_that_there_are(block: Block) -> None:
     assert block.language == "sh"
     assert subprocess.run(["bash", "-n"], input=block.text, text=True).returncode == 0
+    runs: dict[str, str] = {}  # the config that each training of the block writes, and the one that it was started with
     for command in dict.fromkeys(commands_of(replaced(block.text))):
         # Another program may start it.
         if ours := re.search(r"(?:^|\s|\$\(which )clip-m2df\)? (.*)", command):
             name, *args = shlex.split(ours[1])
-            configs = [str(find_config(arg)) if flag == "--config" else arg for flag, arg in pairwise([name, *args])]
-            assert Parsed([name, *configs]).config[name]
+            given = [runs.get(arg, arg) if flag == "--config" else arg for flag, arg in pairwise([name, *args])]
+            configs = [str(find_config(arg)) if flag == "--config" else arg for flag, arg in pairwise([name, *given])]
+            parsed = Parsed([name, *configs]).config[name]
+            if name == "fit" and "--config" in given:
+                runs[f"{parsed.trainer.default_root_dir}/config.yaml"] = given[given.index("--config") + 1]
         elif command.startswith("make "):
             assert f"\n{command.split()[1]}:" in (ROOT / "Makefile").read_text(encoding="utf-8")
 
