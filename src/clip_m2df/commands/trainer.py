@@ -46,7 +46,7 @@ from clip_m2df.nn.weights import published_state
 from clip_m2df.report.evaluation import EvaluationPage
 from clip_m2df.training import checkpoints
 from clip_m2df.training.build import options_by_name, saved_options
-from clip_m2df.training.callbacks import RunConfig, RunProgressBar, RunReport, logger_of_run
+from clip_m2df.training.callbacks import BundleWriter, RunConfig, RunProgressBar, RunReport, logger_of_run
 from clip_m2df.training.dashboard import Dashboard
 from clip_m2df.training.module import CLIPM2DF
 from clip_m2df.training.wandb_run import resume_run
@@ -134,6 +134,8 @@ class CLI(LightningCLI):
         if subcommand == "test":
             text = "a page for a browser, .html: accuracies, what is taken for what, the hardest episodes"
             parser.add_argument("--report", type=str | None, default=None, help=text)
+            text = "a file by which others replay the test without a video, by clip-m2df verify"
+            parser.add_argument("--bundle", type=str | None, default=None, help=text)
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -178,6 +180,8 @@ class CLI(LightningCLI):
         if subcommand == "test" and self.config.test.report is not None:
             text = self._parser("test").dump(self.config.test, skip_unset=False)
             options.callbacks.append(EvaluationPage(Path(self.config.test.report), yaml.safe_load(text)))
+        if subcommand == "test" and self.config.test.bundle is not None:
+            options.callbacks.append(BundleWriter(Path(self.config.test.bundle)))
         trainer = super().instantiate_trainer(**kwargs)
         if subcommand == "fit" and checkpoint is not None:
             path = self.config.fit.ckpt_path

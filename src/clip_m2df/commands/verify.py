@@ -1,0 +1,58 @@
+"""``clip-m2df verify``: replay a test from its bundle, and say whether it comes out the same."""
+
+from __future__ import annotations
+
+from clip_m2df.errors import console, say, some
+
+
+def verify_bundle(file: str, *, head: str | None = None) -> int:
+    """Replay a test from its bundle, and say whether each query comes out the same.
+
+    No video, no tower and no network are needed. Numbers that are no predictions, such as the accuracy of PPS, may
+    differ by a millionth; losses are not compared.
+
+    Args:
+        file: What ``clip-m2df test --bundle`` wrote.
+        head: The class path of the bundle's head, if it is code that is not this package's and you trust it.
+
+    Returns:
+        The exit status: 0, or 1 if a query or a number comes out otherwise.
+
+    Raises:
+        UserError: There is no such file, it is damaged or no bundle, or its head is other people's code.
+    """
+    import torch
+
+    from clip_m2df.evaluation.bundle import read_bundle
+    from clip_m2df.files import sha256_of
+    from clip_m2df.training.callbacks import result_table
+    from clip_m2df.weight_files import digest_of
+
+    bundle = read_bundle(file, head)
+    replayed = bundle.replay()
+    tested, episodes, predicted = bundle.tested, bundle.episodes, bundle.predicted
+    n_way, n_shot = episodes["support"].shape[1:]
+    of = f"{tested.head}, {len(predicted)} episodes, {n_way}-way {n_shot}-shot"
+    console().print(result_table("test", replayed.numbers, of))
+    parts = {
+        "features": {"features": bundle.features, "prompt_table": bundle.prompt_table},
+        "episodes": {name: column for name, column in episodes.items() if isinstance(column, torch.Tensor)},
+        "head": bundle.head.state_dict(),
+    }
+    digests = ", ".join(f"{name} {digest_of(tensors)[:16]}" for name, tensors in parts.items())
+    say(f"{file} is whole, of the SHA-256 {sha256_of(file)}; {digests}")
+    differ, others = replayed.predicted != predicted, replayed.others(tested.numbers)
+    if not differ.any() and not others:
+        say(f"the same: {differ.numel()} of {differ.numel()} queries, and {len(replayed.numbers)} numbers")
+        return 0
+    say(f"not the same: {int(differ.sum())} of {differ.numel()} queries are predicted otherwise")
+    if differ.any():
+        gap = float(replayed.gaps(predicted).max())
+        numbers = episodes["numbers"][differ.any(-1)].tolist()
+        say(f"  in the episodes {some(map(str, numbers))}; the score of the test's class is at most {gap:.3g} lower")
+    for name, (then, now) in others.items():
+        say(f"  {name} was {then}, and is {now}")
+    here = f"torch {torch.__version__} on cpu"
+    if (there := f"torch {tested.versions.get('torch')} on {tested.device}") != here:
+        say(f"it was played by {there}, and is replayed by {here}, which may round the last digits otherwise")
+    return 1
