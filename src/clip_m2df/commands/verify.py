@@ -30,18 +30,18 @@ def verify_bundle(file: str, *, head: str | None = None) -> int:
 
     bundle = read_bundle(file, head)
     replayed = bundle.replay()
-    tested, episodes, predicted = bundle.tested, bundle.episodes, bundle.predicted
+    facts, episodes, predicted = bundle.facts, bundle.episodes, bundle.predicted
     n_way, n_shot = episodes["support"].shape[1:]
-    of = f"{tested.head}, {len(predicted)} episodes, {n_way}-way {n_shot}-shot"
+    of = f"{facts.head}, {len(predicted)} episodes, {n_way}-way {n_shot}-shot"
     console().print(result_table("test", replayed.numbers, of))
     parts = {
         "features": {"features": bundle.features, "prompt_table": bundle.prompt_table},
-        "episodes": {name: column for name, column in episodes.items() if isinstance(column, torch.Tensor)},
+        "episodes": {name: column for name, column in sorted(episodes.items()) if isinstance(column, torch.Tensor)},
         "head": bundle.head.state_dict(),
     }
     digests = ", ".join(f"{name} {digest_of(tensors)[:16]}" for name, tensors in parts.items())
     say(f"{file} is whole, of the SHA-256 {sha256_of(file)}; {digests}")
-    differ, others = replayed.predicted != predicted, replayed.others(tested.numbers)
+    differ, others = replayed.predicted != predicted, replayed.others(facts.numbers)
     if not differ.any() and not others:
         say(f"the same: {differ.numel()} of {differ.numel()} queries, and {len(replayed.numbers)} numbers")
         return 0
@@ -53,6 +53,6 @@ def verify_bundle(file: str, *, head: str | None = None) -> int:
     for name, (then, now) in others.items():
         say(f"  {name} was {then}, and is {now}")
     here = f"torch {torch.__version__} on cpu"
-    if (there := f"torch {tested.versions.get('torch')} on {tested.device}") != here:
+    if (there := f"torch {facts.versions.get('torch')} on {facts.device}") != here:
         say(f"it was played by {there}, and is replayed by {here}, which may round the last digits otherwise")
     return 1

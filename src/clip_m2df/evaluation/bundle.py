@@ -66,7 +66,7 @@ _PRECISIONS = {
 }
 
 
-class Tested(NamedTuple):
+class Facts(NamedTuple):
     """How a test was played, and what it counted: the part of a bundle that is no tensor.
 
     Attributes:
@@ -100,7 +100,7 @@ class Bundle(NamedTuple):
     """What a file holds.
 
     Attributes:
-        tested: how it was played, and what was counted.
+        facts: how it was played, and what was counted.
         head: with its weights.
         features: ``(videos, frames, dim)``.
         prompt_table: ``(n_classes, dim)``.
@@ -108,7 +108,7 @@ class Bundle(NamedTuple):
         predicted: int64 ``(episodes, n_queries)``, classes as indices in the episode.
     """
 
-    tested: Tested
+    facts: Facts
     head: Head
     features: Tensor
     prompt_table: Tensor
@@ -117,18 +117,18 @@ class Bundle(NamedTuple):
 
     def replay(self) -> Replayed:
         """Play all episodes again, in the batches and the precision of the test."""
-        tested, scores, predicted = self.tested, [], []
+        facts, scores, predicted = self.facts, [], []
         metrics = StageMetrics()
-        with torch.inference_mode(), _precision(tested.precision):
-            bank = EpisodeBank(self.head, self.features, self.prompt_table, self.episodes, memory=tested.memory)
-            for rows in torch.arange(len(self.predicted)).split(tested.block):
+        with torch.inference_mode(), _precision(facts.precision):
+            bank = EpisodeBank(self.head, self.features, self.prompt_table, self.episodes, memory=facts.memory)
+            for rows in torch.arange(len(self.predicted)).split(facts.block):
                 batch = select_episodes(self.episodes, rows)
                 output = bank.play(batch["numbers"])
                 query, prompts = self.features[batch["query"]], self.prompt_table[batch["class_indices"]]
-                scores.append(fuse_text(self.head, tested.text_fusion, output.logits, query, prompts))
+                scores.append(fuse_text(self.head, facts.text_fusion, output.logits, query, prompts))
                 check_finite(scores[-1], "the replayed episodes")
                 predicted.append(scores[-1].argmax(-1))
-                metrics.count(output, predicted[-1], batch, {}, prompts=tested.prompts)
+                metrics.count(output, predicted[-1], batch, {}, prompts=facts.prompts)
         numbers = {name: float(value) for name, value in metrics.take()[0].items()}
         return Replayed(torch.cat(predicted), torch.cat(scores), _finite(numbers))
 
@@ -139,7 +139,7 @@ class Replayed(NamedTuple):
     Attributes:
         predicted: int64 ``(episodes, n_queries)``.
         scores: ``(episodes, n_queries, n_way)``, by which the classes are predicted.
-        numbers: what was counted, as :attr:`Tested.numbers`, without the losses.
+        numbers: what was counted, as :attr:`Facts.numbers`, without the losses.
     """
 
     predicted: Tensor
@@ -184,13 +184,13 @@ def check_bundle(path: Path, precision: str) -> None:
         raise UserError(f"--bundle takes no trainer.precision {precision}: give one of {', '.join(_PRECISIONS)}")
 
 
-def write_bundle(path: Path, bank: EpisodeBank, tested: Tested, predicted: Tensor) -> None:
+def write_bundle(path: Path, bank: EpisodeBank, facts: Facts, predicted: Tensor) -> None:
     """Write a test; the same test has the same bytes.
 
     Args:
         path: where to.
         bank: that it was played from.
-        tested: how, and what was counted.
+        facts: how, and what was counted.
         predicted: int64 ``(episodes, n_queries)``, classes as indices in the episode, in the order of the bank's.
 
     Raises:
@@ -200,13 +200,13 @@ def write_bundle(path: Path, bank: EpisodeBank, tested: Tested, predicted: Tenso
     tensors |= {f"{_EPISODES}{name}": column for name, column in bank.episodes.items() if isinstance(column, Tensor)}
     tensors |= {f"{_HEAD}{name}": weight for name, weight in bank.head.state_dict().items()}
     try:
-        told = json.dumps(tested._replace(numbers=_finite(tested.numbers))._asdict())
+        told = json.dumps(facts._replace(numbers=_finite(facts.numbers))._asdict())
     except (TypeError, ValueError) as error:
         raise UserError(f"the head's options can't be saved as JSON: {error}; give plain values") from error
     # Contiguous, and no two in the same memory, as safetensors takes them.
     content = save({name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()})
     end = 8 + int.from_bytes(content[:8], "little")
-    metadata = {"sha256": "0" * 64, "format": BUNDLE_FORMAT, "tested": told}
+    metadata = {"sha256": "0" * 64, "format": BUNDLE_FORMAT, "facts": told}
     header = json.dumps({"__metadata__": metadata} | json.loads(content[8:end]), separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
     whole = bytearray(len(header).to_bytes(8, "little") + header + content[end:])
@@ -236,7 +236,7 @@ def read_bundle(path: str | os.PathLike[str], head: str | None = None) -> Bundle
         metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
         if metadata["format"] != BUNDLE_FORMAT:
             raise ValueError(f"its format is {metadata['format']!r:.40}, not {BUNDLE_FORMAT!r}")
-        return _bundle(path, Tested(**json.loads(metadata["tested"])), load(bytes(content)), head)
+        return _bundle(path, Facts(**json.loads(metadata["facts"])), load(bytes(content)), head)
     except UserError as error:
         raise UserError(f"{path} can't be replayed: {error}") from error
     except Exception as error:  # a digest can be right for any content; what that leads to has no common class
@@ -250,38 +250,34 @@ def _digest(content: bytearray) -> str:
     return digest.hexdigest()
 
 
-def _bundle(path: str | os.PathLike[str], tested: Tested, tensors: dict[str, Tensor], asked: str | None) -> Bundle:
-    _check_tested(tested)
-    _check_tensors({name: t for name, t in tensors.items() if not name.startswith(_HEAD)}, len(tested.class_names))
-    check_asked_for(tested.head, asked, path, "--head")
+def _bundle(path: str | os.PathLike[str], facts: Facts, tensors: dict[str, Tensor], asked: str | None) -> Bundle:
+    _check_tested(facts)
+    _check_tensors({name: t for name, t in tensors.items() if not name.startswith(_HEAD)}, len(facts.class_names))
+    check_asked_for(facts.head, asked, path, "--head")
     weights = {name.removeprefix(_HEAD): t for name, t in tensors.items() if name.startswith(_HEAD)}
-    options = {"dim": tensors["prompt_table"].shape[-1], **tested.head_options}
+    options = {"dim": tensors["prompt_table"].shape[-1], **facts.head_options}
     with torch.random.fork_rng(devices=[]):
-        head = build_head(tested.head, options).to(weights["scale"].dtype).eval()
-    check_weights(head, weights, f"weights of the head {tested.head}")
+        head = build_head(facts.head, options).to(weights["scale"].dtype).eval()
+    check_weights(head, weights, f"weights of the head {facts.head}")
     head.load_state_dict(weights)
     columns = {n.removeprefix(_EPISODES): t for n, t in tensors.items() if n.startswith(_EPISODES)}
-    episodes = cast(IndexedEpisode, {**columns, "class_names": tested.class_names})
-    return Bundle(tested, head, tensors["features"], tensors["prompt_table"], episodes, tensors["predicted"])
+    episodes = cast(IndexedEpisode, {**columns, "class_names": facts.class_names})
+    return Bundle(facts, head, tensors["features"], tensors["prompt_table"], episodes, tensors["predicted"])
 
 
-def _check_tested(tested: Tested) -> None:
+def _check_tested(facts: Facts) -> None:
     """Refuse, by a ``ValueError`` or a ``UserError``, values that no test writes."""
-    require(least=0, most=1, text_fusion=tested.text_fusion)
-    require(least=1, block=tested.block)
-    require(least=0, memory=tested.memory)
-    texts = [tested.head, tested.device, *tested.class_names, *tested.numbers, *tested.versions.values()]
-    if not all(isinstance(text, str) for text in texts) or not isinstance(tested.class_names, list):
+    require(least=0, most=1, text_fusion=facts.text_fusion)
+    require(least=1, block=facts.block)
+    require(least=0, memory=facts.memory)
+    texts = [facts.head, facts.device, *facts.class_names, *facts.numbers, *facts.versions.values()]
+    if not all(isinstance(text, str) for text in texts) or not isinstance(facts.class_names, list):
         raise ValueError("its names are no texts")
-    if tested.precision not in _PRECISIONS:
-        raise ValueError(f"its precision is {tested.precision!r:.40}")
-    if (
-        not isinstance(tested.head_options, dict)
-        or not isinstance(tested.prompts, bool)
-        or type(tested.block) is not int
-    ):
+    if facts.precision not in _PRECISIONS:
+        raise ValueError(f"its precision is {facts.precision!r:.40}")
+    if not isinstance(facts.head_options, dict) or not isinstance(facts.prompts, bool) or type(facts.block) is not int:
         raise ValueError("its options are not of their types")
-    if not all(type(value) is float and math.isfinite(value) for value in tested.numbers.values()):
+    if not all(type(value) is float and math.isfinite(value) for value in facts.numbers.values()):
         raise ValueError("its numbers are not finite")
 
 

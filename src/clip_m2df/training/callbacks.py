@@ -23,7 +23,7 @@ from torch import Tensor
 from clip_m2df.episode import TableEpisodes, of_all_ranks
 from clip_m2df.errors import UserError, console, say, some
 from clip_m2df.evaluation.bank import EpisodeBank
-from clip_m2df.evaluation.bundle import Tested, check_bundle, write_bundle
+from clip_m2df.evaluation.bundle import Facts, check_bundle, write_bundle
 from clip_m2df.evaluation.evidence import Played
 from clip_m2df.evaluation.metrics import class_results
 from clip_m2df.files import for_spreadsheet, read_text, sha256_of, write_table, write_text, writing
@@ -310,7 +310,7 @@ class BundleWriter(lightning.Callback):
         options = dict(model.hparams["head_options"] or {})
         if "selection" in options_of(head_class(head)):
             options["selection"] = model.model.head.selection
-        tested = Tested(
+        facts = Facts(
             head=head,
             head_options=options,
             text_fusion=float(model.text_fusion),
@@ -323,7 +323,7 @@ class BundleWriter(lightning.Callback):
             device=model.device.type,
         )
         rows = torch.stack([predicted[number] for number in bank.episodes["numbers"].tolist()])
-        write_bundle(self.path, bank, tested, rows)
+        write_bundle(self.path, bank, facts, rows)
         say(f"the bundle is {self.path}, of the SHA-256 {sha256_of(self.path)}; clip-m2df verify replays it")
 
 
