@@ -24,7 +24,7 @@ from clip_m2df.episode import IndexedEpisode, select_episodes
 from clip_m2df.errors import UserError, require
 from clip_m2df.evaluation.bank import EpisodeBank
 from clip_m2df.evaluation.metrics import StageMetrics
-from clip_m2df.files import check_output, check_regular, read_bytes, whole_file
+from clip_m2df.files import check_output, read_bytes, whole_file
 from clip_m2df.nn.baselines import build_head, check_asked_for
 from clip_m2df.nn.class_text import fuse_text
 from clip_m2df.nn.head import Head
@@ -100,6 +100,7 @@ class Bundle(NamedTuple):
     """What a file holds.
 
     Attributes:
+        path: of the file.
         facts: how it was played, and what was counted.
         head: with its weights.
         features: ``(videos, frames, dim)``.
@@ -108,6 +109,7 @@ class Bundle(NamedTuple):
         predicted: int64 ``(episodes, n_queries)``, classes as indices in the episode.
     """
 
+    path: str
     facts: Facts
     head: Head
     features: Tensor
@@ -116,10 +118,14 @@ class Bundle(NamedTuple):
     predicted: Tensor
 
     def replay(self) -> Replayed:
-        """Play all episodes again, in the batches and the precision of the test."""
+        """Play all episodes again, in the batches and the precision of the test.
+
+        Raises:
+            UserError: they can't be played.
+        """
         facts, scores, predicted = self.facts, [], []
         metrics = StageMetrics()
-        with torch.inference_mode(), _precision(facts.precision):
+        with _replayable(self.path), torch.inference_mode(), _precision(facts.precision):
             bank = EpisodeBank(self.head, self.features, self.prompt_table, self.episodes, memory=facts.memory)
             for rows in torch.arange(len(self.predicted)).split(facts.block):
                 batch = select_episodes(self.episodes, rows)
@@ -225,22 +231,31 @@ def read_bundle(path: str | os.PathLike[str], head: str | None = None) -> Bundle
     Raises:
         UserError: there is no such file, it is damaged or no bundle, or its head is other people's code.
     """
-    check_regular(path, "bundle")
     content = bytearray(read_bytes(Path(path), "bundle"))
     if content[8 : _DIGITS.start] != _START:
         raise UserError(f"{path} is no bundle, or damaged: give a file that clip-m2df test --bundle wrote")
-    if (found := _digest(content)).encode() != (said := content[_DIGITS]):
-        said = bytes(said).decode(errors="backslashreplace")
+    said = content[_DIGITS].decode(errors="backslashreplace")
+    if (found := _digest(content)) != said:
         raise UserError(f"{path} is damaged: the digest of its content is {found}, not {said}; fetch it again")
-    try:
+    with _replayable(path):
         metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
         if metadata["format"] != BUNDLE_FORMAT:
             raise ValueError(f"its format is {metadata['format']!r:.40}, not {BUNDLE_FORMAT!r}")
         return _bundle(path, Facts(**json.loads(metadata["facts"])), load(bytes(content)), head)
+
+
+@contextmanager
+def _replayable(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn whatever content leads to, whose digest may be right, into an error that names the file."""
+    try:
+        yield
     except UserError as error:
         raise UserError(f"{path} can't be replayed: {error}") from error
-    except Exception as error:  # a digest can be right for any content; what that leads to has no common class
-        raise UserError(f"{path} can't be replayed ({error}): give one that clip-m2df test --bundle wrote") from error
+    except Exception as error:  # which have no common class
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(
+            f"{path} can't be replayed ({why:.300}): give one that clip-m2df test --bundle wrote"
+        ) from error
 
 
 def _digest(content: bytearray) -> str:
@@ -251,7 +266,7 @@ def _digest(content: bytearray) -> str:
 
 
 def _bundle(path: str | os.PathLike[str], facts: Facts, tensors: dict[str, Tensor], asked: str | None) -> Bundle:
-    _check_tested(facts)
+    _check_facts(facts)
     _check_tensors({name: t for name, t in tensors.items() if not name.startswith(_HEAD)}, len(facts.class_names))
     check_asked_for(facts.head, asked, path, "--head")
     weights = {name.removeprefix(_HEAD): t for name, t in tensors.items() if name.startswith(_HEAD)}
@@ -262,10 +277,10 @@ def _bundle(path: str | os.PathLike[str], facts: Facts, tensors: dict[str, Tenso
     head.load_state_dict(weights)
     columns = {n.removeprefix(_EPISODES): t for n, t in tensors.items() if n.startswith(_EPISODES)}
     episodes = cast(IndexedEpisode, {**columns, "class_names": facts.class_names})
-    return Bundle(facts, head, tensors["features"], tensors["prompt_table"], episodes, tensors["predicted"])
+    return Bundle(str(path), facts, head, tensors["features"], tensors["prompt_table"], episodes, tensors["predicted"])
 
 
-def _check_tested(facts: Facts) -> None:
+def _check_facts(facts: Facts) -> None:
     """Refuse, by a ``ValueError`` or a ``UserError``, values that no test writes."""
     require(least=0, most=1, text_fusion=facts.text_fusion)
     require(least=1, block=facts.block)
