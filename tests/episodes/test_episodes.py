@@ -87,7 +87,15 @@ def own_episode(number: int, keys: Iterable[str], *, leading: bool) -> dict[str,
 @pytest.mark.parametrize("more", [(), ("draws",), ("draws", "replaced", "same")])
 def test_episodes_of_ones_own_are_joined(more: tuple[str, ...], leading: bool) -> None:
     assert Episode.__required_keys__ == {"support", "query", "query_labels", "class_indices", "class_names"}
-    assert Episode.__optional_keys__ == {"draws", "replaced", "same"}
+    assert Episode.__optional_keys__ == {
+        "draws",
+        "replaced",
+        "same",
+        "twins",
+        "unknown",
+        "unknown_classes",
+        "unknown_draws",
+    }
     keys = [*Episode.__required_keys__, *more]
     batch: Any = collate_episodes([own_episode(k, keys, leading=leading) for k in (1, 2)])  # type: ignore[type-var]
     assert batch.keys() == set(keys) - {"same"}

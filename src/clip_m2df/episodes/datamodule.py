@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 import clip_m2df.motion_shapes as motion_shapes
 from clip_m2df.datasets.feature_tables import FeatureTable, is_feature_table, read_feature_table
 from clip_m2df.datasets.manifest import Manifest, Split, Video
-from clip_m2df.episode import ResizeMode, Sampling, episode_generator, of_all_ranks
+from clip_m2df.episode import Dealing, ResizeMode, Sampling, episode_generator, of_all_ranks
 from clip_m2df.episodes.dataset import EpisodeDataset, collate_episodes
 from clip_m2df.episodes.features import EvaluationTable, TrainingTable
 from clip_m2df.episodes.files import read_episodes_file
@@ -76,6 +76,10 @@ class EpisodeDataModule(lightning.LightningDataModule):
         test_episodes: episodes of a test.
         episodes_file: a file that ``clip-m2df episodes`` or another tool wrote: a test plays its first
             ``test_episodes`` episodes.
+        episodes: how episodes are dealt. ``random``: classes and videos are drawn. ``grouped``: so that no query shares
+            a group with a support video, by the manifest's column ``group``, which says what a video was cut from.
+        unknown_queries: so many queries of classes that the episode does not have are added to each episode of
+            validation and test. The others, and what is measured of them, stay the same.
         evaluation: ``bank`` encodes each video of the episodes once; ``direct`` yields the frames of each episode, and
             encodes a video as often as it comes. The numbers are the same unless frames are drawn (``sampling``).
         store: a folder in which the features of a bank are kept for the next evaluation: another way, shot or seed of
@@ -132,6 +136,8 @@ class EpisodeDataModule(lightning.LightningDataModule):
         val_episodes: int = 1000,
         test_episodes: int = 10000,
         episodes_file: str | None = None,
+        episodes: Dealing = "random",
+        unknown_queries: int = 0,
         evaluation: Evaluation = "bank",
         store: str | None = None,
         train_augmentations: int = 0,
@@ -158,7 +164,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
         require(least=1, frames=frames, resize=resize, size=size)
         require(least=1, batch_size=batch_size, episodes_per_step=episodes_per_step, validate_every=validate_every)
         require(least=0, seed=seed, eval_seed=eval_seed, num_workers=num_workers)
-        require(least=0, train_augmentations=train_augmentations)
+        require(least=0, train_augmentations=train_augmentations, unknown_queries=unknown_queries)
         require(least=2, n_way=n_way)
         require(above=0, stuck_after=stuck_after)
         require(least=0, most=1, max_unusable=max_unusable)
@@ -167,6 +173,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
         if decoder in ("decord", "torchcodec") and importlib.util.find_spec(decoder) is None:
             raise UserError(f"decoder {decoder} is not installed; install it, or take auto")
         for option, value, choices in (
+            ("episodes", episodes, get_args(Dealing)),
             ("evaluation", evaluation, get_args(Evaluation)),
             ("decoder", decoder, get_args(Decoder)),
             *(("knobs", name, KNOBS) for name in knobs or ()),
@@ -200,8 +207,11 @@ class EpisodeDataModule(lightning.LightningDataModule):
         self.root = root
         self.class_texts = class_texts
         self.cache = cache
-        self.train_shape = EpisodeShape(n_way, n_shot if train_n_shot is None else train_n_shot, n_query)
-        self.eval_shape = EpisodeShape(n_way, n_shot, n_query_eval)
+        grouped = episodes == "grouped"
+        self.train_shape = EpisodeShape(
+            n_way, n_shot if train_n_shot is None else train_n_shot, n_query, grouped=grouped
+        )
+        self.eval_shape = EpisodeShape(n_way, n_shot, n_query_eval, unknown_queries, grouped)
         self.val_episodes = val_episodes
         self.test_episodes = test_episodes
         self.episodes_file = episodes_file
