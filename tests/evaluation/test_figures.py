@@ -308,7 +308,7 @@ def test_a_curve_of_unknown_queries_goes_through_the_shares_of_those_that_are_ac
     for axes, column in ((accepted, 1), (right, 2)):
         for line in axes.lines:
             assert np.array_equal(np.asarray(line.get_ydata()), found["margin"].points[:, column].numpy())
-    assert [line.get_label() for line in accepted.lines] == [f"{score}, AUROC 0.750" for score in SCORES]
+    assert [line.get_label() for line in accepted.lines] == [f"{score}, AUROC 0.500" for score in SCORES]
     assert figures.picture(figure).width > 600
 
 
