@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -43,12 +44,15 @@ class EpisodeBank:
         prompt_table: ``(n_classes, dim)``.
         episodes: all that will be played, their numbers rising, on the device of the features.
         memory: bytes for embedded videos. Where they don't fit, each batch of episodes embeds its own.
+            Unknown queries may take as much again.
 
     Attributes:
         indices: int64 ``(episodes, n_queries)``, the classes whose prompts were selected for the queries.
         probabilities: ``(episodes, n_queries, n_way)``, PPS's.
         pairs: int64, of a video and a class, in the order of their first use, as ``video · (n_classes + 1) + class``;
             ``n_classes`` stands for no prompt.
+        of_unknown: the same with the episodes' unknown queries in the place of their queries; None where there are
+            none. It is a bank of its own, so that no bit of the others depends on them.
     """
 
     def __init__(
@@ -64,6 +68,11 @@ class EpisodeBank:
         self._fits: bool | None = None  # not known before something is embedded
         self._kept = Embedded()
         self._done = [False] * -(-len(self.pairs) // PAIRS)
+        self.of_unknown: EpisodeBank | None = None
+        if "unknown" in episodes:
+            rest = {key: value for key, value in episodes.items() if not key.startswith("unknown")}
+            unknown = {**rest, "query": episodes["unknown"], "draws": episodes["unknown_draws"]}
+            self.of_unknown = EpisodeBank(head, features, prompt_table, cast(IndexedEpisode, unknown), memory=memory)
 
     def play(self, numbers: Tensor) -> HeadOutput:
         """Score the queries of episodes.

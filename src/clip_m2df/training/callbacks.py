@@ -25,7 +25,8 @@ from clip_m2df.errors import UserError, console, say, some
 from clip_m2df.evaluation.bank import EpisodeBank
 from clip_m2df.evaluation.bundle import Facts, check_bundle, write_bundle
 from clip_m2df.evaluation.evidence import Played
-from clip_m2df.evaluation.metrics import class_results
+from clip_m2df.evaluation.metrics import OPEN_SET, class_results
+from clip_m2df.evaluation.open_set import MEASURES, SCORES, best_score
 from clip_m2df.files import for_spreadsheet, read_text, sha256_of, write_table, write_text, writing
 from clip_m2df.loops import logs_step, number_steps
 from clip_m2df.nn.baselines import head_class, options_of
@@ -263,6 +264,10 @@ class RunReport(lightning.Callback):
         shape, queries = data.eval_shape, int(evaluated.confusion.sum())
         episodes = queries // (shape.n_way * shape.n_query)
         console().print(result_table(split, numbers, f"{episodes} episodes, {shape.n_way}-way {shape.n_shot}-shot"))
+        if numbers.keys() & {*OPEN_SET}:
+            console().print(open_set_table(numbers, f"{shape.n_unknown} unknown queries an episode"))
+            if split == "val":
+                say(chosen_score(numbers))
         say(f"all numbers and classes are in {some(map(str, files))}")
 
 
@@ -342,10 +347,41 @@ def result_table(split: str, numbers: Mapping[str, float], what: str) -> Table:
     accuracy, interval = (100 * numbers.get(name, math.nan) for name in ("accuracy", "interval"))
     table = Table(f"{split}/accuracy", f"{accuracy:.1f} ± {interval:.1f} %", title=what, title_justify="left")
     for name, value in numbers.items():
-        if name not in ("accuracy", "interval"):
+        if name not in ("accuracy", "interval", *OPEN_SET):
             share = name not in _COUNTS and not name.startswith(_LOSSES)
             table.add_row(f"{split}/{name}", f"{100 * value:.1f} %" if share else f"{value:.4g}")
     return table
+
+
+def open_set_table(numbers: Mapping[str, float], what: str) -> Table:
+    """A table of how well each score tells unknown queries from the others.
+
+    Args:
+        numbers: see :func:`result_table`.
+        what: was played.
+    """
+    headings = ("AUROC", "OSCR", "FPR at 95 % recall")
+    bound = f"the accuracy, {100 * numbers['accuracy']:.1f} %, is the upper bound of OSCR"
+    table = Table("score", *headings, title=what, title_justify="left", caption=bound, caption_justify="left")
+    for score in SCORES:
+        table.add_row(score, *(f"{100 * numbers[f'{measure}/{score}']:.1f} %" for measure in MEASURES))
+    return table
+
+
+def chosen_score(numbers: Mapping[str, float]) -> str:
+    """Which score a validation chooses to tell unknown queries by, and by how much, in words.
+
+    Args:
+        numbers: of the validation, see :func:`result_table`.
+    """
+    aurocs = {score: numbers[f"auroc/{score}"] for score in SCORES}
+    chosen = best_score(aurocs)
+    second = best_score({score: value for score, value in aurocs.items() if score != chosen})
+    ahead = 100 * (aurocs[chosen] - aurocs[second])
+    return (
+        f"val chooses the score {chosen} to tell unknown queries by: AUROC {100 * aurocs[chosen]:.1f} %,"
+        f" {ahead:.1f} points more than {second}"
+    )
 
 
 def write_report(folder: Path, stage: str, class_names: Sequence[str], confusion: Tensor) -> list[Path]:

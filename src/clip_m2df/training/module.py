@@ -410,8 +410,22 @@ class CLIPM2DF(lightning.LightningModule):
 
         share = 0.0 if stage == "train" else self.text_fusion
         scores = fuse_text(self.model.head, share, output.logits, query, prompts)
-        self._metrics_of(stage).count(output, scores.argmax(-1), episode, losses, prompts=self.model.has_prompts)
-        return loss, Played(episode, prompts, output, scores)
+        metrics = self._metrics_of(stage)
+        metrics.count(output, scores.argmax(-1), episode, losses, prompts=self.model.has_prompts)
+        unknown = None
+        if stage != "train" and "unknown" in episode:
+            unknown = self._score_unknown(batch, episode, prompts)
+            metrics.count_unknown(scores, labels, unknown)
+        return loss, Played(episode, prompts, output, scores, unknown)
+
+    def _score_unknown(self, batch: Batch, episode: FeatureEpisode, prompts: Tensor) -> Tensor:
+        """What the unknown queries of a batch are classified by; they are played by themselves, after the others."""
+        unknown = episode["unknown"]
+        if isinstance(batch, TableEpisodes) and self._bank is not None and self._bank.of_unknown is not None:
+            output = self._bank.of_unknown.play(batch.numbers)
+        else:
+            output = self.model.head(episode["support"], unknown, prompts, episode.get("unknown_draws"))
+        return fuse_text(self.model.head, self.text_fusion, output.logits, unknown, prompts)
 
     # ---------------------------------------------------------------------------------------- features
 
@@ -421,12 +435,15 @@ class CLIPM2DF(lightning.LightningModule):
             features = self._encode(batch.table, stage)
             rows = batch.table.episodes(batch.numbers.tolist())
             rows = self.transfer_batch_to_device(rows, self.device, 0)
-            support, query = features[rows["support"]], features[rows["query"]]
-            return cast(FeatureEpisode, {**rows, "support": support, "query": query})
+            of_videos = {key: features[rows[key]] for key in ("support", "query", "unknown") if key in rows}
+            return cast(FeatureEpisode, {**rows, **of_videos})
         if batch["support"].is_floating_point():
-            return batch
+            return cast(FeatureEpisode, batch)
         support, query = self.model.encode_episode(batch)
-        return cast(FeatureEpisode, {**batch, "support": support, "query": query})
+        encoded = {**batch, "support": support, "query": query}
+        if "unknown" in batch:
+            encoded["unknown"] = self.model.encode_frames(batch["unknown"])
+        return cast(FeatureEpisode, encoded)
 
     def _encode(self, table: VideoTable, stage: str) -> Tensor:
         """The features of a table's videos; encoded at the first batch of a training, or of an evaluation's epoch.
