@@ -1,6 +1,7 @@
 """Bundles: a test that is replayed without a video, to the last query, and from no file that has changed."""
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -20,13 +21,15 @@ from torch import Tensor
 
 from clip_m2df import UserError
 from clip_m2df.cli import main
+from clip_m2df.episode import IndexedEpisode
 from clip_m2df.evaluation.bank import EpisodeBank
 from clip_m2df.evaluation.bundle import Facts, read_bundle, write_bundle
 from clip_m2df.nn.class_text import fuse_text
+from clip_m2df.nn.head import Head
 from clip_m2df.nn.m2df import M2DFHead
 from clip_m2df.training.callbacks import BundleWriter
 from tests.conftest import fails, options, quiet_trainer
-from tests.evaluation.test_bank import DIM, OPTIONS, SIZES, direct, episodes, make_head, videos
+from tests.evaluation.test_bank import DIM, OPTIONS, SIZES, VIDEOS_A_CLASS, direct, episodes, make_head, videos
 from tests.training.test_evaluation_from_bank import data, many  # noqa: F401
 from tests.training.test_module import make
 
@@ -45,18 +48,47 @@ def facts_of(head: str = "m2df", **changes: Any) -> Facts:
     return Facts(head, sizes | of_head, **plain)
 
 
+def with_unknown(played: IndexedEpisode, seed: int = 1) -> IndexedEpisode:
+    """The episodes with two unknown queries each, and some of their queries having twins."""
+    generator = torch.Generator().manual_seed(seed)
+    n = len(played["numbers"])
+    other = torch.tensor([sorted({*range(7)} - {*row})[:2] for row in played["class_indices"].tolist()])
+    return IndexedEpisode(
+        **played,
+        unknown=other * VIDEOS_A_CLASS + torch.randint(VIDEOS_A_CLASS, (n, 2), generator=generator),
+        unknown_classes=other,
+        unknown_draws=torch.rand(n, 2, generator=generator),
+        twins=torch.rand(played["query"].shape, generator=generator) < 0.3,
+    )
+
+
+def predictions(head: Head, played: IndexedEpisode, share: float) -> dict[str, Tensor]:
+    """The scores of all queries by the head as a whole."""
+    features, prompts = videos()
+    table, scores = prompts[played["class_indices"]], {}
+    unknown = IndexedEpisode(**{**played, "query": played["unknown"], "draws": played["unknown_draws"]})
+    with torch.no_grad():
+        for name, of_queries in (("predicted", played), ("unknown_predicted", unknown)):
+            logits = direct(head, features, prompts, of_queries, played["numbers"]).logits
+            scores[name] = fuse_text(head, share, logits, features[of_queries["query"]], table)
+    return scores
+
+
+def write(path: Path, head: Head, name: str, played: IndexedEpisode, predicted: dict[str, Tensor], **of: Any) -> Path:
+    with torch.no_grad():
+        bank = EpisodeBank(head, *videos(), played)
+    write_bundle(path, bank, facts_of(name, **of), predicted)
+    return path
+
+
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of 100 episodes, its predictions those of the head."""
     path = tmp_path_factory.mktemp("bundle") / "b.safetensors"
-    head, (features, prompts), played = make_head(), videos(), episodes(100)
-    with torch.no_grad():
-        predicted = direct(head, features, prompts, played, played["numbers"]).logits.argmax(-1)
-        bank = EpisodeBank(head, features, prompts, played)
-    write_bundle(path, bank, facts_of(), predicted)
-    numbers = read_bundle(path).replay().numbers | {"loss/total": 1.0, "loss/class": math.nan}
-    write_bundle(path, bank, facts_of(numbers=numbers), predicted)
-    return path
+    head, played = make_head(), with_unknown(episodes(100))
+    predicted = {name: scores.argmax(-1) for name, scores in predictions(head, played, 0).items()}
+    numbers = read_bundle(write(path, head, "m2df", played, predicted)).replay().numbers
+    return write(path, head, "m2df", played, predicted, numbers=numbers | {"loss/total": 1.0, "loss/class": math.nan})
 
 
 def parts(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -84,23 +116,25 @@ def seal(path: Path, told: object, tensors: dict[str, Tensor], form: str = "clip
 @pytest.mark.parametrize("n_shot", [1, 5])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_replay_predicts_what_the_head_itself_does(name: str, n_shot: int, tmp_path: Path) -> None:
-    head, (features, prompts), played = make_head(**OPTIONS[name]), videos(), episodes(100, n_shot=n_shot)
-    with torch.no_grad():
-        logits = direct(head, features, prompts, played, played["numbers"]).logits
-        query, table = features[played["query"]], prompts[played["class_indices"]]
-        predicted = fuse_text(head, 0.3, logits, query, table).argmax(-1)
-        bank = EpisodeBank(head, features, prompts, played)
-    assert name == "zero-shot" or (predicted != logits.argmax(-1)).any()
-    write_bundle(tmp_path / "b", bank, facts_of(**OPTIONS[name], text_fusion=0.3), predicted)
+    head, played = make_head(**OPTIONS[name]), with_unknown(episodes(100, n_shot=n_shot))
+    scores = predictions(head, played, 0.3)
+    predicted = {kind: of_queries.argmax(-1) for kind, of_queries in scores.items()}
+    options = {"text_fusion": 0.3, **OPTIONS[name]}
+    path = write(tmp_path / "b", head, options.pop("head", "m2df"), played, predicted, **options)
     state = torch.random.get_rng_state()
-    replayed = read_bundle(tmp_path / "b").replay()
-    assert replayed.predicted.equal(predicted)
-    right = predicted == played["query_labels"]
-    assert replayed.numbers["accuracy"] == float(right.double().mean())
-    shares = right.double().mean(-1)
-    assert replayed.numbers["interval"] == pytest.approx(1.96 * float(shares.std(correction=0)) / 10, rel=1e-9)
-    assert 0.2 < replayed.numbers["accuracy"] < 1
+    replayed = read_bundle(path).replay()
     assert torch.random.get_rng_state().equal(state)
+    for kind, of_queries in scores.items():
+        torch.testing.assert_close(replayed.scores[kind], of_queries, atol=1e-4, rtol=0)
+        assert replayed.scores[kind].argmax(-1).equal(predicted[kind])
+    numbers, right = replayed.numbers, predicted["predicted"] == played["query_labels"]
+    assert 0.2 < numbers["accuracy"] == float(right.double().mean()) < 1
+    shares = right.double().mean(-1)
+    assert numbers["interval"] == pytest.approx(1.96 * float(shares.std(correction=0)) / 10, rel=1e-9)
+    assert numbers["accuracy_twins"] == pytest.approx(float(right[played["twins"]].double().mean()))
+    known, unknown = (of_queries.amax(-1).flatten().tolist() for of_queries in scores.values())
+    above = [k > u for k, u in itertools.product(known, unknown)]
+    assert numbers["auroc/distance"] == pytest.approx(sum(above) / len(above), abs=1e-3)
 
 
 @pytest.mark.parametrize("n_shot", [1, 3])
@@ -114,11 +148,11 @@ def test_the_bundle_of_a_test_gives_its_numbers_again(
 ) -> None:
     path = tmp_path / "b.safetensors"
     model = make(tiny_clip_dir, text_fusion=0.2, selection="sample", bank_memory=0 if n_shot == 3 else 4)
-    trainer = quiet_trainer(tmp_path, precision=precision, callbacks=[BundleWriter(path)], enable_model_summary=False)
-    (found,) = trainer.test(model, data(many, test_episodes=300, n_shot=n_shot), verbose=False)
+    trainer = quiet_trainer(tmp_path, precision=precision, callbacks=[BundleWriter(path)])
+    (found,) = trainer.test(model, data(many, test_episodes=300, n_shot=n_shot, unknown_queries=2), verbose=False)
     read = read_bundle(path)
     replayed = read.replay()
-    assert replayed.predicted.equal(read.predicted)
+    assert replayed.scores["predicted"].argmax(-1).equal(read.predicted["predicted"])
     assert replayed.others(read.facts.numbers) == {}
     assert model.evaluated is not None
     # To the last bit.
@@ -138,9 +172,9 @@ def test_any_number_of_ranks_writes_the_same_bytes(
     for devices in (1, 2):
         how = {"strategy": "ddp_fork", "use_distributed_sampler": False} if devices > 1 else {}
         trainer = quiet_trainer(tmp_path, devices=devices, callbacks=[BundleWriter(tmp_path / f"{devices}")], **how)
-        trainer.test(make(tiny_clip_dir), data(many, test_episodes=131), verbose=False)
+        trainer.test(make(tiny_clip_dir), data(many, test_episodes=131, unknown_queries=1), verbose=False)
     assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
-    assert len(read_bundle(tmp_path / "1").predicted) == 131
+    assert len(read_bundle(tmp_path / "1").predicted["predicted"]) == 131
 
 
 @pytest.mark.slow
@@ -167,7 +201,7 @@ def test_a_bundle_is_verified_where_there_is_nothing_else(
         text=True,
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert "the same: 120 of 120 queries" in done.stdout
+    assert "the same: all 120 queries" in done.stdout
     assert digest in done.stdout
 
 
@@ -176,14 +210,15 @@ def test_a_bundle_is_verified_where_there_is_nothing_else(
 
 def test_queries_that_differ_are_counted(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(bundle)]) == 0
-    assert "the same: 600 of 600 queries" in capsys.readouterr().out
+    assert "the same: all 800 queries" in capsys.readouterr().out
     told, tensors = parts(bundle)
     for row, query in ((3, 0), (3, 5), (97, 2)):
         tensors["predicted"][row, query] = (tensors["predicted"][row, query] + 1) % 3
+    tensors["unknown_predicted"][50, 1] = (tensors["unknown_predicted"][50, 1] + 1) % 3
     assert main(["verify", str(seal(tmp_path / "b", told, tensors))]) == 1
     said = capsys.readouterr().out
-    assert "not the same: 3 of 600 queries are predicted otherwise" in said
-    assert "in the episodes 3, 97;" in said
+    assert "not the same: 4 of 800 queries are predicted otherwise" in said
+    assert "in the episodes 3, 50, 97;" in said
 
 
 def test_features_and_weights_that_were_changed_give_other_numbers(bundle: Path, tmp_path: Path) -> None:
@@ -193,7 +228,9 @@ def test_features_and_weights_that_were_changed_give_other_numbers(bundle: Path,
         assert main(["verify", str(seal(tmp_path / "b", told, tensors))]) == 1
 
 
-@pytest.mark.parametrize("changed", [{"accuracy": 0.99}, {"local_accuracy": 0.5}, {"unknown": 0.1}, {}])
+@pytest.mark.parametrize(
+    "changed", [{"accuracy": 0.99}, {"local_accuracy": 0.5}, {"auroc/energy": 0.1}, {"another": 0.1}, {}]
+)
 def test_a_number_that_does_not_follow_is_told(
     changed: dict[str, float], bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -206,7 +243,7 @@ def test_a_number_that_does_not_follow_is_told(
     missing: dict[str, float | None] = {"interval": None}
     for name, value in (changed or missing).items():
         assert f"  {name} was {value}, and is {replayed.get(name)}" in said
-    assert "0 of 600 queries are predicted otherwise" in said
+    assert "0 of 800 queries are predicted otherwise" in said
 
 
 def test_where_it_was_played_otherwise_that_is_said(
@@ -230,9 +267,8 @@ def refusal(path: Path) -> str:
 
 
 def test_any_flipped_bit_is_refused(tmp_path: Path) -> None:
-    head, (features, prompts), played = make_head("otam"), videos(), episodes(9)
-    path = tmp_path / "b"
-    write_bundle(path, EpisodeBank(head, features, prompts, played), facts_of("otam"), played["query_labels"])
+    played = episodes(9)
+    path = write(tmp_path / "b", make_head("otam"), "otam", played, {"predicted": played["query_labels"]})
     content, draw = path.read_bytes(), random.Random(0)
     end = 8 + int.from_bytes(content[:8], "little")
     # One bit of each byte of the header, all bits of its beginning, and 200 anywhere.
@@ -272,6 +308,11 @@ Forge = Callable[[dict[str, Any], dict[str, Tensor]], object]
 FORGED: dict[str, Forge] = {
     "no features": lambda told, t: t.pop("features"),
     "no predictions": lambda told, t: t.pop("predicted"),
+    "no draws of the unknown": lambda told, t: t.pop("episodes/unknown_draws"),
+    "no predictions of the unknown": lambda told, t: t.pop("unknown_predicted"),
+    "twins as integers": lambda told, t: t.update({"episodes/twins": t["episodes/twins"].long()}),
+    "an unknown video that is not there": lambda told, t: t["episodes/unknown"].view(-1)[0].fill_(63),
+    "an unknown class that is not there": lambda told, t: t["episodes/unknown_classes"].view(-1)[0].fill_(7),
     "another tensor": lambda told, t: t.update(more=torch.ones(2)),
     "no head": lambda told, t: [t.pop(name) for name in list(t) if name.startswith("head/")],
     "no scale": lambda told, t: t.pop("head/scale"),
@@ -383,11 +424,9 @@ def test_what_cannot_be_a_bundle_is_refused_before_the_test(
 
 
 def test_a_bundle_takes_the_place_of_another(bundle: Path, tmp_path: Path) -> None:
-    path = Path(shutil.copy(bundle, tmp_path / "b"))
-    head, (features, prompts), played = make_head("otam"), videos(), episodes(20)
-    bank = EpisodeBank(head, features, prompts, played)
-    write_bundle(path, bank, facts_of("otam"), played["query_labels"])
-    assert read_bundle(path).facts.head == "otam"
+    path, played = Path(shutil.copy(bundle, tmp_path / "b")), episodes(20)
+    of: tuple[Any, ...] = (make_head("otam"), "otam", played, {"predicted": played["query_labels"]})
+    assert read_bundle(write(path, *of)).facts.head == "otam"
     with pytest.raises(UserError, match="can't be saved as JSON"):
-        write_bundle(path, bank, facts_of("otam", smoothing=torch.ones(1)), played["query_labels"])
+        write(path, *of, smoothing=torch.ones(1))
     assert read_bundle(path).features.shape == (63, 4, DIM)

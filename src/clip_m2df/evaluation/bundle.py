@@ -40,24 +40,34 @@ _EPISODES = "episodes/"
 _AXES = {
     "features": "videos frames dim",
     "prompt_table": "n_classes dim",
-    "predicted": "episodes n_queries",
     "episodes/numbers": "episodes",
     "episodes/support": "episodes n_way n_shot",
     "episodes/query": "episodes n_queries",
     "episodes/query_labels": "episodes n_queries",
     "episodes/class_indices": "episodes n_way",
     "episodes/draws": "episodes n_queries",
+    "predicted": "episodes n_queries",
 }
-_MAY_LACK = {"episodes/replaced": "episodes"}
-# What the integers of a tensor are indices of. Tensors that are not named here hold finite numbers.
+_MAY_LACK = {
+    "episodes/replaced": "episodes",
+    "episodes/twins": "episodes n_queries",
+    "episodes/unknown": "episodes n_unknown",
+    "episodes/unknown_classes": "episodes n_unknown",
+    "episodes/unknown_draws": "episodes n_unknown",
+    "unknown_predicted": "episodes n_unknown",
+}
+# What the integers of a tensor are indices of. Tensors that are not named below hold finite numbers.
 _INDEX_OF = {
     "predicted": "n_way",
     "episodes/support": "videos",
     "episodes/query": "videos",
     "episodes/query_labels": "n_way",
     "episodes/class_indices": "n_classes",
+    "episodes/unknown": "videos",
+    "episodes/unknown_classes": "n_classes",
+    "unknown_predicted": "n_way",
 }
-_COUNTS = ("episodes/numbers", "episodes/replaced")
+_COUNTS, _FLAGS = ("episodes/numbers", "episodes/replaced"), ("episodes/twins",)
 # Two replays may differ by this much in a share: in what depends on how scores are rounded, and not on predictions.
 TOLERANCE = 1e-6
 _PRECISIONS = {
@@ -106,7 +116,8 @@ class Bundle(NamedTuple):
         features: ``(videos, frames, dim)``.
         prompt_table: ``(n_classes, dim)``.
         episodes: all that were played.
-        predicted: int64 ``(episodes, n_queries)``, classes as indices in the episode.
+        predicted: by ``predicted`` the classes of the queries, int64 ``(episodes, n_queries)``, as indices in the
+            episode; by ``unknown_predicted`` those of unknown queries, where there are any.
     """
 
     path: str
@@ -115,7 +126,7 @@ class Bundle(NamedTuple):
     features: Tensor
     prompt_table: Tensor
     episodes: IndexedEpisode
-    predicted: Tensor
+    predicted: dict[str, Tensor]
 
     def replay(self) -> Replayed:
         """Play all episodes again, in the batches and the precision of the test.
@@ -123,42 +134,56 @@ class Bundle(NamedTuple):
         Raises:
             UserError: they can't be played.
         """
-        facts, scores, predicted = self.facts, [], []
-        metrics = StageMetrics()
+        facts, metrics = self.facts, StageMetrics()
+        parts: dict[str, list[Tensor]] = {name: [] for name in self.predicted}
         with _replayable(self.path), torch.inference_mode(), _precision(facts.precision):
             bank = EpisodeBank(self.head, self.features, self.prompt_table, self.episodes, memory=facts.memory)
-            for rows in torch.arange(len(self.predicted)).split(facts.block):
+            for rows in torch.arange(len(self.episodes["numbers"])).split(facts.block):
                 batch = select_episodes(self.episodes, rows)
+                prompts = self.prompt_table[batch["class_indices"]]
                 output = bank.play(batch["numbers"])
-                query, prompts = self.features[batch["query"]], self.prompt_table[batch["class_indices"]]
-                scores.append(fuse_text(self.head, facts.text_fusion, output.logits, query, prompts))
-                check_finite(scores[-1], "the replayed episodes")
-                predicted.append(scores[-1].argmax(-1))
-                metrics.count(output, predicted[-1], batch, {}, prompts=facts.prompts)
+                scores = self._fused(output.logits, batch["query"], prompts)
+                parts["predicted"].append(scores)
+                metrics.count(output, scores.argmax(-1), batch, {}, prompts=facts.prompts)
+                if bank.of_unknown is not None:
+                    logits = bank.of_unknown.play(batch["numbers"]).logits
+                    parts["unknown_predicted"].append(self._fused(logits, batch["unknown"], prompts))
+                    metrics.count_unknown(scores, batch["query_labels"], parts["unknown_predicted"][-1])
         numbers = {name: float(value) for name, value in metrics.take()[0].items()}
-        return Replayed(torch.cat(predicted), torch.cat(scores), _finite(numbers))
+        return Replayed({name: torch.cat(scores) for name, scores in parts.items()}, _finite(numbers))
+
+    def _fused(self, logits: Tensor, videos: Tensor, prompts: Tensor) -> Tensor:
+        scores = fuse_text(self.head, self.facts.text_fusion, logits, self.features[videos], prompts)
+        check_finite(scores, "the replayed episodes")
+        return scores
 
 
 class Replayed(NamedTuple):
     """What a replay gave.
 
     Attributes:
-        predicted: int64 ``(episodes, n_queries)``.
-        scores: ``(episodes, n_queries, n_way)``, by which the classes are predicted.
+        scores: by the names of :attr:`Bundle.predicted`, what the classes are predicted by, ``(episodes, n, n_way)``.
         numbers: what was counted, as :attr:`Facts.numbers`, without the losses.
     """
 
-    predicted: Tensor
-    scores: Tensor
+    scores: dict[str, Tensor]
     numbers: dict[str, float]
 
-    def gaps(self, predicted: Tensor) -> Tensor:
-        """How much higher a query's best score is than that of the class that was predicted before.
+    def gaps(self, predicted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """By how much the best score of each query exceeds that of the class that was predicted for it before.
 
         Args:
-            predicted: int64 ``(episodes, n_queries)``; so is what is returned.
+            predicted: :attr:`Bundle.predicted`.
+
+        Returns:
+            ``(episodes, n)`` each; not a number where the same class is predicted.
         """
-        return self.scores.amax(-1) - self.scores.gather(-1, predicted.unsqueeze(-1)).squeeze(-1)
+        return {
+            name: (scores.amax(-1) - scores.gather(-1, predicted[name].unsqueeze(-1)).squeeze(-1)).masked_fill(
+                scores.argmax(-1) == predicted[name], math.nan
+            )
+            for name, scores in self.scores.items()
+        }
 
     def others(self, numbers: Mapping[str, float]) -> dict[str, tuple[float | None, float | None]]:
         """The numbers that are others than in the test, or are there in one of them alone: then and now."""
@@ -190,19 +215,19 @@ def check_bundle(path: Path, precision: str) -> None:
         raise UserError(f"--bundle takes no trainer.precision {precision}: give one of {', '.join(_PRECISIONS)}")
 
 
-def write_bundle(path: Path, bank: EpisodeBank, facts: Facts, predicted: Tensor) -> None:
+def write_bundle(path: Path, bank: EpisodeBank, facts: Facts, predicted: Mapping[str, Tensor]) -> None:
     """Write a test; the same test has the same bytes.
 
     Args:
         path: where to.
         bank: that it was played from.
         facts: how, and what was counted.
-        predicted: int64 ``(episodes, n_queries)``, classes as indices in the episode, in the order of the bank's.
+        predicted: see :attr:`Bundle.predicted`, in the order of the bank's episodes.
 
     Raises:
         UserError: the file can't be written, or an option of the head is no plain value.
     """
-    tensors = {"features": bank.features, "prompt_table": bank.prompt_table, "predicted": predicted}
+    tensors = {"features": bank.features, "prompt_table": bank.prompt_table, **predicted}
     tensors |= {f"{_EPISODES}{name}": column for name, column in bank.episodes.items() if isinstance(column, Tensor)}
     tensors |= {f"{_HEAD}{name}": weight for name, weight in bank.head.state_dict().items()}
     try:
@@ -277,7 +302,8 @@ def _bundle(path: str | os.PathLike[str], facts: Facts, tensors: dict[str, Tenso
     head.load_state_dict(weights)
     columns = {n.removeprefix(_EPISODES): t for n, t in tensors.items() if n.startswith(_EPISODES)}
     episodes = cast(IndexedEpisode, {**columns, "class_names": facts.class_names})
-    return Bundle(str(path), facts, head, tensors["features"], tensors["prompt_table"], episodes, tensors["predicted"])
+    predicted = {name: tensors[name] for name in ("predicted", "unknown_predicted") if name in tensors}
+    return Bundle(str(path), facts, head, tensors["features"], tensors["prompt_table"], episodes, predicted)
 
 
 def _check_facts(facts: Facts) -> None:
@@ -300,6 +326,9 @@ def _check_tensors(tensors: Mapping[str, Tensor], n_classes: int) -> None:
     """Refuse, by a ``ValueError``, tensors of other shapes and types than a test has, and indices that lead nowhere."""
     if tensors.keys() - _AXES.keys() - _MAY_LACK.keys() or _AXES.keys() - tensors.keys():
         raise ValueError(f"it has the tensors {', '.join(sorted(tensors)):.300}")
+    of_unknown = {name for name in _MAY_LACK if "unknown" in name}
+    if tensors.keys() & of_unknown not in (set(), of_unknown):
+        raise ValueError(f"of its unknown queries it has {', '.join(sorted(tensors.keys() & of_unknown))} alone")
     sizes = {"n_classes": n_classes}
     for name, axes in (_AXES | _MAY_LACK).items():
         if (tensor := tensors.get(name)) is None:
@@ -308,11 +337,13 @@ def _check_tensors(tensors: Mapping[str, Tensor], n_classes: int) -> None:
         if 0 in shape.values() or any(sizes.setdefault(axis, size) != size for axis, size in shape.items()):
             raise ValueError(f"{name} is of shape {tuple(tensor.shape)}")
         integers = name in _INDEX_OF or name in _COUNTS
-        if not (tensor.dtype == torch.int64 if integers else tensor.is_floating_point() and tensor.isfinite().all()):
-            raise ValueError(f"{name} is of type {tensor.dtype}, or not finite")
-    for name, axis in _INDEX_OF.items():
-        if tensors[name].min() < 0 or tensors[name].max() >= sizes[axis]:
-            raise ValueError(f"{name} leads beyond {axis}")
+        kinds = {torch.int64} if integers else {torch.bool} if name in _FLAGS else {*_PRECISIONS.values()}
+        if tensor.dtype not in kinds:
+            raise ValueError(f"{name} is of type {tensor.dtype}")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} is not finite")
+        if name in _INDEX_OF and (tensor.min() < 0 or tensor.max() >= sizes[_INDEX_OF[name]]):
+            raise ValueError(f"{name} leads beyond its {_INDEX_OF[name]}")
     numbers = tensors["episodes/numbers"]
     if not (numbers[1:] > numbers[:-1]).all():
         raise ValueError("the numbers of its episodes do not rise")

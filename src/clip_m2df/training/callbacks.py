@@ -292,7 +292,7 @@ class BundleWriter(lightning.Callback):
                 "--bundle keeps the features of each video once, as a bank has them: give --data.evaluation bank"
             )
         check_bundle(self.path, str(trainer.precision))
-        self._predicted: dict[int, Tensor] = {}
+        self._predicted: dict[int, dict[str, Tensor]] = {}
         self._bank: EpisodeBank | None = None
         self._block = 1
 
@@ -301,7 +301,12 @@ class BundleWriter(lightning.Callback):
     ) -> None:
         """Keep what was predicted."""
         if isinstance(batch, TableEpisodes) and isinstance(outputs, Played):
-            self._predicted |= dict(zip(batch.numbers.tolist(), outputs.scores.argmax(-1).cpu().unbind(), strict=True))
+            scores = {"predicted": outputs.scores}
+            if outputs.unknown is not None:
+                scores["unknown_predicted"] = outputs.unknown
+            predicted = {name: of_queries.argmax(-1).cpu() for name, of_queries in scores.items()}
+            for row, number in enumerate(batch.numbers.tolist()):
+                self._predicted[number] = {name: classes[row] for name, classes in predicted.items()}
             self._block, self._bank = batch.table.block, cast(CLIPM2DF, pl_module).bank
 
     def on_test_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -327,8 +332,8 @@ class BundleWriter(lightning.Callback):
             numbers={name: float(value) for name, value in model.evaluated.numbers.items()},
             device=model.device.type,
         )
-        rows = torch.stack([predicted[number] for number in bank.episodes["numbers"].tolist()])
-        write_bundle(self.path, bank, facts, rows)
+        rows = [predicted[number] for number in bank.episodes["numbers"].tolist()]
+        write_bundle(self.path, bank, facts, {name: torch.stack([row[name] for row in rows]) for name in rows[0]})
         say(f"the bundle is {self.path}, of the SHA-256 {sha256_of(self.path)}; clip-m2df verify replays it")
 
 
