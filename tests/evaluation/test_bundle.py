@@ -105,9 +105,15 @@ def seal(path: Path, told: object, tensors: dict[str, Tensor], form: str = "clip
     metadata = {"sha256": "0" * 64, "format": form, "facts": told if isinstance(told, str) else json.dumps(told)}
     header = json.dumps({"__metadata__": metadata, **json.loads(content[8:end])}, separators=(",", ":"))
     header += " " * (-len(header) % 8)
-    whole = len(header).to_bytes(8, "little") + header.encode() + content[end:]
-    path.write_bytes(whole.replace(b"0" * 64, hashlib.sha256(whole).hexdigest().encode(), 1))
+    path.write_bytes(sealed(len(header).to_bytes(8, "little") + header.encode() + content[end:]))
     return path
+
+
+def sealed(whole: bytes) -> bytes:
+    """A bundle's bytes with the digest that is right for them."""
+    start = whole.index(b'"sha256":"') + len(b'"sha256":"')
+    digest = hashlib.sha256(whole[:start] + b"0" * 64 + whole[start + 64 :]).hexdigest()
+    return whole[:start] + digest.encode() + whole[start + 64 :]
 
 
 # Replaying
