@@ -85,7 +85,7 @@ BEFORE = {
     "docs/report.md": ["clip-m2df fit --config demo_5way1shot.yaml"],
 }
 # What it leaves besides the files that its commands are told to write.
-WRITTEN = re.compile(r"--(?:output|report) (\S+)")
+WRITTEN = re.compile(r"--(?:output|report|bundle) (\S+)")
 AFTER = {
     "README.md": ["runs/demo_5way1shot/config.yaml", "runs/demo_5way1shot/checkpoints/last.ckpt"],
     "docs/training.md": ["runs/wandb", "runs/mine/checkpoints/best.ckpt", "mine/model.safetensors"],

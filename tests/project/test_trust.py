@@ -33,6 +33,7 @@ from clip_m2df.episodes.files import read_episodes_file
 from clip_m2df.episodes.plan import EpisodeShape
 from clip_m2df.errors import UserError
 from clip_m2df.evaluation.bank import FEATURES_FORMAT, FeatureStore
+from clip_m2df.evaluation.bundle import read_bundle
 from clip_m2df.files import Fingerprint, fingerprint
 from clip_m2df.training.checkpoints import RunCheckpoint, read_checkpoint
 from clip_m2df.video import frame_cache
@@ -111,6 +112,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "weights.safetensors": lambda path: CLIPBackbone.load(str(path.rename(path.with_suffix(".safetensors")))),
     "pytorch_model.bin": _pickled_weights,
     "published": lambda path: CLIPM2DF.from_published(path, clip="tiny"),
+    "bundle": read_bundle,
     "manifest": Manifest.read,
     "class texts": lambda path: Manifest.read(_some_manifest(path)).with_texts(path),
     "split list": lambda path: read_lists(path.rename(path.with_name("train.txt")), "folder"),
