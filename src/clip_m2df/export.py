@@ -81,8 +81,9 @@ def export_model(
         By file, the largest difference of its program from the model: absolute, or beyond 1 relative.
 
     Raises:
-        UserError: a shape that is no positive number; a head that samples, or fits a model in each episode; a folder that
-            holds something already or can't be written; packages that are missing; or a program that can't be made, or differs from the model.
+        UserError: a shape that is no positive number; a head that samples, or fits a model in each episode; a folder
+            that holds something already or can't be written; packages that are missing; or a program that can't be
+            made, or differs from the model.
     """
     shapes = {"n_way": n_way, "n_shot": n_shot, "n_queries": n_queries, "frames": frames, "batch": batch}
     for name, value in shapes.items():

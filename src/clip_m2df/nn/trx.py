@@ -76,6 +76,7 @@ class TRXHead(Head):
         sizes = list(tuples) if isinstance(tuples, list | tuple) else []
         if not sizes or len({*sizes}) < len(sizes) or any(type(size) is not int or size < 1 for size in sizes):
             raise UserError(f"tuples is {tuples!r:.80}; it must be a list of different whole numbers, such as [2, 3]")
+        self.tuples = tuple(sizes)
         self.dropout = nn.Dropout(dropout)
         self.encoders = nn.ModuleList(TupleEncoder(dim, size, width) for size in sizes)
 
@@ -89,13 +90,13 @@ class TRXHead(Head):
         self.check_frames(frames)
         placed = self.dropout(videos + positions(frames, dim, device=videos.device).to(videos.dtype))
         embedded = Embedded()
-        for encoder in self.encoders:
-            embedded[f"keys {encoder.size}"], embedded[f"values {encoder.size}"] = encoder(placed)
+        for size, encoder in zip(self.tuples, self.encoders, strict=True):
+            embedded[f"keys {size}"], embedded[f"values {size}"] = encoder(placed)
         return embedded
 
     def check_frames(self, frames: int) -> None:
         """Refuse videos of fewer frames than a tuple, see :meth:`clip_m2df.nn.head.Head.check_frames`."""
-        if frames < (most := max(encoder.size for encoder in self.encoders)):
+        if frames < (most := max(self.tuples)):
             raise UserError(
                 f"trx compares tuples of {most} frames, and videos have {frames}: take more frames (data.frames), or"
                 " smaller tuples (model.head_options.tuples)"
@@ -104,17 +105,16 @@ class TRXHead(Head):
     def prototype(self, embedded: Embedded, prompts: Tensor) -> Embedded:
         """The tuples of all shots, and which of them are real: all, as long as nothing is padded."""
         own = embedded.map(lambda tensor: tensor.flatten(-3, -2))
-        for encoder in self.encoders:
-            keys = own[f"keys {encoder.size}"]
-            own[f"real {encoder.size}"] = torch.ones(keys.shape[:-1], dtype=torch.bool, device=keys.device)
+        for size in self.tuples:
+            keys = own[f"keys {size}"]
+            own[f"real {size}"] = torch.ones(keys.shape[:-1], dtype=torch.bool, device=keys.device)
         return own
 
     def match(self, query: Embedded, prototypes: Embedded, selected: SelectedPrompts) -> HeadOutput:
         """Minus the distances, a mean over the sizes of tuples."""
         logits = []
-        for encoder in self.encoders:
-            keys, values = f"keys {encoder.size}", f"values {encoder.size}"
-            real = prototypes[f"real {encoder.size}"]
+        for size in self.tuples:
+            keys, values, real = f"keys {size}", f"values {size}", prototypes[f"real {size}"]
             logits.append(-tuple_distances(query[keys], query[values], prototypes[keys], prototypes[values], real))
         return HeadOutput.of(torch.stack(logits).mean(0), selected)
 
