@@ -216,9 +216,12 @@ class LinearProbeHead(ShotsHead):
         shots, real = F.normalize(prototypes["shots"], dim=-1), prototypes["real"]
         episodes = zip(shots.reshape(-1, *shots.shape[-3:]), real.reshape(-1, *real.shape[-2:]), strict=True)
         weights = torch.stack([self._fit(*episode) for episode in episodes]).to(shots)
-        weights = weights.view(*shots.shape[:-2], -1)  # and the intercept, last
-        logits = F.normalize(query["mean"], dim=-1) @ weights[..., :-1].mT + weights[..., -1].unsqueeze(-2)
-        return HeadOutput.of(logits, selected)
+        return HeadOutput.of(self._score(query["mean"], weights.view(*shots.shape[:-2], -1)), selected)
+
+    @full_precision
+    def _score(self, videos: Tensor, weights: Tensor) -> Tensor:
+        """Linear scores of ``videos (…, n_queries, dim)`` by ``weights (…, n_way, dim + 1)``, intercepts last."""
+        return F.normalize(videos, dim=-1) @ weights[..., :-1].mT + weights[..., -1].unsqueeze(-2)
 
     def _fit(self, shots: Tensor, real: Tensor) -> Tensor:
         """Weights and intercept ``(n_way, dim + 1)`` of the ``shots (n_way, n_shot, dim)`` that are real."""
