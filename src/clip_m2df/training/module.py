@@ -156,6 +156,7 @@ class CLIPM2DF(lightning.LightningModule):
     Attributes:
         default_selection: what ``selection`` is where nobody asks for another.
         evaluated: what the last validation or test counted, for callbacks.
+        test_name: the name under which a test is logged: that of its stage, where one follows another a name each.
 
     Raises:
         UserError: an option out of its range, weights that can't be had, a head that does not exist.
@@ -274,6 +275,7 @@ class CLIPM2DF(lightning.LightningModule):
         # How the videos of its training were read, where that is known: frames, resize, resize_mode and sampling.
         self.reading: dict[str, Any] | None = None
         self.evaluated: Evaluated | None = None
+        self.test_name = "test"
         self._draws_seed: int | None = None
         # Whether a batch of the optimiser step under way had a loss that is not finite; steps in a row that had.
         self._broken: Tensor | bool = False
@@ -533,7 +535,7 @@ class CLIPM2DF(lightning.LightningModule):
         for name, number in numbers.items():
             # Already the sum over all ranks.
             self.log(
-                f"{stage}/{name}",
+                f"{self.test_name if stage == 'test' else stage}/{name}",
                 number.float(),
                 prog_bar=name in ("accuracy", "interval", "loss/total"),
                 rank_zero_only=False,
