@@ -53,7 +53,11 @@ def _own_distances(model: CLIPM2DF, classes: Sequence[SupportClass]) -> Tensor |
     for own in classes:
         if (n := len(own.features)) > 1:
             rest = [own.only(model, [j for j in range(n) if j != i]).prototype for i in range(n)]
-            embedded, selected = head.embed_queries(own.features, prompts)
+            if head.query_prompt == "each":  # the class's own prompt, with which its examples are embedded already
+                embedded = own.embedded.map(lambda kept: kept.unsqueeze(1))
+                selected = head.select_prompts(own.features, prompts)
+            else:
+                embedded, selected = head.embed_queries(own.features, prompts)
             logits = head.match(embedded, Embedded.stack(rest), selected).logits.diagonal()
             found.append(-logits - head.least_distance(own.features.shape[-2]))
     return torch.cat(found) if found else None
