@@ -337,6 +337,31 @@ def test_twins_are_told_where_there_are_groups(manifest: Path, tmp_path: Path) -
         make(manifest, episodes="grouped").setup("test")
 
 
+def test_a_run_goes_on_with_episodes_dealt_as_before(manifest: Path, tmp_path: Path) -> None:
+    grouped = with_groups(manifest, tmp_path)
+    regrouped = tmp_path / "regrouped.csv"
+    regrouped.write_text(grouped.read_text(encoding="utf-8").replace("train1 1", "train1 2"), encoding="utf-8")
+    usual: dict[str, Any] = {"n_way": 2, "episodes_per_step": 2, "val_episodes": 2, "root": str(manifest.parent)}
+    apart = {"episodes": "grouped", "unknown_queries": 1}
+    random_run, grouped_run = tmp_path / "random" / "two.ckpt", tmp_path / "grouped" / "two.ckpt"
+    for options, run in (({}, random_run), (apart, grouped_run)):
+        fit(make(grouped, **usual, **options), run.parent, max_steps=2)
+        fit(make(grouped, **usual, **options), run.parent, str(run))
+    for changed, run, message in (
+        ({"episodes": "grouped"}, random_run, "data.episodes is 'grouped', but 'random' in the run"),
+        ({"unknown_queries": 1}, random_run, "data.unknown_queries is 1, but 0"),
+        (apart | {"episodes": "random"}, grouped_run, "data.episodes is 'random', but 'grouped' in the run"),
+        (apart | {"unknown_queries": 0}, grouped_run, "data.unknown_queries is 0, but 1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            fit(make(grouped, **usual, **changed), run.parent, str(run))
+    # Groups count where they decide the episodes.
+    fit(make(regrouped, **usual), random_run.parent, str(random_run))
+    fit(make(manifest, **usual), random_run.parent, str(random_run))
+    with pytest.raises(UserError, match=r"the train split of data\.manifest is"):
+        fit(make(regrouped, **usual, **apart), grouped_run.parent, str(grouped_run))
+
+
 def test_unknown_queries_are_in_evaluations_alone(manifest: Path) -> None:
     def made(**options: Any) -> EpisodeDataModule:
         data = make(manifest, n_way=2, val_episodes=6, test_episodes=6, **options)

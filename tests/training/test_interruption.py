@@ -266,7 +266,6 @@ CHANGES: dict[str, str] = {
     "--data.n_query_eval=2": "data.n_query_eval is 2, but 1",
     "--data.val_episodes=5": "data.val_episodes is 5, but 4",
     "--data.eval_seed=1": "data.eval_seed is 1, but 0",
-    "--data.unknown_queries=2": "data.unknown_queries is 2, but 0",
     "--data.frames=3": "data.frames is 3, but 2",
     "--data.resize=40": "data.resize is 40, but 32",
     "--data.resize_mode=squash": "data.resize_mode is 'squash', but 'short_side'",
