@@ -286,8 +286,8 @@ class RunReport(lightning.Callback):
         if self.several:
             self._tested.append(Tested(split, data.manifest_path, len(classes), episodes, numbers))
         else:
-            what = f"{episodes} episodes, {shape.n_way}-way {shape.n_shot}-shot"
-            console().print(result_table(split, numbers, what))
+            played = f"{episodes} {'grouped ' if shape.grouped else ''}episodes"
+            console().print(result_table(split, numbers, f"{played}, {shape.n_way}-way {shape.n_shot}-shot"))
         say(f"all numbers and classes are in {some(map(str, files))}")
 
     def summarise(self, trainer: lightning.Trainer) -> None:
