@@ -310,10 +310,8 @@ def chosen_score(numbers: Mapping[str, float]) -> str:
     chosen = best_score(aurocs)
     second = best_score({score: value for score, value in aurocs.items() if score != chosen})
     ahead = 100 * (aurocs[chosen] - aurocs[second])
-    return (
-        f"val chooses the score {chosen} to tell unknown queries by: AUROC {100 * aurocs[chosen]:.1f} %,"
-        f" {ahead:.1f} points more than {second}"
-    )
+    than = f"{ahead:.1f} points more than {second}" if ahead else f"as much as {second}"
+    return f"val chooses the score {chosen} to tell unknown queries by: AUROC {100 * aurocs[chosen]:.1f} %, {than}"
 
 
 def write_report(folder: Path, stage: str, class_names: Sequence[str], confusion: Tensor) -> list[Path]:
