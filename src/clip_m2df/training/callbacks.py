@@ -258,9 +258,14 @@ class RunReport(lightning.Callback):
         episodes = queries // (shape.n_way * shape.n_query)
         console().print(result_table(split, numbers, f"{episodes} episodes, {shape.n_way}-way {shape.n_shot}-shot"))
         if numbers.keys() & {*OPEN_SET}:
-            console().print(open_set_table(numbers, f"{shape.n_unknown} unknown queries an episode"))
-            if split == "val":
-                say(chosen_score(numbers))
+            # A validation chooses now; a test has what the training's own chose, where that was asked.
+            calibration = getattr(pl_module, "calibration", None)
+            own = {score: numbers[f"auroc/{score}"] for score in SCORES}
+            of_val = own if split == "val" else {} if calibration is None else calibration.aurocs
+            chosen = best_score(of_val) if of_val else ""
+            console().print(open_set_table(numbers, f"{shape.n_unknown} unknown queries an episode", chosen))
+            if of_val:
+                say(chosen_score(of_val))
         say(f"all numbers and classes are in {some(map(str, files))}")
 
 
@@ -285,28 +290,29 @@ def result_table(split: str, numbers: Mapping[str, float], what: str) -> Table:
     return table
 
 
-def open_set_table(numbers: Mapping[str, float], what: str) -> Table:
+def open_set_table(numbers: Mapping[str, float], what: str, chosen: str = "") -> Table:
     """A table of how well each score tells unknown queries from the others.
 
     Args:
         numbers: see :func:`result_table`.
         what: was played.
+        chosen: the score that val chose, if that is known.
     """
     headings = ("AUROC", "OSCR", "FPR at 95 % recall")
     bound = f"the accuracy, {100 * numbers['accuracy']:.1f} %, is the upper bound of OSCR"
     table = Table("score", *headings, title=what, title_justify="left", caption=bound, caption_justify="left")
     for score in SCORES:
-        table.add_row(score, *(f"{100 * numbers[f'{measure}/{score}']:.1f} %" for measure in MEASURES))
+        name = f"{score} (chosen by val)" if score == chosen else score
+        table.add_row(name, *(f"{100 * numbers[f'{measure}/{score}']:.1f} %" for measure in MEASURES))
     return table
 
 
-def chosen_score(numbers: Mapping[str, float]) -> str:
+def chosen_score(aurocs: Mapping[str, float]) -> str:
     """Which score a validation chooses to tell unknown queries by, and by how much, in words.
 
     Args:
-        numbers: of the validation, see :func:`result_table`.
+        aurocs: of each score in the validation.
     """
-    aurocs = {score: numbers[f"auroc/{score}"] for score in SCORES}
     chosen = best_score(aurocs)
     second = best_score({score: value for score, value in aurocs.items() if score != chosen})
     ahead = 100 * (aurocs[chosen] - aurocs[second])
