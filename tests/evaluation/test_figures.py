@@ -272,6 +272,11 @@ def test_what_is_not_a_number_is_borne_with() -> None:
     found = ValidationEvidence(NAMES, torch.eye(3, dtype=torch.long), [hard], Reliabilities.of(columns))
     assert "alignment" in figures.validation_pictures(found)
     assert found.reliabilities == Reliabilities({}, {"local_to_global": 1.0})
+    scores = {f"{kind} {score}": torch.tensor([0.5, 0.7]) for kind in ("known", "unknown") for score in SCORES}
+    scores |= {"right": torch.tensor([False, False]), "unknown margin": torch.tensor([0.5, torch.nan])}
+    curves = OpenSetCurve.all_of(scores)
+    assert curves.keys() == {"distance", "probability", "energy"}
+    assert "open_set" in figures.validation_pictures(found._replace(open_set=curves))
 
 
 def test_names_take_little_room_and_hold_no_equations() -> None:
