@@ -10,7 +10,7 @@ Models, 2022; Lee, Barber and Willett, Distribution-Free Inference with Hierarch
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -110,7 +110,9 @@ def make_episodes(
     for classes, others in of_episodes:
         drawn = [rng.choice(videos[c], n_shot + n_query, replace=False) for c in classes]
         support.append([row[:n_shot] for row in drawn])
-        query.append(np.stack([row[n_shot:] for row in drawn] + [rng.choice(videos[c], n_query, replace=False) for c in others]))
+        query.append(
+            np.stack([row[n_shot:] for row in drawn] + [rng.choice(videos[c], n_query, replace=False) for c in others])
+        )
         indices.append(classes)
         labels.append([*range(len(classes)), *(-1 for _ in others)])
         of_queries.append([*classes, *others])
@@ -128,34 +130,63 @@ def make_episodes(
     return Dealt(episodes, found["classes"])
 
 
-def play_dealt(
-    head: Head, features: Tensor, prompt_table: Tensor, dealt: Dealt, *, text_fusion: float = 0.0, memory: float = 4e9
-) -> tuple[Tensor, Tensor]:
-    """Play episodes from a bank.
+class Player:
+    """Plays episodes of any shape from one bank.
 
     Args:
         head: in eval mode.
         features: ``(videos, frames, dim)``.
         prompt_table: ``(n_classes, dim)``.
-        dealt: the episodes, by the rows of both.
+        videos: of each class, by their indices.
         text_fusion: the text's share in the predictions.
         memory: of the bank, in bytes.
-
-    Returns:
-        The head's logits, and the nonconformity of each class of the episode; both ``(episodes, n_queries, n_way)``, on
-        the CPU.
     """
-    episodes = IndexedEpisode(
-        **{name: t.to(features.device) if isinstance(t, Tensor) else t for name, t in dealt.episodes.items()}  # type: ignore[typeddict-item]
-    )
-    bank = EpisodeBank(head, features, prompt_table, episodes, memory=memory)
-    found = []
-    for numbers in episodes["numbers"].split(EPISODES):
-        logits, query = bank.play(numbers).logits, features[episodes["query"][numbers]]
-        scores = fuse_text(head, text_fusion, logits, query, prompt_table[episodes["class_indices"][numbers]])
-        found.append((logits.cpu(), nonconformity(scores).cpu()))
-    logits, misfits = (torch.cat(column) for column in zip(*found, strict=True))
-    return logits, misfits
+
+    def __init__(
+        self,
+        head: Head,
+        features: Tensor,
+        prompt_table: Tensor,
+        videos: Sequence[Sequence[int]],
+        *,
+        text_fusion: float = 0.0,
+        memory: float = 4e9,
+    ) -> None:
+        self.head, self.features, self.prompt_table = head, features, prompt_table
+        self.text_fusion, self.memory = text_fusion, memory
+        # A query may get the prompt of any class, unless it gets none.
+        n_classes, alone = len(videos), head.query_prompt == "none"
+        pairs = [
+            (v, p) for c, row in enumerate(videos) for v in row for p in ([c, n_classes] if alone else range(n_classes))
+        ]
+        self._pairs = torch.tensor(pairs, device=features.device)
+        self._bank: EpisodeBank | None = None
+
+    def play(self, episodes: IndexedEpisode) -> tuple[Tensor, Tensor]:
+        """Play.
+
+        Args:
+            episodes: by the rows of features and prompts.
+
+        Returns:
+            The head's logits, and the nonconformity of each class; both ``(episodes, n_queries, n_way)``, on the CPU.
+        """
+        device = self.features.device
+        moved = {name: t.to(device) if isinstance(t, Tensor) else t for name, t in episodes.items()}
+        rows = IndexedEpisode(**moved)  # type: ignore[typeddict-item]
+        if self._bank is None:
+            own = self.head, self.features, self.prompt_table
+            self._bank = EpisodeBank(*own, rows, memory=self.memory, pairs=self._pairs)
+        else:
+            self._bank.turn_to(rows)
+        found = []
+        for numbers in rows["numbers"].split(EPISODES):
+            logits, query = self._bank.play(numbers).logits, self.features[rows["query"][numbers]]
+            prompts = self.prompt_table[rows["class_indices"][numbers]]
+            scores = fuse_text(self.head, self.text_fusion, logits, query, prompts)
+            found.append((logits.cpu(), nonconformity(scores).cpu()))
+        logits, misfits = (torch.cat(column) for column in zip(*found, strict=True))
+        return logits, misfits
 
 
 def nonconformity(scores: Tensor) -> Tensor:
@@ -317,6 +348,7 @@ def calibrate(
     Returns:
         None where no two classes have enough videos for any of the numbers.
     """
+    player = Player(head, features, prompt_table, videos, text_fusion=text_fusion, memory=memory)
     errors = [step / STEPS for step in range(1, STEPS)]
     settings, known, unknown, aurocs = [], [], [], []
     for n_shot in n_shots:
@@ -328,9 +360,7 @@ def calibrate(
             n_query = min(N_QUERY, min(map(len, clips)) - n_shot)
             dealt = deal_episodes(clips, n_way, n_shot, n_query=n_query, n_known=N_KNOWN, rng=rng)
             dealt.episodes["class_indices"] = torch.tensor(classes)[dealt.episodes["class_indices"]]
-            logits, misfits = play_dealt(
-                head, features, prompt_table, dealt, text_fusion=text_fusion, memory=memory
-            )
+            logits, misfits = player.play(dealt.episodes)
             own = misfits.gather(-1, dealt.episodes["query_labels"].clamp(min=0).unsqueeze(-1)).squeeze(-1)
             settings.append((n_way, n_shot, len(classes)))
             known.append(class_threshold(own[dealt.known], dealt.classes[dealt.known], errors))
