@@ -17,7 +17,8 @@ from clip_m2df.evaluation.conformal import (
     Player,
     calibrate,
     class_threshold,
-    deal_episodes,
+    deal_classes,
+    make_episodes,
 )
 from clip_m2df.evaluation.open_set import SCORES
 from clip_m2df.nn.baselines import build_head
@@ -79,8 +80,9 @@ def test_the_promise_holds_for_clips_of_new_classes_where_clips_as_the_unit_brea
 
 @pytest.mark.parametrize(("n_way", "n_shot", "n_query"), [(2, 1, 2), (5, 3, 4), (N_CLASSES, 5, 1)])
 def test_every_class_comes_about_as_often_and_no_query_is_in_its_support(n_way: int, n_shot: int, n_query: int) -> None:
-    options: dict[str, Any] = {"n_query": n_query, "n_known": 20}
-    dealt = deal_episodes(OF_CLASSES, n_way, n_shot, rng=np.random.default_rng(0), **options)
+    rng = np.random.default_rng(0)
+    of_episodes = deal_classes(range(N_CLASSES), n_way, n_query=n_query, n_known=20, rng=rng)
+    dealt = make_episodes(OF_CLASSES, of_episodes, n_shot, n_query, rng)
     rows, known = dealt.episodes, dealt.known
     assert rows["support"].shape[1:] == (n_way, n_shot)
     assert rows["query"].shape[1] == n_query * (n_way + min(n_way, N_CLASSES - n_way))
@@ -117,7 +119,8 @@ def slow_calibration(head: Any, features: Tensor, prompts: Tensor, n_way: int, n
     """The scores of all queries, each episode by itself through the head."""
     rng = np.random.default_rng([n_way, n_shot])
     n_query = min(4, VIDEOS_A_CLASS - n_shot)
-    dealt = deal_episodes(OF_CLASSES, n_way, n_shot, n_query=n_query, n_known=N_KNOWN, rng=rng)
+    of_episodes = deal_classes(range(N_CLASSES), n_way, n_query=n_query, n_known=N_KNOWN, rng=rng)
+    dealt = make_episodes(OF_CLASSES, of_episodes, n_shot, n_query, rng)
     known: list[tuple[float, int]] = []
     unknown: list[tuple[Tensor, int]] = []
     for i in range(len(dealt.classes)):

@@ -64,30 +64,31 @@ class Dealt(NamedTuple):
         return self.episodes["query_labels"] >= 0
 
 
-def deal_episodes(
-    videos: Sequence[Sequence[int]], n_way: int, n_shot: int, *, n_query: int, n_known: int, rng: np.random.Generator
-) -> Dealt:
-    """Episodes in which all classes come about equally often, with queries of their classes and of as many others.
+def deal_classes(
+    classes: Sequence[int], n_way: int, *, n_query: int, n_known: int, rng: np.random.Generator
+) -> list[tuple[Sequence[int], Sequence[int]]]:
+    """The classes of episodes, and the others of which they have unknown queries, as many or as many as there are.
+
+    All classes come about equally often.
 
     Args:
-        videos: of each class, by their indices; at least ``n_shot + n_query`` of a class.
+        classes: those that there are.
         n_way: classes of an episode.
-        n_shot: support videos a class.
-        n_query: queries of a class.
+        n_query: queries of a class in an episode.
         n_known: queries of each class that there are to be, at least, in episodes that have the class.
         rng: the only source of chance.
     """
-    dealt = np.zeros((2, len(videos)), dtype=int)
-    of_episodes = []
+    names, dealt = np.array(classes), np.zeros((2, len(classes)), dtype=int)
+    episodes = []
     while dealt[0].min() < n_known:
         # Those that came least often, in an order of chance.
-        order = np.lexsort((rng.random(len(videos)), dealt[0]))
-        classes, others = order[:n_way], order[n_way:]
+        order = np.lexsort((rng.random(len(names)), dealt[0]))
+        own, others = order[:n_way], order[n_way:]
         others = others[np.lexsort((rng.random(len(others)), dealt[1][others]))][:n_way]
-        dealt[0][classes] += n_query
+        dealt[0][own] += n_query
         dealt[1][others] += n_query
-        of_episodes.append((classes, others))
-    return make_episodes(videos, of_episodes, n_shot, n_query, rng)
+        episodes.append((names[own], names[others]))
+    return episodes
 
 
 def make_episodes(
@@ -100,7 +101,7 @@ def make_episodes(
     """Episodes of given classes, with queries of these and of others.
 
     Args:
-        videos: see :func:`deal_episodes`.
+        videos: of each class, by their indices; at least ``n_shot + n_query`` of a class.
         of_episodes: the classes of each episode, and the others; as many in each episode.
         n_shot: support videos a class.
         n_query: queries of a class.
@@ -354,12 +355,11 @@ def calibrate(
     for n_shot in n_shots:
         classes = [c for c, of_class in enumerate(videos) if len(of_class) > n_shot]
         for n_way in range(2, len(classes) + 1) if n_ways is None else [n for n in n_ways if n <= len(classes)]:
-            clips = [videos[c] for c in classes]
             # Numbers of the settings and not of an order: what is asked for beside it changes nothing.
             rng = np.random.default_rng([n_way, n_shot])
-            n_query = min(N_QUERY, min(map(len, clips)) - n_shot)
-            dealt = deal_episodes(clips, n_way, n_shot, n_query=n_query, n_known=N_KNOWN, rng=rng)
-            dealt.episodes["class_indices"] = torch.tensor(classes)[dealt.episodes["class_indices"]]
+            n_query = min(N_QUERY, min(len(videos[c]) for c in classes) - n_shot)
+            of_episodes = deal_classes(classes, n_way, n_query=n_query, n_known=N_KNOWN, rng=rng)
+            dealt = make_episodes(videos, of_episodes, n_shot, n_query, rng)
             logits, misfits = player.play(dealt.episodes)
             own = misfits.gather(-1, dealt.episodes["query_labels"].clamp(min=0).unsqueeze(-1)).squeeze(-1)
             settings.append((n_way, n_shot, len(classes)))
