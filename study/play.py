@@ -140,7 +140,7 @@ def configuration(
     name = config_name(run.family, settings.parts[run.part].n_shots[0])
     config: dict[str, Any] = yaml.safe_load(find_config(name).read_text(encoding="utf-8"))
     everything = run.options(settings) | dict(options or {})
-    if everything.get("data.train_augmentations", config["data"]["train_augmentations"]):
+    if everything.get("data.train_augmentations", config["data"].get("train_augmentations")):
         # A folder each for what one process encodes: several would overwrite each other's features.
         everything["data.store"] = str(store / "features" / f"{config['data']['manifest']}_seed{run.seed}")
     for option, value in everything.items():

@@ -24,6 +24,7 @@ from clip_m2df.evaluation.bank import EPISODES, EpisodeBank
 from clip_m2df.evaluation.open_set import SCORES, best_score, choose_score
 from clip_m2df.nn.class_text import fuse_text
 from clip_m2df.nn.head import Head
+from clip_m2df.nn.weights import check_finite
 
 
 def class_threshold(scores: Tensor, classes: Tensor, errors: Sequence[float]) -> Tensor:
@@ -185,6 +186,7 @@ class Player:
             logits, query = self._bank.play(numbers).logits, self.features[rows["query"][numbers]]
             prompts = self.prompt_table[rows["class_indices"][numbers]]
             scores = fuse_text(self.head, self.text_fusion, logits, query, prompts)
+            check_finite(scores, "the calibration")
             found.append((logits.cpu(), nonconformity(scores).cpu()))
         logits, misfits = (torch.cat(column) for column in zip(*found, strict=True))
         return logits, misfits
