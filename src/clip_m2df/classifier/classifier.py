@@ -469,12 +469,16 @@ class FewShotClassifier:
         )
         return self
 
-    def _sets(self, error: float) -> _Sets:
-        """What clips get their sets by, at an error rate.
+    def check_sets(self, error: float) -> None:
+        """Refuse an error rate, or a calibration, with which there are no sets; warn of what makes them large.
 
         Raises:
             UserError: there is no calibration, or none for so many classes and examples, or for other options.
         """
+        self._sets(error)
+
+    def _sets(self, error: float) -> _Sets:
+        """What clips get their sets by, see :meth:`check_sets`."""
         self._check_fitted()
         require(above=0, below=1, error=error)
         remedy = (

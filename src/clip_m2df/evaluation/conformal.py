@@ -280,12 +280,14 @@ class Calibration:
         return sorted(set(self.settings[:, 1].tolist()))
 
     def __str__(self) -> str:
-        parts = []
+        by_ways: dict[str, list[int]] = {}
         for n_shot in self.n_shots:
             ways = self.settings[self.settings[:, 1] == n_shot, 0].tolist()
-            span = f"{min(ways)} to {max(ways)}" if len(ways) > 1 else f"{ways[0]}"
-            parts.append(f"{span} classes with {n_shot} example{'s' if n_shot > 1 else ''}")
-        return ", ".join(parts)
+            by_ways.setdefault(f"{min(ways)} to {max(ways)}" if len(ways) > 1 else f"{ways[0]}", []).append(n_shot)
+        return "; ".join(
+            f"{ways} classes with {', '.join(map(str, shots))} example{'' if shots == [1] else 's'}"
+            for ways, shots in by_ways.items()
+        )
 
     def state(self) -> dict[str, Any]:
         """In plain types and tensors, for checkpoints."""
