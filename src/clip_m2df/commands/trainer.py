@@ -499,6 +499,12 @@ class EpisodesCLI(CLI):
         split, plans = data.test_plans()
         write_episodes_file(output, plans, split, data.manifest.root)
         say(f"{len(plans)} test episodes are in {output}; --data.episodes_file {output} reads them back")
+        if any(video.group for row in split.videos for video in row):
+            twins = [twin for plan in plans for twin in plan.twins]
+            say(
+                f"{sum(twins)} of their {len(twins)} queries, {sum(twins) / len(twins):.1%}, have a twin in the support,"
+                " a video of the same group"
+            )
 
 
 def run(args: Sequence[str], cli: type[CLI] | None = None) -> CLI:

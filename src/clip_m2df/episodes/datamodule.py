@@ -406,13 +406,17 @@ class EpisodeDataModule(lightning.LightningDataModule):
 
     def _episodes(self) -> dict[str, Any]:
         """What the episodes of a run depend on, by the names of the options: those of val, and those of training."""
-        depends: dict[str, Any] = {"data.n_way": self.train_shape.n_way}
+        depends: dict[str, Any] = {
+            "data.n_way": self.train_shape.n_way,
+            "data.episodes": "grouped" if self.train_shape.grouped else "random",
+        }
         if "val" in self._datasets:
             depends |= {
                 "data.n_shot": self.eval_shape.n_shot,
                 "data.n_query_eval": self.eval_shape.n_query,
                 "data.val_episodes": self.val_episodes,
                 "data.eval_seed": self.eval_seed,
+                "data.unknown_queries": self.eval_shape.n_unknown,
                 "the val split of data.manifest": self._contents("val"),
             }
         if "train" in self._datasets:
@@ -432,7 +436,10 @@ class EpisodeDataModule(lightning.LightningDataModule):
         return depends
 
     def _contents(self, name: str) -> str:
-        """A split in words: its size, and a checksum of its classes, their texts and its videos, wherever they are."""
+        """A split in words: its size, and a checksum of its classes, their texts and its videos, wherever they are.
+
+        The groups of videos count where episodes are grouped, and are passed over where they change nothing.
+        """
         assert self.manifest is not None
         split = self.manifest.split(name)
         outside = None if self.root is None else os.path.abspath(self.root)
@@ -440,6 +447,8 @@ class EpisodeDataModule(lightning.LightningDataModule):
         for label, text, videos in zip(split.class_names, split.class_texts, split.videos, strict=True):
             paths = (relative_path(video.path, self.manifest.root) for video in videos)
             cells = [label, text, *(relative_path(p, outside) if os.path.isabs(p) else p for p in paths), ""]
+            if self.train_shape.grouped:
+                cells += [*(video.group for video in videos), ""]
             state.update("\0".join(cells).encode(errors="surrogateescape"))
         count = sum(map(len, split.videos))
         return f"{count} videos of {len(split.class_names)} classes (checksum {state.hexdigest()[:8]})"
@@ -455,6 +464,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
         if self.trainer and self.trainer.state.fn == "fit":
             # Earlier versions lacked these options; their trainings were as with these values.
             only = {"data.resize_mode": "short_side", "data.sampling": "segments", "data.jitter_queries": False}
+            only |= {"data.episodes": "random", "data.unknown_queries": 0}
             state_dict = state_dict | {"episodes": only | state_dict.get("episodes", {})}
             check_goes_on(state_dict, self.state_dict(), most=self.trainer.max_steps)
 
@@ -481,6 +491,12 @@ class EpisodeDataModule(lightning.LightningDataModule):
             manifest = Manifest.read(path, self.root, check_files=check_files and self.cache is None)
             if self.cache is not None:
                 self.reader = read_from_cache(self.cache, manifest, self.reader, str(path), check_files=check_files)
+        if self.eval_shape.grouped and not any(video.group for video in manifest.videos):
+            raise UserError(
+                f"grouped episodes go by the column group, and no video of {self.manifest_path} has a group: let"
+                " clip-m2df prepare write the manifest, or check --fix find videos that look alike, or fill the column"
+                " in by hand with what each video was cut from; or give --data.episodes random"
+            )
         self.manifest = manifest if self.class_texts in (None, []) else manifest.with_texts(self.class_texts)
 
     def _read_table(self) -> Manifest:
