@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -72,7 +73,11 @@ def test_the_configuration_is_whole(tested: Measured) -> None:
 
 
 def test_unknown_queries_have_a_table_and_curves(
-    fitted: Path, hostile_manifest: Path, tiny_clip_dir: Path, tmp_path: Path
+    fitted: Path,
+    hostile_manifest: Path,
+    tiny_clip_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     more = [f"--ckpt_path={fitted / 'checkpoints' / 'best.ckpt'}", "--data.n_way=2", "--data.unknown_queries=2"]
     tested = run_test(hostile_manifest, tiny_clip_dir, tmp_path, *more)
@@ -80,7 +85,12 @@ def test_unknown_queries_have_a_table_and_curves(
     (table,) = page.all("table", id="open-set")
     for score, _, *shown in table.rows():
         assert shown == [percent(numbers[f"test/{measure}/{score.split()[0]}"]) for measure in MEASURES]
-    assert [row[0] for row in table.rows()] == list(SCORES)
+    model: Any = tested.trainer.model
+    chosen = model.calibration.score  # which the training has kept
+    assert [row[0] for row in table.rows()] == [f"{s} (chosen by val)" if s == chosen else s for s in SCORES]
+    said = capsys.readouterr().out
+    assert f"{chosen} (chosen by val)" in said
+    assert f"val chooses the score {chosen} to tell unknown queries by: AUROC " in said
     accepted, right = (svg for svg in page.all("svg", class_="curves") if svg.attributes.get("role") == "img")
     for svg, end in ((accepted, 1.0), (right, numbers["test/accuracy"])):
         lines = {line.attributes["class"]: line.attributes["points"].split() for line in svg.all("polyline")}

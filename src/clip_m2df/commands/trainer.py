@@ -48,7 +48,7 @@ from clip_m2df.nn.weights import published_state
 from clip_m2df.report.evaluation import EvaluationPage
 from clip_m2df.training import checkpoints
 from clip_m2df.training.build import options_by_name, saved_options
-from clip_m2df.training.callbacks import RunConfig, RunProgressBar, RunReport, logger_of_run
+from clip_m2df.training.callbacks import RunConfig, RunProgressBar, RunReport, chosen_score, logger_of_run
 from clip_m2df.training.dashboard import Dashboard
 from clip_m2df.training.module import CLIPM2DF
 from clip_m2df.training.wandb_run import resume_run
@@ -271,6 +271,8 @@ class CLI(LightningCLI):
         left_out = sorted({*n_shots} - {*calibration.n_shots})
         missing = f"; val has too few videos a class for {', '.join(map(str, left_out))}" if left_out else ""
         say(f"sets of labels are calibrated on val for {calibration}{missing}; predict --error gives them")
+        if best := next(c.aurocs for c in found.values() if c is not None):
+            say(chosen_score(best))
 
     def _set_seed(self) -> None:
         try:

@@ -259,7 +259,7 @@ class RunReport(lightning.Callback):
         console().print(result_table(split, numbers, f"{episodes} episodes, {shape.n_way}-way {shape.n_shot}-shot"))
         if numbers.keys() & {*OPEN_SET}:
             # A validation chooses now; a test has what the training's own chose, where that was asked.
-            calibration = getattr(pl_module, "calibration", None)
+            calibration = getattr(pl_module, "calibration", None)  # other people's modules have none
             own = {score: numbers[f"auroc/{score}"] for score in SCORES}
             of_val = own if split == "val" else {} if calibration is None else calibration.aurocs
             chosen = best_score(of_val) if of_val else ""
