@@ -157,7 +157,8 @@ def test_unknown_queries_are_told_by_what_a_user_computes(many: Path, tiny_clip_
     assert model.evaluated is not None
     direct = data(many, test_episodes=30, n_shot=2, unknown_queries=3, evaluation="direct")
     direct.setup("test")
-    known, right, unknown, of_features = [], [], [], []
+    known, right, unknown = [], [], []
+    of_features: Any = []
     for batch in direct.test_dataloader():
         classes = [list(row) for row in batch["class_indices"].tolist()]
         assert not any(
@@ -174,7 +175,7 @@ def test_unknown_queries_are_told_by_what_a_user_computes(many: Path, tiny_clip_
     for name, value in expected.items():
         assert float(model.evaluated.numbers[f"{name}/distance"]) == pytest.approx(value, abs=1e-3), name
     # Other people's data modules may deal them, too.
-    loader: Any = torch.utils.data.DataLoader(of_features, batch_size=None)
+    loader = torch.utils.data.DataLoader(of_features, batch_size=None)
     (numbers,) = trainer(tmp_path).test(model, loader, verbose=False)
     for name, value in expected.items():
         assert numbers[f"test/{name}/distance"] == pytest.approx(value, abs=1e-3), name

@@ -484,7 +484,7 @@ class CLIPM2DF(lightning.LightningModule):
             of_videos = {key: features[rows[key]] for key in ("support", "query", "unknown") if key in rows}
             return cast(FeatureEpisode, {**rows, **of_videos})
         if batch["support"].is_floating_point():
-            return cast(FeatureEpisode, batch)
+            return batch
         support, query = self.model.encode_episode(batch)
         encoded = {**batch, "support": support, "query": query}
         if "unknown" in batch:
