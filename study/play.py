@@ -75,17 +75,12 @@ def play(run: Run, settings: Settings, store: Path) -> list[Record]:
     Returns:
         Its records: one of each row that is tested from its weights, for each number of shots.
     """
-    _be_quiet()
     started = time.perf_counter()
     part = settings.parts[run.part]
     # Before the files are read again: what changes meanwhile must not be taken for what was run.
     common = {name: getattr(run, name) for name in ("part", "purpose", "family", "seed", "lr")}
     common |= {"versions": versions(), "settings": run.digest(settings)}
-    kept = store / f"{run.training(settings)}-{versions()['source']}.pt"
-    config = configuration(run, settings, store)
-    lightning.seed_everything(config["seed_everything"], verbose=False)
-    model = CLIPM2DF(**config["model"])
-    curve = _train(model, config, kept) if part.trains(run.row) else []
+    model, _, curve = trained(run, settings, store)
     records, rows = [], run.rows(settings)
     for n_shot, row in run.tested(settings):
         # It was validated with the first number of shots.
@@ -113,6 +108,16 @@ def play(run: Run, settings: Settings, store: Path) -> list[Record]:
     return records
 
 
+def trained(run: Run, settings: Settings, store: Path) -> tuple[CLIPM2DF, dict[str, Any], list[Point]]:
+    """The model of a run after its training, if it has anything to train, its config and its validations."""
+    _be_quiet()
+    kept = store / f"{run.training(settings)}-{versions()['source']}.pt"
+    config = configuration(run, settings, store)
+    lightning.seed_everything(config["seed_everything"], verbose=False)
+    model = CLIPM2DF(**config["model"])
+    return model, config, _train(model, config, kept) if settings.parts[run.part].trains(run.row) else []
+
+
 def _train(model: CLIPM2DF, config: Mapping[str, Any], kept: Path) -> list[Point]:
     """Train, unless another run has kept the weights that this would give."""
     if kept.is_file():
@@ -135,7 +140,7 @@ def configuration(
     name = config_name(run.family, settings.parts[run.part].n_shots[0])
     config: dict[str, Any] = yaml.safe_load(find_config(name).read_text(encoding="utf-8"))
     everything = run.options(settings) | dict(options or {})
-    if everything.get("data.train_augmentations", config["data"]["train_augmentations"]):
+    if everything.get("data.train_augmentations", config["data"].get("train_augmentations")):
         # A folder each for what one process encodes: several would overwrite each other's features.
         everything["data.store"] = str(store / "features" / f"{config['data']['manifest']}_seed{run.seed}")
     for option, value in everything.items():

@@ -351,17 +351,39 @@ class EpisodeDataModule(lightning.LightningDataModule):
             self._read_manifest()
         assert self.manifest is not None
         tables = {}
-        options = {"root": self.manifest.root, "num_workers": self.num_workers, "stuck_after": self.stuck_after}
         for name, split in self.manifest.splits.items():
-            train = name == "train"
-            seed = self.seed if train else self.eval_seed
-            dataset = EpisodeDataset(split, self.train_shape, self.reader, seed=seed, augment=train, plans=[])
-            self._datasets[name] = dataset
+            tables[name] = self._table_of(split)
+            self._datasets[name] = tables[name].dataset
             self._check_decoder(name)
-            unusable = UnusableVideos(split, 1.0, "it is left out")
-            augmentations = self.train_augmentations if train else 0
-            tables[name] = TrainingTable(dataset, augmentations, unusable, progress=True, **options)
         return tables
+
+    def calibration_table(self, most: int) -> TrainingTable | None:
+        """The videos of val, to be encoded as an evaluation sees them; None where there is no val split.
+
+        Args:
+            most: videos of a class; of more, some from beginning to end, since neighbours may be cut from one video.
+        """
+        if self.manifest is None:
+            self._read_manifest()
+        assert self.manifest is not None
+        if "val" not in self.manifest.splits:
+            return None
+        split = self.manifest.split("val")
+        chosen = tuple(
+            tuple(row[i * len(row) // min(most, len(row))] for i in range(min(most, len(row)))) for row in split.videos
+        )
+        return self._table_of(dataclasses.replace(split, videos=chosen))
+
+    def _table_of(self, split: Split) -> TrainingTable:
+        """All videos of a split, to be encoded: those of train in their augmentations, if there are to be any."""
+        assert self.manifest is not None
+        train = split.name == "train"
+        seed = self.seed if train else self.eval_seed
+        dataset = EpisodeDataset(split, self.train_shape, self.reader, seed=seed, augment=train, plans=[])
+        options: dict[str, Any] = {"root": self.manifest.root, "num_workers": self.num_workers}
+        options |= {"stuck_after": self.stuck_after, "progress": True, "known": self.table}
+        unusable = UnusableVideos(split, 1.0, "it is left out")
+        return TrainingTable(dataset, self.train_augmentations if train else 0, unusable, **options)
 
     def test_plans(self) -> tuple[Split, list[EpisodePlan]]:
         """The test split and the videos of its episodes; from the manifest alone, no video is needed."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, SumMetric
 
 from clip_m2df.episode import Labels
+from clip_m2df.evaluation.open_set import MEASURES, SCORES, OpenSet
 from clip_m2df.nn.head import HeadOutput
 
 # Two-sided 95 % of a normal distribution, as the field reports it.
@@ -216,7 +217,8 @@ LOSSES = ("total", "match", "distill", "class")
 # All that a stage can log, after its own name and a slash; heads without views, towers without text and losses that are
 # off leave some out.
 TWINS = ("twin_share", "accuracy_twins", "accuracy_without_twins")
-NAMES = ("accuracy", "interval", "replaced_videos", *TWINS, *SHARES, *(f"loss/{name}" for name in LOSSES))
+OPEN_SET = tuple(f"{measure}/{score}" for measure in MEASURES for score in SCORES)
+NAMES = ("accuracy", "interval", "replaced_videos", *TWINS, *SHARES, *(f"loss/{name}" for name in LOSSES), *OPEN_SET)
 
 
 class StageMetrics(nn.ModuleDict):
@@ -232,6 +234,7 @@ class StageMetrics(nn.ModuleDict):
                 "replaced_videos": SumMetric(nan_strategy="disable"),
                 **{name: MeanMetric(nan_strategy="disable") for name in SHARES},
                 **{f"loss_{name}": Mean() for name in LOSSES},
+                "open_set": OpenSet(),
             }
         )
 
@@ -277,6 +280,16 @@ class StageMetrics(nn.ModuleDict):
             metrics["replaced_videos"].update(batch["replaced"])
         for name, value in losses.items():
             metrics[f"loss_{name}"].update(value, len(labels))
+
+    def count_unknown(self, scores: Tensor, labels: Tensor, unknown: Tensor) -> None:
+        """Count how a batch of episodes tells its unknown queries from the others.
+
+        Args:
+            scores: ``(episodes, n_queries, n_way)``, by which the queries' classes are predicted.
+            labels: int64 ``(episodes, n_queries)``, the queries' classes.
+            unknown: ``(episodes, n_unknown, n_way)``, the same of the unknown queries.
+        """
+        cast(OpenSet, self["open_set"]).update(scores, scores.argmax(-1) == labels, unknown)
 
     def take(self) -> tuple[dict[str, Tensor], Tensor]:
         """What has been counted since the last time, summed over all ranks; it starts anew.
