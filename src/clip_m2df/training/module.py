@@ -304,6 +304,11 @@ class CLIPM2DF(lightning.LightningModule):
         """Height and width in pixels of the frames that the tower takes; 0 without a tower, for features alone."""
         return self.model.backbone.image_size
 
+    @property
+    def bank(self) -> EpisodeBank | None:
+        """What the evaluation under way is played from; None between evaluations, and where frames are played."""
+        return self._bank
+
     def setup(self, stage: str) -> None:
         """Take over what a feature table has; refuse, before videos are read, what does not fit together.
 
