@@ -26,13 +26,24 @@ from clip_m2df.files import read_bytes
 P = ParamSpec("P")
 T = TypeVar("T")
 
-PARTS = {"main": "frozen tower", "tower": "tower trained too", "adapters": "adapters compared"}
+PARTS = {
+    "main": "frozen tower",
+    "heads": "further heads and prompts",
+    "tower": "tower trained too",
+    "adapters": "adapters compared",
+}
 PURPOSES = ("choose", "measure")
 CLEAN = "clean"
 # What the differences are against, by part.
 REFERENCE = "CLIP-M²DF"
-REFERENCES = {"main": REFERENCE, "tower": REFERENCE, "adapters": "LoRA"}
+REFERENCES = {"main": REFERENCE, "heads": REFERENCE, "tower": REFERENCE, "adapters": "LoRA"}
 SHARES = ("pps_accuracy", "view_agreement", "local_accuracy", "global_accuracy")
+# Tests beside the clean one and those with a knob and its level.
+OPEN, TWIN_FREE, TWINS, GROUPED = "open set", "twin-free", "twins, random", "twins, grouped"
+TESTS = (OPEN, TWIN_FREE, TWINS, GROUPED)
+# What further metrics of a test begin with, and those of the validation that chooses a score.
+METRICS = ("auroc/", "oscr/", "fpr95/", "twin_share", "accuracy_twins", "accuracy_without_twins")
+ON_VAL = "val/auroc/"
 
 
 class NotMeasuredError(UserError):
@@ -75,6 +86,9 @@ class Outcome:
         view_agreement: how often both views predicted the same class.
         local_accuracy: of the local view alone.
         global_accuracy: of the global view alone.
+        metrics: further ones of the test by their names there, such as ``auroc/distance``, and with unknown queries
+            those of val by theirs, such as ``val/auroc/distance``.
+        options: of the test, on top of those of its row.
     """
 
     correct: str
@@ -83,6 +97,8 @@ class Outcome:
     view_agreement: float | None = None
     local_accuracy: float | None = None
     global_accuracy: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    options: str = ""
 
     def __post_init__(self) -> None:
         _require(type(self.n_queries) is int and 0 < self.n_queries < 10, "n_queries is not from 1 to 9")
@@ -92,6 +108,8 @@ class Outcome:
         for name in SHARES:
             value = getattr(self, name)
             _require(value is None or _is_number(value, most=1), f"{name} is no share")
+        for name, value in self.metrics.items():
+            _require(name.startswith((*METRICS, ON_VAL)) and _is_number(value, most=1), f"metric {name} is no share")
 
 
 @dataclass(frozen=True)
@@ -111,7 +129,7 @@ class Record:
         seconds: that it took.
         settings: a digest of what it depends on.
         curve: its validations, in order; empty where nothing was trained, or with another number of shots.
-        tests: by name: ``clean``, or a knob and its level, such as ``noise=0.2``.
+        tests: by name: ``clean``, a knob and its level, such as ``noise=0.2``, or one of ``TESTS``.
         weights_of: the row whose training it was tested from; None: its own.
         test_command: that repeats the clean test after ``command``, if that is a training.
     """
@@ -149,7 +167,8 @@ class Record:
         else:
             _require(CLEAN in self.tests, f"a measurement needs the test {CLEAN!r}")
         for test in self.tests:
-            _require(test == CLEAN or bool(_KNOB.fullmatch(test)), f"test {test!r} is no knob and level")
+            known = test in (CLEAN, *TESTS) or bool(_KNOB.fullmatch(test))
+            _require(known, f"test {test!r} is none of {', '.join(TESTS)}, and no knob and level")
 
     @property
     def cell(self) -> Cell:
@@ -213,8 +232,8 @@ def append(path: Path, record: Record) -> None:
     """
     entry = {key: value for key, value in asdict(record).items() if key not in ("weights_of", "test_command") or value}
     for test in entry["tests"].values():
-        for name in SHARES:
-            if test[name] is None:
+        for name in (*SHARES, "metrics", "options"):
+            if test[name] in (None, {}, ""):
                 del test[name]
     line = json.dumps(entry, ensure_ascii=False, allow_nan=False).encode() + b"\n"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -326,7 +345,7 @@ def knobs(records: Iterable[Record]) -> dict[str, list[str]]:
     found: dict[str, set[str]] = {}
     for record in records:
         for test in record.tests:
-            if test != CLEAN:
+            if _KNOB.fullmatch(test):
                 found.setdefault(test.partition("=")[0], set()).add(test)
     return {knob: sorted(tests, key=level) for knob, tests in found.items()}
 
