@@ -21,7 +21,7 @@ from pathlib import Path
 from clip_m2df.errors import UserError
 from clip_m2df.files import read_bytes
 from study.page import render
-from study.results import read_results
+from study.results import read_coverage, read_results
 from study.schedule import current, run_study
 from study.settings import Settings
 
@@ -54,7 +54,8 @@ def main(arguments: list[str]) -> int:
                 raise
             finally:
                 pool.shutdown(cancel_futures=True)
-        render(current(settings, read_results(results)), findings, docs)
+        sets = results.with_name("coverage.jsonl")
+        render(current(settings, read_results(results)), findings, docs, read_coverage(sets) if sets.exists() else [])
     except UserError as error:
         print(f"study: {error}", file=sys.stderr)
         return 2
