@@ -77,17 +77,12 @@ def play(run: Run, settings: Settings, store: Path) -> list[Record]:
     Returns:
         Its records: one of each row that is tested from its weights, for each number of shots.
     """
-    _be_quiet()
     started = time.perf_counter()
     part = settings.parts[run.part]
     # Before the files are read again: what changes meanwhile must not be taken for what was run.
     common = {name: getattr(run, name) for name in ("part", "purpose", "family", "seed", "lr")}
     common |= {"versions": versions(), "settings": run.digest(settings)}
-    kept = store / f"{run.training(settings)}-{versions()['source']}.pt"
-    config = configuration(run, settings, store)
-    lightning.seed_everything(config["seed_everything"], verbose=False)
-    model = CLIPM2DF(**config["model"])
-    curve = _train(model, config, kept) if part.trains(run.row) else []
+    model, _, curve = trained(run, settings, store)
     records, rows = [], run.rows(settings)
     for n_shot, row in run.tested(settings):
         # It was validated with the first number of shots.
@@ -113,6 +108,16 @@ def play(run: Run, settings: Settings, store: Path) -> list[Record]:
         )
         started = time.perf_counter()
     return records
+
+
+def trained(run: Run, settings: Settings, store: Path) -> tuple[CLIPM2DF, dict[str, Any], list[Point]]:
+    """The model of a run after its training, if it has anything to train, its config and its validations."""
+    _be_quiet()
+    kept = store / f"{run.training(settings)}-{versions()['source']}.pt"
+    config = configuration(run, settings, store)
+    lightning.seed_everything(config["seed_everything"], verbose=False)
+    model = CLIPM2DF(**config["model"])
+    return model, config, _train(model, config, kept) if settings.parts[run.part].trains(run.row) else []
 
 
 def _train(model: CLIPM2DF, config: Mapping[str, Any], kept: Path) -> list[Point]:

@@ -98,6 +98,110 @@ class Run:
         return rows
 
 
+# What videos were cut from
+
+
+@pytest.mark.parametrize(
+    ("dataset", "groups"),
+    [
+        (
+            "ucf101",
+            {
+                "Archery/v_Archery_g01_c01.avi": "Archery_g01",
+                "Archery/v_Archery_g01_c02.avi": "Archery_g01",
+                "Archery/v_Archery_g02_c01.avi": "Archery_g02",
+                "Archery/v_Archery_g1_c10.mp4.mkv": "Archery_g1",
+                "Biking/v_Biking_g01_c01.avi": "Biking_g01",
+                "Biking/v_Biking_g01_c07/1.jpg": "Biking_g01",
+                "Biking/Biking_g01_c03.avi": "",
+                "Biking/v_Biking_g01.avi": "",
+            },
+        ),
+        (
+            "hmdb51",
+            {
+                "kick/TrumanShow_kick_f_nm_np1_fr_med_26.avi": "TrumanShow_kick",
+                "kick/TrumanShow_kick_l_cm_np2_ba_bad_0.avi": "TrumanShow_kick",
+                "kick/Truman_Show_kick_u_cm_np0_ri_goo_1.avi": "Truman_Show_kick",
+                "kick/a_u_nm_np1_fr_bad_1_h_cm_np1_le_goo_12.avi": "a_u_nm_np1_fr_bad_1",
+                "run/TrumanShow_run_f_nm_np1_fr_med_26.avi": "TrumanShow_run",
+                "run/#20_(a)_run_f_cm_np12_ba_med_0/1.png": "#20_(a)_run",
+                "run/TrumanShow_run_f_nm_np1_fr_med.avi": "",
+                "run/TrumanShow_run_x_nm_np1_fr_med_26.avi": "",
+            },
+        ),
+        (
+            "kinetics100",
+            {
+                "yoga/-kYzxMKp514_000086_000096.mp4": "-kYzxMKp514",
+                "yoga/-kYzxMKp514_000096_000106.mp4": "-kYzxMKp514",
+                "yoga/abcdefghijk.mkv": "abcdefghijk",
+                "hug/ABcdefghijk_1_2.mp4": "ABcdefghijk",
+                "hug/___________.mp4": "___________",
+                "hug/abcdefghijkl.mp4": "",
+            },
+        ),
+        ("ssv2", {"hug/1234.webm": "", "hug/v_hug_g01_c01.webm": ""}),
+    ],
+)
+def test_names_tell_what_videos_were_cut_from(
+    tmp_path: Path, dataset: str, groups: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    touch(tmp_path / "videos", groups)
+    if dataset in LISTED:
+        stems = {str(Path(name).with_suffix("")) for name in groups}
+        lists = {"train": sorted(stems), "val": ["sit/of none"], "test": ["eat/of none"]}
+        Run(tmp_path, dataset, lists=lists)
+    else:
+        Run(tmp_path, dataset)
+    with (tmp_path / "out" / "m.csv").open(newline="") as file:
+        rows = {row["path"]: row.get("group") for row in csv.DictReader(file)}
+    wanted = {
+        str(Path(name).parent) if Path(name).suffix in (".jpg", ".png") else name: g for name, g in groups.items()
+    }
+    assert rows == (wanted if any(groups.values()) else dict.fromkeys(wanted))
+    said = " ".join(capsys.readouterr().out.split())
+    distinct = {group for group in groups.values() if group}
+    assert (f": {len(distinct)} groups of {sum(map(bool, groups.values()))} videos, the largest of 2" in said) == bool(
+        distinct
+    )
+    missing = sum(not group for group in groups.values())
+    assert (f"{missing} videos have no group" in said) == bool(distinct)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "group"),
+    [
+        (r"/tape\d+", "/tape7"),
+        (r"tape(\d+)_", "7"),
+        (r"^train/([^/]+)/tape(\d+)(x)?", "wave 7"),
+        (r"clip \d+$", "clip 12"),  # no extension
+    ],
+)
+def test_groups_of_ones_own(tmp_path: Path, pattern: str, group: str, capsys: pytest.CaptureFixture[str]) -> None:
+    touch(tmp_path / "videos", ["train/wave/tape7_clip 12.mp4", "train/wave/other.mp4"])
+    run = Run(tmp_path, "folder", "--group", pattern)
+    assert {Path(video.path).stem: video.group for video in run.manifest.videos} == {
+        "tape7_clip 12": group,
+        "other": "",
+    }
+    out = capsys.readouterr().out
+    assert "1 groups of 1 videos" in out
+    assert "1 videos have no group" in out
+    assert "train/wave/other.mp4" in out
+
+
+@pytest.mark.parametrize("pattern", ["(", "[a", "nowhere", r"^$", "x" * 3 + "{9999999999999999999999}"])
+def test_groups_that_cannot_be_found_are_refused(
+    tmp_path: Path, pattern: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    touch(tmp_path / "videos", ["train/wave/tape7.mp4"])
+    run = Run(tmp_path, "folder", "--group", pattern)
+    assert run.status == 2
+    assert not run.output.exists()
+    assert f"--group {pattern!r}" in capsys.readouterr().err
+
+
 # Listed videos
 
 

@@ -104,6 +104,17 @@ def test_a_table_is_a_manifest_with_features(file: Path, by: str) -> None:
     assert all(table.class_embeddings[label].equal(embedding) for label, embedding in classes.items())
 
 
+@pytest.mark.parametrize("by", ["write_feature_table", "others"])
+def test_groups_of_videos_are_kept(file: Path, by: str) -> None:
+    groups = ["a", "", "a", "é 1", ""]
+    rows = [row | ({"group": group} if group else {}) for row, group in zip(ROWS, groups, strict=True)]
+    (save if by == "others" else write_feature_table)(file, rows, numbers())
+    assert [video.group for video in read_feature_table(file).manifest.videos] == groups
+    rows = [{**ROWS[0], "group": "a", "augmentation": n} for n in range(2)] + ROWS[3:]
+    (save if by == "others" else write_feature_table)(file, rows, numbers(4))
+    assert [video.group for video in read_feature_table(file).manifest.videos] == ["a", "", ""]
+
+
 def test_augmentations_of_training_videos_are_told_apart(file: Path) -> None:
     rows = [dict(row, augmentation=a) for row in ROWS[:3] for a in (1, 0)] + ROWS[3:]
     features = numbers(len(rows))
@@ -184,6 +195,9 @@ def test_a_large_table_is_read_from_the_disk_as_it_is_needed(tmp_path: Path) -> 
         ([*ROWS[:4], {**ROWS[0], "augmentation": 1}], r"augmentations \[.*\] of .*mp4, and .* of another.* 0 to"),
         ([{**ROWS[0], "augmentation": 0}, *ROWS[1:]], r"augmentations \[\] of .*hug/1.mp4, and 1 of another"),
         ([*ROWS[:4], {**ROWS[0], "label": "hug", "augmentation": 1}], "row 5 .* another label or split"),
+        ([*ROWS[:4], {**ROWS[0], "group": "b", "augmentation": 1}], "row 5 .* another group"),
+        ([*ROWS[:4], {**ROWS[4], "group": "a\nb"}], "row 5 .* group .* one line"),
+        ([{**row, "group": n} for n, row in enumerate(ROWS)], "row 1 .* group 0: give a text"),
     ],
 )
 def test_a_row_at_fault_is_named(file: Path, rows: list[dict[str, Any]], said: str) -> None:

@@ -357,6 +357,10 @@ def test_the_digest_tells_what_decides_the_episodes(tmp_path: Path) -> None:
         "\n".join([lines[0], lines[2], lines[1], *lines[3:]]),  # videos of one class in another order
         "\n".join(lines[:-1]),
     ]
+    cells = ["group", *("" if "val" in line else f"g{n // 2}" for n, line in enumerate(lines[1:]))]
+    grouped = "\n".join(f"{line},{cell}" for line, cell in zip(lines, cells, strict=True))
+    same.append("\n".join(f"{line}," if n else f"{line},group" for n, line in enumerate(lines)))  # nothing is known
+    different += [grouped, grouped.replace(",g1", ",g0"), grouped.replace(",g1", ",G1")]
     assert {digest(text) for text in same} == {digest(VALID)}
     assert len({digest(text) for text in [VALID, *different]}) == 1 + len(different)
 

@@ -143,6 +143,7 @@ def encode_manifest(
             for index in kept:
                 video = table.videos[index]
                 row: dict[str, Any] = {"path": relative_path(video.path, start), "label": video.label, "split": name}
+                row |= {"group": video.group} if video.group else {}
                 rows.append(row | ({"augmentation": index % table.augmentations} if table.augmentations else {}))
         features = torch.cat(parts)
         write_feature_table(output, rows, features, embeddings)

@@ -1,9 +1,10 @@
 """``clip-m2df prepare``: finds a data set's videos on disk and writes their manifest."""
 
 import os
+import re
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -12,7 +13,7 @@ from clip_m2df.datasets.benchmarks import BENCHMARKS, N_WAY, NEEDED
 from clip_m2df.datasets.importers import Outcome, match_classes, match_entries, match_split_folders, nearest_class
 from clip_m2df.datasets.manifest import SPLITS, Manifest, Video, readable
 from clip_m2df.datasets.split_lists import SplitLists, read_lists
-from clip_m2df.datasets.tree import Tree, describe, is_storable, scan
+from clip_m2df.datasets.tree import Tree, VideoFile, describe, is_storable, scan
 from clip_m2df.errors import UserError, console, say, some
 from clip_m2df.files import check_output, for_spreadsheet, lies_under, write_table
 
@@ -27,8 +28,11 @@ def prepare(
     annotations: Sequence[Path] = (),
     output: Path,
     report: Path | None = None,
+    group: str | None = None,
 ) -> int:
     """Write the manifest of a data set from its files on disk, and print what was found.
+
+    The column ``group`` says what each video was cut from, where names tell: the data set's by a rule that is printed.
 
     Args:
         dataset: The data set; folder: a tree split/class/video, or class/video with --lists.
@@ -37,12 +41,15 @@ def prepare(
         annotations: Files with class names, such as something-something-v2-train.json, or a class index, a name a line.
         output: The manifest, a CSV.
         report: A CSV that names every missing and every ambiguous video.
+        group: What a video was cut from, as a regular expression that is searched for in its path from the root without
+            the extension: what its parentheses match, or all of it. In the place of the data set's own rule.
 
     Returns:
         0 if every class has the videos of 5-way 5-shot episodes, 1 if not.
 
     Raises:
-        UserError: If an input cannot be read or understood, an output cannot be written, or not one video is found.
+        UserError: If an input cannot be read or understood, an output cannot be written, or not one video is found, or
+            a group of none.
     """
     if report is not None and report.absolute() == output.absolute():
         raise UserError(f"--output and --report are both {output}: give them two names")
@@ -54,6 +61,11 @@ def prepare(
         raise UserError("--annotations names the classes of --lists, and there are none: give both, or neither")
     if dataset != "folder" and dataset not in BENCHMARKS:
         raise UserError(f"there is no data set {dataset!r}: choose from {', '.join(BENCHMARKS)}, folder")
+    rule = BENCHMARKS[dataset].group if dataset in BENCHMARKS else ""
+    try:
+        pattern = re.compile(rule if group is None else group)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise UserError(f"--group {group!r} is no regular expression: {error}; mend it") from error
     check_output(output, "manifest")
     if report is not None:
         check_output(report, "report")
@@ -90,13 +102,56 @@ def prepare(
         )
     if not outcome.found:
         raise _nothing_found(outcome, tree, root)
+    groups = {file: _group(pattern, file) if pattern.pattern else "" for _, _, file in outcome.found}
+    if group is not None and not any(groups.values()):
+        raise UserError(
+            f"--group {group!r} finds nothing in paths such as {_searched(next(iter(groups)))!r}: it is searched for in"
+            " the path from the root without the extension; mend it, or leave it out"
+        )
     videos = [
-        Video(os.path.join(folder, *file.folder, file.name), label, split, readable(label))
+        Video(
+            os.path.join(folder, *file.folder, file.name),
+            label,
+            split,
+            readable(label),
+            {"group": groups[file]} if groups[file] else {},
+        )
         for split, label, file in outcome.found
     ]
     videos.sort(key=lambda video: (SPLITS.index(video.split), video.label, video.path))
     Manifest(videos).write(output, root)
-    return _print_outcome(dataset, outcome, tree, root, output, report, known.remarks if known else ())
+    remarks = [*(known.remarks if known else ()), *_group_remarks(dataset, group, groups)]
+    return _print_outcome(dataset, outcome, tree, root, output, report, remarks)
+
+
+def _searched(file: VideoFile) -> str:
+    """The part of a path in which groups are searched for."""
+    return "/".join((*file.folder, file.stem))
+
+
+def _group(pattern: re.Pattern[str], file: VideoFile) -> str:
+    """What a video was cut from, by its path; empty if that does not tell."""
+    match = pattern.search(_searched(file))
+    parts = (match.groups(default="") or (match[0],)) if match else ()
+    return " ".join(" ".join(parts).split())
+
+
+def _group_remarks(dataset: str, own: str | None, groups: Mapping[VideoFile, str]) -> list[str]:
+    """A line that says by which rule videos have groups, and how many."""
+    sizes = Counter(group for group in groups.values() if group)
+    unknown = [repr(file.inner_path) for file, group in groups.items() if not group]
+    rule = f"what {own!r} finds in its path" if own is not None else ""
+    if own is None and dataset in BENCHMARKS:
+        rule = BENCHMARKS[dataset].group_rule
+    if not rule or not sizes:
+        return []
+    lines = [
+        f"the column group says what a video was cut from, {rule}: {len(sizes)} groups of {sizes.total()} videos, the"
+        f" largest of {max(sizes.values())}"
+    ]
+    if unknown:
+        lines.append(f"{len(unknown)} videos have no group, as their names do not follow that: {some(unknown, 3)}")
+    return lines
 
 
 def _match(dataset: str, known: SplitLists | None, tree: Tree, root: Path) -> Outcome:

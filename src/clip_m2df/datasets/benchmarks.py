@@ -20,11 +20,16 @@ class Benchmark:
         n_videos: Videos of the published train, val and test split.
         class_split: The classes of each split, spelled as the data set's folders, where a split is all videos of its
             classes; empty where it is a list of videos.
+        group: A regular expression that finds what a video was cut from in its path without the extension; empty where
+            names do not tell.
+        group_rule: The same in words.
     """
 
     n_classes: tuple[int, int, int]
     n_videos: tuple[int, int, int]
     class_split: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    group: str = ""
+    group_rule: str = ""
 
 
 _HMDB51 = {
@@ -64,9 +69,26 @@ def _class_split(names: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
 
 
 BENCHMARKS: Mapping[str, Benchmark] = {
-    "kinetics100": Benchmark((64, 12, 24), (6400, 1200, 2400)),
+    "kinetics100": Benchmark(
+        (64, 12, 24),
+        (6400, 1200, 2400),
+        group=r"(?:^|/)([\w-]{11})(?![0-9A-Za-z-])[^/]*$",
+        group_rule="the first 11 characters of its name, the video's id",
+    ),
     "ssv2": Benchmark((64, 12, 24), (67013, 1926, 2857)),
     "ssv2_small": Benchmark((64, 12, 24), (6400, 1200, 2400)),
-    "hmdb51": Benchmark((31, 10, 10), (4280, 1194, 1292), _class_split(_HMDB51)),
-    "ucf101": Benchmark((70, 10, 21), (9154, 1421, 2745), _class_split(_UCF101)),
+    "hmdb51": Benchmark(
+        (31, 10, 10),
+        (4280, 1194, 1292),
+        _class_split(_HMDB51),
+        group=r"(?:^|/)([^/]+)_[hulf]_[cn]m_np\d+_(?:fr|ba|le|ri)_(?:bad|med|goo)_\d+$",
+        group_rule="its name without the codes at the end, such as _f_cm_np1_fr_med_12",
+    ),
+    "ucf101": Benchmark(
+        (70, 10, 21),
+        (9154, 1421, 2745),
+        _class_split(_UCF101),
+        group=r"(?:^|/)v_([^/]+_g\d+)_c\d+$",
+        group_rule="the class and the gNN of its name",
+    ),
 }

@@ -32,6 +32,8 @@ from clip_m2df.weight_files import write_weights
 FORMAT = "clip-m2df feature table 1"
 CLASSES_FORMAT = "clip-m2df class embeddings 1"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# What a row may lack.
+_OPTIONAL = ("group", "augmentation")
 # Rows whose numbers are checked at once.
 _CHECKED = 1024
 # How many times larger than its file a table may be.
@@ -89,8 +91,9 @@ def read_feature_table(path: str | os.PathLike[str]) -> FeatureTable:
 
     Args:
         path: A ``.safetensors`` file with the tensor ``features (n, frames, dim)`` and the metadata ``format``
-            (``clip-m2df feature table 1``) and ``rows``, a JSON list of objects with ``path``, ``label``, ``split`` and
-            for augmented training videos ``augmentation``; or a ``.parquet`` file with these columns and ``features``,
+            (``clip-m2df feature table 1``) and ``rows``, a JSON list of objects with ``path``, ``label``, ``split``,
+            ``group`` if known (:attr:`Video.group`) and for augmented training videos ``augmentation``; or a
+            ``.parquet`` file with these columns and ``features``,
             lists of lists of numbers. Class embeddings are likewise a tensor ``embeddings (n, dim)`` with ``rows`` of
             ``label`` (format ``clip-m2df class embeddings 1``), or the columns ``label`` and ``embedding``.
 
@@ -126,7 +129,8 @@ def write_feature_table(
 
     Args:
         path: The file, ``.safetensors`` or ``.parquet``; one that is there is replaced.
-        rows: ``path``, ``label``, ``split`` and for augmented training videos ``augmentation``, of each row.
+        rows: ``path``, ``label``, ``split``, ``group`` if known and for augmented training videos ``augmentation``, of
+            each row.
         features: ``(rows, frames, dim)``, a tensor or an array of numpy's.
         class_embeddings: ``(dim)`` by label, likewise; they go to the file beside it, ``NAME.classes.safetensors`` or
             ``NAME.classes.parquet``.
@@ -203,7 +207,12 @@ def _checked_rows(
         where = f"row {number + 1} of {what}"
         for name in ("path", "label", "split"):
             _check_text(row.get(name), name, where)
-        video = Video(os.path.abspath(os.path.join(folder, row["path"])), row["label"], row["split"], text=row["label"])
+        extra = {}
+        if row.get("group") not in (None, ""):
+            _check_text(row["group"], "group", where)
+            extra = {"group": row["group"].strip()}
+        path = os.path.abspath(os.path.join(folder, row["path"]))
+        video = Video(path, row["label"], row["split"], text=row["label"], extra=extra)
         augmentation = row.get("augmentation")
         if augmentation is not None and (type(augmentation) is not int or augmentation < 0 or video.split != "train"):
             raise UserError(
@@ -220,7 +229,10 @@ def _checked_rows(
         if videos.setdefault(video.path, video) is video:
             lines.append(number + 1)
         elif videos[video.path] != video:
-            raise UserError(f"{where} has another label or split than a row before with its path: give it the same")
+            raise UserError(
+                f"{where} has another label or split, or another group, than a row before with its path: give it the"
+                " same"
+            )
     several = {"lines": lines} if len(videos) < len(rows) else {}  # else the rows are the manifest's own
     manifest = Manifest(videos.values(), root=folder, source=what, **several)
     training = [video.path for video in manifest.videos if video.split == "train"]
@@ -354,9 +366,9 @@ def _read_parquet(source: str, what: str, name: str) -> tuple[list[dict[str, Any
                     f"the {what} {source} has no column {missing[0]!r}: it needs {', '.join((*texts, name))}, and has"
                     f" {some(map(repr, there))}"
                 )
-            if twice := [column for column in (*texts, "augmentation", name) if there.count(column) > 1]:
+            if twice := [column for column in (*texts, *_OPTIONAL, name) if there.count(column) > 1]:
                 raise UserError(f"the {what} {source} has the column {twice[0]!r} twice: remove one")
-            cells = [column for column in (*texts, "augmentation") if column in there]
+            cells = [column for column in (*texts, *_OPTIONAL) if column in there]
             _check_size(file.metadata, source, what)
             table = file.read(columns=[*cells, name], use_threads=False)
             columns = {column: table[column].to_pylist() for column in cells}
@@ -435,7 +447,7 @@ def _write_parquet(draft: Path, rows: Sequence[Mapping[str, Any]], name: str, nu
     lists = pa.array(numbers.contiguous().flatten().numpy())
     for length in reversed(numbers.shape[1:]):
         lists = pa.FixedSizeListArray.from_arrays(lists, length)
-    names = [n for n in ("path", "label", "split", "augmentation") if any(n in row for row in rows)]
+    names = [n for n in ("path", "label", "split", *_OPTIONAL) if any(n in row for row in rows)]
     columns = {n: pa.array([row.get(n) for row in rows]) for n in names}
     columns["features" if name == "features" else "embedding"] = lists
     pa.parquet.write_table(pa.table(columns), draft)

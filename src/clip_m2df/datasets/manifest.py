@@ -43,6 +43,11 @@ class Video:
     text: str
     extra: Mapping[str, str] = field(default_factory=dict, hash=False)
 
+    @property
+    def group(self) -> str:
+        """What the video was cut from, the row's column ``group``; empty if that is not known."""
+        return self.extra.get("group", "")
+
 
 @dataclass(frozen=True)
 class Split:
@@ -108,7 +113,8 @@ class Manifest:
         """Read a manifest and check it.
 
         The file is CSV in UTF-8 with the columns ``path``, ``label`` and ``split`` and optionally ``text``: what a
-        prompt says of the class, its label where empty. Other columns are kept. Relative paths start at its folder; if
+        prompt says of the class, its label where empty; and ``group``: what the video was cut from, the same for all
+        cuts of it. Other columns are kept. Relative paths start at its folder; if
         there is no video of them, and all paths are relative, at ``root``, as ``clip-m2df prepare`` writes them.
 
         A manifest can come from anybody, so it can't name any file of this machine: its videos have to lie in its
@@ -218,7 +224,7 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """SHA-256, in hexadecimal, of what decides the episodes: splits, classes, texts and the videos of each.
+        """SHA-256, in hexadecimal, of what decides episodes: splits, classes, texts, videos and their groups.
 
         Videos under the root count by their path from there, so a data set that is moved as a whole keeps its digest.
         """
@@ -226,6 +232,8 @@ class Manifest:
         for split in self._splits.values():
             for label, text, videos in zip(split.class_names, split.class_texts, split.videos, strict=True):
                 cells = [split.name, label, text, *(relative_path(video.path, self.root) for video in videos)]
+                if any(video.group for video in videos):  # no split starts with "="
+                    cells += ["", *(f"={video.group}" for video in videos)]
                 # No cell holds a NUL or is empty, so an empty one ends a class.
                 state.update("".join(cell + "\0" for cell in [*cells, ""]).encode())
         return state.hexdigest()

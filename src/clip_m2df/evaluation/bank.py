@@ -43,6 +43,8 @@ class EpisodeBank:
         prompt_table: ``(n_classes, dim)``.
         episodes: all that will be played, their numbers rising, on the device of the features.
         memory: bytes for embedded videos. Where they don't fit, each batch of episodes embeds its own.
+        pairs: int64 ``(n, 2)``, videos and classes, all that episodes may need to which the bank will :meth:`turn_to`;
+            by default those of its episodes.
 
     Attributes:
         indices: int64 ``(episodes, n_queries)``, the classes whose prompts were selected for the queries.
@@ -52,18 +54,34 @@ class EpisodeBank:
     """
 
     def __init__(
-        self, head: Head, features: Tensor, prompt_table: Tensor, episodes: IndexedEpisode, *, memory: float = 4e9
+        self,
+        head: Head,
+        features: Tensor,
+        prompt_table: Tensor,
+        episodes: IndexedEpisode,
+        *,
+        memory: float = 4e9,
+        pairs: Tensor | None = None,
     ) -> None:
         self.head = head
         self.features = features
         self.prompt_table = prompt_table
         self.episodes = episodes
         self.indices, self.probabilities = self._select_prompts()
-        self.pairs, self._sorted, self._rank = self._list_pairs()
+        self.pairs, self._sorted, self._rank = self._list_pairs(pairs)
         self._memory = memory
         self._fits: bool | None = None  # not known before something is embedded
         self._kept = Embedded()
         self._done = [False] * -(-len(self.pairs) // PAIRS)
+
+    def turn_to(self, episodes: IndexedEpisode) -> None:
+        """Play other episodes of the same videos, of any shape; what has been embedded is kept.
+
+        Args:
+            episodes: whose pairs are among those that the bank was given.
+        """
+        self.episodes = episodes
+        self.indices, self.probabilities = self._select_prompts()
 
     def play(self, numbers: Tensor) -> HeadOutput:
         """Score the queries of episodes.
@@ -105,8 +123,11 @@ class EpisodeBank:
         ]
         return torch.cat([part.indices for part in parts]), torch.cat([part.probabilities for part in parts])
 
-    def _list_pairs(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _list_pairs(self, given: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """The pairs in the order of their first use; the same sorted, and where each of these stands in the former."""
+        if given is not None:
+            keys = self._pair(*given.unbind(-1)).unique()
+            return keys, keys, torch.arange(len(keys), device=keys.device)
         classes = self.episodes["class_indices"]
         support = self._pair(self.episodes["support"], classes.unsqueeze(-1)).flatten(1)
         query = self.episodes["query"]
