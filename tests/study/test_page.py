@@ -9,7 +9,7 @@ from PIL import Image
 
 from clip_m2df.errors import UserError
 from study.page import filled, render
-from study.results import REFERENCE, Cell, Outcome, Point, Record, accuracy, difference, read_results
+from study.results import REFERENCE, Cell, Outcome, Point, Record, accuracy, difference, read_coverage, read_results
 from study.schedule import current, to_do
 from study.settings import Settings
 from tests.study.test_results import choice, measurement
@@ -23,9 +23,13 @@ def outcomes(rng: np.random.Generator, share: float, tests: tuple[str, ...], **s
 
 
 def rendered_page(records: list[Record], folder: Path, findings: str = "") -> str:
-    """The page that is rendered into a folder."""
+    """The front page that is rendered into a folder, and the tables after it."""
     render(records, findings, folder)
-    return (folder / "results.md").read_text(encoding="utf-8")
+    return pages(folder)
+
+
+def pages(folder: Path) -> str:
+    return "".join((folder / name).read_text(encoding="utf-8") for name in ("results.md", "results_tables.md"))
 
 
 def study() -> list[Record]:
@@ -62,7 +66,7 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def text(rendered: Path) -> str:
-    return (rendered / "results.md").read_text(encoding="utf-8")
+    return pages(rendered)
 
 
 def tables(text: str, after: str) -> list[dict[str, dict[str, str]]]:
@@ -144,7 +148,7 @@ def test_knob_tables_have_clean_and_each_level_with_differences_below(text: str)
     assert len(noise) == 4  # two families, 1 and 5 shots
     table = noise[1]
     assert list(table) == [REFERENCE, "without PPS", "OTAM"]
-    assert list(table["OTAM"]) == ["method", "clean", "0.05", "0.1"]
+    assert list(table["OTAM"]) == ["method", "from", "clean", "0.05", "0.1"]
     cell = Cell("main", "scene", 5, "without PPS")
     above, below = table["without PPS"]["0.1"].split("<br>")
     assert above.split()[0] == f"{100 * accuracy(study(), cell, 'noise=0.1').mean:.1f}"
@@ -162,6 +166,7 @@ def test_views_rates_and_the_tower_have_their_tables(text: str) -> None:
         "family": "`scene`",
         "shots": "5",  # the last of this family
         "method": REFERENCE,
+        "from": "m2df; seeds 0, 1",
         "PPS": "62.5",
         "local view": "25.0",
         "global view": "–",
@@ -211,6 +216,7 @@ def test_the_same_results_give_the_same_bytes(rendered: Path, tmp_path: Path) ->
     assert [str(path) for path in files] == [
         *(f"figures/results_{name}.png" for name in ("curves", "noise", "outliers", "views")),
         "results.md",
+        "results_tables.md",
     ]
     for path in files:
         assert (tmp_path / path).read_bytes() == (rendered / path).read_bytes()
@@ -254,7 +260,7 @@ def test_findings_are_filled_in() -> None:
     ("template", "message"),
     [
         ("{precision: CLIP-M²DF | scene | 1}", "unknown field {precision: CLIP-M²DF"),
-        ("{adapter_accuracy: LoRA | scene | 1}", "after tower_, adapters_"),
+        ("{adapter_accuracy: LoRA | scene | 1}", "after tower_, adapters_, heads_"),
         ("{accuracy}", "{accuracy} can't be read: write it like"),
         ("{accuracy: CLIP-M²DF | scene}", "can't be read: write it like"),
         ("{accuracy: CLIP-M²DF | scene | one}", "can't be read: write it like"),
@@ -301,6 +307,7 @@ def test_runs_that_do_not_go_together_are_no_dash(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="on 3 episodes"):
         render([measurement(REFERENCE, 0, "1234"), measurement("other", 0, "123")], "", tmp_path)
     assert not (tmp_path / "results.md").exists()
+    assert not (tmp_path / "results_tables.md").exists()
 
 
 def test_a_table_keeps_bars_within_their_cells(tmp_path: Path) -> None:
@@ -318,15 +325,24 @@ def test_the_study_is_whole_and_its_page_is_what_the_results_say(tmp_path: Path)
         assert record.command.startswith("clip-m2df ")
         assert record.versions
         assert all(len(outcome.correct) >= 2000 for outcome in record.tests.values())
-    text = rendered_page(records, tmp_path, (ROOT / "study/findings.md").read_text(encoding="utf-8"))
-    assert text == (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    findings = (ROOT / "study/findings.md").read_text(encoding="utf-8")
+    render(records, findings, tmp_path, read_coverage(ROOT / "study/coverage.jsonl"))
+    for name in ("results.md", "results_tables.md"):
+        assert (tmp_path / name).read_text(encoding="utf-8") == (ROOT / "docs" / name).read_text(encoding="utf-8")
     drawn = {file.name for file in (tmp_path / "figures").iterdir()}
     assert drawn == {file.name for file in (ROOT / "docs/figures").glob("results_*.png")}
 
 
+def test_the_front_page_can_be_read_in_two_minutes() -> None:
+    """At most 400 words, all marks of tables and lists among them."""
+    front = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    assert 100 < len(front.split()) <= 400
+    assert "(results_tables.md)" in front
+
+
 def test_the_commands_can_be_run_one_after_another() -> None:
     """No training meets the run folder of another, and each test finds the one that it is of."""
-    lines = (ROOT / "docs/results.md").read_text(encoding="utf-8").splitlines()
+    lines = (ROOT / "docs/results_tables.md").read_text(encoding="utf-8").splitlines()
     commands = [shlex.split(line) for line in lines if line.startswith("clip-m2df ")]
     trained: dict[str, str] = {}
     for _, verb, *options in commands:

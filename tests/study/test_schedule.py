@@ -148,7 +148,7 @@ def test_the_command_runs_the_small_study_and_renders_its_page(
     run_study(SETTINGS, quick / "results.jsonl", tmp_path, Inline())
     # All is done: the command has nothing left to run.
     assert command.main(["run", "--quick", "--workers", "1"]) == 0
-    page = (quick / "results.md").read_text(encoding="utf-8")
+    page = (quick / "results_tables.md").read_text(encoding="utf-8")
     assert "| OTAM" in page
     (otam, _) = (record for record in read_results(quick / "results.jsonl") if record.row == "OTAM")
     assert otam.command in page
