@@ -75,6 +75,7 @@ class Contrary(M2DFHead):
         ({}, 2),
         ({"class_weight": 1.0, "text_fusion": 0.4, "selection": "expectation"}, 2),
         ({"selection": "sample"}, 2),
+        ({"selection": "each"}, 2),
         ({"head": f"{__name__}.Contrary"}, 1),
         *(({"head": name, "class_weight": 1.0, "text_fusion": 0.4}, 5) for name in HEADS if name != "m2df"),
     ],

@@ -254,7 +254,8 @@ class ClassScorer:
         head, share = self.model.model.head, self.model.text_fusion
         least = head.least_distance(query.shape[-2])
         scored = []
-        for chunk in query.split(QUERIES):
+        # With each class's prompt a query is embedded as often as there are classes.
+        for chunk in query.split(max(QUERIES // len(self.prompts), 1) if head.query_prompt == "each" else QUERIES):
             logits = self.score(chunk).logits
             scores = fuse_text(head, share, logits, chunk, self.prompts)
             scored.append((scores.float().log_softmax(-1), -logits - least))

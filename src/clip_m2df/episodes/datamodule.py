@@ -39,7 +39,7 @@ MOST_PLAYED, MOST_DEVICES = 64, 64
 
 
 # The embedded benchmark's families by the names under which they stand for a manifest.
-EMBEDDED = {"motion_shapes": "demo", "motion_shapes_scene": "scene", "motion_shapes_order": "order"}
+EMBEDDED = {"motion_shapes": "demo"} | {f"motion_shapes_{name}": name for name in ("scene", "order", "mixed")}
 
 
 KNOBS = tuple(field.name for field in dataclasses.fields(motion_shapes.Knobs))
@@ -57,9 +57,9 @@ class EpisodeDataModule(lightning.LightningDataModule):
     Args:
         manifest: a CSV with the columns path, label, split and, if wanted, text (what the prompt says); paths relative
             to the CSV's folder, of videos or of folders of numbered images. Or ``motion_shapes``,
-            ``motion_shapes_scene`` or ``motion_shapes_order``, the embedded benchmark, rendered when first used. Or a
-            feature table (``.safetensors`` or ``.parquet``), as ``clip-m2df encode`` and other tools write it: then no
-            video is read, and no tower needed.
+            ``motion_shapes_scene``, ``motion_shapes_order`` or ``motion_shapes_mixed``, the embedded benchmark,
+            rendered when first used. Or a feature table (``.safetensors`` or ``.parquet``), as ``clip-m2df encode`` and
+            other tools write it: then no video is read, and no tower needed.
         knobs: how much harder than usual the test episodes of the embedded benchmark are: shares by the names
             ``overlap``, ``outliers`` and ``noise`` (see :class:`clip_m2df.motion_shapes.Knobs`).
         root: a folder outside the manifest's own in which its videos may lie too; those elsewhere are refused.

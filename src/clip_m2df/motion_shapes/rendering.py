@@ -29,6 +29,7 @@ VIDEOS_PER_CLASS: dict[str, Mapping[str, int]] = {
     "demo": {"train": 20, "val": 12, "test": 16},
     "scene": dict.fromkeys(SPLITS, 30),
     "order": dict.fromkeys(SPLITS, 30),
+    "mixed": dict.fromkeys(SPLITS, 30),
 }
 
 
@@ -38,7 +39,7 @@ class Knobs:
 
     Attributes:
         overlap: of what makes a class its own, how much is taken away in all videos: the share of the way to a grey
-            circle in ``demo`` and ``scene``, to a video in which nothing happens in ``order``.
+            circle in ``demo``, ``scene`` and ``mixed``, to a video in which nothing happens in ``order``.
         outliers: of the support videos, how many are occluded, of another class, or static.
         noise: deviation of the grain on each pixel of all videos, as a share of the range from black to white.
 
@@ -111,7 +112,7 @@ def render(
     Args:
         root: the folder to make. By default one in the cache, ``$CLIP_M2DF_CACHE`` or ``~/.cache/clip-m2df``, whose
             name holds a digest of all that the videos depend on.
-        family: ``demo``, ``scene`` or ``order``.
+        family: ``demo``, ``scene``, ``order`` or ``mixed``.
         knobs: how much harder than usual the videos of the test split are; with any, only that split is rendered.
             Where there are outliers, each video gets an outlying version, for the support of episodes.
         videos_per_class: how many videos a class has, by split; by default 20, 12 and 16 in ``demo`` and 30 elsewhere.
