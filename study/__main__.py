@@ -8,7 +8,11 @@ Usage: python -m study run [--quick] [--workers N]
 ``--quick``, in minutes: a small study of the same shape, kept apart under runs/study_quick. A line of results is of its
 settings, not of the code: after a change of the method, remove those that it concerns.
 
+<<<<<<< HEAD
 ``coverage`` measures how often sets of labels hold the truth: on each family, over 1,000 draws of classes and clips,
+=======
+``coverage`` measures on each family how often sets of labels hold the truth, over 1,000 draws of classes and clips;
+>>>>>>> openset
 with ``--quick`` over 50.
 """
 
@@ -54,10 +58,8 @@ def main(arguments: list[str]) -> int:
             pool = ProcessPoolExecutor(options.workers, mp_context=multiprocessing.get_context("spawn"))
             try:
                 if options.command == "coverage":
-                    draws = 50 if options.quick else 1000
-                    run_coverage(
-                        tuple(FAMILIES), settings, results.with_name("coverage.jsonl"), ROOT / "runs/study", draws, pool
-                    )
+                    sets, draws = results.with_name("coverage.jsonl"), 50 if options.quick else 1000
+                    run_coverage(tuple(FAMILIES), settings, sets, ROOT / "runs/study", draws, pool)
                     return 0
                 run_study(settings, results, ROOT / "runs/study", pool)
             except BaseException:

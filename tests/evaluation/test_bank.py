@@ -193,3 +193,39 @@ def test_where_memory_is_short_each_batch_embeds_its_own(selection: str, monkeyp
     monkeypatch.setattr(module, "PAIRS", 5)
     few = EpisodeBank(head, features, prompts, played)
     torch.testing.assert_close(few.play(played["numbers"]).logits, expected)
+
+
+def with_unknown(played: IndexedEpisode, n_unknown: int = 3, seed: int = 1) -> IndexedEpisode:
+    """The episodes with queries of the classes that each does not have."""
+    generator = torch.Generator().manual_seed(seed)
+    others = torch.stack(
+        [
+            torch.tensor([c for c in range(N_CLASSES) if c not in classes])
+            for classes in played["class_indices"].tolist()
+        ]
+    )
+    n = len(others)
+    classes = others.gather(1, torch.randint(others.shape[1], (n, n_unknown), generator=generator))
+    unknown = VIDEOS_A_CLASS * classes + torch.randint(VIDEOS_A_CLASS, (n, n_unknown), generator=generator)
+    draws = torch.rand(n, n_unknown, generator=generator)
+    extra: Any = {"unknown": unknown, "unknown_classes": classes, "unknown_draws": draws}
+    return played | extra
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@torch.no_grad()
+def test_unknown_queries_are_scored_as_by_the_head_itself_and_change_nothing(name: str) -> None:
+    head = make_head(**OPTIONS[name])
+    features, prompts = videos()
+    plain = episodes(40, n_shot=2)
+    played = with_unknown(plain)
+    closed, bank = EpisodeBank(head, features, prompts, plain), EpisodeBank(head, features, prompts, played)
+    assert closed.of_unknown is None
+    assert bank.of_unknown is not None
+    of_unknown: Any = played | {"query": played["unknown"], "draws": played["unknown_draws"]}
+    for numbers in played["numbers"].split(20):
+        output = bank.of_unknown.play(numbers)
+        expected = direct(head, features, prompts, of_unknown, numbers)
+        torch.testing.assert_close(output.logits, expected.logits, atol=1e-4, rtol=0)
+        assert output.prompt_indices.equal(expected.prompt_indices)
+        assert bank.play(numbers).logits.equal(closed.play(numbers).logits)

@@ -166,10 +166,10 @@ def small_calibration(**options: Any) -> Calibration:
 def test_what_there_is_of_a_calibration_is_said() -> None:
     found = small_calibration()
     assert found.n_shots == [1, 3]  # of 9 videos a class none is left beside 9 examples
-    assert str(found) == f"2 to {N_CLASSES} classes with 1 example, 2 to {N_CLASSES} classes with 3 examples"
+    assert str(found) == f"2 to {N_CLASSES} classes with 1, 3 examples"
     assert found.n_classes(4, 3) == N_CLASSES
     assert found.n_classes(4, 2) == 0
-    with pytest.raises(UserError, match=r"not of 4 classes with 2 examples, but of 2 to 7 classes with 1 example"):
+    with pytest.raises(UserError, match=r"not of 4 classes with 2 examples, but of 2 to 7 classes with 1, 3 examples"):
         found.at(4, 2, 0.2)
     # 1/8 of the weight is that of the class to come.
     assert math.isinf(found.at(4, 3, 0.12).known)

@@ -9,6 +9,7 @@ import yaml
 
 from clip_m2df.cli import main
 from clip_m2df.errors import UserError
+from clip_m2df.evaluation.open_set import MEASURES, SCORES
 from clip_m2df.report.page import percent
 from tests.classifier.conftest import read_csv
 from tests.conftest import options
@@ -68,6 +69,33 @@ def test_the_configuration_is_whole(tested: Measured) -> None:
     assert config["data"]["test_episodes"] == 6
     assert config["model"]["head_options"]["hidden_dim"] == 32
     assert config["ckpt_path"].endswith("best.ckpt")
+
+
+def test_unknown_queries_have_a_table_and_curves(
+    fitted: Path, hostile_manifest: Path, tiny_clip_dir: Path, tmp_path: Path
+) -> None:
+    more = [f"--ckpt_path={fitted / 'checkpoints' / 'best.ckpt'}", "--data.n_way=2", "--data.unknown_queries=2"]
+    tested = run_test(hostile_manifest, tiny_clip_dir, tmp_path, *more)
+    page, numbers = read(tested.page), {n: float(v) for n, v in tested.trainer.callback_metrics.items()}
+    (table,) = page.all("table", id="open-set")
+    for score, _, *shown in table.rows():
+        assert shown == [percent(numbers[f"test/{measure}/{score.split()[0]}"]) for measure in MEASURES]
+    assert [row[0] for row in table.rows()] == list(SCORES)
+    accepted, right = (svg for svg in page.all("svg", class_="curves") if svg.attributes.get("role") == "img")
+    for svg, end in ((accepted, 1.0), (right, numbers["test/accuracy"])):
+        lines = {line.attributes["class"]: line.attributes["points"].split() for line in svg.all("polyline")}
+        assert lines.keys() == SCORES.keys()
+        for points in lines.values():
+            heights = [100 - float(point.split(",")[1]) for point in points]
+            assert heights == sorted(heights)
+            assert heights[-1] == pytest.approx(100 * end, abs=0.06)
+            assert [float(point.split(",")[0]) for point in points] == list(range(101))
+    rows = {row["metric"]: row["value"] for row in read_csv(tmp_path / "test_metrics.csv")}
+    assert {f"test/{measure}/{score}" for measure in MEASURES for score in SCORES} < rows.keys()
+
+
+def test_without_unknown_queries_there_is_no_table_of_them(tested: Measured) -> None:
+    assert not list(read(tested.page).all("table", id="open-set"))
 
 
 @pytest.mark.parametrize("evaluation", ["bank", "direct"])

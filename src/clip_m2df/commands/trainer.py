@@ -37,7 +37,9 @@ from clip_m2df.clip.formats import told_options
 from clip_m2df.datasets.feature_tables import is_feature_table, read_feature_table
 from clip_m2df.episodes.datamodule import EpisodeDataModule
 from clip_m2df.episodes.files import write_episodes_file
-from clip_m2df.errors import Stopped, UserError, ended_by_sigterm, say
+from clip_m2df.errors import Stopped, UserError, ended_by_sigterm, require, say
+from clip_m2df.evaluation.bank import encode_videos
+from clip_m2df.evaluation.conformal import MOST_CLIPS, N_SHOTS
 from clip_m2df.files import FULL, locked_folder, writing
 from clip_m2df.loops import raised_while_restoring
 from clip_m2df.motion_shapes import NO_KNOBS
@@ -134,6 +136,12 @@ class CLI(LightningCLI):
         if subcommand == "test":
             text = "a page for a browser, .html: accuracies, what is taken for what, the hardest episodes"
             parser.add_argument("--report", type=str | None, default=None, help=text)
+        if subcommand == "validate":
+            text = (
+                "numbers of examples of a class, such as [1,5]: calibrate sets of labels for them on val, and put the"
+                " calibration into the checkpoint in the place of its own; fit does so for 1, 3, 5 and 10"
+            )
+            parser.add_argument("--calibrate", type=list[int] | None, default=None, help=text)
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -210,7 +218,9 @@ class CLI(LightningCLI):
             return
         config = Path(self.trainer.default_root_dir) / "config.yaml"
         test = f"clip-m2df test --config {shlex.quote(str(config))} --ckpt_path"
+        files = [kept.last_model_path]
         if kept.best_model_path and kept.best_model_score is not None:
+            files.insert(0, kept.best_model_path)
             score = float(kept.best_model_score)
             worth = f"{100 * score:.1f} %" if "accuracy" in str(kept.monitor) else f"{score:.4g}"
             say(f"the best checkpoint is {kept.best_model_path}, with {kept.monitor} {worth}; next:", f"  {test} best")
@@ -218,6 +228,49 @@ class CLI(LightningCLI):
             say(
                 f"there was no validation to tell the best; the last is {kept.last_model_path}; next:", f"  {test} last"
             )
+        try:
+            self._calibrate(files, N_SHOTS)
+        except UserError as error:  # the training itself is worth more
+            say(f"clip-m2df: warning: the checkpoints have no calibration: {error}", error=True)
+
+    def after_validate(self) -> None:
+        """Calibrate, if that is asked for."""
+        if self.config.validate.calibrate and self.trainer.is_global_zero:
+            self._calibrate([self.config.validate.ckpt_path], self.config.validate.calibrate)
+
+    def _calibrate(self, files: Sequence[str], n_shots: Sequence[int]) -> None:
+        """Calibrate the models in checkpoints on val, and put what comes of it into their files.
+
+        Raises:
+            UserError: the videos can't be read, or a file can't be written.
+        """
+        model = self.model.to(self.trainer.strategy.root_device).eval()
+        features, found = None, {}
+        with ended_by_sigterm(f"the training is whole in {files[-1]}; validate --calibrate calibrates it"):
+            table = self.datamodule.calibration_table(MOST_CLIPS)
+            if table is None or not self.trainer.limit_val_batches:
+                return
+            for file in files:
+                checkpoint = checkpoints.read_checkpoint(file)
+                if (step := checkpoint.get("global_step")) not in found:
+                    model.load_state_dict(checkpoint["state_dict"])
+                    if features is None or not model.model.freeze_backbone:
+                        features = encode_videos(model.model, table, [])
+                    rows: list[list[int]] = [[] for _ in table.dataset.split.class_names]
+                    number = {label: c for c, label in enumerate(table.dataset.split.class_names)}
+                    for index in table.named([]):
+                        rows[number[table.videos[index].label]].append(index)
+                    prompts = model.encode_prompts(table.dataset.split.class_texts)
+                    found[step] = model.calibrate(features, prompts, rows, n_shots)
+                if (calibration := found[step]) is not None:
+                    checkpoint["calibration"] = calibration.state()
+                    checkpoints.RunCheckpointIO().save_checkpoint(checkpoint, file)
+        if calibration is None:
+            say("sets of labels can't be calibrated: no two classes of val have two videos that can be read")
+            return
+        left_out = sorted({*n_shots} - {*calibration.n_shots})
+        missing = f"; val has too few videos a class for {', '.join(map(str, left_out))}" if left_out else ""
+        say(f"sets of labels are calibrated on val for {calibration}{missing}; predict --error gives them")
 
     def _set_seed(self) -> None:
         try:
@@ -257,6 +310,12 @@ class CLI(LightningCLI):
             config.ckpt_path = str(folder / checkpoints.BEST)
         if is_feature_table(config.data.manifest):
             self._take_table(config)
+        if self.subcommand == "validate" and config.calibrate is not None:
+            require(least=1, **{f"calibrate[{i}]": number for i, number in enumerate(config.calibrate)})
+            if not config.calibrate or config.ckpt_path is None:
+                raise UserError(
+                    "--calibrate puts numbers into a checkpoint: give numbers of examples, and the file by --ckpt_path"
+                )
         if self.subcommand == "fit":
             self.goes_on = config.ckpt_path is not None and Path(config.ckpt_path).resolve().parent == folder.resolve()
             held = any((folder / name).exists() for name in (checkpoints.LAST, checkpoints.PREVIOUS))
@@ -321,6 +380,11 @@ class CLI(LightningCLI):
 
     def _take_published(self, config: Namespace) -> None:
         """Have the model made of a published checkpoint: it keeps no options, so that those given hold."""
+        if self.subcommand == "validate" and config.calibrate:
+            raise UserError(
+                f"{config.ckpt_path} is a checkpoint of CLIP-M²DF's published code, which keeps no calibration: load it"
+                " by FewShotClassifier.from_checkpoint, whose calibrate takes a folder of further classes"
+            )
         if self.subcommand == "fit":
             raise UserError(
                 f"{config.ckpt_path} is a checkpoint of CLIP-M²DF's published code, whose training can't go on here:"
@@ -435,6 +499,12 @@ class EpisodesCLI(CLI):
         split, plans = data.test_plans()
         write_episodes_file(output, plans, split, data.manifest.root)
         say(f"{len(plans)} test episodes are in {output}; --data.episodes_file {output} reads them back")
+        if any(video.group for row in split.videos for video in row):
+            twins = [twin for plan in plans for twin in plan.twins]
+            say(
+                f"{sum(twins)} of their {len(twins)} queries, {sum(twins) / len(twins):.1%}, have a twin in the support,"
+                " a video of the same group"
+            )
 
 
 def run(args: Sequence[str], cli: type[CLI] | None = None) -> CLI:

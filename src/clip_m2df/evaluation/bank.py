@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -42,7 +43,8 @@ class EpisodeBank:
         features: ``(videos, frames, dim)``.
         prompt_table: ``(n_classes, dim)``.
         episodes: all that will be played, their numbers rising, on the device of the features.
-        memory: bytes for embedded videos. Where they don't fit, each batch of episodes embeds its own.
+        memory: bytes for embedded videos. Where they don't fit, each batch of episodes embeds its own. Unknown queries
+            may take as much again.
         pairs: int64 ``(n, 2)``, videos and classes, all that episodes may need to which the bank will :meth:`turn_to`;
             by default those of its episodes.
 
@@ -51,6 +53,8 @@ class EpisodeBank:
         probabilities: ``(episodes, n_queries, n_way)``, PPS's.
         pairs: int64, of a video and a class, in the order of their first use, as ``video · (n_classes + 1) + class``;
             ``n_classes`` stands for no prompt.
+        of_unknown: the same with the episodes' unknown queries in the place of their queries; None where there are
+            none. It is a bank of its own, so that no bit of the others depends on them.
     """
 
     def __init__(
@@ -73,6 +77,11 @@ class EpisodeBank:
         self._fits: bool | None = None  # not known before something is embedded
         self._kept = Embedded()
         self._done = [False] * -(-len(self.pairs) // PAIRS)
+        self.of_unknown: EpisodeBank | None = None
+        if "unknown" in episodes:
+            rest = {key: value for key, value in episodes.items() if not key.startswith("unknown")}
+            unknown = {**rest, "query": episodes["unknown"], "draws": episodes["unknown_draws"]}
+            self.of_unknown = EpisodeBank(head, features, prompt_table, cast(IndexedEpisode, unknown), memory=memory)
 
     def turn_to(self, episodes: IndexedEpisode) -> None:
         """Play other episodes of the same videos, of any shape; what has been embedded is kept.

@@ -24,6 +24,7 @@ from clip_m2df.evaluation.bank import EPISODES, EpisodeBank
 from clip_m2df.evaluation.open_set import SCORES, best_score, choose_score
 from clip_m2df.nn.class_text import fuse_text
 from clip_m2df.nn.head import Head
+from clip_m2df.nn.weights import check_finite
 
 
 def class_threshold(scores: Tensor, classes: Tensor, errors: Sequence[float]) -> Tensor:
@@ -185,6 +186,7 @@ class Player:
             logits, query = self._bank.play(numbers).logits, self.features[rows["query"][numbers]]
             prompts = self.prompt_table[rows["class_indices"][numbers]]
             scores = fuse_text(self.head, self.text_fusion, logits, query, prompts)
+            check_finite(scores, "the calibration")
             found.append((logits.cpu(), nonconformity(scores).cpu()))
         logits, misfits = (torch.cat(column) for column in zip(*found, strict=True))
         return logits, misfits
@@ -278,12 +280,14 @@ class Calibration:
         return sorted(set(self.settings[:, 1].tolist()))
 
     def __str__(self) -> str:
-        parts = []
+        by_ways: dict[str, list[int]] = {}
         for n_shot in self.n_shots:
             ways = self.settings[self.settings[:, 1] == n_shot, 0].tolist()
-            span = f"{min(ways)} to {max(ways)}" if len(ways) > 1 else f"{ways[0]}"
-            parts.append(f"{span} classes with {n_shot} example{'s' if n_shot > 1 else ''}")
-        return ", ".join(parts)
+            by_ways.setdefault(f"{min(ways)} to {max(ways)}" if len(ways) > 1 else f"{ways[0]}", []).append(n_shot)
+        return "; ".join(
+            f"{ways} classes with {', '.join(map(str, shots))} example{'' if shots == [1] else 's'}"
+            for ways, shots in by_ways.items()
+        )
 
     def state(self) -> dict[str, Any]:
         """In plain types and tensors, for checkpoints."""

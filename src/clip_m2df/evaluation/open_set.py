@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+MEASURES = ("auroc", "oscr", "fpr95")
+
 
 def _distance(logits: Tensor) -> Tensor:
     return logits.amax(-1)
@@ -97,6 +99,30 @@ def fpr_at_recall(known: Tensor, unknown: Tensor, recall: float = 0.95) -> float
     return int((unknown >= known.sort(descending=True).values[accepted - 1]).sum()) / len(unknown)
 
 
+def operating_curve(known: Tensor, right: Tensor, unknown: Tensor, points: int = 101) -> Tensor:
+    """How many known queries are accepted where at most some share of the unknown ones is.
+
+    Args:
+        known: scores of the queries of known classes ``(n)``.
+        right: bool ``(n)``, which of them were classified rightly.
+        unknown: scores of the others ``(m)``.
+        points: shares of unknown queries, evenly from 0 to 1.
+
+    Returns:
+        float64 ``(points, 3)``: the share of the unknown queries, and the shares of the known ones that are accepted,
+        and accepted and right.
+    """
+    shares = torch.linspace(0, 1, points, dtype=torch.float64)
+    # All that score above the first unknown query too many are accepted.
+    lowest = torch.cat((unknown.sort(descending=True).values, unknown.new_full((1,), -torch.inf)))
+    thresholds = lowest[(shares * len(unknown) + 1e-9).long()]
+    columns = []
+    for scores in (known, known[right]):
+        above = len(scores) - torch.searchsorted(scores.sort().values, thresholds, right=True)
+        columns.append(above.double() / len(known))
+    return torch.stack((shares, *columns), -1)
+
+
 def choose_score(known_logits: Tensor, unknown_logits: Tensor) -> tuple[str, dict[str, float]]:
     """The score of the highest AUROC, the first of :data:`SCORES` among equals, and the AUROC of each.
 
@@ -151,10 +177,8 @@ class OpenSet(Metric):
         known, right, unknown = (
             torch.cat(kept) if isinstance(kept, list) else kept for kept in (self.known, self.right, self.unknown)
         )
-        values: dict[str, float] = {}
-        for name, k, u in zip(SCORES, known.unbind(-1), unknown.unbind(-1), strict=True):
-            values[f"auroc/{name}"] = auroc(k, u)
-            values[f"oscr/{name}"] = oscr(k, right.bool(), u)
-            values[f"fpr95/{name}"] = fpr_at_recall(k, u)
-        order = sorted(values, key=lambda name: name.partition("/")[0] != "auroc")
-        return {name: torch.tensor(values[name], dtype=torch.float64) for name in order}
+        columns = list(zip(SCORES, known.unbind(-1), unknown.unbind(-1), strict=True))
+        values = {f"auroc/{name}": auroc(k, u) for name, k, u in columns}
+        values |= {f"oscr/{name}": oscr(k, right.bool(), u) for name, k, u in columns}
+        values |= {f"fpr95/{name}": fpr_at_recall(k, u) for name, k, u in columns}
+        return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}

@@ -251,6 +251,7 @@ def render_clip(
     overlap: float = 0.0,
     noise: float = 0.0,
     outlier: str = "",
+    recording: Scene | None = None,
 ) -> NDArray[np.uint8]:
     """Render one video of a class.
 
@@ -260,11 +261,17 @@ def render_clip(
         overlap: see :func:`clip_m2df.motion_shapes.scenes.draw_scene`.
         noise: deviation of the grain on each pixel, as a share of the range from black to white.
         outlier: ``occluded`` by a plain square for all of the video, ``static`` at one of its frames, or nothing.
+        recording: another video of the class that was cut from the same recording: what is seen, and the background,
+            are those of this one.
 
     Returns:
         (frames, height, width, 3), RGB, 12 frames a second for 2 to 4 s.
     """
-    frames = paint(draw_scene(motion_class, rng, overlap))
+    scene = draw_scene(motion_class, rng, overlap)
+    if recording is not None:
+        same = {name: getattr(recording, name) for name in ("shape", "colour", "texture", "roundness")}
+        scene = dataclasses.replace(scene, **same)
+    frames = paint(scene)
     if outlier == "static":
         frames = np.repeat(frames[rng.integers(len(frames))][None], len(frames), axis=0)
     elif outlier == "occluded":

@@ -11,6 +11,7 @@ import yaml
 from clip_m2df.errors import say
 from clip_m2df.evaluation.evidence import Played, ValidationEvidence
 from clip_m2df.evaluation.metrics import class_results
+from clip_m2df.evaluation.open_set import MEASURES
 from clip_m2df.report.page import check_page, write_page
 from clip_m2df.training.dashboard import EvidenceCollector
 from clip_m2df.training.module import CLIPM2DF
@@ -38,6 +39,10 @@ def evaluation_content(
         "n_queries": queries,
         # All have as many queries.
         "n_episodes": queries // len(found.hardest[0].labels) if found.hardest else None,
+        "open_set": [
+            (score, [numbers[f"{measure}/{score}"] for measure in MEASURES], curve.points.tolist())
+            for score, curve in found.open_set.items()
+        ],
         "classes": class_results(found.class_names, found.confusion),
         "episodes": found.hardest,
     }

@@ -20,7 +20,8 @@ from rich.table import Table
 from torch import Tensor
 
 from clip_m2df.errors import UserError, console, say, some
-from clip_m2df.evaluation.metrics import class_results
+from clip_m2df.evaluation.metrics import OPEN_SET, class_results
+from clip_m2df.evaluation.open_set import MEASURES, SCORES, best_score
 from clip_m2df.files import for_spreadsheet, read_text, write_table, write_text, writing
 from clip_m2df.loops import logs_step, number_steps
 
@@ -256,6 +257,15 @@ class RunReport(lightning.Callback):
         shape, queries = data.eval_shape, int(evaluated.confusion.sum())
         episodes = queries // (shape.n_way * shape.n_query)
         console().print(result_table(split, numbers, f"{episodes} episodes, {shape.n_way}-way {shape.n_shot}-shot"))
+        if numbers.keys() & {*OPEN_SET}:
+            # A validation chooses now; a test has what the training's own chose, where that was asked.
+            calibration = getattr(pl_module, "calibration", None)
+            own = {score: numbers[f"auroc/{score}"] for score in SCORES}
+            of_val = own if split == "val" else {} if calibration is None else calibration.aurocs
+            chosen = best_score(of_val) if of_val else ""
+            console().print(open_set_table(numbers, f"{shape.n_unknown} unknown queries an episode", chosen))
+            if of_val:
+                say(chosen_score(of_val))
         say(f"all numbers and classes are in {some(map(str, files))}")
 
 
@@ -274,10 +284,40 @@ def result_table(split: str, numbers: Mapping[str, float], what: str) -> Table:
     accuracy, interval = (100 * numbers.get(name, math.nan) for name in ("accuracy", "interval"))
     table = Table(f"{split}/accuracy", f"{accuracy:.1f} ± {interval:.1f} %", title=what, title_justify="left")
     for name, value in numbers.items():
-        if name not in ("accuracy", "interval"):
+        if name not in ("accuracy", "interval", *OPEN_SET):
             share = name not in _COUNTS and not name.startswith(_LOSSES)
             table.add_row(f"{split}/{name}", f"{100 * value:.1f} %" if share else f"{value:.4g}")
     return table
+
+
+def open_set_table(numbers: Mapping[str, float], what: str, chosen: str = "") -> Table:
+    """A table of how well each score tells unknown queries from the others.
+
+    Args:
+        numbers: see :func:`result_table`.
+        what: was played.
+        chosen: the score that val chose, if that is known.
+    """
+    headings = ("AUROC", "OSCR", "FPR at 95 % recall")
+    bound = f"the accuracy, {100 * numbers['accuracy']:.1f} %, is the upper bound of OSCR"
+    table = Table("score", *headings, title=what, title_justify="left", caption=bound, caption_justify="left")
+    for score in SCORES:
+        name = f"{score} (chosen by val)" if score == chosen else score
+        table.add_row(name, *(f"{100 * numbers[f'{measure}/{score}']:.1f} %" for measure in MEASURES))
+    return table
+
+
+def chosen_score(aurocs: Mapping[str, float]) -> str:
+    """Which score a validation chooses to tell unknown queries by, and by how much, in words.
+
+    Args:
+        aurocs: of each score in the validation.
+    """
+    chosen = best_score(aurocs)
+    second = best_score({score: value for score, value in aurocs.items() if score != chosen})
+    ahead = 100 * (aurocs[chosen] - aurocs[second])
+    than = f"{ahead:.1f} points more than {second}" if ahead else f"as much as {second}"
+    return f"val chooses the score {chosen} to tell unknown queries by: AUROC {100 * aurocs[chosen]:.1f} %, {than}"
 
 
 def write_report(folder: Path, stage: str, class_names: Sequence[str], confusion: Tensor) -> list[Path]:

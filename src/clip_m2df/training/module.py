@@ -26,7 +26,9 @@ from clip_m2df.datasets.feature_tables import FeatureTable
 from clip_m2df.datasets.manifest import Manifest
 from clip_m2df.episode import Episode, FeatureEpisode, ResizeMode, TableEpisodes, VideoTable
 from clip_m2df.errors import UserError, require, some
+from clip_m2df.evaluation import conformal
 from clip_m2df.evaluation.bank import EpisodeBank, encode_videos
+from clip_m2df.evaluation.conformal import Calibration
 from clip_m2df.evaluation.evidence import Played
 from clip_m2df.evaluation.metrics import NAMES, StageMetrics
 from clip_m2df.hub import find_model, is_reading, push_model, read_model, write_model
@@ -157,6 +159,7 @@ class CLIPM2DF(lightning.LightningModule):
     Attributes:
         default_selection: what ``selection`` is where nobody asks for another.
         evaluated: what the last validation or test counted, for callbacks.
+        calibration: by which labels make sets that hold the truth with a promised rate; None before a calibration.
 
     Raises:
         UserError: an option out of its range, weights that can't be had, a head that does not exist.
@@ -275,6 +278,7 @@ class CLIPM2DF(lightning.LightningModule):
         # How the videos of its training were read, where that is known: frames, resize, resize_mode and sampling.
         self.reading: dict[str, Any] | None = None
         self.evaluated: Evaluated | None = None
+        self.calibration: Calibration | None = None
         self._draws_seed: int | None = None
         # Whether a batch of the optimiser step under way had a loss that is not finite; steps in a row that had.
         self._broken: Tensor | bool = False
@@ -357,6 +361,53 @@ class CLIPM2DF(lightning.LightningModule):
         labels = (split.class_names for split in splits if split.class_texts == tuple(class_names))
         return self.model.encode_prompts(class_names, next(labels, None))
 
+    def calibrate(
+        self,
+        features: Tensor,
+        prompt_table: Tensor,
+        videos: Sequence[Sequence[int]],
+        n_shots: Sequence[int],
+        n_ways: Sequence[int] | None = None,
+    ) -> Calibration | None:
+        """A calibration on classes of which the model knows nothing; the model keeps none of itself.
+
+        Args:
+            features: of frames, ``(videos, frames, dim)``.
+            prompt_table: ``(n_classes, dim)``.
+            videos: of each class, by their indices in the features.
+            n_shots: numbers of examples.
+            n_ways: numbers of classes; all that there are by default.
+
+        Returns:
+            None where the classes have too few videos for any of the numbers.
+
+        Raises:
+            UserError: the model's scores are not finite.
+        """
+        head, was_training, selection = self.model.head, self.training, self.model.head.selection
+        self.eval()
+        if selection == "sample":  # by which nobody predicts
+            head.selection = "argmax"
+        try:
+            return conformal.calibrate(
+                head,
+                features,
+                prompt_table,
+                videos,
+                n_shots=n_shots,
+                n_ways=n_ways,
+                text_fusion=self.text_fusion,
+                memory=self.bank_memory * 2**30,
+                goes_by=self.goes_by(features.shape[1]),
+            )
+        finally:
+            head.selection = selection
+            self.train(was_training)
+
+    def goes_by(self, frames: int) -> dict[str, Any]:
+        """What predictions depend on beside the weights, for a calibration to know."""
+        return {"selection": self.model.head.selection, "text_fusion": float(self.text_fusion), "frames": frames}
+
     # ------------------------------------------------------------------------------------------- steps
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -417,8 +468,22 @@ class CLIPM2DF(lightning.LightningModule):
 
         share = 0.0 if stage == "train" else self.text_fusion
         scores = fuse_text(self.model.head, share, output.logits, query, prompts)
-        self._metrics_of(stage).count(output, scores.argmax(-1), episode, losses, prompts=self.model.has_prompts)
-        return loss, Played(episode, prompts, output, scores)
+        metrics = self._metrics_of(stage)
+        metrics.count(output, scores.argmax(-1), episode, losses, prompts=self.model.has_prompts)
+        unknown = None
+        if stage != "train" and "unknown" in episode:
+            unknown = self._score_unknown(batch, episode, prompts)
+            metrics.count_unknown(scores, labels, unknown)
+        return loss, Played(episode, prompts, output, scores, unknown)
+
+    def _score_unknown(self, batch: Batch, episode: FeatureEpisode, prompts: Tensor) -> Tensor:
+        """What the unknown queries of a batch are classified by; they are played by themselves, after the others."""
+        unknown = episode["unknown"]
+        if isinstance(batch, TableEpisodes) and self._bank is not None and self._bank.of_unknown is not None:
+            output = self._bank.of_unknown.play(batch.numbers)
+        else:
+            output = self.model.head(episode["support"], unknown, prompts, episode.get("unknown_draws"))
+        return fuse_text(self.model.head, self.text_fusion, output.logits, unknown, prompts)
 
     # ---------------------------------------------------------------------------------------- features
 
@@ -428,12 +493,15 @@ class CLIPM2DF(lightning.LightningModule):
             features = self._encode(batch.table, stage)
             rows = batch.table.episodes(batch.numbers.tolist())
             rows = self.transfer_batch_to_device(rows, self.device, 0)
-            support, query = features[rows["support"]], features[rows["query"]]
-            return cast(FeatureEpisode, {**rows, "support": support, "query": query})
+            of_videos = {key: features[rows[key]] for key in ("support", "query", "unknown") if key in rows}
+            return cast(FeatureEpisode, {**rows, **of_videos})
         if batch["support"].is_floating_point():
-            return batch
+            return cast(FeatureEpisode, batch)
         support, query = self.model.encode_episode(batch)
-        return cast(FeatureEpisode, {**batch, "support": support, "query": query})
+        encoded = {**batch, "support": support, "query": query}
+        if "unknown" in batch:
+            encoded["unknown"] = self.model.encode_frames(batch["unknown"])
+        return cast(FeatureEpisode, encoded)
 
     def _encode(self, table: VideoTable, stage: str) -> Tensor:
         """The features of a table's videos; encoded at the first batch of a training, or of an evaluation's epoch.
@@ -656,6 +724,8 @@ class CLIPM2DF(lightning.LightningModule):
         checkpoint["draws_seed"] = self._draws_seed
         checkpoint["reading"] = self.reading
         checkpoint["selection"] = self.default_selection
+        if self.calibration is not None:
+            checkpoint["calibration"] = self.calibration.state()
         if self._trainer is not None:
             checkpoint["goes_by"] = self._goes_by()
 
@@ -678,7 +748,10 @@ class CLIPM2DF(lightning.LightningModule):
             )
         self.reading = reading
         self._select_by_default(checkpoint.get("selection", "argmax"))
+        calibration = checkpoint.get("calibration")
+        self.calibration = None if calibration is None else Calibration.from_state(calibration)
         if self._trainer is not None and self._trainer.state.fn == "fit":  # a run that goes on
+            self.calibration = None  # of weights that are left behind
             self._draws_seed = checkpoint.get("draws_seed")
             known = inspect.signature(CLIPM2DF).parameters  # a class derived from it may save more
             saved = {n: v for n, v in checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY].items() if n in known}
