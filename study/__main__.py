@@ -8,11 +8,7 @@ Usage: python -m study run [--quick] [--workers N]
 ``--quick``, in minutes: a small study of the same shape, kept apart under runs/study_quick. A line of results is of its
 settings, not of the code: after a change of the method, remove those that it concerns.
 
-<<<<<<< HEAD
-``coverage`` measures how often sets of labels hold the truth: on each family, over 1,000 draws of classes and clips,
-=======
 ``coverage`` measures on each family how often sets of labels hold the truth, over 1,000 draws of classes and clips;
->>>>>>> openset
 with ``--quick`` over 50.
 """
 

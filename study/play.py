@@ -141,13 +141,8 @@ def configuration(
     """The config of a run's command as a tree, with features that heads train on in ``store``; ``options`` on top."""
     name = config_name(run.family, settings.parts[run.part].n_shots[0])
     config: dict[str, Any] = yaml.safe_load(find_config(name).read_text(encoding="utf-8"))
-<<<<<<< HEAD
     everything = run.options(settings)
-    if everything.get("data.train_augmentations", config["data"]["train_augmentations"]):
-=======
-    everything = run.options(settings) | dict(options or {})
     if everything.get("data.train_augmentations", config["data"].get("train_augmentations")):
->>>>>>> openset
         # A folder each for what one process encodes: several would overwrite each other's features.
         everything["data.store"] = str(store / "features" / f"{config['data']['manifest']}_seed{run.seed}")
     # Runs share the cores already.
