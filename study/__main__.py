@@ -9,7 +9,7 @@ Usage: python -m study run [--quick] [--workers N]
 settings, not of the code: after a change of the method, remove those that it concerns.
 
 ``coverage`` measures on each family how often sets of labels hold the truth, over 1,000 draws of classes and clips;
-with ``--quick`` over 50.
+with ``--quick`` over 50. ``render`` then shows it.
 """
 
 from __future__ import annotations

@@ -76,14 +76,16 @@ def _videos(settings: Settings, name: str) -> list[tuple[Run, str]]:
     """Runs of a frozen tower that between them see all videos, in training (an empty name) and in the tests."""
     part = settings.parts[name]
     row = next(iter(part.knob_rows), next(iter(part.rows)))
-    # One test of those that play the same videos.
-    tests = {tuple(knobs_of(options).items()): test for test, options in reversed(part.tests(row).items())}
+    # The first of the tests that play the same videos.
+    tests: dict[frozenset[tuple[str, float]], str] = {}
+    for test, options in part.tests(row).items():
+        tests.setdefault(frozenset(knobs_of(options).items()), test)
     return [
         (Run(name, "measure", family, row, seed, part.learning_rates[0]), test)
         for family in part.families
         for seed, test in [
             *((seed, "") for seed in settings.seeds),
-            *((settings.seeds[0], test) for test in reversed(tests.values())),
+            *((settings.seeds[0], test) for test in tests.values()),
         ]
     ]
 

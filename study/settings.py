@@ -40,7 +40,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Test:
+class FurtherTest:
     """A further test.
 
     Attributes:
@@ -74,7 +74,7 @@ class Part:
     rows: Mapping[str, Row]
     knobs: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     knob_rows: tuple[str, ...] = ()
-    further: Mapping[str, Test] = field(default_factory=dict)
+    further: Mapping[str, FurtherTest] = field(default_factory=dict)
 
     def trains(self, row: str) -> bool:
         """Whether there is anything to train: the head, or the tower below it."""
@@ -152,7 +152,7 @@ def _part(part: dict[str, Any]) -> Part:
     for name, options in part.get("tests", {}).items():
         options = dict(options)
         tested = tuple(options.pop("rows", ()))
-        further[name] = Test(options, tested)
+        further[name] = FurtherTest(options, tested)
     strangers = {row.weights_of for row in rows.values()} | set(part.get("knob_rows", ()))
     own = {name for name, row in rows.items() if not row.weights_of}
     if unknown := strangers - {"", *own}:
