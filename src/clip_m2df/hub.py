@@ -2,8 +2,9 @@
 
 A folder is enough for a model: ``model.safetensors`` has the weights; ``config.json`` the options with the towers'
 description, tokenizer included, how videos are read and prompts picked, and the checksum of the weights; ``README.md``
-is the card. Of a model whose adapters are apart, ``model.safetensors`` has the head alone, peft's two files have the
-adapters, and ``config.json`` has the checksum of the towers' weights, which are loaded from elsewhere.
+is the card, and ``calibration.safetensors`` has the thresholds of its calibration, if it has one. Of a model whose
+adapters are apart, ``model.safetensors`` has the head alone, peft's two files have the adapters, and ``config.json``
+has the checksum of the towers' weights, which are loaded from elsewhere.
 """
 
 import json
@@ -32,6 +33,7 @@ from clip_m2df.weight_files import read_weights, write_weights
 
 MODEL_FORMAT, APART_FORMAT = "clip-m2df model 1", "clip-m2df model 1, adapters apart"
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+CALIBRATION = "calibration.safetensors"
 REMEDY = "give a folder that save_pretrained wrote, or fetch the model anew"
 TEMPLATE = Path(__file__).parent / "assets" / "model_card.md.jinja"
 
@@ -42,9 +44,9 @@ def write_model(folder: str | os.PathLike[str], checkpoint: Mapping[str, Any], *
     Args:
         folder: made if need be.
         checkpoint: what Lightning's checkpoints have of a model: ``hyper_parameters``, with the towers' description as
-            ``backbone``, ``state_dict``, ``reading`` and ``selection``. Where the adapters are to be apart,
-            ``state_dict`` is that of the head, ``adapter`` what :func:`clip_m2df.clip.adapter_files.peft_files` makes,
-            and ``tower`` what tells the towers.
+            ``backbone``, ``state_dict``, ``reading``, ``selection`` and, if there is one, ``calibration``. Where the
+            adapters are to be apart, ``state_dict`` is that of the head, ``adapter`` what
+            :func:`clip_m2df.clip.adapter_files.peft_files` makes, and ``tower`` what tells the towers.
         **card: see :func:`model_card`.
 
     Raises:
@@ -77,6 +79,11 @@ def write_model(folder: str | os.PathLike[str], checkpoint: Mapping[str, Any], *
                     draft = drafts.enter_context(whole_file(folder / ADAPTER_WEIGHTS, "model"))
                     _save_weights(adapter, draft)
                     config |= {"format": APART_FORMAT, "adapter": sha256_of(draft), "tower": checkpoint["tower"]}
+                if calibration := checkpoint.get("calibration"):
+                    draft = drafts.enter_context(whole_file(folder / CALIBRATION, "model"))
+                    _save_weights({n: value for n, value in calibration.items() if isinstance(value, Tensor)}, draft)
+                    told = {n: value for n, value in calibration.items() if not isinstance(value, Tensor)}
+                    config["calibration"] = told | {"sha256": sha256_of(draft)}
                 try:
                     text = json.dumps(config, indent=2)
                 except (TypeError, ValueError) as error:
@@ -87,9 +94,10 @@ def write_model(folder: str | os.PathLike[str], checkpoint: Mapping[str, Any], *
                 if not (folder / CARD).exists():
                     card["apart"] = bool(adapter)
                     write_text(folder / CARD, "model card", str(model_card(options, reading, **card)))
-            if not adapter:  # of a model that was there before
-                for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-                    (folder / name).unlink(missing_ok=True)
+            # Of a model that was there before.
+            old = [*([] if adapter else [ADAPTER_CONFIG, ADAPTER_WEIGHTS]), *([] if calibration else [CALIBRATION])]
+            for name in old:
+                (folder / name).unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"cannot save the model in {folder}: {getattr(error, 'strerror', None) or error}; make room, or give"
@@ -161,7 +169,9 @@ def find_model(name_or_folder: str | os.PathLike[str], **options: Any) -> Path:
     try:
         # All files in one go: asked for a single one, the client takes 23 s to find out that there is no network.
         return Path(
-            huggingface_hub.snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, ADAPTER_WEIGHTS], **options)
+            huggingface_hub.snapshot_download(
+                name, allow_patterns=[CONFIG, WEIGHTS, ADAPTER_WEIGHTS, CALIBRATION], **options
+            )
         )
     except (HFValidationError, RepositoryNotFoundError) as error:
         raise UserError(
@@ -220,14 +230,17 @@ def read_model(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if other := other_model(folder):
         raise UserError(other)
-    for file in (path, folder / WEIGHTS, folder / ADAPTER_WEIGHTS):
+    for file in (path, folder / WEIGHTS, folder / ADAPTER_WEIGHTS, folder / CALIBRATION):
         check_regular(file, "model's file")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         config = config if isinstance(config, dict) else {}
         apart = config.get("format") == APART_FORMAT
-        checksums = {WEIGHTS: "sha256"} | ({ADAPTER_WEIGHTS: "adapter"} if apart else {})
-        found_sums = {name: sha256_of(folder / name) for name in checksums}
+        sums = {WEIGHTS: config.get("sha256")} | ({ADAPTER_WEIGHTS: config.get("adapter")} if apart else {})
+        calibration = config.get("calibration")
+        if calibration is not None:
+            sums[CALIBRATION] = calibration.pop("sha256", None) if isinstance(calibration, dict) else None
+        found_sums = {name: sha256_of(folder / name) for name in sums}
     except OSError as error:
         raise UserError(f"cannot read {error.filename} ({error.strerror}): {REMEDY}") from error
     except (ValueError, RecursionError) as error:
@@ -240,15 +253,17 @@ def read_model(folder: Path) -> dict[str, Any]:
     reading = config.get("reading", {})
     if not is_reading(reading):
         raise UserError(f"{path} is damaged, its reading is not a number of frames and one of pixels: {REMEDY}")
-    for name, key in checksums.items():
-        if config.get(key) != found_sums[name]:
+    for name, expected in sums.items():
+        if expected != found_sums[name]:
             raise UserError(
                 f"{folder / name} is damaged, or was not saved with the {CONFIG} beside it: its sha256 is"
-                f" {found_sums[name]}, not {config.get(key)}; fetch both anew (from the hub: force_download=True)"
+                f" {found_sums[name]}, not {expected}; fetch both anew (from the hub: force_download=True)"
             )
     told = {"reading": reading, "selection": config.get("selection", "argmax")}
     if apart:
         told |= {"adapter": read_weights(folder / ADAPTER_WEIGHTS), "tower": config.get("tower")}
+    if calibration is not None:
+        told["calibration"] = calibration | read_weights(folder / CALIBRATION)
     return {"hyper_parameters": config.get("options"), **told, "state_dict": read_weights(folder / WEIGHTS)}
 
 

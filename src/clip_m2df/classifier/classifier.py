@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import warnings
@@ -39,7 +40,9 @@ from clip_m2df.classifier.support import (
 )
 from clip_m2df.datasets.manifest import class_key
 from clip_m2df.errors import UserError, printable, require, some
+from clip_m2df.evaluation.conformal import Thresholds, nonconformity
 from clip_m2df.evaluation.explanation import Explanation, compared_classes, explain
+from clip_m2df.evaluation.open_set import SCORES
 from clip_m2df.hub import has_adapters_apart, other_model
 from clip_m2df.training.module import CLIPM2DF
 from clip_m2df.video.isolation import Unreadable
@@ -61,6 +64,7 @@ class Prediction(NamedTuple):
         distance: to the closest class, 0 where all frames of both are the same picture; NaN where the clip can't be
             read.
         error: why it can't be read, or "".
+        labels: the set of :meth:`FewShotClassifier.predict_sets`; None where none was asked for.
     """
 
     video: str
@@ -69,6 +73,21 @@ class Prediction(NamedTuple):
     probabilities: dict[str, float]
     distance: float
     error: str = ""
+    labels: tuple[str, ...] | None = None
+
+
+class _Sets(NamedTuple):
+    """By what clips get their sets of labels.
+
+    Attributes:
+        scorer: of as many examples of each class as the calibration was with.
+        score: by which clips of known classes are told.
+        thresholds: of the error rate.
+    """
+
+    scorer: ClassScorer
+    score: str
+    thresholds: Thresholds
 
 
 class Labels(np.ndarray[Any, np.dtype[np.object_]]):
@@ -134,6 +153,7 @@ class FewShotClassifier:
     Attributes:
         classes_: names of the classes, in the order in which they came.
         threshold: see above; it may be set at any time.
+        calibration: what :meth:`predict_sets` goes by: the model's, until :meth:`calibrate` makes another.
 
     Raises:
         UserError: an option out of its range, or a model whose predictions would not repeat.
@@ -162,6 +182,7 @@ class FewShotClassifier:
             model, frames=frames, resize=resize, precision=precision, workers=workers, timeout=timeout
         )
         self.threshold = threshold
+        self.calibration = model.calibration
         self._classes: dict[str, SupportClass] = {}
         self._scorer: ClassScorer | None = None
         self._told: tuple[float | None] | None = None  # what the examples tell, once it has been asked for
@@ -377,6 +398,131 @@ class FewShotClassifier:
         predictions, alone = self._predict(clips, reject)
         return predictions[0].label if alone else Labels(predictions)
 
+    def predict_sets(self, clips: Clips, error: float = 0.1) -> Any:
+        """Sets of labels that hold the truth, but for a share of ``error``.
+
+        The truth of a clip is its class, or "none of these" if it shows none of the classes. The promise is one over
+        classes: it holds on average where the classes of this classifier, and those of other clips, could as well have
+        been among the classes of the calibration, drawn from the same source; see docs/guarantees.md.
+
+        An empty set says that nothing fits, neither a class nor that it is none of them. "none of these" alone
+        rejects the clip, which a clip of a class suffers at most at the rate of ``error``.
+
+        The sets go by as many examples of each class as the class with the fewest has, or by as many as there is a
+        calibration for below that; the first ones of each.
+
+        Args:
+            clips: see :meth:`predict`.
+            error: the rate at which a set may miss the truth.
+
+        Returns:
+            For one clip a tuple of labels, the likeliest first and "none of these" last; for several a list of such.
+            Of several, one that can't be read has None and is named in a warning.
+
+        Raises:
+            UserError: there is no calibration, or none for so many classes and examples; or the only clip can't be
+                read.
+        """
+        predictions, alone = self._predict(clips, reject=False, sets=self._sets(error))
+        return predictions[0].labels if alone else [p.labels for p in predictions]
+
+    def calibrate(
+        self, further: Mapping[str, Clips] | str | os.PathLike[str], texts: Mapping[str, str] | None = None
+    ) -> Self:
+        """Calibrate :meth:`predict_sets` on further classes of one's own, for as many classes as there are here.
+
+        With k further classes there can be a promise for error rates from 1/(k + 1) on. It is saved with the
+        classifier, and for another number of classes or examples it has to be made anew.
+
+        Args:
+            further: clips of classes that the classifier does not have, as the support of :meth:`fit`; at least as many
+                classes as it has, with a clip more each than it has examples of the class with the fewest. One class
+                more yet is needed to tell what is none of these.
+            texts: see :meth:`fit`.
+
+        Raises:
+            UserError: there are too few classes or clips, or one is the classifier's own; nothing has changed then.
+        """
+        self._check_fitted()
+        n_way, n_shot = len(self._classes), min(len(c.features) for c in self._classes.values())
+        if n_way == 1:
+            raise UserError("a single class makes no sets: give the classifier two or more")
+        examples = list_examples(further)
+        own = {class_key(label): label for label in self._classes}
+        if shared := [own[class_key(str(label))] for label in examples if class_key(str(label)) in own]:
+            raise UserError(f"{some(map(repr, shared))} is a class of the classifier: calibrate on others")
+        classes = list(make_classes(self.encoder, examples, texts or {}).values())
+        check_disjoint([*self._classes.values(), *classes])
+        enough = [c for c in classes if len(c.features) > n_shot]
+        if len(enough) < n_way:
+            raise UserError(
+                f"of the {len(classes)} further classes {len(enough)} have {n_shot + 1} clips or more, too few for"
+                f" {n_way} classes with {n_shot} example{'s' if n_shot > 1 else ''}: give {n_way} such classes or more"
+            )
+        ends = [0, *itertools.accumulate(len(c.features) for c in enough)]
+        self.calibration = self.model.calibrate(
+            torch.cat([c.features for c in enough]),
+            torch.stack([c.prompt for c in enough]),
+            [range(*pair) for pair in itertools.pairwise(ends)],
+            [n_shot],
+            [n_way],
+        )
+        return self
+
+    def check_sets(self, error: float) -> None:
+        """Refuse an error rate, or a calibration, with which there are no sets; warn of what makes them large.
+
+        Raises:
+            UserError: there is no calibration, or none for so many classes and examples, or for other options.
+        """
+        self._sets(error)
+
+    def _sets(self, error: float) -> _Sets:
+        """What clips get their sets by, see :meth:`check_sets`."""
+        self._check_fitted()
+        require(above=0, below=1, error=error)
+        remedy = (
+            "give clips of further classes to calibrate, or calibrate the checkpoint by clip-m2df validate --calibrate"
+        )
+        known = self.calibration
+        if known is None:
+            raise UserError(f"{self.model.source} has no calibration, by which sets of labels are made: {remedy}")
+        own = self.model.goes_by(self.encoder.reader.frames)
+        for name, value in known.goes_by.items():
+            if own.get(name) != value:
+                raise UserError(
+                    f"the calibration is for {name} {value}, not for {own.get(name)}: give {value}, or {remedy}"
+                )
+        counts = [len(c.features) for c in self._classes.values()]
+        usable = [n for n in known.n_shots if n <= min(counts) and known.n_classes(len(counts), n)]
+        if not usable:
+            shots = f"{min(counts)} example{'s' if min(counts) > 1 else ''} of each"
+            raise UserError(f"the calibration is for {known}, and not for {len(counts)} classes with {shots}: {remedy}")
+        n_shot = max(usable)
+        if max(counts) > n_shot:
+            warnings.warn(
+                f"sets of labels go by the first {n_shot} of the examples of each class, for which there is a"
+                " calibration",
+                stacklevel=3,
+            )
+        thresholds, n_classes = known.at(len(counts), n_shot, error), known.n_classes(len(counts), n_shot)
+        if math.isinf(thresholds.known):
+            warnings.warn(
+                f"the {n_classes} classes of the calibration are too few for an error rate of {error:g}, and every set"
+                f" has all labels: {n_classes} classes allow {1 / (n_classes + 1):.3f} or more",
+                stacklevel=3,
+            )
+        elif math.isinf(thresholds.unknown):
+            warnings.warn(
+                f"the calibration has no clips of classes beside those of an episode of {len(counts)}, so that"
+                f" {NONE_OF_THESE!r} is in every set",
+                stacklevel=3,
+            )
+        classes = [
+            c if len(c.features) == n_shot else c.only(self.model, range(n_shot)) for c in self._classes.values()
+        ]
+        return _Sets(ClassScorer(self.model, classes), known.score, thresholds)
+
     def predict_proba(self, clips: Clips) -> NDArray[np.float64]:
         """Probabilities of the classes ``(n, n_way)``, also of one clip; not a number where one can't be read.
 
@@ -392,9 +538,9 @@ class FewShotClassifier:
         rows = [list(p.probabilities.values()) or nothing for p in self._predict(clips, reject=False)[0]]
         return np.array(rows, dtype=np.float64).reshape(len(rows), len(nothing))
 
-    def _predict(self, clips: Clips, reject: bool) -> tuple[list[Prediction], bool]:
+    def _predict(self, clips: Clips, reject: bool, sets: _Sets | None = None) -> tuple[list[Prediction], bool]:
         listed, alone = list_clips(clips)
-        found = dict(self._classify(listed, self._check_fitted(), self._rejecting(reject)))
+        found = dict(self._classify(listed, self._check_fitted(), self._rejecting(reject), sets))
         predictions = [found[index] for index in range(len(listed))]
         broken = [f"{p.video or f'array {index}'} ({p.error})" for index, p in enumerate(predictions) if p.error]
         if broken and alone:
@@ -403,30 +549,38 @@ class FewShotClassifier:
             warnings.warn(f"{len(broken)} of {len(listed)} clips can't be read: {some(broken)}", stacklevel=3)
         return predictions, alone
 
-    def classify(self, clips: Clips, *, reject: bool = False) -> Iterator[tuple[int, Prediction]]:
+    def classify(
+        self, clips: Clips, *, reject: bool = False, error: float | None = None
+    ) -> Iterator[tuple[int, Prediction]]:
         """Predict many clips, as they are ready.
 
         Args:
             clips: see :meth:`predict`.
             reject: the same.
+            error: give each a set of labels too, see :meth:`predict_sets`.
 
         Yields:
             The index of each clip, those of a folder in the order of their paths, and its prediction; that of a clip
             that can't be read has an ``error``.
 
         Raises:
-            UserError: there is no threshold.
+            UserError: there is no threshold, or no calibration.
         """
-        return self._classify(list_clips(clips)[0], self._check_fitted(), self._rejecting(reject))
+        sets = None if error is None else self._sets(error)
+        return self._classify(list_clips(clips)[0], self._check_fitted(), self._rejecting(reject), sets)
 
     def _classify(
-        self, clips: Sequence[Clip], scorer: ClassScorer, threshold: float | None
+        self, clips: Sequence[Clip], scorer: ClassScorer, threshold: float | None, sets: _Sets | None
     ) -> Iterator[tuple[int, Prediction]]:
         for batch in self.encoder.encode(clips):
             readable = [(index, found.features) for index, found in batch if isinstance(found, Encoded)]
             if readable:
                 paths = [name_of(clips[index]) for index, _ in readable]
-                predictions = self._label(scorer, paths, torch.stack([f for _, f in readable]), threshold)
+                features = torch.stack([f for _, f in readable])
+                predictions = self._label(scorer, paths, features, threshold)
+                if sets is not None:
+                    of_clips = self._label_sets(sets, features)
+                    predictions = [p._replace(labels=s) for p, s in zip(predictions, of_clips, strict=True)]
                 yield from zip([index for index, _ in readable], predictions, strict=True)
             for index, found in batch:
                 if isinstance(found, Unreadable):
@@ -448,6 +602,18 @@ class FewShotClassifier:
             else:
                 predictions.append(Prediction(path, label, probabilities[label], probabilities, distance))
         return predictions
+
+    @torch.no_grad()
+    def _label_sets(self, sets: _Sets, features: Tensor) -> list[tuple[str, ...]]:
+        """The labels that fit clips, by their features ``(n, frames, dim)``, the likeliest first."""
+        logits, scores = sets.scorer.scores(features)
+        misfits, names = nonconformity(scores), list(self._classes)
+        is_none = SCORES[sets.score](logits.double()) <= sets.thresholds.unknown
+        found = []
+        for row, order, none in zip(misfits.tolist(), misfits.argsort(stable=True).tolist(), is_none, strict=True):
+            labels = [names[c] for c in order if row[c] <= sets.thresholds.known]
+            found.append((*labels, NONE_OF_THESE) if none else tuple(labels))
+        return found
 
     def _rejecting(self, reject: bool) -> float | None:
         if reject and self.threshold_ is None:
@@ -551,7 +717,7 @@ class FewShotClassifier:
         require(above=-math.inf, below=math.inf, threshold=self.threshold)
         threshold = None if self.threshold is None else float(self.threshold)
         reading = saving.Reading(reader.frames, reader.resize, options, threshold)
-        saving.write_classifier(folder, self.model, list(self._classes.values()), reading)
+        saving.write_classifier(folder, self.model, list(self._classes.values()), reading, self.calibration)
 
     @classmethod
     def load(

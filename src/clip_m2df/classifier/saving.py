@@ -20,6 +20,7 @@ from torch import Tensor
 
 from clip_m2df.classifier.support import SupportClass, check_names
 from clip_m2df.errors import UserError, some
+from clip_m2df.evaluation.conformal import Calibration
 from clip_m2df.files import locked, read_bytes, sha256_of, whole_file
 from clip_m2df.hub import CONFIG
 from clip_m2df.training.module import CLIPM2DF
@@ -71,7 +72,13 @@ def check_folder(folder: Path) -> None:
         raise UserError(f"{folder} holds something other than a classifier: name an empty or a new folder")
 
 
-def write_classifier(folder: Path, model: CLIPM2DF, classes: Sequence[SupportClass], reading: Reading) -> None:
+def write_classifier(
+    folder: Path,
+    model: CLIPM2DF,
+    classes: Sequence[SupportClass],
+    reading: Reading,
+    calibration: Calibration | None = None,
+) -> None:
     """Write the examples, the model and, last, the classes of a classifier.
 
     Args:
@@ -79,12 +86,17 @@ def write_classifier(folder: Path, model: CLIPM2DF, classes: Sequence[SupportCla
         model: which goes by the examples.
         classes: at least one.
         reading: how the classifier goes about a clip.
+        calibration: the classifier's own, in the place of the model's.
 
     Raises:
         UserError: a file can't be written, or another process is about to.
     """
     with locked(folder / LOCK, "classifier", folder):
-        _write(folder, model, classes, reading)
+        of_model, model.calibration = model.calibration, calibration
+        try:
+            _write(folder, model, classes, reading)
+        finally:
+            model.calibration = of_model
 
 
 def _write(folder: Path, model: CLIPM2DF, classes: Sequence[SupportClass], reading: Reading) -> None:

@@ -251,12 +251,17 @@ class ClassScorer:
 
         A distance is 0 for videos whose frames are all the same picture, and grows from there.
         """
+        logits, scores = self.scores(query)
+        least = self.model.model.head.least_distance(query.shape[-2])
+        return scores.float().log_softmax(-1), -logits - least
+
+    def scores(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        """The head's logits and the scores that tell the class, both ``(n, n_way)``, of ``query (n, frames, dim)``."""
         head, share = self.model.model.head, self.model.text_fusion
-        least = head.least_distance(query.shape[-2])
         scored = []
-        for chunk in query.split(QUERIES):
+        # With each class's prompt a query is embedded as often as there are classes.
+        for chunk in query.split(max(QUERIES // len(self.prompts), 1) if head.query_prompt == "each" else QUERIES):
             logits = self.score(chunk).logits
-            scores = fuse_text(head, share, logits, chunk, self.prompts)
-            scored.append((scores.float().log_softmax(-1), -logits - least))
-        log_probabilities, distances = (torch.cat(column) for column in zip(*scored, strict=True))
-        return log_probabilities, distances
+            scored.append((logits, fuse_text(head, share, logits, chunk, self.prompts)))
+        logits, scores = (torch.cat(column) for column in zip(*scored, strict=True))
+        return logits, scores

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from clip_m2df.report.predictions import Row
 
 # How a clip is compared with the examples where nothing is trained.
-UntrainedHead = Literal["otam", "nearest_prototype", "bi_mhm", "zero_shot"]
+UntrainedHead = Literal["otam", "nearest_prototype", "bi_mhm", "zero_shot", "linear_probe", "tip_adapter"]
 # As Lightning calls them.
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 TABLE_FORMATS = (".csv", ".jsonl")
@@ -69,6 +69,7 @@ def predict_videos(
     report: Path | None = None,
     reject: bool = False,
     threshold: float | None = None,
+    error: float | None = None,
     segments: bool = False,
     window: float | None = None,
     stride: float | None = None,
@@ -107,6 +108,8 @@ def predict_videos(
         report: A page for a browser, .html: each video with its frames, and why.
         reject: Say "none of these" of what is too far from every class; the table has the distances.
         threshold: With --reject: the distance from which on; by default what the examples tell.
+        error: Give each video a set of labels too, "none of these" among them, that misses the truth at this rate at
+            most, such as 0.1; for that the classes must be such as those of the calibration, with which fit ends.
         segments: What happens when in long videos, which are read in this process.
         window: With --segments: length of a window in seconds, about that of the examples; 2 by default.
         stride: With --segments: seconds from one window to the next; a quarter of the window by default.
@@ -149,6 +152,9 @@ def predict_videos(
         raise UserError("--backbone_options goes with --backbone: a trained model has its towers; leave it out")
     if threshold is not None and not reject:
         raise UserError("--threshold is of --reject: give that too, or leave it out")
+    if error is not None and segments:
+        raise UserError("--error is of whole videos, and --segments looks for parts: leave out one of them")
+    require(above=0, below=1, error=error)
     if output is not None and output.suffix not in TABLE_FORMATS:
         raise UserError(f"--output is {output}: give it a name that ends in {' or '.join(TABLE_FORMATS)}")
     if report is not None:
@@ -177,7 +183,7 @@ def predict_videos(
             classifier, support_facts = _load_classifier(ckpt_path, told, reading)
         else:
             classifier, support_facts = _fit_classifier(ckpt_path, backbone, own, told, reading)
-        labeller = _Labeller(classifier, reject, {"window": 2.0, **sliding} if segments else None)
+        labeller = _Labeller(classifier, reject, {"window": 2.0, **sliding} if segments else None, error)
         fingerprints = {key: _fingerprint(clip) for key, clip in clips.items()}
         digest, columns = labeller.digest(support_facts), list(labeller.blank)
         found = {} if part is None else part.take_over(digest, fingerprints, columns)
@@ -199,7 +205,8 @@ def predict_videos(
             _print_predictions(table, columns)
         if report is not None:
             model, by_name = str(ckpt_path or backbone), {name_of(clip): clip for clip in clips.values()}
-            write_predictions(report, classifier, table, by_name, model, support, reject=reject, segments=segments)
+            asked: dict[str, Any] = {"reject": reject, "segments": segments, "error": error}
+            write_predictions(report, classifier, table, by_name, model, support, **asked)
         if part is not None:
             part.clear()
     return _print_summary(table, "segments" if segments else "videos", output)
@@ -334,12 +341,20 @@ class _Labeller:
         classifier: What labels them.
         reject: Whether they may show none of the classes.
         sliding: Options of ``FewShotClassifier.segments``, where segments are wanted.
+        error: The rate at which sets of labels may miss the truth, where they are wanted.
 
     Raises:
-        UserError: An option is out of its range, or there is nothing to reject by; each video would fail.
+        UserError: An option is out of its range, or there is nothing to reject or to make sets by; each video would
+            fail.
     """
 
-    def __init__(self, classifier: FewShotClassifier, reject: bool, sliding: dict[str, float] | None) -> None:
+    def __init__(
+        self,
+        classifier: FewShotClassifier,
+        reject: bool,
+        sliding: dict[str, float] | None,
+        error: float | None = None,
+    ) -> None:
         from clip_m2df.classifier.segments import SLOWEST, Windows
         from clip_m2df.video.timing import exact_rate
 
@@ -352,11 +367,18 @@ class _Labeller:
             raise UserError(
                 "--reject can't tell by one example of one class: give it more examples, another class, or --threshold"
             )
-        self.classifier, self.reject, self.sliding = classifier, reject, sliding
+        self.classifier, self.reject, self.sliding, self.error = classifier, reject, sliding, error
+        if error is not None:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", UserWarning)
+                classifier.check_sets(error)
+            for warning in caught:
+                say(f"clip-m2df: warning: {warning.message}", error=True)
         times = [] if sliding is None else ["start", "end"]
         distance = ["distance"] if reject and sliding is None else []
+        sets = [] if error is None else ["set"]
         columns = [f"p_{plain(name)}" for name in classifier.classes_.tolist()]
-        self.blank: Row = dict.fromkeys([*times, "label", "probability", *distance, *columns, "error"])
+        self.blank: Row = dict.fromkeys([*times, "label", "probability", *distance, *sets, *columns, "error"])
 
     def label(self, clips: Sequence[Clip]) -> Generator[tuple[int, list[Row]], None, None]:
         """The index of each video and its rows, as they are ready."""
@@ -364,7 +386,10 @@ class _Labeller:
         from clip_m2df.video.reader import VideoError
 
         if self.sliding is None:
-            for index, found in self.classifier.classify(clips, reject=self.reject):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # said at the start
+                results = self.classifier.classify(clips, reject=self.reject, error=self.error)
+            for index, found in results:
                 yield index, [self.broken_row(found.error) if found.label is None else self._row(found)]
             return
         self.classifier.encoder.check(clips, any_length=True)
@@ -389,6 +414,8 @@ class _Labeller:
         row = self.blank | probabilities | {"label": plain(str(found.label)), "probability": probability}
         if not isinstance(found, Segment) and "distance" in row:
             row["distance"] = round(found.distance, 6)
+        if not isinstance(found, Segment) and found.labels is not None:
+            row["set"] = [plain(label) for label in found.labels]
         return row
 
     def digest(self, support: object) -> str:
@@ -408,7 +435,11 @@ class _Labeller:
             "precision": self.classifier.encoder.precision,
             "question": [self.reject, self.sliding, self.classifier.threshold],
         }
-        return digest_of(model.model.state_dict(), json.dumps(facts, sort_keys=True))
+        weights = model.model.state_dict()
+        if self.error is not None and (calibration := self.classifier.calibration) is not None:
+            facts["sets"] = [self.error, calibration.score]
+            weights = {**weights, "calibration": calibration.thresholds}
+        return digest_of(weights, json.dumps(facts, sort_keys=True))
 
 
 def _write_predictions(output: Path, columns: Sequence[str], table: Mapping[str, Sequence[Row]]) -> None:
@@ -420,21 +451,28 @@ def _write_predictions(output: Path, columns: Sequence[str], table: Mapping[str,
     cells = (
         [
             for_spreadsheet(v) if isinstance(v, str) else v if v is None else f"{v:.{digits.get(name, 6)}f}"
-            for name, v in row.items()
+            for name, v in (row | ({"set": _set_text(row["set"])} if "set" in row else {})).items()
         ]
         for row in rows
     )
     write_table(output, "predictions", [columns, *cells])
 
 
+def _set_text(labels: list[str] | None) -> str | None:
+    """A set of labels in a cell: a list as JSON has it, since names may hold whatever would separate them."""
+    return None if labels is None else json.dumps(labels, ensure_ascii=False)
+
+
 def _print_predictions(table: Mapping[str, Sequence[Row]], columns: Sequence[str]) -> None:
     """Print what a table would say, but for the probabilities of the other classes."""
     digits = {"start": 2, "end": 2, "probability": 3, "distance": 2}
-    shown = [name for name in columns if name in digits or name == "label"]
+    shown = [name for name in columns if name in digits or name in ("label", "set")]
     printed = Table(*(Column(name, overflow="fold") for name in ("path", *shown)))
     for path, rows in table.items():
         for row in rows:
             said = row | ({"label": f"({row['error']})"} if row["error"] else {})
+            if said.get("set") is not None:
+                said["set"] = ", ".join(said["set"]) or "(empty)"
             cells = [(name, said[name]) for name in shown]
             texts = [
                 f"{cell:.{digits[name]}f}" if isinstance(cell, int | float) else cell or "" for name, cell in cells
@@ -567,6 +605,12 @@ def _are_rows(rows: object, columns: Sequence[str]) -> bool:
     return in_order and all(0 <= row["start"] < row["end"] <= LONGEST for row in rows)
 
 
+def _is_set(labels: object, known: set[str]) -> bool:
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        return False
+    return len(set(labels)) == len(labels) and known.issuperset(labels)
+
+
 def _is_row(row: object, columns: Sequence[str]) -> bool:
     from clip_m2df.classifier.support import NONE_OF_THESE
 
@@ -576,6 +620,8 @@ def _is_row(row: object, columns: Sequence[str]) -> bool:
     numbers = [*shares.values(), *(row[name] for name in ("start", "end", "distance") if name in row)]
     label, probability = row["label"], row["probability"]
     if not all(type(number) in (int, float) and abs(number) < LONGEST for number in numbers):
+        return False
+    if "set" in row and not _is_set(row["set"], {*shares, NONE_OF_THESE}):
         return False
     rounding = 1e-6 * (len(shares) + 10)
     if not all(0 <= share <= 1 for share in shares.values()) or abs(sum(shares.values()) - 1) > rounding:

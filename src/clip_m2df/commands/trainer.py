@@ -37,7 +37,9 @@ from clip_m2df.clip.formats import told_options
 from clip_m2df.datasets.feature_tables import is_feature_table, read_feature_table
 from clip_m2df.episodes.datamodule import EpisodeDataModule
 from clip_m2df.episodes.files import write_episodes_file
-from clip_m2df.errors import Stopped, UserError, ended_by_sigterm, say
+from clip_m2df.errors import Stopped, UserError, ended_by_sigterm, require, say
+from clip_m2df.evaluation.bank import encode_videos
+from clip_m2df.evaluation.conformal import MOST_CLIPS, N_SHOTS
 from clip_m2df.files import FULL, locked_folder, writing
 from clip_m2df.loops import raised_while_restoring
 from clip_m2df.motion_shapes import NO_KNOBS
@@ -46,7 +48,14 @@ from clip_m2df.nn.weights import published_state
 from clip_m2df.report.evaluation import EvaluationPage
 from clip_m2df.training import checkpoints
 from clip_m2df.training.build import options_by_name, saved_options
-from clip_m2df.training.callbacks import BundleWriter, RunConfig, RunProgressBar, RunReport, logger_of_run
+from clip_m2df.training.callbacks import (
+    BundleWriter,
+    RunConfig,
+    RunProgressBar,
+    RunReport,
+    chosen_score,
+    logger_of_run,
+)
 from clip_m2df.training.dashboard import Dashboard
 from clip_m2df.training.module import CLIPM2DF
 from clip_m2df.training.wandb_run import resume_run
@@ -134,8 +143,16 @@ class CLI(LightningCLI):
         if subcommand == "test":
             text = "a page for a browser, .html: accuracies, what is taken for what, the hardest episodes"
             parser.add_argument("--report", type=str | None, default=None, help=text)
+            text = "a further manifest, as often as you like: each is tested, and one table has a row for each"
+            parser.add_argument("--also", action="append", type=str, help=text)
             text = "a file by which others replay the test without a video, by clip-m2df verify"
             parser.add_argument("--bundle", type=str | None, default=None, help=text)
+        if subcommand == "validate":
+            text = (
+                "numbers of examples of a class, such as [1,5]: calibrate sets of labels for them on val, and put the"
+                " calibration into the checkpoint in the place of its own; fit does so for 1, 3, 5 and 10"
+            )
+            parser.add_argument("--calibrate", type=list[int] | None, default=None, help=text)
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -160,7 +177,8 @@ class CLI(LightningCLI):
         options = self.config_init[subcommand].trainer
         checkpoint, self.checkpoint = self.checkpoint, None
         folder = Path(options.default_root_dir or ".")
-        options.callbacks = [*_listed(options.callbacks), RunReport()]
+        self.report = RunReport(several=bool(self.others))
+        options.callbacks = [*_listed(options.callbacks), self.report]
         if options.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in options.callbacks):
             options.callbacks.append(RunProgressBar())
         options.plugins = _listed(options.plugins)
@@ -191,6 +209,11 @@ class CLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         try:
             super()._run_subcommand(subcommand)
+            for number, data in enumerate(self.others, 2):
+                self.model.test_name = f"test_{number}"
+                self.model.model.take_class_embeddings({})  # of the manifest before
+                self.trainer.test(**self._prepare_subcommand_kwargs(subcommand) | {"datamodule": data})
+            self.report.summarise(self.trainer)
         except (UserError, MisconfigurationException):
             raise
         except Exception as error:
@@ -214,7 +237,9 @@ class CLI(LightningCLI):
             return
         config = Path(self.trainer.default_root_dir) / "config.yaml"
         test = f"clip-m2df test --config {shlex.quote(str(config))} --ckpt_path"
+        files = [kept.last_model_path]
         if kept.best_model_path and kept.best_model_score is not None:
+            files.insert(0, kept.best_model_path)
             score = float(kept.best_model_score)
             worth = f"{100 * score:.1f} %" if "accuracy" in str(kept.monitor) else f"{score:.4g}"
             say(f"the best checkpoint is {kept.best_model_path}, with {kept.monitor} {worth}; next:", f"  {test} best")
@@ -222,6 +247,51 @@ class CLI(LightningCLI):
             say(
                 f"there was no validation to tell the best; the last is {kept.last_model_path}; next:", f"  {test} last"
             )
+        try:
+            self._calibrate(files, N_SHOTS)
+        except UserError as error:  # the training itself is worth more
+            say(f"clip-m2df: warning: the checkpoints have no calibration: {error}", error=True)
+
+    def after_validate(self) -> None:
+        """Calibrate, if that is asked for."""
+        if self.config.validate.calibrate and self.trainer.is_global_zero:
+            self._calibrate([self.config.validate.ckpt_path], self.config.validate.calibrate)
+
+    def _calibrate(self, files: Sequence[str], n_shots: Sequence[int]) -> None:
+        """Calibrate the models in checkpoints on val, and put what comes of it into their files.
+
+        Raises:
+            UserError: the videos can't be read, or a file can't be written.
+        """
+        model = self.model.to(self.trainer.strategy.root_device).eval()
+        features, found = None, {}
+        with ended_by_sigterm(f"the training is whole in {files[-1]}; validate --calibrate calibrates it"):
+            table = self.datamodule.calibration_table(MOST_CLIPS)
+            if table is None or not self.trainer.limit_val_batches:
+                return
+            for file in files:
+                checkpoint = checkpoints.read_checkpoint(file)
+                if (step := checkpoint.get("global_step")) not in found:
+                    model.load_state_dict(checkpoint["state_dict"])
+                    if features is None or not model.model.freeze_backbone:
+                        features = encode_videos(model.model, table, [])
+                    rows: list[list[int]] = [[] for _ in table.dataset.split.class_names]
+                    number = {label: c for c, label in enumerate(table.dataset.split.class_names)}
+                    for index in table.named([]):
+                        rows[number[table.videos[index].label]].append(index)
+                    prompts = model.encode_prompts(table.dataset.split.class_texts)
+                    found[step] = model.calibrate(features, prompts, rows, n_shots)
+                if (calibration := found[step]) is not None:
+                    checkpoint["calibration"] = calibration.state()
+                    checkpoints.RunCheckpointIO().save_checkpoint(checkpoint, file)
+        if calibration is None:
+            say("sets of labels can't be calibrated: no two classes of val have two videos that can be read")
+            return
+        left_out = sorted({*n_shots} - {*calibration.n_shots})
+        missing = f"; val has too few videos a class for {', '.join(map(str, left_out))}" if left_out else ""
+        say(f"sets of labels are calibrated on val for {calibration}{missing}; predict --error gives them")
+        if best := next(c.aurocs for c in found.values() if c is not None):
+            say(chosen_score(best))
 
     def _set_seed(self) -> None:
         try:
@@ -236,11 +306,33 @@ class CLI(LightningCLI):
             UserError: an option has a value that they don't take.
         """
         try:
+            self.others = self._further_data()
             super().instantiate_classes()
         except (UserError, MisconfigurationException):
             raise
         except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             raise UserError(f"an option has a value that it can't have: {' '.join(str(error).split())}") from error
+
+    def _further_data(self) -> list[EpisodeDataModule]:
+        """The data of the further manifests of a test, checked before the first is tested.
+
+        All options hold for them too, but those that name something of the first: its cache and its texts.
+
+        Raises:
+            UserError: one can't be tested, or an option is of one manifest alone.
+        """
+        config = self.config[str(self.subcommand)]
+        others = []
+        for manifest in config.get("also") or []:
+            for option, value in (("report", config.report), ("data.episodes_file", config.data.episodes_file)):
+                if value is not None:
+                    raise UserError(f"{option} is of one manifest, and --also names another: leave out one of them")
+            options = config.data.as_dict() | {"manifest": manifest, "cache": None, "class_texts": None}
+            if is_feature_table(manifest):
+                options |= {"root": None, "frames": read_feature_table(manifest).frames}
+            EpisodeDataModule(**options).setup("test")
+            others.append(EpisodeDataModule(**options))
+        return others
 
     def before_instantiate_classes(self) -> None:
         """Find the checkpoint and take the model's options from it.
@@ -261,6 +353,12 @@ class CLI(LightningCLI):
             config.ckpt_path = str(folder / checkpoints.BEST)
         if is_feature_table(config.data.manifest):
             self._take_table(config)
+        if self.subcommand == "validate" and config.calibrate is not None:
+            require(least=1, **{f"calibrate[{i}]": number for i, number in enumerate(config.calibrate)})
+            if not config.calibrate or config.ckpt_path is None:
+                raise UserError(
+                    "--calibrate puts numbers into a checkpoint: give numbers of examples, and the file by --ckpt_path"
+                )
         if self.subcommand == "fit":
             self.goes_on = config.ckpt_path is not None and Path(config.ckpt_path).resolve().parent == folder.resolve()
             held = any((folder / name).exists() for name in (checkpoints.LAST, checkpoints.PREVIOUS))
@@ -325,6 +423,11 @@ class CLI(LightningCLI):
 
     def _take_published(self, config: Namespace) -> None:
         """Have the model made of a published checkpoint: it keeps no options, so that those given hold."""
+        if self.subcommand == "validate" and config.calibrate:
+            raise UserError(
+                f"{config.ckpt_path} is a checkpoint of CLIP-M²DF's published code, which keeps no calibration: load it"
+                " by FewShotClassifier.from_checkpoint, whose calibrate takes a folder of further classes"
+            )
         if self.subcommand == "fit":
             raise UserError(
                 f"{config.ckpt_path} is a checkpoint of CLIP-M²DF's published code, whose training can't go on here:"
@@ -442,8 +545,8 @@ class EpisodesCLI(CLI):
         if any(video.group for row in split.videos for video in row):
             twins = [twin for plan in plans for twin in plan.twins]
             say(
-                f"{sum(twins)} of their {len(twins)} queries, {sum(twins) / len(twins):.1%}, have a twin in the support,"
-                " a video of the same group"
+                f"{sum(twins)} of their {len(twins)} queries, {sum(twins) / len(twins):.1%}, have a twin: a video of"
+                " their group, cut from the same as they are, is in the support"
             )
 
 

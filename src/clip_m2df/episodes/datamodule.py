@@ -39,7 +39,7 @@ MOST_PLAYED, MOST_DEVICES = 64, 64
 
 
 # The embedded benchmark's families by the names under which they stand for a manifest.
-EMBEDDED = {"motion_shapes": "demo", "motion_shapes_scene": "scene", "motion_shapes_order": "order"}
+EMBEDDED = {"motion_shapes": "demo"} | {f"motion_shapes_{name}": name for name in ("scene", "order", "mixed")}
 
 
 KNOBS = tuple(field.name for field in dataclasses.fields(motion_shapes.Knobs))
@@ -57,9 +57,9 @@ class EpisodeDataModule(lightning.LightningDataModule):
     Args:
         manifest: a CSV with the columns path, label, split and, if wanted, text (what the prompt says); paths relative
             to the CSV's folder, of videos or of folders of numbered images. Or ``motion_shapes``,
-            ``motion_shapes_scene`` or ``motion_shapes_order``, the embedded benchmark, rendered when first used. Or a
-            feature table (``.safetensors`` or ``.parquet``), as ``clip-m2df encode`` and other tools write it: then no
-            video is read, and no tower needed.
+            ``motion_shapes_scene``, ``motion_shapes_order`` or ``motion_shapes_mixed``, the embedded benchmark,
+            rendered when first used. Or a feature table (``.safetensors`` or ``.parquet``), as ``clip-m2df encode`` and
+            other tools write it: then no video is read, and no tower needed.
         knobs: how much harder than usual the test episodes of the embedded benchmark are: shares by the names
             ``overlap``, ``outliers`` and ``noise`` (see :class:`clip_m2df.motion_shapes.Knobs`).
         root: a folder outside the manifest's own in which its videos may lie too; those elsewhere are refused.
@@ -351,17 +351,39 @@ class EpisodeDataModule(lightning.LightningDataModule):
             self._read_manifest()
         assert self.manifest is not None
         tables = {}
-        options = {"root": self.manifest.root, "num_workers": self.num_workers, "stuck_after": self.stuck_after}
         for name, split in self.manifest.splits.items():
-            train = name == "train"
-            seed = self.seed if train else self.eval_seed
-            dataset = EpisodeDataset(split, self.train_shape, self.reader, seed=seed, augment=train, plans=[])
-            self._datasets[name] = dataset
+            tables[name] = self._table_of(split)
+            self._datasets[name] = tables[name].dataset
             self._check_decoder(name)
-            unusable = UnusableVideos(split, 1.0, "it is left out")
-            augmentations = self.train_augmentations if train else 0
-            tables[name] = TrainingTable(dataset, augmentations, unusable, progress=True, **options)
         return tables
+
+    def calibration_table(self, most: int) -> TrainingTable | None:
+        """The videos of val, to be encoded as an evaluation sees them; None where there is no val split.
+
+        Args:
+            most: videos of a class; of more, some from beginning to end, since neighbours may be cut from one video.
+        """
+        if self.manifest is None:
+            self._read_manifest()
+        assert self.manifest is not None
+        if "val" not in self.manifest.splits:
+            return None
+        split = self.manifest.split("val")
+        chosen = tuple(
+            tuple(row[i * len(row) // min(most, len(row))] for i in range(min(most, len(row)))) for row in split.videos
+        )
+        return self._table_of(dataclasses.replace(split, videos=chosen))
+
+    def _table_of(self, split: Split) -> TrainingTable:
+        """All videos of a split, to be encoded: those of train in their augmentations, if there are to be any."""
+        assert self.manifest is not None
+        train = split.name == "train"
+        seed = self.seed if train else self.eval_seed
+        dataset = EpisodeDataset(split, self.train_shape, self.reader, seed=seed, augment=train, plans=[])
+        options: dict[str, Any] = {"root": self.manifest.root, "num_workers": self.num_workers}
+        options |= {"stuck_after": self.stuck_after, "progress": True, "known": self.table}
+        unusable = UnusableVideos(split, 1.0, "it is left out")
+        return TrainingTable(dataset, self.train_augmentations if train else 0, unusable, **options)
 
     def test_plans(self) -> tuple[Split, list[EpisodePlan]]:
         """The test split and the videos of its episodes; from the manifest alone, no video is needed."""

@@ -43,8 +43,10 @@ class EpisodeBank:
         features: ``(videos, frames, dim)``.
         prompt_table: ``(n_classes, dim)``.
         episodes: all that will be played, their numbers rising, on the device of the features.
-        memory: bytes for embedded videos. Where they don't fit, each batch of episodes embeds its own.
-            Unknown queries may take as much again.
+        memory: bytes for embedded videos. Where they don't fit, each batch of episodes embeds its own. Unknown queries
+            may take as much again.
+        pairs: int64 ``(n, 2)``, videos and classes, all that episodes may need to which the bank will :meth:`turn_to`;
+            by default those of its episodes.
 
     Attributes:
         indices: int64 ``(episodes, n_queries)``, the classes whose prompts were selected for the queries.
@@ -56,14 +58,21 @@ class EpisodeBank:
     """
 
     def __init__(
-        self, head: Head, features: Tensor, prompt_table: Tensor, episodes: IndexedEpisode, *, memory: float = 4e9
+        self,
+        head: Head,
+        features: Tensor,
+        prompt_table: Tensor,
+        episodes: IndexedEpisode,
+        *,
+        memory: float = 4e9,
+        pairs: Tensor | None = None,
     ) -> None:
         self.head = head
         self.features = features
         self.prompt_table = prompt_table
         self.episodes = episodes
         self.indices, self.probabilities = self._select_prompts()
-        self.pairs, self._sorted, self._rank = self._list_pairs()
+        self.pairs, self._sorted, self._rank = self._list_pairs(pairs)
         self._memory = memory
         self._fits: bool | None = None  # not known before something is embedded
         self._kept = Embedded()
@@ -73,6 +82,15 @@ class EpisodeBank:
             rest = {key: value for key, value in episodes.items() if not key.startswith("unknown")}
             unknown = {**rest, "query": episodes["unknown"], "draws": episodes["unknown_draws"]}
             self.of_unknown = EpisodeBank(head, features, prompt_table, cast(IndexedEpisode, unknown), memory=memory)
+
+    def turn_to(self, episodes: IndexedEpisode) -> None:
+        """Play other episodes of the same videos, of any shape; what has been embedded is kept.
+
+        Args:
+            episodes: whose pairs are among those that the bank was given.
+        """
+        self.episodes = episodes
+        self.indices, self.probabilities = self._select_prompts()
 
     def play(self, numbers: Tensor) -> HeadOutput:
         """Score the queries of episodes.
@@ -86,7 +104,7 @@ class EpisodeBank:
         return _FromBank(self, rows).score_episode(batch["support"], batch["query"], classes, batch["draws"])
 
     def embed(self, videos: Tensor, classes: Tensor) -> Embedded:
-        """Videos embedded with the prompts of classes, ``n_classes`` for none; both int64, of one shape."""
+        """Videos embedded with the prompts of classes, ``n_classes`` for none; both int64, of shapes that broadcast."""
         pairs = self._rank[torch.searchsorted(self._sorted, self._pair(videos, classes))]
         if self._fits is None:
             first = self._embed(self.pairs[:PAIRS])
@@ -114,13 +132,18 @@ class EpisodeBank:
         ]
         return torch.cat([part.indices for part in parts]), torch.cat([part.probabilities for part in parts])
 
-    def _list_pairs(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _list_pairs(self, given: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """The pairs in the order of their first use; the same sorted, and where each of these stands in the former."""
+        if given is not None:
+            keys = self._pair(*given.unbind(-1)).unique()
+            return keys, keys, torch.arange(len(keys), device=keys.device)
         classes = self.episodes["class_indices"]
         support = self._pair(self.episodes["support"], classes.unsqueeze(-1)).flatten(1)
         query = self.episodes["query"]
         if self.head.query_prompt == "class":
             support = torch.cat((support, self._pair(query, classes.gather(1, self.indices))), 1)
+        elif self.head.query_prompt == "each":
+            support = torch.cat((support, self._pair(query.unsqueeze(-1), classes.unsqueeze(-2)).flatten(1)), 1)
         elif self.head.query_prompt == "none":
             support = torch.cat((support, self._pair(query, torch.full_like(query, len(self.prompt_table)))), 1)
         keys, indices = support.flatten().unique(return_inverse=True)
@@ -167,9 +190,11 @@ class _FromBank(Scoring):
         bank = self.bank
         if self.query_prompt == "mixture":
             return bank.head.select_prompts(bank.features[query], bank.prompt_table[prompts.squeeze(-1)], draws)
-        indices = bank.indices[self.rows]
+        indices, probabilities = bank.indices[self.rows], bank.probabilities[self.rows]
+        if self.query_prompt == "each":
+            return SelectedPrompts(prompts.unsqueeze(-3).expand(*probabilities.shape, -1), indices, probabilities)
         chosen = torch.take_along_dim(prompts, indices.unsqueeze(-1), dim=-2)
-        return SelectedPrompts(chosen, indices, bank.probabilities[self.rows])
+        return SelectedPrompts(chosen, indices, probabilities)
 
     def embed(self, videos: Tensor, prompt: Tensor | None) -> Embedded:
         if prompt is None:

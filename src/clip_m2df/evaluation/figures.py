@@ -278,7 +278,7 @@ def open_set_curves(found: Mapping[str, OpenSetCurve]) -> Figure:
             axes.plot(curve.points[:, 0], curve.points[:, column], line, label=f"{name}, AUROC {curve.auroc:.3f}")
         axes.set_title(title, size=10, loc="left", y=1)
         axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="unknown queries that are accepted")
-    grid[0].legend(loc="lower right")
+    grid[0].legend(loc="best")
     return figure
 
 

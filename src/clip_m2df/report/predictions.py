@@ -32,6 +32,7 @@ def write_predictions(
     *,
     reject: bool,
     segments: bool,
+    error: float | None = None,
 ) -> None:
     """Write the page.
 
@@ -44,6 +45,7 @@ def write_predictions(
         support: the examples' folder; None where the model brought its own.
         reject: whether videos may show none of the classes.
         segments: whether rows are segments.
+        error: the rate at which the sets of labels may miss the truth; None without sets.
 
     Raises:
         UserError: the page can't be written.
@@ -91,7 +93,9 @@ def write_predictions(
                 "classes": len(classifier.classes_),
                 "frames of a clip": encoder.reader.frames,
                 "none of these": f"beyond a distance of {classifier.threshold_:.2f}" if reject else "not asked for",
+                **({} if error is None else {"sets of labels": _promise(classifier, error)}),
             },
+            "with_sets": error is not None,
             "videos": contents,
             "labels": labels,
             "counts": counts,
@@ -102,6 +106,15 @@ def write_predictions(
         },
     )
     say(f"the report is {page}")
+
+
+def _promise(classifier: FewShotClassifier, error: float) -> str:
+    """What is promised of sets, on what it is calibrated, and what is assumed."""
+    sizes = () if classifier.calibration is None else classifier.calibration.settings[:, 2].tolist()
+    return (
+        f"each holds the truth in {100 * (1 - error):g} % of the cases or more, if these classes are such as the"
+        f" {max(sizes, default=0)} of the calibration"
+    )
 
 
 def _probabilities(row: Row) -> list[tuple[str, float]]:

@@ -26,7 +26,9 @@ from clip_m2df.datasets.feature_tables import FeatureTable
 from clip_m2df.datasets.manifest import Manifest
 from clip_m2df.episode import Episode, FeatureEpisode, ResizeMode, TableEpisodes, VideoTable
 from clip_m2df.errors import UserError, require, some
+from clip_m2df.evaluation import conformal
 from clip_m2df.evaluation.bank import EpisodeBank, encode_videos
+from clip_m2df.evaluation.conformal import Calibration
 from clip_m2df.evaluation.evidence import Played
 from clip_m2df.evaluation.metrics import NAMES, StageMetrics
 from clip_m2df.hub import find_model, is_reading, push_model, read_model, write_model
@@ -116,7 +118,8 @@ class CLIPM2DF(lightning.LightningModule):
             interpolated; ``dtype``, what the weights are held in: ``float32``, ``bfloat16`` or ``float16``;
             ``dim``, the width of ``features``.
         head: what scores the queries: ``m2df``; for comparison ``clip_fsar``, ``otam``, ``bi_mhm``,
-            ``nearest_prototype`` or ``zero_shot``; or the class path of another head.
+            ``nearest_prototype``, ``zero_shot``, ``linear_probe`` (for evaluations alone), ``tip_adapter``, ``trx`` or
+            ``ts_fsar``; or the class path of another head.
         head_options: options of the head's class; for ``m2df`` those of :class:`clip_m2df.nn.m2df.M2DFHead`.
         template: the prompt, with ``{}`` where the class goes, or a list of such: an ensemble, the mean of their
             normalised embeddings.
@@ -147,14 +150,17 @@ class CLIPM2DF(lightning.LightningModule):
         class_weight: λ of the class-text loss over all classes of the split; off at 0, as published.
         loss_reduction: the classification loss is the ``sum`` over the queries of an episode, as published, and the
             class-text loss that over its support and query videos; or each is the ``mean``, as in CLIP-FSAR.
-        selection: how PPS picks at evaluation: ``argmax``, ``sample`` or ``expectation``; by default ``sample`` for a
-            published checkpoint and for models saved from one, ``argmax`` for all others.
+        selection: how PPS picks at evaluation: ``argmax``, ``sample`` or ``expectation``; or ``each``, by which a query
+            is fused with the prompt of the very class that it is compared with. By default ``sample`` for a published
+            checkpoint and for models saved from one, ``argmax`` for all others.
         text_fusion: β of ``p = p_text^β · p_visual^(1−β)`` at evaluation, the text's probabilities from the class
             logits of the episode's classes; 0 leaves the text out.
 
     Attributes:
         default_selection: what ``selection`` is where nobody asks for another.
         evaluated: what the last validation or test counted, for callbacks.
+        test_name: the name under which a test is logged: that of its stage, where one follows another a name each.
+        calibration: by which labels make sets that hold the truth with a promised rate; None before a calibration.
 
     Raises:
         UserError: an option out of its range, weights that can't be had, a head that does not exist.
@@ -273,6 +279,8 @@ class CLIPM2DF(lightning.LightningModule):
         # How the videos of its training were read, where that is known: frames, resize, resize_mode and sampling.
         self.reading: dict[str, Any] | None = None
         self.evaluated: Evaluated | None = None
+        self.test_name = "test"
+        self.calibration: Calibration | None = None
         self._draws_seed: int | None = None
         # Whether a batch of the optimiser step under way had a loss that is not finite; steps in a row that had.
         self._broken: Tensor | bool = False
@@ -305,10 +313,20 @@ class CLIPM2DF(lightning.LightningModule):
         """Take over what a feature table has; refuse, before videos are read, what does not fit together.
 
         Raises:
-            UserError: features of another width or number of frames than the model's; or a tower without text under a
-                head that needs prompts.
+            UserError: features of another width or number of frames than the model's; a tower without text under a
+                head that needs prompts; another number of frames than the head takes; or a training of a head that
+                passes on no gradient.
         """
-        table = getattr(getattr(self._trainer, "datamodule", None), "table", None)
+        if stage == "fit" and not self.model.head.differentiable:
+            raise UserError(
+                f"the head {self.hparams['head']} fits a model in each episode, and nothing can be trained through it:"
+                " measure it by clip-m2df test, or train with another head"
+            )
+        data = getattr(self._trainer, "datamodule", None)
+        frames = getattr(getattr(data, "reader", None), "frames", None)
+        if isinstance(frames, int):  # other people's readers may be anything
+            self.model.head.check_frames(frames)
+        table = getattr(data, "table", None)
         if isinstance(table, FeatureTable):
             self._take_table(table)
         self.model.check_has_prompts()
@@ -349,6 +367,53 @@ class CLIPM2DF(lightning.LightningModule):
         splits = manifest.splits.values() if isinstance(manifest, Manifest) else ()
         labels = (split.class_names for split in splits if split.class_texts == tuple(class_names))
         return self.model.encode_prompts(class_names, next(labels, None))
+
+    def calibrate(
+        self,
+        features: Tensor,
+        prompt_table: Tensor,
+        videos: Sequence[Sequence[int]],
+        n_shots: Sequence[int],
+        n_ways: Sequence[int] | None = None,
+    ) -> Calibration | None:
+        """A calibration on classes of which the model knows nothing; the model keeps none of itself.
+
+        Args:
+            features: of frames, ``(videos, frames, dim)``.
+            prompt_table: ``(n_classes, dim)``.
+            videos: of each class, by their indices in the features.
+            n_shots: numbers of examples.
+            n_ways: numbers of classes; all that there are by default.
+
+        Returns:
+            None where the classes have too few videos for any of the numbers.
+
+        Raises:
+            UserError: the model's scores are not finite.
+        """
+        head, was_training, selection = self.model.head, self.training, self.model.head.selection
+        self.eval()
+        if selection == "sample":  # by which nobody predicts
+            head.selection = "argmax"
+        try:
+            return conformal.calibrate(
+                head,
+                features,
+                prompt_table,
+                videos,
+                n_shots=n_shots,
+                n_ways=n_ways,
+                text_fusion=self.text_fusion,
+                memory=self.bank_memory * 2**30,
+                goes_by=self.goes_by(features.shape[1]),
+            )
+        finally:
+            head.selection = selection
+            self.train(was_training)
+
+    def goes_by(self, frames: int) -> dict[str, Any]:
+        """What predictions depend on beside the weights, for a calibration to know."""
+        return {"selection": self.model.head.selection, "text_fusion": float(self.text_fusion), "frames": frames}
 
     # ------------------------------------------------------------------------------------------- steps
 
@@ -438,7 +503,7 @@ class CLIPM2DF(lightning.LightningModule):
             of_videos = {key: features[rows[key]] for key in ("support", "query", "unknown") if key in rows}
             return cast(FeatureEpisode, {**rows, **of_videos})
         if batch["support"].is_floating_point():
-            return cast(FeatureEpisode, batch)
+            return batch
         support, query = self.model.encode_episode(batch)
         encoded = {**batch, "support": support, "query": query}
         if "unknown" in batch:
@@ -544,7 +609,7 @@ class CLIPM2DF(lightning.LightningModule):
         for name, number in numbers.items():
             # Already the sum over all ranks.
             self.log(
-                f"{stage}/{name}",
+                f"{self.test_name if stage == 'test' else stage}/{name}",
                 number.float(),
                 prog_bar=name in ("accuracy", "interval", "loss/total"),
                 rank_zero_only=False,
@@ -666,6 +731,8 @@ class CLIPM2DF(lightning.LightningModule):
         checkpoint["draws_seed"] = self._draws_seed
         checkpoint["reading"] = self.reading
         checkpoint["selection"] = self.default_selection
+        if self.calibration is not None:
+            checkpoint["calibration"] = self.calibration.state()
         if self._trainer is not None:
             checkpoint["goes_by"] = self._goes_by()
 
@@ -688,7 +755,10 @@ class CLIPM2DF(lightning.LightningModule):
             )
         self.reading = reading
         self._select_by_default(checkpoint.get("selection", "argmax"))
+        calibration = checkpoint.get("calibration")
+        self.calibration = None if calibration is None else Calibration.from_state(calibration)
         if self._trainer is not None and self._trainer.state.fn == "fit":  # a run that goes on
+            self.calibration = None  # of weights that are left behind
             self._draws_seed = checkpoint.get("draws_seed")
             known = inspect.signature(CLIPM2DF).parameters  # a class derived from it may save more
             saved = {n: v for n, v in checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY].items() if n in known}
