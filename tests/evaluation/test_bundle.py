@@ -24,13 +24,14 @@ from clip_m2df.cli import main
 from clip_m2df.episode import IndexedEpisode
 from clip_m2df.evaluation.bank import EpisodeBank
 from clip_m2df.evaluation.bundle import Facts, read_bundle, write_bundle
+from clip_m2df.nn.baselines import HEADS
 from clip_m2df.nn.class_text import fuse_text
 from clip_m2df.nn.head import Head
 from clip_m2df.nn.m2df import M2DFHead
 from clip_m2df.training.callbacks import BundleWriter
 from tests.conftest import fails, options, quiet_trainer
 from tests.evaluation.test_bank import DIM, OPTIONS, SIZES, VIDEOS_A_CLASS, direct, episodes, make_head, videos
-from tests.training.test_evaluation_from_bank import data, many  # noqa: F401
+from tests.training.test_evaluation_from_bank import OWN_OPTIONS, data, many  # noqa: F401
 from tests.training.test_module import make
 
 
@@ -41,7 +42,7 @@ class Contrary(M2DFHead):
 def facts_of(head: str = "m2df", **changes: Any) -> Facts:
     """How the episodes of these tests were played."""
     of_head = {name: value for name, value in changes.items() if name not in Facts._fields}
-    sizes = SIZES if head in ("m2df", "clip_fsar") else {}
+    sizes = SIZES.get(head, {})
     plain: dict[str, Any] = {"text_fusion": 0.0, "precision": "32-true", "block": 64, "memory": 4e9, "prompts": True}
     plain |= {"class_names": [f"class {c}" for c in range(7)], "numbers": {}}
     plain |= {name: value for name, value in changes.items() if name in Facts._fields}
@@ -143,22 +144,33 @@ def test_a_replay_predicts_what_the_head_itself_does(name: str, n_shot: int, tmp
     assert numbers["auroc/distance"] == pytest.approx(sum(above) / len(above), abs=1e-3)
 
 
-@pytest.mark.parametrize("n_shot", [1, 3])
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "64-true"])
+M2DF: dict[str, Any] = {"head": "m2df", "selection": "sample"}
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "64-true")
+PLAYED = [
+    *(pytest.param(p, n, M2DF, id=f"{p}-{n}") for p, n in itertools.product(PRECISIONS, (1, 3))),
+    pytest.param("bf16-mixed", 2, {"head": "m2df", "selection": "each"}, id="each"),
+    *(pytest.param("32-true", 3, {"head": h, "head_options": OWN_OPTIONS.get(h)}, id=h) for h in HEADS if h != "m2df"),
+]
+
+
+@pytest.mark.parametrize(("precision", "n_shot", "options"), PLAYED)
 def test_the_bundle_of_a_test_gives_its_numbers_again(
     many: Path,  # noqa: F811
     tiny_clip_dir: Path,
     tmp_path: Path,
     precision: str,
     n_shot: int,
+    options: dict[str, Any],
 ) -> None:
-    path = tmp_path / "b.safetensors"
-    model = make(tiny_clip_dir, text_fusion=0.2, selection="sample", bank_memory=0 if n_shot == 3 else 4)
+    path, n = tmp_path / "b.safetensors", 300 if options["head"] == "m2df" else 60
+    model = make(tiny_clip_dir, text_fusion=0.2, bank_memory=0 if n_shot == 3 else 4, **options)
     trainer = quiet_trainer(tmp_path, precision=precision, callbacks=[BundleWriter(path)])
-    (found,) = trainer.test(model, data(many, test_episodes=300, n_shot=n_shot, unknown_queries=2), verbose=False)
+    source = data(many, test_episodes=n, n_shot=n_shot, unknown_queries=2)
+    (found,) = trainer.test(model, source, verbose=False)
     read = read_bundle(path)
     replayed = read.replay()
-    assert replayed.scores["predicted"].argmax(-1).equal(read.predicted["predicted"])
+    for kind in ("predicted", "unknown_predicted"):
+        assert replayed.scores[kind].argmax(-1).equal(read.predicted[kind])
     assert replayed.others(read.facts.numbers) == {}
     assert model.evaluated is not None
     # To the last bit.
@@ -426,6 +438,8 @@ def test_what_cannot_be_a_bundle_is_refused_before_the_test(
     assert "it is a folder; name a file" in fails([*run, f"--bundle={tmp_path}"], capsys)
     direct_path = [*run, f"--bundle={tmp_path / 'b'}", "--data.evaluation=direct"]
     assert "give --data.evaluation bank" in fails(direct_path, capsys)
+    several = [*run, f"--bundle={tmp_path / 'b'}", f"--also={manifest}"]
+    assert "bundle is of one manifest, and --also names another" in fails(several, capsys)
     assert {path.name for path in tmp_path.iterdir()} == {"best.ckpt"}
 
 

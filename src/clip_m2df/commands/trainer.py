@@ -324,7 +324,8 @@ class CLI(LightningCLI):
         config = self.config[str(self.subcommand)]
         others = []
         for manifest in config.get("also") or []:
-            for option, value in (("report", config.report), ("data.episodes_file", config.data.episodes_file)):
+            of_one = {"report": config.report, "bundle": config.bundle, "data.episodes_file": config.data.episodes_file}
+            for option, value in of_one.items():
                 if value is not None:
                     raise UserError(f"{option} is of one manifest, and --also names another: leave out one of them")
             options = config.data.as_dict() | {"manifest": manifest, "cache": None, "class_texts": None}
