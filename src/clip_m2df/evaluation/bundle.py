@@ -302,7 +302,7 @@ def _bundle(path: str | os.PathLike[str], facts: Facts, tensors: dict[str, Tenso
     head.load_state_dict(weights)
     columns = {n.removeprefix(_EPISODES): t for n, t in tensors.items() if n.startswith(_EPISODES)}
     episodes = cast(IndexedEpisode, {**columns, "class_names": facts.class_names})
-    predicted = {name: tensors[name] for name in ("predicted", "unknown_predicted") if name in tensors}
+    predicted = {name: tensor for name, tensor in tensors.items() if name in ("predicted", "unknown_predicted")}
     return Bundle(str(path), facts, head, tensors["features"], tensors["prompt_table"], episodes, predicted)
 
 
