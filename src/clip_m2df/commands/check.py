@@ -31,8 +31,8 @@ MOST_GROUPS = 5
 _SAME = "the same frames as"
 
 # Videos cut from one recording mostly share a background, so that some of their frames look alike. A look says of each
-# of 16 by 16 places of a frame whether it is darker than the next to the right. Frames count as alike whose looks differ
-# in fewer than MOST_APART of the 256 places, and videos with ALIKE such frames each: one may be a title that many have.
+# of 16 by 16 places of a frame whether it is darker than the next to the right. Two frames are alike if their looks are
+# the same but for less than MOST_APART places, two videos if ALIKE frames of each are: one may be a title of many.
 SIDE = 16
 MOST_APART = 40
 ALIKE = 2
@@ -56,8 +56,8 @@ class Finding:
         variable_rate: 1 if the time from one frame to the next varies, else 0.
         digest: SHA-256 of evaluation's frames, in hexadecimal.
         sampled: Evaluation's number of frames.
+        looks: Of some of these frames, by which videos that may be cut from one recording are found, in hexadecimal.
         fingerprint: The file's when it was read (``Fingerprint``); empty if the finding may not last.
-        looks: Of some of evaluation's frames, which tell videos that may be cut from one recording, in hexadecimal.
         notes: What else a person should know of it; in the table a part of the reason.
     """
 
@@ -71,8 +71,8 @@ class Finding:
     variable_rate: int | None = None
     digest: str = ""
     sampled: int = 0
-    fingerprint: str = ""
     looks: str = ""
+    fingerprint: str = ""
     notes: str = ""
 
     @property
@@ -396,7 +396,7 @@ def _parse(row: Mapping[str, Any]) -> Finding | None:
         "variable_rate": "[01]?",
         "sampled": r"[1-9]\d{0,17}",
         "fingerprint": r"\d+(:\d+)+",
-        "looks": rf"([0-9a-f]{{{SIDE * SIDE // 4}}} ?\b)+" if usable else "",
+        "looks": "[0-9a-f]{64}( [0-9a-f]{64})*" if usable else "",
     }
     if not all(re.fullmatch(form, row[name], re.ASCII) for name, form in forms.items()):
         return None
