@@ -491,7 +491,7 @@ def test_every_other_class_and_video_is_unknown_about_as_often() -> None:
         ((3, 1, 1, -1), "n_unknown is -1; it must be at least 0"),
     ],
 )
-def test_unknown_queries_that_a_split_cannot_supply_are_refused(shape: tuple[int, ...], message: str) -> None:
+def test_unknown_queries_that_a_split_cannot_supply_are_refused(shape: tuple[int, int, int, int], message: str) -> None:
     split = grouped_split([""] * 3, [""] * 2, [""] * 3, [""] * 3)
     EpisodeShape(3, 1, 1, 2).check(split)
     with pytest.raises(UserError, match=message):
