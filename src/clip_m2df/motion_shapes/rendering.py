@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from clip_m2df.errors import UserError
 from clip_m2df.files import write_table
 from clip_m2df.motion_shapes.classes import COLOURS, FAMILIES, SPLITS
-from clip_m2df.motion_shapes.scenes import FPS, JITTER, OUTLIERS, SECONDS, SIZE, draw_scene, render_clip
+from clip_m2df.motion_shapes.scenes import FPS, JITTER, OUTLIERS, SECONDS, SIZE, render_clip
 
 RENDERER_VERSION = 1  # raise it whenever a pixel changes: it is part of the cache's key
 
@@ -44,7 +44,7 @@ class Knobs:
         outliers: of the support videos, how many are occluded, of another class, or static.
         noise: deviation of the grain on each pixel of all videos, as a share of the range from black to white.
         twins: of the recordings, how many are cut into ``CUTS`` videos and not one: the usual one, and others in which
-            the same thing does the same again before the same background. The manifest says in ``group`` what a video
+            the same thing does the same again in the same place. The manifest says in ``group`` what a video
             was cut from.
 
     Raises:
@@ -95,16 +95,15 @@ def _render_one(job: _Job, *, family: str, knobs: Knobs, seed: int) -> None:
     """Render a video, with a seed sequence of its own, so that it depends on no other but the first cut of its own."""
     members, outlier = FAMILIES[family], ""
     rng = _generator(job, family, seed)
-    shown, recording = members[job.index], None
+    shown, recorded = members[job.index], None
     if job.cut:
-        recording = draw_scene(shown, rng, knobs.overlap)
-        rng = _generator(job, family, seed, job.cut)
+        recorded, rng = rng, _generator(job, family, seed, job.cut)
     if job.is_outlier:
         outlier = OUTLIERS[job.number % len(OUTLIERS)]
         if outlier == "off_class":
             others = [c for c in members if c.split == shown.split and c != shown]
-            shown, recording = others[rng.integers(len(others))], None
-    frames = render_clip(shown, rng, overlap=knobs.overlap, noise=knobs.noise, outlier=outlier, recording=recording)
+            shown, recorded = others[rng.integers(len(others))], None
+    frames = render_clip(shown, rng, overlap=knobs.overlap, noise=knobs.noise, outlier=outlier, recorded=recorded)
     write_video(job.path, frames)
 
 
