@@ -438,8 +438,8 @@ class EpisodesCLI(CLI):
         if any(video.group for row in split.videos for video in row):
             twins = [twin for plan in plans for twin in plan.twins]
             say(
-                f"{sum(twins)} of their {len(twins)} queries, {sum(twins) / len(twins):.1%}, have a twin in the support,"
-                " a video of the same group"
+                f"{sum(twins)} of their {len(twins)} queries, {sum(twins) / len(twins):.1%}, have a twin: a video of"
+                " their group, cut from the same as they are, is in the support"
             )
 
 

@@ -7,8 +7,9 @@ video needs reading and encoding once, however many episodes have it.
 
 An episode is dealt in one of two ways. ``random``: classes and videos are drawn, each as often as any other.
 ``grouped``: no query is of the group of a support video of the episode, cut from the same as it. The episode is then
-the random one of its number, but for its queries of such a group, in whose places come others of their class, each as
-often as any other; where there are too few others, the support is drawn anew so that enough are left.
+the random one of its number, but for support videos of a group that the support of their class has already, and for
+queries with a twin: in their places come others of their class, each as often as any other. Where there are too few
+others, groups come twice in a support, and if need be the support is drawn anew so that enough queries are left.
 """
 
 from __future__ import annotations

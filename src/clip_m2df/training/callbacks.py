@@ -254,8 +254,8 @@ class RunReport(lightning.Callback):
             files += write_report(folder, split, class_names, confusion)
             console().print(hardest_classes(class_names, confusion))
         shape, queries = data.eval_shape, int(evaluated.confusion.sum())
-        episodes = queries // (shape.n_way * shape.n_query)
-        console().print(result_table(split, numbers, f"{episodes} episodes, {shape.n_way}-way {shape.n_shot}-shot"))
+        episodes = f"{queries // (shape.n_way * shape.n_query)} {'grouped ' if shape.grouped else ''}episodes"
+        console().print(result_table(split, numbers, f"{episodes}, {shape.n_way}-way {shape.n_shot}-shot"))
         say(f"all numbers and classes are in {some(map(str, files))}")
 
 
