@@ -135,7 +135,8 @@ def _draw_length(rng: np.random.Generator) -> int:
 def _draw_camera(rng: np.random.Generator, frames: int) -> NDArray[np.int64]:
     """Where the camera strays, (frames, 2)."""
     strays = np.cumsum(rng.normal(0, 0.7, (frames, 2)), axis=0)
-    return (JITTER + np.clip(np.rint(strays - strays.mean(axis=0)), -JITTER, JITTER)).astype(np.int64)
+    places: NDArray[np.int64] = np.rint(strays - strays.mean(axis=0)).astype(np.int64)
+    return JITTER + np.clip(places, -JITTER, JITTER)
 
 
 # Along the axes of the picture, clockwise, and towards more; the other motions go the other way.
