@@ -408,10 +408,10 @@ def test_cuts_of_one_recording_are_found_and_no_others(tmp_path: Path, capsys: p
 
 def test_groups_that_are_known_are_kept(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    looks = [rng.integers(0, 256, (8, 32), dtype=np.uint8) for _ in range(3)]
-    title = rng.integers(0, 256, 32, dtype=np.uint8)
+    looks = [rng.integers(0, 256, (8, 64), dtype=np.uint8) for _ in range(3)]
+    titles = rng.integers(0, 256, (2, 64), dtype=np.uint8)
     for look in looks:
-        look[0] = title  # one frame that all have
+        look[:2] = titles  # two frames that all have
     near = looks[0].copy()
     near[:, 0] ^= 255
     cases = {"a": ("g", looks[0]), "b": ("", near), "c": ("", looks[1]), "d": ("", looks[1][::-1]), "e": ("", looks[2])}

@@ -31,13 +31,15 @@ MOST_GROUPS = 5
 _SAME = "the same frames as"
 
 # Videos cut from one recording mostly share a background, so that some of their frames look alike. A look says of each
-# of 16 by 16 places of a frame whether it is darker than the next to the right. Two frames are alike if their looks are
-# the same but for less than MOST_APART places, two videos if ALIKE frames of each are: one may be a title of many.
+# of 16 by 16 places of a frame whether it is darker than the next to the right, and than the next below. Two frames are
+# alike if their looks are the same but for less than MOST_APART answers, two videos if ALIKE frames of each are: one or
+# two may be titles of many. Chosen so that no two independent videos of motion_shapes are.
 SIDE = 16
-MOST_APART = 40
-ALIKE = 2
+BITS = 2 * SIDE * SIDE
+MOST_APART = 72
+ALIKE = 3
 _LOOKS = 8  # at most, of the frames of a video
-_PLAIN = 32  # places, of one kind or the other: a frame that has fewer shows nothing
+_PLAIN = BITS // 8  # answers of one kind or the other: a frame that has fewer shows nothing
 _TOGETHER = 256  # videos whose frames are compared at once
 
 
@@ -232,14 +234,15 @@ def examine(task: tuple[str, int, str], decoder: Decoder = "auto") -> Finding:
 
 
 def _looks_of(clip: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The looks of some frames of a clip ``(frames, 3, height, width)``, ``(frames, 32)`` bytes."""
+    """The looks of some frames of a clip ``(frames, 3, height, width)``, ``(frames, 64)`` bytes."""
     import torch
     from torch.nn.functional import interpolate
 
     chosen = clip[np.unique(np.linspace(0, len(clip) - 1, _LOOKS).round().astype(int))]
     grey = torch.from_numpy(chosen).float().mean(1, keepdim=True)
-    small = interpolate(grey, (SIDE, SIDE + 1), mode="bilinear", antialias=True).squeeze(1).numpy()
-    return np.packbits((small[..., :-1] < small[..., 1:]).reshape(len(small), -1), axis=1)
+    small = interpolate(grey, (SIDE + 1, SIDE + 1), mode="bilinear", antialias=True).squeeze(1).numpy()
+    here, right, below = small[:, :-1, :-1], small[:, :-1, 1:], small[:, 1:, :-1]
+    return np.packbits(np.stack([here < right, here < below], axis=1).reshape(len(small), BITS), axis=1)
 
 
 def find_groups(videos: Sequence[Video], looks: Mapping[str, str], root: str | None) -> dict[str, str]:
@@ -259,7 +262,7 @@ def find_groups(videos: Sequence[Video], looks: Mapping[str, str], root: str | N
         own = [video for video in videos if video.split == split and looks.get(video.path)]
         if all(video.group for video in own):
             continue
-        parts = [np.frombuffer(bytes.fromhex(looks[v.path]), np.uint8).reshape(-1, SIDE * SIDE // 8) for v in own]
+        parts = [np.frombuffer(bytes.fromhex(looks[v.path]), np.uint8).reshape(-1, BITS // 8) for v in own]
         first = list(range(len(own)))  # of those that look like it, as far as is known
 
         def of(index: int, first: list[int] = first) -> int:
@@ -282,19 +285,19 @@ def find_groups(videos: Sequence[Video], looks: Mapping[str, str], root: str | N
 
 
 def _alike(looks: Sequence[NDArray[np.uint8]]) -> Iterator[tuple[int, int]]:
-    """The pairs of videos that look alike, by the bits ``(frames, 256)`` of each."""
+    """The pairs of videos that look alike, by the bits ``(frames, 512)`` of each."""
     blocks = []
     for start in range(0, len(looks), _TOGETHER):
         part = looks[start : start + _TOGETHER]
         bits = np.concatenate(part)
         owner = np.repeat(np.arange(start, start + len(part)), [len(one) for one in part])
         ones = bits.sum(1)
-        shows = (ones >= _PLAIN) & (ones <= SIDE * SIDE - _PLAIN)
+        shows = (ones >= _PLAIN) & (ones <= BITS - _PLAIN)
         blocks.append((owner[shows], (2.0 * bits[shows] - 1).astype(np.float32)))
     enough = np.array([min(ALIKE, len(one)) for one in looks])
     for (a, of_a), (b, of_b) in combinations_with_replacement(blocks, 2):
-        # Of 256 places, so many more are the same than are not.
-        rows, columns = np.nonzero(of_a @ of_b.T > SIDE * SIDE - 2 * MOST_APART)
+        # So many more answers are the same than are not.
+        rows, columns = np.nonzero(of_a @ of_b.T > BITS - 2 * MOST_APART)
         counts = []
         for frames in (rows, columns):  # of the one video, those that the other has too
             pairs = np.unique(np.stack([a[rows], b[columns], frames]), axis=1)[:2]
@@ -396,7 +399,7 @@ def _parse(row: Mapping[str, Any]) -> Finding | None:
         "variable_rate": "[01]?",
         "sampled": r"[1-9]\d{0,17}",
         "fingerprint": r"\d+(:\d+)+",
-        "looks": "[0-9a-f]{64}( [0-9a-f]{64})*" if usable else "",
+        "looks": "[0-9a-f]{128}( [0-9a-f]{128})*" if usable else "",
     }
     if not all(re.fullmatch(form, row[name], re.ASCII) for name, form in forms.items()):
         return None
