@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import av
+import numpy as np
 import pytest
 import torch
 
+from clip_m2df import motion_shapes
 from clip_m2df.cli import main
 from clip_m2df.commands import check
-from clip_m2df.commands.check import COLUMNS, Finding, check_videos, examine, read_findings
-from clip_m2df.datasets.manifest import Manifest
+from clip_m2df.commands.check import COLUMNS, Finding, check_videos, examine, find_groups, read_findings
+from clip_m2df.datasets.manifest import Manifest, Video
 from clip_m2df.errors import UserError
 from clip_m2df.files import locked
+from clip_m2df.motion_shapes import Knobs
 from clip_m2df.video import reader as video
 from clip_m2df.video.isolation import Unreadable
 from clip_m2df.video.reader import VideoError, read_frames
@@ -376,6 +379,50 @@ def test_whatever_a_file_does_to_a_decoder(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(video, "read_frames", fail)
     finding = examine((str(tmp_path / "a.mp4"), 8, "1:2"))
     assert finding.failure == "reading it fails: MemoryError: no room for 65535 x 65535"
+
+
+# What videos were cut from
+
+
+def test_cuts_of_one_recording_are_found_and_no_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of motion_shapes, whose manifest says what each video was cut from."""
+    twins = motion_shapes.render(
+        tmp_path / "v", family="order", knobs=Knobs(twins=1), videos_per_class={"test": 1}, workers=1, progress=False
+    )
+    told = {os.path.relpath(v.path, twins.parent): v.group for v in Manifest.read(twins).videos}
+    lines = twins.read_text().splitlines()
+    manifest = twins.with_name("m.csv")
+    manifest.write_text("\n".join(line.rpartition(",")[0] for line in lines))  # without the groups
+    fix = twins.with_name("fixed.csv")
+    assert run(manifest, fix=fix) == 0
+    found = {os.path.relpath(v.path, twins.parent): v.group for v in Manifest.read(fix).videos}
+    assert {path: row["group"] for path, row in read_table(manifest.with_suffix(".check.csv")).items()} == found
+    assert sum(map(bool, found.values())) >= 0.9 * len(told) == 0.9 * 60
+    for path, group in found.items():
+        assert not group or told[group] == told[path]  # a group is named by its first video
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"{sum(map(bool, found.values()))} videos without a group look as if" in said
+    assert run(twins) == 0  # whose groups are known
+    assert "without a group" not in capsys.readouterr().out
+
+
+def test_groups_that_are_known_are_kept(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    looks = [rng.integers(0, 256, (8, 64), dtype=np.uint8) for _ in range(3)]
+    titles = rng.integers(0, 256, (2, 64), dtype=np.uint8)
+    for look in looks:
+        look[:2] = titles  # two frames that all have
+    near = looks[0].copy()
+    near[:, 0] ^= 255
+    cases = {"a": ("g", looks[0]), "b": ("", near), "c": ("", looks[1]), "d": ("", looks[1][::-1]), "e": ("", looks[2])}
+    videos = [Video(f"/v/{name}", "c", "test", "c", {"group": group}) for name, (group, _) in cases.items()]
+    hexes = {f"/v/{name}": " ".join(one.tobytes().hex() for one in look) for name, (_, look) in cases.items()}
+    assert find_groups(videos, hexes, "/v") == {"/v/b": "g", "/v/c": "c", "/v/d": "c"}
+    assert find_groups(videos, hexes | {"/v/b": ""}, "/v") == {"/v/c": "c", "/v/d": "c"}
+    others = [
+        Video(v.path, "c" if n % 2 else "d", "val" if n % 2 else "test", "", v.extra) for n, v in enumerate(videos)
+    ]
+    assert find_groups(others, hexes, "/v") == {}
 
 
 # Going on

@@ -79,6 +79,18 @@ def test_a_head_trains_from_the_table_as_from_the_videos(many: Path, tiny_clip_d
     assert all(weight.equal(found_weights[name]) for name, weight in weights.items())
 
 
+def test_the_table_says_what_videos_were_cut_from(many: Path, tiny_clip_dir: Path, tmp_path: Path) -> None:
+    head, *lines = many.read_text().splitlines()
+    grouped = many.with_name("grouped.csv")
+    groups = [f"g{n % 4}" if n % 3 else "" for n in range(len(lines))]
+    grouped.write_text("\n".join([f"{head},group", *map(",".join, zip(lines, groups, strict=True))]))
+    table = tmp_path / "table.safetensors"
+    assert encode(grouped, tiny_clip_dir, table, "--augmentations=2") == 0
+    told = {video.label + Path(video.path).name: video.group for video in Manifest.read(grouped).videos}
+    found = {video.label + Path(video.path).name: video.group for video in read_feature_table(table).manifest.videos}
+    assert found == told
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ending", ["safetensors", "parquet"])
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import csv
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,27 @@ def test_knobs_render_the_test_split_alone_in_folders_of_their_own(few_videos: P
     assert not set(videos(usual.parent).values()) & set(videos(found[0].parent).values())
     more = render(family="order", knobs=Knobs(outliers=0.4), videos_per_class=counts, workers=1, progress=False)
     assert more == found[3]
+
+
+def test_twins_come_beside_the_usual_videos(few_videos: Path) -> None:
+    def cuts(knobs: Knobs, n: int = 2) -> tuple[dict[str, bytes], dict[str, str]]:
+        manifest = render(family="order", knobs=knobs, videos_per_class={"test": n}, workers=1, progress=False)
+        with manifest.open(newline="") as file:
+            groups = {row["path"]: row.get("group", "") for row in csv.DictReader(file)}
+        return {path: (manifest.parent / path).read_bytes() for path in groups}, groups
+
+    (usual, none), (twins, groups), (half, groups_of_half) = (cuts(Knobs(twins=t)) for t in (0, 1, 0.5))
+    assert set(none.values()) == {""}
+    assert usual.items() <= half.items() <= twins.items()  # a smaller share's are among those of a larger one
+    assert len(set(twins.values())) == len(twins) == rendering.CUTS * len(usual)
+    assert sorted(set(Counter(groups.values()).values())) == [rendering.CUTS]
+    assert sorted(set(Counter(groups_of_half.values()).values())) == [1, rendering.CUTS]
+    assert {groups[path] for path in usual} == set(groups.values())
+    assert all(os.path.dirname(path) in f"test/{group}" for path, group in groups.items())
+    # With other knobs too.
+    with_outliers, of_both = cuts(Knobs(outliers=0.5, twins=1), 1)
+    assert with_outliers.items() <= twins.items()
+    assert Counter(of_both.values()) == dict.fromkeys(of_both.values(), rendering.CUTS)
 
 
 def test_knobs_at_zero_are_the_usual_videos(few_videos: Path) -> None:
@@ -214,7 +236,7 @@ def test_the_number_of_workers_does_not_matter(sampling: str) -> None:
         ({"overlap": -0.1}, r"the knob overlap is -0\.1, a share"),
         ({"outliers": float("nan")}, "the knob outliers is nan, a share"),
         ({"noise": "loud"}, "the knob noise is 'loud', a share"),
-        ({"nois": 0.5}, "knobs: there is no 'nois'; there are overlap, outliers, noise"),
+        ({"nois": 0.5}, "knobs: there is no 'nois'; there are overlap, outliers, noise, twins"),
     ],
 )
 def test_knobs_out_of_range_are_refused_by_name(knobs: dict[str, Any], message: str) -> None:

@@ -12,7 +12,7 @@ from clip_m2df.errors import UserError
 from clip_m2df.motion_shapes import COLOURS, FAMILIES, appearances_of, render_clip
 from clip_m2df.motion_shapes.classes import BACKWARDS, SHAPES, MotionClass
 from clip_m2df.motion_shapes.rendering import VIDEOS_PER_CLASS
-from clip_m2df.motion_shapes.scenes import COMMON_COLOUR, FPS, Scene, draw_scene, paint
+from clip_m2df.motion_shapes.scenes import COMMON_COLOUR, FPS, Scene, draw_cut, draw_scene, paint
 from tests.motion_shapes.scenes import centres, generator, masks, of_split
 
 ORDER = FAMILIES["order"]
@@ -284,6 +284,25 @@ def test_outliers_are_hidden_or_still() -> None:
         # A square of the same colour in all frames; the rest is as usual.
         assert 0.62 <= plain.mean() <= 0.66
         assert np.array_equal(hidden[:, ~plain], usual[:, ~plain])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cuts_of_a_recording_show_the_same_again(family: str) -> None:
+    lengths = set()
+    for seed, c in enumerate(of_split(family, "test")):
+        first = draw_scene(c, generator(seed))
+        cut, same = (draw_cut(c, generator(seed), generator(100 + seed)) for _ in range(2))
+        lengths.add(len(cut.camera))
+        assert np.array_equal(paint(cut), paint(same))
+        assert (cut.shape, cut.roundness) == (first.shape, first.roundness)
+        assert np.array_equal(cut.texture, first.texture)
+        assert np.array_equal(cut.colour, first.colour)
+        # Where things start and end does not depend on how long it takes.
+        for name in ("x", "y", "radius", "angle", "opacity"):
+            ours, theirs = getattr(cut, name), getattr(first, name)
+            assert np.allclose(ours[..., [0, -1]], theirs[..., [0, -1]], atol=1e-5)
+        assert not np.array_equal(cut.camera, draw_cut(c, generator(seed), generator(200 + seed)).camera)
+    assert len(lengths) > 3
 
 
 def test_events_that_do_not_exist_are_refused() -> None:

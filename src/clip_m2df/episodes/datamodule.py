@@ -61,7 +61,8 @@ class EpisodeDataModule(lightning.LightningDataModule):
             rendered when first used. Or a feature table (``.safetensors`` or ``.parquet``), as ``clip-m2df encode`` and
             other tools write it: then no video is read, and no tower needed.
         knobs: how much harder than usual the test episodes of the embedded benchmark are: shares by the names
-            ``overlap``, ``outliers`` and ``noise`` (see :class:`clip_m2df.motion_shapes.Knobs`).
+            ``overlap``, ``outliers`` and ``noise``; and ``twins``, how many recordings are cut into several videos (see
+            :class:`clip_m2df.motion_shapes.Knobs`).
         root: a folder outside the manifest's own in which its videos may lie too; those elsewhere are refused.
         class_texts: a CSV with the columns label and text: what the prompt says of these classes instead; or several,
             the later over the earlier. Each is a file in the working directory, or else one that comes with the

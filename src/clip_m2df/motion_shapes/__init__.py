@@ -18,6 +18,7 @@ from clip_m2df.motion_shapes.classes import appearances_of as appearances_of
 from clip_m2df.motion_shapes.classes import shared_appearance_classes as shared_appearance_classes
 from clip_m2df.motion_shapes.long_videos import Action as Action
 from clip_m2df.motion_shapes.long_videos import render_long as render_long
+from clip_m2df.motion_shapes.rendering import CUTS as CUTS
 from clip_m2df.motion_shapes.rendering import NO_KNOBS as NO_KNOBS
 from clip_m2df.motion_shapes.rendering import Knobs as Knobs
 from clip_m2df.motion_shapes.rendering import render as render
