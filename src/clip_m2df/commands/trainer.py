@@ -329,9 +329,12 @@ class CLI(LightningCLI):
                 if value is not None:
                     raise UserError(f"{option} is of one manifest, and --also names another: leave out one of them")
             options = config.data.as_dict() | {"manifest": manifest, "cache": None, "class_texts": None}
-            if is_feature_table(manifest):
-                options |= {"root": None, "frames": read_feature_table(manifest).frames}
-            EpisodeDataModule(**options).setup("test")
+            try:
+                if is_feature_table(manifest):
+                    options |= {"root": None, "frames": read_feature_table(manifest).frames}
+                EpisodeDataModule(**options).setup("test")
+            except UserError as error:
+                raise UserError(f"--also {manifest}: {error}") from error
             others.append(EpisodeDataModule(**options))
         return others
 
