@@ -210,8 +210,20 @@ def test_a_head_with_nothing_to_train_is_measured_without_a_checkpoint(
     assert "nothing to train" in said
     assert "clip-m2df test without --ckpt_path" in said
     assert "test measures a checkpoint" in fails(["test", *own, "--model.head=clip_fsar"], capsys)
+    for head in ("linear_probe", "tip_adapter"):
+        assert main(["test", *args, f"--model.head={head}", "--model.head_options={}"]) == 0
+        assert "test/accuracy" in capsys.readouterr().out
     # Behind a tower that learns it is trained like any other.
     assert main(["fit", *args, "--model.freeze_backbone=false"]) == 0
+
+
+def test_frames_that_a_head_cannot_take_are_refused_before_videos_are_read(
+    own: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    of_head = ["--model.head_options={}", "--model.head=ts_fsar"]
+    assert "ts_fsar weighs 8 frames, and videos have 2" in fails(["fit", *own, *of_head], capsys)
+    of_head = ["--model.head_options={tuples: [3]}", "--model.head=trx"]
+    assert "trx compares tuples of 3 frames, and videos have 2" in fails(["fit", *own, *of_head], capsys)
 
 
 def test_misspelt_keys_are_named(own: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -669,3 +681,64 @@ def test_the_progress_bar_ends_where_the_run_does() -> None:
     assert bar.total_train_batches == 3
     trainer.max_steps, trainer.num_training_batches = -1, math.inf
     assert bar.total_train_batches == math.inf
+
+
+def other_manifest(manifest: Path, folder: Path) -> Path:
+    """A manifest elsewhere whose test split is the val split of the tests' own videos."""
+    for video in manifest.parent.glob("val*.mp4"):
+        shutil.copy(video, folder)
+    rows = [line.replace(",val,", ",test,") for line in manifest.read_text().splitlines() if ",val," in line]
+    other = folder / "other.csv"
+    other.write_text("\n".join(["path,label,split,text", *rows]) + "\n")
+    return other
+
+
+def numbers_of(folder: Path, name: str) -> dict[str, str]:
+    with (folder / f"{name}_metrics.csv").open() as file:
+        return {row["metric"].removeprefix(f"{name}/"): row["value"] for row in csv.DictReader(file)}
+
+
+def test_several_manifests_have_the_numbers_of_each_alone_in_one_table(
+    manifest: Path, tiny_clip_dir: Path, fitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    other = other_manifest(manifest, folder)
+    checkpoint = f"--ckpt_path={fitted / 'checkpoints' / 'best.ckpt'}"
+    expected = []
+    for number, source in enumerate((manifest, other)):
+        assert main(["test", *options(source, tiny_clip_dir, tmp_path / str(number), checkpoint)]) == 0
+        expected.append(numbers_of(tmp_path / str(number), "test"))
+    assert expected[0] != expected[1]
+
+    args = options(manifest, tiny_clip_dir, tmp_path / "both", checkpoint, f"--also={other}", f"--also={manifest}")
+    capsys.readouterr()
+    done = run(resolve_configs(["test", *args]))
+    said = "".join(capsys.readouterr().out.split())
+    found = [numbers_of(tmp_path / "both", name) for name in ("test", "test_2", "test_3")]
+    assert found == [expected[0], expected[1], expected[0]]
+    with (tmp_path / "both" / "test_manifests.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["manifest"] for row in rows] == [str(manifest), str(other), str(manifest)]
+    for row, numbers in zip(rows, found, strict=True):
+        assert (row["classes"], row["episodes"]) == ("3", "6")
+        assert {name: row[name] for name in numbers} == numbers
+        accuracy, interval = (100 * float(numbers[name]) for name in ("accuracy", "interval"))
+        assert f"│3│6│{accuracy:.1f}±{interval:.1f}%│" in said
+    # What is logged of the last has a name of its own.
+    assert float(done.trainer.callback_metrics["test_3/accuracy"]) == pytest.approx(float(found[2]["accuracy"]))
+
+
+def test_a_further_manifest_is_checked_before_the_first_is_tested(
+    best: list[str], manifest: Path, fitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["test", *best, f"--trainer.default_root_dir={tmp_path}"]
+    args[args.index("--ckpt_path=best")] = f"--ckpt_path={fitted / 'checkpoints' / 'best.ckpt'}"
+    assert "none.csv" in fails([*args, f"--also={tmp_path / 'none.csv'}"], capsys)
+    few = tmp_path / "few.csv"
+    few.write_text("path,label,split\n" + f"{manifest.parent / 'test0_0.mp4'},run,test\n")
+    assert "few.csv" in fails([*args, f"--also={few}", f"--data.root={manifest.parent}"], capsys)
+    for option, value in (("report", "page.html"), ("data.episodes_file", "episodes.jsonl")):
+        said = fails([*args, f"--also={manifest}", f"--{option}={tmp_path / value}"], capsys)
+        assert f"{option} is of one manifest" in said
+    assert not list(tmp_path.glob("test_*"))

@@ -90,7 +90,7 @@ def best_balanced(belongs: Sequence[float], strange: Sequence[float]) -> float:
 
 @pytest.mark.parametrize("spread", [0.3, 1.0])
 @pytest.mark.parametrize("shots", [(3, 3, 3), (4, 1, 2), (2, 5)])
-@pytest.mark.parametrize("head", ["m2df", "otam", "nearest_prototype"])
+@pytest.mark.parametrize("head", ["m2df", "otam", "nearest_prototype", "linear_probe", "tip_adapter", "trx"])
 def test_the_threshold_sorts_the_examples_best(head: str, shots: tuple[int, ...], spread: float) -> None:
     model = plain_model(head)
     classes = at_random(model, shots, spread)

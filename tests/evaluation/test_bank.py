@@ -40,13 +40,13 @@ def episodes(n: int, n_way: int = 3, n_shot: int = 1, n_query: int = 2, seed: in
     )
 
 
-SIZES: dict[str, Any] = {"num_heads": 4, "hidden_dim": 24}
+SMALL = {"num_heads": 4, "hidden_dim": 24}
+SIZES: dict[str, dict[str, Any]] = {"m2df": SMALL, "clip_fsar": SMALL, "trx": {"width": 24}, "ts_fsar": {"width": 6}}
 
 
 def make_head(head: str = "m2df", **options: Any) -> Head:
     torch.manual_seed(0)
-    sizes = SIZES if head in ("m2df", "clip_fsar") else {}
-    return build_head(head, {"dim": DIM} | sizes | options).eval()
+    return build_head(head, {"dim": DIM} | SIZES.get(head, {}) | options).eval()
 
 
 def direct(head: Any, features: Tensor, prompts: Tensor, played: IndexedEpisode, numbers: Tensor) -> Any:
@@ -78,6 +78,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "zero-shot": {"head": "zero_shot"},
     "Bi-MHM": {"head": "bi_mhm"},
     "CLIP-FSAR": {"head": "clip_fsar", "depth": 2},
+    "linear probe": {"head": "linear_probe"},
+    "Tip-Adapter": {"head": "tip_adapter"},
+    "TRX": {"head": "trx", "tuples": [2, 3]},
+    "TS-FSAR": {"head": "ts_fsar", "frames": T},
 }
 
 

@@ -25,6 +25,7 @@ from tests import clips
 from tests.conftest import quiet_trainer as trainer
 from tests.training.test_module import make
 
+OWN_OPTIONS: dict[str, dict[str, Any]] = {"ts_fsar": {"frames": 2}}
 SMALL: dict[str, Any] = {"n_way": 3, "n_query": 2, "frames": 2, "resize": 32, "size": 32, "num_workers": 0}
 
 
@@ -79,7 +80,11 @@ class Contrary(M2DFHead):
         ({"class_weight": 1.0, "text_fusion": 0.4, "selection": "expectation"}, 2),
         ({"selection": "sample"}, 2),
         ({"head": f"{__name__}.Contrary"}, 1),
-        *(({"head": name, "class_weight": 1.0, "text_fusion": 0.4}, 5) for name in HEADS if name != "m2df"),
+        *(
+            ({"head": name, "class_weight": 1.0, "text_fusion": 0.4, "head_options": OWN_OPTIONS.get(name)}, 5)
+            for name in HEADS
+            if name != "m2df"
+        ),
     ],
 )
 def test_the_numbers_are_those_of_the_direct_path(

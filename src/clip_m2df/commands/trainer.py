@@ -136,6 +136,8 @@ class CLI(LightningCLI):
         if subcommand == "test":
             text = "a page for a browser, .html: accuracies, what is taken for what, the hardest episodes"
             parser.add_argument("--report", type=str | None, default=None, help=text)
+            text = "a further manifest, as often as you like: each is tested, and one table has a row for each"
+            parser.add_argument("--also", action="append", type=str, help=text)
         if subcommand == "validate":
             text = (
                 "numbers of examples of a class, such as [1,5]: calibrate sets of labels for them on val, and put the"
@@ -166,7 +168,8 @@ class CLI(LightningCLI):
         options = self.config_init[subcommand].trainer
         checkpoint, self.checkpoint = self.checkpoint, None
         folder = Path(options.default_root_dir or ".")
-        options.callbacks = [*_listed(options.callbacks), RunReport()]
+        self.report = RunReport(several=bool(self.others))
+        options.callbacks = [*_listed(options.callbacks), self.report]
         if options.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in options.callbacks):
             options.callbacks.append(RunProgressBar())
         options.plugins = _listed(options.plugins)
@@ -195,6 +198,11 @@ class CLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         try:
             super()._run_subcommand(subcommand)
+            for number, data in enumerate(self.others, 2):
+                self.model.test_name = f"test_{number}"
+                self.model.model.take_class_embeddings({})  # of the manifest before
+                self.trainer.test(**self._prepare_subcommand_kwargs(subcommand) | {"datamodule": data})
+            self.report.summarise(self.trainer)
         except (UserError, MisconfigurationException):
             raise
         except Exception as error:
@@ -287,11 +295,36 @@ class CLI(LightningCLI):
             UserError: an option has a value that they don't take.
         """
         try:
+            self.others = self._further_data()
             super().instantiate_classes()
         except (UserError, MisconfigurationException):
             raise
         except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             raise UserError(f"an option has a value that it can't have: {' '.join(str(error).split())}") from error
+
+    def _further_data(self) -> list[EpisodeDataModule]:
+        """The data of the further manifests of a test, checked before the first is tested.
+
+        All options hold for them too, but those that name something of the first: its cache and its texts.
+
+        Raises:
+            UserError: one can't be tested, or an option is of one manifest alone.
+        """
+        config = self.config[str(self.subcommand)]
+        others = []
+        for manifest in config.get("also") or []:
+            for option, value in (("report", config.report), ("data.episodes_file", config.data.episodes_file)):
+                if value is not None:
+                    raise UserError(f"{option} is of one manifest, and --also names another: leave out one of them")
+            options = config.data.as_dict() | {"manifest": manifest, "cache": None, "class_texts": None}
+            try:
+                if is_feature_table(manifest):
+                    options |= {"root": None, "frames": read_feature_table(manifest).frames}
+                EpisodeDataModule(**options).setup("test")
+            except UserError as error:
+                raise UserError(f"--also {manifest}: {error}") from error
+            others.append(EpisodeDataModule(**options))
+        return others
 
     def before_instantiate_classes(self) -> None:
         """Find the checkpoint and take the model's options from it.

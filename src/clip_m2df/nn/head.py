@@ -219,6 +219,9 @@ class Head(nn.Module, Scoring):
     Attributes:
         trained: whether it has anything to train; one that has not is measured without a checkpoint.
         uses_prompts: whether scores depend on the prompts, so that two classes with one prompt are refused.
+        task_specific: whether the logit of a class depends on the other classes of the episode too.
+        differentiable: whether gradients go through it; one that fits another package's model in each episode is for
+            evaluations alone, and is not exported.
         selection: how PPS picks at evaluation.
         train_selection: how it picks in training.
 
@@ -228,6 +231,8 @@ class Head(nn.Module, Scoring):
 
     trained: ClassVar[bool] = True
     uses_prompts: ClassVar[bool] = True
+    task_specific: ClassVar[bool] = False
+    differentiable: ClassVar[bool] = True
     selection: Selection = "argmax"
     train_selection: Selection = "argmax"
 
@@ -275,6 +280,13 @@ class Head(nn.Module, Scoring):
         selection = self.train_selection if self.training else self.selection
         return select_prompts(probabilities, prompts, selection, draws)
 
+    def check_frames(self, frames: int) -> None:
+        """Refuse videos of a number of frames that the head can't take; a head takes any, unless it says otherwise.
+
+        Raises:
+            UserError: says what to change.
+        """
+
     def align(self, query: Embedded, prototypes: Embedded) -> dict[str, Tensor]:
         """By view, which frames of queries and prototypes are aligned: ``(…, n_queries, n_way, frames, frames)``.
 
@@ -286,7 +298,7 @@ class Head(nn.Module, Scoring):
         """Minus the highest logit that there can be, that of videos whose frames are all the same picture.
 
         What people are shown as a distance counts from here: OTAM's soft minimum, for one, is below 0 for what is
-        alike. 0 unless a head says otherwise.
+        alike. 0 unless a head says otherwise; where its logits have no bound, distances may be negative.
 
         Args:
             frames: of a video.

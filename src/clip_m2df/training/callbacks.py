@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning
 import yaml
@@ -214,11 +214,36 @@ def _latest_version(folder: Path) -> int | None:
     return max(found)[2] if found else None
 
 
+class Tested(NamedTuple):
+    """What a test of one manifest of several found.
+
+    Attributes:
+        name: under which it is logged, and its files are written.
+        manifest: its name.
+        classes: how many the test split has.
+        episodes: how many were played.
+        numbers: by the names under which they are logged, without the stage.
+    """
+
+    name: str
+    manifest: str
+    classes: int
+    episodes: int
+    numbers: Mapping[str, float]
+
+
 class RunReport(lightning.Callback):
     """Writes what an evaluation says of the classes into the run's folder, and prints the hardest ones.
 
     In training it lets all ranks know of the videos that one of them found unusable, as often as the Trainer logs.
+
+    Args:
+        several: whether several manifests are tested, one after the other: then one table is printed of all.
     """
+
+    def __init__(self, several: bool = False) -> None:
+        self.several = several
+        self._tested: list[Tested] = []
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Number what is logged by the steps of the whole run."""
@@ -245,32 +270,85 @@ class RunReport(lightning.Callback):
         if not trainer.is_global_zero or evaluated is None:
             return
         folder = Path(trainer.default_root_dir)
+        classes = data.manifest.split(split).class_names
+        if split == "test":
+            split = pl_module.test_name
         numbers = {name: float(value) for name, value in evaluated.numbers.items()}
         rows = [[f"{split}/{name}", repr(value)] for name, value in numbers.items()]
         write_table(folder / f"{split}_metrics.csv", "table", [["metric", "value"], *rows])
         files = [folder / f"{split}_metrics.csv"]
         if evaluated.confusion.numel():
             confusion = evaluated.confusion.cpu()
-            class_names = data.manifest.split(split).class_names
-            files += write_report(folder, split, class_names, confusion)
-            console().print(hardest_classes(class_names, confusion))
+            files += write_report(folder, split, classes, confusion)
+            if not self.several:
+                console().print(hardest_classes(classes, confusion))
         shape, queries = data.eval_shape, int(evaluated.confusion.sum())
         episodes = queries // (shape.n_way * shape.n_query)
-        console().print(result_table(split, numbers, f"{episodes} episodes, {shape.n_way}-way {shape.n_shot}-shot"))
-        if numbers.keys() & {*OPEN_SET}:
-            # A validation chooses now; a test has what the training's own chose, where that was asked.
-            calibration = getattr(pl_module, "calibration", None)  # other people's modules have none
-            own = {score: numbers[f"auroc/{score}"] for score in SCORES}
-            of_val = own if split == "val" else {} if calibration is None else calibration.aurocs
-            chosen = best_score(of_val) if of_val else ""
-            console().print(open_set_table(numbers, f"{shape.n_unknown} unknown queries an episode", chosen))
-            if of_val:
-                say(chosen_score(of_val))
+        if self.several:
+            self._tested.append(Tested(split, data.manifest_path, len(classes), episodes, numbers))
+        else:
+            what = f"{episodes} episodes, {shape.n_way}-way {shape.n_shot}-shot"
+            console().print(result_table(split, numbers, what))
+            if numbers.keys() & {*OPEN_SET}:
+                # A validation chooses now; a test has the choice of its training.
+                calibration = getattr(pl_module, "calibration", None)  # other people's modules have none
+                own = {score: numbers[f"auroc/{score}"] for score in SCORES}
+                of_val = own if split == "val" else {} if calibration is None else calibration.aurocs
+                chosen = best_score(of_val) if of_val else ""
+                console().print(open_set_table(numbers, f"{shape.n_unknown} unknown queries an episode", chosen))
+                if of_val:
+                    say(chosen_score(of_val))
         say(f"all numbers and classes are in {some(map(str, files))}")
+
+    def summarise(self, trainer: lightning.Trainer) -> None:
+        """Print the table of several manifests, and write ``test_manifests.csv``, with all numbers of each."""
+        if not self._tested:
+            return
+        names = list(dict.fromkeys(name for tested in self._tested for name in tested.numbers))
+        rows = [
+            [
+                *(tested.name, for_spreadsheet(tested.manifest), tested.classes, tested.episodes),
+                *(repr(tested.numbers[name]) if name in tested.numbers else "" for name in names),
+            ]
+            for tested in self._tested
+        ]
+        path = Path(trainer.default_root_dir) / "test_manifests.csv"
+        write_table(path, "table", [["name", "manifest", "classes", "episodes", *names], *rows])
+        shape = trainer.datamodule.eval_shape  # type: ignore[attr-defined]
+        console().print(manifests_table(self._tested, f"{shape.n_way}-way {shape.n_shot}-shot"))
+        say(f"all numbers are in {path}")
 
 
 # Numbers of an evaluation that are not shares.
 _COUNTS, _LOSSES = ("replaced_videos",), "loss/"
+
+
+# What the table of several manifests shows beside the accuracy, of what was counted.
+_SHOWN = {
+    "twin_share": "queries with a twin",
+    "accuracy_without_twins": "accuracy without twins",
+    "auroc/distance": "AUROC (distance)",
+    "oscr/distance": "OSCR",
+    "fpr95/distance": "FPR95",
+}
+
+
+def manifests_table(tested: Sequence[Tested], what: str) -> Table:
+    """A table with a row for each manifest that was tested.
+
+    Args:
+        tested: what was found.
+        what: was played.
+    """
+    shown = [name for name in _SHOWN if any(name in one.numbers for one in tested)]
+    table = Table("manifest", "classes", "episodes", "test/accuracy", *map(_SHOWN.__getitem__, shown), title=what)
+    table.title_justify = "left"
+    for one in tested:
+        accuracy, interval = (100 * one.numbers.get(name, math.nan) for name in ("accuracy", "interval"))
+        cells = [f"{100 * one.numbers[name]:.1f} %" if name in one.numbers else "" for name in shown]
+        counts = str(one.classes), str(one.episodes)
+        table.add_row(one.manifest, *counts, f"{accuracy:.1f} ± {interval:.1f} %", *cells)
+    return table
 
 
 def result_table(split: str, numbers: Mapping[str, float], what: str) -> Table:

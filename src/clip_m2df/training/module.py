@@ -118,7 +118,8 @@ class CLIPM2DF(lightning.LightningModule):
             interpolated; ``dtype``, what the weights are held in: ``float32``, ``bfloat16`` or ``float16``;
             ``dim``, the width of ``features``.
         head: what scores the queries: ``m2df``; for comparison ``clip_fsar``, ``otam``, ``bi_mhm``,
-            ``nearest_prototype`` or ``zero_shot``; or the class path of another head.
+            ``nearest_prototype``, ``zero_shot``, ``linear_probe`` (for evaluations alone), ``tip_adapter``, ``trx`` or
+            ``ts_fsar``; or the class path of another head.
         head_options: options of the head's class; for ``m2df`` those of :class:`clip_m2df.nn.m2df.M2DFHead`.
         template: the prompt, with ``{}`` where the class goes, or a list of such: an ensemble, the mean of their
             normalised embeddings.
@@ -157,6 +158,7 @@ class CLIPM2DF(lightning.LightningModule):
     Attributes:
         default_selection: what ``selection`` is where nobody asks for another.
         evaluated: what the last validation or test counted, for callbacks.
+        test_name: the name under which a test is logged: that of its stage, where one follows another a name each.
         calibration: by which labels make sets that hold the truth with a promised rate; None before a calibration.
 
     Raises:
@@ -276,6 +278,7 @@ class CLIPM2DF(lightning.LightningModule):
         # How the videos of its training were read, where that is known: frames, resize, resize_mode and sampling.
         self.reading: dict[str, Any] | None = None
         self.evaluated: Evaluated | None = None
+        self.test_name = "test"
         self.calibration: Calibration | None = None
         self._draws_seed: int | None = None
         # Whether a batch of the optimiser step under way had a loss that is not finite; steps in a row that had.
@@ -304,10 +307,20 @@ class CLIPM2DF(lightning.LightningModule):
         """Take over what a feature table has; refuse, before videos are read, what does not fit together.
 
         Raises:
-            UserError: features of another width or number of frames than the model's; or a tower without text under a
-                head that needs prompts.
+            UserError: features of another width or number of frames than the model's; a tower without text under a
+                head that needs prompts; another number of frames than the head takes; or a training of a head that
+                passes on no gradient.
         """
-        table = getattr(getattr(self._trainer, "datamodule", None), "table", None)
+        if stage == "fit" and not self.model.head.differentiable:
+            raise UserError(
+                f"the head {self.hparams['head']} fits a model in each episode, and nothing can be trained through it:"
+                " measure it by clip-m2df test, or train with another head"
+            )
+        data = getattr(self._trainer, "datamodule", None)
+        frames = getattr(getattr(data, "reader", None), "frames", None)
+        if isinstance(frames, int):  # other people's readers may be anything
+            self.model.head.check_frames(frames)
+        table = getattr(data, "table", None)
         if isinstance(table, FeatureTable):
             self._take_table(table)
         self.model.check_has_prompts()
@@ -590,7 +603,7 @@ class CLIPM2DF(lightning.LightningModule):
         for name, number in numbers.items():
             # Already the sum over all ranks.
             self.log(
-                f"{stage}/{name}",
+                f"{self.test_name if stage == 'test' else stage}/{name}",
                 number.float(),
                 prog_bar=name in ("accuracy", "interval", "loss/total"),
                 rank_zero_only=False,
