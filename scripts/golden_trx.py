@@ -12,6 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -31,7 +32,7 @@ def main() -> None:
 
     torch.manual_seed(0)
     support, query = torch.randn(WAY, SHOT, FRAMES, DIM), torch.randn(QUERIES, FRAMES, DIM)
-    found = {"support": support, "query": query}
+    found: dict[str, Any] = {"support": support, "query": query}
     args = SimpleNamespace(
         seq_len=FRAMES, trans_linear_in_dim=DIM, trans_linear_out_dim=WIDTH, trans_dropout=0.1, way=WAY
     )

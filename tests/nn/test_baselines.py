@@ -170,7 +170,8 @@ def test_the_linear_probe_is_where_the_loss_is_least(shots: tuple[int, ...], c: 
         w, b = weights.view(n_way, 9).split((8, 1), 1)
         penalty = (w[1] - w[0]).square().sum() / 2 if n_way == 2 else w.square().sum() / 2
         tie = 1e-6 * weights.square().sum() / 2  # of what the loss leaves open
-        return penalty + c * F.cross_entropy(x @ w.T + b.T, labels, reduction="sum") + tie
+        total: Tensor = penalty + c * F.cross_entropy(x @ w.T + b.T, labels, reduction="sum") + tie
+        return total
 
     weights = torch.zeros(n_way * 9, dtype=torch.float64)
     for _ in range(50):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clip_m2df.clip.backbone import CLIPBackbone
+from clip_m2df.nn.baselines import build_head
 from clip_m2df.nn.class_text import class_text_logits
 from clip_m2df.nn.m2df import M2DFHead
 
@@ -143,6 +144,27 @@ def test_losses_and_gradients_of_adversarial_episodes_are_finite(dtype: torch.dt
             assert [name for name in bad if dtype != torch.float16 or "huge prompts" not in name] == []
         played += len(loss)
     assert played == 1000
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("trx", {"width": 32}), ("ts_fsar", {"frames": FRAMES, "width": 16}), ("tip_adapter", {}), ("linear_probe", {})],
+)
+def test_heads_to_compare_with_are_finite_on_adversarial_episodes(
+    name: str, options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    head = build_head(name, {"dim": DIM} | options).train()
+    for seed in range(2):
+        _, support, query, prompts, draws = adversarial_episodes(seed)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            logits = head(support.to(dtype), query.to(dtype), prompts.to(dtype), draws).logits
+        assert logits.isfinite().all()
+        if head.differentiable:
+            F.cross_entropy(logits.transpose(1, 2), LABELS.expand(len(support), -1)).backward()
+            for tensor in (support, query, *head.parameters()):
+                assert tensor.grad is None or tensor.grad.isfinite().all()
 
 
 def test_float16_cannot_hold_the_gradient_of_a_zero_vector_beside_a_huge_prompt() -> None:

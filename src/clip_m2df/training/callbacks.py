@@ -272,7 +272,7 @@ class RunReport(lightning.Callback):
         folder = Path(trainer.default_root_dir)
         classes = data.manifest.split(split).class_names
         if split == "test":
-            split = pl_module.test_name
+            split = str(pl_module.test_name)
         numbers = {name: float(value) for name, value in evaluated.numbers.items()}
         rows = [[f"{split}/{name}", repr(value)] for name, value in numbers.items()]
         write_table(folder / f"{split}_metrics.csv", "table", [["metric", "value"], *rows])
