@@ -21,7 +21,6 @@ from tests.conftest import fails
 from tests.training.test_from_feature_tables import DIM, FRAMES, LABELS, SHAPE, embeddings, features, rows_of
 from tests.training.test_from_feature_tables import trainer as quiet_trainer
 
-
 # The source of each video of a class, by its number.
 PAIRED = str.maketrans("012345", "aabbcc")
 
