@@ -7,6 +7,7 @@ axis           meaning
 ``n_way``      classes of an episode (N)
 ``n_shot``     labelled *support* videos a class (K)
 ``n_queries``  query videos of an episode, of all its classes together (M); ``n_query`` is their number a class
+``n_unknown``  *unknown queries* of an episode: query videos of classes that it does not have
 ``frames``     frames a video (T)
 ``dim``        width of CLIP's embeddings (D)
 ``n_classes``  classes of the split that the episode comes from (C)
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+# How the videos of an episode are drawn; what each means is said in :mod:`clip_m2df.episodes.plan`.
+Dealing = Literal["random", "grouped"]
+
 # How frames are chosen and resized; what each means is said in :mod:`clip_m2df.video.transforms`.
 Sampling = Literal["segments", "random_segments", "window", "linspace"]
 ResizeMode = Literal["short_side", "short_side_bicubic", "squash"]
@@ -38,6 +42,7 @@ STREAMS = {
     "stored augmentation": 4,
     "outliers": 5,
     "colours": 6,
+    "unknown": 7,
 }
 # A seed deals different episodes at each stage.
 STAGES = {"train": 0, "val": 1, "test": 2}
@@ -52,11 +57,22 @@ class Extras(TypedDict, total=False):
         replaced: int64 ``(episodes)``, how many videos were unusable and had others put in their places; for the log.
         same: of frames, int64 ``(episodes, n_way · n_shot + n_queries)``, for each clip of the batch, the support
             before the query in each episode, the index of the first that has the same frames: those need encoding once.
+        twins: of evaluations, bool ``(episodes, n_queries)``, whether a support video of the episode is of the query's
+            group, cut from the same as it; there where some video of the split has a group.
+        unknown: the unknown queries, of the batch's own kind: uint8 frames ``(episodes, n_unknown, frames, 3, height,
+            width)``, floating features ``(episodes, n_unknown, frames, dim)``, or int64 indices
+            ``(episodes, n_unknown)``. Nothing that is computed of the others depends on them.
+        unknown_classes: int64 ``(episodes, n_unknown)``, their classes as indices in ``class_names``.
+        unknown_draws: float32 ``(episodes, n_unknown)``, as ``draws``, which they go on from.
     """
 
     draws: torch.Tensor
     replaced: torch.Tensor
     same: torch.Tensor
+    twins: torch.Tensor
+    unknown: torch.Tensor
+    unknown_classes: torch.Tensor
+    unknown_draws: torch.Tensor
 
 
 class Labels(Extras):

@@ -81,8 +81,9 @@ def export_model(
         By file, the largest difference of its program from the model: absolute, or beyond 1 relative.
 
     Raises:
-        UserError: a shape that is no positive number; a head that samples; a folder that holds something already or
-            can't be written; packages that are missing; or a program that can't be made, or differs from the model.
+        UserError: a shape that is no positive number; a head that samples, or fits a model in each episode; a folder
+            that holds something already or can't be written; packages that are missing; or a program that can't be
+            made, or differs from the model.
     """
     shapes = {"n_way": n_way, "n_shot": n_shot, "n_queries": n_queries, "frames": frames, "batch": batch}
     for name, value in shapes.items():
@@ -213,13 +214,18 @@ def head_program(model: CLIPM2DF, *, n_way: int, n_shot: int, n_queries: int, fr
     """The head for episodes of one shape.
 
     Raises:
-        UserError: it samples.
+        UserError: it samples, or fits a model in each episode.
     """
     head, dim = model.model.head, model.model.backbone.dim
+    if not head.differentiable:
+        raise UserError(
+            f"the head {model.hparams['head']} fits a model in each episode, which no exported program can do: export"
+            " one that does not, such as nearest_prototype"
+        )
     if getattr(head, "selection", "argmax") == "sample":
         raise UserError(
             "selection 'sample' draws prompts, so that an export would not repeat; load the model with"
-            " selection='argmax' or 'expectation'"
+            " selection='argmax', 'expectation' or 'each'"
         )
     shapes = {"support": (n_way, n_shot, frames, dim), "query": (n_queries, frames, dim), "prompts": (n_way, dim)}
     return Program(_settled(HeadModule(copy.deepcopy(head), model.text_fusion)), shapes)

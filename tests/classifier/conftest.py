@@ -30,7 +30,12 @@ if TYPE_CHECKING:  # a worker process that imports a test's reader need not wait
 
 SMALL = {"hidden_dim": 32, "num_heads": 4}
 # Options of the heads that are trained.
-HEAD_OPTIONS: dict[str, dict[str, Any]] = {"m2df": SMALL, "clip_fsar": SMALL}
+HEAD_OPTIONS: dict[str, dict[str, Any]] = {
+    "m2df": SMALL,
+    "clip_fsar": SMALL,
+    "trx": {"width": 24},
+    "ts_fsar": {"width": 8, "frames": 6},
+}
 
 # Names that a table may trip over; "[red]" is markup to what prints the summary.
 LABELS = ('a, "b"', "läuft – 走る", "x [red]y")

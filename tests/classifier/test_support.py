@@ -12,6 +12,7 @@ from torch import Tensor
 
 from clip_m2df import CLIPM2DF, UserError
 from clip_m2df.classifier.support import QUERIES, ClassScorer, SupportClass, check_disjoint
+from clip_m2df.nn.baselines import head_class
 from clip_m2df.nn.head import Embedded, Head, HeadOutput
 from clip_m2df.nn.m2df import M2DFHead
 from clip_m2df.nn.matching import cosine, frame_costs, otam
@@ -24,12 +25,14 @@ LABELS = ["running fast", "eat", "a cat that jumps"]
 M2DF_OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "argmax": ({}, {}),
     "expectation": ({"selection": "expectation"}, {"temperature": 3.0}),
+    "each": ({"selection": "each"}, {"view_weights": [0.3, 2.0]}),
     "no pps": ({}, {"pps": False}),
     "local": ({}, {"views": ["local"]}),
     "global": ({}, {"views": ["global"]}),
     "weights": ({}, {"view_weights": [0.3, 2.0], "single_direction": True, "depth": 2}),
 }
-BASELINES = ["clip_fsar", "otam", "bi_mhm", "nearest_prototype", "zero_shot"]
+OF_MEANS = ["clip_fsar", "otam", "bi_mhm", "nearest_prototype", "zero_shot"]  # which compare with the mean of the shots
+BASELINES = [*OF_MEANS, "linear_probe", "tip_adapter", "trx", "ts_fsar"]
 OWN_HEADS = [f"{__name__}.{head}" for head in ("MeanOfDistances", "Doubled")]
 
 
@@ -86,6 +89,7 @@ def m2df_by_loops(model: CLIPM2DF, classes: Sequence[SupportClass], query: Tenso
         if not head.pps:
             chosen = torch.zeros_like(chosen)
         for c, own in enumerate(classes):
+            chosen = prompts[c] if head.selection == "each" else chosen
             for name, view in head.views.items():
                 of_examples = [view(example[None], prompts[c][None])[0, 1:] for example in own.features]
                 prototype = torch.zeros_like(of_examples[0])
@@ -131,7 +135,7 @@ def test_m2df_takes_the_mean_of_each_classs_own_fused_sequences(name: str, shots
     torch.testing.assert_close(found, m2df_by_loops(model, classes, query), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("head", ["m2df", *BASELINES])
+@pytest.mark.parametrize("head", ["m2df", *(name for name in BASELINES if not head_class(name).task_specific)])
 @torch.no_grad()
 def test_each_class_is_what_it_is_by_itself(head: str) -> None:
     model = plain_model(head)
@@ -141,7 +145,7 @@ def test_each_class_is_what_it_is_by_itself(head: str) -> None:
     columns = [own.match(embedded, own.prototypes(c.features[None], c.prompt[None]), selected).logits for c in classes]
     found = ClassScorer(model, classes).score(query).logits
     torch.testing.assert_close(found, torch.cat(columns, -1), atol=1e-5, rtol=1e-5)
-    if head != "m2df":  # whose mean is that of fused sequences, above
+    if head in OF_MEANS:  # of m2df it is that of fused sequences, above
         means = torch.stack([torch.stack(list(c.features)).mean(0)[None] for c in classes])
         of_means = own(means, query, model.encode_prompts(LABELS)).logits
         torch.testing.assert_close(found, of_means, atol=1e-5, rtol=1e-5)
@@ -159,6 +163,15 @@ def test_each_example_of_a_class_counts_the_same_for_a_persons_own_head(shots: t
         for c, own in enumerate(classes):
             distances = [float((frames.mean(0) - example.mean(0)).norm()) for example in own.features]
             assert float(found[q, c]) == pytest.approx(-sum(distances) / len(distances), abs=1e-5)
+
+
+@pytest.mark.parametrize("head", ["linear_probe", "ts_fsar"])
+@torch.no_grad()
+def test_a_class_is_what_it_is_beside_the_others(head: str) -> None:
+    model = plain_model(head)
+    classes, query = make_classes(model, (4, 1, 3)), make_queries(5)
+    of_all, of_two = (ClassScorer(model, some).score(query).logits for some in (classes, classes[:2]))
+    assert (of_all[:, :2] - of_two).abs().min() > 1e-4
 
 
 # Probabilities

@@ -1,7 +1,9 @@
 """The split lists in circulation, where CLIP_M2DF_SPLITS names a folder with trx/, cmn/ and clip_fsar/."""
 
+import itertools
 import json
 import os
+import re
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -10,8 +12,10 @@ import pytest
 
 from clip_m2df.cli import main
 from clip_m2df.datasets.benchmarks import BENCHMARKS
-from clip_m2df.datasets.manifest import SPLITS, read_class_texts, readable
+from clip_m2df.datasets.manifest import SPLITS, Manifest, read_class_texts, readable
 from clip_m2df.datasets.split_lists import SplitLists, read_lists
+from clip_m2df.episodes.files import read_episodes_file
+from clip_m2df.episodes.plan import EpisodeShape
 
 SPLITS_FOLDER = Path(os.environ.get("CLIP_M2DF_SPLITS", ""))
 
@@ -95,6 +99,43 @@ def test_the_built_in_splits_give_the_manifests_of_the_lists(
         folder = next(folder for name, folder in LISTS if name == dataset and folder.startswith(form))
         assert manifest("--lists", str(SPLITS_FOLDER / folder)) == built_in
     assert "published" not in capsys.readouterr().out
+
+
+TWINS = {("ucf101", 1): 3.4, ("ucf101", 5): 16.1, ("hmdb51", 1): 3.3, ("hmdb51", 5): 14.3}
+"""The share of queries with a twin in random episodes, in percent, as counted from the lists by others."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dataset", ["ucf101", "hmdb51", "kinetics100"])
+def test_twins_are_counted_in_random_episodes_and_absent_from_grouped_ones(
+    tmp_path: Path, dataset: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, manifest, output = tmp_path / "videos", tmp_path / "manifest.csv", tmp_path / "episodes.jsonl"
+    folder = next(folder for name, folder in LISTS if name == dataset)
+    for line in lines_of(folder):
+        label, name = line.split("/")[-2:]
+        (root / label).mkdir(parents=True, exist_ok=True)
+        (root / label / f"{Path(name).stem}.avi").touch()
+    lists = ["--lists", str(SPLITS_FOLDER / folder)]
+    assert main(["prepare", dataset, "--root", str(root), "--output", str(manifest), *lists]) == 0
+    split = Manifest.read(manifest, check_files=False).split("test")
+    for n_shot, episodes in itertools.product((1, 3, 5), ("random", "grouped")):
+        options = [f"--data.manifest={manifest}", f"--data.n_shot={n_shot}", f"--data.episodes={episodes}"]
+        capsys.readouterr()
+        assert main(["episodes", *options, f"--output={output}"]) == 0
+        (said,) = re.findall(r"^(\d+) of their 50000 queries", capsys.readouterr().out, re.MULTILINE)
+        plans = read_episodes_file(output, split, str(tmp_path), EpisodeShape(5, n_shot, 1))
+        assert len(plans) == 10_000
+        twins = sum(
+            video.group in {shown.group for row in plan.support for shown in row}
+            for plan in plans
+            for video in itertools.chain(*plan.query)
+        )
+        assert twins == int(said)
+        if episodes == "grouped" or dataset == "kinetics100":
+            assert twins == 0
+        elif (dataset, n_shot) in TWINS:
+            assert twins / 500 == pytest.approx(TWINS[dataset, n_shot], abs=0.5)
 
 
 @pytest.mark.parametrize(("dataset", "folder"), [entry for entry in LISTS if not entry[0].startswith("ssv2")])

@@ -74,6 +74,8 @@ def test_training_and_evaluation_have_seeds_of_their_own(manifest: Path) -> None
         ({"stuck_after": 0.0}, r"stuck_after is 0\.0"),
         ({"max_unusable": 1.5}, r"max_unusable is 1\.5"),
         ({"resize": 15}, "resize 15 is smaller than size 16"),
+        ({"unknown_queries": -1}, "unknown_queries is -1; it must be at least 0"),
+        ({"episodes": "apart"}, "episodes: there is no 'apart'; there are random, grouped"),
         ({"resize_mode": "stretch"}, "resize_mode: there is no 'stretch'; there are short_side, short_side_bicubic"),
         ({"sampling": "middle"}, "sampling: there is no 'middle'; there are segments, random_segments, window"),
         ({"sampling": "window", "frames": 1}, "frames is 1, but sampling window spaces at least 2: give more"),
@@ -296,6 +298,99 @@ def test_test_episodes_from_a_file_are_played_in_its_order(manifest: Path, tmp_p
     assert len(list(more.test_dataloader())) == 6
     with pytest.raises(UserError, match=r"line 1 of the episodes file .*: it has 3 classes, but n_way is 2"):
         make(manifest, n_way=2, episodes_file=str(tmp_path / "e.jsonl")).setup("test")
+
+
+def with_groups(manifest: Path, folder: Path) -> Path:
+    """The manifest with pairs of videos that are cut from one."""
+    with manifest.open(encoding="utf-8") as lines:
+        header, *rows = (line.rstrip("\n") for line in lines)
+    groups = [row.split(",")[0].split("_")[0] + f" {n % 3 // 2}" for n, row in enumerate(rows)]
+    text = "\n".join([f"{header},group", *(f"{row},{group}" for row, group in zip(rows, groups, strict=True))])
+    (folder / "groups.csv").write_text(text, encoding="utf-8")
+    return folder / "groups.csv"
+
+
+def test_twins_are_told_where_there_are_groups(manifest: Path, tmp_path: Path) -> None:
+    grouped = with_groups(manifest, tmp_path)
+    split = Manifest.read(grouped, manifest.parent).split("test")
+    for episodes in ("random", "grouped"):
+        options: dict[str, Any] = {"test_episodes": 12, "val_episodes": 4, "root": str(manifest.parent)}
+        data = make(grouped, episodes=episodes, n_query=1, **options)
+        data.setup("test")
+        batches: list[Any] = list(data.test_dataloader())
+        shape = data.eval_shape
+        plans = [plan_episode(split, shape, seed=0, episode=number) for number in range(12)]
+        for plan, batch in zip(plans, batches, strict=True):
+            groups = {video.group for row in plan.support for video in row}
+            assert batch["twins"].tolist() == [[row[0].group in groups for row in plan.query]]
+        assert any(batch["twins"].any() for batch in batches) == (episodes == "random")
+        data.setup("fit")
+        assert "twins" not in next(iter(data.train_dataloader()))
+        table = data._tables["test"].episodes(range(12))
+        assert torch.equal(table["twins"], torch.cat([batch["twins"] for batch in batches]))
+    without = make(manifest, test_episodes=2)
+    without.setup("test")
+    assert "twins" not in next(iter(without.test_dataloader()))
+    with pytest.raises(
+        UserError, match=r"no video of .* has a group: let clip-m2df prepare write the manifest, or check"
+    ):
+        make(manifest, episodes="grouped").setup("test")
+
+
+def test_a_run_goes_on_with_episodes_dealt_as_before(manifest: Path, tmp_path: Path) -> None:
+    grouped = with_groups(manifest, tmp_path)
+    regrouped = tmp_path / "regrouped.csv"
+    regrouped.write_text(grouped.read_text(encoding="utf-8").replace("train1 1", "train1 2"), encoding="utf-8")
+    usual: dict[str, Any] = {"n_way": 2, "episodes_per_step": 2, "val_episodes": 2, "root": str(manifest.parent)}
+    apart = {"episodes": "grouped", "unknown_queries": 1}
+    random_run, grouped_run = tmp_path / "random" / "two.ckpt", tmp_path / "grouped" / "two.ckpt"
+    for options, run in (({}, random_run), (apart, grouped_run)):
+        fit(make(grouped, **usual, **options), run.parent, max_steps=2)
+        fit(make(grouped, **usual, **options), run.parent, str(run))
+    for changed, run, message in (
+        ({"episodes": "grouped"}, random_run, "data.episodes is 'grouped', but 'random' in the run"),
+        ({"unknown_queries": 1}, random_run, "data.unknown_queries is 1, but 0"),
+        (apart | {"episodes": "random"}, grouped_run, "data.episodes is 'random', but 'grouped' in the run"),
+        (apart | {"unknown_queries": 0}, grouped_run, "data.unknown_queries is 0, but 1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            fit(make(grouped, **usual, **changed), run.parent, str(run))
+    # Groups count where they decide the episodes.
+    fit(make(regrouped, **usual), random_run.parent, str(random_run))
+    fit(make(manifest, **usual), random_run.parent, str(random_run))
+    with pytest.raises(UserError, match=r"the train split of data\.manifest is"):
+        fit(make(regrouped, **usual, **apart), grouped_run.parent, str(grouped_run))
+
+
+def test_unknown_queries_are_in_evaluations_alone(manifest: Path) -> None:
+    def made(**options: Any) -> EpisodeDataModule:
+        data = make(manifest, n_way=2, val_episodes=6, test_episodes=6, **options)
+        for stage in ("fit", "test"):
+            data.setup(stage)
+        return data
+
+    plain, more = made(), made(unknown_queries=2)
+    first: tuple[Any, Any] = (next(iter(plain.train_dataloader())), next(iter(more.train_dataloader())))
+    assert first[0].keys() == first[1].keys()
+    assert torch.equal(first[0]["query"], first[1]["query"])
+    for stage in ("val", "test"):
+        loaders = [getattr(data, f"{stage}_dataloader")() for data in (plain, more)]
+        for without, batch in zip(*loaders, strict=True):
+            assert batch.keys() - without.keys() == {"unknown", "unknown_classes", "unknown_draws"}
+            assert all(torch.equal(batch[k], v) for k, v in without.items() if isinstance(v, torch.Tensor))
+        table = more._tables[stage].episodes(range(6))
+        direct: list[Any] = list(getattr(more, f"{stage}_dataloader")())
+        for key in ("unknown_classes", "unknown_draws", "draws", "query_labels"):
+            assert torch.equal(table[key], torch.cat([batch[key] for batch in direct]))
+        videos = more._tables[stage].videos
+        for indices, batch in zip(table["unknown"].tolist(), direct, strict=True):
+            for index, clip in zip(indices, batch["unknown"][0], strict=True):
+                assert torch.equal(clip, more.reader.read(videos[index].path)[0])
+            assert set(indices) <= set(more._tables[stage].named(range(6)))
+    with pytest.raises(
+        UserError, match="the val split has 3 classes; outside an episode of n_way 3 there may be only 0"
+    ):
+        make(manifest, unknown_queries=1).setup("fit")
 
 
 def test_class_texts_are_overridden_by_a_file(manifest: Path, tmp_path: Path) -> None:

@@ -39,6 +39,63 @@ def test_episodes_come_back_as_they_were_written(tmp_path: Path, split: Split) -
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
+def test_unknown_queries_come_back_too(tmp_path: Path, split: Split) -> None:
+    shape = EpisodeShape(2, 1, 1, 5)
+    plans = [plan_episode(split, shape, seed=0, episode=i) for i in range(30)]
+    file = tmp_path / "episodes.jsonl"
+    write_episodes_file(file, plans, split, ROOT)
+    assert read_episodes_file(file, split, ROOT, shape) == plans
+    first = json.loads(file.read_text(encoding="utf-8").splitlines()[0])
+    assert sorted(map(len, first["unknown"].values())) == [2, 3]
+    # They are left out where nobody asks for them.
+    assert read_episodes_file(file, split, ROOT, SHAPE) == [plan._replace(unknown=()) for plan in plans]
+    with pytest.raises(UserError, match=r"line 1 .* it has 5 unknown queries, but unknown_queries is 4"):
+        read_episodes_file(file, split, ROOT, EpisodeShape(2, 1, 1, 4))
+
+
+@pytest.mark.parametrize(
+    ("unknown", "message"),
+    [
+        (None, "it has 0 unknown queries, but unknown_queries is 1"),
+        ({}, "it has 0 unknown queries"),
+        (["c/0.mp4"], 'expected "unknown" to be an object that has a list of paths by label'),
+        ({"c": "c/0.mp4"}, 'expected "unknown" to be an object'),
+        ({"a": ["a/2.mp4"]}, "the class 'a' has support, and so can't be an unknown one"),
+        ({"x": ["x/2.mp4"]}, "there is no class 'x' in the split: use the manifest's labels"),
+        ({"c": ["c/7.mp4"]}, "the split has no video 'c/7.mp4' of the class 'c'"),
+        ({"c": ["a/2.mp4"]}, "the split has no video 'a/2.mp4' of the class 'c'"),
+        ({"c": ["c/0.mp4", "c/0.mp4"]}, "the video 'c/0.mp4' comes twice"),
+        ({"c": ["c/0.mp4"], "C": ["c/1.mp4"]}, "it has one class in two spellings"),
+    ],
+)
+def test_unknown_queries_at_fault_are_named_by_their_line(
+    tmp_path: Path, split: Split, unknown: object, message: str
+) -> None:
+    episode = json.dumps(GOOD if unknown is None else GOOD | {"unknown": unknown})
+    with pytest.raises(UserError, match=f"line 1 of the episodes file .*: {message}"):
+        read_episodes_file(_write(tmp_path, episode), split, ROOT, EpisodeShape(2, 1, 1, 1))
+    read_episodes_file(_write(tmp_path, episode), split, ROOT, SHAPE)
+
+
+def test_a_query_with_a_twin_is_refused_where_episodes_are_to_be_grouped(tmp_path: Path) -> None:
+    rows = [Video(f"{ROOT}/{c}/{v}.mp4", c, "test", c, {"group": f"{v // 2}"}) for c in "abc" for v in range(4)]
+    split = Manifest(rows, root=ROOT).split("test")
+    grouped = EpisodeShape(2, 1, 1, 1, grouped=True)
+    apart = {"support": GOOD["support"], "query": {"a": ["a/2.mp4"], "b": ["b/3.mp4"]}, "unknown": {"c": ["c/2.mp4"]}}
+    file = _write(tmp_path, json.dumps(apart))
+    assert read_episodes_file(file, split, ROOT, grouped)[0].twins == [False, False]
+    for twin, path in (
+        ({"query": {"a": ["a/2.mp4"], "b": ["b/1.mp4"]}}, "b/1"),
+        ({"unknown": {"c": ["c/0.mp4"]}}, "c/0"),
+    ):
+        file = _write(tmp_path, json.dumps(apart | twin))
+        read_episodes_file(file, split, ROOT, EpisodeShape(2, 1, 1, 1))
+        with pytest.raises(
+            UserError, match=f"line 1 .* the query '{path}.mp4' is of the group '0', and so is a support"
+        ):
+            read_episodes_file(file, split, ROOT, grouped)
+
+
 def test_what_another_tool_may_write_otherwise(tmp_path: Path, split: Split) -> None:
     wanted = read(tmp_path, split, GOOD)
     absolute = {"support": {"a": ["/data/a/0.mp4"], "b": ["./b/../b/0.mp4"]}, "query": GOOD["query"], "seed": 3}

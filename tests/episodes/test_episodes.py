@@ -1,5 +1,7 @@
 import itertools
-from collections.abc import Iterable
+import random
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -87,7 +89,15 @@ def own_episode(number: int, keys: Iterable[str], *, leading: bool) -> dict[str,
 @pytest.mark.parametrize("more", [(), ("draws",), ("draws", "replaced", "same")])
 def test_episodes_of_ones_own_are_joined(more: tuple[str, ...], leading: bool) -> None:
     assert Episode.__required_keys__ == {"support", "query", "query_labels", "class_indices", "class_names"}
-    assert Episode.__optional_keys__ == {"draws", "replaced", "same"}
+    assert Episode.__optional_keys__ == {
+        "draws",
+        "replaced",
+        "same",
+        "twins",
+        "unknown",
+        "unknown_classes",
+        "unknown_draws",
+    }
     keys = [*Episode.__required_keys__, *more]
     batch: Any = collate_episodes([own_episode(k, keys, leading=leading) for k in (1, 2)])  # type: ignore[type-var]
     assert batch.keys() == set(keys) - {"same"}
@@ -297,3 +307,258 @@ def test_in_a_step_a_video_looks_the_same_and_is_read_once(train: Split) -> None
     assert len(READ) == sum(len(look) for look in looks) + 2 * 36
     again = looks[0].keys() & looks[1].keys()
     assert sum(not looks[0][path].equal(looks[1][path]) for path in again) > len(again) / 2
+
+
+# Grouped episodes, and unknown queries
+
+
+def grouped_split(*classes: Sequence[str], name: str = "test") -> Split:
+    """A split whose classes have videos of these groups, one after the other; "" is no group."""
+    rows = [
+        Video(f"/v/{c}/{v}.mp4", f"class {c}", name, f"class {c}", {"group": group})
+        for c, groups in enumerate(classes)
+        for v, group in enumerate(groups)
+    ]
+    return Manifest(rows).split(name)
+
+
+def sources(videos: Iterable[Video]) -> set[str]:
+    return {video.group or video.path for video in videos}
+
+
+def can_be_dealt(split: Split, shape: EpisodeShape, classes: Iterable[int]) -> bool:
+    """Whether any way to part what the classes were cut from leaves each its support and its queries."""
+    videos = [split.videos[c] for c in classes]
+    names = sorted(sources(itertools.chain(*videos)))
+    for mine in itertools.product((False, True), repeat=len(names)):
+        support = {name for name, is_mine in zip(names, mine, strict=True) if is_mine}
+        counts = [(sum((v.group or v.path) in support for v in row), len(row)) for row in videos]
+        if all(count >= shape.n_shot and of - count >= shape.n_query for count, of in counts):
+            return True
+    return False
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_grouped_episode_is_dealt_wherever_there_is_one_and_has_no_twin(shared: bool) -> None:
+    rng = random.Random(0)
+    dealt = refused = 0
+    for seed in range(250):
+        n_classes, n_groups = rng.randint(2, 4), rng.randint(1, 4)
+        shape = EpisodeShape(rng.randint(2, n_classes), rng.randint(1, 3), rng.randint(1, 3), grouped=True)
+        split = grouped_split(
+            *(
+                [
+                    f"{'' if shared else c}g{g}" if (g := rng.randint(0, n_groups)) else ""
+                    for _ in range(rng.randint(shape.n_shot + shape.n_query, 7))
+                ]
+                for c in range(n_classes)
+            )
+        )
+        alone = [can_be_dealt(split, shape, [c]) for c in range(n_classes)]
+        some = itertools.combinations(range(n_classes), shape.n_way)
+        together = any(can_be_dealt(split, shape, classes) for classes in some) if shared else all(alone)
+        try:
+            shape.check(split)
+            assert all(alone)
+            plans = [plan_episode(split, shape, seed=seed, episode=number) for number in range(3)]
+        except UserError:
+            assert not (all(alone) and together)
+            refused += 1
+            continue
+        assert together
+        dealt += 1
+        for plan in plans:
+            assert not any(plan.twins)
+            assert sources(itertools.chain(*plan.support)).isdisjoint(sources(itertools.chain(*plan.query)))
+            assert len({video.path for video in plan.videos}) == shape.n_way * (shape.n_shot + shape.n_query)
+            assert {len(row) for row in plan.support} == {shape.n_shot}
+            for c, row in zip(plan.classes, zip(plan.support, plan.query, strict=True), strict=True):
+                assert {video.label for video in itertools.chain(*row)} == {split.class_names[c]}
+    assert min(dealt, refused) > 20
+
+
+def test_a_grouped_episode_is_the_random_one_but_for_its_twins() -> None:
+    split = grouped_split(*([f"{c}{g}" for g in range(8) for _ in range(4)] for c in range(5)))
+    changed = 0
+    for number in range(300):
+        random_plan, plan = (
+            plan_episode(split, EpisodeShape(5, 2, 2, grouped=grouped), seed=0, episode=number)
+            for grouped in (False, True)
+        )
+        assert (plan.classes, plan.support) == (random_plan.classes, random_plan.support)
+        kept = [v for v, twin in zip(itertools.chain(*random_plan.query), random_plan.twins, strict=True) if not twin]
+        assert set(kept) <= set(itertools.chain(*plan.query))
+        changed += len(random_plan.twins) - len(kept)
+    # Of 31 others of its class, 3 or 6 are of a group of the support, which two videos are.
+    assert changed / 3000 == pytest.approx(6 / 30 * 28 / 31 + 2 / 30 * 3 / 31, abs=0.02)
+
+
+def test_queries_of_grouped_episodes_are_drawn_evenly_from_those_that_may_come() -> None:
+    groups = ["a"] * 6 + ["b"] * 3 + ["c"] * 3
+    split = grouped_split(groups, groups)
+    shape = EpisodeShape(2, 1, 2, grouped=True)
+    counts: dict[tuple[str, str], int] = {}
+    for number in range(6000):
+        plan = plan_episode(split, shape, seed=0, episode=number)
+        if {video.group for row in plan.support for video in row} == {"b"}:
+            for video in plan.query[0]:
+                counts[video.label, video.path] = counts.get((video.label, video.path), 0) + 1
+    of_class = [count for (label, _), count in counts.items() if label == "class 0"]
+    assert len(of_class) == 9
+    assert min(of_class) > 0.7 * max(of_class)
+
+
+def test_classes_may_share_all_their_groups() -> None:
+    persons = [f"person {p}" for p in range(20)]
+    split = grouped_split(*([persons] * 8))
+    shape = EpisodeShape(5, 5, 15, 3, grouped=True)
+    shape.check(split)
+    for number in range(20):
+        plan = plan_episode(split, shape, seed=0, episode=number)
+        assert len(plan.sources) == 5  # or else a class had no 15 queries left
+        assert not any(plan.twins)
+        assert sources(plan.unknown).isdisjoint(plan.sources)
+    pairs = [f"person {p // 2}" for p in range(20)]  # no nine videos are those of whole groups
+    with pytest.raises(UserError, match=r"8 of the 8 classes of the test split have too few groups .* has 10 groups"):
+        EpisodeShape(5, 9, 11, grouped=True).check(grouped_split(*([pairs] * 8)))
+
+
+def test_classes_that_leave_each_other_no_groups_are_not_dealt_together() -> None:
+    shape = EpisodeShape(3, 1, 1, grouped=True)
+    ring = [["a", "b"], ["b", "c"], ["c", "a"]]
+    split = grouped_split(*ring, ["d", "e"])
+    for number in range(50):
+        plan = plan_episode(split, shape, seed=0, episode=number)
+        assert 3 in plan.classes
+        assert not any(plan.twins)
+    alone = grouped_split(*ring)
+    shape.check(alone)
+    with pytest.raises(UserError, match=r"no grouped episode was found in the test split: .*'class 0' has 2 groups"):
+        plan_episode(alone, shape, seed=0, episode=0)
+
+
+@pytest.mark.parametrize(
+    ("n_shot", "n_query", "message"),
+    [
+        (1, 1, "1 of the 3 classes of the test split have too few groups .*: 'class 1' has 1 group; lower"),
+        # The groups "e" and "f" make a support of two, and four videos are left.
+        (
+            2,
+            4,
+            "2 of the 3 .* n_query 4, are of different groups: 'class 0' has 2 groups, 'class 1' has 1 group; lower",
+        ),
+        (3, 3, "2 of the 3 .*: 'class 1' has 1 group, 'class 2' has 3 groups; lower n_shot or n_query"),
+    ],
+)
+def test_a_class_whose_groups_are_too_few_is_named(n_shot: int, n_query: int, message: str) -> None:
+    split = grouped_split(["a"] * 3 + ["b"] * 3, ["c"] * 6, ["d"] * 4 + ["e"] + ["f"])
+    EpisodeShape(2, n_shot, n_query).check(split)
+    with pytest.raises(UserError, match=message):
+        EpisodeShape(2, n_shot, n_query, grouped=True).check(split)
+
+
+def test_unknown_queries_are_of_other_classes_and_change_nothing_else() -> None:
+    split = grouped_split(*([f"{c % 3}{g // 2}" for g in range(8)] for c in range(7)))
+    for grouped, n_unknown, number in itertools.product((False, True), (1, 4, 9), range(60)):
+        shape = EpisodeShape(3, 2, 1, grouped=grouped)
+        plan = plan_episode(split, replace(shape, n_unknown=n_unknown), seed=0, episode=number)
+        assert plan._replace(unknown=()) == plan_episode(split, shape, seed=0, episode=number)
+        assert plan == plan_episode(split, replace(shape, n_unknown=n_unknown), seed=0, episode=number)
+        assert len({video.path for video in plan.unknown}) == n_unknown
+        labels = [video.label for video in plan.unknown]
+        assert not set(labels) & {split.class_names[c] for c in plan.classes}
+        counts = [len(list(row)) for _, row in itertools.groupby(labels)]
+        if not grouped:
+            assert len(counts) == len(set(labels)) == min(n_unknown, 4)
+            assert max(counts) - min(counts) <= 1
+        else:
+            assert sources(plan.unknown).isdisjoint(plan.sources)
+
+
+def test_every_other_class_and_video_is_unknown_about_as_often() -> None:
+    split = grouped_split(*([""] * 4 for _ in range(6)))
+    plans = [plan_episode(split, EpisodeShape(3, 1, 1, 2), seed=0, episode=number) for number in range(4000)]
+    counts = Counter(video.path for plan in plans for video in plan.unknown)
+    assert len(counts) == 24
+    assert min(counts.values()) > 0.8 * max(counts.values())
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((4, 1, 1, 1), "outside an episode of n_way 4 there may be only 0 videos, too few for unknown_queries 1"),
+        ((3, 1, 1, 3), "the test split has 4 classes; outside .* only 2 videos, too few for unknown_queries 3: lower"),
+        ((3, 1, 1, -1), "n_unknown is -1; it must be at least 0"),
+    ],
+)
+def test_unknown_queries_that_a_split_cannot_supply_are_refused(shape: tuple[int, ...], message: str) -> None:
+    split = grouped_split([""] * 3, [""] * 2, [""] * 3, [""] * 3)
+    EpisodeShape(3, 1, 1, 2).check(split)
+    with pytest.raises(UserError, match=message):
+        EpisodeShape(*shape).check(split)
+
+
+def test_an_episode_whose_support_leaves_no_unknown_query_is_named() -> None:
+    split = grouped_split(["a", "b", "c"], ["a", "b", "c"], ["a", "b"])
+    shape = EpisodeShape(2, 1, 1, 1, grouped=True)
+    shape.check(split)
+    with pytest.raises(UserError, match="has only 0 unknown queries that share no group with its support: lower"):
+        [plan_episode(split, shape, seed=0, episode=number) for number in range(100)]
+
+
+def test_stand_ins_in_grouped_episodes_are_no_twins() -> None:
+    split = grouped_split(*([f"{c}{g // 3}" for g in range(12)] for c in range(5)))
+    rng = random.Random(0)
+    paths = sorted(video.path for row in split.videos for video in row)
+    replaced = 0
+    for number in range(200):
+        broken = set(rng.sample(paths, 8))
+        found = []
+        for n_unknown in (0, 3):
+            shape = EpisodeShape(3, 2, 2, n_unknown, grouped=True)
+            episodes = EpisodeDataset(split, shape, READER, seed=0, augment=False, replace=True)
+            plan, passed_over = episodes.replan(
+                number, episodes.plan(number), set(paths).difference(broken).__contains__
+            )
+            assert not any(plan.twins)
+            assert not {video.path for video in plan.videos} & broken
+            assert len({video.path for video in plan.videos}) == 12 + n_unknown
+            assert sources(plan.unknown).isdisjoint(plan.sources)
+            assert [[video.label for video in row] for row in plan.support] == [
+                [split.class_names[c]] * 2 for c in plan.classes
+            ]
+            found.append(plan)
+            replaced += len(passed_over)
+        assert found[0] == found[1]._replace(unknown=())
+    assert replaced > 200
+    # A support of one group, whose other videos alone may stand in; and none may where they are broken too.
+    few = grouped_split(["a", "a", "b", "b"], ["c", "c", "d", "d"])
+    episodes = EpisodeDataset(few, EpisodeShape(2, 1, 2, grouped=True), READER, seed=0, augment=False, replace=True)
+    support = episodes.plan(0).support[0][0]
+    (twin,) = (video for video in itertools.chain(*few.videos) if video.group == support.group and video != support)
+    plan, _ = episodes.replan(0, episodes.plan(0), lambda path: path != support.path)
+    assert plan.support[0] == (twin,)
+    with pytest.raises(
+        UserError, match=f"'{support.label}' of the test split has too few usable videos of other groups"
+    ):
+        episodes.replan(0, episodes.plan(0), lambda path: path not in (support.path, twin.path))
+
+
+def test_unknown_queries_come_after_the_others_and_go_on_with_their_draws(train: Split) -> None:
+    plain = EpisodeDataset(train, EpisodeShape(3, 1, 2), READER, seed=0, augment=False)
+    more = EpisodeDataset(train, EpisodeShape(3, 1, 2, 3), READER, seed=0, augment=False)
+    for number in range(3):
+        without: dict[str, Any] = dict(plain[number])
+        episode: dict[str, Any] = dict(more[number])
+        plan = more.plan(number)
+        assert episode.keys() - without.keys() == {"unknown", "unknown_classes", "unknown_draws"}
+        for key, value in without.items():
+            assert torch.equal(episode[key], value) if isinstance(value, torch.Tensor) else episode[key] == value
+        assert torch.equal(episode["unknown"][0], torch.stack([READER.read(video.path)[0] for video in plan.unknown]))
+        labels = [train.class_names[c] for c in episode["unknown_classes"][0]]
+        assert labels == [video.label for video in plan.unknown]
+        draws = torch.cat((episode["draws"], episode["unknown_draws"]), 1)
+        assert torch.equal(draws[0], episode_draws(0, "train", number, 9))
+    batch: dict[str, Any] = dict(collate_episodes([more[0], more[1]]))
+    assert batch["unknown"].shape == (2, 3, 4, 3, 16, 16)
+    assert batch["same"].shape == (2, 9)

@@ -1,4 +1,4 @@
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -40,13 +40,13 @@ def episodes(n: int, n_way: int = 3, n_shot: int = 1, n_query: int = 2, seed: in
     )
 
 
-SIZES: dict[str, Any] = {"num_heads": 4, "hidden_dim": 24}
+SMALL = {"num_heads": 4, "hidden_dim": 24}
+SIZES: dict[str, dict[str, Any]] = {"m2df": SMALL, "clip_fsar": SMALL, "trx": {"width": 24}, "ts_fsar": {"width": 6}}
 
 
 def make_head(head: str = "m2df", **options: Any) -> Head:
     torch.manual_seed(0)
-    sizes = SIZES if head in ("m2df", "clip_fsar") else {}
-    return build_head(head, {"dim": DIM} | sizes | options).eval()
+    return build_head(head, {"dim": DIM} | SIZES.get(head, {}) | options).eval()
 
 
 def direct(head: Any, features: Tensor, prompts: Tensor, played: IndexedEpisode, numbers: Tensor) -> Any:
@@ -69,6 +69,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "no condition": {"reliability": [], "direction": "local_to_global"},
     "sample": {"selection": "sample"},
     "expectation": {"selection": "expectation"},
+    "each": {"selection": "each"},
     "without PPS": {"pps": False},
     "depth 2": {"depth": 2},
     "one way": {"single_direction": True},
@@ -78,6 +79,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "zero-shot": {"head": "zero_shot"},
     "Bi-MHM": {"head": "bi_mhm"},
     "CLIP-FSAR": {"head": "clip_fsar", "depth": 2},
+    "linear probe": {"head": "linear_probe"},
+    "Tip-Adapter": {"head": "tip_adapter"},
+    "TRX": {"head": "trx", "tuples": [2, 3]},
+    "TS-FSAR": {"head": "ts_fsar", "frames": T},
 }
 
 
@@ -126,7 +131,7 @@ def support_pairs(played: IndexedEpisode) -> set[tuple[int, int]]:
     return {(video, c) for row, classes in rows for shots, c in zip(row, classes, strict=True) for video in shots}
 
 
-@pytest.mark.parametrize("name", ["as published", "sample", "expectation", "without PPS", "OTAM", "CLIP-FSAR"])
+@pytest.mark.parametrize("name", ["as published", "sample", "expectation", "each", "without PPS", "OTAM", "CLIP-FSAR"])
 @torch.no_grad()
 def test_each_pair_of_a_video_and_a_prompt_is_embedded_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     head = make_head(**OPTIONS[name])
@@ -141,6 +146,9 @@ def test_each_pair_of_a_video_and_a_prompt_is_embedded_once(name: str, monkeypat
     if head.query_prompt == "class":
         chosen = played["class_indices"].gather(1, indices).flatten().tolist()
         pairs = len(support | set(zip(query, chosen, strict=True)))
+    elif head.query_prompt == "each":
+        rows = zip(played["query"].tolist(), played["class_indices"].tolist(), strict=True)
+        pairs = len(support | {(video, c) for videos, classes in rows for video in videos for c in classes})
     elif head.query_prompt == "none":
         pairs = len(support) + len(set(query))
     else:  # a mixture is an episode's own
@@ -166,9 +174,10 @@ def test_bits_do_not_depend_on_who_plays_what() -> None:
                 assert bank.play(batches[number]).logits.equal(whole[number])
 
 
+@pytest.mark.parametrize("selection", ["argmax", "each"])
 @torch.no_grad()
-def test_where_memory_is_short_each_batch_embeds_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    head = make_head()
+def test_where_memory_is_short_each_batch_embeds_its_own(selection: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = make_head(selection=selection)
     calls = count_embedded(head, monkeypatch)
     features, prompts = videos()
     played = episodes(64)
@@ -184,3 +193,40 @@ def test_where_memory_is_short_each_batch_embeds_its_own(monkeypatch: pytest.Mon
     monkeypatch.setattr(module, "PAIRS", 5)
     few = EpisodeBank(head, features, prompts, played)
     torch.testing.assert_close(few.play(played["numbers"]).logits, expected)
+
+
+def with_unknown(played: IndexedEpisode, n_unknown: int = 3, seed: int = 1) -> IndexedEpisode:
+    """The episodes with queries of the classes that each does not have."""
+    generator = torch.Generator().manual_seed(seed)
+    others = torch.stack(
+        [
+            torch.tensor([c for c in range(N_CLASSES) if c not in classes])
+            for classes in played["class_indices"].tolist()
+        ]
+    )
+    n = len(others)
+    classes = others.gather(1, torch.randint(others.shape[1], (n, n_unknown), generator=generator))
+    unknown = VIDEOS_A_CLASS * classes + torch.randint(VIDEOS_A_CLASS, (n, n_unknown), generator=generator)
+    draws = torch.rand(n, n_unknown, generator=generator)
+    extra: Any = {"unknown": unknown, "unknown_classes": classes, "unknown_draws": draws}
+    merged: Any = played | extra
+    return cast(IndexedEpisode, merged)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@torch.no_grad()
+def test_unknown_queries_are_scored_as_by_the_head_itself_and_change_nothing(name: str) -> None:
+    head = make_head(**OPTIONS[name])
+    features, prompts = videos()
+    plain = episodes(40, n_shot=2)
+    played = with_unknown(plain)
+    closed, bank = EpisodeBank(head, features, prompts, plain), EpisodeBank(head, features, prompts, played)
+    assert closed.of_unknown is None
+    assert bank.of_unknown is not None
+    of_unknown: Any = played | {"query": played["unknown"], "draws": played["unknown_draws"]}
+    for numbers in played["numbers"].split(20):
+        output = bank.of_unknown.play(numbers)
+        expected = direct(head, features, prompts, of_unknown, numbers)
+        torch.testing.assert_close(output.logits, expected.logits, atol=1e-4, rtol=0)
+        assert output.prompt_indices.equal(expected.prompt_indices)
+        assert bank.play(numbers).logits.equal(closed.play(numbers).logits)

@@ -13,7 +13,15 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from clip_m2df.evaluation import figures
-from clip_m2df.evaluation.evidence import HardEpisode, QueryEvidence, Reliabilities, ValidationEvidence, query_evidence
+from clip_m2df.evaluation.evidence import (
+    HardEpisode,
+    OpenSetCurve,
+    QueryEvidence,
+    Reliabilities,
+    ValidationEvidence,
+    query_evidence,
+)
+from clip_m2df.evaluation.open_set import SCORES, auroc, operating_curve, oscr
 from clip_m2df.nn.m2df import M2DFHead
 from clip_m2df.nn.matching import cosine, frame_costs, otam_alignment
 from clip_m2df.nn.prompts import prompt_scores
@@ -31,8 +39,8 @@ def evidence_of(
     model: M2DFHead, support: Tensor, query: Tensor, prompts: Tensor, draws: Tensor | None = None
 ) -> QueryEvidence:
     """On a query of class 2, whose rival is class 0."""
-    pair = torch.tensor([2, 0])
-    return query_evidence(model, model.prototypes(support[pair], prompts[pair]), query, prompts, draws)
+    pair = [2, 0]
+    return query_evidence(model, model.prototypes(support[pair], prompts[pair]), pair, query, prompts, draws)
 
 
 def episode(*, with_frames: bool = True, frames: int = 5, **options: object) -> HardEpisode:
@@ -51,7 +59,10 @@ def episode(*, with_frames: bool = True, frames: int = 5, **options: object) -> 
     )
 
 
-@pytest.mark.parametrize("options", [{}, {"single_direction": True, "top_k": 2}, {"views": ["global"]}, {"pps": False}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"single_direction": True, "top_k": 2}, {"views": ["global"]}, {"pps": False}, {"selection": "each"}],
+)
 def test_evidence_is_what_the_head_did(options: dict[str, object]) -> None:
     support, query, prompts = played()
     model = head(**options)
@@ -62,11 +73,13 @@ def test_evidence_is_what_the_head_did(options: dict[str, object]) -> None:
         distances = own.distances - model.least_distance(5, view)
         assert evidence.distances[view] == pytest.approx((distances[1, 2].item(), distances[1, 0].item()), abs=1e-4)
         fused, prototype = model.embed_queries(query[1:2], prompts)[0][view], model.prototypes(support, prompts)[view]
-        costs = frame_costs(fused[:, 1:], prototype[[2, 0], 1:])
+        fused = fused[:, [2, 0]] if model.selection == "each" else fused
+        costs = frame_costs(fused[..., 1:, :], prototype[[2, 0], 1:])
         expected = otam_alignment(costs, smoothing=model.smoothing, single_direction=model.single_direction)[0]
         assert torch.allclose(evidence.alignments[view], expected, atol=1e-5)
     assert torch.allclose(evidence.probabilities, output.prompt_probabilities[1], atol=1e-6)
-    assert evidence.chosen == (int(output.prompt_indices[1]) if model.pps else None)
+    one = -1 if model.selection == "each" else int(output.prompt_indices[1])
+    assert evidence.chosen == (one if model.pps else None)
     assert torch.allclose(evidence.frame_scores, cosine(prompts, query[1]))
     assert evidence.counted.sum(-1).tolist() == [model.top_k] * 3
     score = prompt_scores(query[1:2], prompts, model.top_k)[0]
@@ -196,7 +209,7 @@ def test_an_alignment_says_what_is_aligned_with_what() -> None:
 def test_evidence_aligns_with_as_many_classes_as_there_are_prototypes() -> None:
     support, query, prompts = played()
     model = head()
-    every = query_evidence(model, model.prototypes(support, prompts), query[1], prompts)
+    every = query_evidence(model, model.prototypes(support, prompts), range(3), query[1], prompts)
     pair = evidence_of(model, support, query[1], prompts)
     views = model(support, query, prompts).views
     for view, found in every.alignments.items():
@@ -264,6 +277,11 @@ def test_what_is_not_a_number_is_borne_with() -> None:
     found = ValidationEvidence(NAMES, torch.eye(3, dtype=torch.long), [hard], Reliabilities.of(columns))
     assert "alignment" in figures.validation_pictures(found)
     assert found.reliabilities == Reliabilities({}, {"local_to_global": 1.0})
+    scores = {f"{kind} {score}": torch.tensor([0.5, 0.7]) for kind in ("known", "unknown") for score in SCORES}
+    scores |= {"right": torch.tensor([False, False]), "unknown margin": torch.tensor([0.5, torch.nan])}
+    curves = OpenSetCurve.all_of(scores)
+    assert curves.keys() == {"distance", "probability", "energy"}
+    assert "open_set" in figures.validation_pictures(found._replace(open_set=curves))
 
 
 def test_names_take_little_room_and_hold_no_equations() -> None:
@@ -282,3 +300,32 @@ def test_names_take_little_room_and_hold_no_equations() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         figures.validation_pictures(ValidationEvidence(names, confusion, [hard], Reliabilities({}, {})))
+
+
+def test_a_curve_of_unknown_queries_goes_through_the_shares_of_those_that_are_accepted() -> None:
+    known, unknown = torch.tensor([3.0, 2.0, 1.0, 0.0]).double(), torch.tensor([2.5, 0.5]).double()
+    columns = {"right": torch.tensor([True, False, True, True])}
+    for score in SCORES:
+        columns |= {f"known {score}": known, f"unknown {score}": unknown}
+    found = OpenSetCurve.all_of(columns)
+    assert found.keys() == SCORES.keys()
+    points = {round(share, 2): (accepted, right) for share, accepted, right in found["margin"].points.tolist()}
+    assert points[0.0] == points[0.49] == (0.25, 0.25)
+    assert points[0.5] == points[0.99] == (0.75, 0.5)
+    assert points[1.0] == (1.0, 0.75)
+    figure = figures.open_set_curves(found)
+    accepted, right = figure.axes
+    for axes, column in ((accepted, 1), (right, 2)):
+        for line in axes.lines:
+            assert np.array_equal(np.asarray(line.get_ydata()), found["margin"].points[:, column].numpy())
+    assert [line.get_label() for line in accepted.lines] == [f"{score}, AUROC 0.500" for score in SCORES]
+    assert figures.picture(figure).width > 600
+
+
+def test_the_area_under_a_curve_is_the_auroc() -> None:
+    generator = torch.Generator().manual_seed(0)
+    known, unknown = torch.randn(500, generator=generator) + 1, torch.randn(400, generator=generator)
+    right = torch.rand(500, generator=generator) < 0.6
+    points = operating_curve(known, right, unknown, points=401)
+    assert torch.trapezoid(points[:, 1], points[:, 0]).item() == pytest.approx(auroc(known, unknown), abs=2e-3)
+    assert torch.trapezoid(points[:, 2], points[:, 0]).item() == pytest.approx(oscr(known, right, unknown), abs=2e-3)

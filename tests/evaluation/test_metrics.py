@@ -143,9 +143,32 @@ def test_a_stage_without_two_views_says_nothing_of_them() -> None:
     assert numbers.keys() == {"accuracy", "interval", "pps_accuracy", "loss/match"}
 
 
+def test_queries_with_a_twin_are_counted_apart() -> None:
+    output, predicted, batch = outcome(40)
+    batch["twins"] = torch.rand(40, 4, generator=torch.Generator().manual_seed(1)) < 0.2
+    right = predicted == batch["query_labels"]
+    numbers, _ = stage_of(output, predicted, batch, 16).take()
+    twins = [(e, q) for e, q in itertools.product(range(40), range(4)) if batch["twins"][e, q]]
+    others = [(e, q) for e, q in itertools.product(range(40), range(4)) if not batch["twins"][e, q]]
+    assert 0 < len(twins) < 80
+    assert numbers["twin_share"] == len(twins) / 160
+    assert numbers["accuracy_twins"] == sum(bool(right[e, q]) for e, q in twins) / len(twins)
+    assert numbers["accuracy_without_twins"] == sum(bool(right[e, q]) for e, q in others) / len(others)
+    assert numbers["accuracy"] == right.double().mean()
+    # What there are no queries for is left out.
+    for share, absent in ((0, "accuracy_twins"), (1, "accuracy_without_twins")):
+        batch["twins"] = torch.full((40, 4), bool(share))
+        numbers, _ = stage_of(output, predicted, batch, 16).take()
+        assert numbers["twin_share"] == share
+        assert absent not in numbers
+        present = ({"accuracy_twins", "accuracy_without_twins"} - {absent}).pop()
+        assert numbers[present] == numbers["accuracy"]
+
+
 @pytest.mark.parametrize("ranks", [2, 3, 7])
 def test_a_stage_is_the_same_to_the_bit_whatever_the_number_of_ranks(ranks: int) -> None:
     output, predicted, batch = outcome(1000)
+    batch["twins"] = torch.rand(1000, 4, generator=torch.Generator().manual_seed(1)) < 0.2
     numbers, confusion = stage_of(output, predicted, batch, 8).take()
     merged, *others = (stage_of(output, predicted, batch, 8, ranks, rank) for rank in range(ranks))
     for other in others:

@@ -1,6 +1,7 @@
 """Baselines: cases worked out by hand, slow loops, and what every head has to hold to."""
 
 import math
+import sys
 from typing import Any
 
 import pytest
@@ -13,8 +14,10 @@ from clip_m2df.nn.baselines import (
     HEADS,
     BiMHMHead,
     CLIPFSARHead,
+    LinearProbeHead,
     NearestPrototypeHead,
     OTAMHead,
+    TipAdapterHead,
     ZeroShotHead,
     build_head,
     head_class,
@@ -24,8 +27,18 @@ from clip_m2df.nn.class_text import class_text_logits
 from clip_m2df.nn.head import Embedded, Head
 from tests.nn import references
 
-BASELINES = ["nearest_prototype", "otam", "zero_shot", "bi_mhm", "clip_fsar"]
-SIZES = {"num_heads": 2, "hidden_dim": 12}
+BASELINES = [
+    *("nearest_prototype", "otam", "zero_shot", "bi_mhm", "clip_fsar"),
+    *("linear_probe", "tip_adapter", "trx", "ts_fsar"),
+]
+# Whose logits have no bound.
+UNBOUNDED = ("linear_probe", "ts_fsar")
+TRAINED = ("m2df", "clip_fsar", "trx", "ts_fsar")
+SIZES: dict[str, dict[str, Any]] = {
+    **{name: {"num_heads": 2, "hidden_dim": 12} for name in ("m2df", "clip_fsar")},
+    "trx": {"width": 12},
+    "ts_fsar": {"width": 6, "frames": 5},
+}
 # Cosine and cost of two vectors of norm 1 that are the same; of two at a right angle they are 0 and 1.
 SAME = 1 / 1.01
 NEAR = 1 - SAME
@@ -33,7 +46,7 @@ NEAR = 1 - SAME
 
 def make_head(name: str, dim: int = 8, **options: Any) -> Head:
     torch.manual_seed(0)
-    return build_head(name, {"dim": dim} | (SIZES if name in ("clip_fsar", "m2df") else {}) | options).eval()
+    return build_head(name, {"dim": dim} | SIZES.get(name, {}) | options).eval()
 
 
 def episode(
@@ -104,6 +117,87 @@ def test_bi_mhm_by_hand() -> None:
     half = (NEAR + 1) / 2
     expected = -torch.tensor([[NEAR + half, 2], [2 * NEAR, half + NEAR]])
     torch.testing.assert_close(BiMHMHead(dim=2)(support, query, torch.zeros(2, 2)).logits, expected)
+
+
+def test_tip_adapter_by_hand() -> None:
+    # A query whose mean is (1, 0): one shot of class 0 is the same, the other at a right angle; class 1's is minus it.
+    support = torch.tensor([[[[2.0, 0], [0, 0]], [[0, 1], [0, 1]]], [[[-1, 0], [-1, 0]], [[-1, 0], [-1, 0]]]])
+    query = torch.tensor([[[1.0, 0], [1, 0]]])
+    prompts = torch.tensor([[0.0, 1], [1, 0]])
+    cache = [(math.exp(-5 * NEAR) + math.exp(-5)) / 2, math.exp(-5 * (1 + SAME))]
+    expected = torch.tensor([[2 * cache[0], 100 * SAME + 2 * cache[1]]])
+    logits = TipAdapterHead(dim=2, alpha=2.0, beta=5.0)(support, query, prompts).logits
+    torch.testing.assert_close(logits, expected)
+    # Without the cache it is zero-shot on the mean of the frames.
+    support, query, prompts = episode()
+    zero_shot = ZeroShotHead(dim=8)(support, query.mean(-2, keepdim=True), prompts).logits
+    torch.testing.assert_close(TipAdapterHead(dim=8, alpha=0.0)(support, query, prompts).logits, zero_shot)
+
+
+def test_tip_adapter_with_classes_of_other_numbers_of_shots_equals_the_loop() -> None:
+    head, shots = TipAdapterHead(dim=8, alpha=7.0, beta=2.0), [episode(n_shot=n, seed=n)[0][0] for n in (1, 3, 2)]
+    _, query, prompts = episode(seed=9)
+    embedded, selected = head.embed_queries(query, prompts)
+    parts = zip(shots, prompts, strict=True)
+    prototypes = Embedded.stack([head.prototype(head.embed(own, prompt), prompt) for own, prompt in parts])
+    logits = head.match(embedded, prototypes, selected).logits
+    for q, video in enumerate(query.mean(-2).tolist()):
+        for c, own in enumerate(shots):
+            near = [math.exp(-2 * (1 - references.cosine(video, shot.mean(0).tolist()))) for shot in own]
+            expected = 100 * references.cosine(video, prompts[c].tolist()) + 7 * sum(near) / len(near)
+            assert logits[q, c].item() == pytest.approx(expected, abs=1e-4)
+
+
+def normalised_means(videos: Tensor) -> Tensor:
+    return F.normalize(videos.double().mean(-2), dim=-1)
+
+
+@pytest.mark.parametrize("c", [0.1, 10.0])
+@pytest.mark.parametrize("shots", [(2, 2), (1, 1, 1), (1, 3, 2)])
+def test_the_linear_probe_is_where_the_loss_is_least(shots: tuple[int, ...], c: float) -> None:
+    head = LinearProbeHead(dim=8, c=c)
+    own = [episode(n_shot=n, seed=n)[0][i] for i, n in enumerate(shots)]
+    query, zero = episode(seed=9)[1], torch.zeros(8)
+    embedded, selected = head.embed_queries(query, torch.zeros(len(shots), 8))
+    prototypes = Embedded.stack([head.prototype(head.embed(videos, zero), zero) for videos in own])
+    logits = head.match(embedded, prototypes, selected).logits
+
+    # By Newton's method; of two classes one vector has the whole penalty, the difference of both classes' weights.
+    n_way, x = len(shots), torch.cat([normalised_means(videos) for videos in own])
+    labels = torch.arange(n_way).repeat_interleave(torch.tensor(shots))
+
+    def loss(weights: Tensor) -> Tensor:
+        w, b = weights.view(n_way, 9).split((8, 1), 1)
+        penalty = (w[1] - w[0]).square().sum() / 2 if n_way == 2 else w.square().sum() / 2
+        tie = 1e-6 * weights.square().sum() / 2  # of what the loss leaves open
+        return penalty + c * F.cross_entropy(x @ w.T + b.T, labels, reduction="sum") + tie
+
+    weights = torch.zeros(n_way * 9, dtype=torch.float64)
+    for _ in range(50):
+        gradient = torch.autograd.functional.jacobian(loss, weights)
+        weights = weights - torch.linalg.solve(torch.autograd.functional.hessian(loss, weights), gradient)
+    w, b = weights.view(n_way, 9).split((8, 1), 1)
+    expected = normalised_means(query) @ w.T + b.T
+    found = logits.double() - logits.double().mean(-1, keepdim=True)
+    torch.testing.assert_close(found, expected - expected.mean(-1, keepdim=True), atol=2e-3, rtol=1e-2)
+    assert logits.std(-1).min() > 1e-3
+
+
+def test_the_linear_probe_of_mirrored_classes_by_hand() -> None:
+    # Class 1 is minus class 0: no intercept, and weights along their axis, w = C σ(−w) for the second class alone.
+    support = torch.tensor([[[[3.0, 0]]], [[[-3.0, 0]]]])
+    query = torch.tensor([[[2.0, 0]], [[0.0, 4]]])
+    logits = LinearProbeHead(dim=2, c=4.0)(support, query, torch.zeros(2, 2)).logits
+    w = 0.0
+    for _ in range(200):
+        w = (w + 2 * 4.0 / (1 + math.exp(w))) / 2
+    torch.testing.assert_close(logits, torch.tensor([[w / 2, -w / 2], [0.0, 0.0]]), atol=1e-3, rtol=0)
+
+
+def test_the_linear_probe_without_scikit_learn_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(UserError, match=r"linear_probe needs scikit-learn: pip install clip-m2df\[probe\]"):
+        make_head("linear_probe")
 
 
 def test_clip_fsar_without_its_transformer_is_otam() -> None:
@@ -240,12 +334,12 @@ def test_what_there_is_beside_the_scores(name: str) -> None:
         assert taught.tolist() == [[False] * 4] * 2
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", [name for name in BASELINES if head_class(name).differentiable])
 def test_gradients_reach_all_that_counts(name: str) -> None:
     head = make_head(name).train()
     support, query, prompts = (part.requires_grad_() for part in episode())
     F.cross_entropy(head(support, query, prompts).logits, torch.tensor([0, 1, 2, 0])).backward()
-    counting = {"support": name != "zero_shot", "query": True, "prompts": name in ("zero_shot", "clip_fsar")}
+    counting = {"support": name != "zero_shot", "query": True, "prompts": head_class(name).uses_prompts}
     for part, counts in zip((support, query, prompts), counting.values(), strict=True):
         assert (part.grad is not None) is counts
         assert part.grad is None or (part.grad.isfinite().all() and part.grad.abs().sum() > 0)
@@ -267,18 +361,18 @@ def test_bfloat16_features_are_scored_in_float32(name: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         logits = head(support, query, prompts).logits
     assert logits.dtype == torch.float32
-    if name == "clip_fsar":  # whose transformer is not
+    if head_class(name).trained:  # the products with whose weights are not
         torch.testing.assert_close(logits, expected, atol=0.1, rtol=0.02)
     else:
         torch.testing.assert_close(logits, expected, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("options", [{}, {"single_direction": True}, {"smoothing": 0.1}, {"view_weights": [0.5, 3.0]}])
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", [name for name in HEADS if name not in UNBOUNDED])
 def test_the_least_distance_is_that_of_one_picture_all_the_time(name: str, options: dict[str, Any]) -> None:
     known = options_of(head_class(name))
     model = make_head(name, **{key: value for key, value in options.items() if key in known})
-    for frames in (1, 2, 8):
+    for frames in (2, 8) if name == "trx" else (1, 2, 8):  # trx needs two for a pair
         picture = 1e3 * torch.ones(1, frames, 8)
         # As the head's own comparison sees it, whatever its encoders make of a video.
         prompt = torch.ones(1, 8)
@@ -293,11 +387,19 @@ def test_the_least_distance_is_that_of_one_picture_all_the_time(name: str, optio
             assert (-model(*episode(frames=frames)).logits >= least).all()
 
 
+@pytest.mark.parametrize("name", UNBOUNDED)
+def test_logits_without_a_bound_are_counted_from_0(name: str) -> None:
+    model = make_head(name)
+    support, query, prompts = episode()
+    assert (model(support, query, prompts).logits > 0).any()
+    assert model.least_distance(5) == 0
+
+
 def test_heads_by_name() -> None:
     assert list(HEADS) == ["m2df", *BASELINES]
     for name in HEADS:
         assert isinstance(make_head(name), Head)
-        assert head_class(name).trained is (name in ("m2df", "clip_fsar"))
+        assert head_class(name).trained is (name in TRAINED)
         has_weights = [parameter for parameter, _ in make_head(name).named_parameters()] != ["scale"]
         assert has_weights is head_class(name).trained
 

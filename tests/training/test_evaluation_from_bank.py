@@ -4,6 +4,7 @@ import itertools
 import random
 import shutil
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from clip_m2df import CLIPM2DF, EpisodeDataModule, UserError
 from clip_m2df.evaluation.bank import FeatureStore, encode_videos
+from clip_m2df.evaluation.metrics import OPEN_SET
+from clip_m2df.evaluation.open_set import auroc, fpr_at_recall, oscr
 from clip_m2df.files import beside, locked
 from clip_m2df.nn.baselines import HEADS
 from clip_m2df.nn.head import HeadOutput
@@ -22,6 +25,7 @@ from tests import clips
 from tests.conftest import quiet_trainer as trainer
 from tests.training.test_module import make
 
+OWN_OPTIONS: dict[str, dict[str, Any]] = {"ts_fsar": {"frames": 2}}
 SMALL: dict[str, Any] = {"n_way": 3, "n_query": 2, "frames": 2, "resize": 32, "size": 32, "num_workers": 0}
 
 
@@ -75,8 +79,13 @@ class Contrary(M2DFHead):
         ({}, 2),
         ({"class_weight": 1.0, "text_fusion": 0.4, "selection": "expectation"}, 2),
         ({"selection": "sample"}, 2),
+        ({"selection": "each"}, 2),
         ({"head": f"{__name__}.Contrary"}, 1),
-        *(({"head": name, "class_weight": 1.0, "text_fusion": 0.4}, 5) for name in HEADS if name != "m2df"),
+        *(
+            ({"head": name, "class_weight": 1.0, "text_fusion": 0.4, "head_options": OWN_OPTIONS.get(name)}, 5)
+            for name in HEADS
+            if name != "m2df"
+        ),
     ],
 )
 def test_the_numbers_are_those_of_the_direct_path(
@@ -117,6 +126,88 @@ def test_any_number_of_ranks_gives_the_same_bits(
         options["store"] = str(tmp_path / folder)
         (shared,) = together.test(model, data(many, **options), verbose=False)
         assert shared == alone
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"text_fusion": 0.4, "selection": "expectation"}, {"selection": "sample"}, *({"head": h} for h in HEADS)],
+)
+def test_unknown_queries_change_nothing_of_the_others_and_are_told_alike_either_way(
+    many: Path, tiny_clip_dir: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    model = make(tiny_clip_dir, **options)
+    found = {}
+    for evaluation in ("direct", "bank"):
+        for unknown in (0, 2):
+            source = data(many, test_episodes=20, evaluation=evaluation, unknown_queries=unknown)
+            trainer(tmp_path).test(model, source, verbose=False)
+            assert model.evaluated is not None
+            found[evaluation, unknown] = model.evaluated
+    names = [f"test/{name}" for name in OPEN_SET]
+    for evaluation in ("direct", "bank"):
+        closed, opened = found[evaluation, 0], found[evaluation, 2]
+        assert opened.confusion.equal(closed.confusion)
+        of_unknown = {name: value for name, value in opened.numbers.items() if f"test/{name}" in names}
+        assert opened.numbers == closed.numbers | of_unknown
+        assert len(of_unknown) == len(names)
+    for name in OPEN_SET:
+        value = float(found["direct", 2].numbers[name])
+        assert float(found["bank", 2].numbers[name]) == pytest.approx(value, abs=0.02), name
+        if "oscr" in name:
+            assert value <= float(found["direct", 2].numbers["accuracy"])
+
+
+def test_unknown_queries_are_told_by_what_a_user_computes(many: Path, tiny_clip_dir: Path, tmp_path: Path) -> None:
+    model, source = make(tiny_clip_dir).eval(), data(many, test_episodes=30, n_shot=2, unknown_queries=3)
+    trainer(tmp_path).test(model, source, verbose=False)
+    assert model.evaluated is not None
+    direct = data(many, test_episodes=30, n_shot=2, unknown_queries=3, evaluation="direct")
+    direct.setup("test")
+    known, right, unknown = [], [], []
+    of_features: Any = []
+    for batch in direct.test_dataloader():
+        classes = [list(row) for row in batch["class_indices"].tolist()]
+        assert not any(
+            c in row for row, of_row in zip(classes, batch["unknown_classes"].tolist(), strict=True) for c in of_row
+        )
+        with torch.no_grad():
+            known.append(model(batch).logits.amax(-1))
+            right.append(model(batch).logits.argmax(-1) == batch["query_labels"])
+            unknown.append(model(batch | {"query": batch["unknown"], "draws": batch["unknown_draws"]}).logits.amax(-1))
+            videos = {role: model.model.encode_frames(batch[role]) for role in ("support", "query", "unknown")}
+        of_features.append(batch | videos)
+    k, r, u = (torch.cat(part).flatten() for part in (known, right, unknown))
+    expected = {"auroc": auroc(k, u), "oscr": oscr(k, r, u), "fpr95": fpr_at_recall(k, u)}
+    for name, value in expected.items():
+        assert float(model.evaluated.numbers[f"{name}/distance"]) == pytest.approx(value, abs=1e-3), name
+    # Other people's data modules may deal them, too.
+    loader = torch.utils.data.DataLoader(of_features, batch_size=None)
+    (numbers,) = trainer(tmp_path).test(model, loader, verbose=False)
+    for name, value in expected.items():
+        assert numbers[f"test/{name}/distance"] == pytest.approx(value, abs=1e-3), name
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As many as each of several processes has on two cores: on others the last bits of logits may differ."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_any_number_of_ranks_tells_unknown_queries_alike(many: Path, tiny_clip_dir: Path, tmp_path: Path) -> None:
+    results = []
+    for devices, evaluation in ((1, "bank"), (2, "bank"), (3, "bank"), (1, "direct"), (2, "direct")):
+        several = {} if devices == 1 else {"devices": devices, "strategy": "ddp_fork", "use_distributed_sampler": False}
+        source = data(many, test_episodes=131, n_query_eval=2, unknown_queries=2, evaluation=evaluation)
+        results.append(trainer(tmp_path, **several).test(make(tiny_clip_dir), source, verbose=False)[0])
+    assert results[1] == results[0]
+    assert results[2] == results[0]
+    assert results[4] == results[3]
+    assert {f"test/{name}" for name in OPEN_SET} < results[0].keys()
 
 
 def test_a_video_has_the_same_features_whatever_is_encoded_with_it(many: Path, tiny_clip_dir: Path) -> None:

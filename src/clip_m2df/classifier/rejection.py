@@ -50,11 +50,20 @@ def _own_distances(model: CLIPM2DF, classes: Sequence[SupportClass]) -> Tensor |
     """Of each example of a class with several to its own class without it ``(n)``."""
     head, prompts = model.model.head, torch.stack([c.prompt for c in classes])
     found = []
-    for own in classes:
+    for index, own in enumerate(classes):
         if (n := len(own.features)) > 1:
-            rest = [own.only(model, [j for j in range(n) if j != i]).prototype for i in range(n)]
-            embedded, selected = head.embed_queries(own.features, prompts)
-            logits = head.match(embedded, Embedded.stack(rest), selected).logits.diagonal()
+            rest = [own.only(model, [j for j in range(n) if j != i]) for i in range(n)]
+            if head.task_specific:  # a class is what it is beside the others
+                for example, fewer in zip(own.features, rest, strict=True):
+                    scorer = ClassScorer(model, [*classes[:index], fewer, *classes[index + 1 :]])
+                    found.append(scorer.label(example.unsqueeze(0))[1][:, index])
+                continue
+            if head.query_prompt == "each":  # the class's own prompt, with which its examples are embedded already
+                embedded = own.embedded.map(lambda kept: kept.unsqueeze(1))
+                selected = head.select_prompts(own.features, prompts)
+            else:
+                embedded, selected = head.embed_queries(own.features, prompts)
+            logits = head.match(embedded, Embedded.stack([c.prototype for c in rest]), selected).logits.diagonal()
             found.append(-logits - head.least_distance(own.features.shape[-2]))
     return torch.cat(found) if found else None
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from clip_m2df.report.predictions import Row
 
 # How a clip is compared with the examples where nothing is trained.
-UntrainedHead = Literal["otam", "nearest_prototype", "bi_mhm", "zero_shot"]
+UntrainedHead = Literal["otam", "nearest_prototype", "bi_mhm", "zero_shot", "linear_probe", "tip_adapter"]
 # As Lightning calls them.
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 TABLE_FORMATS = (".csv", ".jsonl")

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 import clip_m2df.motion_shapes as motion_shapes
 from clip_m2df.datasets.feature_tables import FeatureTable, is_feature_table, read_feature_table
 from clip_m2df.datasets.manifest import Manifest, Split, Video
-from clip_m2df.episode import ResizeMode, Sampling, episode_generator, of_all_ranks
+from clip_m2df.episode import Dealing, ResizeMode, Sampling, episode_generator, of_all_ranks
 from clip_m2df.episodes.dataset import EpisodeDataset, collate_episodes
 from clip_m2df.episodes.features import EvaluationTable, TrainingTable
 from clip_m2df.episodes.files import read_episodes_file
@@ -39,7 +39,7 @@ MOST_PLAYED, MOST_DEVICES = 64, 64
 
 
 # The embedded benchmark's families by the names under which they stand for a manifest.
-EMBEDDED = {"motion_shapes": "demo", "motion_shapes_scene": "scene", "motion_shapes_order": "order"}
+EMBEDDED = {"motion_shapes": "demo"} | {f"motion_shapes_{name}": name for name in ("scene", "order", "mixed")}
 
 
 KNOBS = tuple(field.name for field in dataclasses.fields(motion_shapes.Knobs))
@@ -57,9 +57,9 @@ class EpisodeDataModule(lightning.LightningDataModule):
     Args:
         manifest: a CSV with the columns path, label, split and, if wanted, text (what the prompt says); paths relative
             to the CSV's folder, of videos or of folders of numbered images. Or ``motion_shapes``,
-            ``motion_shapes_scene`` or ``motion_shapes_order``, the embedded benchmark, rendered when first used. Or a
-            feature table (``.safetensors`` or ``.parquet``), as ``clip-m2df encode`` and other tools write it: then no
-            video is read, and no tower needed.
+            ``motion_shapes_scene``, ``motion_shapes_order`` or ``motion_shapes_mixed``, the embedded benchmark,
+            rendered when first used. Or a feature table (``.safetensors`` or ``.parquet``), as ``clip-m2df encode`` and
+            other tools write it: then no video is read, and no tower needed.
         knobs: how much harder than usual the test episodes of the embedded benchmark are: shares by the names
             ``overlap``, ``outliers`` and ``noise`` (see :class:`clip_m2df.motion_shapes.Knobs`).
         root: a folder outside the manifest's own in which its videos may lie too; those elsewhere are refused.
@@ -76,6 +76,10 @@ class EpisodeDataModule(lightning.LightningDataModule):
         test_episodes: episodes of a test.
         episodes_file: a file that ``clip-m2df episodes`` or another tool wrote: a test plays its first
             ``test_episodes`` episodes.
+        episodes: how episodes are dealt. ``random``: classes and videos are drawn. ``grouped``: so that no query shares
+            a group with a support video, by the manifest's column ``group``, which says what a video was cut from.
+        unknown_queries: so many queries of classes that the episode does not have are added to each episode of
+            validation and test. The others, and what is measured of them, stay the same.
         evaluation: ``bank`` encodes each video of the episodes once; ``direct`` yields the frames of each episode, and
             encodes a video as often as it comes. The numbers are the same unless frames are drawn (``sampling``).
         store: a folder in which the features of a bank are kept for the next evaluation: another way, shot or seed of
@@ -132,6 +136,8 @@ class EpisodeDataModule(lightning.LightningDataModule):
         val_episodes: int = 1000,
         test_episodes: int = 10000,
         episodes_file: str | None = None,
+        episodes: Dealing = "random",
+        unknown_queries: int = 0,
         evaluation: Evaluation = "bank",
         store: str | None = None,
         train_augmentations: int = 0,
@@ -158,7 +164,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
         require(least=1, frames=frames, resize=resize, size=size)
         require(least=1, batch_size=batch_size, episodes_per_step=episodes_per_step, validate_every=validate_every)
         require(least=0, seed=seed, eval_seed=eval_seed, num_workers=num_workers)
-        require(least=0, train_augmentations=train_augmentations)
+        require(least=0, train_augmentations=train_augmentations, unknown_queries=unknown_queries)
         require(least=2, n_way=n_way)
         require(above=0, stuck_after=stuck_after)
         require(least=0, most=1, max_unusable=max_unusable)
@@ -167,6 +173,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
         if decoder in ("decord", "torchcodec") and importlib.util.find_spec(decoder) is None:
             raise UserError(f"decoder {decoder} is not installed; install it, or take auto")
         for option, value, choices in (
+            ("episodes", episodes, get_args(Dealing)),
             ("evaluation", evaluation, get_args(Evaluation)),
             ("decoder", decoder, get_args(Decoder)),
             *(("knobs", name, KNOBS) for name in knobs or ()),
@@ -200,8 +207,11 @@ class EpisodeDataModule(lightning.LightningDataModule):
         self.root = root
         self.class_texts = class_texts
         self.cache = cache
-        self.train_shape = EpisodeShape(n_way, n_shot if train_n_shot is None else train_n_shot, n_query)
-        self.eval_shape = EpisodeShape(n_way, n_shot, n_query_eval)
+        grouped = episodes == "grouped"
+        self.train_shape = EpisodeShape(
+            n_way, n_shot if train_n_shot is None else train_n_shot, n_query, grouped=grouped
+        )
+        self.eval_shape = EpisodeShape(n_way, n_shot, n_query_eval, unknown_queries, grouped)
         self.val_episodes = val_episodes
         self.test_episodes = test_episodes
         self.episodes_file = episodes_file
@@ -403,13 +413,17 @@ class EpisodeDataModule(lightning.LightningDataModule):
 
     def _episodes(self) -> dict[str, Any]:
         """What the episodes of a run depend on, by the names of the options: those of val, and those of training."""
-        depends: dict[str, Any] = {"data.n_way": self.train_shape.n_way}
+        depends: dict[str, Any] = {
+            "data.n_way": self.train_shape.n_way,
+            "data.episodes": "grouped" if self.train_shape.grouped else "random",
+        }
         if "val" in self._datasets:
             depends |= {
                 "data.n_shot": self.eval_shape.n_shot,
                 "data.n_query_eval": self.eval_shape.n_query,
                 "data.val_episodes": self.val_episodes,
                 "data.eval_seed": self.eval_seed,
+                "data.unknown_queries": self.eval_shape.n_unknown,
                 "the val split of data.manifest": self._contents("val"),
             }
         if "train" in self._datasets:
@@ -429,7 +443,10 @@ class EpisodeDataModule(lightning.LightningDataModule):
         return depends
 
     def _contents(self, name: str) -> str:
-        """A split in words: its size, and a checksum of its classes, their texts and its videos, wherever they are."""
+        """A split in words: its size, and a checksum of its classes, their texts and its videos, wherever they are.
+
+        The groups of videos count where episodes are grouped, and are passed over where they change nothing.
+        """
         assert self.manifest is not None
         split = self.manifest.split(name)
         outside = None if self.root is None else os.path.abspath(self.root)
@@ -437,6 +454,8 @@ class EpisodeDataModule(lightning.LightningDataModule):
         for label, text, videos in zip(split.class_names, split.class_texts, split.videos, strict=True):
             paths = (relative_path(video.path, self.manifest.root) for video in videos)
             cells = [label, text, *(relative_path(p, outside) if os.path.isabs(p) else p for p in paths), ""]
+            if self.train_shape.grouped:
+                cells += [*(video.group for video in videos), ""]
             state.update("\0".join(cells).encode(errors="surrogateescape"))
         count = sum(map(len, split.videos))
         return f"{count} videos of {len(split.class_names)} classes (checksum {state.hexdigest()[:8]})"
@@ -452,6 +471,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
         if self.trainer and self.trainer.state.fn == "fit":
             # Earlier versions lacked these options; their trainings were as with these values.
             only = {"data.resize_mode": "short_side", "data.sampling": "segments", "data.jitter_queries": False}
+            only |= {"data.episodes": "random", "data.unknown_queries": 0}
             state_dict = state_dict | {"episodes": only | state_dict.get("episodes", {})}
             check_goes_on(state_dict, self.state_dict(), most=self.trainer.max_steps)
 
@@ -478,6 +498,12 @@ class EpisodeDataModule(lightning.LightningDataModule):
             manifest = Manifest.read(path, self.root, check_files=check_files and self.cache is None)
             if self.cache is not None:
                 self.reader = read_from_cache(self.cache, manifest, self.reader, str(path), check_files=check_files)
+        if self.eval_shape.grouped and not any(video.group for video in manifest.videos):
+            raise UserError(
+                f"grouped episodes go by the column group, and no video of {self.manifest_path} has a group: let"
+                " clip-m2df prepare write the manifest, or check --fix find videos that look alike, or fill the column"
+                " in by hand with what each video was cut from; or give --data.episodes random"
+            )
         self.manifest = manifest if self.class_texts in (None, []) else manifest.with_texts(self.class_texts)
 
     def _read_table(self) -> Manifest:

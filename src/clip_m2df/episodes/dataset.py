@@ -1,7 +1,7 @@
 """Episodes by number as the frames of their videos, read in worker processes."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import KW_ONLY, dataclass
 from pathlib import PurePath
 from typing import Any, TypeVar, cast
@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from clip_m2df.datasets.manifest import Split, Video
 from clip_m2df.episode import Episode, episode_draws, episode_generator
-from clip_m2df.episodes.plan import EpisodePlan, EpisodeShape, plan_episode
+from clip_m2df.episodes.plan import EpisodePlan, EpisodeShape, plan_episode, source
 from clip_m2df.errors import UserError, some
 from clip_m2df.video.reader import VideoError
 from clip_m2df.video.transforms import JITTER_DRAWS, ClipReader, jitter_colours
@@ -70,7 +70,10 @@ class EpisodeDataset(Dataset[ReadEpisode]):
     def __post_init__(self) -> None:
         if self.plans is None:
             self.shape.check(self.split)
-        self._index = {video.path: index for index, video in enumerate(itertools.chain(*self.split.videos))}
+        videos = list(itertools.chain(*self.split.videos))
+        self._index = {video.path: index for index, video in enumerate(videos)}
+        self._classes = {label: c for c, label in enumerate(self.split.class_names)}
+        self._knows_twins = not self.augment and any(video.group for video in videos)
 
     def plan(self, episode: int) -> EpisodePlan:
         """The videos of episode number ``episode``."""
@@ -97,24 +100,51 @@ class EpisodeDataset(Dataset[ReadEpisode]):
         taken = {video.path for video in plan.videos}
         passed_over: dict[str, None] = {}
 
-        def candidates(c: int, video: Video) -> Iterator[Video]:
+        def candidates(video: Video) -> Iterator[Video]:
             yield video
-            videos = self.split.videos[c]
+            videos = self.split.videos[self._classes[video.label]]
             rng = episode_generator(self.seed, self.split.name, episode, "stand-ins")
             yield from (videos[v] for v in rng.permutation(len(videos)) if videos[v].path not in taken)
 
-        def replace(c: int, video: Video) -> Video:
-            for candidate in candidates(c, video):
+        def usable(video: Video, barred: Set[str]) -> Video:
+            for candidate in candidates(video):
+                if source(candidate) in barred:
+                    continue
                 taken.add(candidate.path)
                 if is_usable(candidate.path):
                     return candidate
                 passed_over[candidate.path] = None
+            apart = " of other groups" if barred else ""
             raise UserError(
-                f"the class {video.label!r} of the {self.split.name} split has too few usable videos for an episode:"
-                f" {some(passed_over)} can't be read; replace them or remove the class from the manifest"
+                f"the class {video.label!r} of the {self.split.name} split has too few usable videos{apart} for an"
+                f" episode: {some(passed_over)} can't be read; replace them or remove the class from the manifest"
             )
 
-        return plan.replaced(replace), list(passed_over)
+        # Stand-ins in a grouped episode are no twins either. The support's don't depend on the unknown queries, which
+        # come last: without these, all else is the same.
+        grouped = self.shape.grouped
+        barred = {source(video) for row in plan.query for video in row} if grouped else set()
+        plan = plan._replace(support=tuple(tuple(usable(video, barred) for video in row) for row in plan.support))
+        barred = plan.sources if grouped else set()
+        plan = plan._replace(query=tuple(tuple(usable(video, barred) for video in row) for row in plan.query))
+        plan = plan._replace(unknown=tuple(usable(video, barred) for video in plan.unknown))
+        return plan, list(passed_over)
+
+    def labels(self, episode: int, plan: EpisodePlan) -> dict[str, Tensor]:
+        """What an episode has beside its videos, as in :class:`clip_m2df.episode.Labels`, without the leading axis."""
+        n_queries = sum(map(len, plan.query))
+        draws = episode_draws(self.seed, self.split.name, episode, n_queries + len(plan.unknown))
+        found = {
+            "query_labels": torch.tensor(plan.query_labels),
+            "class_indices": torch.tensor(plan.classes),
+            "draws": draws[:n_queries],
+        }
+        if self._knows_twins:
+            found["twins"] = torch.tensor(plan.twins)
+        if plan.unknown:
+            found["unknown_classes"] = torch.tensor([self._classes[video.label] for video in plan.unknown])
+            found["unknown_draws"] = draws[n_queries:]
+        return found
 
     def __getitem__(self, episode: int) -> ReadEpisode:
         """Episode number ``episode``, with one leading axis of size 1 (see :class:`clip_m2df.episode.Episode`).
@@ -145,25 +175,24 @@ class EpisodeDataset(Dataset[ReadEpisode]):
         keys = [(step, video.path) for video in plan.videos]
         read = [found for key in keys if not isinstance(found := seen[key], VideoError)]
         short = {path: length for (_, path), (_, length) in zip(keys, read, strict=True) if length < self.reader.frames}
-        labels = plan.query_labels
-        n_support = len(keys) - len(labels)
+        n_support, n_known = sum(map(len, plan.support)), len(keys) - len(plan.unknown)
         shown = [clip for clip, _ in read]
         if self.augment and self.jitter_queries:
             shown[n_support:] = [self._jittered(*key, clip) for key, clip in zip(keys, shown, strict=True)][n_support:]
             keys[n_support:] = [(step, f"{path} as a query") for _, path in keys[n_support:]]
         clips = torch.stack(shown)
-        return ReadEpisode(
-            support=clips[:n_support].unflatten(0, (1, len(plan.classes), -1)),
-            query=clips[n_support:].unsqueeze(0),
-            query_labels=torch.tensor([labels]),
-            class_indices=torch.tensor([plan.classes]),
-            class_names=list(self.split.class_texts),
-            draws=episode_draws(self.seed, self.split.name, episode, len(labels)).unsqueeze(0),
-            replaced=torch.tensor([len(unusable)]),
-            unusable={path: str(seen[step, path]) for path in unusable},
-            short=short,
-            clips=keys,
-        )
+        read_episode = {
+            "support": clips[:n_support].unflatten(0, (1, len(plan.classes), -1)),
+            "query": clips[n_support:n_known].unsqueeze(0),
+            **({"unknown": clips[n_known:].unsqueeze(0)} if plan.unknown else {}),
+            **{name: values.unsqueeze(0) for name, values in self.labels(episode, plan).items()},
+            "class_names": list(self.split.class_texts),
+            "replaced": torch.tensor([len(unusable)]),
+            "unusable": {path: str(seen[step, path]) for path in unusable},
+            "short": short,
+            "clips": keys[:n_known],
+        }
+        return cast(ReadEpisode, read_episode)
 
     def _clip(self, step: int, path: str) -> tuple[Tensor, int] | VideoError:
         """A video as it looks in an optimiser step, and its number of frames; or why it can't be read.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from rich.progress import track
@@ -19,7 +19,6 @@ from clip_m2df.episode import (
     IndexedEpisode,
     TableEpisodes,
     VideoTable,
-    episode_draws,
     episode_generator,
     select_episodes,
 )
@@ -153,23 +152,19 @@ class EpisodeTable(Dataset[int], VideoTable):
     def _rows(
         self, numbers: Sequence[int], plans: Sequence[EpisodePlan], replaced: Sequence[int], videos: Tensor
     ) -> IndexedEpisode:
-        """Episodes by the indices of their ``videos (episodes, n)``, the support before the query."""
-        split, labels = self.dataset.split, [plan.query_labels for plan in plans]
-        n_support = videos.shape[1] - len(labels[0])
-        draws = [
-            episode_draws(self.dataset.seed, split.name, number, len(row))
-            for number, row in zip(numbers, labels, strict=True)
-        ]
-        return IndexedEpisode(
-            numbers=torch.tensor(numbers),
-            support=videos[:, :n_support].unflatten(1, (len(plans[0].classes), -1)),
-            query=videos[:, n_support:],
-            query_labels=torch.tensor(labels),
-            class_indices=torch.tensor([plan.classes for plan in plans]),
-            class_names=list(split.class_texts),
-            draws=torch.stack(draws),
-            replaced=torch.tensor(replaced),
-        )
+        """Episodes by the indices of their ``videos (episodes, n)``, in the order of :attr:`EpisodePlan.videos`."""
+        n_support, n_known = sum(map(len, plans[0].support)), videos.shape[1] - len(plans[0].unknown)
+        labels = [self.dataset.labels(number, plan) for number, plan in zip(numbers, plans, strict=True)]
+        rows = {
+            "numbers": torch.tensor(numbers),
+            "support": videos[:, :n_support].unflatten(1, (len(plans[0].classes), -1)),
+            "query": videos[:, n_support:n_known],
+            **({"unknown": videos[:, n_known:]} if plans[0].unknown else {}),
+            **{name: torch.stack([row[name] for row in labels]) for name in labels[0]},
+            "class_names": list(self.dataset.split.class_texts),
+            "replaced": torch.tensor(replaced),
+        }
+        return cast(IndexedEpisode, rows)
 
 
 class EvaluationTable(EpisodeTable):
@@ -209,7 +204,8 @@ class EvaluationTable(EpisodeTable):
     def named(self, numbers: Sequence[int]) -> list[int]:
         """See :class:`EpisodeTable`."""
         rows = self.episodes(numbers)
-        indices: list[int] = torch.cat((rows["support"].flatten(), rows["query"].flatten())).unique().tolist()
+        named = [rows[role].flatten() for role in ("support", "query", "unknown") if role in rows]  # type: ignore[literal-required]
+        indices: list[int] = torch.cat(named).unique().tolist()
         return indices
 
     def replace(self, unusable: Mapping[str, str]) -> None:

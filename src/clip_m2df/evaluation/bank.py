@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -42,7 +43,8 @@ class EpisodeBank:
         features: ``(videos, frames, dim)``.
         prompt_table: ``(n_classes, dim)``.
         episodes: all that will be played, their numbers rising, on the device of the features.
-        memory: bytes for embedded videos. Where they don't fit, each batch of episodes embeds its own.
+        memory: bytes for embedded videos. Where they don't fit, each batch of episodes embeds its own. Unknown queries
+            may take as much again.
         pairs: int64 ``(n, 2)``, videos and classes, all that episodes may need to which the bank will :meth:`turn_to`;
             by default those of its episodes.
 
@@ -51,6 +53,8 @@ class EpisodeBank:
         probabilities: ``(episodes, n_queries, n_way)``, PPS's.
         pairs: int64, of a video and a class, in the order of their first use, as ``video · (n_classes + 1) + class``;
             ``n_classes`` stands for no prompt.
+        of_unknown: the same with the episodes' unknown queries in the place of their queries; None where there are
+            none. It is a bank of its own, so that no bit of the others depends on them.
     """
 
     def __init__(
@@ -73,6 +77,11 @@ class EpisodeBank:
         self._fits: bool | None = None  # not known before something is embedded
         self._kept = Embedded()
         self._done = [False] * -(-len(self.pairs) // PAIRS)
+        self.of_unknown: EpisodeBank | None = None
+        if "unknown" in episodes:
+            rest = {key: value for key, value in episodes.items() if not key.startswith("unknown")}
+            unknown = {**rest, "query": episodes["unknown"], "draws": episodes["unknown_draws"]}
+            self.of_unknown = EpisodeBank(head, features, prompt_table, cast(IndexedEpisode, unknown), memory=memory)
 
     def turn_to(self, episodes: IndexedEpisode) -> None:
         """Play other episodes of the same videos, of any shape; what has been embedded is kept.
@@ -95,7 +104,7 @@ class EpisodeBank:
         return _FromBank(self, rows).score_episode(batch["support"], batch["query"], classes, batch["draws"])
 
     def embed(self, videos: Tensor, classes: Tensor) -> Embedded:
-        """Videos embedded with the prompts of classes, ``n_classes`` for none; both int64, of one shape."""
+        """Videos embedded with the prompts of classes, ``n_classes`` for none; both int64, of shapes that broadcast."""
         pairs = self._rank[torch.searchsorted(self._sorted, self._pair(videos, classes))]
         if self._fits is None:
             first = self._embed(self.pairs[:PAIRS])
@@ -133,6 +142,8 @@ class EpisodeBank:
         query = self.episodes["query"]
         if self.head.query_prompt == "class":
             support = torch.cat((support, self._pair(query, classes.gather(1, self.indices))), 1)
+        elif self.head.query_prompt == "each":
+            support = torch.cat((support, self._pair(query.unsqueeze(-1), classes.unsqueeze(-2)).flatten(1)), 1)
         elif self.head.query_prompt == "none":
             support = torch.cat((support, self._pair(query, torch.full_like(query, len(self.prompt_table)))), 1)
         keys, indices = support.flatten().unique(return_inverse=True)
@@ -179,9 +190,11 @@ class _FromBank(Scoring):
         bank = self.bank
         if self.query_prompt == "mixture":
             return bank.head.select_prompts(bank.features[query], bank.prompt_table[prompts.squeeze(-1)], draws)
-        indices = bank.indices[self.rows]
+        indices, probabilities = bank.indices[self.rows], bank.probabilities[self.rows]
+        if self.query_prompt == "each":
+            return SelectedPrompts(prompts.unsqueeze(-3).expand(*probabilities.shape, -1), indices, probabilities)
         chosen = torch.take_along_dim(prompts, indices.unsqueeze(-1), dim=-2)
-        return SelectedPrompts(chosen, indices, bank.probabilities[self.rows])
+        return SelectedPrompts(chosen, indices, probabilities)
 
     def embed(self, videos: Tensor, prompt: Tensor | None) -> Embedded:
         if prompt is None:

@@ -5,13 +5,16 @@ All of it on the CPU and in plain types, so that ranks can hand it to one anothe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from clip_m2df.episode import FeatureEpisode
+from clip_m2df.evaluation.open_set import SCORES, auroc, operating_curve
 from clip_m2df.nn.head import Embedded, Head, HeadOutput
 from clip_m2df.nn.matching import at_least_float32
 
@@ -84,7 +87,8 @@ class QueryEvidence(NamedTuple):
         frame_scores: ``(n_way, frames)``, cosines of PPS between each class's prompt and each frame.
         counted: bool ``(n_way, frames)``, those that a prompt's score is the mean of.
         probabilities: ``(n_way)``, PPS's.
-        chosen: the class whose prompt the query got; -1 where it got an expectation over all; None without PPS.
+        chosen: the class whose prompt the query got; -1 where it got an expectation over all, or each; None without
+            PPS.
     """
 
     alignments: dict[str, Tensor]
@@ -188,12 +192,36 @@ class Reliabilities(NamedTuple):
         teaches: dict[str, float] = {}
         for name, column in outputs.items():
             kind, _, view = name.partition(" ")
+            if kind not in ("visual", "text", "teaches"):
+                continue
             known = column[column.isfinite()]
             if kind == "teaches":
                 teaches[view] = float(column.mean())
             elif len(known):
                 confidences.setdefault(kind, {})[view] = known
         return cls(confidences, teaches)
+
+
+class OpenSetCurve(NamedTuple):
+    """How well a score tells unknown queries from the others, at all thresholds.
+
+    Attributes:
+        auroc: the area under the curve of the queries that are accepted.
+        points: float64 ``(points, 3)``, see :func:`clip_m2df.evaluation.open_set.operating_curve`.
+    """
+
+    auroc: float
+    points: Tensor
+
+    @classmethod
+    def all_of(cls, columns: Mapping[str, Tensor]) -> dict[str, OpenSetCurve]:
+        """By score, from what :func:`open_set_columns` gave, joined; empty without unknown queries."""
+        if "right" not in columns:
+            return {}
+        right = columns["right"].bool()
+        pairs = {name: (columns[f"known {name}"], columns[f"unknown {name}"]) for name in SCORES}
+        found = {name: cls(auroc(k, u), operating_curve(k, right, u)) for name, (k, u) in pairs.items()}
+        return {name: curve for name, curve in found.items() if not math.isnan(curve.auroc)}
 
 
 class ValidationEvidence(NamedTuple):
@@ -204,12 +232,14 @@ class ValidationEvidence(NamedTuple):
         confusion: int64 ``(n_classes, n_classes)``, queries by their own and by the predicted class.
         hardest: the episodes of the highest loss, the hardest first.
         reliabilities: of the views.
+        open_set: by score, where there were unknown queries.
     """
 
     class_names: list[str]
     confusion: Tensor
     hardest: list[HardEpisode]
     reliabilities: Reliabilities
+    open_set: Mapping[str, OpenSetCurve] = MappingProxyType({})
 
 
 def reliability_columns(output: HeadOutput) -> dict[str, Tensor]:
@@ -224,21 +254,29 @@ def reliability_columns(output: HeadOutput) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def query_evidence(
-    head: Head, prototypes: Embedded, query: Tensor, prompts: Tensor, draws: Tensor | None = None
+    head: Head,
+    prototypes: Embedded,
+    compared: Sequence[int],
+    query: Tensor,
+    prompts: Tensor,
+    draws: Tensor | None = None,
 ) -> QueryEvidence:
     """Score one query once more, and keep what its output doesn't hold.
 
     Args:
         head: in eval mode.
         prototypes: ``(n, …)``, of the classes to align the query with.
+        compared: the indices of these classes among all.
         query: features ``(frames, dim)``.
         prompts: ``(n_way, dim)``, of all classes that PPS chooses among.
         draws: ``(1)``, where PPS samples.
     """
     embedded, selected = head.embed_queries(query.unsqueeze(0), prompts, draws)
+    if head.query_prompt == "each":
+        embedded = embedded.map(lambda kept: kept[:, list(compared)])
     views = head.match(embedded, prototypes, selected).views
     scores, counted = head.frame_scores(query, prompts)
-    chosen = {"none": None, "mixture": -1, "class": int(selected.indices[0])}
+    chosen = {"none": None, "mixture": -1, "each": -1, "class": int(selected.indices[0])}
     return QueryEvidence(
         alignments={view: alignment[0].cpu() for view, alignment in head.align(embedded, prototypes).items()},
         distances={
@@ -260,9 +298,25 @@ class Played(NamedTuple):
         prompts: ``(episodes, n_way, dim)``.
         output: the head's.
         scores: ``(episodes, n_queries, n_way)``, by which the classes are predicted.
+        unknown: ``(episodes, n_unknown, n_way)``, the same of the unknown queries, where there are any.
     """
 
     episode: FeatureEpisode
     prompts: Tensor
     output: HeadOutput
     scores: Tensor
+    unknown: Tensor | None = None
+
+
+def open_set_columns(played: Played) -> dict[str, Tensor]:
+    """The scores of known and of unknown queries, float64 columns, and which of the known ones were classified rightly.
+
+    Empty without unknown queries.
+    """
+    if played.unknown is None:
+        return {}
+    columns = {"right": played.scores.argmax(-1) == played.episode["query_labels"]}
+    for name, score in SCORES.items():
+        columns[f"known {name}"] = score(played.scores.double())
+        columns[f"unknown {name}"] = score(played.unknown.double())
+    return {name: column.flatten().cpu() for name, column in columns.items()}

@@ -6,7 +6,7 @@ Note: matplotlib is imported where something is drawn, so that nothing else wait
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +15,14 @@ from PIL import Image
 from torch import Tensor
 
 from clip_m2df.errors import printable
-from clip_m2df.evaluation.evidence import Alignment, HardEpisode, PromptScore, Reliabilities, ValidationEvidence
+from clip_m2df.evaluation.evidence import (
+    Alignment,
+    HardEpisode,
+    OpenSetCurve,
+    PromptScore,
+    Reliabilities,
+    ValidationEvidence,
+)
 from clip_m2df.evaluation.metrics import class_results
 
 if TYPE_CHECKING:
@@ -53,6 +60,8 @@ def validation_pictures(found: ValidationEvidence) -> dict[str, Image.Image]:
             pictures["prompt_scores"] = picture(prompt_map(scores, clip, title, own=own))
     if found.reliabilities.confidences:
         pictures["reliability"] = picture(reliabilities(found.reliabilities))
+    if found.open_set:
+        pictures["open_set"] = picture(open_set_curves(found.open_set))
     return pictures
 
 
@@ -252,6 +261,24 @@ def reliabilities(found: Reliabilities, *, bins: int = 24) -> Figure:
             teacher, student = direction.split("_to_")
             shares.append((f"{teacher} teaches {student}", share, VIEW_COLOURS[teacher], f"{share:.1%} of the queries"))
         draw_shares(grid["teaches"], shares)
+    return figure
+
+
+def open_set_curves(found: Mapping[str, OpenSetCurve]) -> Figure:
+    """The shares of known queries that are accepted, and accepted and right, over that of the unknown ones.
+
+    Args:
+        found: of each score.
+    """
+    figure = _figure(660, 280)
+    titles = ("known queries that are accepted", "accepted and classified rightly")
+    grid = figure.subplots(1, 2, gridspec_kw=WHOLE | {"wspace": 100 / 280})
+    for column, (axes, title) in enumerate(zip(grid, titles, strict=True), 1):
+        for (name, curve), line in zip(found.items(), ("-", "--", "-.", ":"), strict=False):
+            axes.plot(curve.points[:, 0], curve.points[:, column], line, label=f"{name}, AUROC {curve.auroc:.3f}")
+        axes.set_title(title, size=10, loc="left", y=1)
+        axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="unknown queries that are accepted")
+    grid[0].legend(loc="best")
     return figure
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, SumMetric
 
 from clip_m2df.episode import Labels
+from clip_m2df.evaluation.open_set import MEASURES, SCORES, OpenSet
 from clip_m2df.nn.head import HeadOutput
 
 # Two-sided 95 % of a normal distribution, as the field reports it.
@@ -174,11 +175,50 @@ class Mean(Metric):
         return torch.where(self.undefined > 0, math.nan, mean)
 
 
+class TwinAccuracy(Metric):
+    """The share of queries with a twin in the support, and the accuracy of the queries with one and without.
+
+    A twin is cut from the same video, or one of the same group; where the accuracies differ, a head may go by that.
+    """
+
+    full_state_update = False
+    queries: Tensor
+    correct: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        for name in ("queries", "correct"):  # of the queries without a twin, and with one
+            self.add_state(name, torch.zeros(2, dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, correct: Tensor, twins: Tensor) -> None:
+        """Count queries.
+
+        Args:
+            correct: bool, any shape, which queries were classified rightly.
+            twins: bool, the same, which have a twin.
+        """
+        kinds = torch.stack((~twins, twins))
+        self.queries = self.queries + kinds.flatten(1).sum(1)
+        self.correct = self.correct + (kinds & correct).flatten(1).sum(1)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Float64 ``twin_share`` and the accuracies, shares of 1; an accuracy of no query is left out."""
+        (without, with_twin), correct = self.queries.tolist(), self.correct.tolist()
+        values = {"twin_share": with_twin / (without + with_twin) if without + with_twin else math.nan}
+        if with_twin:
+            values["accuracy_twins"] = correct[1] / with_twin
+        if without:
+            values["accuracy_without_twins"] = correct[0] / without
+        return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
+
+
 SHARES = ("pps_accuracy", "local_accuracy", "global_accuracy", "view_agreement", "local_to_global", "global_to_local")
 LOSSES = ("total", "match", "distill", "class")
 # All that a stage can log, after its own name and a slash; heads without views, towers without text and losses that are
 # off leave some out.
-NAMES = ("accuracy", "interval", "replaced_videos", *SHARES, *(f"loss/{name}" for name in LOSSES))
+TWINS = ("twin_share", "accuracy_twins", "accuracy_without_twins")
+OPEN_SET = tuple(f"{measure}/{score}" for measure in MEASURES for score in SCORES)
+NAMES = ("accuracy", "interval", "replaced_videos", *TWINS, *SHARES, *(f"loss/{name}" for name in LOSSES), *OPEN_SET)
 
 
 class StageMetrics(nn.ModuleDict):
@@ -189,10 +229,12 @@ class StageMetrics(nn.ModuleDict):
             {
                 "accuracy": EpisodeAccuracy(),
                 "confusion": Confusion(),
+                "twins": TwinAccuracy(),
                 # torchmetrics' own count in float32: exactly, as long as there are less than 16 million queries.
                 "replaced_videos": SumMetric(nan_strategy="disable"),
                 **{name: MeanMetric(nan_strategy="disable") for name in SHARES},
                 **{f"loss_{name}": Mean() for name in LOSSES},
+                "open_set": OpenSet(),
             }
         )
 
@@ -220,6 +262,8 @@ class StageMetrics(nn.ModuleDict):
         """
         metrics, labels = cast(dict[str, Any], dict(self.items())), batch["query_labels"]
         metrics["accuracy"].update(predicted == labels)
+        if "twins" in batch:
+            metrics["twins"].update(predicted == labels, batch["twins"])
         if prompts:
             metrics["pps_accuracy"].update(output.prompt_indices == labels)
         # By the class table of the split.
@@ -236,6 +280,16 @@ class StageMetrics(nn.ModuleDict):
             metrics["replaced_videos"].update(batch["replaced"])
         for name, value in losses.items():
             metrics[f"loss_{name}"].update(value, len(labels))
+
+    def count_unknown(self, scores: Tensor, labels: Tensor, unknown: Tensor) -> None:
+        """Count how a batch of episodes tells its unknown queries from the others.
+
+        Args:
+            scores: ``(episodes, n_queries, n_way)``, by which the queries' classes are predicted.
+            labels: int64 ``(episodes, n_queries)``, the queries' classes.
+            unknown: ``(episodes, n_unknown, n_way)``, the same of the unknown queries.
+        """
+        cast(OpenSet, self["open_set"]).update(scores, scores.argmax(-1) == labels, unknown)
 
     def take(self) -> tuple[dict[str, Tensor], Tensor]:
         """What has been counted since the last time, summed over all ranks; it starts anew.

@@ -15,6 +15,10 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from clip_m2df.errors import require
+
+MEASURES = ("auroc", "oscr", "fpr95")
+
 
 def _distance(logits: Tensor) -> Tensor:
     return logits.amax(-1)
@@ -73,8 +77,8 @@ def oscr(known: Tensor, right: Tensor, unknown: Tensor) -> float:
     """
     if _undefined(known, unknown):
         return math.nan
-    ordered = unknown.sort().values
-    below, up_to = (torch.searchsorted(ordered, known[right].contiguous(), right=ties) for ties in (False, True))
+    ordered, accepted = unknown.double().sort().values, known[right].double()
+    below, up_to = (torch.searchsorted(ordered, accepted, right=ties) for ties in (False, True))
     return int(below.sum() + up_to.sum()) / (2 * len(known) * len(unknown))
 
 
@@ -90,11 +94,39 @@ def fpr_at_recall(known: Tensor, unknown: Tensor, recall: float = 0.95) -> float
 
     Returns:
         A share of 1; see :func:`auroc`.
+
+    Raises:
+        UserError: there can't be such a recall.
     """
+    require(above=0, most=1, recall=recall)
     if _undefined(known, unknown):
         return math.nan
     accepted = math.ceil(Fraction(str(recall)) * len(known))  # 0.95 of 20 are 19, whatever a float makes of 0.95
     return int((unknown >= known.sort(descending=True).values[accepted - 1]).sum()) / len(unknown)
+
+
+def operating_curve(known: Tensor, right: Tensor, unknown: Tensor, points: int = 101) -> Tensor:
+    """How many known queries are accepted where at most some share of the unknown ones is.
+
+    Args:
+        known: scores of the queries of known classes ``(n)``.
+        right: bool ``(n)``, which of them were classified rightly.
+        unknown: scores of the others ``(m)``.
+        points: shares of unknown queries, evenly from 0 to 1.
+
+    Returns:
+        float64 ``(points, 3)``: the share of the unknown queries, and the shares of the known ones that are accepted,
+        and accepted and right.
+    """
+    shares = torch.linspace(0, 1, points, dtype=torch.float64)
+    # All that score above the first unknown query too many are accepted.
+    lowest = torch.cat((unknown.sort(descending=True).values, unknown.new_full((1,), -torch.inf)))
+    thresholds = lowest[(shares * len(unknown) + 1e-9).long()]
+    columns = []
+    for scores in (known, known[right]):
+        above = len(scores) - torch.searchsorted(scores.sort().values, thresholds, right=True)
+        columns.append(above.double() / len(known))
+    return torch.stack((shares, *columns), -1)
 
 
 def choose_score(known_logits: Tensor, unknown_logits: Tensor) -> tuple[str, dict[str, float]]:
@@ -151,10 +183,8 @@ class OpenSet(Metric):
         known, right, unknown = (
             torch.cat(kept) if isinstance(kept, list) else kept for kept in (self.known, self.right, self.unknown)
         )
-        values: dict[str, float] = {}
-        for name, k, u in zip(SCORES, known.unbind(-1), unknown.unbind(-1), strict=True):
-            values[f"auroc/{name}"] = auroc(k, u)
-            values[f"oscr/{name}"] = oscr(k, right.bool(), u)
-            values[f"fpr95/{name}"] = fpr_at_recall(k, u)
-        order = sorted(values, key=lambda name: name.partition("/")[0] != "auroc")
-        return {name: torch.tensor(values[name], dtype=torch.float64) for name in order}
+        columns = list(zip(SCORES, known.unbind(-1), unknown.unbind(-1), strict=True))
+        values = {f"auroc/{name}": auroc(k, u) for name, k, u in columns}
+        values |= {f"oscr/{name}": oscr(k, right.bool(), u) for name, k, u in columns}
+        values |= {f"fpr95/{name}": fpr_at_recall(k, u) for name, k, u in columns}
+        return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}

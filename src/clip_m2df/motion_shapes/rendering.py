@@ -25,10 +25,13 @@ from clip_m2df.motion_shapes.scenes import FPS, JITTER, OUTLIERS, SECONDS, SIZE,
 
 RENDERER_VERSION = 1  # raise it whenever a pixel changes: it is part of the cache's key
 
+CUTS = 5  # of a recording with twins; of one of UCF101's there are 5.3 on average
+
 VIDEOS_PER_CLASS: dict[str, Mapping[str, int]] = {
     "demo": {"train": 20, "val": 12, "test": 16},
     "scene": dict.fromkeys(SPLITS, 30),
     "order": dict.fromkeys(SPLITS, 30),
+    "mixed": dict.fromkeys(SPLITS, 30),
 }
 
 
@@ -38,9 +41,12 @@ class Knobs:
 
     Attributes:
         overlap: of what makes a class its own, how much is taken away in all videos: the share of the way to a grey
-            circle in ``demo`` and ``scene``, to a video in which nothing happens in ``order``.
+            circle in ``demo``, ``scene`` and ``mixed``, to a video in which nothing happens in ``order``.
         outliers: of the support videos, how many are occluded, of another class, or static.
         noise: deviation of the grain on each pixel of all videos, as a share of the range from black to white.
+        twins: of the recordings, how many are cut into ``CUTS`` videos and not one: the usual one, and others in which
+            the same thing does the same again in the same place. The manifest says in ``group`` what a video
+            was cut from.
 
     Raises:
         UserError: a knob beyond its range.
@@ -49,6 +55,7 @@ class Knobs:
     overlap: float = 0.0
     outliers: float = 0.0
     noise: float = 0.0
+    twins: float = 0.0
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
@@ -74,23 +81,38 @@ def write_video(path: Path, frames: NDArray[np.uint8]) -> None:
         container.mux(stream.encode(None))
 
 
-_Job = tuple[Path, int, int, bool]
-"""The file, the number of its class, its own number in the class, and whether it is an outlying version."""
+@dataclass(frozen=True)
+class _Job:
+    """A video to render: its file, the number of its class, of its recording in the class, and of its cut in that."""
+
+    path: Path
+    index: int
+    number: int
+    cut: int = 0
+    is_outlier: bool = False
 
 
 def _render_one(job: _Job, *, family: str, knobs: Knobs, seed: int) -> None:
-    """Render a video, with a seed sequence of its own, so that it depends on no other."""
-    path, index, number, is_outlier = job
+    """Render a video, with a seed sequence of its own, so that it depends on no other but the first cut of its own."""
     members, outlier = FAMILIES[family], ""
-    family_seed = [] if family == "demo" else [list(FAMILIES).index(family)]
-    rng = np.random.Generator(np.random.PCG64([seed, index, number, *family_seed]))
-    shown = members[index]
-    if is_outlier:
-        outlier = OUTLIERS[number % len(OUTLIERS)]
+    rng = _generator(job, family, seed)
+    shown, recorded = members[job.index], None
+    if job.cut:
+        recorded, rng = rng, _generator(job, family, seed, job.cut)
+    if job.is_outlier:
+        outlier = OUTLIERS[job.number % len(OUTLIERS)]
         if outlier == "off_class":
             others = [c for c in members if c.split == shown.split and c != shown]
-            shown = others[rng.integers(len(others))]
-    write_video(path, render_clip(shown, rng, overlap=knobs.overlap, noise=knobs.noise, outlier=outlier))
+            shown, recorded = others[rng.integers(len(others))], None
+    frames = render_clip(shown, rng, overlap=knobs.overlap, noise=knobs.noise, outlier=outlier, recorded=recorded)
+    write_video(job.path, frames)
+
+
+def _generator(job: _Job, family: str, seed: int, *more: int) -> np.random.Generator:
+    """The source of chance of a recording, or of one more thing about it."""
+    family_seed = [] if family == "demo" else [list(FAMILIES).index(family)]
+    sequence = np.random.SeedSequence([seed, job.index, job.number, *family_seed], spawn_key=more)
+    return np.random.Generator(np.random.PCG64(sequence))
 
 
 def render(
@@ -111,17 +133,19 @@ def render(
     Args:
         root: the folder to make. By default one in the cache, ``$CLIP_M2DF_CACHE`` or ``~/.cache/clip-m2df``, whose
             name holds a digest of all that the videos depend on.
-        family: ``demo``, ``scene`` or ``order``.
+        family: ``demo``, ``scene``, ``order`` or ``mixed``.
         knobs: how much harder than usual the videos of the test split are; with any, only that split is rendered.
             Where there are outliers, each video gets an outlying version, for the support of episodes.
         videos_per_class: how many videos a class has, by split; by default 20, 12 and 16 in ``demo`` and 30 elsewhere.
+            Twins come in addition.
         seed: another seed gives other videos of the same classes.
         workers: how many processes render, by default as many as there are cores; 1 uses this process alone. The
             videos do not depend on it.
         progress: whether to show a progress bar.
 
     Returns:
-        The path of ``manifest.csv`` with columns ``path`` (relative to its folder), ``label`` and ``split``.
+        The path of ``manifest.csv`` with columns ``path`` (relative to its folder), ``label``, ``split`` and, where
+        there are twins, ``group``.
 
     Raises:
         UserError: there is no such family, the counts or the seed make no sense, or ``root`` holds something else.
@@ -139,15 +163,21 @@ def render(
         raise UserError(f"{target} holds something other than these videos; name an empty or a new folder")
 
     with _replacing(target, key) as folder:
-        rows, jobs = [("path", "label", "split")], []
+        rows, jobs = [("path", "label", "split", *(["group"] if knobs.twins else []))], []
         for index, c in enumerate(FAMILIES[family]):
             for number in range(counts[c.split]):
-                path = f"{c.split}/{c.slug}/{number:02d}.mp4"
-                rows.append((path, c.label, c.split))
-                jobs.append((folder / path, index, number, False))
-                if knobs.outliers:
-                    jobs.append((folder / outlier_path(path), index, number, True))
-        for parent in {path.parent for path, *_ in jobs}:
+                recording = _Job(folder, index, number)
+                # Of a smaller share among those of a larger one.
+                has_twins = _generator(recording, family, seed, 0).random() < knobs.twins
+                for cut in range(CUTS if has_twins else 1):
+                    path = f"{c.split}/{c.slug}/{number:02d}{f'_{cut}' if cut else ''}.mp4"
+                    rows.append((path, c.label, c.split, *([f"{c.slug}/{number:02d}"] if knobs.twins else [])))
+                    job = dataclasses.replace(recording, path=folder / path, cut=cut)
+                    jobs.append(job)
+                    if knobs.outliers:
+                        outlying = folder / outlier_path(path)
+                        jobs.append(dataclasses.replace(job, path=outlying, is_outlier=True))
+        for parent in {job.path.parent for job in jobs}:
             parent.mkdir(parents=True)
         work = partial(_render_one, family=family, knobs=knobs, seed=seed)
         _render_all(work, jobs, workers or os.cpu_count() or 1, progress)
@@ -172,6 +202,7 @@ def _count(family: str, knobs: Knobs, videos_per_class: Mapping[str, int] | None
 def _key(family: str, knobs: Knobs, counts: Mapping[str, int], seed: int) -> str:
     table = [(c.split, c.colour, c.shape, c.motion) for c in FAMILIES[family]]
     harder = [float(knobs.overlap), float(knobs.noise), knobs.outliers > 0]  # 0 and 0.0 are one setting
+    harder += [float(knobs.twins)] if knobs.twins else []
     everything = [RENDERER_VERSION, SIZE, FPS, SECONDS, JITTER, dict(COLOURS), family, table, harder, counts, seed]
     return hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:12]
 

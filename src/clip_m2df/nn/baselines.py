@@ -3,11 +3,15 @@
 import difflib
 import importlib
 import inspect
+import os
+import sys
 from abc import abstractmethod
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from clip_m2df.errors import UserError, require
@@ -156,6 +160,132 @@ class BiMHMHead(Baseline):
         return -(costs.amin(-1).mean(-1) + costs.amin(-2).mean(-1))
 
 
+class ShotsHead(Head):
+    """A head that keeps the mean of a video's frames, and of a class each of its shots.
+
+    Args:
+        dim: see :class:`clip_m2df.nn.head.Head`.
+        top_k: the same.
+        temperature: the same.
+    """
+
+    trained = False
+
+    def embed(self, videos: Tensor, prompt: Tensor | None) -> Embedded:
+        """The mean of the frame features, ``(…, dim)``."""
+        return Embedded(mean=at_least_float32(videos).mean(-2))
+
+    def prototype(self, embedded: Embedded, prompts: Tensor) -> Embedded:
+        """The shots ``(…, n_shot, dim)``, and which of them are real: all, as long as nothing is padded."""
+        shots = embedded["mean"]
+        return Embedded(shots=shots, real=torch.ones(shots.shape[:-1], dtype=torch.bool, device=shots.device))
+
+
+class LinearProbeHead(ShotsHead):
+    """Logistic regression on the mean of each video's frames, by scikit-learn: one fit an episode.
+
+    This is the plain transfer learning that temporal few-shot methods are compared with (arXiv 2406.01073). Means are
+    scaled to norm 1, as by Tian et al. (ECCV 2020, arXiv 2003.11539). The logits are the linear scores, which have no
+    bound: distances, minus the logits, may be negative. The fit passes on no gradient, so that the head is for
+    evaluations alone.
+    Note: of two classes scikit-learn fits one vector of weights, for the second against the first; each class gets half
+    of it.
+
+    Args:
+        dim: see :class:`clip_m2df.nn.head.Head`.
+        c: scikit-learn's C, the weight of the loss, a sum over the shots, beside half the sum of the squared weights.
+        top_k: see :class:`clip_m2df.nn.head.Head`.
+        temperature: the same.
+
+    Raises:
+        UserError: scikit-learn is not installed, or an option is out of its range.
+    """
+
+    uses_prompts = False
+    task_specific = True
+    differentiable = False
+
+    def __init__(self, *, dim: int, c: float = 1.0, top_k: int = 4, temperature: float = 200.0) -> None:
+        super().__init__(dim=dim, top_k=top_k, temperature=temperature)
+        require(above=0, c=c)
+        if find_spec("sklearn") is None:
+            raise UserError("linear_probe needs scikit-learn: pip install clip-m2df[probe], or take another head")
+        self.c = c
+
+    @torch.no_grad()
+    def match(self, query: Embedded, prototypes: Embedded, selected: SelectedPrompts) -> HeadOutput:
+        """Fit the shots of each episode, and score its queries."""
+        shots, real = F.normalize(prototypes["shots"], dim=-1), prototypes["real"]
+        episodes = zip(shots.reshape(-1, *shots.shape[-3:]), real.reshape(-1, *real.shape[-2:]), strict=True)
+        weights = torch.stack([self._fit(*episode) for episode in episodes]).to(shots)
+        return HeadOutput.of(self._score(query["mean"], weights.view(*shots.shape[:-2], -1)), selected)
+
+    @full_precision
+    def _score(self, videos: Tensor, weights: Tensor) -> Tensor:
+        """Linear scores of ``videos (…, n_queries, dim)`` by ``weights (…, n_way, dim + 1)``, intercepts last."""
+        return F.normalize(videos, dim=-1) @ weights[..., :-1].mT + weights[..., -1].unsqueeze(-2)
+
+    def _fit(self, shots: Tensor, real: Tensor) -> Tensor:
+        """Weights and intercept ``(n_way, dim + 1)`` of the ``shots (n_way, n_shot, dim)`` that are real."""
+        from sklearn.linear_model import LogisticRegression
+
+        n_way = len(shots)
+        if n_way == 1:  # which scikit-learn refuses
+            return shots.new_zeros(1, shots.shape[-1] + 1)
+        fitted = LogisticRegression(C=self.c, max_iter=1000)
+        fitted.fit(shots[real].double().cpu().numpy(), real.nonzero()[:, 0].cpu().numpy())
+        weights = torch.cat((torch.from_numpy(fitted.coef_), torch.from_numpy(fitted.intercept_)[:, None]), 1)
+        return torch.cat((-weights, weights)) / 2 if n_way == 2 else weights
+
+
+class TipAdapterHead(ShotsHead):
+    """The prompts' logits and a cache of the support, without training (Zhang et al., ECCV 2022, arXiv 2207.09519).
+
+    A class's logit is ``100 cos(x, prompt) + α mean exp(−β (1 − cos(x, shot)))``, the mean over its shots; x is the
+    mean of the query's frames.
+    Note: the published code adds up the shots. Here their mean is taken, so that no class wins by its number of
+    examples: with n shots, n times the published α gives the published logits, but for the 0.01 in the cosine. The
+    published code chooses α and β on val; the defaults are the values at which it starts for UCF101.
+
+    Args:
+        dim: see :class:`clip_m2df.nn.head.Head`.
+        alpha: α, the weight of the cache.
+        beta: β, how fast a shot's part falls with its distance.
+        top_k: see :class:`clip_m2df.nn.head.Head`.
+        temperature: the same.
+
+    Raises:
+        UserError: an option out of its range.
+    """
+
+    logit_scale = 100.0
+
+    def __init__(
+        self, *, dim: int, alpha: float = 3.0, beta: float = 1.0, top_k: int = 4, temperature: float = 200.0
+    ) -> None:
+        super().__init__(dim=dim, top_k=top_k, temperature=temperature)
+        require(least=0, alpha=alpha)
+        require(above=0, beta=beta)
+        self.alpha = alpha
+        self.beta = beta
+
+    def prototype(self, embedded: Embedded, prompts: Tensor) -> Embedded:
+        """The shots, and the class's prompt."""
+        return Embedded(super().prototype(embedded, prompts), prompt=at_least_float32(prompts))
+
+    def match(self, query: Embedded, prototypes: Embedded, selected: SelectedPrompts) -> HeadOutput:
+        """Add up the prompt's logit and the cache's."""
+        videos, shots, real = query["mean"], prototypes["shots"], prototypes["real"].unsqueeze(-3)
+        text = self.logit_scale * cosine(videos, prototypes["prompt"])
+        affinity = cosine(videos, shots.flatten(-3, -2)).unflatten(-1, shots.shape[-3:-1])
+        cache = ((-self.beta * (1 - affinity)).exp() * real).sum(-1) / real.sum(-1)
+        return HeadOutput.of(text + self.alpha * cache, selected)
+
+    def least_distance(self, frames: int, view: str = "") -> float:
+        """Minus the sum of both weights: a cosine is 1 at most."""
+        return -self.logit_scale - self.alpha
+
+
 class CLIPFSARHead(OTAMHead):
     """CLIP-FSAR on frame features and prompt embeddings (Wang et al., IJCV 2023, arXiv 2303.02982).
 
@@ -236,7 +366,30 @@ HEADS = {
     "zero_shot": "clip_m2df.nn.baselines.ZeroShotHead",
     "bi_mhm": "clip_m2df.nn.baselines.BiMHMHead",
     "clip_fsar": "clip_m2df.nn.baselines.CLIPFSARHead",
+    "linear_probe": "clip_m2df.nn.baselines.LinearProbeHead",
+    "tip_adapter": "clip_m2df.nn.baselines.TipAdapterHead",
+    "trx": "clip_m2df.nn.trx.TRXHead",
+    "ts_fsar": "clip_m2df.nn.ts_fsar.TSFSARHead",
 }
+
+
+def check_asked_for(name: str, asked: str | None, source: str | os.PathLike[str], option: str) -> None:
+    """Refuse to import other people's code because a file names it as its head.
+
+    Args:
+        name: the head that the file names.
+        asked: the head that a person asked for.
+        source: the file.
+        option: how a person asks on the command line.
+
+    Raises:
+        UserError: it is neither this package's nor asked for, nor imported already, and so trusted.
+    """
+    if name not in HEADS and name != asked and name.rpartition(".")[0] not in sys.modules:
+        raise UserError(
+            f"{source} takes the head {name!r}, code that is not this package's: if you trust it, name it yourself, by"
+            f" {option} {name} or head={name!r}"
+        )
 
 
 def head_class(name: str) -> type[Head]:

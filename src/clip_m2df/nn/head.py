@@ -27,7 +27,7 @@ from clip_m2df.nn.prompts import (
     select_prompts,
 )
 
-QueryPrompt = Literal["class", "mixture", "none"]
+QueryPrompt = Literal["class", "mixture", "each", "none"]
 
 
 class Embedded(dict[str, Tensor]):
@@ -68,7 +68,8 @@ class HeadOutput(NamedTuple):
         logits: ``(…, n_queries, n_way)``; of a head that measures distances, minus the (fused) distance.
         views: what each view in use (``local``, ``global``) makes of them; empty for a head without views.
         prompt_probabilities: PPS's distribution π ``(…, n_queries, n_way)``.
-        prompt_indices: int64 ``(…, n_queries)``, whose prompt each query got (``expectation``: the likeliest).
+        prompt_indices: int64 ``(…, n_queries)``, whose prompt each query got (``expectation`` and ``each``: the
+            likeliest).
         distillation: the term's value ``(…)`` and the queries ``(…, n_queries)`` distilled each way.
     """
 
@@ -109,7 +110,8 @@ class Scoring(ABC):
     def query_prompt(self) -> QueryPrompt:
         """What a query is embedded with: the prompt of one class, a mixture of several, or none.
 
-        A bank keeps queries embedded with one class's prompt or with none from one episode to the next.
+        Or with that of each class of the episode in turn (``each``), to be compared with that class alone. A bank keeps
+        queries embedded with one class's prompt, with each or with none from one episode to the next.
         """
 
     @abstractmethod
@@ -129,7 +131,9 @@ class Scoring(ABC):
         Args:
             videos: ``(…, frames, dim)``.
             prompt: ``(…, dim)``: a support video's is that of its class, a query's the one that was selected. None for
-                queries where ``query_prompt`` is ``none``.
+                queries where ``query_prompt`` is ``none``. Where it is ``each``, queries come as
+                ``(…, n_queries, 1, frames, dim)`` with prompts ``(…, n_queries, n_way, dim)``; what is kept has the
+                leading axes of the prompts.
         """
 
     @abstractmethod
@@ -147,7 +151,7 @@ class Scoring(ABC):
         """Compare queries ``(…, n_queries, …)`` with prototypes ``(…, n_way, …)``.
 
         Args:
-            query: the queries, embedded.
+            query: the queries, embedded; where ``query_prompt`` is ``each``, ``(…, n_queries, n_way, …)``.
             prototypes: of the classes.
             selected: the queries' prompts, for :meth:`HeadOutput.of`.
         """
@@ -161,6 +165,8 @@ class Scoring(ABC):
     ) -> tuple[Embedded, SelectedPrompts]:
         """Select prompts for queries, and embed the queries with them; see :meth:`score`."""
         selected = self.select_prompts(query, prompts, draws)
+        if self.query_prompt == "each":
+            query = query.unsqueeze(prompts.ndim - 1)  # after the axis of the queries, in the place of the classes
         return self.embed(query, None if self.query_prompt == "none" else selected.embeddings), selected
 
     def score(self, query: Tensor, prompts: Tensor, prototypes: Embedded, draws: Tensor | None = None) -> HeadOutput:
@@ -219,6 +225,9 @@ class Head(nn.Module, Scoring):
     Attributes:
         trained: whether it has anything to train; one that has not is measured without a checkpoint.
         uses_prompts: whether scores depend on the prompts, so that two classes with one prompt are refused.
+        task_specific: whether the logit of a class depends on the other classes of the episode too.
+        differentiable: whether gradients go through it; one that fits another package's model in each episode is for
+            evaluations alone, and is not exported.
         selection: how PPS picks at evaluation.
         train_selection: how it picks in training.
 
@@ -228,6 +237,8 @@ class Head(nn.Module, Scoring):
 
     trained: ClassVar[bool] = True
     uses_prompts: ClassVar[bool] = True
+    task_specific: ClassVar[bool] = False
+    differentiable: ClassVar[bool] = True
     selection: Selection = "argmax"
     train_selection: Selection = "argmax"
 
@@ -275,6 +286,13 @@ class Head(nn.Module, Scoring):
         selection = self.train_selection if self.training else self.selection
         return select_prompts(probabilities, prompts, selection, draws)
 
+    def check_frames(self, frames: int) -> None:
+        """Refuse videos of a number of frames that the head can't take; a head takes any, unless it says otherwise.
+
+        Raises:
+            UserError: says what to change.
+        """
+
     def align(self, query: Embedded, prototypes: Embedded) -> dict[str, Tensor]:
         """By view, which frames of queries and prototypes are aligned: ``(…, n_queries, n_way, frames, frames)``.
 
@@ -286,7 +304,7 @@ class Head(nn.Module, Scoring):
         """Minus the highest logit that there can be, that of videos whose frames are all the same picture.
 
         What people are shown as a distance counts from here: OTAM's soft minimum, for one, is below 0 for what is
-        alike. 0 unless a head says otherwise.
+        alike. 0 unless a head says otherwise; where its logits have no bound, distances may be negative.
 
         Args:
             frames: of a video.

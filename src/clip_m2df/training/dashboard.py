@@ -20,10 +20,12 @@ from clip_m2df.episode import TableEpisodes, VideoTable, of_all_ranks
 from clip_m2df.errors import UserError, require
 from clip_m2df.evaluation.evidence import (
     HardEpisode,
+    OpenSetCurve,
     Played,
     QueryEvidence,
     Reliabilities,
     ValidationEvidence,
+    open_set_columns,
     query_evidence,
     reliability_columns,
 )
@@ -39,7 +41,7 @@ MOST_KEPT = 200
 
 
 class EvidenceCollector:
-    """Collects what is shown of an evaluation beside its numbers: reliabilities of views, and its hardest episodes.
+    """Collects what is shown of an evaluation beside its numbers: reliabilities, hardest episodes, unknown queries.
 
     Args:
         episodes: how many of the hardest.
@@ -60,12 +62,12 @@ class EvidenceCollector:
             self._frames.clear()
 
     def add(self, trainer: lightning.Trainer, batch: Any, played: Played) -> None:
-        """Keep the reliabilities of a batch, and its episodes that are among the hardest so far."""
+        """Keep the reliabilities and scores of a batch, and its episodes that are among the hardest so far."""
         labels = played.episode["query_labels"]
         logits = played.output.logits.float()
         losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
         losses = losses.nan_to_num(torch.inf, posinf=torch.inf).cpu().double()  # inf: of a training that diverged
-        for name, column in reliability_columns(played.output).items():
+        for name, column in (reliability_columns(played.output) | open_set_columns(played)).items():
             self._columns.setdefault(name, []).append(column)
         hardest, rows = losses.mean(1).topk(min(self.episodes, len(labels)))
         for loss, row in zip(hardest.tolist(), rows.tolist(), strict=True):
@@ -85,8 +87,9 @@ class EvidenceCollector:
         orders = sorted(itertools.chain(*of_ranks))
         winners = [candidate for candidate in self._hardest if candidate.order() in orders[: self.episodes]]
         shown = [(c.order(), self._show(c, trainer, model, with_evidence=c.order() == orders[0])) for c in winners]
-        columns = {name: torch.cat(parts) for name, parts in self._columns.items()}
-        found = of_all_ranks((shown, columns), trainer.world_size)
+        own = {name: torch.cat(parts) for name, parts in self._columns.items()}
+        found = of_all_ranks((shown, own), trainer.world_size)
+        columns = {name: torch.cat([of_rank[name] for _, of_rank in found if name in of_rank]) for name in own}
         class_names = self._class_names
         self.start()
         if not orders or model.evaluated is None:
@@ -95,7 +98,8 @@ class EvidenceCollector:
             class_names=class_names,
             confusion=model.evaluated.confusion.cpu(),
             hardest=[episode for _, episode in sorted(itertools.chain(*(s for s, _ in found)), key=lambda s: s[0])],
-            reliabilities=Reliabilities.of({n: torch.cat([c[n] for _, c in found if n in c]) for n in columns}),
+            reliabilities=Reliabilities.of(columns),
+            open_set=OpenSetCurve.all_of(columns),
         )
 
     def _show(
@@ -109,11 +113,11 @@ class EvidenceCollector:
         if not (with_evidence and candidate.has_views):
             return hard
         head, prompts, q = model.model.head, candidate.prompts, hard.hardest
-        pair = torch.tensor([hard.labels[q], hard.rivals[q]], device=prompts.device)
+        pair = [hard.labels[q], hard.rivals[q]]
         draws = episode["draws"][q : q + 1] if "draws" in episode else None
         with trainer.precision_plugin.val_step_context(), torch.no_grad():
             prototypes = head.prototypes(episode["support"][pair], prompts[pair])
-            evidence: QueryEvidence = query_evidence(head, prototypes, episode["query"][q], prompts, draws)
+            evidence: QueryEvidence = query_evidence(head, prototypes, pair, episode["query"][q], prompts, draws)
         return hard._replace(evidence=evidence)
 
     def _read(self, table: VideoTable, indices: Tensor) -> Tensor | None:

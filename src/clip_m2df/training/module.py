@@ -118,7 +118,8 @@ class CLIPM2DF(lightning.LightningModule):
             interpolated; ``dtype``, what the weights are held in: ``float32``, ``bfloat16`` or ``float16``;
             ``dim``, the width of ``features``.
         head: what scores the queries: ``m2df``; for comparison ``clip_fsar``, ``otam``, ``bi_mhm``,
-            ``nearest_prototype`` or ``zero_shot``; or the class path of another head.
+            ``nearest_prototype``, ``zero_shot``, ``linear_probe`` (for evaluations alone), ``tip_adapter``, ``trx`` or
+            ``ts_fsar``; or the class path of another head.
         head_options: options of the head's class; for ``m2df`` those of :class:`clip_m2df.nn.m2df.M2DFHead`.
         template: the prompt, with ``{}`` where the class goes, or a list of such: an ensemble, the mean of their
             normalised embeddings.
@@ -149,14 +150,16 @@ class CLIPM2DF(lightning.LightningModule):
         class_weight: λ of the class-text loss over all classes of the split; off at 0, as published.
         loss_reduction: the classification loss is the ``sum`` over the queries of an episode, as published, and the
             class-text loss that over its support and query videos; or each is the ``mean``, as in CLIP-FSAR.
-        selection: how PPS picks at evaluation: ``argmax``, ``sample`` or ``expectation``; by default ``sample`` for a
-            published checkpoint and for models saved from one, ``argmax`` for all others.
+        selection: how PPS picks at evaluation: ``argmax``, ``sample`` or ``expectation``; or ``each``, by which a query
+            is fused with the prompt of the very class that it is compared with. By default ``sample`` for a published
+            checkpoint and for models saved from one, ``argmax`` for all others.
         text_fusion: β of ``p = p_text^β · p_visual^(1−β)`` at evaluation, the text's probabilities from the class
             logits of the episode's classes; 0 leaves the text out.
 
     Attributes:
         default_selection: what ``selection`` is where nobody asks for another.
         evaluated: what the last validation or test counted, for callbacks.
+        test_name: the name under which a test is logged: that of its stage, where one follows another a name each.
         calibration: by which labels make sets that hold the truth with a promised rate; None before a calibration.
 
     Raises:
@@ -276,6 +279,7 @@ class CLIPM2DF(lightning.LightningModule):
         # How the videos of its training were read, where that is known: frames, resize, resize_mode and sampling.
         self.reading: dict[str, Any] | None = None
         self.evaluated: Evaluated | None = None
+        self.test_name = "test"
         self.calibration: Calibration | None = None
         self._draws_seed: int | None = None
         # Whether a batch of the optimiser step under way had a loss that is not finite; steps in a row that had.
@@ -300,14 +304,29 @@ class CLIPM2DF(lightning.LightningModule):
         """Height and width in pixels of the frames that the tower takes; 0 without a tower, for features alone."""
         return self.model.backbone.image_size
 
+    @property
+    def bank(self) -> EpisodeBank | None:
+        """What the evaluation under way is played from; None between evaluations, and where frames are played."""
+        return self._bank
+
     def setup(self, stage: str) -> None:
         """Take over what a feature table has; refuse, before videos are read, what does not fit together.
 
         Raises:
-            UserError: features of another width or number of frames than the model's; or a tower without text under a
-                head that needs prompts.
+            UserError: features of another width or number of frames than the model's; a tower without text under a
+                head that needs prompts; another number of frames than the head takes; or a training of a head that
+                passes on no gradient.
         """
-        table = getattr(getattr(self._trainer, "datamodule", None), "table", None)
+        if stage == "fit" and not self.model.head.differentiable:
+            raise UserError(
+                f"the head {self.hparams['head']} fits a model in each episode, and nothing can be trained through it:"
+                " measure it by clip-m2df test, or train with another head"
+            )
+        data = getattr(self._trainer, "datamodule", None)
+        frames = getattr(getattr(data, "reader", None), "frames", None)
+        if isinstance(frames, int):  # other people's readers may be anything
+            self.model.head.check_frames(frames)
+        table = getattr(data, "table", None)
         if isinstance(table, FeatureTable):
             self._take_table(table)
         self.model.check_has_prompts()
@@ -456,8 +475,22 @@ class CLIPM2DF(lightning.LightningModule):
 
         share = 0.0 if stage == "train" else self.text_fusion
         scores = fuse_text(self.model.head, share, output.logits, query, prompts)
-        self._metrics_of(stage).count(output, scores.argmax(-1), episode, losses, prompts=self.model.has_prompts)
-        return loss, Played(episode, prompts, output, scores)
+        metrics = self._metrics_of(stage)
+        metrics.count(output, scores.argmax(-1), episode, losses, prompts=self.model.has_prompts)
+        unknown = None
+        if stage != "train" and "unknown" in episode:
+            unknown = self._score_unknown(batch, episode, prompts)
+            metrics.count_unknown(scores, labels, unknown)
+        return loss, Played(episode, prompts, output, scores, unknown)
+
+    def _score_unknown(self, batch: Batch, episode: FeatureEpisode, prompts: Tensor) -> Tensor:
+        """What the unknown queries of a batch are classified by; they are played by themselves, after the others."""
+        unknown = episode["unknown"]
+        if isinstance(batch, TableEpisodes) and self._bank is not None and self._bank.of_unknown is not None:
+            output = self._bank.of_unknown.play(batch.numbers)
+        else:
+            output = self.model.head(episode["support"], unknown, prompts, episode.get("unknown_draws"))
+        return fuse_text(self.model.head, self.text_fusion, output.logits, unknown, prompts)
 
     # ---------------------------------------------------------------------------------------- features
 
@@ -467,12 +500,15 @@ class CLIPM2DF(lightning.LightningModule):
             features = self._encode(batch.table, stage)
             rows = batch.table.episodes(batch.numbers.tolist())
             rows = self.transfer_batch_to_device(rows, self.device, 0)
-            support, query = features[rows["support"]], features[rows["query"]]
-            return cast(FeatureEpisode, {**rows, "support": support, "query": query})
+            of_videos = {key: features[rows[key]] for key in ("support", "query", "unknown") if key in rows}
+            return cast(FeatureEpisode, {**rows, **of_videos})
         if batch["support"].is_floating_point():
             return batch
         support, query = self.model.encode_episode(batch)
-        return cast(FeatureEpisode, {**batch, "support": support, "query": query})
+        encoded = {**batch, "support": support, "query": query}
+        if "unknown" in batch:
+            encoded["unknown"] = self.model.encode_frames(batch["unknown"])
+        return cast(FeatureEpisode, encoded)
 
     def _encode(self, table: VideoTable, stage: str) -> Tensor:
         """The features of a table's videos; encoded at the first batch of a training, or of an evaluation's epoch.
@@ -573,7 +609,7 @@ class CLIPM2DF(lightning.LightningModule):
         for name, number in numbers.items():
             # Already the sum over all ranks.
             self.log(
-                f"{stage}/{name}",
+                f"{self.test_name if stage == 'test' else stage}/{name}",
                 number.float(),
                 prog_bar=name in ("accuracy", "interval", "loss/total"),
                 rank_zero_only=False,
