@@ -12,7 +12,7 @@ import torch
 from clip_m2df import CLIPM2DF, UserError
 from clip_m2df.cli import main
 from clip_m2df.nn.m2df import M2DFHead
-from clip_m2df.training.checkpoints import FOLDER, LAST, RunCheckpointIO, read_checkpoint
+from clip_m2df.training.checkpoints import BEST, FOLDER, LAST, RunCheckpointIO, read_checkpoint
 from tests.conftest import fails, options
 
 SMALL = {"hidden_dim": 32, "num_heads": 4}

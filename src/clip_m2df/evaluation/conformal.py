@@ -88,7 +88,7 @@ def deal_classes(
         others = others[np.lexsort((rng.random(len(others)), dealt[1][others]))][:n_way]
         dealt[0][own] += n_query
         dealt[1][others] += n_query
-        episodes.append((names[own], names[others]))
+        episodes.append((names[own].tolist(), names[others].tolist()))
     return episodes
 
 
