@@ -17,9 +17,8 @@ from clip_m2df.nn.baselines import NearestPrototypeHead
 from clip_m2df.nn.head import Embedded, HeadOutput
 from clip_m2df.nn.prompts import SelectedPrompts
 from clip_m2df.training.checkpoints import read_checkpoint
-from tests.conftest import fails
+from tests.conftest import fails, quiet_trainer
 from tests.training.test_from_feature_tables import DIM, FRAMES, LABELS, SHAPE, embeddings, features, rows_of
-from tests.training.test_from_feature_tables import trainer as quiet_trainer
 
 # The source of each video of a class, by its number.
 PAIRED = str.maketrans("012345", "aabbcc")
