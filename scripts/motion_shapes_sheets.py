@@ -2,8 +2,9 @@
 
 Usage: python scripts/motion_shapes_sheets.py [--out FOLDER]
 
-Of ``scene`` and ``order`` a video of each test class, and of one class of both what the knobs make of it, at the levels
-of the study. Videos are those that a test plays: rendered, encoded and read back, the middle frame of each segment.
+Of ``scene``, ``order`` and ``mixed`` a video of each test class, and of one class of the first two what the knobs make
+of it, at the levels of the study. Videos are those that a test plays: rendered, encoded and read back, the middle frame
+of each segment.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def main() -> None:
     levels = yaml.safe_load(STUDY.read_text(encoding="utf-8"))["parts"]["main"]["knobs"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        sheets = {family: sheet(class_rows(family, folder / family), CLASS_FRAMES) for family in EXAMPLES}
+        sheets = {family: sheet(class_rows(family, folder / family), CLASS_FRAMES) for family in (*EXAMPLES, "mixed")}
         heads = [f"{family}: {label}" for family, label in EXAMPLES.items()]
         sheets["knobs"] = sheet(knob_rows(folder / "knobs", levels), KNOB_FRAMES, heads)
     for name, picture in sheets.items():

@@ -9,7 +9,7 @@ Usage: python -m study run [--quick] [--workers N]
 settings, not of the code: after a change of the method, remove those that it concerns.
 
 ``coverage`` measures on each family how often sets of labels hold the truth, over 1,000 draws of classes and clips;
-with ``--quick`` over 50.
+with ``--quick`` over 50. ``render`` then shows it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from clip_m2df.files import read_bytes
 from clip_m2df.motion_shapes import FAMILIES
 from study.coverage import run_coverage
 from study.page import render
-from study.results import read_results
+from study.results import read_coverage, read_results
 from study.schedule import current, run_study
 from study.settings import Settings
 
@@ -64,7 +64,8 @@ def main(arguments: list[str]) -> int:
                 raise
             finally:
                 pool.shutdown(cancel_futures=True)
-        render(current(settings, read_results(results)), findings, docs)
+        sets = results.with_name("coverage.jsonl")
+        render(current(settings, read_results(results)), findings, docs, read_coverage(sets) if sets.exists() else [])
     except UserError as error:
         print(f"study: {error}", file=sys.stderr)
         return 2

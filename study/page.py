@@ -14,19 +14,27 @@ from clip_m2df.files import write_text
 from study.figures import draw
 from study.results import (
     CLEAN,
+    GROUPED,
+    OPEN,
     PARTS,
     REFERENCE,
     REFERENCES,
     SHARES,
+    TWIN_FREE,
+    TWINS,
     Cell,
+    Coverage,
     Estimate,
     Record,
     accuracy,
+    between_tests,
     chosen_rate,
+    chosen_score,
     difference,
     if_measured,
     knobs,
     measured,
+    metric,
     rates,
     share,
     shots,
@@ -39,30 +47,48 @@ SHARE_NAMES = {
     "global_accuracy": "global view",
     "view_agreement": "views agree",
 }
-FIELDS = ("accuracy", "difference", *SHARES)
+OPEN_SET = {"auroc": "AUROC", "oscr": "OSCR", "fpr95": "FPR95"}
+TWIN_METRICS = {
+    "twin_share": "queries with a twin",
+    "accuracy_twins": "accuracy with",
+    "accuracy_without_twins": "accuracy without",
+}
+# The column that says what a row's numbers come from.
+FROM = "from"
+# Fields of one row, by what they say; those of the open-set test, by the score that val chose.
+FIELDS = ("accuracy", "difference", "overstated", *SHARES, *OPEN_SET)
+OF_COVERAGE = ("coverage", "unknown_coverage", "set_size", "false_rejection")
 SYNTAX = "{accuracy: row | family | shots} or {accuracy: row | family | shots | test}"
+TABLES = "results_tables.md"
 
 
-def render(results: Sequence[Record], findings_template: str, output_folder: Path) -> None:
-    """Write ``results.md`` and ``figures/results_*.png``.
+def render(
+    results: Sequence[Record], findings_template: str, output_folder: Path, coverage: Sequence[Coverage] = ()
+) -> None:
+    """Write ``results.md``, the front page, ``results_tables.md`` and ``figures/results_*.png``.
 
     Args:
         results: of the study, whole or not: what has not been measured is shown as a dash.
-        findings_template: the front of the page, in Markdown; see :func:`filled` for its fields.
-        output_folder: where the page goes.
+        findings_template: the front page's text, in Markdown; see :func:`filled` for its fields.
+        output_folder: where the pages go.
+        coverage: how often sets of labels hold the truth.
 
     Raises:
         UserError: a field that there is not, or of something that has not been measured; runs that don't go together.
     """
-    findings = filled(findings_template, results)
+    findings = filled(findings_template, results, coverage)
     pictures = draw(results, output_folder / "figures")
     parts = [part for part in PARTS if any(record.part == part for record in results)]
-    sections = [
+    front = [
         "# Results",
-        f"{REFERENCE}, its ablations and baselines on the embedded benchmark. `make study` writes this page from the "
-        "lines of `study/results.jsonl`, its numbers and figures included.",
-        "## What was found",
+        f"On the embedded benchmark. [All tables, intervals and commands]({TABLES}).",
         findings.strip(),
+    ]
+    sections = [
+        "# Tables of results",
+        f"{REFERENCE}, its ablations and baselines on the embedded benchmark. `make study` writes this page and its "
+        "[front](results.md) from the lines of `study/results.jsonl` and `study/coverage.jsonl`, numbers and figures "
+        "included.",
         *_how(results, parts),
     ]
     for part in parts:
@@ -70,29 +96,34 @@ def render(results: Sequence[Record], findings_template: str, output_folder: Pat
         if part == "main":
             sections += _knob_tables(results, pictures)
             sections += _view_tables(results, pictures)
+    sections += [*_open_set_tables(results), *_twin_tables(results), *_coverage_table(coverage)]
     if "results_curves.png" in pictures:
         sections += ["## Learning", _image("results_curves.png", "Accuracy on val against training episodes")]
         sections += ["Means over the seeds, and their range."]
-    sections += [*_rate_tables(results, parts), *_commands(results, parts)]
-    write_text(output_folder / "results.md", "page", "\n\n".join(sections) + "\n")
+    sections += [*_rate_tables(results, parts), *_commands(results, parts, coverage)]
+    for name, content in (("results.md", front), (TABLES, sections)):
+        write_text(output_folder / name, "page", "\n\n".join(content) + "\n")
 
 
-def filled(template: str, results: Sequence[Record]) -> str:
+def filled(template: str, results: Sequence[Record], coverage: Sequence[Coverage] = ()) -> str:
     """A text with numbers in the place of its fields; whatever is in braces is one.
 
     ``{accuracy: row | family | shots}`` and ``{difference: …}``, against the full method, are in per cent, with the
     95 % interval; ``pps_accuracy``, ``view_agreement``, ``local_accuracy`` and ``global_accuracy`` are without. With a
-    fourth part, ``{accuracy: row | family | shots | noise=0.2}``, they are of that test. ``tower_accuracy``,
-    ``adapters_difference`` and so on are of the study's other parts.
+    fourth part, ``{accuracy: row | family | shots | noise=0.2}``, they are of that test. ``overstated`` is by how much
+    the accuracy of a test is above that of the twin-free one. ``auroc``, ``oscr`` and ``fpr95`` are by the score that
+    val chose. ``tower_accuracy``, ``adapters_difference``, ``heads_auroc`` and so on are of the study's other parts.
+    ``{coverage: family | shots | error}``, ``unknown_coverage``, ``set_size`` and ``false_rejection`` are of sets.
 
     Args:
         template: the text.
         results: of the study.
+        coverage: of the study.
 
     Raises:
         UserError: a field that there is not, or of something that has not been measured.
     """
-    text = re.sub(r"\{([^{}]*)\}", lambda match: _value(match[1], results), template)
+    text = re.sub(r"\{([^{}]*)\}", lambda match: _value(match[1], results, coverage), template)
     stray = re.search(r"[{}]", text)
     if stray:
         raise UserError(
@@ -101,14 +132,16 @@ def filled(template: str, results: Sequence[Record]) -> str:
     return text
 
 
-def _value(content: str, results: Sequence[Record]) -> str:
+def _value(content: str, results: Sequence[Record], coverage: Sequence[Coverage]) -> str:
     """Of a field."""
     name, _, rest = content.partition(": ")
     words = [word.strip() for word in rest.split("|")]
+    if name in OF_COVERAGE:
+        return _of_coverage(content, name, words, coverage)
     part = next((part for part in PARTS if name.startswith(f"{part}_")), "main")
     kind = name.removeprefix(f"{part}_")
     if kind not in FIELDS:
-        known, others = ", ".join(FIELDS), ", ".join(f"{part}_" for part in PARTS if part != "main")
+        known, others = ", ".join((*FIELDS, *OF_COVERAGE)), ", ".join(f"{part}_" for part in PARTS if part != "main")
         raise UserError(
             f"the findings have an unknown field {{{content}}}: write {known}, or one of them after {others}"
         )
@@ -121,9 +154,27 @@ def _value(content: str, results: Sequence[Record]) -> str:
             return _accuracy(results, cell, test)
         if kind == "difference":
             return _difference(difference(results, cell, test))
+        if kind == "overstated":
+            return _difference(between_tests(results, cell, test, TWIN_FREE))
+        if kind in OPEN_SET:
+            return _percent(metric(results, cell, OPEN, f"{kind}/{chosen_score(results, cell).name}")[0])
         return _share(results, cell, test, kind)
     except UserError as error:
         raise UserError(f"the findings ask for {{{content}}}: {error}") from error
+
+
+def _of_coverage(content: str, name: str, words: Sequence[str], coverage: Sequence[Coverage]) -> str:
+    """Of a field on sets of labels."""
+    for line in coverage:
+        if list(words) == [line.family, str(line.n_shot), f"{line.error:g}"]:
+            if name == "set_size":
+                return f"{line.set_size:.1f}"
+            interval = {"coverage": "interval", "unknown_coverage": "unknown_interval"}.get(name, f"{name}_interval")
+            return _within(getattr(line, name), getattr(line, interval))
+    raise UserError(
+        f"the findings ask for {{{content}}}, which was not measured: write it like {{{name}: scene | 1 | 0.1}}, or run"
+        " python -m study coverage to its end"
+    )
 
 
 def _how(results: Sequence[Record], parts: Sequence[str]) -> list[str]:
@@ -152,13 +203,16 @@ def _how(results: Sequence[Record], parts: Sequence[str]) -> list[str]:
         "`make study` runs what has not been run, and writes this page. A learning rate is chosen on val for each "
         "method and family, with one seed and one shot, by the mean over the second half of its validations; then each "
         "seed is tested as it is at the end of its training, on the same episodes for all methods. Training episodes "
-        "have one shot, whatever the test's, where the method doesn't say otherwise.",
+        "have one shot, whatever the test's, where the method doesn't say otherwise. `make study QUICK=1` is "
+        "a small study with two seeds, of the rows that `configs/study/quick.yaml` names.",
         _table(["", "test episodes", "training episodes", "seeds", "rates tried", "runs", "hours"], rows),
         f"Accuracies are in per cent, with 95 % intervals over the episodes ({Z_95} \N{GREEK SMALL LETTER SIGMA} / √n "
         f"of each episode's mean over the seeds), of these classes and videos. Δ is the difference from "
         f"{REFERENCE}{others}, episode by episode and seed by seed; a method without training has one run, which is "
         "compared with each seed's. Its interval is over the seeds too (Student's t, the squares added), and it is in "
-        "bold where it is larger than that. The range is that of the seeds' own means.",
+        "bold where it is larger than that. The range is that of the seeds' own means. Each row says what it comes "
+        "from: its head, the seeds that were trained or that nothing was, whose weights it has, and what was otherwise "
+        "in its training.",
     ]
 
 
@@ -166,15 +220,15 @@ def _main_tables(results: Sequence[Record], part: str) -> list[str]:
     """Accuracies on the clean test: a table a family."""
     own = [record for record in results if record.part == part]
     columns = sorted({record.n_shot for record in own})
-    header = ["method"]
+    header = ["method", FROM]
     for n_shot in columns:
         header += [shots(n_shot), f"Δ, {shots(n_shot)}", f"range, {shots(n_shot)}"]
     sections = [f"## Accuracy, {PARTS[part]}"]
     for family in dict.fromkeys(record.family for record in own):
         rows = []
-        for row in dict.fromkeys(record.row for record in own):
+        for row in dict.fromkeys(record.row for record in own if record.family == family):
             cells = [Cell(part, family, n_shot, row) for n_shot in columns]
-            rows.append([row, *(text for cell in cells for text in _main_cells(results, cell))])
+            rows.append([row, _from(results, *cells), *(text for cell in cells for text in _main_cells(results, cell))])
         sections += [f"### `{family}`", _table(header, rows)]
     others = {record.row: record.weights_of for record in own if record.weights_of is not None}
     if others:
@@ -201,10 +255,11 @@ def _knob_tables(results: Sequence[Record], pictures: Sequence[str]) -> list[str
             rows = []
             for row in dict.fromkeys(record.row for record in here if record.tests.keys() & set(tests)):
                 cell = Cell("main", family, n_shot, row)
-                rows.append([row, *(_knob_cell(results, cell, test) for test in (CLEAN, *tests))])
+                shown = (_knob_cell(results, cell, test) for test in (CLEAN, *tests))
+                rows.append([row, _from(results, cell), *shown])
             if rows:
                 sections += [f"`{family}`, {shots(n_shot)}; Δ below the accuracy:"]
-                sections.append(_table(["method", CLEAN, *(test.partition("=")[2] for test in tests)], rows))
+                sections.append(_table(["method", FROM, CLEAN, *(test.partition("=")[2] for test in tests)], rows))
     return sections
 
 
@@ -225,19 +280,131 @@ def _view_tables(results: Sequence[Record], pictures: Sequence[str]) -> list[str
             # Whoever has no views makes no use of PPS, which is then a number of the tower alone.
             if shares[-1] != NOTHING:
                 if test == CLEAN:
-                    clean.append([f"`{cell.family}`", str(cell.n_shot), cell.row, *line])
+                    clean.append([f"`{cell.family}`", str(cell.n_shot), cell.row, _from(results, cell), *line])
                 if cell.row == REFERENCE:
-                    harder.append([f"`{cell.family}`", str(cell.n_shot), test, *line])
+                    harder.append([f"`{cell.family}`", str(cell.n_shot), test, _from(results, cell), *line])
     if not clean:
         return []
     header = [*SHARE_NAMES.values(), "accuracy"]
     sections = ["## Views and prompts"]
     if "results_views.png" in pictures:
         sections.append(_image("results_views.png", "Agreement of the views and accuracy of PPS on harder tests"))
-    sections += ["Shares of the queries, in per cent:", _table(["family", "shots", "method", *header], clean)]
+    sections += ["Shares of the queries, in per cent:", _table(["family", "shots", "method", FROM, *header], clean)]
     if harder:
-        sections += [f"{REFERENCE} on each test:", _table(["family", "shots", "test", *header], harder)]
+        sections += [f"{REFERENCE} on each test:", _table(["family", "shots", "test", FROM, *header], harder)]
     return sections
+
+
+def _open_set_tables(results: Sequence[Record]) -> list[str]:
+    """How well known and unknown queries are told apart: a table a family and number of shots."""
+    own = [record for record in results if OPEN in record.tests]
+    if not own:
+        return []
+    scores = list(
+        dict.fromkeys(
+            name.removeprefix("auroc/") for r in own for name in r.tests[OPEN].metrics if name.startswith("auroc/")
+        )
+    )
+    header = ["method", FROM, "accuracy", "score", "AUROC on val, lead", *OPEN_SET.values()]
+    header += [f"AUROC, {score}" for score in scores]
+    sections = [
+        "## Open set",
+        f"The same test episodes with unknown queries besides ({own[0].tests[OPEN].options}): queries of classes that "
+        "the episode does not have. The accuracy is that of the known queries. The score is the one that tells both "
+        "kinds apart best on val, by the mean AUROC over the seeds, with its lead over the next score there; AUROC, "
+        "OSCR and the false-positive rate at 95 % recall (FPR95, the lower the better) are by that score on test. In "
+        "per cent, means over the seeds with their range; pooled over all episodes.",
+    ]
+    for part, family, n_shot in dict.fromkeys((r.part, r.family, r.n_shot) for r in own):
+        rows = []
+        for row in dict.fromkeys(r.row for r in own if (r.part, r.family, r.n_shot) == (part, family, n_shot)):
+            cell = Cell(part, family, n_shot, row)
+            chosen = if_measured(chosen_score, results, cell)
+            rows.append(
+                [
+                    row,
+                    _from(results, cell),
+                    _shown(_accuracy, results, cell, OPEN),
+                    chosen.name if chosen else NOTHING,
+                    f"{_percent(chosen.auroc)}, {_percent(chosen.lead)}" if chosen else NOTHING,
+                    *(
+                        _shown(_metric, results, cell, OPEN, f"{kind}/{chosen.name}") if chosen else NOTHING
+                        for kind in OPEN_SET
+                    ),
+                    *(_shown(_metric, results, cell, OPEN, f"auroc/{score}") for score in scores),
+                ]
+            )
+        sections += [f"### Open set: `{family}`, {shots(n_shot)}", _table(header, rows)]
+    return sections
+
+
+def _twin_tables(results: Sequence[Record]) -> list[str]:
+    """What clips of one recording on both sides of an episode do to the accuracy."""
+    own = [record for record in results if TWIN_FREE in record.tests]
+    if not own:
+        return []
+    rows = []
+    for cell in dict.fromkeys(record.cell for record in own):
+        for test in (TWIN_FREE, TWINS, GROUPED):
+            found = if_measured(between_tests, results, cell, test, TWIN_FREE) if test != TWIN_FREE else None
+            told = {record.tests[test].options for record in own if record.cell == cell and test in record.tests}
+            rows.append(
+                [
+                    f"`{cell.family}`",
+                    str(cell.n_shot),
+                    cell.row,
+                    _from(results, cell),
+                    test,
+                    _shown(_accuracy, results, cell, test),
+                    "" if test == TWIN_FREE else NOTHING if found is None else _bold(found),
+                    *(_shown(_metric, results, cell, test, name) for name in TWIN_METRICS),
+                    ", ".join(f"`{options}`" for options in sorted(told)),
+                ]
+            )
+    header = ["family", "shots", "method", FROM, "episodes", "accuracy", "Δ"]
+    return [
+        "## Twins",
+        "A twin is a clip that was cut from the same recording as another. The twin-free benchmark has one clip of "
+        "each recording; with twins, further clips of the same recordings are added to the test's, and episodes are "
+        "dealt at random, or grouped, so that no query has a twin in the support. Δ is the difference from the "
+        "twin-free test, which has other episodes: the squares of both intervals are added, and where there are seeds "
+        "that of their differences (Student's t). In per cent.",
+        _table([*header, *TWIN_METRICS.values(), "options"], rows),
+    ]
+
+
+def _coverage_table(coverage: Sequence[Coverage]) -> list[str]:
+    """How often sets of labels hold the truth."""
+    if not coverage:
+        return []
+    header = ["family", "ways", "shots", "promised", "coverage", 'coverage of "none of these"', "labels in a set"]
+    header += ["full sets", "empty sets", "false rejection", "at most"]
+    rows = [
+        [
+            f"`{line.family}`",
+            str(line.n_way),
+            str(line.n_shot),
+            _percent(1 - line.error),
+            _within(line.coverage, line.interval),
+            _within(line.unknown_coverage, line.unknown_interval),
+            f"{line.set_size:.2f}",
+            _percent(line.full_share),
+            _percent(line.empty_share),
+            _within(line.false_rejection, line.false_rejection_interval),
+            _percent(line.error),
+        ]
+        for line in coverage
+    ]
+    draws = ", ".join(f"{n:,}" for n in sorted({line.draws for line in coverage}))
+    commands = ", ".join(f"`{command}`" for command in dict.fromkeys(line.command for line in coverage))
+    return [
+        "## Sets with a promised rate",
+        f'How often the set of labels of a query holds its class, or of an unknown query "none of these", over {draws} '
+        "draws of the classes of calibration and test, with 95 % intervals over the draws; of these, how many labels a "
+        'set has on average, how many have all or none, and how often a query of a known class gets "none of these" '
+        f"alone. In per cent but for the labels. {commands}",
+        _table(header, rows),
+    ]
 
 
 def _rate_tables(results: Sequence[Record], parts: Sequence[str]) -> list[str]:
@@ -264,7 +431,7 @@ def _rate_tables(results: Sequence[Record], parts: Sequence[str]) -> list[str]:
     return [*title, *sections] if sections else []
 
 
-def _commands(results: Sequence[Record], parts: Sequence[str]) -> list[str]:
+def _commands(results: Sequence[Record], parts: Sequence[str], coverage: Sequence[Coverage]) -> list[str]:
     """A command a row, and the versions it was run with."""
     own = [record for part in parts for record in results if record.part == part and record.purpose == "measure"]
     first: dict[tuple[str, str], Cell] = {}
@@ -286,7 +453,7 @@ def _commands(results: Sequence[Record], parts: Sequence[str]) -> list[str]:
         test = re.sub(r"--config \S+", f"--config {folder}/config.yaml", record.test_command)
         lines += [f"{c} --trainer.default_root_dir {folder}" for c in (record.command, test)[known:]]
     versions: dict[str, set[str]] = {}
-    for record in results:
+    for record in (*results, *coverage):
         for package, version in record.versions.items():
             versions.setdefault(package, set()).add(version)
     said = ", ".join(f"{package} {' and '.join(sorted(found))}" for package, found in sorted(versions.items()))
@@ -312,21 +479,52 @@ def _shown(text: Callable[..., str], *what: object) -> str:
     return NOTHING if shown is None else shown
 
 
+def _from(results: Sequence[Record], *cells: Cell) -> str:
+    """What a row's numbers come from: its head, its seeds, whose weights, and what was otherwise in training."""
+    found = {seed: record for cell in cells for seed, record in measured(results, cell).items()}
+    if not found:
+        return NOTHING
+    record = next(iter(found.values()))
+    options = dict(re.findall(r"--(\S+) ('[^']*'|\S+)", record.command))
+    said = [options.get("model.head", "m2df")]
+    if record.repeats:
+        said.append(f"seed{'s' if len(found) > 1 else ''} {', '.join(map(str, sorted(found)))}")
+    else:
+        said.append("not trained")
+    if record.weights_of is not None:
+        said.append(f"weights of {record.weights_of}")
+    if "data.train_n_shot" in options:
+        said.append(f"trained with {shots(int(options['data.train_n_shot']))}")
+    return "; ".join(said)
+
+
 def _accuracy(results: Sequence[Record], cell: Cell, test: str) -> str:
     found = accuracy(results, cell, test)
-    return f"{_percent(found.mean)} ± {_percent(found.interval)}"
+    return _within(found.mean, found.interval)
+
+
+def _within(mean: float, interval: float) -> str:
+    return f"{_percent(mean)} ± {_percent(interval)}"
+
+
+def _metric(results: Sequence[Record], cell: Cell, test: str, name: str) -> str:
+    """The mean over the seeds, and their range."""
+    mean, lowest, highest = (_percent(value) for value in metric(results, cell, test, name))
+    return mean if lowest == highest else f"{mean} ({lowest} to {highest})"
 
 
 def _difference(found: Estimate) -> str:
     return f"{100 * found.mean:+z.1f} ± {_percent(found.interval)}".replace("-", "\N{MINUS SIGN}")
 
 
+def _bold(found: Estimate) -> str:
+    """A difference, in bold where it is established."""
+    return f"**{_difference(found)}**" if found.established else _difference(found)
+
+
 def _marked(results: Sequence[Record], cell: Cell, test: str) -> str:
     """The difference from the part's reference, in bold where it is established; nothing for that row itself."""
-    if cell.row == REFERENCES[cell.part]:
-        return ""
-    found = difference(results, cell, test)
-    return f"**{_difference(found)}**" if found.established else _difference(found)
+    return "" if cell.row == REFERENCES[cell.part] else _bold(difference(results, cell, test))
 
 
 def _range(results: Sequence[Record], cell: Cell, test: str) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import itertools
 import logging
+import math
 import platform
 import time
 import warnings
@@ -24,8 +26,8 @@ from clip_m2df.commands.configs import find_config
 from clip_m2df.evaluation.evidence import Played
 from clip_m2df.files import whole_file
 from clip_m2df.motion_shapes import Knobs, render
-from study.results import SHARES, Outcome, Point, Record
-from study.settings import Run, Settings, config_name
+from study.results import CLEAN, METRICS, ON_VAL, SHARES, Outcome, Point, Record
+from study.settings import Run, Settings, config_name, knobs_of, told
 
 PACKAGES = ("clip-m2df", "torch", "lightning", "transformers", "peft", "numpy", "av")
 # The Trainer's options that say where a run leaves its files: here it leaves none.
@@ -86,11 +88,11 @@ def play(run: Run, settings: Settings, store: Path) -> list[Record]:
         # It was validated with the first number of shots.
         own = tuple(curve) if row == run.row and n_shot == part.n_shots[0] else ()
         options, tests = rows[row], run.tests(settings, row)
-        told = configuration(run, settings, store, {**options, "data.n_shot": n_shot})
+        config = configuration(run, settings, store, {**options, "data.n_shot": n_shot})
         if options:
-            as_told = CLIPM2DF(**told["model"])
+            as_told = CLIPM2DF(**config["model"])
             as_told.load_state_dict(model.state_dict())
-        outcomes = {name: _test(as_told if options else model, told, name, knobs) for name, knobs in tests.items()}
+        outcomes = {name: _test(as_told if options else model, config, further) for name, further in tests.items()}
         records.append(
             Record(
                 **common,
@@ -139,19 +141,24 @@ def configuration(
     """The config of a run's command as a tree, with features that heads train on in ``store``; ``options`` on top."""
     name = config_name(run.family, settings.parts[run.part].n_shots[0])
     config: dict[str, Any] = yaml.safe_load(find_config(name).read_text(encoding="utf-8"))
-    everything = run.options(settings) | dict(options or {})
+    everything = run.options(settings)
     if everything.get("data.train_augmentations", config["data"].get("train_augmentations")):
         # A folder each for what one process encodes: several would overwrite each other's features.
         everything["data.store"] = str(store / "features" / f"{config['data']['manifest']}_seed{run.seed}")
-    for option, value in everything.items():
-        node = config
+    # Runs share the cores already.
+    return _with(config, {**everything, **(options or {}), "data.num_workers": 0})
+
+
+def _with(config: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with options on top, such as ``data.n_shot``."""
+    changed = copy.deepcopy(dict(config))
+    for option, value in options.items():
+        node = changed
         *path, last = option.split(".")
         for key in path:
             node = node.setdefault(key, {})
         node[last] = value
-    # Runs share the cores already.
-    config["data"]["num_workers"] = 0
-    return config
+    return changed
 
 
 def _trainer(options: Mapping[str, Any], *callbacks: lightning.Callback) -> lightning.Trainer:
@@ -167,17 +174,25 @@ def _trainer(options: Mapping[str, Any], *callbacks: lightning.Callback) -> ligh
     )
 
 
-def _test(model: CLIPM2DF, config: Mapping[str, Any], name: str, knobs: Mapping[str, float]) -> Outcome:
+def _test(model: CLIPM2DF, config: Mapping[str, Any], further: Mapping[str, Any]) -> Outcome:
+    """Test with further options; where there are unknown queries, also on val, which chooses their score."""
     counts = Counts()
     trainer = _trainer(config["trainer"], counts)
-    options = config["data"] | {"knobs": dict(knobs)}
+    options = _with(config, further)["data"]
     if "store" in options:
-        options["store"] = str(Path(options["store"]).with_name(f"{options['manifest']}_{name}"))
+        # A folder for each rendering.
+        knobs = ",".join(f"{knob}={level}" for knob, level in knobs_of(further).items())
+        options["store"] = str(Path(options["store"]).with_name(f"{options['manifest']}_{knobs or CLEAN}"))
     data = EpisodeDataModule(**options)
-    (metrics,) = trainer.test(model, datamodule=data, verbose=False)
-    shares = {name: round(metrics[f"test/{name}"], 5) for name in SHARES if f"test/{name}" in metrics}
+    (found,) = trainer.test(model, datamodule=data, verbose=False)
+    of_test = {name.removeprefix("test/"): round(value, 5) for name, value in found.items() if not math.isnan(value)}
+    metrics = {name: value for name, value in of_test.items() if name.startswith(METRICS)}
+    if options.get("unknown_queries"):
+        (found,) = trainer.validate(model, datamodule=data, verbose=False)
+        metrics |= {name: round(value, 5) for name, value in found.items() if name.startswith(ON_VAL)}
+    shares = {name: of_test[name] for name in SHARES if name in of_test}
     n_queries = data.eval_shape.n_way * data.eval_shape.n_query
-    return Outcome("".join(map(str, counts.correct)), n_queries, **shares)
+    return Outcome("".join(map(str, counts.correct)), n_queries, **shares, metrics=metrics, options=told(further))
 
 
 @functools.cache
@@ -196,8 +211,8 @@ def render_videos(settings: Settings) -> None:
     for part in settings.parts.values():
         for family, row in itertools.product(part.families, part.rows):
             render(family=family)
-            for knobs in part.tests(row).values():
-                render(family=family, knobs=Knobs(**knobs))
+            for options in part.tests(row).values():
+                render(family=family, knobs=Knobs(**knobs_of(options)))
 
 
 def encode_videos(run: Run, settings: Settings, store: Path, test: str) -> None:
@@ -208,7 +223,7 @@ def encode_videos(run: Run, settings: Settings, store: Path, test: str) -> None:
     if test:
         for n_shot in settings.parts[run.part].n_shots:
             config["data"]["n_shot"] = n_shot
-            _test(model, config, test, settings.parts[run.part].tests(run.row)[test])
+            _test(model, config, settings.parts[run.part].tests(run.row)[test])
     else:
         data = EpisodeDataModule(**config["data"])
         _trainer(config["trainer"] | {"max_steps": 1}).fit(model, datamodule=data)

@@ -26,13 +26,24 @@ from clip_m2df.files import read_bytes
 P = ParamSpec("P")
 T = TypeVar("T")
 
-PARTS = {"main": "frozen tower", "tower": "tower trained too", "adapters": "adapters compared"}
+PARTS = {
+    "main": "frozen tower",
+    "tower": "tower trained too",
+    "adapters": "adapters compared",
+    "heads": "further heads and prompts",
+}
 PURPOSES = ("choose", "measure")
 CLEAN = "clean"
 # What the differences are against, by part.
 REFERENCE = "CLIP-M²DF"
-REFERENCES = {"main": REFERENCE, "tower": REFERENCE, "adapters": "LoRA"}
+REFERENCES = {"main": REFERENCE, "tower": REFERENCE, "adapters": "LoRA", "heads": REFERENCE}
 SHARES = ("pps_accuracy", "view_agreement", "local_accuracy", "global_accuracy")
+# Tests beside the clean one and those with a knob and its level.
+OPEN, TWIN_FREE, TWINS, GROUPED = "open set", "twin-free", "twins, random", "twins, grouped"
+TESTS = (OPEN, TWIN_FREE, TWINS, GROUPED)
+# What further metrics of a test begin with, and those of the validation that chooses a score.
+METRICS = ("auroc/", "oscr/", "fpr95/", "twin_share", "accuracy_twins", "accuracy_without_twins")
+ON_VAL = "val/auroc/"
 
 
 class NotMeasuredError(UserError):
@@ -75,6 +86,9 @@ class Outcome:
         view_agreement: how often both views predicted the same class.
         local_accuracy: of the local view alone.
         global_accuracy: of the global view alone.
+        metrics: further ones of the test by their names there, such as ``auroc/distance``, and with unknown queries
+            those of val by theirs, such as ``val/auroc/distance``.
+        options: of the test, on top of those of its row.
     """
 
     correct: str
@@ -83,6 +97,8 @@ class Outcome:
     view_agreement: float | None = None
     local_accuracy: float | None = None
     global_accuracy: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    options: str = ""
 
     def __post_init__(self) -> None:
         _require(type(self.n_queries) is int and 0 < self.n_queries < 10, "n_queries is not from 1 to 9")
@@ -92,6 +108,8 @@ class Outcome:
         for name in SHARES:
             value = getattr(self, name)
             _require(value is None or _is_number(value, most=1), f"{name} is no share")
+        for name, value in self.metrics.items():
+            _require(name.startswith((*METRICS, ON_VAL)) and _is_number(value, most=1), f"metric {name} is no share")
 
 
 @dataclass(frozen=True)
@@ -111,7 +129,7 @@ class Record:
         seconds: that it took.
         settings: a digest of what it depends on.
         curve: its validations, in order; empty where nothing was trained, or with another number of shots.
-        tests: by name: ``clean``, or a knob and its level, such as ``noise=0.2``.
+        tests: by name: ``clean``, a knob and its level, such as ``noise=0.2``, or one of ``TESTS``.
         weights_of: the row whose training it was tested from; None: its own.
         test_command: that repeats the clean test after ``command``, if that is a training.
     """
@@ -149,7 +167,8 @@ class Record:
         else:
             _require(CLEAN in self.tests, f"a measurement needs the test {CLEAN!r}")
         for test in self.tests:
-            _require(test == CLEAN or bool(_KNOB.fullmatch(test)), f"test {test!r} is no knob and level")
+            known = test in (CLEAN, *TESTS) or bool(_KNOB.fullmatch(test))
+            _require(known, f"test {test!r} is none of {', '.join(TESTS)}, and no knob and level")
 
     @property
     def cell(self) -> Cell:
@@ -160,6 +179,60 @@ class Record:
     def repeats(self) -> bool:
         """Whether seeds make a difference to it."""
         return self.lr is not None or self.weights_of is not None
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How often sets of labels hold the truth: what ``python -m study coverage`` says of one setting; shares of 1.
+
+    Attributes:
+        family: of the embedded benchmark.
+        n_way: classes of an episode.
+        n_shot: support videos a class.
+        error: the rate at which a set may miss the truth.
+        draws: of classes for calibration and test.
+        seed: of the draws.
+        coverage: how often the set of a query of a known class holds it.
+        interval: half the width of its 95 % interval, over the draws.
+        unknown_coverage: how often the set of a query of an unknown class holds "none of these".
+        unknown_interval: as ``interval``.
+        set_size: labels in a set, on average.
+        full_share: of sets with all labels.
+        empty_share: of sets without any.
+        false_rejection: how often the set of a query of a known class is "none of these" alone.
+        false_rejection_interval: as ``interval``.
+        command: that repeats it.
+        versions: of the packages.
+    """
+
+    family: str
+    n_way: int
+    n_shot: int
+    error: float
+    draws: int
+    seed: int
+    coverage: float
+    interval: float
+    unknown_coverage: float
+    unknown_interval: float
+    set_size: float
+    full_share: float
+    empty_share: float
+    false_rejection: float
+    false_rejection_interval: float
+    command: str
+    versions: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        for name in ("family", "command"):
+            _require(isinstance(getattr(self, name), str), f"{name} is no text")
+        for name in ("n_way", "n_shot", "draws"):
+            value = getattr(self, name)
+            _require(type(value) is int and value >= 1, f"{name} is no whole number from 1")
+        _require(_is_number(self.set_size), "set_size is no number")
+        for name, value in asdict(self).items():
+            if name in ("error", "coverage") or name.endswith(("interval", "_coverage", "_share", "_rejection")):
+                _require(_is_number(value, most=1), f"{name} is no share")
 
 
 class Estimate(NamedTuple):
@@ -194,14 +267,24 @@ def read_results(path: Path) -> list[Record]:
     Raises:
         UserError: there is no such file, or another line is broken.
     """
-    records = []
+    return _read(path, _record)
+
+
+def read_coverage(path: Path) -> list[Coverage]:
+    """As :func:`read_results`, the lines on how often sets hold the truth; the later of two of a setting counts."""
+    lines = _read(path, lambda entry: Coverage(**entry))
+    return list({(line.family, line.n_way, line.n_shot, line.error): line for line in lines}.values())
+
+
+def _read(path: Path, of: Callable[[Any], T]) -> list[T]:
+    lines = []
     whole, _, _ = read_bytes(path, "file of results").rpartition(b"\n")
     for number, line in enumerate(whole.split(b"\n") if whole else (), 1):
         try:
-            records.append(_record(json.loads(line.replace(b"data.train_views", b"data.train_augmentations"))))
+            lines.append(of(json.loads(line.replace(b"data.train_views", b"data.train_augmentations"))))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{path}, line {number} is broken ({error}): remove it, and run the study again") from error
-    return records
+    return lines
 
 
 def append(path: Path, record: Record) -> None:
@@ -213,8 +296,8 @@ def append(path: Path, record: Record) -> None:
     """
     entry = {key: value for key, value in asdict(record).items() if key not in ("weights_of", "test_command") or value}
     for test in entry["tests"].values():
-        for name in SHARES:
-            if test[name] is None:
+        for name in (*SHARES, "metrics", "options"):
+            if test[name] in (None, {}, ""):
                 del test[name]
     line = json.dumps(entry, ensure_ascii=False, allow_nan=False).encode() + b"\n"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -292,12 +375,69 @@ def difference(records: Sequence[Record], cell: Cell, test: str = CLEAN) -> Esti
             f"{cell} was tested ({test}) on {ours.shape[1]} episodes of {n_queries} queries, {reference!r} on "
             f"{theirs.shape[1]} of {of_theirs}: remove the lines of one of them, and run the study again"
         )
-    found = _estimate(ours - theirs, n_queries)
-    if found.seeds == 1:
-        return found
-    # Two-sided 95 % of Student's distribution.
-    over_seeds = t.ppf(0.975, found.seeds - 1) * sem((ours - theirs).mean(1) / n_queries)
-    return found._replace(interval=math.hypot(found.interval, over_seeds))
+    return _over_seeds_too(ours - theirs, n_queries)
+
+
+def between_tests(records: Sequence[Record], cell: Cell, test: str, against: str) -> Estimate:
+    """By how much a row is more accurate in one test than in another, whose episodes are others; paired by seed.
+
+    Args:
+        records: of the study.
+        cell: the row's.
+        test: the one.
+        against: the other.
+
+    Raises:
+        NotMeasuredError: a seed is missing, or a test.
+    """
+    (ours, n_queries), (theirs, of_theirs) = (_correct(records, cell, name) for name in (test, against))
+    here, there = _estimate(ours, n_queries), _estimate(theirs, of_theirs)
+    by_seed = ours.mean(1) / n_queries - theirs.mean(1) / of_theirs
+    over_episodes = math.hypot(here.interval, there.interval)
+    interval = math.hypot(over_episodes, _over_seeds(by_seed))
+    mean = here.mean - there.mean
+    return Estimate(mean, interval, float(by_seed.min()), float(by_seed.max()), here.seeds, here.episodes)
+
+
+def metric(records: Sequence[Record], cell: Cell, test: str, name: str) -> tuple[float, float, float]:
+    """The mean over the seeds of one of a test's further metrics, and the lowest and highest of them.
+
+    Raises:
+        NotMeasuredError: a seed is missing, or the test, or it has no such metric.
+    """
+    values = [outcome.metrics[name] for outcome in _outcomes(records, cell, test) if name in outcome.metrics]
+    if len(values) < len(measured(records, cell)):
+        raise NotMeasuredError(f"{cell} has no {name} in the test {test!r}: ask for another")
+    return sum(values) / len(values), min(values), max(values)
+
+
+class ChosenScore(NamedTuple):
+    """The score that tells known from unknown queries best on val, by the mean AUROC over the seeds.
+
+    Attributes:
+        name: of the score.
+        auroc: its, on val.
+        lead: by how much that is above the next score's.
+    """
+
+    name: str
+    auroc: float
+    lead: float
+
+
+def chosen_score(records: Sequence[Record], cell: Cell) -> ChosenScore:
+    """Of a cell with unknown queries in a test.
+
+    Raises:
+        NotMeasuredError: there is no such test, or a seed is missing.
+    """
+    outcomes = _outcomes(records, cell, OPEN)
+    names = [name for name in outcomes[0].metrics if name.startswith(ON_VAL)]
+    found = {name.removeprefix(ON_VAL): metric(records, cell, OPEN, name)[0] for name in names}
+    if len(found) < 2:
+        raise NotMeasuredError(f"{cell} has no scores on val to choose from: run the study again")
+    best, second = sorted(found, key=found.__getitem__, reverse=True)[:2]  # the first of equal ones
+    return ChosenScore(best, found[best], found[best] - found[second])
 
 
 def share(records: Sequence[Record], cell: Cell, name: str, test: str = CLEAN) -> float:
@@ -326,7 +466,7 @@ def knobs(records: Iterable[Record]) -> dict[str, list[str]]:
     found: dict[str, set[str]] = {}
     for record in records:
         for test in record.tests:
-            if test != CLEAN:
+            if _KNOB.fullmatch(test):
                 found.setdefault(test.partition("=")[0], set()).add(test)
     return {knob: sorted(tests, key=level) for knob, tests in found.items()}
 
@@ -382,6 +522,18 @@ def _estimate(counts: NDArray[np.int64], n_queries: int) -> Estimate:
     interval = Z_95 * math.sqrt(scatter) / episodes / (seeds * n_queries) / math.sqrt(episodes)
     mean = float(counts.sum() / (counts.size * n_queries))
     return Estimate(mean, interval, float(by_seed.min()), float(by_seed.max()), seeds, episodes)
+
+
+def _over_seeds_too(differences: NDArray[np.int64], n_queries: int) -> Estimate:
+    """From ``(seeds, episodes)``, the seeds' scatter in the interval."""
+    found = _estimate(differences, n_queries)
+    over_seeds = _over_seeds(differences.mean(1) / n_queries)
+    return found._replace(interval=math.hypot(found.interval, over_seeds))
+
+
+def _over_seeds(by_seed: NDArray[np.float64]) -> float:
+    """Half the width of the seeds' two-sided 95 % interval, by Student's distribution; 0 of one."""
+    return float(t.ppf(0.975, len(by_seed) - 1) * sem(by_seed)) if len(by_seed) > 1 else 0.0
 
 
 def _record(entry: Any) -> Record:

@@ -14,7 +14,10 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from clip_m2df.errors import UserError
 from study.play import encode_videos, play, render_videos
 from study.results import Cell, Record, append, chosen_rate, read_results
-from study.settings import Run, Settings
+from study.settings import Run, Settings, knobs_of
+
+# The parts whose heads train on features that are kept.
+FROZEN = ("main", "heads")
 
 
 def run_study(settings: Settings, results: Path, store: Path, pool: Executor) -> None:
@@ -50,7 +53,7 @@ def _run(settings: Settings, records: list[Record], results: Path, store: Path, 
     parts = {name: part for name, part in settings.parts.items() if name in waiting}
     render_videos(dataclasses.replace(settings, parts=parts))
     with Progress(*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn()) as progress:
-        videos = _videos(settings) if "main" in parts else []
+        videos = [video for name in FROZEN if name in parts for video in _videos(settings, name)]
         task = progress.add_task("encoding videos", total=len(videos))
         for encoded in as_completed([pool.submit(encode_videos, run, settings, store, test) for run, test in videos]):
             encoded.result()
@@ -69,16 +72,20 @@ def _run(settings: Settings, records: list[Record], results: Path, store: Path, 
         progress.update(task, completed=settings.count())
 
 
-def _videos(settings: Settings) -> list[tuple[Run, str]]:
+def _videos(settings: Settings, name: str) -> list[tuple[Run, str]]:
     """Runs of a frozen tower that between them see all videos, in training (an empty name) and in the tests."""
-    part = settings.parts["main"]
+    part = settings.parts[name]
     row = next(iter(part.knob_rows), next(iter(part.rows)))
+    # The first of the tests that play the same videos.
+    tests: dict[frozenset[tuple[str, float]], str] = {}
+    for test, options in part.tests(row).items():
+        tests.setdefault(frozenset(knobs_of(options).items()), test)
     return [
-        (Run("main", "measure", family, row, seed, part.learning_rates[0]), test)
+        (Run(name, "measure", family, row, seed, part.learning_rates[0]), test)
         for family in part.families
         for seed, test in [
             *((seed, "") for seed in settings.seeds),
-            *((settings.seeds[0], test) for test in part.tests(row)),
+            *((settings.seeds[0], test) for test in tests.values()),
         ]
     ]
 
@@ -99,9 +106,7 @@ def current(settings: Settings, records: Sequence[Record]) -> list[Record]:
 def _runs(settings: Settings, records: Sequence[Record]) -> Iterator[Run]:
     for part_name, part in settings.parts.items():
         for family in part.families:
-            for name, row in part.rows.items():
-                if row.weights_of:
-                    continue
+            for name in part.own(family):
                 if not part.trains(name):
                     yield Run(part_name, "measure", family, name, settings.seeds[0], None)
                     continue

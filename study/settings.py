@@ -15,9 +15,11 @@ import yaml
 from clip_m2df.commands.configs import find_config
 from clip_m2df.errors import UserError
 from clip_m2df.nn.baselines import head_class
-from study.results import CLEAN, PARTS
+from study.results import CLEAN, PARTS, TESTS
 
 Options = Mapping[str, Any]
+# What options of a test that turn a knob of the benchmark begin with.
+KNOB = "data.knobs."
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,26 @@ class Row:
         options: of ``clip-m2df fit``, where they differ from the config's; ``--model.lr`` as ``model.lr``.
         weights_of: the row whose weights are tested, with the options.
         tower_rate: the tower's learning rate, as a share of the head's.
+        families: those that it is run on, if not on all of its part.
     """
 
     options: Options = field(default_factory=dict)
     weights_of: str = ""
     tower_rate: float = 1.0
+    families: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class FurtherTest:
+    """A further test.
+
+    Attributes:
+        options: of ``clip-m2df test``, on top of those of the row.
+        rows: that are tested so, if not all of the part.
+    """
+
+    options: Options
+    rows: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -47,6 +64,7 @@ class Part:
         rows: by name.
         knobs: by knob, the levels at which ``knob_rows`` are tested too.
         knob_rows: see ``knobs``.
+        further: tests beside the clean one and those with knobs, by name.
     """
 
     families: tuple[str, ...]
@@ -56,6 +74,7 @@ class Part:
     rows: Mapping[str, Row]
     knobs: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     knob_rows: tuple[str, ...] = ()
+    further: Mapping[str, FurtherTest] = field(default_factory=dict)
 
     def trains(self, row: str) -> bool:
         """Whether there is anything to train: the head, or the tower below it."""
@@ -63,16 +82,26 @@ class Part:
         head = head_class(options.get("model.head", "m2df"))
         return getattr(head, "trained", True) or not options.get("model.freeze_backbone", True)
 
-    def tests(self, row: str) -> dict[str, dict[str, float]]:
-        """The knobs of each test of a row, by the test's name."""
-        tests: dict[str, dict[str, float]] = {CLEAN: {}}
+    def tests(self, row: str) -> dict[str, Options]:
+        """The options of each test of a row, by the test's name."""
+        tests: dict[str, Options] = {CLEAN: {}}
         if row in self.knob_rows:
-            tests |= {f"{knob}={level}": {knob: level} for knob, levels in self.knobs.items() for level in levels}
-        return tests
+            tests |= {
+                f"{knob}={level}": {f"{KNOB}{knob}": level} for knob, levels in self.knobs.items() for level in levels
+            }
+        return tests | {name: test.options for name, test in self.further.items() if row in (test.rows or self.rows)}
 
-    def tested_from(self, row: str) -> dict[str, Options]:
-        """The rows that are tested from the weights of another, with their options."""
-        return {name: other.options for name, other in self.rows.items() if other.weights_of == row}
+    def own(self, family: str) -> list[str]:
+        """The rows that are run on a family with weights of their own, or without any."""
+        return [name for name, row in self.rows.items() if not row.weights_of and family in (row.families or [family])]
+
+    def tested_from(self, row: str, family: str) -> dict[str, Options]:
+        """The rows that are tested on a family from the weights of another, with their options."""
+        return {
+            name: other.options
+            for name, other in self.rows.items()
+            if other.weights_of == row and family in (other.families or [family])
+        }
 
 
 @dataclass(frozen=True)
@@ -82,7 +111,8 @@ class Settings:
     Attributes:
         seeds: of weights and training episodes, one run each.
         choosing_seed: the seed of the runs by which learning rates are chosen.
-        parts: ``main`` (frozen tower), ``tower`` (trained too) and ``adapters`` (both compared with LoRA).
+        parts: ``main`` (frozen tower), ``heads`` (the same, with further heads, prompts and tests), ``tower`` (trained
+            too) and ``adapters`` (both compared with LoRA).
     """
 
     seeds: tuple[int, ...]
@@ -91,9 +121,8 @@ class Settings:
 
     def count(self) -> int:
         """How many runs there are."""
-        rows = [(part, name) for part in self.parts.values() for name, row in part.rows.items() if not row.weights_of]
-        runs = (len(part.learning_rates) + len(self.seeds) if part.trains(row) else 1 for part, row in rows)
-        return sum(count * len(part.families) for count, (part, _) in zip(runs, rows, strict=True))
+        rows = [(p, name) for p in self.parts.values() for family in p.families for name in p.own(family)]
+        return sum(len(p.learning_rates) + len(self.seeds) if p.trains(name) else 1 for p, name in rows)
 
     @classmethod
     def read(cls, path: Path) -> Settings:
@@ -117,11 +146,23 @@ def _part(part: dict[str, Any]) -> Part:
     for name, options in part["rows"].items():
         options = dict(options or {})
         weights_of, tower_rate = options.pop("weights_of", ""), float(options.pop("tower_rate", 1))
-        rows[name] = Row(options, weights_of, tower_rate)
+        families = tuple(options.pop("families", ()))
+        rows[name] = Row(options, weights_of, tower_rate, families)
+    further = {}
+    for name, options in part.get("tests", {}).items():
+        options = dict(options)
+        tested = tuple(options.pop("rows", ()))
+        further[name] = FurtherTest(options, tested)
     strangers = {row.weights_of for row in rows.values()} | set(part.get("knob_rows", ()))
     own = {name for name, row in rows.items() if not row.weights_of}
     if unknown := strangers - {"", *own}:
         raise ValueError(f"no row with weights of its own is called {sorted(unknown)}")
+    if unknown := {row for test in further.values() for row in test.rows} - rows.keys():
+        raise ValueError(f"no row is called {sorted(unknown)}")
+    if unknown := further.keys() - set(TESTS):
+        raise ValueError(f"no test is called {sorted(unknown)}; there are {', '.join(TESTS)}")
+    if unknown := {family for row in rows.values() for family in row.families} - set(part["families"]):
+        raise ValueError(f"no family of the part is called {sorted(unknown)}")
     if len(set(part["learning_rates"])) < len(part["learning_rates"]):
         raise ValueError("a learning rate is there twice")
     return Part(
@@ -132,6 +173,7 @@ def _part(part: dict[str, Any]) -> Part:
         rows,
         {knob: tuple(levels) for knob, levels in part.get("knobs", {}).items()},
         tuple(part.get("knob_rows", ())),
+        further,
     )
 
 
@@ -186,8 +228,9 @@ class Run:
 
     def rows(self, settings: Settings) -> dict[str, Options]:
         """The rows that get a record, with the options of their tests: its own, and those tested from its weights."""
-        tested_from = settings.parts[self.part].tested_from(self.row) if self.purpose == "measure" else {}
-        return {self.row: {}, **tested_from}
+        if self.purpose == "choose":
+            return {self.row: {}}
+        return {self.row: {}, **settings.parts[self.part].tested_from(self.row, self.family)}
 
     def tested(self, settings: Settings) -> list[tuple[int, str]]:
         """Number of shots and row of each record."""
@@ -195,14 +238,14 @@ class Run:
         kept = n_shots if self.purpose == "measure" else n_shots[:1]
         return list(itertools.product(kept, self.rows(settings)))
 
-    def tests(self, settings: Settings, row: str) -> dict[str, dict[str, float]]:
-        """The knobs of each test of a row, by the test's name; a rate is chosen without any."""
+    def tests(self, settings: Settings, row: str) -> dict[str, Options]:
+        """The options of each test of a row, by the test's name; a rate is chosen without any."""
         return settings.parts[self.part].tests(row) if self.purpose == "measure" else {}
 
     def digest(self, settings: Settings) -> str:
         """Of all that the records depend on, but the versions: those with another one are of other settings."""
         rows = self.rows(settings)
-        tests = [[row, rows[row], self.tests(settings, row)] for row in rows]
+        tests = [[row, rows[row], _of_tests(self.tests(settings, row))] for row in rows]
         return _digest([self.training(settings), self.tested(settings), tests])
 
 
@@ -211,9 +254,23 @@ def config_name(family: str, n_shot: int) -> str:
     return f"{family}_5way{n_shot}shot.yaml"
 
 
+def knobs_of(options: Options) -> dict[str, float]:
+    """The knobs of the benchmark among the options of a test, by their own names."""
+    return {name.removeprefix(KNOB): level for name, level in options.items() if name.startswith(KNOB)}
+
+
+def told(options: Options) -> str:
+    """Options as they are given on the command line."""
+    return " ".join(f"--{name} {_shown(value)}" for name, value in options.items())
+
+
+def _of_tests(tests: Mapping[str, Options]) -> dict[str, Options]:
+    # Results have been recorded under the knobs' own names.
+    return {test: {name.removeprefix(KNOB): value for name, value in given.items()} for test, given in tests.items()}
+
+
 def _command(verb: str, config: str, options: Options) -> str:
-    told = (f"--{name} {_shown(value)}" for name, value in options.items())
-    return " ".join(("clip-m2df", verb, "--config", config, *told))
+    return " ".join(("clip-m2df", verb, "--config", config, told(options)))
 
 
 def _digest(content: Any) -> str:

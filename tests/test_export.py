@@ -235,6 +235,16 @@ def test_options_of_the_head_and_a_share_of_the_text(tiny_clip_dir: Path, tmp_pa
     assert (as_exported - expected_of_head(model, episode)["logits"]).abs().max() > 0.1
 
 
+@pytest.mark.slow
+def test_a_query_with_the_prompt_of_each_class(tiny_clip_dir: Path, tmp_path: Path) -> None:
+    model = make(tiny_clip_dir, selection="each")
+    check_head(model, tmp_path, n_shot=2, frames=4)
+    episode = features(model, 2, 4, seed=1)
+    as_exported = expected_of_head(model, episode)["logits"]
+    model.model.head.selection = "argmax"
+    assert (as_exported - expected_of_head(model, episode)["logits"]).abs().max() > 1e-3
+
+
 def test_strong_costs_do_not_underflow(tiny_clip_dir: Path, tmp_path: Path) -> None:
     # exp of a column's scores, some −200 each, is 0 in float32.
     check_head(make(tiny_clip_dir, "otam", head_options={"smoothing": 0.005}), tmp_path, 1, 2, formats=("onnx",))

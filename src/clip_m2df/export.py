@@ -225,7 +225,7 @@ def head_program(model: CLIPM2DF, *, n_way: int, n_shot: int, n_queries: int, fr
     if getattr(head, "selection", "argmax") == "sample":
         raise UserError(
             "selection 'sample' draws prompts, so that an export would not repeat; load the model with"
-            " selection='argmax' or 'expectation'"
+            " selection='argmax', 'expectation' or 'each'"
         )
     shapes = {"support": (n_way, n_shot, frames, dim), "query": (n_queries, frames, dim), "prompts": (n_way, dim)}
     return Program(_settled(HeadModule(copy.deepcopy(head), model.text_fusion)), shapes)

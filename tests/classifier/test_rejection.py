@@ -90,9 +90,9 @@ def best_balanced(belongs: Sequence[float], strange: Sequence[float]) -> float:
 
 @pytest.mark.parametrize("spread", [0.3, 1.0])
 @pytest.mark.parametrize("shots", [(3, 3, 3), (4, 1, 2), (2, 5)])
-@pytest.mark.parametrize("head", ["m2df", "otam", "nearest_prototype", "linear_probe", "tip_adapter", "trx"])
+@pytest.mark.parametrize("head", ["m2df", "each", "otam", "nearest_prototype", "linear_probe", "tip_adapter", "trx"])
 def test_the_threshold_sorts_the_examples_best(head: str, shots: tuple[int, ...], spread: float) -> None:
-    model = plain_model(head)
+    model = make_model(selection="each") if head == "each" else plain_model(head)
     classes = at_random(model, shots, spread)
     belongs, strange = distances_by_loops(model, classes)
     assert len(belongs) == sum(n for n in shots if n > 1)
@@ -137,9 +137,9 @@ def test_with_one_example_a_class_it_is_the_median_of_what_does_not_belong(head:
     assert calibrate(*on_the_ruler([0.0], [3.0], [4.0], [10.0])) == pytest.approx(2.0)  # of 3, 1, 1 and 6
 
 
-@pytest.mark.parametrize("head", ["m2df", "otam"])
+@pytest.mark.parametrize("head", ["m2df", "each", "otam"])
 def test_with_one_class_it_is_the_largest_of_what_belongs(head: str) -> None:
-    model = plain_model(head)
+    model = make_model(selection="each") if head == "each" else plain_model(head)
     classes = at_random(model, (4,), 0.5)
     belongs, strange = distances_by_loops(model, classes)
     assert strange == []

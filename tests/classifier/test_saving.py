@@ -171,8 +171,9 @@ def test_a_fifo_in_the_place_of_a_file_is_not_waited_for(name: str, folder: Path
         FewShotClassifier.load(folder)
 
 
-def test_options_of_predictions_are_kept(videos: Path, tmp_path: Path) -> None:
-    before = fitted(videos, text_fusion=0.7, selection="expectation")
+@pytest.mark.parametrize("selection", ["expectation", "each"])
+def test_options_of_predictions_are_kept(selection: str, videos: Path, tmp_path: Path) -> None:
+    before = fitted(videos, text_fusion=0.7, selection=selection)
     before.save(tmp_path / "classifier")
     assert_same(FewShotClassifier.load(tmp_path / "classifier"), before)
 

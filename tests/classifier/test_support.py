@@ -25,6 +25,7 @@ LABELS = ["running fast", "eat", "a cat that jumps"]
 M2DF_OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "argmax": ({}, {}),
     "expectation": ({"selection": "expectation"}, {"temperature": 3.0}),
+    "each": ({"selection": "each"}, {"view_weights": [0.3, 2.0]}),
     "no pps": ({}, {"pps": False}),
     "local": ({}, {"views": ["local"]}),
     "global": ({}, {"views": ["global"]}),
@@ -88,6 +89,7 @@ def m2df_by_loops(model: CLIPM2DF, classes: Sequence[SupportClass], query: Tenso
         if not head.pps:
             chosen = torch.zeros_like(chosen)
         for c, own in enumerate(classes):
+            chosen = prompts[c] if head.selection == "each" else chosen
             for name, view in head.views.items():
                 of_examples = [view(example[None], prompts[c][None])[0, 1:] for example in own.features]
                 prototype = torch.zeros_like(of_examples[0])

@@ -17,7 +17,7 @@ from clip_m2df.episodes.plan import EpisodeShape
 from clip_m2df.nn.baselines import CLIPFSARHead, build_head
 
 DATA_SETS = ("kinetics100", "ssv2", "ssv2_small", "hmdb51", "ucf101")
-FAMILIES = ("scene", "order")  # of the embedded benchmark
+FAMILIES = ("scene", "order", "mixed")  # of the embedded benchmark
 BASES = sorted(name for name in shipped_configs() if not name.startswith("recipes/"))
 RECIPES = sorted(name for name in shipped_configs() if name.startswith("recipes/"))
 

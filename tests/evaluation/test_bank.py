@@ -69,6 +69,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "no condition": {"reliability": [], "direction": "local_to_global"},
     "sample": {"selection": "sample"},
     "expectation": {"selection": "expectation"},
+    "each": {"selection": "each"},
     "without PPS": {"pps": False},
     "depth 2": {"depth": 2},
     "one way": {"single_direction": True},
@@ -130,7 +131,7 @@ def support_pairs(played: IndexedEpisode) -> set[tuple[int, int]]:
     return {(video, c) for row, classes in rows for shots, c in zip(row, classes, strict=True) for video in shots}
 
 
-@pytest.mark.parametrize("name", ["as published", "sample", "expectation", "without PPS", "OTAM", "CLIP-FSAR"])
+@pytest.mark.parametrize("name", ["as published", "sample", "expectation", "each", "without PPS", "OTAM", "CLIP-FSAR"])
 @torch.no_grad()
 def test_each_pair_of_a_video_and_a_prompt_is_embedded_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     head = make_head(**OPTIONS[name])
@@ -145,6 +146,9 @@ def test_each_pair_of_a_video_and_a_prompt_is_embedded_once(name: str, monkeypat
     if head.query_prompt == "class":
         chosen = played["class_indices"].gather(1, indices).flatten().tolist()
         pairs = len(support | set(zip(query, chosen, strict=True)))
+    elif head.query_prompt == "each":
+        rows = zip(played["query"].tolist(), played["class_indices"].tolist(), strict=True)
+        pairs = len(support | {(video, c) for videos, classes in rows for video in videos for c in classes})
     elif head.query_prompt == "none":
         pairs = len(support) + len(set(query))
     else:  # a mixture is an episode's own
@@ -170,9 +174,10 @@ def test_bits_do_not_depend_on_who_plays_what() -> None:
                 assert bank.play(batches[number]).logits.equal(whole[number])
 
 
+@pytest.mark.parametrize("selection", ["argmax", "each"])
 @torch.no_grad()
-def test_where_memory_is_short_each_batch_embeds_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    head = make_head()
+def test_where_memory_is_short_each_batch_embeds_its_own(selection: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = make_head(selection=selection)
     calls = count_embedded(head, monkeypatch)
     features, prompts = videos()
     played = episodes(64)

@@ -63,7 +63,10 @@ def lines_of(found: Explanation) -> list[str]:
     return texts(*left, *right)
 
 
-@pytest.mark.parametrize("head_options", [{}, {"single_direction": True}, {"view_weights": [1.0, 3.0]}, {"top_k": 2}])
+@pytest.mark.parametrize(
+    "head_options",
+    [{}, {"single_direction": True}, {"view_weights": [1.0, 3.0]}, {"top_k": 2}, {"selection": "each"}],
+)
 def test_the_numbers_are_those_of_the_steps(head_options: dict[str, Any]) -> None:
     found, output, model = explained(head_options=head_options, threshold=4.0)
     support, query, prompts = features(5, (1, 2, 3))
@@ -75,9 +78,9 @@ def test_the_numbers_are_those_of_the_steps(head_options: dict[str, Any]) -> Non
     assert found.distance == pytest.approx(-output.logits.max().item() - model.least_distance(5))
     assert found.compared == [NAMES[order[0]], NAMES[order[1]]]
     assert found.label == NAMES[order[0]]
-    assert found.prompt == NAMES[int(output.prompt_indices[0])]
+    assert found.prompt == (NAMES[int(output.prompt_indices[0])] if model.query_prompt == "class" else None)
     assert list(found.prompt_probabilities.values()) == pytest.approx(output.prompt_probabilities[0].tolist())
-    evidence = query_evidence(model, prototype, query, prompts)
+    evidence = query_evidence(model, prototype, range(3), query, prompts)
     assert found.frame_scores.equal(evidence.frame_scores)
     assert found.counted.equal(evidence.counted)
 
@@ -129,8 +132,8 @@ def test_who_teaches_is_what_distillation_says() -> None:
     assert seen == expected
 
 
-def test_no_one_prompt_is_chosen_without_pps_or_with_an_expectation() -> None:
-    for options in ({"pps": False}, {"selection": "expectation"}):
+def test_no_one_prompt_is_chosen_without_pps_or_with_an_expectation_or_with_each() -> None:
+    for options in ({"pps": False}, {"selection": "expectation"}, {"selection": "each"}):
         found, output, _ = explained(head_options=options)
         assert found.prompt is None
         assert list(found.prompt_probabilities.values()) == pytest.approx(output.prompt_probabilities[0].tolist())

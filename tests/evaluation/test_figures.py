@@ -39,8 +39,8 @@ def evidence_of(
     model: M2DFHead, support: Tensor, query: Tensor, prompts: Tensor, draws: Tensor | None = None
 ) -> QueryEvidence:
     """On a query of class 2, whose rival is class 0."""
-    pair = torch.tensor([2, 0])
-    return query_evidence(model, model.prototypes(support[pair], prompts[pair]), query, prompts, draws)
+    pair = [2, 0]
+    return query_evidence(model, model.prototypes(support[pair], prompts[pair]), pair, query, prompts, draws)
 
 
 def episode(*, with_frames: bool = True, frames: int = 5, **options: object) -> HardEpisode:
@@ -59,7 +59,10 @@ def episode(*, with_frames: bool = True, frames: int = 5, **options: object) -> 
     )
 
 
-@pytest.mark.parametrize("options", [{}, {"single_direction": True, "top_k": 2}, {"views": ["global"]}, {"pps": False}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"single_direction": True, "top_k": 2}, {"views": ["global"]}, {"pps": False}, {"selection": "each"}],
+)
 def test_evidence_is_what_the_head_did(options: dict[str, object]) -> None:
     support, query, prompts = played()
     model = head(**options)
@@ -70,11 +73,13 @@ def test_evidence_is_what_the_head_did(options: dict[str, object]) -> None:
         distances = own.distances - model.least_distance(5, view)
         assert evidence.distances[view] == pytest.approx((distances[1, 2].item(), distances[1, 0].item()), abs=1e-4)
         fused, prototype = model.embed_queries(query[1:2], prompts)[0][view], model.prototypes(support, prompts)[view]
-        costs = frame_costs(fused[:, 1:], prototype[[2, 0], 1:])
+        fused = fused[:, [2, 0]] if model.selection == "each" else fused
+        costs = frame_costs(fused[..., 1:, :], prototype[[2, 0], 1:])
         expected = otam_alignment(costs, smoothing=model.smoothing, single_direction=model.single_direction)[0]
         assert torch.allclose(evidence.alignments[view], expected, atol=1e-5)
     assert torch.allclose(evidence.probabilities, output.prompt_probabilities[1], atol=1e-6)
-    assert evidence.chosen == (int(output.prompt_indices[1]) if model.pps else None)
+    one = -1 if model.selection == "each" else int(output.prompt_indices[1])
+    assert evidence.chosen == (one if model.pps else None)
     assert torch.allclose(evidence.frame_scores, cosine(prompts, query[1]))
     assert evidence.counted.sum(-1).tolist() == [model.top_k] * 3
     score = prompt_scores(query[1:2], prompts, model.top_k)[0]
@@ -204,7 +209,7 @@ def test_an_alignment_says_what_is_aligned_with_what() -> None:
 def test_evidence_aligns_with_as_many_classes_as_there_are_prototypes() -> None:
     support, query, prompts = played()
     model = head()
-    every = query_evidence(model, model.prototypes(support, prompts), query[1], prompts)
+    every = query_evidence(model, model.prototypes(support, prompts), range(3), query[1], prompts)
     pair = evidence_of(model, support, query[1], prompts)
     views = model(support, query, prompts).views
     for view, found in every.alignments.items():

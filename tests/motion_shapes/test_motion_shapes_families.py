@@ -10,7 +10,7 @@ import pytest
 
 from clip_m2df.errors import UserError
 from clip_m2df.motion_shapes import COLOURS, FAMILIES, appearances_of, render_clip
-from clip_m2df.motion_shapes.classes import SHAPES, MotionClass
+from clip_m2df.motion_shapes.classes import BACKWARDS, SHAPES, MotionClass
 from clip_m2df.motion_shapes.rendering import VIDEOS_PER_CLASS
 from clip_m2df.motion_shapes.scenes import COMMON_COLOUR, FPS, Scene, draw_scene, paint
 from tests.motion_shapes.scenes import centres, generator, masks, of_split
@@ -25,7 +25,12 @@ def of_events(motion: str, split: str = "test") -> MotionClass:
 
 @pytest.mark.parametrize(
     ("family", "classes", "videos"),
-    [("demo", (24, 10, 23), (20, 12, 16)), ("scene", (32, 8, 12), (30,) * 3), ("order", (56, 8, 12), (30,) * 3)],
+    [
+        ("demo", (24, 10, 23), (20, 12, 16)),
+        ("scene", (32, 8, 12), (30,) * 3),
+        ("order", (56, 8, 12), (30,) * 3),
+        ("mixed", (40, 12, 12), (30,) * 3),
+    ],
 )
 def test_each_family_has_its_classes(family: str, classes: tuple[int, ...], videos: tuple[int, ...]) -> None:
     assert tuple(len(of_split(family, split)) for split in ("train", "val", "test")) == classes
@@ -36,7 +41,7 @@ def test_each_family_has_its_classes(family: str, classes: tuple[int, ...], vide
 
 
 def test_held_out_appearances_are_in_no_training_class() -> None:
-    for family in ("demo", "scene"):
+    for family in ("demo", "scene", "mixed"):
         for split in ("train", "val", "test"):
             assert {c.appearance for c in of_split(family, split)} <= set(appearances_of(split))
     all_of_them = [appearance for split in ("train", "val", "test") for appearance in appearances_of(split)]
@@ -73,6 +78,16 @@ def test_pairs_of_scene_share_an_appearance() -> None:
         assert sorted(count.values(), reverse=True) == [2] * pairs + [1] * (len(count) - pairs)
     shared = {c.label for c in of_split("scene", "test") if c.appearance in appearances_of("test")[:1]}
     assert shared == {"a red star moving to the left", "a red star moving to the right"}
+
+
+def test_appearances_of_mixed_have_motions_and_their_opposites() -> None:
+    for split, appearances, motions in (("train", 5, 8), ("val", 3, 4), ("test", 3, 4)):
+        of_each: dict[tuple[str, str], set[str]] = {}
+        for c in of_split("mixed", split):
+            of_each.setdefault(c.appearance, set()).add(c.motion)
+        assert [len(each) for each in of_each.values()] == [motions] * appearances
+        assert all({BACKWARDS[motion] for motion in each} == each for each in of_each.values())
+        assert len({frozenset(each) for each in of_each.values()}) == (1 if split == "train" else appearances)
 
 
 def test_each_class_of_order_has_a_twin_in_its_split() -> None:
@@ -182,7 +197,7 @@ def test_two_painted_things_part_and_approach(motion: str, sign: int) -> None:
 
 @pytest.mark.parametrize(
     ("family", "first", "last"),
-    [("demo", 103.18, 101.98), ("scene", 100.73, 100.62), ("order", 111.90, 111.79)],
+    [("demo", 103.18, 101.98), ("scene", 100.73, 100.62), ("order", 111.90, 111.79), ("mixed", 100.41, 100.31)],
 )
 def test_what_is_drawn_stays_what_it_was(family: str, first: float, last: float) -> None:
     """Whoever changes a pixel raises RENDERER_VERSION, and then these numbers."""

@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -75,7 +76,10 @@ def test_golden_numbers(name: str) -> None:
     torch.testing.assert_close(query.grad, golden["grad_query"], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("options", [{}, {"views": ["global"]}, {"depth": 2, "pps": False}, {"reliability": []}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"views": ["global"]}, {"depth": 2, "pps": False}, {"reliability": []}, {"selection": "each"}],
+)
 def test_a_batch_of_episodes_equals_one_at_a_time(options: dict[str, Any]) -> None:
     head = make_head(**options)
     support, query, prompts = episode(0, 2, 3)
@@ -112,7 +116,7 @@ def test_steps_compose_to_the_head() -> None:
     torch.testing.assert_close(output.distillation_loss, mutual_distillation(local, global_).loss)
 
 
-@pytest.mark.parametrize("options", [{}, {"pps": False}, {"selection": "expectation"}])
+@pytest.mark.parametrize("options", [{}, {"pps": False}, {"selection": "expectation"}, {"selection": "each"}])
 @pytest.mark.parametrize("frames", [8, 5])
 def test_videos_embedded_at_once_are_as_when_embedded_apart(options: dict[str, Any], frames: int) -> None:
     head = make_head(**options)
@@ -144,6 +148,9 @@ def test_a_class_is_what_it_is_by_itself_whatever_the_shots_of_the_others() -> N
         ({"selection": "expectation"}, "class", "mixture"),
         ({"train_selection": "expectation", "selection": "sample"}, "mixture", "class"),
         ({"pps": False, "selection": "expectation"}, "none", "none"),
+        ({"selection": "each"}, "class", "each"),
+        ({"train_selection": "each"}, "each", "class"),
+        ({"pps": False, "selection": "each"}, "none", "none"),
     ],
 )
 def test_a_head_says_what_its_queries_are_embedded_with(
@@ -163,6 +170,54 @@ def test_training_draws_prompts_and_evaluation_takes_the_likeliest() -> None:
     assert torch.equal(output.prompt_indices, output.prompt_probabilities.argmax(-1))
     with pytest.raises(UserError, match=r"'sample' needs draws.*episode_draws"):
         head.train()(*inputs)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"views": ["global"], "depth": 2}, {"single_direction": True, "view_weights": [0.5, 2.0], "smoothing": 0.1}],
+)
+def test_with_each_prompt_a_query_meets_each_class_as_if_there_were_no_other(options: dict[str, Any]) -> None:
+    """With one class PPS has no choice: a column of the distances is that of an episode of this class alone."""
+    support, query, prompts = episode(n_shot=2)
+    inputs = support.requires_grad_(), query.requires_grad_(), prompts.requires_grad_()
+    output = make_head(selection="each", **options)(*inputs)
+    alone = [make_head(**options)(support[c : c + 1], query, prompts[c : c + 1]) for c in range(3)]
+    torch.testing.assert_close(output.logits, torch.cat([one.logits for one in alone], -1))
+    for name, view in output.views.items():
+        for of_each, of_one in zip(view, zip(*(one.views[name] for one in alone), strict=True), strict=True):
+            torch.testing.assert_close(of_each, torch.cat(of_one, -1))
+    if len(output.views) == 2:
+        expected = mutual_distillation(output.views["local"], output.views["global"])
+        torch.testing.assert_close(output.distillation, expected)
+    likeliest = make_head(**options)(*inputs)
+    assert output.prompt_indices.equal(likeliest.prompt_indices)
+    assert output.prompt_probabilities.equal(likeliest.prompt_probabilities)
+    assert (output.logits - likeliest.logits).abs().max() > 0.1
+    # Where PPS has chosen the very class, both are the same.
+    chosen = output.prompt_indices.unsqueeze(-1)
+    torch.testing.assert_close(output.logits.gather(-1, chosen), likeliest.logits.gather(-1, chosen))
+    weights = torch.randn(output.logits.shape, generator=torch.Generator().manual_seed(1))
+    found = torch.autograd.grad((weights * output.logits).sum(), inputs)
+    expected_gradients = torch.autograd.grad(
+        sum((weights[:, c : c + 1] * one.logits).sum() for c, one in enumerate(alone)), inputs
+    )
+    torch.testing.assert_close(found, expected_gradients, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_with_each_prompt_distances_are_those_of_a_loop() -> None:
+    head = make_head(selection="each")
+    support, query, prompts = episode(n_shot=2)
+    output = head(support, query, prompts)
+    for q, c in itertools.product(range(6), range(3)):
+        for name, view in head.views.items():
+            fused = view(query[q : q + 1], prompts[c : c + 1])[0]
+            first, second = (view(shot[None], prompts[c : c + 1])[0] for shot in support[c])
+            prototype = (first + second) / 2
+            expected = references.otam_of(1 - references.cosines(fused[None, 1:], prototype[None, 1:]))
+            assert output.views[name].distances[q, c].item() == pytest.approx(expected.item(), abs=1e-4)
+            text = references.cosine(fused[0].tolist(), prototype[0].tolist())
+            assert output.views[name].text_similarities[q, c].item() == pytest.approx(text, abs=1e-5)
 
 
 def test_without_pps_the_queries_prompts_are_zero_and_the_probabilities_remain() -> None:
@@ -197,6 +252,7 @@ def test_every_option_of_matching_and_distillation_reaches_its_stage() -> None:
         {"reliability": ["visual"]},
         {"reliability": []},
         {"selection": "expectation", "temperature": 1.0},
+        {"selection": "each"},
     )
     for options in changes:
         output = make_head(**options)(*inputs)
@@ -209,7 +265,7 @@ def test_every_option_of_matching_and_distillation_reaches_its_stage() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("selection", ["argmax", "expectation"])
+@pytest.mark.parametrize("selection", ["argmax", "expectation", "each"])
 def test_under_autocast_results_are_float32_and_finite(dtype: torch.dtype, selection: str) -> None:
     head = make_head(selection=selection, temperature=5.0)
     support, query, prompts = episode()
@@ -284,7 +340,7 @@ def test_matching_and_losses_under_autocast_are_within_a_thousandth_of_a_float64
         ({"view_weights": [1.0]}, "view_weights has 1 numbers for 2 views"),
         ({"reliability": ["texts"]}, "reliability: 'texts' is not one of text, visual"),
         ({"direction": "both"}, "direction: 'both' is not one of local_to_global, global_to_local, mutual"),
-        ({"selection": "max"}, "selection: 'max' is not one of argmax, sample, expectation"),
+        ({"selection": "max"}, "selection: 'max' is not one of argmax, sample, expectation, each"),
         ({"train_selection": "max"}, "train_selection: 'max'"),
         ({"top_k": 0}, "top_k is 0"),
         ({"smoothing": 0.0}, "smoothing is 0.0"),

@@ -25,7 +25,7 @@ N_HEADS = 20
 OPTIONS: dict[str, list[Any]] = {
     "views": [["local", "global"], ["local"], ["global"]],
     "pps": [True, False],
-    "train_selection": ["sample", "argmax", "expectation"],
+    "train_selection": ["sample", "argmax", "expectation", "each"],
     "reliability": [["text"], ["visual"], ["text", "visual"], []],
     "direction": ["global_to_local", "local_to_global", "mutual"],
     "single_direction": [False, True],

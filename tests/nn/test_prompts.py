@@ -70,6 +70,9 @@ def test_each_selection_picks_what_it_says() -> None:
     mean = select_prompts(probabilities, prompts, "expectation")
     torch.testing.assert_close(mean.embeddings[1, 0], prompts[1].T @ torch.tensor([0.1, 0.6, 0.3]))
     assert mean.indices.tolist() == [[1, 0], [1, 0]]
+    each = select_prompts(probabilities, prompts, "each")
+    assert each.indices.tolist() == [[1, 0], [1, 0]]
+    assert torch.equal(each.embeddings, torch.stack((prompts, prompts), 1))
 
 
 def test_templates() -> None:

@@ -118,7 +118,7 @@ def test_sheets_show_the_frames_of_the_videos(tmp_path: Path) -> None:
         assert np.abs(frame(2, column, 0) - frame(0, column, 0)).mean() > 20  # it is noisy
 
 
-@pytest.mark.parametrize("name", ["scene", "order", "knobs"])
+@pytest.mark.parametrize("name", ["scene", "order", "mixed", "knobs"])
 def test_the_pages_sheets_are_small_and_of_the_right_size(name: str) -> None:
     path = ROOT / f"docs/figures/motion_shapes_{name}.png"
     assert f"](figures/{path.name})" in PAGE

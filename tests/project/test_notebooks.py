@@ -224,7 +224,7 @@ def test_the_results_of_the_study(
 ) -> None:
     monkeypatch.setattr(sys, "path", list(sys.path))
     scope = run(RESULTS, screen, KNOB="noise")
-    page = (FOLDER.parent / "docs/results.md").read_text(encoding="utf-8")
+    page = (FOLDER.parent / "docs/results_tables.md").read_text(encoding="utf-8")
     said = capsys.readouterr().out
     assert set(scope["families"]) == {"scene", "order"}
     for family in ("scene", "order"):

@@ -9,10 +9,21 @@ from PIL import Image
 
 from clip_m2df.errors import UserError
 from study.page import filled, render
-from study.results import REFERENCE, Cell, Outcome, Point, Record, accuracy, difference, read_results
+from study.results import (
+    REFERENCE,
+    Cell,
+    Coverage,
+    Outcome,
+    Point,
+    Record,
+    accuracy,
+    difference,
+    read_coverage,
+    read_results,
+)
 from study.schedule import current, to_do
 from study.settings import Settings
-from tests.study.test_results import choice, measurement
+from tests.study.test_results import COVERAGE, choice, measurement
 
 ROOT = Path(__file__).parents[2]
 TESTS = ("clean", "noise=0.05", "noise=0.1", "outliers=0.4")
@@ -23,9 +34,13 @@ def outcomes(rng: np.random.Generator, share: float, tests: tuple[str, ...], **s
 
 
 def rendered_page(records: list[Record], folder: Path, findings: str = "") -> str:
-    """The page that is rendered into a folder."""
+    """The front page that is rendered into a folder, and the tables after it."""
     render(records, findings, folder)
-    return (folder / "results.md").read_text(encoding="utf-8")
+    return pages(folder)
+
+
+def pages(folder: Path) -> str:
+    return "".join((folder / name).read_text(encoding="utf-8") for name in ("results.md", "results_tables.md"))
 
 
 def study() -> list[Record]:
@@ -50,6 +65,29 @@ def study() -> list[Record]:
     return records
 
 
+def further() -> list[Record]:
+    """The part with further heads: unknown queries of two seeds and of a head without training, and twins."""
+    records = []
+    for seed, (on_val, auroc) in enumerate(((0.75, 0.5), (0.625, 0.75))):
+        metrics = {"val/auroc/distance": 0.5, "val/auroc/margin": on_val, "auroc/distance": 0.875}
+        metrics |= {"auroc/margin": auroc, "oscr/margin": 0.25, "fpr95/margin": 0.9375}
+        opened = Outcome("2222", 5, metrics=metrics, options="--data.unknown_queries 5")
+        tests = {"open set": opened, "twin-free": Outcome("2222", 5, options="--data.test_episodes 4")}
+        told = "--data.knobs.twins 0.5"
+        shares = {"twin_share": 0.25, "accuracy_twins": 0.875, "accuracy_without_twins": 0.75}
+        tests["twins, random"] = Outcome("4444", 5, metrics=shares, options=told)
+        shares = {"twin_share": 0.0, "accuracy_without_twins": 0.5}
+        tests["twins, grouped"] = Outcome("2222", 5, metrics=shares, options=f"{told} --data.episodes grouped")
+        records.append(measurement(REFERENCE, seed, part="heads", tests=tests))
+        each = measurement("each, at test", seed, part="heads", weights_of=REFERENCE, tests={"open set": opened})
+        records.append(each)
+    metrics = {f"{kind}/distance": 0.5 for kind in ("val/auroc", "auroc", "oscr", "fpr95")} | {"val/auroc/margin": 0.25}
+    opened = Outcome("1111", 5, metrics=metrics, options="--data.unknown_queries 5")
+    command = "clip-m2df test --model.head linear_probe --model.head_options '{}' --data.n_shot 1"
+    records.append(measurement("probe", lr=None, part="heads", command=command, tests={"open set": opened}))
+    return records
+
+
 FINDINGS = "PPS: {difference: without PPS | scene | 1}.\n"
 
 
@@ -62,7 +100,7 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def text(rendered: Path) -> str:
-    return (rendered / "results.md").read_text(encoding="utf-8")
+    return pages(rendered)
 
 
 def tables(text: str, after: str) -> list[dict[str, dict[str, str]]]:
@@ -144,7 +182,7 @@ def test_knob_tables_have_clean_and_each_level_with_differences_below(text: str)
     assert len(noise) == 4  # two families, 1 and 5 shots
     table = noise[1]
     assert list(table) == [REFERENCE, "without PPS", "OTAM"]
-    assert list(table["OTAM"]) == ["method", "clean", "0.05", "0.1"]
+    assert list(table["OTAM"]) == ["method", "from", "clean", "0.05", "0.1"]
     cell = Cell("main", "scene", 5, "without PPS")
     above, below = table["without PPS"]["0.1"].split("<br>")
     assert above.split()[0] == f"{100 * accuracy(study(), cell, 'noise=0.1').mean:.1f}"
@@ -162,6 +200,7 @@ def test_views_rates_and_the_tower_have_their_tables(text: str) -> None:
         "family": "`scene`",
         "shots": "5",  # the last of this family
         "method": REFERENCE,
+        "from": "m2df; seeds 0, 1",
         "PPS": "62.5",
         "local view": "25.0",
         "global view": "–",
@@ -175,6 +214,71 @@ def test_views_rates_and_the_tower_have_their_tables(text: str) -> None:
     (tower,) = tables(text.split("## Accuracy, tower")[1], "### `scene`")
     cell = Cell("tower", "scene", 1, "OTAM")
     assert tower["OTAM"]["1 shot"].split()[0] == f"{100 * accuracy(study(), cell).mean:.1f}"
+
+
+def test_the_open_set_has_the_score_that_val_chose(tmp_path: Path) -> None:
+    (table,) = tables(rendered_page(further(), tmp_path), "### Open set: `scene`, 1 shot")
+    assert table[REFERENCE] == {
+        "method": REFERENCE,
+        "from": "m2df; seeds 0, 1",
+        "accuracy": "40.0 ± 0.0",
+        "score": "margin",  # the distance would be better on test
+        "AUROC on val, lead": "68.8, 18.8",
+        "AUROC": "62.5 (50.0 to 75.0)",
+        "OSCR": "25.0",
+        "FPR95": "93.8",
+        "AUROC, distance": "87.5",
+        "AUROC, margin": "62.5 (50.0 to 75.0)",
+    }
+    assert table["each, at test"]["from"] == f"m2df; seeds 0, 1; weights of {REFERENCE}"
+    assert table["probe"]["from"] == "linear_probe; not trained"
+    assert [table["probe"][name] for name in ("score", "AUROC", "AUROC, margin")] == ["distance", "50.0", "–"]
+
+
+def test_each_row_of_the_twins_says_its_episodes(tmp_path: Path) -> None:
+    text = rendered_page(further(), tmp_path)
+    lines = [line for line in text.split("## Twins")[1].splitlines() if line.startswith("| `scene`")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert [row[4:-1] for row in rows] == [
+        ["twin-free", "40.0 ± 0.0", "", "–", "–", "–"],
+        ["twins, random", "80.0 ± 0.0", "**+40.0 ± 0.0**", "25.0", "87.5", "75.0"],
+        ["twins, grouped", "40.0 ± 0.0", "+0.0 ± 0.0", "0.0", "–", "50.0"],
+    ]
+    assert rows[2][-1] == "`--data.knobs.twins 0.5 --data.episodes grouped`"
+    assert {row[3] for row in rows} == {"m2df; seeds 0, 1"}
+
+
+def test_a_row_says_how_it_was_trained_otherwise(tmp_path: Path) -> None:
+    command = "clip-m2df fit --model.head clip_fsar --data.train_n_shot 5 --seed_everything 1"
+    text = rendered_page([measurement(REFERENCE, 1), measurement("more shots", 1, command=command)], tmp_path)
+    (table,) = tables(text, "### `scene`")
+    assert table[REFERENCE]["from"] == "m2df; seed 1"
+    assert table["more shots"]["from"] == "clip_fsar; seed 1; trained with 5 shots"
+
+
+def test_sets_have_their_rates_beside_what_was_promised(tmp_path: Path) -> None:
+    lines = [Coverage(**COVERAGE | {"family": family}) for family in ("scene", "order")]
+    template = "{coverage: order | 1 | 0.1}; {unknown_coverage: scene | 1 | 0.1}; {set_size: scene | 1 | 0.1}"
+    render([measurement(REFERENCE)], template + "; {false_rejection: scene | 1 | 0.1}", tmp_path, lines)
+    text = pages(tmp_path)
+    (table,) = tables(text, "## Sets with a promised rate")
+    assert list(table) == ["`scene`", "`order`"]
+    assert [*table["`order`"].values()][1:] == (
+        ["5", "1", "90.0", "91.0 ± 1.0", "92.0 ± 2.0", "1.25", "25.0", "12.5", "8.0 ± 0.5", "10.0"]
+    )
+    assert "91.0 ± 1.0; 92.0 ± 2.0; 1.2; 8.0 ± 0.5" in text.split("# Tables")[0]
+    for field in ("{coverage: demo | 1 | 0.1}", "{set_size: scene | 1 | 0.05}", "{coverage: scene | 1}"):
+        with pytest.raises(UserError, match="which was not measured"):
+            filled(field, [], lines)
+
+
+def test_findings_may_name_further_tests() -> None:
+    template = (
+        f"{{heads_auroc: {REFERENCE} | scene | 1}} {{heads_oscr: {REFERENCE} | scene | 1}} "
+        f"{{heads_fpr95: {REFERENCE} | scene | 1}}; {{heads_overstated: {REFERENCE} | scene | 1 | twins, random}}; "
+        "{heads_difference: probe | scene | 1 | open set}"
+    )
+    assert filled(template, further()) == "62.5 25.0 93.8; +40.0 ± 0.0; −20.0 ± 0.0"
 
 
 def test_how_it_was_done_is_told_from_the_records(text: str) -> None:
@@ -211,6 +315,7 @@ def test_the_same_results_give_the_same_bytes(rendered: Path, tmp_path: Path) ->
     assert [str(path) for path in files] == [
         *(f"figures/results_{name}.png" for name in ("curves", "noise", "outliers", "views")),
         "results.md",
+        "results_tables.md",
     ]
     for path in files:
         assert (tmp_path / path).read_bytes() == (rendered / path).read_bytes()
@@ -254,7 +359,7 @@ def test_findings_are_filled_in() -> None:
     ("template", "message"),
     [
         ("{precision: CLIP-M²DF | scene | 1}", "unknown field {precision: CLIP-M²DF"),
-        ("{adapter_accuracy: LoRA | scene | 1}", "after tower_, adapters_"),
+        ("{adapter_accuracy: LoRA | scene | 1}", "after tower_, adapters_, heads_"),
         ("{accuracy}", "{accuracy} can't be read: write it like"),
         ("{accuracy: CLIP-M²DF | scene}", "can't be read: write it like"),
         ("{accuracy: CLIP-M²DF | scene | one}", "can't be read: write it like"),
@@ -301,6 +406,7 @@ def test_runs_that_do_not_go_together_are_no_dash(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="on 3 episodes"):
         render([measurement(REFERENCE, 0, "1234"), measurement("other", 0, "123")], "", tmp_path)
     assert not (tmp_path / "results.md").exists()
+    assert not (tmp_path / "results_tables.md").exists()
 
 
 def test_a_table_keeps_bars_within_their_cells(tmp_path: Path) -> None:
@@ -318,15 +424,24 @@ def test_the_study_is_whole_and_its_page_is_what_the_results_say(tmp_path: Path)
         assert record.command.startswith("clip-m2df ")
         assert record.versions
         assert all(len(outcome.correct) >= 2000 for outcome in record.tests.values())
-    text = rendered_page(records, tmp_path, (ROOT / "study/findings.md").read_text(encoding="utf-8"))
-    assert text == (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    findings = (ROOT / "study/findings.md").read_text(encoding="utf-8")
+    render(records, findings, tmp_path, read_coverage(ROOT / "study/coverage.jsonl"))
+    for name in ("results.md", "results_tables.md"):
+        assert (tmp_path / name).read_text(encoding="utf-8") == (ROOT / "docs" / name).read_text(encoding="utf-8")
     drawn = {file.name for file in (tmp_path / "figures").iterdir()}
     assert drawn == {file.name for file in (ROOT / "docs/figures").glob("results_*.png")}
 
 
+def test_the_front_page_can_be_read_in_two_minutes() -> None:
+    """At most 400 words, all marks of tables and lists among them."""
+    front = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    assert 100 < len(front.split()) <= 400
+    assert "(results_tables.md)" in front
+
+
 def test_the_commands_can_be_run_one_after_another() -> None:
     """No training meets the run folder of another, and each test finds the one that it is of."""
-    lines = (ROOT / "docs/results.md").read_text(encoding="utf-8").splitlines()
+    lines = (ROOT / "docs/results_tables.md").read_text(encoding="utf-8").splitlines()
     commands = [shlex.split(line) for line in lines if line.startswith("clip-m2df ")]
     trained: dict[str, str] = {}
     for _, verb, *options in commands:

@@ -128,7 +128,7 @@ def test_the_pages_commands_give_the_accuracy_on_it(
 ) -> None:
     records = [record for record in study[1] if record.part == "adapters"]
     render(records, "", tmp_path)
-    lines = (tmp_path / "results.md").read_text(encoding="utf-8").splitlines()
+    lines = (tmp_path / "results_tables.md").read_text(encoding="utf-8").splitlines()
     fit, test = (shlex.split(line)[1:] for line in lines if line.startswith("clip-m2df "))
     assert "--model.adapters" in fit
     monkeypatch.chdir(tmp_path)

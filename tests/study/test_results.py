@@ -10,18 +10,26 @@ import pytest
 
 from clip_m2df.errors import UserError
 from study.results import (
+    OPEN,
     REFERENCE,
+    TWIN_FREE,
+    TWINS,
     Cell,
+    Coverage,
     NotMeasuredError,
     Outcome,
     Point,
     Record,
     accuracy,
     append,
+    between_tests,
     chosen_rate,
+    chosen_score,
     difference,
     knobs,
+    metric,
     rates,
+    read_coverage,
     read_results,
     share,
 )
@@ -158,6 +166,83 @@ def test_a_share_is_the_mean_over_the_seeds_of_the_test() -> None:
     assert share(records, HERE, "pps_accuracy", "noise=0.2") == 0.625
 
 
+def test_two_tests_of_a_row_are_compared_by_hand() -> None:
+    tests = [{TWIN_FREE: Outcome("1232", 5), TWINS: Outcome("233434", 5)}]
+    tests += [{TWIN_FREE: Outcome("2321", 5), TWINS: Outcome("333333", 5)}]
+    records = [measurement("other", seed, tests=outcomes) for seed, outcomes in enumerate(tests)]
+    found = between_tests(records, HERE, TWINS, TWIN_FREE)
+    # In fifths: 2 and 2 twin-free, 19/6 and 3 with twins.
+    assert found.mean == pytest.approx((37 / 12 - 2) / 5, abs=1e-15)
+    assert (found.lowest, found.highest) == pytest.approx((1 / 5, 7 / 6 / 5), abs=1e-15)
+    # The episodes of each test by themselves: 3/2, 5/2, 5/2, 3/2; and 5/2, 3, 3, 7/2, 3, 7/2.
+    free, twins = (statistics.pstdev(means) / math.sqrt(len(means)) for means in ([1.5, 2.5, 2.5, 1.5], FIFTHS))
+    of_seeds = math.tan(0.475 * math.pi) * abs(7 / 6 - 1) / 2 / 5
+    of_episodes = 1.96 * math.hypot(free, twins) / 5
+    assert found.interval == pytest.approx(math.hypot(of_episodes, of_seeds), abs=1e-14)
+    # Without training there is one run, and episodes alone.
+    (alone,) = (dataclasses.replace(record, lr=None) for record in records[:1])
+    free, twins = (statistics.pstdev(c) / math.sqrt(len(c)) for c in ([1, 2, 3, 2], [2, 3, 3, 4, 3, 4]))
+    found = between_tests([alone], HERE, TWINS, TWIN_FREE)
+    assert found.interval == pytest.approx(1.96 * math.hypot(free, twins) / 5, abs=1e-14)
+    with pytest.raises(NotMeasuredError, match="no test 'twins, grouped'"):
+        between_tests(records, HERE, "twins, grouped", TWIN_FREE)
+
+
+# Of an episode each, over both seeds.
+FIFTHS = [2.5, 3, 3, 3.5, 3, 3.5]
+
+
+def test_the_score_is_chosen_by_val_over_all_seeds_and_never_by_the_test() -> None:
+    of_seeds = [{"distance": (0.6, 0.9), "margin": (0.8, 0.2)}, {"distance": (0.7, 0.95), "margin": (0.6, 0.3)}]
+    records = []
+    for seed, scores in enumerate(of_seeds):
+        metrics = {f"val/auroc/{name}": on_val for name, (on_val, _) in scores.items()}
+        metrics |= {f"auroc/{name}": on_test for name, (_, on_test) in scores.items()}
+        records.append(measurement("other", seed, tests={OPEN: Outcome("0123", 5, metrics=metrics)}))
+    chosen = chosen_score(records, HERE)
+    assert chosen.name == "margin"
+    assert (chosen.auroc, chosen.lead) == pytest.approx((0.7, 0.05), abs=1e-15)
+    assert metric(records, HERE, OPEN, "auroc/margin") == (0.25, 0.2, 0.3)
+    with pytest.raises(NotMeasuredError, match="has no oscr/margin in the test 'open set'"):
+        metric(records, HERE, OPEN, "oscr/margin")
+    with pytest.raises(NotMeasuredError, match="has no test 'open set'"):
+        chosen_score([measurement("other")], HERE)
+
+
+COVERAGE: dict[str, Any] = (
+    {"family": "scene", "n_way": 5, "n_shot": 1, "error": 0.1, "draws": 1000, "seed": 0, "coverage": 0.91}
+    | {"interval": 0.01, "unknown_coverage": 0.92, "unknown_interval": 0.02, "set_size": 1.25, "full_share": 0.25}
+    | {"empty_share": 0.125, "false_rejection": 0.08, "false_rejection_interval": 0.005}
+    | {"command": "python -m study coverage", "versions": {"torch": "2.6"}}
+)
+
+
+def test_lines_of_coverage_are_read_and_the_later_of_a_setting_counts(tmp_path: Path) -> None:
+    path = tmp_path / "coverage.jsonl"
+    lines = [COVERAGE, COVERAGE | {"error": 0.2}, COVERAGE | {"coverage": 0.5}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    assert read_coverage(path) == [Coverage(**lines[2]), Coverage(**lines[1])]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"coverage": 91},
+        {"false_rejection_interval": -0.1},
+        {"empty_share": None},
+        {"set_size": float("nan")},
+        {"draws": 0},
+        {"family": 1},
+        {"more": 1},
+    ],
+)
+def test_a_broken_line_of_coverage_is_named(tmp_path: Path, change: dict[str, Any]) -> None:
+    path = tmp_path / "coverage.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in (COVERAGE, COVERAGE | change)), encoding="utf-8")
+    with pytest.raises(UserError, match=r"coverage\.jsonl, line 2 is broken"):
+        read_coverage(path)
+
+
 def test_the_later_of_two_lines_of_a_run_counts() -> None:
     found = accuracy([measurement("other", 0, "0000"), measurement("other", 0, "5555")], HERE)
     assert (found.mean, found.seeds) == (1, 1)
@@ -193,11 +278,12 @@ def test_knobs_are_ordered_by_their_level() -> None:
 def test_lines_are_read_as_they_were_written(tmp_path: Path) -> None:
     path = tmp_path / "new" / "results.jsonl"
     full = Outcome("012345", 5, 0.5, 0.25, 0.125, 1.0)
+    opened = Outcome("0123", 5, metrics={"auroc/margin": 0.5}, options="--data.unknown_queries 5")
     records = [
         choice("CLIP-M²DF", 0.001, 0.6),
         measurement("CLIP-M²DF", tests={"noise=0.2": full}, curve=(Point(160, 0.5), Point(320, 0.625))),
         measurement("argmax", weights_of="CLIP-M²DF", curve=()),
-        measurement("OTAM", lr=None, curve=()),
+        measurement("OTAM", lr=None, curve=(), tests={OPEN: opened}),
     ]
     for record in records:
         append(path, record)
@@ -207,6 +293,10 @@ def test_lines_are_read_as_they_were_written(tmp_path: Path) -> None:
         "clean": {"correct": "0123", "n_queries": 5},
         "noise=0.2": {"correct": "012345", "n_queries": 5}
         | {"pps_accuracy": 0.5, "view_agreement": 0.25, "local_accuracy": 0.125, "global_accuracy": 1.0},
+    }
+    assert lines[3]["tests"][OPEN] == {"correct": "0123", "n_queries": 5} | {
+        "metrics": {"auroc/margin": 0.5},
+        "options": "--data.unknown_queries 5",
     }
     assert lines[1]["curve"] == [{"episodes": 160, "accuracy": 0.5}, {"episodes": 320, "accuracy": 0.625}]
     assert [line.get("weights_of") for line in lines] == [None, None, "CLIP-M²DF", None]
@@ -254,6 +344,8 @@ def edited(**changes: Any) -> str:
         (edited(tests={"clean": {"correct": "", "n_queries": 5}}), "digit"),
         (edited(tests={"clean": {"correct": "12", "n_queries": 10}}), "n_queries"),
         (edited(tests={"clean": {"correct": "12", "n_queries": 5, "pps_accuracy": 70}}), "pps_accuracy"),
+        (edited(tests={"clean": {"correct": "12", "n_queries": 5, "metrics": {"auroc/margin": 70}}}), "auroc/margin"),
+        (edited(tests={"clean": {"correct": "12", "n_queries": 5, "metrics": {"loss": 0.5}}}), "loss"),
         (edited(tests={"clean": {"correct": "12", "n_queries": 5}, "loud": {"correct": "12", "n_queries": 5}}), "loud"),
         (edited(curve=[{"episodes": 1}]), "accuracy"),
     ],

@@ -18,7 +18,7 @@ from study import schedule
 from study.play import configuration
 from study.results import PARTS, Outcome, Point, Record, read_results
 from study.schedule import current, run_study, to_do
-from study.settings import Part, Row, Run, Settings
+from study.settings import FurtherTest, Part, Row, Run, Settings
 from tests.commands.test_configs import Parsed
 
 ROOT = Path(__file__).parents[2]
@@ -148,7 +148,7 @@ def test_the_command_runs_the_small_study_and_renders_its_page(
     run_study(SETTINGS, quick / "results.jsonl", tmp_path, Inline())
     # All is done: the command has nothing left to run.
     assert command.main(["run", "--quick", "--workers", "1"]) == 0
-    page = (quick / "results.md").read_text(encoding="utf-8")
+    page = (quick / "results_tables.md").read_text(encoding="utf-8")
     assert "| OTAM" in page
     (otam, _) = (record for record in read_results(quick / "results.jsonl") if record.row == "OTAM")
     assert otam.command in page
@@ -172,6 +172,49 @@ def test_other_settings_are_run_anew_and_the_old_left_out(tmp_path: Path, played
     found = current(settings, read_results(results))
     assert all("depth 2" in record.command for record in found if record.row == "CLIP-M²DF")
     assert len(found) == 12
+
+
+def test_a_row_may_be_run_on_some_families_and_a_test_with_some_rows(
+    tmp_path: Path, played: list[Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = {**ROWS, "without PPS": Row({"model.head_options.pps": False}, families=("mixed",))}
+    further = {
+        "open set": FurtherTest({"data.unknown_queries": 5}),
+        "twins, random": FurtherTest({"data.knobs.twins": 0.5}, ("OTAM", "sampled")),
+    }
+    part = dataclasses.replace(PART, families=("scene", "mixed"), rows=rows, further=further)
+    settings = Settings((0, 1), 0, {"heads": part})
+    runs = to_do(settings, [])
+    told = [(run.family, run.row) for run in runs if run.purpose == "measure" or run.lr == 1e-3]
+    assert told == [
+        ("scene", "CLIP-M²DF"),
+        ("scene", "OTAM"),
+        ("mixed", "CLIP-M²DF"),
+        ("mixed", "OTAM"),
+        ("mixed", "without PPS"),
+    ]
+    assert settings.count() == 3 * (2 + 2) + 2
+    assert {row: [*part.tests(row)] for row in rows} == {
+        "CLIP-M²DF": ["clean", "open set"],
+        "sampled": ["clean", "open set", "twins, random"],
+        "OTAM": ["clean", "noise=0.3", "open set", "twins, random"],
+        "without PPS": ["clean", "open set"],
+    }
+    # Each rendering of the tests is encoded once.
+    videos: list[tuple[str, str]] = []
+    monkeypatch.setattr(schedule, "encode_videos", lambda run, _, store, test: videos.append((run.family, test)))
+    run_study(settings, tmp_path / "results.jsonl", tmp_path, Inline())
+    assert videos == [(f, test) for f in part.families for test in ("", "", "clean", "noise=0.3", "twins, random")]
+    records = read_results(tmp_path / "results.jsonl")
+    assert {r.family for r in records if r.row == "without PPS"} == {"mixed"}
+    assert {r.family for r in records if r.row == "sampled"} == {"scene", "mixed"}
+
+
+def test_records_of_before_are_those_of_todays_settings() -> None:
+    settings = Settings.read(ROOT / "configs/study/full.yaml")
+    before = {name: part for name, part in settings.parts.items() if name != "heads"}
+    records = read_results(ROOT / "study/results.jsonl")
+    assert to_do(dataclasses.replace(settings, parts=before), records) == []
 
 
 def test_a_trained_tower_gives_every_head_something_to_train() -> None:
@@ -236,11 +279,14 @@ def test_the_commands_of_a_study_are_those_that_are_run(name: str) -> None:
         ({"learning_rates": [1e-3, 1e-3]}, "a learning rate is there twice"),
         ({"seeds": 3}, "start from configs/study/full.yaml"),
         ({"rows": {"a": {"weights_of": "b"}}}, "no row with weights of its own is called"),
+        ({"tests": {"open set": {"rows": ["b"]}}}, "no row is called"),
+        ({"tests": {"closed set": {}}}, "no test is called.*there are open set, twin-free"),
+        ({"rows": {"OTAM": {"families": ["demo"]}}, "knob_rows": []}, "no family of the part is called"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:
     settings = yaml.safe_load((ROOT / "configs/study/quick.yaml").read_text(encoding="utf-8"))
-    (settings["parts"]["main"] if change.keys() <= settings["parts"]["main"].keys() else settings).update(change)
+    (settings["parts"]["main"] if change.keys() <= {*settings["parts"]["main"], "tests"} else settings).update(change)
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     with pytest.raises(UserError, match=said):
         Settings.read(tmp_path / "study.yaml")

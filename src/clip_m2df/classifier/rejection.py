@@ -58,7 +58,11 @@ def _own_distances(model: CLIPM2DF, classes: Sequence[SupportClass]) -> Tensor |
                     scorer = ClassScorer(model, [*classes[:index], fewer, *classes[index + 1 :]])
                     found.append(scorer.label(example.unsqueeze(0))[1][:, index])
                 continue
-            embedded, selected = head.embed_queries(own.features, prompts)
+            if head.query_prompt == "each":  # the class's own prompt, with which its examples are embedded already
+                embedded = own.embedded.map(lambda kept: kept.unsqueeze(1))
+                selected = head.select_prompts(own.features, prompts)
+            else:
+                embedded, selected = head.embed_queries(own.features, prompts)
             logits = head.match(embedded, Embedded.stack([c.prototype for c in rest]), selected).logits.diagonal()
             found.append(-logits - head.least_distance(own.features.shape[-2]))
     return torch.cat(found) if found else None

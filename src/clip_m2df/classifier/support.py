@@ -259,7 +259,8 @@ class ClassScorer:
         """The head's logits and the scores that tell the class, both ``(n, n_way)``, of ``query (n, frames, dim)``."""
         head, share = self.model.model.head, self.model.text_fusion
         scored = []
-        for chunk in query.split(QUERIES):
+        # With each class's prompt a query is embedded as often as there are classes.
+        for chunk in query.split(max(QUERIES // len(self.prompts), 1) if head.query_prompt == "each" else QUERIES):
             logits = self.score(chunk).logits
             scored.append((logits, fuse_text(head, share, logits, chunk, self.prompts)))
         logits, scores = (torch.cat(column) for column in zip(*scored, strict=True))

@@ -50,8 +50,8 @@ def encode_manifest(
     Videos that can't be read are named and left out. The table is written at the end, whole or not at all.
 
     Args:
-        manifest: A CSV with the columns path, label and split; or motion_shapes, motion_shapes_scene or
-            motion_shapes_order, the embedded benchmark.
+        manifest: A CSV with the columns path, label and split; or motion_shapes, motion_shapes_scene,
+            motion_shapes_order or motion_shapes_mixed, the embedded benchmark.
         root: A folder outside the manifest's own in which its videos may lie too.
         cache: A folder that clip-m2df cache wrote.
         output: The table, .safetensors or .parquet. Beside it come the class embeddings, as

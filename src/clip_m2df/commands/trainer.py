@@ -48,7 +48,14 @@ from clip_m2df.nn.weights import published_state
 from clip_m2df.report.evaluation import EvaluationPage
 from clip_m2df.training import checkpoints
 from clip_m2df.training.build import options_by_name, saved_options
-from clip_m2df.training.callbacks import RunConfig, RunProgressBar, RunReport, chosen_score, logger_of_run
+from clip_m2df.training.callbacks import (
+    BundleWriter,
+    RunConfig,
+    RunProgressBar,
+    RunReport,
+    chosen_score,
+    logger_of_run,
+)
 from clip_m2df.training.dashboard import Dashboard
 from clip_m2df.training.module import CLIPM2DF
 from clip_m2df.training.wandb_run import resume_run
@@ -138,6 +145,8 @@ class CLI(LightningCLI):
             parser.add_argument("--report", type=str | None, default=None, help=text)
             text = "a further manifest, as often as you like: each is tested, and one table has a row for each"
             parser.add_argument("--also", action="append", type=str, help=text)
+            text = "a file by which others replay the test without a video, by clip-m2df verify"
+            parser.add_argument("--bundle", type=str | None, default=None, help=text)
         if subcommand == "validate":
             text = (
                 "numbers of examples of a class, such as [1,5]: calibrate sets of labels for them on val, and put the"
@@ -189,6 +198,8 @@ class CLI(LightningCLI):
         if subcommand == "test" and self.config.test.report is not None:
             text = self._parser("test").dump(self.config.test, skip_unset=False)
             options.callbacks.append(EvaluationPage(Path(self.config.test.report), yaml.safe_load(text)))
+        if subcommand == "test" and self.config.test.bundle is not None:
+            options.callbacks.append(BundleWriter(Path(self.config.test.bundle)))
         trainer = super().instantiate_trainer(**kwargs)
         if subcommand == "fit" and checkpoint is not None:
             path = self.config.fit.ckpt_path
@@ -277,7 +288,7 @@ class CLI(LightningCLI):
             say("sets of labels can't be calibrated: no two classes of val have two videos that can be read")
             return
         left_out = sorted({*n_shots} - {*calibration.n_shots})
-        missing = f"; val has too few videos a class for {', '.join(map(str, left_out))}" if left_out else ""
+        missing = f"; val has too few videos of a class for {', '.join(map(str, left_out))}" if left_out else ""
         say(f"sets of labels are calibrated on val for {calibration}{missing}; predict --error gives them")
         if best := next(c.aurocs for c in found.values() if c is not None):
             say(chosen_score(best))
@@ -537,8 +548,8 @@ class EpisodesCLI(CLI):
         if any(video.group for row in split.videos for video in row):
             twins = [twin for plan in plans for twin in plan.twins]
             say(
-                f"{sum(twins)} of their {len(twins)} queries, {sum(twins) / len(twins):.1%}, have a twin in the support,"
-                " a video of the same group"
+                f"{sum(twins)} of their {len(twins)} queries, {sum(twins) / len(twins):.1%}, have a twin: a video of"
+                " their group, cut from the same as they are, is in the support"
             )
 
 

@@ -104,7 +104,7 @@ class EpisodeBank:
         return _FromBank(self, rows).score_episode(batch["support"], batch["query"], classes, batch["draws"])
 
     def embed(self, videos: Tensor, classes: Tensor) -> Embedded:
-        """Videos embedded with the prompts of classes, ``n_classes`` for none; both int64, of one shape."""
+        """Videos embedded with the prompts of classes, ``n_classes`` for none; both int64, of shapes that broadcast."""
         pairs = self._rank[torch.searchsorted(self._sorted, self._pair(videos, classes))]
         if self._fits is None:
             first = self._embed(self.pairs[:PAIRS])
@@ -142,6 +142,8 @@ class EpisodeBank:
         query = self.episodes["query"]
         if self.head.query_prompt == "class":
             support = torch.cat((support, self._pair(query, classes.gather(1, self.indices))), 1)
+        elif self.head.query_prompt == "each":
+            support = torch.cat((support, self._pair(query.unsqueeze(-1), classes.unsqueeze(-2)).flatten(1)), 1)
         elif self.head.query_prompt == "none":
             support = torch.cat((support, self._pair(query, torch.full_like(query, len(self.prompt_table)))), 1)
         keys, indices = support.flatten().unique(return_inverse=True)
@@ -188,9 +190,11 @@ class _FromBank(Scoring):
         bank = self.bank
         if self.query_prompt == "mixture":
             return bank.head.select_prompts(bank.features[query], bank.prompt_table[prompts.squeeze(-1)], draws)
-        indices = bank.indices[self.rows]
+        indices, probabilities = bank.indices[self.rows], bank.probabilities[self.rows]
+        if self.query_prompt == "each":
+            return SelectedPrompts(prompts.unsqueeze(-3).expand(*probabilities.shape, -1), indices, probabilities)
         chosen = torch.take_along_dim(prompts, indices.unsqueeze(-1), dim=-2)
-        return SelectedPrompts(chosen, indices, bank.probabilities[self.rows])
+        return SelectedPrompts(chosen, indices, probabilities)
 
     def embed(self, videos: Tensor, prompt: Tensor | None) -> Embedded:
         if prompt is None:

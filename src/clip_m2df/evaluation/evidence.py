@@ -6,7 +6,7 @@ All of it on the CPU and in plain types, so that ranks can hand it to one anothe
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -87,7 +87,8 @@ class QueryEvidence(NamedTuple):
         frame_scores: ``(n_way, frames)``, cosines of PPS between each class's prompt and each frame.
         counted: bool ``(n_way, frames)``, those that a prompt's score is the mean of.
         probabilities: ``(n_way)``, PPS's.
-        chosen: the class whose prompt the query got; -1 where it got an expectation over all; None without PPS.
+        chosen: the class whose prompt the query got; -1 where it got an expectation over all, or each; None without
+            PPS.
     """
 
     alignments: dict[str, Tensor]
@@ -253,21 +254,29 @@ def reliability_columns(output: HeadOutput) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def query_evidence(
-    head: Head, prototypes: Embedded, query: Tensor, prompts: Tensor, draws: Tensor | None = None
+    head: Head,
+    prototypes: Embedded,
+    compared: Sequence[int],
+    query: Tensor,
+    prompts: Tensor,
+    draws: Tensor | None = None,
 ) -> QueryEvidence:
     """Score one query once more, and keep what its output doesn't hold.
 
     Args:
         head: in eval mode.
         prototypes: ``(n, …)``, of the classes to align the query with.
+        compared: the indices of these classes among all.
         query: features ``(frames, dim)``.
         prompts: ``(n_way, dim)``, of all classes that PPS chooses among.
         draws: ``(1)``, where PPS samples.
     """
     embedded, selected = head.embed_queries(query.unsqueeze(0), prompts, draws)
+    if head.query_prompt == "each":
+        embedded = embedded.map(lambda kept: kept[:, list(compared)])
     views = head.match(embedded, prototypes, selected).views
     scores, counted = head.frame_scores(query, prompts)
-    chosen = {"none": None, "mixture": -1, "class": int(selected.indices[0])}
+    chosen = {"none": None, "mixture": -1, "each": -1, "class": int(selected.indices[0])}
     return QueryEvidence(
         alignments={view: alignment[0].cpu() for view, alignment in head.align(embedded, prototypes).items()},
         distances={

@@ -63,7 +63,8 @@ class Explanation(NamedTuple):
         threshold: the distance beyond which a clip is none of the classes; None where nothing is rejected.
         distance: to the closest class, fused, above the least that there can be: 0 where all frames of both are the
             same picture. Of a head that measures none, by how much its highest logit is below the highest possible.
-        prompt: the class whose prompt PPS chose; None without PPS, or where the clip got an expectation over all.
+        prompt: the class whose prompt PPS chose; None without PPS, or where the clip got an expectation over all
+            or each.
         prompt_probabilities: PPS's, by class; empty where there are no prompts, of a tower without text.
         frame_scores: ``(n_way, frames)``, cosines of PPS between each class's prompt and each frame.
         counted: bool ``(n_way, frames)``, those that a prompt's score is the mean of.
@@ -174,7 +175,7 @@ def explain(
     names = list(class_names)
     logits = output.logits[0]
     compared = compared_classes(logits)
-    evidence = query_evidence(head, prototypes.map(lambda kept: kept[compared]), query, prompts, draws)
+    evidence = query_evidence(head, prototypes.map(lambda kept: kept[compared]), compared, query, prompts, draws)
     return Explanation(
         video=video,
         label=label,

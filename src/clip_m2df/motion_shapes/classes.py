@@ -1,4 +1,4 @@
-"""The classes of ``motion_shapes``: colours, shapes, motions, and the three families made of them."""
+"""The classes of ``motion_shapes``: colours, shapes, motions, and the four families made of them."""
 
 from __future__ import annotations
 
@@ -182,6 +182,22 @@ def _scene() -> _Table:
     }
 
 
+def _mixed() -> _Table:
+    """Few appearances, each with several motions and their opposites: words and frames narrow it down, motion decides.
+
+    In training an appearance has all eight motions, so that it tells as much of a class there as in the other splits,
+    which have fewer classes.
+    """
+    across, along, size, presence = (*_PAIRS[:3], (APPEARING, VANISHING))
+    val = {("orange", "star"): along + size, ("cyan", "circle"): across + presence, ("red", "ring"): across + size}
+    test = {
+        ("red", "star"): across + along,
+        ("green", "square"): size + presence,
+        ("orange", "circle"): along + presence,
+    }
+    return {"train": dict.fromkeys(appearances_of("train")[::9], _EIGHT), "val": val, "test": test}
+
+
 # One of each pair of twins; all other pairs are for training.
 _ORDER = {
     "val": (UP, LEFT + THEN + GROWING, APPEARING + THEN + GROWING, SHRINKING + THEN + CIRCLING),
@@ -203,5 +219,5 @@ def _order() -> tuple[MotionClass, ...]:
 
 # Of each family its classes. ``demo`` is the small mixture that clip-m2df demo trains on.
 FAMILIES: Mapping[str, tuple[MotionClass, ...]] = MappingProxyType(
-    {"demo": CLASSES, "scene": _classes(_scene()), "order": _order()}
+    {"demo": CLASSES, "scene": _classes(_scene()), "order": _order(), "mixed": _classes(_mixed())}
 )

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from clip_m2df.errors import UserError
 from clip_m2df.files import write_table
 from clip_m2df.motion_shapes.classes import COLOURS, FAMILIES, SPLITS
-from clip_m2df.motion_shapes.scenes import FPS, JITTER, OUTLIERS, SECONDS, SIZE, draw_scene, render_clip
+from clip_m2df.motion_shapes.scenes import FPS, JITTER, OUTLIERS, SECONDS, SIZE, render_clip
 
 RENDERER_VERSION = 1  # raise it whenever a pixel changes: it is part of the cache's key
 
@@ -31,6 +31,7 @@ VIDEOS_PER_CLASS: dict[str, Mapping[str, int]] = {
     "demo": {"train": 20, "val": 12, "test": 16},
     "scene": dict.fromkeys(SPLITS, 30),
     "order": dict.fromkeys(SPLITS, 30),
+    "mixed": dict.fromkeys(SPLITS, 30),
 }
 
 
@@ -40,11 +41,11 @@ class Knobs:
 
     Attributes:
         overlap: of what makes a class its own, how much is taken away in all videos: the share of the way to a grey
-            circle in ``demo`` and ``scene``, to a video in which nothing happens in ``order``.
+            circle in ``demo``, ``scene`` and ``mixed``, to a video in which nothing happens in ``order``.
         outliers: of the support videos, how many are occluded, of another class, or static.
         noise: deviation of the grain on each pixel of all videos, as a share of the range from black to white.
         twins: of the recordings, how many are cut into ``CUTS`` videos and not one: the usual one, and others in which
-            the same thing does the same again before the same background. The manifest says in ``group`` what a video
+            the same thing does the same again in the same place. The manifest says in ``group`` what a video
             was cut from.
 
     Raises:
@@ -95,16 +96,15 @@ def _render_one(job: _Job, *, family: str, knobs: Knobs, seed: int) -> None:
     """Render a video, with a seed sequence of its own, so that it depends on no other but the first cut of its own."""
     members, outlier = FAMILIES[family], ""
     rng = _generator(job, family, seed)
-    shown, recording = members[job.index], None
+    shown, recorded = members[job.index], None
     if job.cut:
-        recording = draw_scene(shown, rng, knobs.overlap)
-        rng = _generator(job, family, seed, job.cut)
+        recorded, rng = rng, _generator(job, family, seed, job.cut)
     if job.is_outlier:
         outlier = OUTLIERS[job.number % len(OUTLIERS)]
         if outlier == "off_class":
             others = [c for c in members if c.split == shown.split and c != shown]
-            shown, recording = others[rng.integers(len(others))], None
-    frames = render_clip(shown, rng, overlap=knobs.overlap, noise=knobs.noise, outlier=outlier, recording=recording)
+            shown, recorded = others[rng.integers(len(others))], None
+    frames = render_clip(shown, rng, overlap=knobs.overlap, noise=knobs.noise, outlier=outlier, recorded=recorded)
     write_video(job.path, frames)
 
 
@@ -133,7 +133,7 @@ def render(
     Args:
         root: the folder to make. By default one in the cache, ``$CLIP_M2DF_CACHE`` or ``~/.cache/clip-m2df``, whose
             name holds a digest of all that the videos depend on.
-        family: ``demo``, ``scene`` or ``order``.
+        family: ``demo``, ``scene``, ``order`` or ``mixed``.
         knobs: how much harder than usual the videos of the test split are; with any, only that split is rendered.
             Where there are outliers, each video gets an outlying version, for the support of episodes.
         videos_per_class: how many videos a class has, by split; by default 20, 12 and 16 in ``demo`` and 30 elsewhere.

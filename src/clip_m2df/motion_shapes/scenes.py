@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -21,7 +22,12 @@ SECONDS = (2.0, 4.0)  # the shortest and the longest video
 JITTER = 3  # pixels that the camera strays from the middle
 COMMON_COLOUR = 140.0  # the grey that classes have in common where they overlap
 OCCLUDED = 0.8  # side of the square that hides an occluded video, as a share of the picture's
+SEEN = 0.9  # share of an action that a further cut of a recording shows
 OUTLIERS = ("occluded", "off_class", "static")
+
+
+# Fields of a scene whose last axis is that of frames.
+_MOVING = ("x", "y", "radius", "angle", "opacity")
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,7 @@ class Scene:
 
     def backwards(self) -> Scene:
         """The same, played backwards."""
-        moving = {name: getattr(self, name)[..., ::-1] for name in ("x", "y", "radius", "angle", "opacity")}
+        moving = {name: getattr(self, name)[..., ::-1] for name in _MOVING}
         return dataclasses.replace(self, camera=self.camera[::-1], **moving)
 
 
@@ -73,9 +79,7 @@ def draw_scene(
     Returns:
         The scene.
     """
-    if frames is None:
-        first, last = (round(seconds * FPS) for seconds in SECONDS)
-        frames = int(rng.integers(first, last + 1))
+    frames = _draw_length(rng) if frames is None else frames
     time = np.linspace(0, 1, frames)
     appears, own = motion_class.appearance, 1 - overlap
     backwards = False
@@ -89,18 +93,57 @@ def draw_scene(
         motion, own = _happen(events, time, rng, own), 1.0
 
     tint = np.array(COLOURS[appears[0]]) * rng.uniform(0.7, 1.0) + rng.normal(0, 14, 3)
-    strays = np.cumsum(rng.normal(0, 0.7, (frames, 2)), axis=0)
-    camera = JITTER + np.clip(np.rint(strays - strays.mean(axis=0)), -JITTER, JITTER)
+    camera = _draw_camera(rng, frames)
     single = np.float32  # precise enough for pixels, and twice as fast
     scene = Scene(
         shape=appears[1],
         colour=np.clip(tint + (1 - own) * (COMMON_COLOUR - tint), 0, 255).astype(single),
         texture=_texture(rng).astype(single),
-        camera=camera.astype(np.int64),
+        camera=camera,
         roundness=1 - own,
         **{name: values.astype(single) for name, values in motion.items()},
     )
     return scene.backwards() if backwards else scene
+
+
+def draw_cut(
+    motion_class: MotionClass, recorded: np.random.Generator, rng: np.random.Generator, overlap: float = 0.0
+) -> Scene:
+    """Draw one more cut of a recording, whose first cut ``draw_scene`` draws.
+
+    The same thing does the same again, in the same place before the same background: slower or faster, and from another
+    moment on, so that a tenth of it is not seen; and the camera strays in another way.
+
+    Args:
+        motion_class: what to show.
+        recorded: the source of chance that the first cut is drawn from.
+        rng: the only source of chance for what differs.
+        overlap: see :func:`draw_scene`.
+
+    Returns:
+        The scene.
+    """
+    again = copy.deepcopy(recorded)
+    first = draw_scene(motion_class, recorded, overlap)
+    _draw_length(again)  # that of the first cut, in whose place this one has its own
+    frames = _draw_length(rng)
+    whole = round(frames / SEEN)
+    start = int(rng.integers(whole - frames + 1))
+    scene = draw_scene(motion_class, again, overlap, frames=whole)
+    moving = {name: getattr(scene, name)[..., start : start + frames] for name in _MOVING}
+    return dataclasses.replace(scene, texture=first.texture, camera=_draw_camera(rng, frames), **moving)
+
+
+def _draw_length(rng: np.random.Generator) -> int:
+    """The frames of a video."""
+    first, last = (round(seconds * FPS) for seconds in SECONDS)
+    return int(rng.integers(first, last + 1))
+
+
+def _draw_camera(rng: np.random.Generator, frames: int) -> NDArray[np.int64]:
+    """Where the camera strays, (frames, 2)."""
+    strays = np.cumsum(rng.normal(0, 0.7, (frames, 2)), axis=0)
+    return (JITTER + np.clip(np.rint(strays - strays.mean(axis=0)), -JITTER, JITTER)).astype(np.int64)
 
 
 # Along the axes of the picture, clockwise, and towards more; the other motions go the other way.
@@ -251,7 +294,7 @@ def render_clip(
     overlap: float = 0.0,
     noise: float = 0.0,
     outlier: str = "",
-    recording: Scene | None = None,
+    recorded: np.random.Generator | None = None,
 ) -> NDArray[np.uint8]:
     """Render one video of a class.
 
@@ -261,17 +304,15 @@ def render_clip(
         overlap: see :func:`clip_m2df.motion_shapes.scenes.draw_scene`.
         noise: deviation of the grain on each pixel, as a share of the range from black to white.
         outlier: ``occluded`` by a plain square for all of the video, ``static`` at one of its frames, or nothing.
-        recording: another video of the class that was cut from the same recording: what is seen, and the background,
-            are those of this one.
+        recorded: the source of chance of the recording that it is one more cut of (:func:`draw_cut`).
 
     Returns:
         (frames, height, width, 3), RGB, 12 frames a second for 2 to 4 s.
     """
-    scene = draw_scene(motion_class, rng, overlap)
-    if recording is not None:
-        same = {name: getattr(recording, name) for name in ("shape", "colour", "texture", "roundness")}
-        scene = dataclasses.replace(scene, **same)
-    frames = paint(scene)
+    drawn = (
+        draw_scene(motion_class, rng, overlap) if recorded is None else draw_cut(motion_class, recorded, rng, overlap)
+    )
+    frames = paint(drawn)
     if outlier == "static":
         frames = np.repeat(frames[rng.integers(len(frames))][None], len(frames), axis=0)
     elif outlier == "occluded":

@@ -27,7 +27,7 @@ from clip_m2df.nn.prompts import (
     select_prompts,
 )
 
-QueryPrompt = Literal["class", "mixture", "none"]
+QueryPrompt = Literal["class", "mixture", "each", "none"]
 
 
 class Embedded(dict[str, Tensor]):
@@ -68,7 +68,8 @@ class HeadOutput(NamedTuple):
         logits: ``(…, n_queries, n_way)``; of a head that measures distances, minus the (fused) distance.
         views: what each view in use (``local``, ``global``) makes of them; empty for a head without views.
         prompt_probabilities: PPS's distribution π ``(…, n_queries, n_way)``.
-        prompt_indices: int64 ``(…, n_queries)``, whose prompt each query got (``expectation``: the likeliest).
+        prompt_indices: int64 ``(…, n_queries)``, whose prompt each query got (``expectation`` and ``each``: the
+            likeliest).
         distillation: the term's value ``(…)`` and the queries ``(…, n_queries)`` distilled each way.
     """
 
@@ -109,7 +110,8 @@ class Scoring(ABC):
     def query_prompt(self) -> QueryPrompt:
         """What a query is embedded with: the prompt of one class, a mixture of several, or none.
 
-        A bank keeps queries embedded with one class's prompt or with none from one episode to the next.
+        Or with that of each class of the episode in turn (``each``), to be compared with that class alone. A bank keeps
+        queries embedded with one class's prompt, with each or with none from one episode to the next.
         """
 
     @abstractmethod
@@ -129,7 +131,9 @@ class Scoring(ABC):
         Args:
             videos: ``(…, frames, dim)``.
             prompt: ``(…, dim)``: a support video's is that of its class, a query's the one that was selected. None for
-                queries where ``query_prompt`` is ``none``.
+                queries where ``query_prompt`` is ``none``. Where it is ``each``, queries come as
+                ``(…, n_queries, 1, frames, dim)`` with prompts ``(…, n_queries, n_way, dim)``; what is kept has the
+                leading axes of the prompts.
         """
 
     @abstractmethod
@@ -147,7 +151,7 @@ class Scoring(ABC):
         """Compare queries ``(…, n_queries, …)`` with prototypes ``(…, n_way, …)``.
 
         Args:
-            query: the queries, embedded.
+            query: the queries, embedded; where ``query_prompt`` is ``each``, ``(…, n_queries, n_way, …)``.
             prototypes: of the classes.
             selected: the queries' prompts, for :meth:`HeadOutput.of`.
         """
@@ -161,6 +165,8 @@ class Scoring(ABC):
     ) -> tuple[Embedded, SelectedPrompts]:
         """Select prompts for queries, and embed the queries with them; see :meth:`score`."""
         selected = self.select_prompts(query, prompts, draws)
+        if self.query_prompt == "each":
+            query = query.unsqueeze(prompts.ndim - 1)  # after the axis of the queries, in the place of the classes
         return self.embed(query, None if self.query_prompt == "none" else selected.embeddings), selected
 
     def score(self, query: Tensor, prompts: Tensor, prototypes: Embedded, draws: Tensor | None = None) -> HeadOutput:

@@ -48,7 +48,8 @@ class M2DFHead(Head):
         views: ``("local", "global")``, or one of them (an ablation).
         view_weights: α, the weight of each view's distance, in the order of ``views``; 1 each by default.
         pps: give queries a probability prompt embedding; without it (an ablation) theirs is zero.
-        selection: how PPS picks at evaluation: ``argmax``, ``sample`` or ``expectation``.
+        selection: how PPS picks at evaluation: ``argmax``, ``sample`` or ``expectation``; or ``each``, by which nothing
+            is picked: a query is fused with each class's prompt, to be compared with that class.
             Note: the published code samples here too; with argmax a test repeats.
         train_selection: how it picks in training.
         reliability: what makes a view the reliable one: any of ``text`` and ``visual``, or nothing.
@@ -123,9 +124,10 @@ class M2DFHead(Head):
 
     @property
     def query_prompt(self) -> QueryPrompt:
-        """The chosen class's prompt, or the expectation over all; without PPS a query has none, and token 0 is zero."""
+        """The chosen class's prompt, the expectation over all, or each; without PPS none, and token 0 is zero."""
         selection = self.train_selection if self.training else self.selection
-        return "none" if not self.pps else "mixture" if selection == "expectation" else "class"
+        kinds: dict[str, QueryPrompt] = {"expectation": "mixture", "each": "each"}
+        return kinds.get(selection, "class") if self.pps else "none"
 
     @property
     def without_prompts(self) -> str:

@@ -65,12 +65,15 @@ def token_cosines(query: Tensor, prototype: Tensor) -> Tensor:
     """Cosine of each token of each query with each token of each prototype.
 
     Args:
-        query: ``(…, n_queries, tokens, dim)``.
+        query: ``(…, n_queries, tokens, dim)``; or with an axis more, ``(…, n_queries, n_way, tokens, dim)``, where a
+            query is another sequence for each class, which is compared with the prototype of that class alone.
         prototype: ``(…, n_way, tokens, dim)``.
 
     Returns:
         ``(…, n_queries, n_way, tokens, tokens)``, rows the query's tokens.
     """
+    if query.ndim > prototype.ndim:
+        return cosine(query, prototype.unsqueeze(-4))
     # One product for all tokens of an episode, rather than one for each pair of videos.
     cosines = cosine(query.flatten(-3, -2), prototype.flatten(-3, -2))
     return rearrange(cosines, "... (m t) (n s) -> ... m n t s", m=query.shape[-3], n=prototype.shape[-3])
@@ -80,7 +83,7 @@ def frame_costs(query: Tensor, prototype: Tensor) -> Tensor:
     """Cost of aligning each frame of each query with each frame of each prototype, ``1 − cos``.
 
     Args:
-        query: ``(…, n_queries, frames, dim)``.
+        query: ``(…, n_queries, frames, dim)``, or as :func:`token_cosines` takes it.
         prototype: ``(…, n_way, frames, dim)``.
 
     Returns:

@@ -12,7 +12,7 @@ from clip_m2df.nn.matching import cosine, full_precision
 
 DEFAULT_TEMPLATE = "a photo of {}"
 
-Selection = Literal["argmax", "sample", "expectation"]
+Selection = Literal["argmax", "sample", "expectation", "each"]
 SELECTIONS: tuple[str, ...] = get_args(Selection)
 
 
@@ -20,8 +20,10 @@ class SelectedPrompts(NamedTuple):
     """What PPS gives the queries.
 
     Attributes:
-        embeddings: ``(…, n_queries, dim)``, each query's probability prompt embedding.
-        indices: int64 ``(…, n_queries)``, of the chosen classes in the episode (``expectation``: the likeliest).
+        embeddings: ``(…, n_queries, dim)``, each query's probability prompt embedding; of the selection ``each``
+            ``(…, n_queries, n_way, dim)``, those of all classes.
+        indices: int64 ``(…, n_queries)``, of the chosen classes in the episode (``expectation`` and ``each``: the
+            likeliest).
         probabilities: ``(…, n_queries, n_way)``, PPS's distribution π over the episode's classes.
     """
 
@@ -171,7 +173,8 @@ def select_prompts(
     Args:
         probabilities: ``(…, n_queries, n_way)``.
         prompts: ``(…, n_way, dim)``.
-        selection: the likeliest class's (``argmax``), that of a drawn one (``sample``), or the mean (``expectation``).
+        selection: the likeliest class's (``argmax``), that of a drawn one (``sample``), the mean (``expectation``), or
+            those of all classes (``each``).
         draws: ``(…, n_queries)`` uniforms in [0, 1) for ``sample``.
 
     Raises:
@@ -187,6 +190,8 @@ def select_prompts(
         indices = probabilities.argmax(-1)
     if selection == "expectation":
         embeddings = probabilities.to(prompts.dtype) @ prompts
+    elif selection == "each":
+        embeddings = prompts.unsqueeze(-3).expand(*probabilities.shape, -1)
     else:
         embeddings = torch.take_along_dim(prompts, indices.unsqueeze(-1), dim=-2)
     return SelectedPrompts(embeddings, indices, probabilities)

@@ -251,8 +251,16 @@ class View(nn.Module):
         self.encoder = encoder
 
     def forward(self, frames: Tensor, prompt: Tensor) -> Tensor:
-        """``frames (…, frames, dim)`` with ``prompt (…, dim)`` to the fused sequence ``(…, 1 + frames, dim)``."""
-        leading = frames.shape[:-2]
+        """``frames (…, frames, dim)`` with ``prompt (…, dim)`` to the fused sequence ``(…, 1 + frames, dim)``.
+
+        Where an axis of the frames is 1 and the prompts' is not, a video is fused with several prompts.
+        """
+        of_videos, leading = frames.shape[:-2], prompt.shape[:-1]
         frames, prompt = frames.flatten(0, -3), prompt.to(frames.dtype).flatten(0, -2)
-        fused: Tensor = self.encoder(prompt, frames, self.context(frames)).unflatten(0, leading)
+        context: Tensor = self.context(frames)
+        if of_videos != leading:  # the context is a video's own, whatever its prompt
+            frames, context = (
+                tensor.unflatten(0, of_videos).expand(*leading, -1, -1).flatten(0, -3) for tensor in (frames, context)
+            )
+        fused: Tensor = self.encoder(prompt, frames, context).unflatten(0, leading)
         return fused

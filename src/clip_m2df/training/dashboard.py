@@ -113,11 +113,11 @@ class EvidenceCollector:
         if not (with_evidence and candidate.has_views):
             return hard
         head, prompts, q = model.model.head, candidate.prompts, hard.hardest
-        pair = torch.tensor([hard.labels[q], hard.rivals[q]], device=prompts.device)
+        pair = [hard.labels[q], hard.rivals[q]]
         draws = episode["draws"][q : q + 1] if "draws" in episode else None
         with trainer.precision_plugin.val_step_context(), torch.no_grad():
             prototypes = head.prototypes(episode["support"][pair], prompts[pair])
-            evidence: QueryEvidence = query_evidence(head, prototypes, episode["query"][q], prompts, draws)
+            evidence: QueryEvidence = query_evidence(head, prototypes, pair, episode["query"][q], prompts, draws)
         return hard._replace(evidence=evidence)
 
     def _read(self, table: VideoTable, indices: Tensor) -> Tensor | None:

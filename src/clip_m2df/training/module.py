@@ -150,8 +150,9 @@ class CLIPM2DF(lightning.LightningModule):
         class_weight: λ of the class-text loss over all classes of the split; off at 0, as published.
         loss_reduction: the classification loss is the ``sum`` over the queries of an episode, as published, and the
             class-text loss that over its support and query videos; or each is the ``mean``, as in CLIP-FSAR.
-        selection: how PPS picks at evaluation: ``argmax``, ``sample`` or ``expectation``; by default ``sample`` for a
-            published checkpoint and for models saved from one, ``argmax`` for all others.
+        selection: how PPS picks at evaluation: ``argmax``, ``sample`` or ``expectation``; or ``each``, by which a query
+            is fused with the prompt of the very class that it is compared with. By default ``sample`` for a published
+            checkpoint and for models saved from one, ``argmax`` for all others.
         text_fusion: β of ``p = p_text^β · p_visual^(1−β)`` at evaluation, the text's probabilities from the class
             logits of the episode's classes; 0 leaves the text out.
 
@@ -302,6 +303,11 @@ class CLIPM2DF(lightning.LightningModule):
     def image_size(self) -> int:
         """Height and width in pixels of the frames that the tower takes; 0 without a tower, for features alone."""
         return self.model.backbone.image_size
+
+    @property
+    def bank(self) -> EpisodeBank | None:
+        """What the evaluation under way is played from; None between evaluations, and where frames are played."""
+        return self._bank
 
     def setup(self, stage: str) -> None:
         """Take over what a feature table has; refuse, before videos are read, what does not fit together.
