@@ -379,18 +379,39 @@ def test_a_grouped_episode_is_dealt_wherever_there_is_one_and_has_no_twin(shared
 
 def test_a_grouped_episode_is_the_random_one_but_for_its_twins() -> None:
     split = grouped_split(*([f"{c}{g}" for g in range(8) for _ in range(4)] for c in range(5)))
-    changed = 0
+    spread = changed = 0
     for number in range(300):
         random_plan, plan = (
             plan_episode(split, EpisodeShape(5, 2, 2, grouped=grouped), seed=0, episode=number)
             for grouped in (False, True)
         )
-        assert (plan.classes, plan.support) == (random_plan.classes, random_plan.support)
-        kept = [v for v, twin in zip(itertools.chain(*random_plan.query), random_plan.twins, strict=True) if not twin]
-        assert set(kept) <= set(itertools.chain(*plan.query))
-        changed += len(random_plan.twins) - len(kept)
-    # Of 31 others of its class, 3 or 6 are of a group of the support, which two videos are.
+        assert plan.classes == random_plan.classes
+        rows = zip(random_plan.support, plan.support, random_plan.query, plan.query, strict=True)
+        for random_support, support, random_query, query in rows:
+            # Two of one group become two of two, neither of them a query's; the first stays.
+            assert len(sources(support)) == 2
+            assert support[0] == random_support[0]
+            assert (support == random_support) == (len(sources(random_support)) == 2)
+            assert not (sources(support) & sources(random_query)) - sources(random_support)
+            kept = [video for video in random_query if video.group not in sources(support)]
+            assert set(kept) <= set(query)
+            spread += support != random_support
+            changed += 2 - len(kept)
+    # Of 31 others of its class, 3 are of the same group; and of 30, 6 or 2 are twins of two support videos.
+    assert spread / 1500 == pytest.approx(3 / 31, abs=0.02)
     assert changed / 3000 == pytest.approx(6 / 30 * 28 / 31 + 2 / 30 * 3 / 31, abs=0.02)
+
+
+def test_a_support_has_as_many_groups_as_there_are_beside_those_of_the_queries() -> None:
+    split = grouped_split(["a"] * 4 + ["b"] * 2 + ["c"], ["d"] * 4 + ["e"] * 4)
+    found = set()
+    for number in range(200):
+        plan = plan_episode(split, EpisodeShape(2, 3, 1, grouped=True), seed=0, episode=number)
+        for row, queries in zip(plan.support, plan.query, strict=True):
+            assert sources(row).isdisjoint(sources(queries))
+            found.add((row[0].label, len(sources(row))))
+    # Never three groups: one is the query's.
+    assert found == {("class 0", 2), ("class 0", 1), ("class 1", 1)}
 
 
 def test_queries_of_grouped_episodes_are_drawn_evenly_from_those_that_may_come() -> None:
@@ -491,7 +512,7 @@ def test_every_other_class_and_video_is_unknown_about_as_often() -> None:
         ((3, 1, 1, -1), "n_unknown is -1; it must be at least 0"),
     ],
 )
-def test_unknown_queries_that_a_split_cannot_supply_are_refused(shape: tuple[int, ...], message: str) -> None:
+def test_unknown_queries_that_a_split_cannot_supply_are_refused(shape: tuple[int, int, int, int], message: str) -> None:
     split = grouped_split([""] * 3, [""] * 2, [""] * 3, [""] * 3)
     EpisodeShape(3, 1, 1, 2).check(split)
     with pytest.raises(UserError, match=message):

@@ -7,12 +7,16 @@ import io
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import combinations_with_replacement
 from pathlib import Path
 from typing import Any, TextIO, get_args
+
+import numpy as np
+from numpy.typing import NDArray
 
 from clip_m2df.datasets.benchmarks import NEEDED
 from clip_m2df.datasets.manifest import SPLITS, Manifest, Video, same_files
@@ -23,7 +27,18 @@ from clip_m2df.video.isolation import Unreadable, isolated_map
 
 STATUSES = ("ok", "warning", "unusable")
 MOST_NAMES = 20  # of the unusable, in print
+MOST_GROUPS = 5
 _SAME = "the same frames as"
+
+# Videos cut from one recording mostly share a background, so that some of their frames look alike. A look says of each
+# of 16 by 16 places of a frame whether it is darker than the next to the right. Frames count as alike whose looks differ
+# in fewer than MOST_APART of the 256 places, and videos with ALIKE such frames each: one may be a title that many have.
+SIDE = 16
+MOST_APART = 40
+ALIKE = 2
+_LOOKS = 8  # at most, of the frames of a video
+_PLAIN = 32  # places, of one kind or the other: a frame that has fewer shows nothing
+_TOGETHER = 256  # videos whose frames are compared at once
 
 
 @dataclass(frozen=True)
@@ -42,6 +57,7 @@ class Finding:
         digest: SHA-256 of evaluation's frames, in hexadecimal.
         sampled: Evaluation's number of frames.
         fingerprint: The file's when it was read (``Fingerprint``); empty if the finding may not last.
+        looks: Of some of evaluation's frames, which tell videos that may be cut from one recording, in hexadecimal.
         notes: What else a person should know of it; in the table a part of the reason.
     """
 
@@ -56,6 +72,7 @@ class Finding:
     digest: str = ""
     sampled: int = 0
     fingerprint: str = ""
+    looks: str = ""
     notes: str = ""
 
     @property
@@ -88,7 +105,7 @@ _FACTS = {
     if f.name not in ("failure", "notes")
 }
 
-COLUMNS = ("path", "label", "split", "status", "reason", *_FACTS)
+COLUMNS = ("path", "label", "split", "group", "status", "reason", *_FACTS)
 """Of the table."""
 
 
@@ -108,11 +125,14 @@ def check_videos(
     Findings are added to ``<output>.part`` as they come, and the next check goes on from there. Those of an earlier
     table hold for the videos that have not changed since.
 
+    Videos without a group are compared by their frames with all others of their split: those that look as if they were
+    cut from one recording get a group in the table, the name of the first of them.
+
     Args:
         manifest: A CSV with the columns path, label and split; videos that are not there count as unusable.
         root: A folder outside the manifest's own in which its videos may lie too.
         output: The table, a CSV; beside the manifest, NAME.check.csv, by default.
-        fix: Write a manifest without the unusable videos.
+        fix: Write a manifest without the unusable videos, and with the groups that were found.
         frames: Frames of each video at evaluation.
         decoder: As a run's data.decoder; the videos of which decord or torchcodec may give other frames than those that
             are shown count as unusable.
@@ -143,10 +163,12 @@ def check_videos(
         check_output(fix, "manifest")
     with locked(beside(output, ".part"), "table", output) as part, writing(output, "table"):
         findings = _find(listed, output, part, frames=frames, decoder=decoder, workers=workers, timeout=timeout)
-        rows = _rows(listed, findings)
+        groups = find_groups(listed.videos, {path: f.looks for path, f in findings.items()}, listed.root)
+        rows = _rows(listed, findings, groups)
         write_table(output, "table", [COLUMNS, *(row.values() for row in rows)])
         part.truncate(0)
     _print_summary(rows, output)
+    _print_groups(listed, groups, fix)
     if fix is not None:
         _write_fixed(listed, rows, fix, root)
     return int(any(row["status"] == "unusable" for row in rows))
@@ -180,6 +202,7 @@ def examine(task: tuple[str, int, str], decoder: Decoder = "auto") -> Finding:
         digest=hashlib.sha256(repr(shape).encode() + clip.contiguous().numpy().tobytes()).hexdigest(),
         sampled=frames,
         fingerprint=mark,
+        looks=" ".join(look.tobytes().hex() for look in _looks_of(clip.numpy())),
     )
     if facts is None:
         notes = [f"{len(broken)} of {n_frames} images can't be had, the first being {name}" for name in broken[:1]]
@@ -206,6 +229,79 @@ def examine(task: tuple[str, int, str], decoder: Decoder = "auto") -> Finding:
     if abs(facts.pixel_aspect - 1) > 0.02:
         notes.append(f"its pixels are {facts.pixel_aspect:.4g} times as wide as high, and are read as squares")
     return dataclasses.replace(finding, notes="; ".join(notes))
+
+
+def _looks_of(clip: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The looks of some frames of a clip ``(frames, 3, height, width)``, ``(frames, 32)`` bytes."""
+    import torch
+    from torch.nn.functional import interpolate
+
+    chosen = clip[np.unique(np.linspace(0, len(clip) - 1, _LOOKS).round().astype(int))]
+    grey = torch.from_numpy(chosen).float().mean(1, keepdim=True)
+    small = interpolate(grey, (SIDE, SIDE + 1), mode="bilinear", antialias=True).squeeze(1).numpy()
+    return np.packbits((small[..., :-1] < small[..., 1:]).reshape(len(small), -1), axis=1)
+
+
+def find_groups(videos: Sequence[Video], looks: Mapping[str, str], root: str | None) -> dict[str, str]:
+    """Find the groups of videos that have none, by what their frames look like.
+
+    Args:
+        videos: Of a manifest.
+        looks: As ``Finding`` has them, by path; of a video without any nothing is found.
+        root: The folder that the names of groups start at.
+
+    Returns:
+        The group by path, of those alone that have none in the manifest and look like others of their split: the first
+        that such a one has, or else the name of the first of them.
+    """
+    found: dict[str, str] = {}
+    for split in SPLITS:
+        own = [video for video in videos if video.split == split and looks.get(video.path)]
+        if all(video.group for video in own):
+            continue
+        parts = [np.frombuffer(bytes.fromhex(looks[v.path]), np.uint8).reshape(-1, SIDE * SIDE // 8) for v in own]
+        first = list(range(len(own)))  # of those that look like it, as far as is known
+
+        def of(index: int, first: list[int] = first) -> int:
+            while first[index] != index:
+                first[index] = index = first[first[index]]
+            return index
+
+        for a, b in _alike([np.unpackbits(part, axis=1) for part in parts]):
+            if not (own[a].group and own[b].group):
+                low, high = sorted((of(a), of(b)))
+                first[high] = low
+        together: dict[int, list[Video]] = {}
+        for index, video in enumerate(own):
+            together.setdefault(of(index), []).append(video)
+        for members in together.values():
+            name = next((v.group for v in members if v.group), plain(relative_path(members[0].path, root)))
+            if len(members) > 1:
+                found |= {video.path: name for video in members if not video.group}
+    return found
+
+
+def _alike(looks: Sequence[NDArray[np.uint8]]) -> Iterator[tuple[int, int]]:
+    """The pairs of videos that look alike, by the bits ``(frames, 256)`` of each."""
+    blocks = []
+    for start in range(0, len(looks), _TOGETHER):
+        part = looks[start : start + _TOGETHER]
+        bits = np.concatenate(part)
+        owner = np.repeat(np.arange(start, start + len(part)), [len(one) for one in part])
+        ones = bits.sum(1)
+        shows = (ones >= _PLAIN) & (ones <= SIDE * SIDE - _PLAIN)
+        blocks.append((owner[shows], (2.0 * bits[shows] - 1).astype(np.float32)))
+    enough = np.array([min(ALIKE, len(one)) for one in looks])
+    for (a, of_a), (b, of_b) in combinations_with_replacement(blocks, 2):
+        # Of 256 places, so many more are the same than are not.
+        rows, columns = np.nonzero(of_a @ of_b.T > SIDE * SIDE - 2 * MOST_APART)
+        counts = []
+        for frames in (rows, columns):  # of the one video, those that the other has too
+            pairs = np.unique(np.stack([a[rows], b[columns], frames]), axis=1)[:2]
+            counts.append(np.unique(pairs, axis=1, return_counts=True))
+        (pairs, in_a), (_, in_b) = counts
+        for pair in pairs[:, (in_a >= enough[pairs[0]]) & (in_b >= enough[pairs[1]]) & (pairs[0] < pairs[1])].T:
+            yield int(pair[0]), int(pair[1])
 
 
 def _find(
@@ -300,6 +396,7 @@ def _parse(row: Mapping[str, Any]) -> Finding | None:
         "variable_rate": "[01]?",
         "sampled": r"[1-9]\d{0,17}",
         "fingerprint": r"\d+(:\d+)+",
+        "looks": rf"([0-9a-f]{{{SIDE * SIDE // 4}}} ?\b)+" if usable else "",
     }
     if not all(re.fullmatch(form, row[name], re.ASCII) for name, form in forms.items()):
         return None
@@ -313,7 +410,7 @@ def _parse(row: Mapping[str, Any]) -> Finding | None:
     return None
 
 
-def _rows(manifest: Manifest, findings: Mapping[str, Finding]) -> list[dict[str, Any]]:
+def _rows(manifest: Manifest, findings: Mapping[str, Finding], groups: Mapping[str, str]) -> list[dict[str, Any]]:
     """Make the rows of the table, with what the videos have in common."""
     first: dict[str, Video] = {}
     rows = []
@@ -325,7 +422,8 @@ def _rows(manifest: Manifest, findings: Mapping[str, Finding]) -> list[dict[str,
         if same is not video:
             whose = "" if same.label == video.label else f", of the class {same.label!r} in {same.split}"
             more = [f"{_SAME} {relative_path(same.path, manifest.root)}{whose}"]
-        rows.append(_row(relative_path(video.path, manifest.root), video, finding, more))
+        row = _row(relative_path(video.path, manifest.root), video, finding, more)
+        rows.append(row | {"group": groups.get(video.path, video.group)})
     return rows
 
 
@@ -336,6 +434,7 @@ def _row(name: str, video: Video, finding: Finding, more: Sequence[str] = ()) ->
         "path": name,
         "label": video.label,
         "split": video.split,
+        "group": video.group,
         "status": "unusable" if finding.failure else "warning" if warnings else "ok",
         # The name of an image may have bytes that are no UTF-8.
         "reason": plain(" ".join((finding.failure or "; ".join(warnings)).split())),
@@ -358,9 +457,30 @@ def _print_summary(rows: Sequence[Mapping[str, Any]], output: Path) -> None:
     say(f"the table of all videos is {output}")
 
 
+def _print_groups(manifest: Manifest, groups: Mapping[str, str], fix: Path | None) -> None:
+    """Say which videos look as if they were cut from one recording."""
+    if not groups:
+        return
+    sizes = Counter(groups.get(video.path, video.group) for video in manifest.videos)
+    members: dict[str, list[str]] = {}
+    for path, group in groups.items():
+        members.setdefault(group, []).append(relative_path(path, manifest.root))
+    names = [f"{some(own, 3)} ({sizes[group]} in all)" for group, own in members.items()]
+    say(
+        f"{len(groups)} videos without a group look as if they were cut from the same recording as others, of"
+        f" {len(members)} recordings, and random episodes overstate what is measured on such:"
+        f"{some_lines(names, MOST_GROUPS)}",
+        f"their column group is filled in {fix}" if fix is not None else "--fix FILE fills in their column group",
+    )
+
+
 def _write_fixed(manifest: Manifest, rows: Sequence[Mapping[str, Any]], fix: Path, root: Path | None) -> None:
-    """Write the manifest without the unusable videos."""
-    videos = [video for video, row in zip(manifest.videos, rows, strict=True) if row["status"] != "unusable"]
+    """Write the manifest without the unusable videos, and with the groups that were found."""
+    videos = [
+        dataclasses.replace(video, extra={**video.extra, "group": row["group"]} if row["group"] else video.extra)
+        for video, row in zip(manifest.videos, rows, strict=True)
+        if row["status"] != "unusable"
+    ]
     if not videos:
         say(f"{fix} is not written: not one video is usable")
         return

@@ -204,7 +204,7 @@ class EvaluationTable(EpisodeTable):
     def named(self, numbers: Sequence[int]) -> list[int]:
         """See :class:`EpisodeTable`."""
         rows = self.episodes(numbers)
-        named = [rows[role].flatten() for role in ("support", "query", "unknown") if role in rows]  # type: ignore[literal-required]
+        named = [rows[role].flatten() for role in ("support", "query", "unknown") if role in rows]
         indices: list[int] = torch.cat(named).unique().tolist()
         return indices
 

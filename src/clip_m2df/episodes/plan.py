@@ -7,8 +7,9 @@ video needs reading and encoding once, however many episodes have it.
 
 An episode is dealt in one of two ways. ``random``: classes and videos are drawn, each as often as any other.
 ``grouped``: no query is of the group of a support video of the episode, cut from the same as it. The episode is then
-the random one of its number, but for its queries of such a group, in whose places come others of their class, each as
-often as any other; where there are too few others, the support is drawn anew so that enough are left.
+the random one of its number, but for support videos of a group that the support of their class has already, and for
+queries with a twin: in their places come others of their class, each as often as any other. Where there are too few
+others, groups come twice in a support, and if need be the support is drawn anew so that enough queries are left.
 """
 
 from __future__ import annotations
@@ -180,12 +181,31 @@ def plan_episode(split: Split, shape: EpisodeShape, *, seed: int, episode: int) 
     plan = EpisodePlan(
         classes, tuple(tuple(row[: shape.n_shot]) for row in drawn), tuple(tuple(row[shape.n_shot :]) for row in drawn)
     )
-    if shape.grouped and any(plan.twins):
-        plan = _with_other_queries(plan, split, rng) or _parted(split, shape, classes, rng)
+    if shape.grouped:
+        plan = _spread(plan, split, rng)
+        if any(plan.twins):
+            plan = _with_other_queries(plan, split, rng) or _parted(split, shape, classes, rng)
     if shape.n_unknown:
         rng = episode_generator(seed, split.name, episode, "unknown")
         plan = plan._replace(unknown=_unknown(plan, split, shape, rng))
     return plan
+
+
+def _spread(plan: EpisodePlan, split: Split, rng: np.random.Generator) -> EpisodePlan:
+    """The same with a support of different groups, as far as a class has others than those of its queries.
+
+    So ``n_shot`` videos show as much as they do where each is a group of its own.
+    """
+    rows = []
+    for c, row, queries in zip(plan.classes, plan.support, plan.query, strict=True):
+        first = {source(video): video for video in reversed(row)}
+        if len(first) < len(row):
+            kept, taken = set(first.values()), {*first, *map(source, queries)}
+            free = [v for v in split.videos[c] if source(v) not in taken]
+            new = iter({source(free[v]): free[v] for v in rng.permutation(len(free))}.values())
+            row = tuple(video if video in kept else next(new, video) for video in row)
+        rows.append(row)
+    return plan._replace(support=tuple(rows))
 
 
 def _with_other_queries(plan: EpisodePlan, split: Split, rng: np.random.Generator) -> EpisodePlan | None:

@@ -22,12 +22,7 @@ SECONDS = (2.0, 4.0)  # the shortest and the longest video
 JITTER = 3  # pixels that the camera strays from the middle
 COMMON_COLOUR = 140.0  # the grey that classes have in common where they overlap
 OCCLUDED = 0.8  # side of the square that hides an occluded video, as a share of the picture's
-SEEN = 0.9  # share of an action that a further cut of a recording shows
 OUTLIERS = ("occluded", "off_class", "static")
-
-
-# Fields of a scene whose last axis is that of frames.
-_MOVING = ("x", "y", "radius", "angle", "opacity")
 
 
 @dataclass(frozen=True)
@@ -60,7 +55,7 @@ class Scene:
 
     def backwards(self) -> Scene:
         """The same, played backwards."""
-        moving = {name: getattr(self, name)[..., ::-1] for name in _MOVING}
+        moving = {name: getattr(self, name)[..., ::-1] for name in ("x", "y", "radius", "angle", "opacity")}
         return dataclasses.replace(self, camera=self.camera[::-1], **moving)
 
 
@@ -111,8 +106,8 @@ def draw_cut(
 ) -> Scene:
     """Draw one more cut of a recording, whose first cut ``draw_scene`` draws.
 
-    The same thing does the same again, in the same place before the same background: slower or faster, and from another
-    moment on, so that a tenth of it is not seen; and the camera strays in another way.
+    The same thing does the same again, in the same place before the same background, slower or faster; and the camera
+    strays in another way. The cuts of a recording are as hard as one another.
 
     Args:
         motion_class: what to show.
@@ -127,11 +122,8 @@ def draw_cut(
     first = draw_scene(motion_class, recorded, overlap)
     _draw_length(again)  # that of the first cut, in whose place this one has its own
     frames = _draw_length(rng)
-    whole = round(frames / SEEN)
-    start = int(rng.integers(whole - frames + 1))
-    scene = draw_scene(motion_class, again, overlap, frames=whole)
-    moving = {name: getattr(scene, name)[..., start : start + frames] for name in _MOVING}
-    return dataclasses.replace(scene, texture=first.texture, camera=_draw_camera(rng, frames), **moving)
+    scene = draw_scene(motion_class, again, overlap, frames=frames)
+    return dataclasses.replace(scene, texture=first.texture, camera=_draw_camera(rng, frames))
 
 
 def _draw_length(rng: np.random.Generator) -> int:
