@@ -30,7 +30,9 @@ def classes(first: int, count: int, n: int, noise: float = 1.0) -> dict[str, lis
 
 def make(head: str = "otam", **options: Any) -> FewShotClassifier:
     torch.manual_seed(0)
-    sizes = {"head_options": {"hidden_dim": 32, "num_heads": 4, "pps": False, "reliability": []}} if head == "m2df" else {}
+    sizes: dict[str, Any] = (
+        {"head_options": {"hidden_dim": 32, "num_heads": 4, "pps": False, "reliability": []}} if head == "m2df" else {}
+    )
     return FewShotClassifier(CLIPM2DF("features", {"dim": DIM}, head=head, **sizes, **options))
 
 

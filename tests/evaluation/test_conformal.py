@@ -218,6 +218,7 @@ def test_a_calibration_comes_back_from_its_state_and_a_damaged_one_is_refused() 
     ):
         with pytest.raises(UserError, match="the calibration is damaged"):
             Calibration.from_state(state | {name: value})
-    for other in (None, [], {}, {**state, "more": 1}):
+    others: list[Any] = [None, [], {}, {**state, "more": 1}]
+    for other in others:
         with pytest.raises(UserError, match="the calibration is damaged"):
             Calibration.from_state(other)

@@ -93,6 +93,7 @@ AFTER = {
         *("manifests/hmdb51_sound.csv", "manifests/hmdb51.check.csv"),
         *(f"runs/hmdb51_5way1shot/test_{table}.csv" for table in ("classes", "confusion")),
     ],
+    "docs/guarantees.md": ["jars_classifier/calibration.safetensors"],
     "docs/features.md": ["runs/mine/test_metrics.csv", "bread_classifier/support.safetensors"],
     "docs/index.md": ["runs/demo/checkpoints/best.ckpt", "runs/hmdb51_5way1shot/test_classes.csv"],
     "docs/motion_shapes.md": ["videos/manifest.csv"],
@@ -171,6 +172,8 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     films = Films(tmp_path_factory.mktemp("films"))
     for name in ("open_jar/0.mp4", "open_jar/1.mp4", "pour_water/0.webm", "pour_water/1.mp4"):
         films.put(folder / "support" / name)
+    for number in range(9):
+        films.put(folder / "further" / f"class {number // 3}" / f"{number}.mp4")
     # The last of them, and the two after it, are those of README's manifest.
     for name in ("video", "clip", "a", "b", "c", "jars/0", "jars/1", "clips/0001"):
         films.put(folder / f"{name}.mp4")

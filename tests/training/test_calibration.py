@@ -11,15 +11,17 @@ from torch import Tensor
 
 from clip_m2df import CLIPM2DF, EpisodeDataModule
 from clip_m2df.cli import main
-from clip_m2df.datasets.feature_tables import read_feature_table
+from clip_m2df.datasets.feature_tables import read_feature_table, write_feature_table
 from clip_m2df.evaluation.conformal import calibrate
 from clip_m2df.nn.baselines import NearestPrototypeHead
 from clip_m2df.nn.head import Embedded, HeadOutput
 from clip_m2df.nn.prompts import SelectedPrompts
 from clip_m2df.training.checkpoints import read_checkpoint
-from tests.conftest import fails
-from tests.training.test_from_feature_tables import DIM, FRAMES, LABELS, SHAPE, embeddings, features
-from tests.training.test_from_feature_tables import trainer as quiet_trainer
+from tests.conftest import fails, quiet_trainer
+from tests.training.test_from_feature_tables import DIM, FRAMES, LABELS, SHAPE, embeddings, features, rows_of
+
+# The source of each video of a class, by its number.
+PAIRED = str.maketrans("012345", "aabbcc")
 
 
 class Learning(NearestPrototypeHead):
@@ -80,7 +82,9 @@ def test_fit_calibrates_best_and_last_with_their_own_weights(
 ) -> None:
     assert main(run("fit", table, tmp_path)) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "calibrated on val for 2 to 4 classes with 1, 3, 5 examples; val has too few videos a class for 10" in said
+    assert (
+        "calibrated on val for 2 to 4 classes with 1, 3, 5 examples; val has too few videos of a class for 10" in said
+    )
     val = [(row, label) for row, label in enumerate(LABELS) if label.startswith("val")]
     content = read_feature_table(table)
     rows = [(video.path, video.label) for video in content.manifest.videos if video.split == "val"]
@@ -121,6 +125,20 @@ def test_a_run_that_is_ended_in_its_calibration_has_its_checkpoints_as_they_were
     assert main(run("fit", table, ended, "--ckpt_path=last", steps=6)) == 0
     assert checkpoint(ended, "last")["global_step"] == 6
     assert "calibration" in checkpoint(ended, "last")
+
+
+def test_of_clips_of_one_source_a_calibration_takes_one(
+    table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Six videos a class, two of each source."""
+    grouped = tmp_path / "grouped.safetensors"
+    rows = [row | {"group": row["path"].rpartition("/")[2][0].translate(PAIRED)} for row in rows_of(6)]
+    content = read_feature_table(table)
+    numbers = content.of([(video.path, 0) for video in content.manifest.videos])
+    write_feature_table(grouped, rows, numbers, embeddings())
+    assert main(run("fit", grouped, tmp_path / "run")) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "for 2 to 4 classes with 1 example; val has too few videos of a class for 3, 5, 10" in said
 
 
 def test_validate_calibrates_for_other_numbers_of_examples(

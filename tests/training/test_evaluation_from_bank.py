@@ -130,7 +130,12 @@ def test_any_number_of_ranks_gives_the_same_bits(
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"text_fusion": 0.4, "selection": "expectation"}, {"selection": "sample"}, *({"head": h} for h in HEADS)],
+    [
+        {},
+        {"text_fusion": 0.4, "selection": "expectation"},
+        {"selection": "sample"},
+        *({"head": h, "head_options": OWN_OPTIONS.get(h)} for h in HEADS),
+    ],
 )
 def test_unknown_queries_change_nothing_of_the_others_and_are_told_alike_either_way(
     many: Path, tiny_clip_dir: Path, tmp_path: Path, options: dict[str, Any]

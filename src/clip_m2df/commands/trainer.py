@@ -288,7 +288,7 @@ class CLI(LightningCLI):
             say("sets of labels can't be calibrated: no two classes of val have two videos that can be read")
             return
         left_out = sorted({*n_shots} - {*calibration.n_shots})
-        missing = f"; val has too few videos a class for {', '.join(map(str, left_out))}" if left_out else ""
+        missing = f"; val has too few videos of a class for {', '.join(map(str, left_out))}" if left_out else ""
         say(f"sets of labels are calibrated on val for {calibration}{missing}; predict --error gives them")
         if best := next(c.aurocs for c in found.values() if c is not None):
             say(chosen_score(best))
