@@ -461,8 +461,8 @@ def _commands(results: Sequence[Record], parts: Sequence[str], coverage: Sequenc
     if lines:
         sections += [
             "<details>\n<summary>One run of each method; the others differ in family, shots, learning rate and seed, "
-            "harder tests in --data.knobs.overlap, outliers or noise, and further tests in the options that their tables "
-            "name</summary>",
+            "harder tests in --data.knobs.overlap, outliers or noise, and further tests in the options that their "
+            "tables name</summary>",
             "```sh\n# not run by the tests: needs hours\n" + "\n".join(lines) + "\n```",
             "</details>",
         ]
