@@ -358,7 +358,7 @@ def _twin_tables(results: Sequence[Record]) -> list[str]:
                     _shown(_accuracy, results, cell, test),
                     "" if test == TWIN_FREE else NOTHING if found is None else _bold(found),
                     *(_shown(_metric, results, cell, test, name) for name in TWIN_METRICS),
-                    ", ".join(f"`{options}`" for options in sorted(told)),
+                    ", ".join(f"`{options}`" for options in sorted(told) if options),
                 ]
             )
     header = ["family", "shots", "method", FROM, "episodes", "accuracy", "Δ"]
