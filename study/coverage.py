@@ -53,10 +53,12 @@ def measure(family: str, settings: Settings, store: Path, draws: int) -> list[di
     seed = settings.seeds[0]
     model, config = trained(Run("main", "measure", family, REFERENCE, seed, 1e-3), settings, store)[:2]
     tables = EpisodeDataModule(**config["data"]).video_tables()
-    features, prompts, videos = [], [], []
+    features: list[Tensor] = []
+    prompts: list[Tensor] = []
+    videos: list[list[int]] = []
     with torch.no_grad():
         for name in ("val", "test"):
-            table, first = tables[name], sum(map(len, features))
+            table, first = tables[name], sum(len(of_split) for of_split in features)
             features.append(encode_videos(model.eval().model, table, []))
             prompts.append(model.encode_prompts(table.dataset.split.class_texts))
             ends = [first, *(first + n for n in itertools.accumulate(map(len, table.dataset.split.videos)))]
@@ -90,21 +92,21 @@ def played(
     of_episodes: list[tuple[Sequence[int], Sequence[int]]] = []
     tested, ends = [], []
     for _ in range(draws):
-        test, known = np.split(rng.permutation(len(videos)), [n_test])
+        order = rng.permutation(len(videos)).tolist()
+        test, known = order[:n_test], order[n_test:]
         of_episodes += deal_classes(known, N_WAY, n_query=N_QUERY, n_known=N_KNOWN, rng=rng)
         first = len(of_episodes)
         # Of the test's classes first some are the episode's and the others unknown, and then the other way round.
         for own, others in ((test[:N_WAY], test[N_WAY:]), (test[N_WAY:], test[:N_WAY])):
-            fill = rng.permutation(known)
-            own = np.concatenate((own, fill[: N_WAY - len(own)]))
-            of_episodes.append((own, np.concatenate((others, fill[N_WAY : 2 * N_WAY - len(others)]))))
+            fill = rng.permutation(known).tolist()
+            of_episodes.append(([*own, *fill[: N_WAY - len(own)]], [*others, *fill[N_WAY : 2 * N_WAY - len(others)]]))
         ends.append((first, len(of_episodes)))
-        tested.append(torch.from_numpy(test))
+        tested.append(torch.tensor(test))
     dealt = make_episodes(videos, of_episodes, n_shot, N_QUERY, rng)
     logits, misfits = player.play(dealt.episodes)
-    found, first = [], 0
-    for test, (start, end) in zip(tested, ends, strict=True):
-        found.append(_sets(dealt, logits.double(), misfits, slice(first, start), slice(start, end), test))
+    logits, found, first = logits.double(), [], 0
+    for classes, (start, end) in zip(tested, ends, strict=True):
+        found.append(_sets(dealt, logits, misfits, slice(first, start), slice(start, end), classes))
         first = end
     return found
 

@@ -210,8 +210,20 @@ def test_a_head_with_nothing_to_train_is_measured_without_a_checkpoint(
     assert "nothing to train" in said
     assert "clip-m2df test without --ckpt_path" in said
     assert "test measures a checkpoint" in fails(["test", *own, "--model.head=clip_fsar"], capsys)
+    for head in ("linear_probe", "tip_adapter"):
+        assert main(["test", *args, f"--model.head={head}", "--model.head_options={}"]) == 0
+        assert "test/accuracy" in capsys.readouterr().out
     # Behind a tower that learns it is trained like any other.
     assert main(["fit", *args, "--model.freeze_backbone=false"]) == 0
+
+
+def test_frames_that_a_head_cannot_take_are_refused_before_videos_are_read(
+    own: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    of_head = ["--model.head_options={}", "--model.head=ts_fsar"]
+    assert "ts_fsar weighs 8 frames, and videos have 2" in fails(["fit", *own, *of_head], capsys)
+    of_head = ["--model.head_options={tuples: [3]}", "--model.head=trx"]
+    assert "trx compares tuples of 3 frames, and videos have 2" in fails(["fit", *own, *of_head], capsys)
 
 
 def test_misspelt_keys_are_named(own: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

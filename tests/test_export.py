@@ -18,7 +18,7 @@ from clip_m2df import CLIPM2DF, CLIPBackbone, UserError, export
 from clip_m2df.clip.families.resnet import ModifiedResNet
 from clip_m2df.export import FORMATS, Program, export_model, head_program, tower_program, write_program
 from clip_m2df.files import locked_folder
-from clip_m2df.nn.baselines import HEADS
+from clip_m2df.nn.baselines import HEADS, head_class
 from clip_m2df.nn.class_text import fuse_text
 from tests.conftest import files_up_to, read_golden
 
@@ -32,7 +32,7 @@ SHAPES: dict[str, Any] = {"n_way": 2, "n_shot": 1, "n_queries": 1, "frames": 2, 
 
 def make(backbone: str | Path, head: str = "m2df", **options: Any) -> CLIPM2DF:
     torch.manual_seed(0)
-    sizes = SMALL if head in ("m2df", "clip_fsar") else {}
+    sizes: dict[str, Any] = SMALL if head in ("m2df", "clip_fsar") else {"width": 16} if head == "trx" else {}
     return CLIPM2DF(str(backbone), head=head, head_options=sizes | options.pop("head_options", {}), **options).eval()
 
 
@@ -217,9 +217,10 @@ def test_a_tower_that_was_trained_with_checkpointing_has_no_text_tower(tiny_clip
 @pytest.mark.slow
 @pytest.mark.parametrize("frames", [4, 8])
 @pytest.mark.parametrize("n_shot", [1, 3])
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", [name for name in HEADS if head_class(name).differentiable])
 def test_heads_of_all_shapes(head: str, n_shot: int, frames: int, tiny_clip_dir: Path, tmp_path: Path) -> None:
-    check_head(make(tiny_clip_dir, head), tmp_path, n_shot, frames)
+    own = {"frames": frames} if head == "ts_fsar" else {}
+    check_head(make(tiny_clip_dir, head, head_options=own), tmp_path, n_shot, frames)
 
 
 @pytest.mark.slow
@@ -295,6 +296,14 @@ def test_options_out_of_range_are_refused_by_name(
 def test_a_head_that_samples_is_refused(tiny_clip_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="selection 'sample' draws prompts"):
         export_model(make(tiny_clip_dir, selection="sample"), tmp_path / "e", **SHAPES)
+
+
+def test_a_head_that_no_program_can_hold_is_refused(tiny_clip_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"linear_probe fits a model in each episode.*such as nearest_prototype"):
+        export_model(make(tiny_clip_dir, "linear_probe"), tmp_path / "e", **SHAPES)
+    with pytest.raises(UserError, match=r"weighs 8 frames, and videos have 2: set model\.head_options\.frames"):
+        export_model(make(tiny_clip_dir, "ts_fsar"), tmp_path / "e", **SHAPES)
+    assert not [file for file in (tmp_path / "e").iterdir() if file.name != ".lock"]
 
 
 def test_missing_packages_are_named(plain_model: CLIPM2DF, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

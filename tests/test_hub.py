@@ -307,7 +307,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         if not (root / repo_id).is_dir():
             raise FileNotFoundError(repo_id)
         ignore = shutil.ignore_patterns("README.md")
-        assert allow_patterns == ["config.json", "model.safetensors", "adapter_model.safetensors"]
+        files = ["config.json", "model.safetensors", "adapter_model.safetensors", "calibration.safetensors"]
+        assert allow_patterns == files
         return str(shutil.copytree(root / repo_id, tmp_path / "cache", ignore=ignore, dirs_exist_ok=True))
 
     monkeypatch.setattr(HfApi, "create_repo", create_repo)

@@ -27,6 +27,7 @@ COMMANDS = {
     "cache": ("cache.cache_frames", "keep the frames of a manifest's videos, decoded and resized"),
     "encode": ("encode.encode_manifest", "write the features of a manifest's videos as a table that stands for them"),
     "predict": ("predict.predict_videos", "label videos from a few examples of each class"),
+    "verify": ("verify.verify_bundle", "replay a test from its bundle, and say whether each query comes out the same"),
     "episodes": ("trainer.run", "write the test episodes of a config, for --data.episodes_file and other tools"),
 }
 EXAMPLES = """examples:
@@ -45,8 +46,9 @@ def main(args: Sequence[str] | None = None) -> int:
         args: The command and its options; the process's own arguments by default.
 
     Returns:
-        The exit status: 0; 1 where ``prepare``, ``check``, ``encode`` or ``predict`` found a fault in the data; 2 after
-        an error that a person can mend, printed in plain words; 128 and its number after a signal.
+        The exit status: 0; 1 where ``prepare``, ``check``, ``encode`` or ``predict`` found a fault in the data, or
+        ``verify`` other numbers; 2 after an error that a person can mend, printed in plain words; 128 and its number
+        after a signal.
     """
     args = list(sys.argv[1:] if args is None else args)
     show_traceback = "--traceback" in args

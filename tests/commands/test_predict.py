@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import re
 import shutil
@@ -17,7 +18,7 @@ import torch
 
 from clip_m2df import CLIPM2DF, FewShotClassifier
 from clip_m2df.cli import main
-from clip_m2df.commands.predict import UntrainedHead
+from clip_m2df.commands.predict import UntrainedHead, open_part
 from clip_m2df.datasets.feature_tables import read_feature_table, write_feature_table
 from clip_m2df.datasets.manifest import readable
 from clip_m2df.motion_shapes.rendering import write_video
@@ -687,3 +688,82 @@ def test_what_encode_writes_says_what_the_videos_say(
                 assert row["label"] == expected["label"]
                 shares = [float(row[f"p_{label}"]) for label in LABELS]
                 assert shares == pytest.approx([float(expected[f"p_{label}"]) for label in LABELS], abs=2e-5)
+
+
+# Sets of labels
+
+
+def with_calibration(tmp_path: Path, frames: int = 8) -> tuple[Path, list[str]]:
+    """A saved classifier of two classes, calibrated on five further ones, and feature tables of clips to label."""
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(9, 16, generator=generator)
+
+    def clips(c: int, n: int) -> torch.Tensor:
+        return centres[c] + 1.5 * torch.randn(n, frames, 16, generator=generator)
+
+    classifier = FewShotClassifier(CLIPM2DF("features", {"dim": 16}, head="otam"))
+    classifier.fit({label: list(clips(c, 2)) for c, label in enumerate(LABELS[:2])})
+    classifier.calibrate({f"further {c}": list(clips(c, 8)) for c in range(2, 7)})
+    classifier.save(tmp_path / "classifier")
+    rows = torch.cat([clips(c, 4) for c in (0, 1, 7, 8)])
+    table = write_table(tmp_path / "clips.safetensors", rows, [f"{c}" for c in range(4) for _ in range(4)])
+    return tmp_path / "classifier", [str(table)]
+
+
+def test_the_tables_and_the_page_say_the_sets_of_the_classifier(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved, videos = with_calibration(tmp_path)
+    args = ["predict", "--ckpt_path", str(saved), "--videos", *videos, "--error", "0.3"]
+    table, lines, page = (tmp_path / name for name in ("labels.csv", "labels.jsonl", "page.html"))
+    assert main([*args, "--output", str(table), "--report", str(page)]) == 0
+    assert main([*args, "--output", str(lines)]) == 0
+    capsys.readouterr()
+    assert main(args) == 0
+    printed = capsys.readouterr().out
+    classifier = FewShotClassifier.load(saved)
+    expected = [list(labels) for labels in classifier.predict_sets(videos, error=0.3)]
+    assert len({*map(len, expected)}) > 1
+    rows = read_csv(table)
+    assert list(rows[0])[:4] == ["path", "label", "probability", "set"]
+    assert [json.loads(row["set"]) for row in rows] == expected
+    assert [row["set"] for row in read_lines(lines)] == expected
+    assert "set" in printed
+    assert "none of these" in printed
+    text = page.read_text(encoding="utf-8")
+    assert text.count("<p>Set: ") == len(rows)
+    assert "each holds the truth in 70 % of the cases or more, if these classes are such as the 5" in text
+
+
+def test_rows_of_an_interrupted_run_whose_sets_no_run_writes_are_passed_over(tmp_path: Path) -> None:
+    columns = ["label", "probability", "set", "p_a", "p_b", "error"]
+    row = {"label": "a", "probability": 0.7, "set": ["a", "none of these"], "p_a": 0.7, "p_b": 0.3, "error": None}
+    sets: dict[str, Any] = {"whole": row["set"], "empty": [], "all": ["b", "a", "none of these"]}
+    odd: list[Any] = [None, "a", ["c"], ["a", "a"], [1], {"a": 1}, ["a", None]]
+    sets |= {f"odd {i}": value for i, value in enumerate(odd)}
+    with open_part(tmp_path / "labels.csv") as part:
+        part.take_over("digest", {}, columns)
+        for name, value in sets.items():
+            part.add(name, "mark", [row | {"set": value}])
+    with open_part(tmp_path / "labels.csv") as part:
+        found = part.take_over("digest", dict.fromkeys(sets, "mark"), columns)
+    assert found == {name: [row | {"set": sets[name]}] for name in ("whole", "empty", "all")}
+
+
+def test_what_sets_need_is_said(
+    support: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = predict_args(support, [folder], tmp_path / "labels.csv")
+    assert "has no calibration" in fails([*run, "--error", "0.1"], capsys)
+    assert "--error" in fails([*run, "--error", "0.1", "--segments"], capsys)
+    for error in ("0", "1", "nan", "-1"):
+        assert "error" in fails([*run, "--error", error], capsys)
+    assert not (tmp_path / "labels.csv").exists()
+    saved, videos = with_calibration(tmp_path)
+    args = ["predict", "--ckpt_path", str(saved), "--videos", *videos, "--output", str(tmp_path / "labels.csv")]
+    assert main([*args, "--error", "0.1"]) == 0
+    assert "the 5 classes of the calibration are too few for an error rate of 0.1" in capsys.readouterr().err.replace(
+        "\n", " "
+    )
+    every = {*LABELS[:2], "none of these"}
+    assert all(set(json.loads(row["set"])) == every for row in read_csv(tmp_path / "labels.csv"))

@@ -1,4 +1,4 @@
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -209,7 +209,8 @@ def with_unknown(played: IndexedEpisode, n_unknown: int = 3, seed: int = 1) -> I
     unknown = VIDEOS_A_CLASS * classes + torch.randint(VIDEOS_A_CLASS, (n, n_unknown), generator=generator)
     draws = torch.rand(n, n_unknown, generator=generator)
     extra: Any = {"unknown": unknown, "unknown_classes": classes, "unknown_draws": draws}
-    return played | extra
+    merged: Any = played | extra
+    return cast(IndexedEpisode, merged)
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -10,6 +10,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
+from clip_m2df.errors import UserError
 from clip_m2df.evaluation.open_set import SCORES, OpenSet, auroc, choose_score, fpr_at_recall, oscr
 
 
@@ -87,6 +88,18 @@ def test_what_is_no_number_is_none(measure: Any) -> None:
     some, none = torch.tensor([0.0, 1.0]), torch.zeros(0)
     for known, unknown in ((some, none), (none, some), (some, torch.tensor([math.nan])), (some * math.nan, some)):
         assert math.isnan(measure(known, unknown))
+
+
+@pytest.mark.parametrize("recall", [0.0, -0.5, 1.01, math.nan])
+def test_a_recall_that_there_cannot_be_is_refused(recall: float) -> None:
+    with pytest.raises(UserError, match="recall is"):
+        fpr_at_recall(torch.arange(3), torch.arange(3), recall)
+
+
+def test_scores_of_other_precisions_are_compared_as_they_are() -> None:
+    known, unknown = torch.tensor([0.5, 0.25], dtype=torch.bfloat16), torch.tensor([0.3, 0.5], dtype=torch.float64)
+    assert auroc(known, unknown) == 1.5 / 4
+    assert auroc(torch.tensor([1, 2]), torch.tensor([0, 2])) == 2.5 / 4
 
 
 def test_scores_are_those_of_their_names() -> None:

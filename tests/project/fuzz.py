@@ -232,6 +232,49 @@ def features(samples: Path, scratch: Path, rng: Rng) -> str:
     return "read" if found else "refused"
 
 
+def save_bundle(folder: Path) -> None:
+    """Write the bundle of a few episodes."""
+    from tests.evaluation.test_bank import episodes, make_head
+    from tests.evaluation.test_bundle import predictions, with_unknown, write
+
+    head, played = make_head(), with_unknown(episodes(9))
+    predicted = {name: scores.argmax(-1) for name, scores in predictions(head, played, 0).items()}
+    write(folder / "bundle", head, "m2df", played, predicted)
+
+
+def bundle(samples: Path, scratch: Path, rng: Rng) -> str:
+    """A bundle, read and replayed: damage is refused, and content of a right digest ends in a result or an error."""
+    from clip_m2df.evaluation.bundle import read_bundle
+    from tests.evaluation.test_bundle import parts, seal, sealed
+
+    file, whole = scratch / "bundle", (samples / "bundle").read_bytes()
+    kind = rng.choice(["bytes", "header", "facts", "tensors"])
+    if kind == "bytes":
+        file.write_bytes(damage(rng, whole))
+        read_bundle(file)
+        assert file.read_bytes() == whole, "damage that was not seen"
+    elif kind == "header":
+        end = 8 + int.from_bytes(whole[:8], "little")
+        header = whole[8:100] + damage(rng, whole[100:end], (b"0", b"]", b'"', b"}", b"[" * 3000))
+        file.write_bytes(sealed(len(header).to_bytes(8, "little") + header + whole[end:]))
+    else:
+        facts, tensors = parts(samples / "bundle")
+        name = rng.choice(list(tensors))
+        for _ in range(rng.choice([1, 1, 2, 5])):
+            if kind == "facts":
+                facts = alter(rng, facts)
+                continue
+            tensor = tensors.get(name, torch.zeros(0))
+            content = bytearray(tensor.flatten().view(torch.uint8).numpy().tobytes())
+            content[: len(content)] = damage(rng, bytes(content)).ljust(len(content), b"\xff")[: len(content)]
+            changed = torch.frombuffer(content, dtype=torch.uint8).view(tensor.dtype).view(tensor.shape)
+            tensors[rng.choice([name, name, rng.choice(list(tensors))])] = changed.clone()
+            name = rng.choice(list(tensors))
+        seal(file, facts, tensors)
+    read_bundle(file).replay()
+    return f"read, {kind}"
+
+
 def frames(samples: Path, scratch: Path, rng: Rng) -> str:
     """A shard of a frame cache: damage never ends in other frames."""
     from clip_m2df.video.frame_cache import DamagedCacheError, FrameCache
@@ -302,6 +345,7 @@ KINDS: dict[str, tuple[Attempt, Callable[[Path], None] | None]] = {
     "tokenizer": (tokenizer, save_tokenizers),
     "archive": (archive, None),
     "features": (features, None),
+    "bundle": (bundle, save_bundle),
     "frames": (frames, save_samples),
     "video": (video, save_videos),
 }

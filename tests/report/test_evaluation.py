@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -72,7 +73,11 @@ def test_the_configuration_is_whole(tested: Measured) -> None:
 
 
 def test_unknown_queries_have_a_table_and_curves(
-    fitted: Path, hostile_manifest: Path, tiny_clip_dir: Path, tmp_path: Path
+    fitted: Path,
+    hostile_manifest: Path,
+    tiny_clip_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     more = [f"--ckpt_path={fitted / 'checkpoints' / 'best.ckpt'}", "--data.n_way=2", "--data.unknown_queries=2"]
     tested = run_test(hostile_manifest, tiny_clip_dir, tmp_path, *more)
@@ -80,7 +85,12 @@ def test_unknown_queries_have_a_table_and_curves(
     (table,) = page.all("table", id="open-set")
     for score, _, *shown in table.rows():
         assert shown == [percent(numbers[f"test/{measure}/{score.split()[0]}"]) for measure in MEASURES]
-    assert [row[0] for row in table.rows()] == list(SCORES)
+    model: Any = tested.trainer.model
+    chosen = model.calibration.score  # which the training has kept
+    assert [row[0] for row in table.rows()] == [f"{s} (chosen by val)" if s == chosen else s for s in SCORES]
+    said = capsys.readouterr().out
+    assert f"{chosen} (chosen by val)" in said
+    assert f"val chooses the score {chosen} to tell unknown queries by: AUROC " in said
     accepted, right = (svg for svg in page.all("svg", class_="curves") if svg.attributes.get("role") == "img")
     for svg, end in ((accepted, 1.0), (right, numbers["test/accuracy"])):
         lines = {line.attributes["class"]: line.attributes["points"].split() for line in svg.all("polyline")}
@@ -129,6 +139,47 @@ def test_a_head_without_anything_to_train(hostile_manifest: Path, tiny_clip_dir:
     assert main(["test", *plain, "--model.freeze_backbone=true", "--model.head_options=null"]) == 0
     assert facts(read(page))["checkpoint"] == "none: nothing is trained"
     assert not list(read(page).all("svg", class_="map"))
+
+
+@pytest.mark.parametrize("evaluation", ["bank", "direct"])
+def test_queries_with_a_twin_are_shown_apart(
+    evaluation: str,
+    fitted: Path,
+    hostile_manifest: Path,
+    tiny_clip_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    header, *rows = hostile_manifest.read_text(encoding="utf-8").splitlines()
+    pairs = [f"{row},{row.split('_')[0]} {n % 3 // 2}" for n, row in enumerate(rows)]
+    grouped = tmp_path / "groups.csv"
+    grouped.write_text("\n".join([f"{header},group", *pairs]), encoding="utf-8")
+    more = [f"--ckpt_path={fitted / 'checkpoints' / 'best.ckpt'}", f"--data.root={hostile_manifest.parent}"]
+    more += [f"--data.evaluation={evaluation}", "--data.test_episodes=40"]
+    accuracy = {}
+    for episodes in ("random", "grouped"):
+        tested = run_test(grouped, tiny_clip_dir, tmp_path / episodes, *more, f"--data.episodes={episodes}")
+        numbers = {name.removeprefix("test/"): float(v) for name, v in tested.trainer.callback_metrics.items()}
+        page = read(tested.page)
+        (section,) = (s for s in page.all("section") if next(s.all("h2")).text == "Twins")
+        assert f"Of the queries, {percent(numbers['twin_share'])} have a twin" in section.text
+        assert measures(page)["accuracy of the others"] == percent(numbers["accuracy_without_twins"])
+        shown = measures(page).get("accuracy of the queries with a twin")
+        written = {row["metric"]: float(row["value"]) for row in read_csv(tested.page.parent / "test_metrics.csv")}
+        assert written["test/twin_share"] == pytest.approx(numbers["twin_share"])
+        assert facts(page)["episodes"] == "40" + (", grouped" if episodes == "grouped" else "")
+        said = capsys.readouterr().out
+        assert ("40 grouped episodes, 3-way 1-shot" in said) == (episodes == "grouped")
+        assert f"{100 * numbers['twin_share']:.1f} %" in said.split("test/twin_share")[1].splitlines()[0]
+        accuracy[episodes] = numbers
+        assert (shown is None) == (episodes == "grouped")
+    # Two of a class's three videos are of one group: a third of the pairs of support and query.
+    share = accuracy["random"]["twin_share"]
+    assert share == pytest.approx(1 / 3, abs=0.12)
+    parts = share * accuracy["random"]["accuracy_twins"] + (1 - share) * accuracy["random"]["accuracy_without_twins"]
+    assert parts == pytest.approx(accuracy["random"]["accuracy"], abs=1e-6)
+    assert accuracy["grouped"]["twin_share"] == 0
+    assert accuracy["grouped"]["accuracy"] == accuracy["grouped"]["accuracy_without_twins"]
 
 
 def test_a_page_that_cannot_be_written_is_refused_before_the_test(

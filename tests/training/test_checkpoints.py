@@ -12,7 +12,7 @@ import torch
 from clip_m2df import CLIPM2DF, UserError
 from clip_m2df.cli import main
 from clip_m2df.nn.m2df import M2DFHead
-from clip_m2df.training.checkpoints import FOLDER, LAST, RunCheckpointIO, read_checkpoint
+from clip_m2df.training.checkpoints import BEST, FOLDER, LAST, RunCheckpointIO, read_checkpoint
 from tests.conftest import fails, options
 
 SMALL = {"hidden_dim": 32, "num_heads": 4}
@@ -59,12 +59,14 @@ def test_a_checkpoint_is_verified_and_read_once(
 ) -> None:
     last = str(fitted / FOLDER / LAST)
     once = [last, last]  # for its checksums, and for what it holds
+    # The calibration at the end of fit adds to what the training has written.
+    calibrated = [str(fitted / FOLDER / name) for name in (BEST, BEST, LAST, LAST)]
     CLIPM2DF.load_from_checkpoint(last)
     assert opened == once
     for command in ("validate", "test", "fit"):
         opened.clear()
         assert main([command, *options(manifest, tiny_clip_dir, fitted, "--ckpt_path=last")]) == 0
-        assert opened == once
+        assert opened == [*once, *(calibrated if command == "fit" else [])]
 
 
 def test_what_has_been_read_is_handed_over_once(fitted: Path) -> None:

@@ -25,6 +25,7 @@ from tests import clips
 from tests.conftest import quiet_trainer as trainer
 from tests.training.test_module import make
 
+OWN_OPTIONS: dict[str, dict[str, Any]] = {"ts_fsar": {"frames": 2}}
 SMALL: dict[str, Any] = {"n_way": 3, "n_query": 2, "frames": 2, "resize": 32, "size": 32, "num_workers": 0}
 
 
@@ -80,7 +81,11 @@ class Contrary(M2DFHead):
         ({"selection": "sample"}, 2),
         ({"selection": "each"}, 2),
         ({"head": f"{__name__}.Contrary"}, 1),
-        *(({"head": name, "class_weight": 1.0, "text_fusion": 0.4}, 5) for name in HEADS if name != "m2df"),
+        *(
+            ({"head": name, "class_weight": 1.0, "text_fusion": 0.4, "head_options": OWN_OPTIONS.get(name)}, 5)
+            for name in HEADS
+            if name != "m2df"
+        ),
     ],
 )
 def test_the_numbers_are_those_of_the_direct_path(
@@ -158,7 +163,8 @@ def test_unknown_queries_are_told_by_what_a_user_computes(many: Path, tiny_clip_
     assert model.evaluated is not None
     direct = data(many, test_episodes=30, n_shot=2, unknown_queries=3, evaluation="direct")
     direct.setup("test")
-    known, right, unknown, of_features = [], [], [], []
+    known, right, unknown = [], [], []
+    of_features: Any = []
     for batch in direct.test_dataloader():
         classes = [list(row) for row in batch["class_indices"].tolist()]
         assert not any(
@@ -175,7 +181,7 @@ def test_unknown_queries_are_told_by_what_a_user_computes(many: Path, tiny_clip_
     for name, value in expected.items():
         assert float(model.evaluated.numbers[f"{name}/distance"]) == pytest.approx(value, abs=1e-3), name
     # Other people's data modules may deal them, too.
-    loader: Any = torch.utils.data.DataLoader(of_features, batch_size=None)
+    loader = torch.utils.data.DataLoader(of_features, batch_size=None)
     (numbers,) = trainer(tmp_path).test(model, loader, verbose=False)
     for name, value in expected.items():
         assert numbers[f"test/{name}/distance"] == pytest.approx(value, abs=1e-3), name

@@ -456,12 +456,18 @@ def test_a_head_without_weights_behind_a_frozen_tower_has_nothing_to_train(tiny_
         trainer(tmp_path, max_steps=1).fit(model, UsersData())
 
 
+def test_a_head_that_fits_a_model_in_each_episode_is_not_trained(tiny_clip_dir: Path, tmp_path: Path) -> None:
+    model = make(tiny_clip_dir, head="linear_probe")
+    with pytest.raises(UserError, match=r"linear_probe fits a model in each episode.*clip-m2df test"):
+        trainer(tmp_path, max_steps=1).fit(model, UsersData())
+
+
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
 )
 def test_models_are_copied_and_pickled_with_their_scores(tiny_clip_dir: Path, head: str, copied: Any) -> None:
-    model = make(tiny_clip_dir, head=head).eval()
+    model = make(tiny_clip_dir, {"frames": 4} if head == "ts_fsar" else None, head=head).eval()
     again = copied(model)
     assert list(again.state_dict()) == list(model.state_dict())
     episode = make_episodes(2)

@@ -610,7 +610,7 @@ class FewShotClassifier:
         misfits, names = nonconformity(scores), list(self._classes)
         is_none = SCORES[sets.score](logits.double()) <= sets.thresholds.unknown
         found = []
-        for row, order, none in zip(misfits.tolist(), misfits.argsort(-1, stable=True).tolist(), is_none, strict=True):
+        for row, order, none in zip(misfits.tolist(), misfits.argsort(stable=True).tolist(), is_none, strict=True):
             labels = [names[c] for c in order if row[c] <= sets.thresholds.known]
             found.append((*labels, NONE_OF_THESE) if none else tuple(labels))
         return found

@@ -48,7 +48,14 @@ from clip_m2df.nn.weights import published_state
 from clip_m2df.report.evaluation import EvaluationPage
 from clip_m2df.training import checkpoints
 from clip_m2df.training.build import options_by_name, saved_options
-from clip_m2df.training.callbacks import RunConfig, RunProgressBar, RunReport, logger_of_run
+from clip_m2df.training.callbacks import (
+    BundleWriter,
+    RunConfig,
+    RunProgressBar,
+    RunReport,
+    chosen_score,
+    logger_of_run,
+)
 from clip_m2df.training.dashboard import Dashboard
 from clip_m2df.training.module import CLIPM2DF
 from clip_m2df.training.wandb_run import resume_run
@@ -136,6 +143,10 @@ class CLI(LightningCLI):
         if subcommand == "test":
             text = "a page for a browser, .html: accuracies, what is taken for what, the hardest episodes"
             parser.add_argument("--report", type=str | None, default=None, help=text)
+            text = "a further manifest, as often as you like: each is tested, and one table has a row for each"
+            parser.add_argument("--also", action="append", type=str, help=text)
+            text = "a file by which others replay the test without a video, by clip-m2df verify"
+            parser.add_argument("--bundle", type=str | None, default=None, help=text)
         if subcommand == "validate":
             text = (
                 "numbers of examples of a class, such as [1,5]: calibrate sets of labels for them on val, and put the"
@@ -166,7 +177,8 @@ class CLI(LightningCLI):
         options = self.config_init[subcommand].trainer
         checkpoint, self.checkpoint = self.checkpoint, None
         folder = Path(options.default_root_dir or ".")
-        options.callbacks = [*_listed(options.callbacks), RunReport()]
+        self.report = RunReport(several=bool(self.others))
+        options.callbacks = [*_listed(options.callbacks), self.report]
         if options.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in options.callbacks):
             options.callbacks.append(RunProgressBar())
         options.plugins = _listed(options.plugins)
@@ -186,6 +198,8 @@ class CLI(LightningCLI):
         if subcommand == "test" and self.config.test.report is not None:
             text = self._parser("test").dump(self.config.test, skip_unset=False)
             options.callbacks.append(EvaluationPage(Path(self.config.test.report), yaml.safe_load(text)))
+        if subcommand == "test" and self.config.test.bundle is not None:
+            options.callbacks.append(BundleWriter(Path(self.config.test.bundle)))
         trainer = super().instantiate_trainer(**kwargs)
         if subcommand == "fit" and checkpoint is not None:
             path = self.config.fit.ckpt_path
@@ -195,6 +209,11 @@ class CLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         try:
             super()._run_subcommand(subcommand)
+            for number, data in enumerate(self.others, 2):
+                self.model.test_name = f"test_{number}"
+                self.model.model.take_class_embeddings({})  # of the manifest before
+                self.trainer.test(**self._prepare_subcommand_kwargs(subcommand) | {"datamodule": data})
+            self.report.summarise(self.trainer)
         except (UserError, MisconfigurationException):
             raise
         except Exception as error:
@@ -269,8 +288,10 @@ class CLI(LightningCLI):
             say("sets of labels can't be calibrated: no two classes of val have two videos that can be read")
             return
         left_out = sorted({*n_shots} - {*calibration.n_shots})
-        missing = f"; val has too few videos a class for {', '.join(map(str, left_out))}" if left_out else ""
+        missing = f"; val has too few videos of a class for {', '.join(map(str, left_out))}" if left_out else ""
         say(f"sets of labels are calibrated on val for {calibration}{missing}; predict --error gives them")
+        if best := next(c.aurocs for c in found.values() if c is not None):
+            say(chosen_score(best))
 
     def _set_seed(self) -> None:
         try:
@@ -285,11 +306,33 @@ class CLI(LightningCLI):
             UserError: an option has a value that they don't take.
         """
         try:
+            self.others = self._further_data()
             super().instantiate_classes()
         except (UserError, MisconfigurationException):
             raise
         except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             raise UserError(f"an option has a value that it can't have: {' '.join(str(error).split())}") from error
+
+    def _further_data(self) -> list[EpisodeDataModule]:
+        """The data of the further manifests of a test, checked before the first is tested.
+
+        All options hold for them too, but those that name something of the first: its cache and its texts.
+
+        Raises:
+            UserError: one can't be tested, or an option is of one manifest alone.
+        """
+        config = self.config[str(self.subcommand)]
+        others = []
+        for manifest in config.get("also") or []:
+            for option, value in (("report", config.report), ("data.episodes_file", config.data.episodes_file)):
+                if value is not None:
+                    raise UserError(f"{option} is of one manifest, and --also names another: leave out one of them")
+            options = config.data.as_dict() | {"manifest": manifest, "cache": None, "class_texts": None}
+            if is_feature_table(manifest):
+                options |= {"root": None, "frames": read_feature_table(manifest).frames}
+            EpisodeDataModule(**options).setup("test")
+            others.append(EpisodeDataModule(**options))
+        return others
 
     def before_instantiate_classes(self) -> None:
         """Find the checkpoint and take the model's options from it.
@@ -502,8 +545,8 @@ class EpisodesCLI(CLI):
         if any(video.group for row in split.videos for video in row):
             twins = [twin for plan in plans for twin in plan.twins]
             say(
-                f"{sum(twins)} of their {len(twins)} queries, {sum(twins) / len(twins):.1%}, have a twin in the support,"
-                " a video of the same group"
+                f"{sum(twins)} of their {len(twins)} queries, {sum(twins) / len(twins):.1%}, have a twin: a video of"
+                " their group, cut from the same as they are, is in the support"
             )
 
 

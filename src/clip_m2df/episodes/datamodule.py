@@ -358,10 +358,13 @@ class EpisodeDataModule(lightning.LightningDataModule):
         return tables
 
     def calibration_table(self, most: int) -> TrainingTable | None:
-        """The videos of val, to be encoded as an evaluation sees them; None where there is no val split.
+        """Videos of val, to be encoded as an evaluation sees them; None where there is no val split.
+
+        Of videos of a class that were cut from one source there is one: others would be closer to it than a clip is to
+        examples from elsewhere.
 
         Args:
-            most: videos of a class; of more, some from beginning to end, since neighbours may be cut from one video.
+            most: videos of a class; of more, some from beginning to end, since neighbours may be cut from one source.
         """
         if self.manifest is None:
             self._read_manifest()
@@ -369,10 +372,14 @@ class EpisodeDataModule(lightning.LightningDataModule):
         if "val" not in self.manifest.splits:
             return None
         split = self.manifest.split("val")
-        chosen = tuple(
-            tuple(row[i * len(row) // min(most, len(row))] for i in range(min(most, len(row)))) for row in split.videos
-        )
-        return self._table_of(dataclasses.replace(split, videos=chosen))
+        chosen = []
+        for videos in split.videos:
+            sources: dict[tuple[str, str], Video] = {}
+            for video in videos:
+                sources.setdefault((video.group, "" if video.group else video.path), video)
+            row, count = list(sources.values()), min(most, len(sources))
+            chosen.append(tuple(row[i * len(row) // count] for i in range(count)))
+        return self._table_of(dataclasses.replace(split, videos=tuple(chosen)))
 
     def _table_of(self, split: Split) -> TrainingTable:
         """All videos of a split, to be encoded: those of train in their augmentations, if there are to be any."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from clip_m2df.episode import IndexedEpisode
 from clip_m2df.errors import UserError
-from clip_m2df.evaluation.bank import EPISODES, EpisodeBank
+from clip_m2df.evaluation.bank import EpisodeBank
 from clip_m2df.evaluation.open_set import SCORES, best_score, choose_score
 from clip_m2df.nn.class_text import fuse_text
 from clip_m2df.nn.head import Head
@@ -88,7 +88,7 @@ def deal_classes(
         others = others[np.lexsort((rng.random(len(others)), dealt[1][others]))][:n_way]
         dealt[0][own] += n_query
         dealt[1][others] += n_query
-        episodes.append((names[own], names[others]))
+        episodes.append((names[own].tolist(), names[others].tolist()))
     return episodes
 
 
@@ -182,7 +182,7 @@ class Player:
         else:
             self._bank.turn_to(rows)
         found = []
-        for numbers in rows["numbers"].split(EPISODES):
+        for numbers in rows["numbers"].split(max(1, TOGETHER // rows["query"].shape[1])):
             logits, query = self._bank.play(numbers).logits, self.features[rows["query"][numbers]]
             prompts = self.prompt_table[rows["class_indices"][numbers]]
             scores = fuse_text(self.head, self.text_fusion, logits, query, prompts)
@@ -214,6 +214,8 @@ def nonconformity(scores: Tensor) -> Tensor:
 STEPS = 200
 # Queries of a class in its calibration, for each number of ways and shots, and in an episode.
 N_KNOWN, N_QUERY = 32, 4
+# Queries that are played at once.
+TOGETHER = 1024
 # Clips of a class that are looked at.
 MOST_CLIPS = 24
 N_SHOTS = (1, 3, 5, 10)

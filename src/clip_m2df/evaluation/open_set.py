@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from clip_m2df.errors import require
+
 MEASURES = ("auroc", "oscr", "fpr95")
 
 
@@ -75,8 +77,8 @@ def oscr(known: Tensor, right: Tensor, unknown: Tensor) -> float:
     """
     if _undefined(known, unknown):
         return math.nan
-    ordered = unknown.sort().values
-    below, up_to = (torch.searchsorted(ordered, known[right].contiguous(), right=ties) for ties in (False, True))
+    ordered, accepted = unknown.double().sort().values, known[right].double()
+    below, up_to = (torch.searchsorted(ordered, accepted, right=ties) for ties in (False, True))
     return int(below.sum() + up_to.sum()) / (2 * len(known) * len(unknown))
 
 
@@ -92,7 +94,11 @@ def fpr_at_recall(known: Tensor, unknown: Tensor, recall: float = 0.95) -> float
 
     Returns:
         A share of 1; see :func:`auroc`.
+
+    Raises:
+        UserError: there can't be such a recall.
     """
+    require(above=0, most=1, recall=recall)
     if _undefined(known, unknown):
         return math.nan
     accepted = math.ceil(Fraction(str(recall)) * len(known))  # 0.95 of 20 are 19, whatever a float makes of 0.95

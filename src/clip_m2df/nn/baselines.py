@@ -3,6 +3,8 @@
 import difflib
 import importlib
 import inspect
+import os
+import sys
 from abc import abstractmethod
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -369,6 +371,25 @@ HEADS = {
     "trx": "clip_m2df.nn.trx.TRXHead",
     "ts_fsar": "clip_m2df.nn.ts_fsar.TSFSARHead",
 }
+
+
+def check_asked_for(name: str, asked: str | None, source: str | os.PathLike[str], option: str) -> None:
+    """Refuse to import other people's code because a file names it as its head.
+
+    Args:
+        name: the head that the file names.
+        asked: the head that a person asked for.
+        source: the file.
+        option: how a person asks on the command line.
+
+    Raises:
+        UserError: it is neither this package's nor asked for, nor imported already, and so trusted.
+    """
+    if name not in HEADS and name != asked and name.rpartition(".")[0] not in sys.modules:
+        raise UserError(
+            f"{source} takes the head {name!r}, code that is not this package's: if you trust it, name it yourself, by"
+            f" {option} {name} or head={name!r}"
+        )
 
 
 def head_class(name: str) -> type[Head]:

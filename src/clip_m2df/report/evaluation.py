@@ -21,7 +21,7 @@ MOST_EPISODES = 4
 
 
 def evaluation_content(
-    config: Mapping[str, Any], numbers: Mapping[str, float], found: ValidationEvidence
+    config: Mapping[str, Any], numbers: Mapping[str, float], found: ValidationEvidence, chosen: str = ""
 ) -> dict[str, object]:
     """What the template ``evaluation.html.j2`` asks for.
 
@@ -29,6 +29,7 @@ def evaluation_content(
         config: what the test was configured with, in nested plain types.
         numbers: what was measured, by its name without ``test/``.
         found: of the test's classes, whose names are those of the manifest, and of its hardest episodes.
+        chosen: the score by which val tells unknown queries, where the model keeps it.
     """
     queries = int(found.confusion.sum())
     return {
@@ -39,6 +40,7 @@ def evaluation_content(
         "n_queries": queries,
         # All have as many queries.
         "n_episodes": queries // len(found.hardest[0].labels) if found.hardest else None,
+        "chosen": chosen,
         "open_set": [
             (score, [numbers[f"{measure}/{score}"] for measure in MEASURES], curve.points.tolist())
             for score, curve in found.open_set.items()
@@ -85,6 +87,7 @@ class EvaluationPage(lightning.Callback):
         numbers = {name: float(value) for name, value in model.evaluated.numbers.items() if not math.isnan(value)}
         # By their labels, as in the tables.
         class_names = trainer.datamodule.manifest.split("test").class_names  # type: ignore[attr-defined]
-        content = evaluation_content(self.config, numbers, found._replace(class_names=class_names))
+        chosen = model.calibration.score if model.calibration is not None and model.calibration.aurocs else ""
+        content = evaluation_content(self.config, numbers, found._replace(class_names=class_names), chosen)
         write_page(self.path, "evaluation.html.j2", content)
         say(f"the report is {self.path}")

@@ -2,12 +2,11 @@
 
 import inspect
 import os
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 from clip_m2df.errors import RENAMED_OPTIONS, UserError
-from clip_m2df.nn.baselines import HEADS, head_class, options_of
+from clip_m2df.nn.baselines import check_asked_for, head_class, options_of
 
 
 def saved_options(
@@ -35,12 +34,7 @@ def saved_options(
         raise UserError(
             f"{source} has the option {unknown[0]!r}, which {model.__name__} has not; give one of this version"
         )
-    # What is imported already has been trusted.
-    if name not in HEADS and name != head and name.rpartition(".")[0] not in sys.modules:
-        raise UserError(
-            f"{source} takes the head {name!r}, code that is not this package's: if you trust it, name it yourself, by"
-            f" --model.head {name} or head={name!r}"
-        )
+    check_asked_for(name, head, source, "--model.head")
     if isinstance(options.get("head_options"), dict):
         known, prefix = options_of(head_class(name)), "model.head_options."
         former = {old.removeprefix(prefix): new.removeprefix(prefix) for old, new in RENAMED_OPTIONS.items()}

@@ -8,9 +8,10 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import lightning
+import torch
 import yaml
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.callbacks import RichProgressBar
@@ -19,11 +20,17 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from rich.table import Table
 from torch import Tensor
 
+from clip_m2df.episode import TableEpisodes, of_all_ranks
 from clip_m2df.errors import UserError, console, say, some
+from clip_m2df.evaluation.bank import EpisodeBank
+from clip_m2df.evaluation.bundle import Facts, check_bundle, write_bundle
+from clip_m2df.evaluation.evidence import Played
 from clip_m2df.evaluation.metrics import OPEN_SET, class_results
 from clip_m2df.evaluation.open_set import MEASURES, SCORES, best_score
-from clip_m2df.files import for_spreadsheet, read_text, write_table, write_text, writing
+from clip_m2df.files import for_spreadsheet, read_text, sha256_of, write_table, write_text, writing
 from clip_m2df.loops import logs_step, number_steps
+from clip_m2df.nn.baselines import head_class, options_of
+from clip_m2df.training.module import CLIPM2DF
 
 
 class RunProgressBar(RichProgressBar):
@@ -214,11 +221,36 @@ def _latest_version(folder: Path) -> int | None:
     return max(found)[2] if found else None
 
 
+class Tested(NamedTuple):
+    """What a test of one manifest of several found.
+
+    Attributes:
+        name: under which it is logged, and its files are written.
+        manifest: its name.
+        classes: how many the test split has.
+        episodes: how many were played.
+        numbers: by the names under which they are logged, without the stage.
+    """
+
+    name: str
+    manifest: str
+    classes: int
+    episodes: int
+    numbers: Mapping[str, float]
+
+
 class RunReport(lightning.Callback):
     """Writes what an evaluation says of the classes into the run's folder, and prints the hardest ones.
 
     In training it lets all ranks know of the videos that one of them found unusable, as often as the Trainer logs.
+
+    Args:
+        several: whether several manifests are tested, one after the other: then one table is printed of all.
     """
+
+    def __init__(self, several: bool = False) -> None:
+        self.several = several
+        self._tested: list[Tested] = []
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Number what is logged by the steps of the whole run."""
@@ -245,21 +277,28 @@ class RunReport(lightning.Callback):
         if not trainer.is_global_zero or evaluated is None:
             return
         folder = Path(trainer.default_root_dir)
+        classes = data.manifest.split(split).class_names
+        if split == "test":
+            split = pl_module.test_name
         numbers = {name: float(value) for name, value in evaluated.numbers.items()}
         rows = [[f"{split}/{name}", repr(value)] for name, value in numbers.items()]
         write_table(folder / f"{split}_metrics.csv", "table", [["metric", "value"], *rows])
         files = [folder / f"{split}_metrics.csv"]
         if evaluated.confusion.numel():
             confusion = evaluated.confusion.cpu()
-            class_names = data.manifest.split(split).class_names
-            files += write_report(folder, split, class_names, confusion)
-            console().print(hardest_classes(class_names, confusion))
+            files += write_report(folder, split, classes, confusion)
+            if not self.several:
+                console().print(hardest_classes(classes, confusion))
         shape, queries = data.eval_shape, int(evaluated.confusion.sum())
         episodes = queries // (shape.n_way * shape.n_query)
-        console().print(result_table(split, numbers, f"{episodes} episodes, {shape.n_way}-way {shape.n_shot}-shot"))
-        if numbers.keys() & {*OPEN_SET}:
+        if self.several:
+            self._tested.append(Tested(split, data.manifest_path, len(classes), episodes, numbers))
+        else:
+            played = f"{episodes} {'grouped ' if shape.grouped else ''}episodes"
+            console().print(result_table(split, numbers, f"{played}, {shape.n_way}-way {shape.n_shot}-shot"))
+        if numbers.keys() & {*OPEN_SET} and not self.several:
             # A validation chooses now; a test has what the training's own chose, where that was asked.
-            calibration = getattr(pl_module, "calibration", None)
+            calibration = getattr(pl_module, "calibration", None)  # other people's modules have none
             own = {score: numbers[f"auroc/{score}"] for score in SCORES}
             of_val = own if split == "val" else {} if calibration is None else calibration.aurocs
             chosen = best_score(of_val) if of_val else ""
@@ -268,9 +307,121 @@ class RunReport(lightning.Callback):
                 say(chosen_score(of_val))
         say(f"all numbers and classes are in {some(map(str, files))}")
 
+    def summarise(self, trainer: lightning.Trainer) -> None:
+        """Print the table of several manifests, and write ``test_manifests.csv``, with all numbers of each."""
+        if not self._tested:
+            return
+        names = list(dict.fromkeys(name for tested in self._tested for name in tested.numbers))
+        rows = [
+            [
+                *(tested.name, for_spreadsheet(tested.manifest), tested.classes, tested.episodes),
+                *(repr(tested.numbers[name]) if name in tested.numbers else "" for name in names),
+            ]
+            for tested in self._tested
+        ]
+        path = Path(trainer.default_root_dir) / "test_manifests.csv"
+        write_table(path, "table", [["name", "manifest", "classes", "episodes", *names], *rows])
+        shape = trainer.datamodule.eval_shape  # type: ignore[attr-defined]
+        console().print(manifests_table(self._tested, f"{shape.n_way}-way {shape.n_shot}-shot"))
+        say(f"all numbers are in {path}")
+
+
+class BundleWriter(lightning.Callback):
+    """Writes a test as a file that others can replay, see :mod:`clip_m2df.evaluation.bundle`.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_test_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Start anew.
+
+        Raises:
+            UserError: the bundle could not be written, or not be replayed.
+        """
+        if trainer.datamodule.evaluation != "bank":  # type: ignore[attr-defined]
+            raise UserError(
+                "--bundle keeps the features of each video once, as a bank has them: give --data.evaluation bank"
+            )
+        check_bundle(self.path, str(trainer.precision))
+        self._predicted: dict[int, dict[str, Tensor]] = {}
+        self._bank: EpisodeBank | None = None
+        self._block = 1
+
+    def on_test_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        """Keep what was predicted."""
+        if isinstance(batch, TableEpisodes) and isinstance(outputs, Played):
+            scores = {"predicted": outputs.scores}
+            if outputs.unknown is not None:
+                scores["unknown_predicted"] = outputs.unknown
+            predicted = {name: of_queries.argmax(-1).cpu() for name, of_queries in scores.items()}
+            for row, number in enumerate(batch.numbers.tolist()):
+                self._predicted[number] = {name: classes[row] for name, classes in predicted.items()}
+            self._block, self._bank = batch.table.block, cast(CLIPM2DF, pl_module).bank
+
+    def on_test_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Gather what all ranks predicted, and write the bundle."""
+        model, of_ranks = cast(CLIPM2DF, pl_module), of_all_ranks(self._predicted, trainer.world_size)
+        bank, self._bank = self._bank, None
+        if not trainer.is_global_zero or bank is None or model.evaluated is None:
+            return
+        predicted = {number: row for of_rank in of_ranks for number, row in of_rank.items()}
+        head = str(model.hparams["head"])
+        options = dict(model.hparams["head_options"] or {})
+        if "selection" in options_of(head_class(head)):
+            options["selection"] = model.model.head.selection
+        facts = Facts(
+            head=head,
+            head_options=options,
+            text_fusion=float(model.text_fusion),
+            precision=str(trainer.precision),
+            block=self._block,
+            memory=model.bank_memory * 2**30,
+            prompts=model.model.has_prompts,
+            class_names=list(bank.episodes["class_names"]),
+            numbers={name: float(value) for name, value in model.evaluated.numbers.items()},
+            device=model.device.type,
+        )
+        rows = [predicted[number] for number in bank.episodes["numbers"].tolist()]
+        write_bundle(self.path, bank, facts, {name: torch.stack([row[name] for row in rows]) for name in rows[0]})
+        say(f"the bundle is {self.path}, of the SHA-256 {sha256_of(self.path)}; clip-m2df verify replays it")
+
 
 # Numbers of an evaluation that are not shares.
 _COUNTS, _LOSSES = ("replaced_videos",), "loss/"
+
+
+# What the table of several manifests shows beside the accuracy, of what was counted.
+_SHOWN = {
+    "twin_share": "queries with a twin",
+    "accuracy_without_twins": "accuracy without twins",
+    "auroc/distance": "AUROC (distance)",
+    "oscr/distance": "OSCR",
+    "fpr95/distance": "FPR95",
+}
+
+
+def manifests_table(tested: Sequence[Tested], what: str) -> Table:
+    """A table with a row for each manifest that was tested.
+
+    Args:
+        tested: what was found.
+        what: was played.
+    """
+    shown = [name for name in _SHOWN if any(name in one.numbers for one in tested)]
+    table = Table("manifest", "classes", "episodes", "test/accuracy", *map(_SHOWN.__getitem__, shown), title=what)
+    table.title_justify = "left"
+    for one in tested:
+        accuracy, interval = (100 * one.numbers.get(name, math.nan) for name in ("accuracy", "interval"))
+        cells = [f"{100 * one.numbers[name]:.1f} %" if name in one.numbers else "" for name in shown]
+        counts = str(one.classes), str(one.episodes)
+        table.add_row(one.manifest, *counts, f"{accuracy:.1f} ± {interval:.1f} %", *cells)
+    return table
 
 
 def result_table(split: str, numbers: Mapping[str, float], what: str) -> Table:

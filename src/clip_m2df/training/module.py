@@ -159,6 +159,7 @@ class CLIPM2DF(lightning.LightningModule):
     Attributes:
         default_selection: what ``selection`` is where nobody asks for another.
         evaluated: what the last validation or test counted, for callbacks.
+        test_name: the name under which a test is logged: that of its stage, where one follows another a name each.
         calibration: by which labels make sets that hold the truth with a promised rate; None before a calibration.
 
     Raises:
@@ -278,6 +279,7 @@ class CLIPM2DF(lightning.LightningModule):
         # How the videos of its training were read, where that is known: frames, resize, resize_mode and sampling.
         self.reading: dict[str, Any] | None = None
         self.evaluated: Evaluated | None = None
+        self.test_name = "test"
         self.calibration: Calibration | None = None
         self._draws_seed: int | None = None
         # Whether a batch of the optimiser step under way had a loss that is not finite; steps in a row that had.
@@ -301,6 +303,11 @@ class CLIPM2DF(lightning.LightningModule):
     def image_size(self) -> int:
         """Height and width in pixels of the frames that the tower takes; 0 without a tower, for features alone."""
         return self.model.backbone.image_size
+
+    @property
+    def bank(self) -> EpisodeBank | None:
+        """What the evaluation under way is played from; None between evaluations, and where frames are played."""
+        return self._bank
 
     def setup(self, stage: str) -> None:
         """Take over what a feature table has; refuse, before videos are read, what does not fit together.
@@ -496,7 +503,7 @@ class CLIPM2DF(lightning.LightningModule):
             of_videos = {key: features[rows[key]] for key in ("support", "query", "unknown") if key in rows}
             return cast(FeatureEpisode, {**rows, **of_videos})
         if batch["support"].is_floating_point():
-            return cast(FeatureEpisode, batch)
+            return batch
         support, query = self.model.encode_episode(batch)
         encoded = {**batch, "support": support, "query": query}
         if "unknown" in batch:
@@ -602,7 +609,7 @@ class CLIPM2DF(lightning.LightningModule):
         for name, number in numbers.items():
             # Already the sum over all ranks.
             self.log(
-                f"{stage}/{name}",
+                f"{self.test_name if stage == 'test' else stage}/{name}",
                 number.float(),
                 prog_bar=name in ("accuracy", "interval", "loss/total"),
                 rank_zero_only=False,
