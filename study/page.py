@@ -358,7 +358,7 @@ def _twin_tables(results: Sequence[Record]) -> list[str]:
                     _shown(_accuracy, results, cell, test),
                     "" if test == TWIN_FREE else NOTHING if found is None else _bold(found),
                     *(_shown(_metric, results, cell, test, name) for name in TWIN_METRICS),
-                    ", ".join(f"`{options}`" for options in sorted(told)),
+                    ", ".join(f"`{options}`" for options in sorted(told) if options),
                 ]
             )
     header = ["family", "shots", "method", FROM, "episodes", "accuracy", "Δ"]
@@ -453,15 +453,16 @@ def _commands(results: Sequence[Record], parts: Sequence[str], coverage: Sequenc
         test = re.sub(r"--config \S+", f"--config {folder}/config.yaml", record.test_command)
         lines += [f"{c} --trainer.default_root_dir {folder}" for c in (record.command, test)[known:]]
     versions: dict[str, set[str]] = {}
-    for record in (*results, *coverage):
-        for package, version in record.versions.items():
+    for line in [record.versions for record in results] + [record.versions for record in coverage]:
+        for package, version in line.items():
             versions.setdefault(package, set()).add(version)
     said = ", ".join(f"{package} {' and '.join(sorted(found))}" for package, found in sorted(versions.items()))
     sections = ["## Commands and versions"] if lines or said else []
     if lines:
         sections += [
             "<details>\n<summary>One run of each method; the others differ in family, shots, learning rate and seed, "
-            "and harder tests in --data.knobs.overlap, outliers or noise</summary>",
+            "harder tests in --data.knobs.overlap, outliers or noise, and further tests in the options that their "
+            "tables name</summary>",
             "```sh\n# not run by the tests: needs hours\n" + "\n".join(lines) + "\n```",
             "</details>",
         ]

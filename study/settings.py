@@ -20,6 +20,8 @@ from study.results import CLEAN, PARTS, TESTS
 Options = Mapping[str, Any]
 # What options of a test that turn a knob of the benchmark begin with.
 KNOB = "data.knobs."
+# The model's options that a test may choose for itself.
+OF_TESTS = ("model.selection", "model.text_fusion")
 
 
 @dataclass(frozen=True)
@@ -216,8 +218,9 @@ class Run:
         """What repeats a row's clean test after the training; empty where nothing is trained or tested."""
         if self.purpose == "choose" or not settings.parts[self.part].trains(self.row):
             return ""
-        # The checkpoint knows the model's options.
-        own = {name: value for name, value in self.options(settings).items() if not name.startswith("model.")}
+        # The checkpoint knows the model's options, but those that are a test's.
+        given = self.options(settings)
+        own = {name: value for name, value in given.items() if name in OF_TESTS or not name.startswith("model.")}
         options = {"ckpt_path": "last", **own, **self.rows(settings)[row]}
         return _command("test", config_name(self.family, n_shot), options)
 

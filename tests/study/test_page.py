@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 TESTS = ("clean", "noise=0.05", "noise=0.1", "outliers=0.4")
 
 
-def outcomes(rng: np.random.Generator, share: float, tests: tuple[str, ...], **shares: float) -> dict[str, Outcome]:
+def outcomes(rng: np.random.Generator, share: float, tests: tuple[str, ...], **shares: Any) -> dict[str, Outcome]:
     return {test: Outcome("".join(map(str, rng.binomial(5, share, 60))), 5, **shares) for test in tests}
 
 

@@ -13,10 +13,10 @@ from lightning import Trainer
 from clip_m2df.cli import main
 from clip_m2df.motion_shapes import rendering
 from study.page import render
-from study.play import configuration, play
+from study.play import configuration, play, render_videos
 from study.results import Record, read_results
 from study.schedule import run_study
-from study.settings import Part, Row, Run, Settings
+from study.settings import FurtherTest, Part, Row, Run, Settings
 from tests.study.test_schedule import ROWS, Inline
 
 SHORT = {
@@ -95,6 +95,33 @@ def test_every_row_is_measured_on_the_same_number_of_episodes(study: tuple[Path,
     assert accuracy(otam, "outliers=1.0") < accuracy(otam) - 0.1
     # A trained tower is another one for each seed, the frozen one's OTAM has nothing to differ in.
     assert len([r for r in records if r.row == "OTAM" and r.part == "tower" and r.purpose == "measure"]) == 2
+
+
+@pytest.mark.slow
+def test_unknown_queries_and_twins_are_tested_beside_the_clean_test(tmp_path: Path) -> None:
+    twins = {"data.knobs.twins": 1.0}
+    further = {
+        "open set": FurtherTest({"data.unknown_queries": 3}),
+        "twins, random": FurtherTest(twins),
+        "twins, grouped": FurtherTest({**twins, "data.episodes": "grouped"}),
+    }
+    rows = {"OTAM": ROWS["OTAM"]}
+    part = Part(("scene",), (1,), (1e-3,), SHORT, rows, further=further)
+    settings = Settings((0, 1), 0, {"heads": part})
+    render_videos(settings)
+    (record,) = play(Run("heads", "measure", "scene", "OTAM", 0, None), settings, tmp_path)
+    assert set(record.tests) == {"clean", *further}
+    # Unknown queries change nothing of the others.
+    opened = record.tests["open set"]
+    assert opened.correct == record.tests["clean"].correct
+    assert opened.options == "--data.unknown_queries 3"
+    scores = {"distance", "probability", "margin", "energy"}
+    assert {name.removeprefix("val/auroc/") for name in opened.metrics if name.startswith("val/")} == scores
+    for measure in ("auroc", "oscr", "fpr95"):
+        assert {name for name in opened.metrics if name.startswith(measure)} == {f"{measure}/{s}" for s in scores}
+    assert all(opened.metrics[f"oscr/{score}"] <= accuracy(record, "open set") + 1e-5 for score in scores)
+    assert record.tests["twins, random"].metrics["twin_share"] > 0.1
+    assert record.tests["twins, grouped"].metrics["twin_share"] == 0
 
 
 @pytest.mark.slow

@@ -249,7 +249,8 @@ def test_the_commands_of_a_study_are_those_that_are_run(name: str) -> None:
     assert set(settings.parts) == set(PARTS)
     for part_name, part in settings.parts.items():
         for number, (row, described) in enumerate(part.rows.items()):
-            family = part.families[number % len(part.families)]
+            families = described.families or part.families
+            family = families[number % len(families)]
             rate = part.learning_rates[0] if part.trains(row) else None
             run = Run(part_name, "measure", family, described.weights_of or row, 1, rate)
             verb, told = parsed(run.command(settings, part.n_shots[0]))
