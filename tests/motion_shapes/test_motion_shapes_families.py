@@ -7,12 +7,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 
+from clip_m2df import CLIPM2DF
 from clip_m2df.errors import UserError
 from clip_m2df.motion_shapes import COLOURS, FAMILIES, appearances_of, render_clip
 from clip_m2df.motion_shapes.classes import BACKWARDS, SHAPES, MotionClass
 from clip_m2df.motion_shapes.rendering import VIDEOS_PER_CLASS
 from clip_m2df.motion_shapes.scenes import COMMON_COLOUR, FPS, Scene, draw_scene, paint
+from clip_m2df.nn.baselines import build_head
 from tests.motion_shapes.scenes import centres, generator, masks, of_split
 
 ORDER = FAMILIES["order"]
@@ -88,6 +92,33 @@ def test_appearances_of_mixed_have_motions_and_their_opposites() -> None:
         assert [len(each) for each in of_each.values()] == [motions] * appearances
         assert all({BACKWARDS[motion] for motion in each} == each for each in of_each.values())
         assert len({frozenset(each) for each in of_each.values()}) == (1 if split == "train" else appearances)
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+@torch.no_grad()
+def test_prompts_are_right_on_half_of_the_queries_of_mixed(split: str) -> None:
+    members, n_clips = of_split("mixed", split), 4
+    clips = [render_clip(c, generator(k, number)) for k, c in enumerate(members) for number in range(n_clips)]
+    frames = torch.stack([torch.from_numpy(clip[np.linspace(0, len(clip) - 1, 8).astype(int)]) for clip in clips])
+    pixels = F.interpolate(frames.flatten(0, 1).permute(0, 3, 1, 2).float(), size=40, mode="bilinear", antialias=True)
+    model = CLIPM2DF("tiny").eval()
+    features = model.model.encode_frames(pixels.round().to(torch.uint8)).unflatten(0, (len(members), n_clips, 8))
+    prompts = model.encode_prompts([c.label for c in members])
+    right: dict[str, list[float]] = {"PPS": [], "zero-shot": []}
+    alike: list[bool] = []
+    zero_shot = build_head("zero_shot", {"dim": prompts.shape[-1]}).eval()
+    for seed in range(200):
+        classes = torch.randperm(len(members), generator=torch.Generator().manual_seed(seed))[:5]
+        query, labels = features[classes, 1:].flatten(0, 1), torch.arange(5).repeat_interleave(n_clips - 1)
+        chosen = zero_shot.select_prompts(query, prompts[classes]).indices
+        likeliest = zero_shot(features[classes, :1], query, prompts[classes]).logits.argmax(-1)
+        for name, found in (("PPS", chosen), ("zero-shot", likeliest)):
+            right[name].append(float((found == labels).float().mean()))
+        pairs = zip(classes[chosen].tolist(), classes[labels].tolist(), strict=True)
+        alike += [members[a].appearance == members[b].appearance for a, b in pairs]
+    for shares in right.values():
+        assert 0.45 < sum(shares) / len(shares) < 0.65
+    assert sum(alike) > 0.9 * len(alike)  # a wrong prompt is of the right appearance
 
 
 def test_each_class_of_order_has_a_twin_in_its_split() -> None:
