@@ -503,10 +503,12 @@ def parse(command: str, *args: str) -> dict[str, Any]:
 def test_commands_take_what_people_type() -> None:
     root: dict[str, Any] = {"root": Path("V"), "output": Path("m.csv")}
     prepared = {"dataset": "hmdb51", "lists": None, "annotations": [Path("a"), Path("b")], "report": Path("r.csv")}
+    prepared |= {"group": None}
     typed = ["--root", "V", "--annotations", "a", "b", "--output=m.csv", "--report", "r.csv"]
     assert parse("prepare", "hmdb51", *typed) == parse("prepare", *typed, "hmdb51") == root | prepared
     bare = parse("prepare", "folder", "--root=V", "--output=m.csv", "--lists=l")
-    assert bare == root | {"dataset": "folder", "lists": Path("l"), "annotations": (), "report": None}
+    assert bare == root | {"dataset": "folder", "lists": Path("l"), "annotations": (), "report": None, "group": None}
+    assert parse("prepare", "folder", "--root=V", "--output=m.csv", r"--group=(.*)_\d+")["group"] == r"(.*)_\d+"
     cached = parse("cache", "--manifest=m.csv", "--output=c", "--timeout=5")
     own: dict[str, Any] = {
         "manifest": Path("m.csv"),

@@ -361,7 +361,7 @@ def test_matching_and_losses_under_autocast_are_within_a_thousandth_of_a_float64
         ({"head": "otam", "single_direction": None}, "single_direction is None; it must be true or false"),
         ({"head": f"{__name__}.OtherHead", "zzz": 2}, "OtherHead has no option 'zzz'; it has dim, width"),
         ({"head": "otam", "smoothing": "much"}, "smoothing is .much.; it must be a number"),
-        ({"head": "m2dff"}, "head: 'm2dff' is neither one of m2df, .*, clip_fsar nor a class path"),
+        ({"head": "m2dff"}, "head: 'm2dff' is neither one of m2df, .*, ts_fsar nor a class path"),
         ({"head": "no.such.Head"}, "'no.such.Head' can't be imported"),
         ({"head": "os.path.join"}, "'os.path.join' is no head"),
         ({"dim": 12}, "dim 12 is no multiple of 8"),

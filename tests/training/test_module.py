@@ -32,6 +32,7 @@ def make(tiny_clip_dir: Path, head_options: dict[str, Any] | None = None, **opti
     torch.manual_seed(0)
     known = inspect.signature(head_class(options.get("head", "m2df"))).parameters
     sizes = {name: value for name, value in PLAIN.items() if name in known}
+    sizes |= {"frames": 4} if options.get("head") == "ts_fsar" else {}
     return CLIPM2DF(backbone=str(tiny_clip_dir), head_options=sizes | (head_options or {}), **options)
 
 
@@ -101,8 +102,9 @@ def test_the_loss_is_the_methods_sum(tiny_clip_dir: Path, head: str, class_weigh
     queries, videos = (6, 9) if loss_reduction == "mean" else (1, 1)
     batch = make_episodes(2)
     loss = model.training_step(batch, 0)
-    loss.backward()
-    assert without_gradient(model) == []
+    if head_class(head).differentiable:
+        loss.backward()
+        assert without_gradient(model) == []
     table = model.encode_prompts(NAMES)
     expected = 0.0
     for i in range(2):
@@ -467,7 +469,7 @@ def test_a_head_that_fits_a_model_in_each_episode_is_not_trained(tiny_clip_dir: 
     "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
 )
 def test_models_are_copied_and_pickled_with_their_scores(tiny_clip_dir: Path, head: str, copied: Any) -> None:
-    model = make(tiny_clip_dir, {"frames": 4} if head == "ts_fsar" else None, head=head).eval()
+    model = make(tiny_clip_dir, head=head).eval()
     again = copied(model)
     assert list(again.state_dict()) == list(model.state_dict())
     episode = make_episodes(2)

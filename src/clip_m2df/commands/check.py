@@ -13,10 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import combinations_with_replacement
 from pathlib import Path
-from typing import Any, TextIO, get_args
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, TextIO, get_args
 
 from clip_m2df.datasets.benchmarks import NEEDED
 from clip_m2df.datasets.manifest import SPLITS, Manifest, Video, same_files
@@ -24,6 +21,10 @@ from clip_m2df.errors import UserError, console, require, say, some, some_lines
 from clip_m2df.files import beside, check_output, fingerprint_text, locked, plain, relative_path, write_table, writing
 from clip_m2df.video import Decoder
 from clip_m2df.video.isolation import Unreadable, isolated_map
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 STATUSES = ("ok", "warning", "unusable")
 MOST_NAMES = 20  # of the unusable, in print
@@ -109,6 +110,8 @@ _FACTS = {
 
 COLUMNS = ("path", "label", "split", "group", "status", "reason", *_FACTS)
 """Of the table."""
+# Those of earlier versions, which did not look for videos cut from one recording.
+_FORMER = tuple(name for name in COLUMNS if name not in ("group", "looks"))
 
 
 def check_videos(
@@ -170,6 +173,12 @@ def check_videos(
         write_table(output, "table", [COLUMNS, *(row.values() for row in rows)])
         part.truncate(0)
     _print_summary(rows, output)
+    unseen = sum(not finding.failure and not finding.looks for finding in findings.values())
+    if unseen and not all(video.group for video in listed.videos):
+        say(
+            f"{unseen} videos were checked by an earlier version, and not compared with others that may be cut from the"
+            f" same recording: delete {output} and check anew"
+        )
     _print_groups(listed, groups, fix)
     if fix is not None:
         _write_fixed(listed, rows, fix, root)
@@ -233,8 +242,9 @@ def examine(task: tuple[str, int, str], decoder: Decoder = "auto") -> Finding:
     return dataclasses.replace(finding, notes="; ".join(notes))
 
 
-def _looks_of(clip: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def _looks_of(clip: "NDArray[np.uint8]") -> "NDArray[np.uint8]":
     """The looks of some frames of a clip ``(frames, 3, height, width)``, ``(frames, 64)`` bytes."""
+    import numpy as np
     import torch
     from torch.nn.functional import interpolate
 
@@ -257,6 +267,8 @@ def find_groups(videos: Sequence[Video], looks: Mapping[str, str], root: str | N
         The group by path, of those alone that have none in the manifest and look like others of their split: the first
         that such a one has, or else the name of the first of them.
     """
+    import numpy as np
+
     found: dict[str, str] = {}
     for split in SPLITS:
         own = [video for video in videos if video.split == split and looks.get(video.path)]
@@ -284,8 +296,10 @@ def find_groups(videos: Sequence[Video], looks: Mapping[str, str], root: str | N
     return found
 
 
-def _alike(looks: Sequence[NDArray[np.uint8]]) -> Iterator[tuple[int, int]]:
+def _alike(looks: "Sequence[NDArray[np.uint8]]") -> Iterator[tuple[int, int]]:
     """The pairs of videos that look alike, by the bits ``(frames, 512)`` of each."""
+    import numpy as np
+
     blocks = []
     for start in range(0, len(looks), _TOGETHER):
         part = looks[start : start + _TOGETHER]
@@ -378,7 +392,10 @@ def read_findings(table: Path) -> dict[str, Finding]:
 def _read_rows(lines: Iterable[str]) -> list[tuple[dict[str, str], Finding]]:
     rows: list[tuple[dict[str, str], Finding]] = []
     with suppress(csv.Error):  # of the rows before, those are left
-        rows.extend((row, finding) for row in csv.DictReader(lines) if (finding := _parse(row)))
+        for found in csv.DictReader(lines):
+            row = {name: found.get(name, "") for name in COLUMNS} if tuple(found) == _FORMER else found
+            if finding := _parse(row):
+                rows.append((row, finding))
     return rows
 
 
@@ -399,7 +416,7 @@ def _parse(row: Mapping[str, Any]) -> Finding | None:
         "variable_rate": "[01]?",
         "sampled": r"[1-9]\d{0,17}",
         "fingerprint": r"\d+(:\d+)+",
-        "looks": "[0-9a-f]{128}( [0-9a-f]{128})*" if usable else "",
+        "looks": "([0-9a-f]{128}( [0-9a-f]{128})*)?" if usable else "",
     }
     if not all(re.fullmatch(form, row[name], re.ASCII) for name, form in forms.items()):
         return None

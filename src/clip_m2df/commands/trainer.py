@@ -38,8 +38,6 @@ from clip_m2df.datasets.feature_tables import is_feature_table, read_feature_tab
 from clip_m2df.episodes.datamodule import EpisodeDataModule
 from clip_m2df.episodes.files import write_episodes_file
 from clip_m2df.errors import Stopped, UserError, ended_by_sigterm, require, say
-from clip_m2df.evaluation.bank import encode_videos
-from clip_m2df.evaluation.conformal import MOST_CLIPS, N_SHOTS
 from clip_m2df.files import FULL, locked_folder, writing
 from clip_m2df.loops import raised_while_restoring
 from clip_m2df.motion_shapes import NO_KNOBS
@@ -50,10 +48,11 @@ from clip_m2df.training import checkpoints
 from clip_m2df.training.build import options_by_name, saved_options
 from clip_m2df.training.callbacks import (
     BundleWriter,
+    Calibrator,
     RunConfig,
     RunProgressBar,
     RunReport,
-    chosen_score,
+    calibrate_checkpoints,
     logger_of_run,
 )
 from clip_m2df.training.dashboard import Dashboard
@@ -179,6 +178,8 @@ class CLI(LightningCLI):
         folder = Path(options.default_root_dir or ".")
         self.report = RunReport(several=bool(self.others))
         options.callbacks = [*_listed(options.callbacks), self.report]
+        if subcommand == "fit":  # before a dashboard gives the best checkpoint away
+            options.callbacks.insert(0, Calibrator())
         if options.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in options.callbacks):
             options.callbacks.append(RunProgressBar())
         options.plugins = _listed(options.plugins)
@@ -237,9 +238,7 @@ class CLI(LightningCLI):
             return
         config = Path(self.trainer.default_root_dir) / "config.yaml"
         test = f"clip-m2df test --config {shlex.quote(str(config))} --ckpt_path"
-        files = [kept.last_model_path]
         if kept.best_model_path and kept.best_model_score is not None:
-            files.insert(0, kept.best_model_path)
             score = float(kept.best_model_score)
             worth = f"{100 * score:.1f} %" if "accuracy" in str(kept.monitor) else f"{score:.4g}"
             say(f"the best checkpoint is {kept.best_model_path}, with {kept.monitor} {worth}; next:", f"  {test} best")
@@ -247,51 +246,12 @@ class CLI(LightningCLI):
             say(
                 f"there was no validation to tell the best; the last is {kept.last_model_path}; next:", f"  {test} last"
             )
-        try:
-            self._calibrate(files, N_SHOTS)
-        except UserError as error:  # the training itself is worth more
-            say(f"clip-m2df: warning: the checkpoints have no calibration: {error}", error=True)
 
     def after_validate(self) -> None:
         """Calibrate, if that is asked for."""
         if self.config.validate.calibrate and self.trainer.is_global_zero:
-            self._calibrate([self.config.validate.ckpt_path], self.config.validate.calibrate)
-
-    def _calibrate(self, files: Sequence[str], n_shots: Sequence[int]) -> None:
-        """Calibrate the models in checkpoints on val, and put what comes of it into their files.
-
-        Raises:
-            UserError: the videos can't be read, or a file can't be written.
-        """
-        model = self.model.to(self.trainer.strategy.root_device).eval()
-        features, found = None, {}
-        with ended_by_sigterm(f"the training is whole in {files[-1]}; validate --calibrate calibrates it"):
-            table = self.datamodule.calibration_table(MOST_CLIPS)
-            if table is None or not self.trainer.limit_val_batches:
-                return
-            for file in files:
-                checkpoint = checkpoints.read_checkpoint(file)
-                if (step := checkpoint.get("global_step")) not in found:
-                    model.load_state_dict(checkpoint["state_dict"])
-                    if features is None or not model.model.freeze_backbone:
-                        features = encode_videos(model.model, table, [])
-                    rows: list[list[int]] = [[] for _ in table.dataset.split.class_names]
-                    number = {label: c for c, label in enumerate(table.dataset.split.class_names)}
-                    for index in table.named([]):
-                        rows[number[table.videos[index].label]].append(index)
-                    prompts = model.encode_prompts(table.dataset.split.class_texts)
-                    found[step] = model.calibrate(features, prompts, rows, n_shots)
-                if (calibration := found[step]) is not None:
-                    checkpoint["calibration"] = calibration.state()
-                    checkpoints.RunCheckpointIO().save_checkpoint(checkpoint, file)
-        if calibration is None:
-            say("sets of labels can't be calibrated: no two classes of val have two videos that can be read")
-            return
-        left_out = sorted({*n_shots} - {*calibration.n_shots})
-        missing = f"; val has too few videos of a class for {', '.join(map(str, left_out))}" if left_out else ""
-        say(f"sets of labels are calibrated on val for {calibration}{missing}; predict --error gives them")
-        if best := next(c.aurocs for c in found.values() if c is not None):
-            say(chosen_score(best))
+            files, n_shots = [self.config.validate.ckpt_path], self.config.validate.calibrate
+            calibrate_checkpoints(self.trainer, self.model, self.datamodule, files, n_shots)
 
     def _set_seed(self) -> None:
         try:

@@ -230,7 +230,9 @@ class LinearProbeHead(ShotsHead):
         from sklearn.linear_model import LogisticRegression
 
         n_way = len(shots)
-        if n_way == 1:  # which scikit-learn refuses
+        if not shots.isfinite().all():  # which scikit-learn refuses, as it does a single class
+            return shots.new_full((n_way, shots.shape[-1] + 1), torch.nan)
+        if n_way == 1:
             return shots.new_zeros(1, shots.shape[-1] + 1)
         fitted = LogisticRegression(C=self.c, max_iter=1000)
         fitted.fit(shots[real].double().cpu().numpy(), real.nonzero()[:, 0].cpu().numpy())

@@ -21,15 +21,18 @@ from rich.table import Table
 from torch import Tensor
 
 from clip_m2df.episode import TableEpisodes, of_all_ranks
-from clip_m2df.errors import UserError, console, say, some
-from clip_m2df.evaluation.bank import EpisodeBank
+from clip_m2df.episodes.datamodule import EpisodeDataModule
+from clip_m2df.errors import UserError, console, ended_by_sigterm, say, some
+from clip_m2df.evaluation.bank import EpisodeBank, encode_videos
 from clip_m2df.evaluation.bundle import Facts, check_bundle, write_bundle
+from clip_m2df.evaluation.conformal import MOST_CLIPS, N_SHOTS
 from clip_m2df.evaluation.evidence import Played
 from clip_m2df.evaluation.metrics import OPEN_SET, class_results
 from clip_m2df.evaluation.open_set import MEASURES, SCORES, best_score
 from clip_m2df.files import for_spreadsheet, read_text, sha256_of, write_table, write_text, writing
 from clip_m2df.loops import logs_step, number_steps
 from clip_m2df.nn.baselines import head_class, options_of
+from clip_m2df.training.checkpoints import RunCheckpoint, RunCheckpointIO, read_checkpoint
 from clip_m2df.training.module import CLIPM2DF
 
 
@@ -324,6 +327,68 @@ class RunReport(lightning.Callback):
         shape = trainer.datamodule.eval_shape  # type: ignore[attr-defined]
         console().print(manifests_table(self._tested, f"{shape.n_way}-way {shape.n_shot}-shot"))
         say(f"all numbers are in {path}")
+
+
+class Calibrator(lightning.Callback):
+    """Ends a training by calibrating its checkpoints, the best and the last."""
+
+    def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Calibrate, in the process of rank 0."""
+        kept = next((c for c in trainer.checkpoint_callbacks if isinstance(c, RunCheckpoint)), None)
+        if kept is None or not kept.last_model_path or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        best = kept.best_model_path if kept.best_model_score is not None else ""
+        files = [path for path in (best, kept.last_model_path) if path]
+        try:
+            calibrate_checkpoints(trainer, cast(CLIPM2DF, pl_module), trainer.datamodule, files, N_SHOTS)  # type: ignore[attr-defined]
+        except UserError as error:  # the training itself is worth more
+            say(f"clip-m2df: warning: the checkpoints have no calibration: {error}", error=True)
+
+
+def calibrate_checkpoints(
+    trainer: lightning.Trainer, model: CLIPM2DF, data: EpisodeDataModule, files: Sequence[str], n_shots: Sequence[int]
+) -> None:
+    """Calibrate the models in checkpoints on val, and put what comes of it into their files.
+
+    Args:
+        trainer: of the run.
+        model: its weights are replaced by those of the checkpoints.
+        data: has the val split.
+        files: the checkpoints.
+        n_shots: numbers of examples of a class.
+
+    Raises:
+        UserError: the videos can't be read, or a file can't be written.
+    """
+    model.to(trainer.strategy.root_device).eval()
+    features, found = None, {}
+    with ended_by_sigterm(f"the training is whole in {files[-1]}; validate --calibrate calibrates it"):
+        table = data.calibration_table(MOST_CLIPS)
+        if table is None or not trainer.limit_val_batches:
+            return
+        for file in files:
+            checkpoint = read_checkpoint(file)
+            if (step := checkpoint.get("global_step")) not in found:
+                model.load_state_dict(checkpoint["state_dict"])
+                if features is None or not model.model.freeze_backbone:
+                    features = encode_videos(model.model, table, [])
+                rows: list[list[int]] = [[] for _ in table.dataset.split.class_names]
+                number = {label: c for c, label in enumerate(table.dataset.split.class_names)}
+                for index in table.named([]):
+                    rows[number[table.videos[index].label]].append(index)
+                prompts = model.encode_prompts(table.dataset.split.class_texts)
+                found[step] = model.calibrate(features, prompts, rows, n_shots)
+            if (calibration := found[step]) is not None:
+                checkpoint["calibration"] = calibration.state()
+                RunCheckpointIO().save_checkpoint(checkpoint, file)
+    if calibration is None:
+        say("sets of labels can't be calibrated: no two classes of val have two videos that can be read")
+        return
+    left_out = sorted({*n_shots} - {*calibration.n_shots})
+    missing = f"; val has too few videos of a class for {', '.join(map(str, left_out))}" if left_out else ""
+    say(f"sets of labels are calibrated on val for {calibration}{missing}; predict --error gives them")
+    if best := next(c.aurocs for c in found.values() if c is not None):
+        say(chosen_score(best))
 
 
 class BundleWriter(lightning.Callback):
