@@ -130,6 +130,14 @@ def test_a_name_of_any_length_that_a_file_can_have_is_written(tmp_path: Path) ->
         check_output(tmp_path / ("a" * 256), "table")
 
 
+def test_a_name_with_a_nul_is_no_name(tmp_path: Path) -> None:
+    with (
+        pytest.raises(UserError, match="no name may hold a NUL; give another name"),
+        locked(tmp_path / "a\0b" / ".lock", "run folder", tmp_path / "a\0b"),
+    ):
+        pytest.fail("it was made")
+
+
 @pytest.mark.parametrize("kind", ["fifo", "link to a device", "link to a fifo"])
 def test_what_is_no_file_is_not_replaced_by_one(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "out"

@@ -108,6 +108,10 @@ def writing(path: str | Path, what: str) -> Iterator[None]:
             kept = "what was there before still is" if os.path.exists(path) else "nothing of it is kept"
             remedy = f"make room; {kept}"
         raise UserError(f"cannot write the {what} {path}: {error.strerror or error}; {remedy}") from error
+    except ValueError as error:
+        if "\0" not in str(path):
+            raise
+        raise UserError(f"cannot write the {what} {path!r}: no name may hold a NUL; give another name") from error
 
 
 def near_by(path: str) -> str:

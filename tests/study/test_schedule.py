@@ -246,7 +246,8 @@ def parsed(command: str) -> tuple[str, Any]:
 @pytest.mark.parametrize("name", ["full", "quick"])
 def test_the_commands_of_a_study_are_those_that_are_run(name: str) -> None:
     settings = Settings.read(ROOT / f"configs/study/{name}.yaml")
-    assert set(settings.parts) == set(PARTS)
+    # The further heads have run in small alone.
+    assert set(settings.parts) == set(PARTS) - ({"heads"} if name == "full" else set())
     for part_name, part in settings.parts.items():
         for number, (row, described) in enumerate(part.rows.items()):
             families = described.families or part.families
