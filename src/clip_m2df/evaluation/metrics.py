@@ -214,10 +214,10 @@ class TwinAccuracy(Metric):
 
 SHARES = ("pps_accuracy", "local_accuracy", "global_accuracy", "view_agreement", "local_to_global", "global_to_local")
 LOSSES = ("total", "match", "distill", "class")
-# All that a stage can log, after its own name and a slash; heads without views, towers without text and losses that are
-# off leave some out.
 TWINS = ("twin_share", "accuracy_twins", "accuracy_without_twins")
 OPEN_SET = tuple(f"{measure}/{score}" for measure in MEASURES for score in SCORES)
+# All that a stage can log, after its own name and a slash; heads without views, towers without text, losses that are
+# off, videos without groups and episodes without unknown queries leave some out.
 NAMES = ("accuracy", "interval", "replaced_videos", *TWINS, *SHARES, *(f"loss/{name}" for name in LOSSES), *OPEN_SET)
 
 
