@@ -20,7 +20,6 @@ from study.results import (
     REFERENCE,
     REFERENCES,
     SHARES,
-    TWIN_FREE,
     TWINS,
     Cell,
     Coverage,
@@ -111,7 +110,7 @@ def filled(template: str, results: Sequence[Record], coverage: Sequence[Coverage
     ``{accuracy: row | family | shots}`` and ``{difference: …}``, against the full method, are in per cent, with the
     95 % interval; ``pps_accuracy``, ``view_agreement``, ``local_accuracy`` and ``global_accuracy`` are without. With a
     fourth part, ``{accuracy: row | family | shots | noise=0.2}``, they are of that test. ``overstated`` is by how much
-    the accuracy of a test is above that of the twin-free one. ``auroc``, ``oscr`` and ``fpr95`` are by the score that
+    random episodes are above grouped ones of the same clips. ``auroc``, ``oscr`` and ``fpr95`` are by the score that
     val chose. ``tower_accuracy``, ``adapters_difference``, ``heads_auroc`` and so on are of the study's other parts.
     ``{coverage: family | shots | error}``, ``unknown_coverage``, ``set_size`` and ``false_rejection`` are of sets.
 
@@ -155,7 +154,7 @@ def _value(content: str, results: Sequence[Record], coverage: Sequence[Coverage]
         if kind == "difference":
             return _difference(difference(results, cell, test))
         if kind == "overstated":
-            return _difference(between_tests(results, cell, test, TWIN_FREE))
+            return _difference(between_tests(results, cell, TWINS, GROUPED))
         if kind in OPEN_SET:
             return _percent(metric(results, cell, OPEN, f"{kind}/{chosen_score(results, cell).name}")[0])
         return _share(results, cell, test, kind)
@@ -340,13 +339,13 @@ def _open_set_tables(results: Sequence[Record]) -> list[str]:
 
 def _twin_tables(results: Sequence[Record]) -> list[str]:
     """What clips of one recording on both sides of an episode do to the accuracy."""
-    own = [record for record in results if TWIN_FREE in record.tests]
+    own = [record for record in results if TWINS in record.tests]
     if not own:
         return []
     rows = []
     for cell in dict.fromkeys(record.cell for record in own):
-        for test in (TWIN_FREE, TWINS, GROUPED):
-            found = if_measured(between_tests, results, cell, test, TWIN_FREE) if test != TWIN_FREE else None
+        for test in (TWINS, GROUPED):
+            found = if_measured(between_tests, results, cell, test, GROUPED) if test != GROUPED else None
             told = {record.tests[test].options for record in own if record.cell == cell and test in record.tests}
             rows.append(
                 [
@@ -356,7 +355,7 @@ def _twin_tables(results: Sequence[Record]) -> list[str]:
                     _from(results, cell),
                     test,
                     _shown(_accuracy, results, cell, test),
-                    "" if test == TWIN_FREE else NOTHING if found is None else _bold(found),
+                    "" if test == GROUPED else NOTHING if found is None else _bold(found),
                     *(_shown(_metric, results, cell, test, name) for name in TWIN_METRICS),
                     ", ".join(f"`{options}`" for options in sorted(told) if options),
                 ]
@@ -364,11 +363,11 @@ def _twin_tables(results: Sequence[Record]) -> list[str]:
     header = ["family", "shots", "method", FROM, "episodes", "accuracy", "Δ"]
     return [
         "## Twins",
-        "A twin is a clip that was cut from the same recording as another. The twin-free benchmark has one clip of "
-        "each recording; with twins, further clips of the same recordings are added to the test's, and episodes are "
-        "dealt at random, or grouped, so that no query has a twin in the support. Δ is the difference from the "
-        "twin-free test, which has other episodes: the squares of both intervals are added, and where there are seeds "
-        "that of their differences (Student's t). In per cent.",
+        "A twin is a clip that was cut from the same recording as another. Each recording of the test has five clips, "
+        "and episodes are dealt at random, or grouped, so that no query has a twin in the support. Δ is by how much "
+        "random episodes are above grouped ones, which are others: the squares of both intervals are added, and where "
+        "there are seeds that of their differences (Student's t). In per cent. [Both compared with one clip of each "
+        "recording](motion_shapes.md#clips-of-one-recording-the-knob-twins).",
         _table([*header, *TWIN_METRICS.values(), "options"], rows),
     ]
 

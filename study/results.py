@@ -39,8 +39,8 @@ REFERENCE = "CLIP-M²DF"
 REFERENCES = {"main": REFERENCE, "tower": REFERENCE, "adapters": "LoRA", "heads": REFERENCE}
 SHARES = ("pps_accuracy", "view_agreement", "local_accuracy", "global_accuracy")
 # Tests beside the clean one and those with a knob and its level.
-OPEN, TWIN_FREE, TWINS, GROUPED = "open set", "twin-free", "twins, random", "twins, grouped"
-TESTS = (OPEN, TWIN_FREE, TWINS, GROUPED)
+OPEN, TWINS, GROUPED = "open set", "twins, random", "twins, grouped"
+TESTS = (OPEN, TWINS, GROUPED)
 # What further metrics of a test begin with, and those of the validation that chooses a score.
 METRICS = ("auroc/", "oscr/", "fpr95/", "twin_share", "accuracy_twins", "accuracy_without_twins")
 ON_VAL = "val/auroc/"

@@ -72,7 +72,7 @@ def further() -> list[Record]:
         metrics = {"val/auroc/distance": 0.5, "val/auroc/margin": on_val, "auroc/distance": 0.875}
         metrics |= {"auroc/margin": auroc, "oscr/margin": 0.25, "fpr95/margin": 0.9375}
         opened = Outcome("2222", 5, metrics=metrics, options="--data.unknown_queries 5")
-        tests = {"open set": opened, "twin-free": Outcome("2222", 5, options="--data.test_episodes 4")}
+        tests = {"open set": opened}
         told = "--data.knobs.twins 0.5"
         shares = {"twin_share": 0.25, "accuracy_twins": 0.875, "accuracy_without_twins": 0.75}
         tests["twins, random"] = Outcome("4444", 5, metrics=shares, options=told)
@@ -240,11 +240,10 @@ def test_each_row_of_the_twins_says_its_episodes(tmp_path: Path) -> None:
     lines = [line for line in text.split("## Twins")[1].splitlines() if line.startswith("| `scene`")]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert [row[4:-1] for row in rows] == [
-        ["twin-free", "40.0 ± 0.0", "", "–", "–", "–"],
         ["twins, random", "80.0 ± 0.0", "**+40.0 ± 0.0**", "25.0", "87.5", "75.0"],
-        ["twins, grouped", "40.0 ± 0.0", "+0.0 ± 0.0", "0.0", "–", "50.0"],
+        ["twins, grouped", "40.0 ± 0.0", "", "0.0", "–", "50.0"],
     ]
-    assert rows[2][-1] == "`--data.knobs.twins 0.5 --data.episodes grouped`"
+    assert rows[1][-1] == "`--data.knobs.twins 0.5 --data.episodes grouped`"
     assert {row[3] for row in rows} == {"m2df; seeds 0, 1"}
 
 
@@ -275,7 +274,7 @@ def test_sets_have_their_rates_beside_what_was_promised(tmp_path: Path) -> None:
 def test_findings_may_name_further_tests() -> None:
     template = (
         f"{{heads_auroc: {REFERENCE} | scene | 1}} {{heads_oscr: {REFERENCE} | scene | 1}} "
-        f"{{heads_fpr95: {REFERENCE} | scene | 1}}; {{heads_overstated: {REFERENCE} | scene | 1 | twins, random}}; "
+        f"{{heads_fpr95: {REFERENCE} | scene | 1}}; {{heads_overstated: {REFERENCE} | scene | 1}}; "
         "{heads_difference: probe | scene | 1 | open set}"
     )
     assert filled(template, further()) == "62.5 25.0 93.8; +40.0 ± 0.0; −20.0 ± 0.0"

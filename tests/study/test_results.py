@@ -10,9 +10,9 @@ import pytest
 
 from clip_m2df.errors import UserError
 from study.results import (
+    GROUPED,
     OPEN,
     REFERENCE,
-    TWIN_FREE,
     TWINS,
     Cell,
     Coverage,
@@ -167,25 +167,25 @@ def test_a_share_is_the_mean_over_the_seeds_of_the_test() -> None:
 
 
 def test_two_tests_of_a_row_are_compared_by_hand() -> None:
-    tests = [{TWIN_FREE: Outcome("1232", 5), TWINS: Outcome("233434", 5)}]
-    tests += [{TWIN_FREE: Outcome("2321", 5), TWINS: Outcome("333333", 5)}]
+    tests = [{GROUPED: Outcome("1232", 5), TWINS: Outcome("233434", 5)}]
+    tests += [{GROUPED: Outcome("2321", 5), TWINS: Outcome("333333", 5)}]
     records = [measurement("other", seed, tests=outcomes) for seed, outcomes in enumerate(tests)]
-    found = between_tests(records, HERE, TWINS, TWIN_FREE)
-    # In fifths: 2 and 2 twin-free, 19/6 and 3 with twins.
+    found = between_tests(records, HERE, TWINS, GROUPED)
+    # In fifths: 2 and 2 grouped, 19/6 and 3 at random.
     assert found.mean == pytest.approx((37 / 12 - 2) / 5, abs=1e-15)
     assert (found.lowest, found.highest) == pytest.approx((1 / 5, 7 / 6 / 5), abs=1e-15)
     # The episodes of each test by themselves: 3/2, 5/2, 5/2, 3/2; and 5/2, 3, 3, 7/2, 3, 7/2.
-    free, twins = (statistics.pstdev(means) / math.sqrt(len(means)) for means in ([1.5, 2.5, 2.5, 1.5], FIFTHS))
+    grouped, twins = (statistics.pstdev(means) / math.sqrt(len(means)) for means in ([1.5, 2.5, 2.5, 1.5], FIFTHS))
     of_seeds = math.tan(0.475 * math.pi) * abs(7 / 6 - 1) / 2 / 5
-    of_episodes = 1.96 * math.hypot(free, twins) / 5
+    of_episodes = 1.96 * math.hypot(grouped, twins) / 5
     assert found.interval == pytest.approx(math.hypot(of_episodes, of_seeds), abs=1e-14)
     # Without training there is one run, and episodes alone.
     (alone,) = (dataclasses.replace(record, lr=None) for record in records[:1])
-    free, twins = (statistics.pstdev(c) / math.sqrt(len(c)) for c in ([1, 2, 3, 2], [2, 3, 3, 4, 3, 4]))
-    found = between_tests([alone], HERE, TWINS, TWIN_FREE)
-    assert found.interval == pytest.approx(1.96 * math.hypot(free, twins) / 5, abs=1e-14)
-    with pytest.raises(NotMeasuredError, match="no test 'twins, grouped'"):
-        between_tests(records, HERE, "twins, grouped", TWIN_FREE)
+    grouped, twins = (statistics.pstdev(c) / math.sqrt(len(c)) for c in ([1, 2, 3, 2], [2, 3, 3, 4, 3, 4]))
+    found = between_tests([alone], HERE, TWINS, GROUPED)
+    assert found.interval == pytest.approx(1.96 * math.hypot(grouped, twins) / 5, abs=1e-14)
+    with pytest.raises(NotMeasuredError, match="no test 'open set'"):
+        between_tests(records, HERE, OPEN, GROUPED)
 
 
 # Of an episode each, over both seeds.
