@@ -13,15 +13,8 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from clip_m2df.evaluation import figures
-from clip_m2df.evaluation.evidence import (
-    HardEpisode,
-    OpenSetCurve,
-    QueryEvidence,
-    Reliabilities,
-    ValidationEvidence,
-    query_evidence,
-)
-from clip_m2df.evaluation.open_set import SCORES, auroc, operating_curve, oscr
+from clip_m2df.evaluation.evidence import HardEpisode, QueryEvidence, Reliabilities, ValidationEvidence, query_evidence
+from clip_m2df.evaluation.open_set import SCORES, OpenSet, OpenSetCurve, auroc, operating_curve, oscr
 from clip_m2df.nn.m2df import M2DFHead
 from clip_m2df.nn.matching import cosine, frame_costs, otam_alignment
 from clip_m2df.nn.prompts import prompt_scores
@@ -277,11 +270,11 @@ def test_what_is_not_a_number_is_borne_with() -> None:
     found = ValidationEvidence(NAMES, torch.eye(3, dtype=torch.long), [hard], Reliabilities.of(columns))
     assert "alignment" in figures.validation_pictures(found)
     assert found.reliabilities == Reliabilities({}, {"local_to_global": 1.0})
-    scores = {f"{kind} {score}": torch.tensor([0.5, 0.7]) for kind in ("known", "unknown") for score in SCORES}
-    scores |= {"right": torch.tensor([False, False]), "unknown margin": torch.tensor([0.5, torch.nan])}
-    curves = OpenSetCurve.all_of(scores)
-    assert curves.keys() == {"distance", "probability", "energy"}
-    assert "open_set" in figures.validation_pictures(found._replace(open_set=curves))
+    metric = OpenSet()
+    metric.update(torch.zeros(2, 3), torch.tensor([False, False]), torch.tensor([[1.0, 0, 0], [torch.inf, 0, 0]]))
+    metric.compute()
+    assert metric.curves.keys() == {"distance", "margin", "energy"}  # inf - inf is not a number
+    assert "open_set" in figures.validation_pictures(found._replace(open_set=metric.curves))
 
 
 def test_names_take_little_room_and_hold_no_equations() -> None:
@@ -304,11 +297,8 @@ def test_names_take_little_room_and_hold_no_equations() -> None:
 
 def test_a_curve_of_unknown_queries_goes_through_the_shares_of_those_that_are_accepted() -> None:
     known, unknown = torch.tensor([3.0, 2.0, 1.0, 0.0]).double(), torch.tensor([2.5, 0.5]).double()
-    columns = {"right": torch.tensor([True, False, True, True])}
-    for score in SCORES:
-        columns |= {f"known {score}": known, f"unknown {score}": unknown}
-    found = OpenSetCurve.all_of(columns)
-    assert found.keys() == SCORES.keys()
+    points_of = operating_curve(known, torch.tensor([True, False, True, True]), unknown)
+    found = dict.fromkeys(SCORES, OpenSetCurve(auroc(known, unknown), points_of))
     points = {round(share, 2): (accepted, right) for share, accepted, right in found["margin"].points.tolist()}
     assert points[0.0] == points[0.49] == (0.25, 0.25)
     assert points[0.5] == points[0.99] == (0.75, 0.5)

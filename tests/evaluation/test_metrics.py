@@ -111,7 +111,7 @@ def outcome(n: int, views: Sequence[str] = ("local", "global")) -> tuple[HeadOut
 
 def test_a_stage_counts_what_its_names_say() -> None:
     output, predicted, batch = outcome(40)
-    numbers, confusion = stage_of(output, predicted, batch, 16).take()
+    numbers, confusion, _ = stage_of(output, predicted, batch, 16).take()
     labels, classes = batch["query_labels"], batch["class_indices"]
     local, global_ = (output.views[view].distances.argmin(-1) for view in ("local", "global"))
     expected = {
@@ -139,7 +139,7 @@ def test_a_stage_counts_what_its_names_say() -> None:
 def test_a_stage_without_two_views_says_nothing_of_them() -> None:
     output, predicted, batch = outcome(5, ["local"])
     del batch["replaced"]
-    numbers, _ = stage_of(output, predicted, batch, 5).take()
+    numbers, *_ = stage_of(output, predicted, batch, 5).take()
     assert numbers.keys() == {"accuracy", "interval", "pps_accuracy", "loss/match"}
 
 
@@ -147,7 +147,7 @@ def test_queries_with_a_twin_are_counted_apart() -> None:
     output, predicted, batch = outcome(40)
     batch["twins"] = torch.rand(40, 4, generator=torch.Generator().manual_seed(1)) < 0.2
     right = predicted == batch["query_labels"]
-    numbers, _ = stage_of(output, predicted, batch, 16).take()
+    numbers, *_ = stage_of(output, predicted, batch, 16).take()
     twins = [(e, q) for e, q in itertools.product(range(40), range(4)) if batch["twins"][e, q]]
     others = [(e, q) for e, q in itertools.product(range(40), range(4)) if not batch["twins"][e, q]]
     assert 0 < len(twins) < 80
@@ -158,7 +158,7 @@ def test_queries_with_a_twin_are_counted_apart() -> None:
     # What there are no queries for is left out.
     for share, absent in ((0, "accuracy_twins"), (1, "accuracy_without_twins")):
         batch["twins"] = torch.full((40, 4), bool(share))
-        numbers, _ = stage_of(output, predicted, batch, 16).take()
+        numbers, *_ = stage_of(output, predicted, batch, 16).take()
         assert numbers["twin_share"] == share
         assert absent not in numbers
         present = ({"accuracy_twins", "accuracy_without_twins"} - {absent}).pop()
@@ -169,13 +169,13 @@ def test_queries_with_a_twin_are_counted_apart() -> None:
 def test_a_stage_is_the_same_to_the_bit_whatever_the_number_of_ranks(ranks: int) -> None:
     output, predicted, batch = outcome(1000)
     batch["twins"] = torch.rand(1000, 4, generator=torch.Generator().manual_seed(1)) < 0.2
-    numbers, confusion = stage_of(output, predicted, batch, 8).take()
+    numbers, confusion, _ = stage_of(output, predicted, batch, 8).take()
     merged, *others = (stage_of(output, predicted, batch, 8, ranks, rank) for rank in range(ranks))
     for other in others:
         for name, metric in other.items():
             counted: Any = merged[name]
             counted.merge_state(metric)
-    shared, shared_confusion = merged.take()
+    shared, shared_confusion, _ = merged.take()
     assert shared == numbers
     assert shared_confusion.equal(confusion)
 
@@ -184,11 +184,11 @@ def test_a_stage_starts_anew_outside_the_inference_mode_that_it_was_used_in() ->
     output, predicted, batch = outcome(10)
     with torch.inference_mode():
         stage = stage_of(output, predicted, batch, 5)
-        first, _ = stage.take()
-    numbers, confusion = stage.take()
+        first, *_ = stage.take()
+    numbers, confusion, _ = stage.take()
     assert numbers == {}
     assert confusion.numel() == 0
     stage.count(output, predicted, batch, {"match": torch.tensor(4.5)})
-    again, confusion = stage.take()
+    again, confusion, _ = stage.take()
     assert again == first
     assert confusion.sum() == 40

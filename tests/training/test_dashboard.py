@@ -20,11 +20,11 @@ from PIL import Image
 from clip_m2df import Manifest, UserError, __version__
 from clip_m2df.cli import main
 from clip_m2df.commands.configs import find_config, shipped_configs
+from clip_m2df.evaluation.metrics import Evaluated
 from clip_m2df.nn.head import Embedded, Head, HeadOutput
 from clip_m2df.nn.prompts import SelectedPrompts
 from clip_m2df.training.checkpoints import read_checkpoint
 from clip_m2df.training.dashboard import Dashboard, EvidenceCollector
-from clip_m2df.training.module import Evaluated
 from tests.commands.test_configs import Parsed
 from tests.conftest import options
 from tests.conftest import quiet_trainer as trainer

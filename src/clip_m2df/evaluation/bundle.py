@@ -149,7 +149,7 @@ class Bundle(NamedTuple):
                     logits = bank.of_unknown.play(batch["numbers"]).logits
                     parts["unknown_predicted"].append(self._fused(logits, batch["unknown"], prompts))
                     metrics.count_unknown(scores, batch["query_labels"], parts["unknown_predicted"][-1])
-        numbers = {name: float(value) for name, value in metrics.take()[0].items()}
+        numbers = {name: float(value) for name, value in metrics.take().numbers.items()}
         return Replayed({name: torch.cat(scores) for name, scores in parts.items()}, _finite(numbers))
 
     def _fused(self, logits: Tensor, videos: Tensor, prompts: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ All of it on the CPU and in plain types, so that ranks can hand it to one anothe
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from clip_m2df.episode import FeatureEpisode
-from clip_m2df.evaluation.open_set import SCORES, auroc, operating_curve
+from clip_m2df.evaluation.open_set import OpenSetCurve
 from clip_m2df.nn.head import Embedded, Head, HeadOutput
 from clip_m2df.nn.matching import at_least_float32
 
@@ -192,36 +191,12 @@ class Reliabilities(NamedTuple):
         teaches: dict[str, float] = {}
         for name, column in outputs.items():
             kind, _, view = name.partition(" ")
-            if kind not in ("visual", "text", "teaches"):
-                continue
             known = column[column.isfinite()]
             if kind == "teaches":
                 teaches[view] = float(column.mean())
             elif len(known):
                 confidences.setdefault(kind, {})[view] = known
         return cls(confidences, teaches)
-
-
-class OpenSetCurve(NamedTuple):
-    """How well a score tells unknown queries from the others, at all thresholds.
-
-    Attributes:
-        auroc: the area under the curve of the queries that are accepted.
-        points: float64 ``(points, 3)``, see :func:`clip_m2df.evaluation.open_set.operating_curve`.
-    """
-
-    auroc: float
-    points: Tensor
-
-    @classmethod
-    def all_of(cls, columns: Mapping[str, Tensor]) -> dict[str, OpenSetCurve]:
-        """By score, from what :func:`open_set_columns` gave, joined; empty without unknown queries."""
-        if "right" not in columns:
-            return {}
-        right = columns["right"].bool()
-        pairs = {name: (columns[f"known {name}"], columns[f"unknown {name}"]) for name in SCORES}
-        found = {name: cls(auroc(k, u), operating_curve(k, right, u)) for name, (k, u) in pairs.items()}
-        return {name: curve for name, curve in found.items() if not math.isnan(curve.auroc)}
 
 
 class ValidationEvidence(NamedTuple):
@@ -306,17 +281,3 @@ class Played(NamedTuple):
     output: HeadOutput
     scores: Tensor
     unknown: Tensor | None = None
-
-
-def open_set_columns(played: Played) -> dict[str, Tensor]:
-    """The scores of known and of unknown queries, float64 columns, and which of the known ones were classified rightly.
-
-    Empty without unknown queries.
-    """
-    if played.unknown is None:
-        return {}
-    columns = {"right": played.scores.argmax(-1) == played.episode["query_labels"]}
-    for name, score in SCORES.items():
-        columns[f"known {name}"] = score(played.scores.double())
-        columns[f"unknown {name}"] = score(played.unknown.double())
-    return {name: column.flatten().cpu() for name, column in columns.items()}

@@ -15,15 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from clip_m2df.errors import printable
-from clip_m2df.evaluation.evidence import (
-    Alignment,
-    HardEpisode,
-    OpenSetCurve,
-    PromptScore,
-    Reliabilities,
-    ValidationEvidence,
-)
+from clip_m2df.evaluation.evidence import Alignment, HardEpisode, PromptScore, Reliabilities, ValidationEvidence
 from clip_m2df.evaluation.metrics import class_results
+from clip_m2df.evaluation.open_set import OpenSetCurve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,6 +6,7 @@ for bit. No state is written in place: what a validation under inference mode le
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, Self, cast
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, SumMetric
 
 from clip_m2df.episode import Labels
-from clip_m2df.evaluation.open_set import MEASURES, SCORES, OpenSet
+from clip_m2df.evaluation.open_set import MEASURES, SCORES, OpenSet, OpenSetCurve
 from clip_m2df.nn.head import HeadOutput
 
 # Two-sided 95 % of a normal distribution, as the field reports it.
@@ -221,6 +222,20 @@ OPEN_SET = tuple(f"{measure}/{score}" for measure in MEASURES for score in SCORE
 NAMES = ("accuracy", "interval", "replaced_videos", *TWINS, *SHARES, *(f"loss/{name}" for name in LOSSES), *OPEN_SET)
 
 
+class Evaluated(NamedTuple):
+    """What a stage counted.
+
+    Attributes:
+        numbers: by the names under which they are logged, without the stage.
+        confusion: int64 ``(n_classes, n_classes)``, queries by their own and by the predicted class.
+        open_set: by score, where there were unknown queries.
+    """
+
+    numbers: dict[str, Tensor]
+    confusion: Tensor
+    open_set: Mapping[str, OpenSetCurve] = MappingProxyType({})
+
+
 class StageMetrics(nn.ModuleDict):
     """The metrics of a stage, by the names under which they are logged (``loss_x`` as ``loss/x``)."""
 
@@ -291,22 +306,18 @@ class StageMetrics(nn.ModuleDict):
         """
         cast(OpenSet, self["open_set"]).update(scores, scores.argmax(-1) == labels, unknown)
 
-    def take(self) -> tuple[dict[str, Tensor], Tensor]:
-        """What has been counted since the last time, summed over all ranks; it starts anew.
-
-        Returns:
-            The numbers by the name under which they are logged, and the confusion matrix, int64
-            ``(n_classes, n_classes)``.
-        """
-        numbers: dict[str, Tensor] = {}
-        confusion = torch.zeros((0, 0), dtype=torch.long)
+    def take(self) -> Evaluated:
+        """What has been counted since the last time, summed over all ranks; it starts anew."""
+        found = Evaluated({}, torch.zeros((0, 0), dtype=torch.long))
         for name, metric in cast(dict[str, Any], dict(self.items())).items():
             if metric.update_called:
                 value = metric.compute()
                 if name == "confusion":
-                    confusion = value
+                    found = found._replace(confusion=value)
                 else:
-                    numbers |= value if isinstance(value, dict) else {name.replace("loss_", "loss/"): value}
+                    found.numbers.update(value if isinstance(value, dict) else {name.replace("loss_", "loss/"): value})
+                if name == "open_set":
+                    found = found._replace(open_set=metric.curves)
             with torch.inference_mode(False):  # what inference mode makes can't be written outside of it
                 metric.reset()
-        return numbers, confusion
+        return found

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from fractions import Fraction
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -152,10 +152,27 @@ def _undefined(known: Tensor, unknown: Tensor) -> bool:
     return not (len(known) and len(unknown)) or bool(known.isnan().any() or unknown.isnan().any())
 
 
+class OpenSetCurve(NamedTuple):
+    """How well a score tells unknown queries from the others, at all thresholds.
+
+    Attributes:
+        auroc: the area under the curve of the queries that are accepted.
+        points: see :func:`operating_curve`.
+    """
+
+    auroc: float
+    points: Tensor
+
+
 class OpenSet(Metric):
-    """AUROC, OSCR and the false-positive rate at 95 % recall of all :data:`SCORES`, over all queries of a stage."""
+    """AUROC, OSCR and the false-positive rate at 95 % recall of all :data:`SCORES`, over all queries of a stage.
+
+    Attributes:
+        curves: what was computed last, by score, those without an AUROC left out.
+    """
 
     full_state_update = False
+    curves: Mapping[str, OpenSetCurve] = MappingProxyType({})
     known: list[Tensor]
     right: list[Tensor]
     unknown: list[Tensor]
@@ -180,11 +197,13 @@ class OpenSet(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """Float64 shares of 1 by ``auroc/<score>``, ``oscr/<score>`` and ``fpr95/<score>``."""
-        known, right, unknown = (
-            torch.cat(kept) if isinstance(kept, list) else kept for kept in (self.known, self.right, self.unknown)
-        )
+        kept = (torch.cat(k) if isinstance(k, list) else k for k in (self.known, self.right, self.unknown))
+        known, right, unknown = (column.cpu() for column in kept)
+        right = right.bool()
         columns = list(zip(SCORES, known.unbind(-1), unknown.unbind(-1), strict=True))
-        values = {f"auroc/{name}": auroc(k, u) for name, k, u in columns}
-        values |= {f"oscr/{name}": oscr(k, right.bool(), u) for name, k, u in columns}
+        curves = {name: OpenSetCurve(auroc(k, u), operating_curve(k, right, u)) for name, k, u in columns}
+        self.curves = {name: curve for name, curve in curves.items() if not math.isnan(curve.auroc)}
+        values = {f"auroc/{name}": curve.auroc for name, curve in curves.items()}
+        values |= {f"oscr/{name}": oscr(k, right, u) for name, k, u in columns}
         values |= {f"fpr95/{name}": fpr_at_recall(k, u) for name, k, u in columns}
         return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}

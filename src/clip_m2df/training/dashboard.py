@@ -20,12 +20,10 @@ from clip_m2df.episode import TableEpisodes, VideoTable, of_all_ranks
 from clip_m2df.errors import UserError, require
 from clip_m2df.evaluation.evidence import (
     HardEpisode,
-    OpenSetCurve,
     Played,
     QueryEvidence,
     Reliabilities,
     ValidationEvidence,
-    open_set_columns,
     query_evidence,
     reliability_columns,
 )
@@ -41,7 +39,7 @@ MOST_KEPT = 200
 
 
 class EvidenceCollector:
-    """Collects what is shown of an evaluation beside its numbers: reliabilities, hardest episodes, unknown queries.
+    """Collects what is shown of an evaluation beside its numbers: reliabilities of views, and its hardest episodes.
 
     Args:
         episodes: how many of the hardest.
@@ -62,12 +60,12 @@ class EvidenceCollector:
             self._frames.clear()
 
     def add(self, trainer: lightning.Trainer, batch: Any, played: Played) -> None:
-        """Keep the reliabilities and scores of a batch, and its episodes that are among the hardest so far."""
+        """Keep the reliabilities of a batch, and its episodes that are among the hardest so far."""
         labels = played.episode["query_labels"]
         logits = played.output.logits.float()
         losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
         losses = losses.nan_to_num(torch.inf, posinf=torch.inf).cpu().double()  # inf: of a training that diverged
-        for name, column in (reliability_columns(played.output) | open_set_columns(played)).items():
+        for name, column in reliability_columns(played.output).items():
             self._columns.setdefault(name, []).append(column)
         hardest, rows = losses.mean(1).topk(min(self.episodes, len(labels)))
         for loss, row in zip(hardest.tolist(), rows.tolist(), strict=True):
@@ -87,9 +85,8 @@ class EvidenceCollector:
         orders = sorted(itertools.chain(*of_ranks))
         winners = [candidate for candidate in self._hardest if candidate.order() in orders[: self.episodes]]
         shown = [(c.order(), self._show(c, trainer, model, with_evidence=c.order() == orders[0])) for c in winners]
-        own = {name: torch.cat(parts) for name, parts in self._columns.items()}
-        found = of_all_ranks((shown, own), trainer.world_size)
-        columns = {name: torch.cat([of_rank[name] for _, of_rank in found if name in of_rank]) for name in own}
+        columns = {name: torch.cat(parts) for name, parts in self._columns.items()}
+        found = of_all_ranks((shown, columns), trainer.world_size)
         class_names = self._class_names
         self.start()
         if not orders or model.evaluated is None:
@@ -98,8 +95,8 @@ class EvidenceCollector:
             class_names=class_names,
             confusion=model.evaluated.confusion.cpu(),
             hardest=[episode for _, episode in sorted(itertools.chain(*(s for s, _ in found)), key=lambda s: s[0])],
-            reliabilities=Reliabilities.of(columns),
-            open_set=OpenSetCurve.all_of(columns),
+            reliabilities=Reliabilities.of({n: torch.cat([c[n] for _, c in found if n in c]) for n in columns}),
+            open_set=model.evaluated.open_set,
         )
 
     def _show(

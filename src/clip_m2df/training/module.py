@@ -30,7 +30,7 @@ from clip_m2df.evaluation import conformal
 from clip_m2df.evaluation.bank import EpisodeBank, encode_videos
 from clip_m2df.evaluation.conformal import Calibration
 from clip_m2df.evaluation.evidence import Played
-from clip_m2df.evaluation.metrics import NAMES, StageMetrics
+from clip_m2df.evaluation.metrics import NAMES, Evaluated, StageMetrics
 from clip_m2df.hub import find_model, is_reading, push_model, read_model, write_model
 from clip_m2df.loops import check_same, ends_step, episodes_played, logs_step
 from clip_m2df.nn.baselines import build_head, head_class, options_of
@@ -86,18 +86,6 @@ class EncodedTable(NamedTuple):
     numbers: Sequence[int]
     tower: object
     features: Tensor
-
-
-class Evaluated(NamedTuple):
-    """What a validation or a test counted, for callbacks.
-
-    Attributes:
-        numbers: by the names under which they are logged, without the stage.
-        confusion: int64 ``(n_classes, n_classes)``, queries by their own and by the predicted class.
-    """
-
-    numbers: dict[str, Tensor]
-    confusion: Tensor
 
 
 class CLIPM2DF(lightning.LightningModule):
@@ -601,12 +589,12 @@ class CLIPM2DF(lightning.LightningModule):
 
     def _log_metrics(self, stage: str) -> None:
         """Log what has been counted since the last time, and start anew."""
-        numbers, confusion = self._metrics_of(stage).take()
-        if stage != "train" and not (loss := numbers["loss/total"]).isfinite():  # the same on all ranks
+        found = self._metrics_of(stage).take()
+        if stage != "train" and not (loss := found.numbers["loss/total"]).isfinite():  # the same on all ranks
             if self.trainer.state.fn == "fit":
                 raise self._diverged("the loss of the validation is")
             check_finite(loss, f"the {stage} episodes")
-        for name, number in numbers.items():
+        for name, number in found.numbers.items():
             # Already the sum over all ranks.
             self.log(
                 f"{self.test_name if stage == 'test' else stage}/{name}",
@@ -616,7 +604,7 @@ class CLIPM2DF(lightning.LightningModule):
                 sync_dist=False,
             )
         if stage != "train":
-            self.evaluated = Evaluated(numbers, confusion)
+            self.evaluated = found
             self._bank = None
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
