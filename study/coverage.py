@@ -12,19 +12,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.table import Table
 from torch import Tensor
 
 from clip_m2df.episodes.datamodule import EpisodeDataModule
-from clip_m2df.errors import console
 from clip_m2df.evaluation.bank import encode_videos
 from clip_m2df.evaluation.conformal import Dealt, Player, class_threshold, deal_classes, make_episodes
 from clip_m2df.evaluation.metrics import Z_95
 from clip_m2df.evaluation.open_set import SCORES, choose_score
 from clip_m2df.files import write_text
 from clip_m2df.motion_shapes import render
+from study.page import coverage_table
 from study.play import trained, versions
-from study.results import REFERENCE
+from study.results import INTERVALS, REFERENCE, read_coverage
 from study.settings import Run, Settings
 
 N_WAY, N_SHOTS, ERRORS = 5, (1, 3, 5), (0.05, 0.1, 0.2)
@@ -140,16 +139,11 @@ def _sets(
 def summary(draws: Sequence[dict[str, float]]) -> dict[str, float]:
     """The means over draws, and of what is promised the half-width of the 95 % interval."""
     columns = {name: np.array([draw[name] for draw in draws]) for name in draws[0]}
-    names = {
-        "coverage": "interval",
-        "unknown_coverage": "unknown_interval",
-        "false_rejection": "false_rejection_interval",
-    }
     found = {}
     for name, values in columns.items():
         found[name] = round(float(values.mean()), 5)
-        if name in names:
-            found[names[name]] = round(float(Z_95 * values.std() / np.sqrt(len(values))), 5)
+        if name in INTERVALS:
+            found[INTERVALS[name]] = round(float(Z_95 * values.std() / np.sqrt(len(values))), 5)
     return found
 
 
@@ -171,23 +165,4 @@ def run_coverage(
     found = list(pool.map(partial(measure, settings=settings, store=store, draws=draws), families))
     records = [record for of_family in found for record in of_family]
     write_text(results, "coverage", "".join(json.dumps(record) + "\n" for record in records))
-    table = Table(
-        "family", "shots", "promised", "held, known", "held, unknown", "labels a set", "all", "none", "rejected"
-    )
-    for r in records:
-        held = [
-            f"{100 * r[a]:.1f} ± {100 * r[b]:.1f}"
-            for a, b in (("coverage", "interval"), ("unknown_coverage", "unknown_interval"))
-        ]
-        rejected = f"{100 * r['false_rejection']:.1f} ± {100 * r['false_rejection_interval']:.1f}"
-        shares = [f"{100 * r[name]:.1f}" for name in ("full_share", "empty_share")]
-        table.add_row(
-            r["family"],
-            str(r["n_shot"]),
-            f"{100 * (1 - r['error']):.0f}",
-            *held,
-            f"{r['set_size']:.2f}",
-            *shares,
-            rejected,
-        )
-    console().print(table)
+    print(coverage_table(read_coverage(results))[-1])

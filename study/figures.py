@@ -24,7 +24,7 @@ from study.results import (
     knobs,
     level,
     measured,
-    share,
+    metric,
     shots,
 )
 
@@ -114,9 +114,9 @@ def views_and_prompts(records: Sequence[Record]) -> Figure | None:
             grid[-1][j].set_xlabel(_label(knob))
             for cell in cells:
                 points = {
-                    test: s
+                    test: s[0]
                     for test in (CLEAN, *tests)
-                    if (s := if_measured(share, records, cell, name, test)) is not None
+                    if (s := if_measured(metric, records, cell, test, name)) is not None
                 }
                 if points.keys() - {CLEAN}:
                     look = {

@@ -15,6 +15,7 @@ from study.figures import draw
 from study.results import (
     CLEAN,
     GROUPED,
+    INTERVALS,
     OPEN,
     PARTS,
     REFERENCE,
@@ -35,7 +36,6 @@ from study.results import (
     measured,
     metric,
     rates,
-    share,
     shots,
 )
 
@@ -95,7 +95,7 @@ def render(
         if part == "main":
             sections += _knob_tables(results, pictures)
             sections += _view_tables(results, pictures)
-    sections += [*_open_set_tables(results), *_twin_tables(results), *_coverage_table(coverage)]
+    sections += [*_open_set_tables(results), *_twin_tables(results), *coverage_table(coverage)]
     if "results_curves.png" in pictures:
         sections += ["## Learning", _image("results_curves.png", "Accuracy on val against training episodes")]
         sections += ["Means over the seeds, and their range."]
@@ -156,8 +156,8 @@ def _value(content: str, results: Sequence[Record], coverage: Sequence[Coverage]
         if kind == "overstated":
             return _difference(between_tests(results, cell, TWINS, GROUPED))
         if kind in OPEN_SET:
-            return _percent(metric(results, cell, OPEN, f"{kind}/{chosen_score(results, cell).name}")[0])
-        return _share(results, cell, test, kind)
+            kind, test = f"{kind}/{chosen_score(results, cell).name}", OPEN
+        return _percent(metric(results, cell, test, kind)[0])
     except UserError as error:
         raise UserError(f"the findings ask for {{{content}}}: {error}") from error
 
@@ -168,8 +168,7 @@ def _of_coverage(content: str, name: str, words: Sequence[str], coverage: Sequen
         if list(words) == [line.family, str(line.n_shot), f"{line.error:g}"]:
             if name == "set_size":
                 return f"{line.set_size:.1f}"
-            interval = {"coverage": "interval", "unknown_coverage": "unknown_interval"}.get(name, f"{name}_interval")
-            return _within(getattr(line, name), getattr(line, interval))
+            return _within(getattr(line, name), getattr(line, INTERVALS[name]))
     raise UserError(
         f"the findings ask for {{{content}}}, which was not measured: write it like {{{name}: scene | 1 | 0.1}}, or run"
         " python -m study coverage to its end"
@@ -227,18 +226,14 @@ def _main_tables(results: Sequence[Record], part: str) -> list[str]:
         rows = []
         for row in dict.fromkeys(record.row for record in own if record.family == family):
             cells = [Cell(part, family, n_shot, row) for n_shot in columns]
-            rows.append([row, _from(results, *cells), *(text for cell in cells for text in _main_cells(results, cell))])
+            texts = [_shown(text, results, c, CLEAN) for c in cells for text in (_accuracy, _marked, _range)]
+            rows.append([row, _from(results, *cells), *texts])
         sections += [f"### `{family}`", _table(header, rows)]
     others = {record.row: record.weights_of for record in own if record.weights_of is not None}
     if others:
         said = ", ".join(f"{row} with those of {weights}" for row, weights in others.items())
         sections.append(f"Tested with another row's weights: {said}.")
     return sections
-
-
-def _main_cells(results: Sequence[Record], cell: Cell) -> list[str]:
-    """Accuracy, difference and range."""
-    return [_shown(text, results, cell, CLEAN) for text in (_accuracy, _marked, _range)]
 
 
 def _knob_tables(results: Sequence[Record], pictures: Sequence[str]) -> list[str]:
@@ -274,7 +269,8 @@ def _view_tables(results: Sequence[Record], pictures: Sequence[str]) -> list[str
     own = [record for record in results if record.part == "main" and record.purpose == "measure"]
     for cell in dict.fromkeys(record.cell for record in own):
         for test in dict.fromkeys(test for record in measured(own, cell).values() for test in record.tests):
-            shares = [_shown(_share, results, cell, test, name) for name in SHARE_NAMES]
+            found = [if_measured(metric, results, cell, test, name) for name in SHARE_NAMES]
+            shares = [_percent(share[0]) if share else NOTHING for share in found]
             line = [*shares, _shown(_accuracy, results, cell, test)]
             # Whoever has no views makes no use of PPS, which is then a number of the tower alone.
             if shares[-1] != NOTHING:
@@ -372,8 +368,8 @@ def _twin_tables(results: Sequence[Record]) -> list[str]:
     ]
 
 
-def _coverage_table(coverage: Sequence[Coverage]) -> list[str]:
-    """How often sets of labels hold the truth."""
+def coverage_table(coverage: Sequence[Coverage]) -> list[str]:
+    """How often sets of labels hold the truth: a heading, what is shown, and the table; nothing where nothing is."""
     if not coverage:
         return []
     header = ["family", "ways", "shots", "promised", "coverage", 'coverage of "none of these"', "labels in a set"]
@@ -530,10 +526,6 @@ def _marked(results: Sequence[Record], cell: Cell, test: str) -> str:
 def _range(results: Sequence[Record], cell: Cell, test: str) -> str:
     found = accuracy(results, cell, test)
     return f"{_percent(found.lowest)} to {_percent(found.highest)}" if found.seeds > 1 else "one run"
-
-
-def _share(results: Sequence[Record], cell: Cell, test: str, name: str) -> str:
-    return _percent(share(results, cell, name, test))
 
 
 def _percent(value: float) -> str:

@@ -44,6 +44,12 @@ TESTS = (OPEN, TWINS, GROUPED)
 # What further metrics of a test begin with, and those of the validation that chooses a score.
 METRICS = ("auroc/", "oscr/", "fpr95/", "twin_share", "accuracy_twins", "accuracy_without_twins")
 ON_VAL = "val/auroc/"
+# Of what is measured of sets, the 95 % intervals over draws.
+INTERVALS = {
+    "coverage": "interval",
+    "unknown_coverage": "unknown_interval",
+    "false_rejection": "false_rejection_interval",
+}
 
 
 class NotMeasuredError(UserError):
@@ -375,7 +381,8 @@ def difference(records: Sequence[Record], cell: Cell, test: str = CLEAN) -> Esti
             f"{cell} was tested ({test}) on {ours.shape[1]} episodes of {n_queries} queries, {reference!r} on "
             f"{theirs.shape[1]} of {of_theirs}: remove the lines of one of them, and run the study again"
         )
-    return _over_seeds_too(ours - theirs, n_queries)
+    found = _estimate(ours - theirs, n_queries)
+    return found._replace(interval=math.hypot(found.interval, _over_seeds((ours - theirs).mean(1) / n_queries)))
 
 
 def between_tests(records: Sequence[Record], cell: Cell, test: str, against: str) -> Estimate:
@@ -400,14 +407,15 @@ def between_tests(records: Sequence[Record], cell: Cell, test: str, against: str
 
 
 def metric(records: Sequence[Record], cell: Cell, test: str, name: str) -> tuple[float, float, float]:
-    """The mean over the seeds of one of a test's further metrics, and the lowest and highest of them.
+    """The mean over the seeds of one of ``SHARES`` or a test's further metrics, and the lowest and highest of them.
 
     Raises:
         NotMeasuredError: a seed is missing, or the test, or it has no such metric.
     """
-    values = [outcome.metrics[name] for outcome in _outcomes(records, cell, test) if name in outcome.metrics]
-    if len(values) < len(measured(records, cell)):
-        raise NotMeasuredError(f"{cell} has no {name} in the test {test!r}: ask for another")
+    found = [getattr(o, name) if name in SHARES else o.metrics.get(name) for o in _outcomes(records, cell, test)]
+    values: list[float] = [value for value in found if value is not None]
+    if len(values) < len(found):
+        raise NotMeasuredError(f"{cell} has no {name} in the test {test!r}: ask for another, or for a row that has")
     return sum(values) / len(values), min(values), max(values)
 
 
@@ -438,19 +446,6 @@ def chosen_score(records: Sequence[Record], cell: Cell) -> ChosenScore:
         raise NotMeasuredError(f"{cell} has no scores on val to choose from: run the study again")
     best, second = sorted(found, key=found.__getitem__, reverse=True)[:2]  # the first of equal ones
     return ChosenScore(best, found[best], found[best] - found[second])
-
-
-def share(records: Sequence[Record], cell: Cell, name: str, test: str = CLEAN) -> float:
-    """The mean over the seeds of one of ``SHARES``.
-
-    Raises:
-        NotMeasuredError: a seed is missing, or the test, or it has no such share.
-    """
-    values: list[float | None] = [getattr(outcome, name) for outcome in _outcomes(records, cell, test)]
-    known = [value for value in values if value is not None]
-    if len(known) < len(values):
-        raise NotMeasuredError(f"{cell} has no {name} in the test {test!r}: ask for a row that has")
-    return sum(known) / len(known)
 
 
 def if_measured(estimate: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
@@ -522,13 +517,6 @@ def _estimate(counts: NDArray[np.int64], n_queries: int) -> Estimate:
     interval = Z_95 * math.sqrt(scatter) / episodes / (seeds * n_queries) / math.sqrt(episodes)
     mean = float(counts.sum() / (counts.size * n_queries))
     return Estimate(mean, interval, float(by_seed.min()), float(by_seed.max()), seeds, episodes)
-
-
-def _over_seeds_too(differences: NDArray[np.int64], n_queries: int) -> Estimate:
-    """From ``(seeds, episodes)``, the seeds' scatter in the interval."""
-    found = _estimate(differences, n_queries)
-    over_seeds = _over_seeds(differences.mean(1) / n_queries)
-    return found._replace(interval=math.hypot(found.interval, over_seeds))
 
 
 def _over_seeds(by_seed: NDArray[np.float64]) -> float:

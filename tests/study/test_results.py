@@ -31,7 +31,6 @@ from study.results import (
     rates,
     read_coverage,
     read_results,
-    share,
 )
 
 HERE = Cell("main", "scene", 1, "other")
@@ -148,7 +147,7 @@ def test_what_is_missing_is_named() -> None:
     with pytest.raises(NotMeasuredError, match=r"'other'.* has no test 'noise=0.2' with seed 0"):
         accuracy([*REFERENCES, *OTHERS], HERE, "noise=0.2")
     with pytest.raises(NotMeasuredError, match=r"'other'.* has no pps_accuracy"):
-        share([*REFERENCES, *OTHERS], HERE, "pps_accuracy")
+        metric([*REFERENCES, *OTHERS], HERE, "clean", "pps_accuracy")
 
 
 def test_other_episodes_are_refused_by_the_name_of_the_cell() -> None:
@@ -163,7 +162,7 @@ def test_other_episodes_are_refused_by_the_name_of_the_cell() -> None:
 def test_a_share_is_the_mean_over_the_seeds_of_the_test() -> None:
     outcomes = [Outcome("12", 5, pps_accuracy=value) for value in (0.5, 0.75)]
     records = [measurement("other", s, tests={"noise=0.2": outcome}) for s, outcome in enumerate(outcomes)]
-    assert share(records, HERE, "pps_accuracy", "noise=0.2") == 0.625
+    assert metric(records, HERE, "noise=0.2", "pps_accuracy")[0] == 0.625
 
 
 def test_two_tests_of_a_row_are_compared_by_hand() -> None:
