@@ -18,7 +18,7 @@ from clip_m2df.episodes.datamodule import EpisodeDataModule
 from clip_m2df.evaluation.bank import encode_videos
 from clip_m2df.evaluation.conformal import Dealt, Player, class_threshold, deal_classes, make_episodes
 from clip_m2df.evaluation.metrics import Z_95
-from clip_m2df.evaluation.open_set import SCORES, choose_score
+from clip_m2df.evaluation.open_set import SCORES, aurocs_of, best_score
 from clip_m2df.files import write_text
 from clip_m2df.motion_shapes import render
 from study.page import coverage_table
@@ -115,7 +115,7 @@ def _sets(
 ) -> dict[float, dict[str, float]]:
     known, classes, labels = dealt.known[of_calibration], dealt.classes[of_calibration], dealt.episodes["query_labels"]
     own = misfits.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    score = SCORES[choose_score(logits[of_calibration][known], logits[of_calibration][~known])[0]]
+    score = SCORES[best_score(aurocs_of(logits[of_calibration][known], logits[of_calibration][~known]))]
     thresholds = class_threshold(own[of_calibration][known], classes[known], ERRORS)
     none = class_threshold(score(logits[of_calibration][~known]), classes[~known], ERRORS)
     among = torch.isin(dealt.classes[of_test], test)

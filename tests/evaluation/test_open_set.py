@@ -11,7 +11,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from clip_m2df.errors import UserError
-from clip_m2df.evaluation.open_set import SCORES, OpenSet, auroc, choose_score, fpr_at_recall, oscr
+from clip_m2df.evaluation.open_set import SCORES, OpenSet, auroc, aurocs_of, best_score, fpr_at_recall, oscr
 
 
 def drawn(seed: int, *, coarse: bool = False, n: int = 37, m: int = 23) -> tuple[Tensor, Tensor, Tensor]:
@@ -122,12 +122,12 @@ def test_scores_are_those_of_their_names() -> None:
 def test_the_score_that_is_chosen_tells_best() -> None:
     # Known queries are as far as unknown ones, but from one class alone.
     known, unknown = torch.tensor([[-2.0, -9.0], [-8.0, -1.0]]), torch.tensor([[-1.5, -1.6], [-2.5, -2.4]])
-    name, aurocs = choose_score(known.unsqueeze(0), unknown.unsqueeze(0))
-    assert name == "probability"  # the first of two that are always right
+    aurocs = aurocs_of(known.unsqueeze(0), unknown.unsqueeze(0))
+    assert best_score(aurocs) == "probability"  # the first of two that are always right
     assert aurocs["probability"] == aurocs["margin"] == 1
     assert aurocs["distance"] == 0.75
-    assert choose_score(known, unknown + torch.tensor([-20.0, -28.0]))[0] == "distance"
-    assert choose_score(known * math.nan, unknown)[0] == "distance"
+    assert best_score(aurocs_of(known, unknown + torch.tensor([-20.0, -28.0]))) == "distance"
+    assert best_score(aurocs_of(known * math.nan, unknown)) == "distance"
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clip_m2df.nn.head import Embedded, Head
+
 EPS = 0.01
 
 
@@ -160,3 +162,11 @@ def fusion_layer(layer: Any, query: list[list[float]], key_value: list[list[floa
         y = linear(hidden, layer.feed_forward[3].weight, layer.feed_forward[3].bias)
         out.append([a + b for a, b in zip(x, y, strict=True)])
     return out
+
+
+def logits_of_classes(head: Head, shots: Sequence[Tensor], query: Tensor, prompts: Tensor) -> Tensor:
+    """Of the head itself: classes with different numbers of shots, each embedded alone, and padded."""
+    embedded, selected = head.embed_queries(query, prompts)
+    parts = zip(shots, prompts, strict=True)
+    prototypes = Embedded.stack([head.prototype(head.embed(own, prompt), prompt) for own, prompt in parts])
+    return head.match(embedded, prototypes, selected).logits

@@ -137,10 +137,7 @@ def test_tip_adapter_by_hand() -> None:
 def test_tip_adapter_with_classes_of_other_numbers_of_shots_equals_the_loop() -> None:
     head, shots = TipAdapterHead(dim=8, alpha=7.0, beta=2.0), [episode(n_shot=n, seed=n)[0][0] for n in (1, 3, 2)]
     _, query, prompts = episode(seed=9)
-    embedded, selected = head.embed_queries(query, prompts)
-    parts = zip(shots, prompts, strict=True)
-    prototypes = Embedded.stack([head.prototype(head.embed(own, prompt), prompt) for own, prompt in parts])
-    logits = head.match(embedded, prototypes, selected).logits
+    logits = references.logits_of_classes(head, shots, query, prompts)
     for q, video in enumerate(query.mean(-2).tolist()):
         for c, own in enumerate(shots):
             near = [math.exp(-2 * (1 - references.cosine(video, shot.mean(0).tolist()))) for shot in own]
@@ -157,10 +154,8 @@ def normalised_means(videos: Tensor) -> Tensor:
 def test_the_linear_probe_is_where_the_loss_is_least(shots: tuple[int, ...], c: float) -> None:
     head = LinearProbeHead(dim=8, c=c)
     own = [episode(n_shot=n, seed=n)[0][i] for i, n in enumerate(shots)]
-    query, zero = episode(seed=9)[1], torch.zeros(8)
-    embedded, selected = head.embed_queries(query, torch.zeros(len(shots), 8))
-    prototypes = Embedded.stack([head.prototype(head.embed(videos, zero), zero) for videos in own])
-    logits = head.match(embedded, prototypes, selected).logits
+    query = episode(seed=9)[1]
+    logits = references.logits_of_classes(head, own, query, torch.zeros(len(shots), 8))
 
     # By Newton's method; of two classes one vector has the whole penalty, the difference of both classes' weights.
     n_way, x = len(shots), torch.cat([normalised_means(videos) for videos in own])

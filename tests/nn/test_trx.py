@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from clip_m2df import UserError
-from clip_m2df.nn.head import Embedded
 from clip_m2df.nn.trx import TRXHead, positions
 from tests.conftest import read_golden
 from tests.nn import references
@@ -95,10 +94,8 @@ def test_it_equals_the_loop(tuples: list[int]) -> None:
 
 def test_classes_with_other_numbers_of_shots_equal_the_loop() -> None:
     head, shots = make_head(tuples=[2, 3]), [videos(n, 4, seed=n) for n in (1, 3, 2)]
-    query, prompt = videos(4, 4, seed=9), torch.zeros(6)
-    embedded, selected = head.embed_queries(query, torch.zeros(3, 6))
-    prototypes = Embedded.stack([head.prototype(head.embed(own, prompt), prompt) for own in shots])
-    logits = head.match(embedded, prototypes, selected).logits
+    query = videos(4, 4, seed=9)
+    logits = references.logits_of_classes(head, shots, query, torch.zeros(3, 6))
     for q in range(4):
         for c, own in enumerate(shots):
             parts = [

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from clip_m2df import UserError
-from clip_m2df.nn.head import Embedded
 from clip_m2df.nn.matching import cosine
 from clip_m2df.nn.ts_fsar import TSFSARHead, channel_distances
 from tests.conftest import read_golden
@@ -72,10 +71,8 @@ def test_it_equals_the_loop(n_shot: int, options: dict[str, Any]) -> None:
 
 def test_classes_with_other_numbers_of_shots_equal_the_loop() -> None:
     head, shots = make_head(), [videos(n, 3, seed=n) for n in (1, 3, 2)]
-    query, prompt = videos(4, 3, seed=9), torch.zeros(6)
-    embedded, selected = head.embed_queries(query, torch.zeros(3, 6))
-    prototypes = Embedded.stack([head.prototype(head.embed(own, prompt), prompt) for own in shots])
-    logits = head.match(embedded, prototypes, selected).logits
+    query = videos(4, 3, seed=9)
+    logits = references.logits_of_classes(head, shots, query, torch.zeros(3, 6))
     torch.testing.assert_close(logits, slow_logits(head, shots, query), atol=1e-5, rtol=1e-4)
 
 

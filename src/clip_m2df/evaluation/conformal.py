@@ -21,7 +21,7 @@ from torch import Tensor
 from clip_m2df.episode import IndexedEpisode
 from clip_m2df.errors import UserError
 from clip_m2df.evaluation.bank import EpisodeBank
-from clip_m2df.evaluation.open_set import SCORES, best_score, choose_score
+from clip_m2df.evaluation.open_set import SCORES, aurocs_of, best_score
 from clip_m2df.nn.class_text import fuse_text
 from clip_m2df.nn.head import Head
 from clip_m2df.nn.weights import check_finite
@@ -372,7 +372,7 @@ def calibrate(
             known.append(class_threshold(own[dealt.known], dealt.classes[dealt.known], errors))
             unknown.append((logits[~dealt.known].double(), dealt.classes[~dealt.known]))
             if not dealt.known.all():
-                aurocs.append(choose_score(logits[dealt.known], logits[~dealt.known])[1])
+                aurocs.append(aurocs_of(logits[dealt.known], logits[~dealt.known]))
     if not settings:
         return None
     means = {name: sum(a[name] for a in aurocs) / len(aurocs) for name in SCORES} if aurocs else {}

@@ -129,18 +129,17 @@ def operating_curve(known: Tensor, right: Tensor, unknown: Tensor, points: int =
     return torch.stack((shares, *columns), -1)
 
 
-def choose_score(known_logits: Tensor, unknown_logits: Tensor) -> tuple[str, dict[str, float]]:
-    """The score of the highest AUROC, the first of :data:`SCORES` among equals, and the AUROC of each.
+def aurocs_of(known_logits: Tensor, unknown_logits: Tensor) -> dict[str, float]:
+    """The AUROC of each of :data:`SCORES`.
 
     Args:
         known_logits: of queries of known classes ``(…, n_way)``.
         unknown_logits: of the others; their leading axes are their own.
     """
-    aurocs = {
+    return {
         name: auroc(score(known_logits.double()).flatten(), score(unknown_logits.double()).flatten())
         for name, score in SCORES.items()
     }
-    return best_score(aurocs), aurocs
 
 
 def best_score(aurocs: Mapping[str, float]) -> str:
