@@ -22,7 +22,7 @@ from clip_m2df.episodes.dataset import EpisodeDataset, collate_episodes
 from clip_m2df.episodes.features import EvaluationTable, TrainingTable
 from clip_m2df.episodes.files import read_episodes_file
 from clip_m2df.episodes.loader import ReadingNow, UnusableVideos, VideoLoader
-from clip_m2df.episodes.plan import EpisodePlan, EpisodeSampler, EpisodeShape, plan_episode, with_outliers
+from clip_m2df.episodes.plan import EpisodePlan, EpisodeSampler, EpisodeShape, plan_episode, source, with_outliers
 from clip_m2df.errors import UserError, require, some
 from clip_m2df.files import relative_path
 from clip_m2df.loops import batches_limit, batches_of_step, between_steps, check_goes_on, count_in_steps
@@ -375,9 +375,9 @@ class EpisodeDataModule(lightning.LightningDataModule):
         split = self.manifest.split("val")
         chosen = []
         for videos in split.videos:
-            sources: dict[tuple[str, str], Video] = {}
+            sources: dict[str, Video] = {}
             for video in videos:
-                sources.setdefault((video.group, "" if video.group else video.path), video)
+                sources.setdefault(source(video), video)
             row, count = list(sources.values()), min(most, len(sources))
             chosen.append(tuple(row[i * len(row) // count] for i in range(count)))
         return self._table_of(dataclasses.replace(split, videos=tuple(chosen)))

@@ -125,22 +125,19 @@ class EpisodeShape:
                 f" {outside} videos, too few for unknown_queries {self.n_unknown}: lower unknown_queries or n_way, or"
                 " add classes to the manifest"
             )
-        if self.grouped and (fixed := self._inseparable(split)):
+        sizes = [Counter(map(source, videos)) for videos in split.videos] if self.grouped else []
+        fixed = [
+            f"{name!r} has {len(own)} group{'' if len(own) == 1 else 's'}"
+            for name, own in zip(split.class_names, sizes, strict=False)
+            if not self.can_part(own, ())
+        ]
+        if fixed:
             raise UserError(
                 f"{len(fixed)} of the {n_classes} classes of the {split.name} split have too few groups for grouped"
                 f" episodes, in which support and queries, n_shot {self.n_shot} and n_query {self.n_query}, are of"
                 f" different groups: {some(fixed)}; lower n_shot or n_query, add videos of other groups, remove the"
                 " classes, or give --data.episodes random"
             )
-
-    def _inseparable(self, split: Split) -> list[str]:
-        """The classes whose groups can't be parted into those of the support and those of the queries, in words."""
-        sizes = [Counter(map(source, videos)) for videos in split.videos]
-        return [
-            f"{name!r} has {len(own)} group{'' if len(own) == 1 else 's'}"
-            for name, own in zip(split.class_names, sizes, strict=True)
-            if not self.can_part(own, ())
-        ]
 
     def can_part(self, sizes: Mapping[str, int], support: Collection[str]) -> bool:
         """Whether a class has support and queries of different sources, some of which are the support's already.
