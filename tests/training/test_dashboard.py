@@ -319,7 +319,7 @@ def test_the_revision_of_a_checkout_is_told(monkeypatch: pytest.MonkeyPatch, tmp
 def test_the_hardest_are_found_whatever_the_batches_and_ranks(tiny_clip_dir: Path) -> None:
     """Of several ranks, played one after the other, the collectors keep what a single process keeps."""
     model = make(tiny_clip_dir).eval()
-    model.evaluated = Evaluated({}, torch.zeros((0, 0), dtype=torch.long))
+    model.evaluated = Evaluated({}, torch.zeros((0, 0), dtype=torch.long), {})
     episodes = [make_episodes(1, seed) for seed in range(6)]
     with torch.no_grad():
         outputs = [model.validation_step(episode, 0) for episode in episodes]

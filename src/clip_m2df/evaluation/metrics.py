@@ -6,7 +6,6 @@ for bit. No state is written in place: what a validation under inference mode le
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, NamedTuple, Self, cast
 
 import torch
@@ -233,7 +232,7 @@ class Evaluated(NamedTuple):
 
     numbers: dict[str, Tensor]
     confusion: Tensor
-    open_set: Mapping[str, OpenSetCurve] = MappingProxyType({})
+    open_set: Mapping[str, OpenSetCurve]
 
 
 class StageMetrics(nn.ModuleDict):
@@ -308,7 +307,7 @@ class StageMetrics(nn.ModuleDict):
 
     def take(self) -> Evaluated:
         """What has been counted since the last time, summed over all ranks; it starts anew."""
-        found = Evaluated({}, torch.zeros((0, 0), dtype=torch.long))
+        found = Evaluated({}, torch.zeros((0, 0), dtype=torch.long), {})
         for name, metric in cast(dict[str, Any], dict(self.items())).items():
             if metric.update_called:
                 value = metric.compute()
