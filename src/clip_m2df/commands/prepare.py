@@ -102,10 +102,11 @@ def prepare(
         )
     if not outcome.found:
         raise _nothing_found(outcome, tree, root)
-    groups = {file: _group(pattern, file) if pattern.pattern else "" for _, _, file in outcome.found}
+    paths = {file: "/".join((*file.folder, file.stem)) for _, _, file in outcome.found}
+    groups = {file: _group(pattern, path) if pattern.pattern else "" for file, path in paths.items()}
     if group is not None and not any(groups.values()):
         raise UserError(
-            f"--group {group!r} finds nothing in paths such as {_searched(next(iter(groups)))!r}: it is searched for in"
+            f"--group {group!r} finds nothing in paths such as {next(iter(paths.values()))!r}: it is searched for in"
             " the path from the root without the extension; mend it, or leave it out"
         )
     videos = [
@@ -124,14 +125,9 @@ def prepare(
     return _print_outcome(dataset, outcome, tree, root, output, report, remarks)
 
 
-def _searched(file: VideoFile) -> str:
-    """The part of a path in which groups are searched for."""
-    return "/".join((*file.folder, file.stem))
-
-
-def _group(pattern: re.Pattern[str], file: VideoFile) -> str:
+def _group(pattern: re.Pattern[str], path: str) -> str:
     """What a video was cut from, by its path; empty if that does not tell."""
-    match = pattern.search(_searched(file))
+    match = pattern.search(path)
     parts = (match.groups(default="") or (match[0],)) if match else ()
     return " ".join(" ".join(parts).split())
 
