@@ -30,7 +30,7 @@ from clip_m2df.nn.head import Head
 from clip_m2df.nn.m2df import M2DFHead
 from clip_m2df.training.callbacks import BundleWriter
 from tests.conftest import fails, options, quiet_trainer
-from tests.evaluation.test_bank import DIM, OPTIONS, SIZES, VIDEOS_A_CLASS, direct, episodes, make_head, videos
+from tests.evaluation.test_bank import DIM, OPTIONS, SIZES, direct, episodes, make_head, videos, with_unknown
 from tests.training.test_evaluation_from_bank import OWN_OPTIONS, data, many  # noqa: F401
 from tests.training.test_module import make
 
@@ -49,18 +49,10 @@ def facts_of(head: str = "m2df", **changes: Any) -> Facts:
     return Facts(head, sizes | of_head, **plain)
 
 
-def with_unknown(played: IndexedEpisode, seed: int = 1) -> IndexedEpisode:
+def with_more(played: IndexedEpisode) -> IndexedEpisode:
     """The episodes with two unknown queries each, and some of their queries having twins."""
-    generator = torch.Generator().manual_seed(seed)
-    n = len(played["numbers"])
-    other = torch.tensor([sorted({*range(7)} - {*row})[:2] for row in played["class_indices"].tolist()])
-    return IndexedEpisode(
-        **played,
-        unknown=other * VIDEOS_A_CLASS + torch.randint(VIDEOS_A_CLASS, (n, 2), generator=generator),
-        unknown_classes=other,
-        unknown_draws=torch.rand(n, 2, generator=generator),
-        twins=torch.rand(played["query"].shape, generator=generator) < 0.3,
-    )
+    twins = torch.rand(played["query"].shape, generator=torch.Generator().manual_seed(1)) < 0.3
+    return IndexedEpisode(**{**with_unknown(played, 2), "twins": twins})
 
 
 def predictions(head: Head, played: IndexedEpisode, share: float) -> dict[str, Tensor]:
@@ -86,7 +78,7 @@ def write(path: Path, head: Head, name: str, played: IndexedEpisode, predicted: 
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of 100 episodes, its predictions those of the head."""
     path = tmp_path_factory.mktemp("bundle") / "b.safetensors"
-    head, played = make_head(), with_unknown(episodes(100))
+    head, played = make_head(), with_more(episodes(100))
     predicted = {name: scores.argmax(-1) for name, scores in predictions(head, played, 0).items()}
     numbers = read_bundle(write(path, head, "m2df", played, predicted)).replay().numbers
     return write(path, head, "m2df", played, predicted, numbers=numbers | {"loss/total": 1.0, "loss/class": math.nan})
@@ -123,7 +115,7 @@ def sealed(whole: bytes) -> bytes:
 @pytest.mark.parametrize("n_shot", [1, 5])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_replay_predicts_what_the_head_itself_does(name: str, n_shot: int, tmp_path: Path) -> None:
-    head, played = make_head(**OPTIONS[name]), with_unknown(episodes(100, n_shot=n_shot))
+    head, played = make_head(**OPTIONS[name]), with_more(episodes(100, n_shot=n_shot))
     scores = predictions(head, played, 0.3)
     predicted = {kind: of_queries.argmax(-1) for kind, of_queries in scores.items()}
     options = {"text_fusion": 0.3, **OPTIONS[name]}

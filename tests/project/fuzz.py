@@ -235,9 +235,9 @@ def features(samples: Path, scratch: Path, rng: Rng) -> str:
 def save_bundle(folder: Path) -> None:
     """Write the bundle of a few episodes."""
     from tests.evaluation.test_bank import episodes, make_head
-    from tests.evaluation.test_bundle import predictions, with_unknown, write
+    from tests.evaluation.test_bundle import predictions, with_more, write
 
-    head, played = make_head(), with_unknown(episodes(9))
+    head, played = make_head(), with_more(episodes(9))
     predicted = {name: scores.argmax(-1) for name, scores in predictions(head, played, 0).items()}
     write(folder / "bundle", head, "m2df", played, predicted)
 

@@ -44,8 +44,8 @@ def verify_bundle(file: str, *, head: str | None = None) -> int:
     }
     digests = ", ".join(f"{name} {digest_of(tensors)[:16]}" for name, tensors in parts.items())
     say(f"{file} is whole: SHA-256 {sha256_of(file)}; {digests}")
-    gaps = torch.cat([*replayed.gaps(bundle.predicted).values()], -1)
-    differ, others = ~gaps.isnan(), replayed.others(facts.numbers)
+    gaps, others = replayed.gaps(bundle.predicted), replayed.others(facts.numbers)
+    differ = ~gaps.isnan()
     if not differ.any() and not others:
         say(f"the same: all {differ.numel()} queries, and all {len(numbers)} numbers")
         return 0

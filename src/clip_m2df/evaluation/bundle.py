@@ -36,38 +36,27 @@ _START = b'{"__metadata__":{"sha256":"'
 _DIGITS = slice(8 + len(_START), 8 + len(_START) + 64)
 _HEAD = "head/"
 _EPISODES = "episodes/"
-# The axes of each tensor but the head's; those of one name are of one size. A test may lack the second lot.
-_AXES = {
-    "features": "videos frames dim",
-    "prompt_table": "n_classes dim",
-    "episodes/numbers": "episodes",
-    "episodes/support": "episodes n_way n_shot",
-    "episodes/query": "episodes n_queries",
-    "episodes/query_labels": "episodes n_queries",
-    "episodes/class_indices": "episodes n_way",
-    "episodes/draws": "episodes n_queries",
-    "predicted": "episodes n_queries",
+# Of each tensor but the head's the axes, those of one name of one size; and what it holds: finite ``numbers``,
+# ``counts``, ``flags``, or indices of an axis.
+_TENSORS = {
+    "features": ("videos frames dim", "numbers"),
+    "prompt_table": ("n_classes dim", "numbers"),
+    "episodes/numbers": ("episodes", "counts"),
+    "episodes/support": ("episodes n_way n_shot", "videos"),
+    "episodes/query": ("episodes n_queries", "videos"),
+    "episodes/query_labels": ("episodes n_queries", "n_way"),
+    "episodes/class_indices": ("episodes n_way", "n_classes"),
+    "episodes/draws": ("episodes n_queries", "numbers"),
+    "predicted": ("episodes n_queries", "n_way"),
+    "episodes/replaced": ("episodes", "counts"),
+    "episodes/twins": ("episodes n_queries", "flags"),
+    "episodes/unknown": ("episodes n_unknown", "videos"),
+    "episodes/unknown_classes": ("episodes n_unknown", "n_classes"),
+    "episodes/unknown_draws": ("episodes n_unknown", "numbers"),
+    "unknown_predicted": ("episodes n_unknown", "n_way"),
 }
-_MAY_LACK = {
-    "episodes/replaced": "episodes",
-    "episodes/twins": "episodes n_queries",
-    "episodes/unknown": "episodes n_unknown",
-    "episodes/unknown_classes": "episodes n_unknown",
-    "episodes/unknown_draws": "episodes n_unknown",
-    "unknown_predicted": "episodes n_unknown",
-}
-# What the integers of a tensor are indices of. Tensors that are not named below hold finite numbers.
-_INDEX_OF = {
-    "predicted": "n_way",
-    "episodes/support": "videos",
-    "episodes/query": "videos",
-    "episodes/query_labels": "n_way",
-    "episodes/class_indices": "n_classes",
-    "episodes/unknown": "videos",
-    "episodes/unknown_classes": "n_classes",
-    "unknown_predicted": "n_way",
-}
-_COUNTS, _FLAGS = ("episodes/numbers", "episodes/replaced"), ("episodes/twins",)
+# What a test may lack; the latter as a whole.
+_ALONE, _OF_UNKNOWN = {"episodes/replaced", "episodes/twins"}, {name for name in _TENSORS if "unknown" in name}
 # Two replays may differ by this much in a share: in what depends on how scores are rounded, and not on predictions.
 TOLERANCE = 1e-6
 _PRECISIONS = {
@@ -169,21 +158,19 @@ class Replayed(NamedTuple):
     scores: dict[str, Tensor]
     numbers: dict[str, float]
 
-    def gaps(self, predicted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def gaps(self, predicted: Mapping[str, Tensor]) -> Tensor:
         """By how much the best score of each query exceeds that of the class that was predicted for it before.
 
         Args:
             predicted: :attr:`Bundle.predicted`.
 
         Returns:
-            ``(episodes, n)`` each; not a number where the same class is predicted.
+            ``(episodes, n)``, of all queries; not a number where the same class is predicted.
         """
-        return {
-            name: (scores.amax(-1) - scores.gather(-1, predicted[name].unsqueeze(-1)).squeeze(-1)).masked_fill(
-                scores.argmax(-1) == predicted[name], math.nan
-            )
-            for name, scores in self.scores.items()
-        }
+        scores = torch.cat([*self.scores.values()], 1)
+        before = torch.cat([predicted[name] for name in self.scores], 1)
+        gaps = scores.amax(-1) - scores.gather(-1, before.unsqueeze(-1)).squeeze(-1)
+        return gaps.masked_fill(scores.argmax(-1) == before, math.nan)
 
     def others(self, numbers: Mapping[str, float]) -> dict[str, tuple[float | None, float | None]]:
         """The numbers that are others than in the test, or are there in one of them alone: then and now."""
@@ -324,26 +311,23 @@ def _check_facts(facts: Facts) -> None:
 
 def _check_tensors(tensors: Mapping[str, Tensor], n_classes: int) -> None:
     """Refuse, by a ``ValueError``, tensors of other shapes and types than a test has, and indices that lead nowhere."""
-    if tensors.keys() - _AXES.keys() - _MAY_LACK.keys() or _AXES.keys() - tensors.keys():
+    if tensors.keys() - _TENSORS.keys() or _TENSORS.keys() - tensors.keys() - _ALONE - _OF_UNKNOWN:
         raise ValueError(f"it has the tensors {', '.join(sorted(tensors)):.300}")
-    of_unknown = {name for name in _MAY_LACK if "unknown" in name}
-    if tensors.keys() & of_unknown not in (set(), of_unknown):
-        raise ValueError(f"of its unknown queries it has {', '.join(sorted(tensors.keys() & of_unknown))} alone")
+    if tensors.keys() & _OF_UNKNOWN not in (set(), _OF_UNKNOWN):
+        raise ValueError(f"of its unknown queries it has {', '.join(sorted(tensors.keys() & _OF_UNKNOWN))} alone")
     sizes = {"n_classes": n_classes}
-    for name, axes in (_AXES | _MAY_LACK).items():
+    for name, (axes, holds) in _TENSORS.items():
         if (tensor := tensors.get(name)) is None:
             continue
         shape = dict(zip(axes.split(), tensor.shape, strict=True))
         if 0 in shape.values() or any(sizes.setdefault(axis, size) != size for axis, size in shape.items()):
             raise ValueError(f"{name} is of shape {tuple(tensor.shape)}")
-        integers = name in _INDEX_OF or name in _COUNTS
-        kinds = {torch.int64} if integers else {torch.bool} if name in _FLAGS else {*_PRECISIONS.values()}
-        if tensor.dtype not in kinds:
+        if tensor.dtype not in {"numbers": _PRECISIONS.values(), "flags": [torch.bool]}.get(holds, [torch.int64]):
             raise ValueError(f"{name} is of type {tensor.dtype}")
         if not tensor.isfinite().all():
             raise ValueError(f"{name} is not finite")
-        if name in _INDEX_OF and (tensor.min() < 0 or tensor.max() >= sizes[_INDEX_OF[name]]):
-            raise ValueError(f"{name} leads beyond its {_INDEX_OF[name]}")
+        if holds in sizes and (tensor.min() < 0 or tensor.max() >= sizes[holds]):
+            raise ValueError(f"{name} leads beyond its {holds}")
     numbers = tensors["episodes/numbers"]
     if not (numbers[1:] > numbers[:-1]).all():
         raise ValueError("the numbers of its episodes do not rise")
