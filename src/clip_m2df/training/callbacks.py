@@ -3,12 +3,13 @@
 import csv
 import enum
 import io
+import itertools
 import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import lightning
 import torch
@@ -224,22 +225,14 @@ def _latest_version(folder: Path) -> int | None:
     return max(found)[2] if found else None
 
 
-class Tested(NamedTuple):
-    """What a test of one manifest of several found.
-
-    Attributes:
-        name: under which it is logged, and its files are written.
-        manifest: its name.
-        classes: how many the test split has.
-        episodes: how many were played.
-        numbers: by the names under which they are logged, without the stage.
-    """
-
-    name: str
-    manifest: str
-    classes: int
-    episodes: int
-    numbers: Mapping[str, float]
+# What the table of several manifests shows beside the accuracy, of what was counted.
+_SHOWN = {
+    "twin_share": "queries with a twin",
+    "accuracy_without_twins": "accuracy without twins",
+    "auroc/distance": "AUROC (distance)",
+    "oscr/distance": "OSCR",
+    "fpr95/distance": "FPR95",
+}
 
 
 class RunReport(lightning.Callback):
@@ -253,7 +246,7 @@ class RunReport(lightning.Callback):
 
     def __init__(self, several: bool = False) -> None:
         self.several = several
-        self._tested: list[Tested] = []
+        self._tested: list[dict[str, Any]] = []
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Number what is logged by the steps of the whole run."""
@@ -295,7 +288,8 @@ class RunReport(lightning.Callback):
         shape, queries = data.eval_shape, int(evaluated.confusion.sum())
         episodes = queries // (shape.n_way * shape.n_query)
         if self.several:
-            self._tested.append(Tested(split, data.manifest_path, len(classes), episodes, numbers))
+            told = {"name": split, "manifest": data.manifest_path, "classes": len(classes), "episodes": episodes}
+            self._tested.append(told | numbers)
         else:
             played = f"{episodes} {'grouped ' if shape.grouped else ''}episodes"
             console().print(result_table(split, numbers, f"{played}, {shape.n_way}-way {shape.n_shot}-shot"))
@@ -314,18 +308,24 @@ class RunReport(lightning.Callback):
         """Print the table of several manifests, and write ``test_manifests.csv``, with all numbers of each."""
         if not self._tested:
             return
-        names = list(dict.fromkeys(name for tested in self._tested for name in tested.numbers))
+        names = list(dict.fromkeys(itertools.chain(*self._tested)))
         rows = [
-            [
-                *(tested.name, for_spreadsheet(tested.manifest), tested.classes, tested.episodes),
-                *(repr(tested.numbers[name]) if name in tested.numbers else "" for name in names),
-            ]
-            for tested in self._tested
+            [for_spreadsheet(cell) if isinstance(cell := row.get(name, ""), str) else cell for name in names]
+            for row in self._tested
         ]
         path = Path(trainer.default_root_dir) / "test_manifests.csv"
-        write_table(path, "table", [["name", "manifest", "classes", "episodes", *names], *rows])
+        write_table(path, "table", [names, *rows])
+        shown = [name for name in _SHOWN if name in names]
         shape = trainer.datamodule.eval_shape  # type: ignore[attr-defined]
-        console().print(manifests_table(self._tested, f"{shape.n_way}-way {shape.n_shot}-shot"))
+        title = f"{shape.n_way}-way {shape.n_shot}-shot"
+        headings = "manifest", "classes", "episodes", "test/accuracy", *(_SHOWN[name] for name in shown)
+        table = Table(*headings, title=title, title_justify="left")
+        for row in self._tested:
+            accuracy, interval = (100 * row.get(name, math.nan) for name in ("accuracy", "interval"))
+            facts = (str(row[name]) for name in headings[:3])
+            cells = (f"{100 * row[name]:.1f} %" if name in row else "" for name in shown)
+            table.add_row(*facts, f"{accuracy:.1f} ± {interval:.1f} %", *cells)
+        console().print(table)
         say(f"all numbers are in {path}")
 
 
@@ -459,34 +459,6 @@ class BundleWriter(lightning.Callback):
 
 # Numbers of an evaluation that are not shares.
 _COUNTS, _LOSSES = ("replaced_videos",), "loss/"
-
-
-# What the table of several manifests shows beside the accuracy, of what was counted.
-_SHOWN = {
-    "twin_share": "queries with a twin",
-    "accuracy_without_twins": "accuracy without twins",
-    "auroc/distance": "AUROC (distance)",
-    "oscr/distance": "OSCR",
-    "fpr95/distance": "FPR95",
-}
-
-
-def manifests_table(tested: Sequence[Tested], what: str) -> Table:
-    """A table with a row for each manifest that was tested.
-
-    Args:
-        tested: what was found.
-        what: was played.
-    """
-    shown = [name for name in _SHOWN if any(name in one.numbers for one in tested)]
-    table = Table("manifest", "classes", "episodes", "test/accuracy", *map(_SHOWN.__getitem__, shown), title=what)
-    table.title_justify = "left"
-    for one in tested:
-        accuracy, interval = (100 * one.numbers.get(name, math.nan) for name in ("accuracy", "interval"))
-        cells = [f"{100 * one.numbers[name]:.1f} %" if name in one.numbers else "" for name in shown]
-        counts = str(one.classes), str(one.episodes)
-        table.add_row(one.manifest, *counts, f"{accuracy:.1f} ± {interval:.1f} %", *cells)
-    return table
 
 
 def result_table(split: str, numbers: Mapping[str, float], what: str) -> Table:
