@@ -431,3 +431,9 @@ def test_a_head_without_the_steps_of_one_is_refused_with_what_to_write(name: str
     path, remedy = f"{__name__}.{name}", r"clip_m2df\.nn\.head\.Head .*embed, prototype and match"
     with pytest.raises(UserError, match=f"head: '{path}' .*{fault}.*{remedy}"):
         head_class(path)
+
+
+def test_sizes_beyond_the_memory_are_refused_by_name() -> None:
+    for name, size in (("trx", "width"), ("ts_fsar", "width"), ("m2df", "hidden_dim")):
+        with pytest.raises(UserError, match=f"head_options: .* does not take .*{size}"):
+            build_head(name, {"dim": 64, size: 10**13})

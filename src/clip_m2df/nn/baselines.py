@@ -450,8 +450,9 @@ def build_head(name: str, options: Mapping[str, Any]) -> Head:
         return cls(**options)
     except UserError:
         raise
-    except (TypeError, ValueError) as error:
-        raise UserError(f"head_options: {cls.__name__} does not take {dict(options)!r:.200}: {error}") from error
+    except (TypeError, ValueError, OverflowError, MemoryError, RuntimeError) as error:  # torch's where memory ends
+        why = " ".join(str(error).split())  # below which torch may put where in its own code
+        raise UserError(f"head_options: {cls.__name__} does not take {dict(options)!r:.200}: {why:.200}") from error
 
 
 def options_of(cls: type[Head]) -> tuple[str, ...]:
