@@ -446,6 +446,8 @@ def build_head(name: str, options: Mapping[str, Any]) -> Head:
         kind = inspect.signature(cls).parameters[option].annotation
         if kind in (bool, "bool") and value not in (True, False):
             raise UserError(f"head_options: {option} is {value!r:.80}; it must be true or false")
+        if value is None and kind in (int, float, "int", "float"):  # which a check of a range takes for not given
+            raise UserError(f"head_options: {option} is null; it must be a number, or be left out")
     try:
         return cls(**options)
     except UserError:
