@@ -24,6 +24,7 @@ from clip_m2df import __version__
 from clip_m2df.cli import COMMANDS, command_parser, main
 from clip_m2df.commands.configs import find_config, resolve_configs, shipped_configs
 from clip_m2df.commands.trainer import run
+from clip_m2df.datasets.feature_tables import write_feature_table
 from clip_m2df.episodes.datamodule import EpisodeDataModule
 from clip_m2df.errors import UserError
 from clip_m2df.training.callbacks import RunProgressBar
@@ -743,4 +744,11 @@ def test_a_further_manifest_is_checked_before_the_first_is_tested(
     for option, value in (("report", "page.html"), ("data.episodes_file", "episodes.jsonl")):
         said = fails([*args, f"--also={manifest}", f"--{option}={tmp_path / value}"], capsys)
         assert f"{option} is of one manifest" in said
+    # So is what only the model can tell: the features of another tower.
+    rows = [{"path": f"{c}_{i}.mp4", "label": f"class {c}", "split": "test"} for c in range(3) for i in range(5)]
+    for width, frames, why in ((7, 2, "have 7 numbers a frame"), (32, 3, "are of 3 frames")):
+        features = tmp_path / f"{width}.safetensors"
+        write_feature_table(features, rows, torch.rand(15, frames, width))
+        said = fails([*args, f"--also={features}"], capsys)
+        assert f"--also {features}: the features in {features} {why}" in said
     assert not list(tmp_path.glob("test_*"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from pathlib import Path
@@ -144,6 +145,12 @@ def test_what_a_calibration_needs_is_said_and_nothing_changes_without_it() -> No
     assert len(before.predict_sets(QUERIES)) == len(QUERIES)
     before.model.text_fusion = 0.5
     with pytest.raises(UserError, match=r"for text_fusion 0\.0, not for 0\.5"):
+        before.predict_sets(QUERIES)
+    # Nor is one taken that does not say what it goes by.
+    assert known is not None
+    before.model.text_fusion = 0.0
+    before.calibration = dataclasses.replace(known, goes_by={"frames": known.goes_by["frames"]})
+    with pytest.raises(UserError, match="is for selection None, not for argmax"):
         before.predict_sets(QUERIES)
 
 

@@ -256,6 +256,16 @@ def test_a_number_that_does_not_follow_is_told(
     assert "0 of 800 queries are predicted otherwise" in said
 
 
+def test_names_in_a_file_print_no_line_of_their_own(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told, tensors = parts(bundle)
+    lines = "x\nthe same: all 800 queries"
+    told |= {"numbers": {lines: 1.0}, "device": lines, "versions": {"torch": lines}}
+    assert main(["verify", str(seal(tmp_path / "b", told, tensors))]) == 1
+    assert not any(line.startswith("the same") for line in capsys.readouterr().out.splitlines())
+
+
 def test_where_it_was_played_otherwise_that_is_said(
     bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -367,6 +377,16 @@ FORGED: dict[str, Forge] = {
     "text beyond all": lambda told, t: told.update(text_fusion=2),
     "numbers in a list": lambda told, t: told.update(numbers=[1]),
     "a number that is a text": lambda told, t: told.update(numbers={"accuracy": "1"}),
+    "a class twice": lambda told, t: t["episodes/class_indices"][5, 1].fill_(int(t["episodes/class_indices"][5, 0])),
+    "a query of the support": lambda told, t: t["episodes/query"][5, 0].fill_(int(t["episodes/support"][5, 0, 0])),
+    "queries of another class": lambda told, t: t["episodes/query_labels"][5].copy_(
+        t["episodes/query_labels"][5].flip(0)
+    ),
+    "an unknown query of a class": lambda told, t: t["episodes/unknown_classes"][5, 0].fill_(
+        int(t["episodes/class_indices"][5, 0])
+    ),
+    "weights that fill the memory": lambda told, t: told["head_options"].update(hidden_dim=10**13),
+    "weights beyond all": lambda told, t: told["head_options"].update(hidden_dim=10**30),
     "prompts maybe": lambda told, t: told.update(prompts=5),
 }
 

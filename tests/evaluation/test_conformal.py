@@ -205,7 +205,17 @@ def test_a_calibration_comes_back_from_its_state_and_a_damaged_one_is_refused() 
     for name, value in (
         ("score", "distances"),
         ("score", None),
+        ("score", ["distance"]),
         ("aurocs", {"distance": 2.0}),
+        ("aurocs", {"distance": 0.5}),
+        ("aurocs", dict.fromkeys(SCORES, 2.0)),
+        ("aurocs", dict.fromkeys(SCORES, "0.5")),
+        ("aurocs", dict.fromkeys(SCORES, torch.tensor([0.5]))),
+        ("settings", found.settings.to_sparse()),
+        ("settings", found.settings.tolist()),
+        ("thresholds", found.thresholds.to_sparse()),
+        ("thresholds", found.thresholds.to("meta")),
+        ("goes_by", {"selection": torch.ones(3)}),
         ("settings", found.settings.float()),
         ("settings", found.settings[:, :2]),
         ("settings", found.settings * 0),
@@ -216,8 +226,9 @@ def test_a_calibration_comes_back_from_its_state_and_a_damaged_one_is_refused() 
         ("thresholds", "none"),
         ("goes_by", 3),
     ):
-        with pytest.raises(UserError, match="the calibration is damaged"):
+        with pytest.raises(UserError, match=r"the calibration is damaged: it has .*; calibrate again") as refused:
             Calibration.from_state(state | {name: value})
+        assert len(str(refused.value)) < 200
     others: list[Any] = [None, [], {}, {**state, "more": 1}]
     for other in others:
         with pytest.raises(UserError, match="the calibration is damaged"):

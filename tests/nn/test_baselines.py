@@ -426,3 +426,15 @@ def test_a_head_without_the_steps_of_one_is_refused_with_what_to_write(name: str
     path, remedy = f"{__name__}.{name}", r"clip_m2df\.nn\.head\.Head .*embed, prototype and match"
     with pytest.raises(UserError, match=f"head: '{path}' .*{fault}.*{remedy}"):
         head_class(path)
+
+
+def test_sizes_beyond_the_memory_are_refused_by_name() -> None:
+    for name, size in (("trx", "width"), ("ts_fsar", "width"), ("m2df", "hidden_dim")):
+        with pytest.raises(UserError, match=f"head_options: .* does not take .*{size}"):
+            build_head(name, {"dim": 64, size: 10**13})
+
+
+@pytest.mark.parametrize(("head", "option"), [("linear_probe", "c"), ("tip_adapter", "beta"), ("trx", "width")])
+def test_no_number_is_no_value_of_an_option(head: str, option: str) -> None:
+    with pytest.raises(UserError, match=f"head_options: {option} is null; it must be a number"):
+        build_head(head, {"dim": 8, option: None})

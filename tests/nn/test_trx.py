@@ -153,3 +153,9 @@ def test_too_few_frames_and_tuples_that_are_none_are_refused() -> None:
     for wrong in ([], [2, 2], [0], [True], [2.0], "2", 2, [None]):
         with pytest.raises(UserError, match="tuples is"):
             make_head(tuples=wrong)
+
+
+def test_tuples_that_would_fill_the_memory_are_refused() -> None:
+    head = TRXHead(dim=4, tuples=[10], width=2)
+    with pytest.raises(UserError, match=r"videos of 60 have \d{11}, more than 10000: take fewer frames \(data\.frames"):
+        head.embed(torch.zeros(1, 60, 4), None)

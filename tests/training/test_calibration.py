@@ -155,9 +155,13 @@ def test_validate_calibrates_for_other_numbers_of_examples(
         run("validate", table, tmp_path, "--ckpt_path=best", "--calibrate=[]"), capsys
     )
     assert_same(checkpoint(tmp_path, "best"), after)
-    assert main(run("validate", table, tmp_path, "--ckpt_path=best", "--calibrate=[9]")) == 0
-    assert "can't be calibrated" in capsys.readouterr().out
+    said = fails(run("validate", table, tmp_path, "--ckpt_path=best", "--calibrate=[9]"), capsys)
+    assert "can't be calibrated for 9 examples: no two classes of val have 10 videos" in said
     assert_same(checkpoint(tmp_path, "best"), after)
+    # A number that is given twice counts once, and leaves a checkpoint that can be read.
+    assert main(run("validate", table, tmp_path, "--ckpt_path=best", "--calibrate=[2,4,2]")) == 0
+    assert_same(checkpoint(tmp_path, "best"), after)
+    assert main(run("validate", table, tmp_path, "--ckpt_path=best")) == 0
 
 
 def test_a_training_that_goes_on_leaves_the_calibration_of_former_weights_behind(table: Path, tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ from clip_m2df.episodes.datamodule import EpisodeDataModule
 from clip_m2df.episodes.files import write_episodes_file
 from clip_m2df.errors import Stopped, UserError, ended_by_sigterm, require, say
 from clip_m2df.files import FULL, locked_folder, writing
+from clip_m2df.hub import is_reading
 from clip_m2df.loops import raised_while_restoring
 from clip_m2df.motion_shapes import NO_KNOBS
 from clip_m2df.nn.baselines import head_class
@@ -266,15 +267,18 @@ class CLI(LightningCLI):
             UserError: an option has a value that they don't take.
         """
         try:
-            self.others = self._further_data()
+            further, reading = self._further_data(), (self.checkpoint or {}).get("reading")
+            self.others = [data for _, data in further]
             super().instantiate_classes()
+            for checked, _ in further:
+                self._check_fits(checked, reading if is_reading(reading) else None)
         except (UserError, MisconfigurationException):
             raise
         except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             raise UserError(f"an option has a value that it can't have: {' '.join(str(error).split())}") from error
 
-    def _further_data(self) -> list[EpisodeDataModule]:
-        """The data of the further manifests of a test, checked before the first is tested.
+    def _further_data(self) -> list[tuple[EpisodeDataModule, EpisodeDataModule]]:
+        """The data of the further manifests of a test, checked before the first is tested, and the same untouched.
 
         All options hold for them too, but those that name something of the first: its cache and its texts.
 
@@ -292,11 +296,20 @@ class CLI(LightningCLI):
             try:
                 if is_feature_table(manifest):
                     options |= {"root": None, "frames": read_feature_table(manifest).frames}
-                EpisodeDataModule(**options).setup("test")
+                checked = EpisodeDataModule(**options)
+                checked.setup("test")
             except UserError as error:
                 raise UserError(f"--also {manifest}: {error}") from error
-            others.append(EpisodeDataModule(**options))
+            others.append((checked, EpisodeDataModule(**options)))
         return others
+
+    def _check_fits(self, data: EpisodeDataModule, reading: dict[str, Any] | None) -> None:
+        """Refuse the data of a further manifest that the model does not take."""
+        try:
+            data.check_tower(self.model)
+            self.model.check_data(data, reading)
+        except UserError as error:
+            raise UserError(f"--also {data.manifest_path}: {error}") from error
 
     def before_instantiate_classes(self) -> None:
         """Find the checkpoint and take the model's options from it.

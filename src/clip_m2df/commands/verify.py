@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from clip_m2df.errors import console, say, some
+from clip_m2df.errors import console, printable, say, some
 
 
 def verify_bundle(file: str, *, head: str | None = None) -> int:
@@ -53,9 +53,10 @@ def verify_bundle(file: str, *, head: str | None = None) -> int:
     if differ.any():
         named = some(map(str, episodes["numbers"][differ.any(-1)].tolist()))
         say(f"  in the episodes {named}; the classes of the test score {float(gaps[differ].max()):.3g} less at most")
-    for name, (then, now) in others.items():
-        say(f"  {name} was {then}, and is {now}")
+    for name, (then, now) in others.items():  # names that a file gives, which may hold line breaks
+        say(f"  {printable(name)} was {then}, and is {now}")
     here, there = f"torch {torch.__version__} on cpu", f"torch {facts.versions.get('torch')} on {facts.device}"
     if here != there:
-        say(f"it was played by {there}, and is replayed by {here}, which may round the last digits otherwise")
+        told = f"it was played by {there}, and is replayed by {here}, which may round the last digits otherwise"
+        say(printable(told))
     return 1

@@ -319,17 +319,25 @@ class EpisodeDataModule(lightning.LightningDataModule):
         if is_feature_table(self.manifest_path):
             return
         model = self.trainer.lightning_module if self.trainer else None
-        if getattr(model, "image_size", None) == 0:
-            raise UserError(
-                f"the model was made for features and has no tower that takes videos: give a feature table as"
-                f" data.manifest in the place of {self.manifest_path}, as clip-m2df encode writes it with the tower of"
-                " its training; or a model with a tower"
-            )
+        self.check_tower(model)
         looks = self._looks(model) if self.trainer else {}
         if any(value != getattr(self.reader, name) for name, value in looks.items()):
             self.reader = dataclasses.replace(self.reader, **looks, cache=None)
             self.manifest = None
             self._datasets, self._tables, self._checked = {}, {}, set()
+
+    def check_tower(self, model: object) -> None:
+        """Refuse a model that takes no videos, where these are videos.
+
+        Raises:
+            UserError: says what to give.
+        """
+        if getattr(model, "image_size", None) == 0 and not is_feature_table(self.manifest_path):
+            raise UserError(
+                f"the model was made for features and has no tower that takes videos: give a feature table as"
+                f" data.manifest in the place of {self.manifest_path}, as clip-m2df encode writes it with the tower of"
+                " its training; or a model with a tower"
+            )
 
     def _check_decoder(self, name: str) -> None:
         """Refuse at the start a split of which the decoder that was chosen may give other frames."""

@@ -25,7 +25,7 @@ from clip_m2df.errors import UserError, require
 from clip_m2df.evaluation.bank import EpisodeBank
 from clip_m2df.evaluation.metrics import StageMetrics
 from clip_m2df.files import check_output, read_bytes, whole_file
-from clip_m2df.nn.baselines import build_head, check_asked_for
+from clip_m2df.nn.baselines import HEADS, build_head, check_asked_for
 from clip_m2df.nn.class_text import fuse_text
 from clip_m2df.nn.head import Head
 from clip_m2df.nn.weights import check_finite, check_weights
@@ -283,9 +283,13 @@ def _bundle(path: str | os.PathLike[str], facts: Facts, tensors: dict[str, Tenso
     check_asked_for(facts.head, asked, path, "--head")
     weights = {name.removeprefix(_HEAD): t for name, t in tensors.items() if name.startswith(_HEAD)}
     options = {"dim": tensors["prompt_table"].shape[-1], **facts.head_options}
+    what = f"weights of the head {facts.head}"
+    if facts.head in HEADS:  # sizes that a file only claims would fill the memory
+        with torch.device("meta"):
+            check_weights(build_head(facts.head, options), weights, what)
     with torch.random.fork_rng(devices=[]):
         head = build_head(facts.head, options).to(weights["scale"].dtype).eval()
-    check_weights(head, weights, f"weights of the head {facts.head}")
+    check_weights(head, weights, what)
     head.load_state_dict(weights)
     columns = {n.removeprefix(_EPISODES): t for n, t in tensors.items() if n.startswith(_EPISODES)}
     episodes = cast(IndexedEpisode, {**columns, "class_names": facts.class_names})
@@ -331,6 +335,31 @@ def _check_tensors(tensors: Mapping[str, Tensor], n_classes: int) -> None:
     numbers = tensors["episodes/numbers"]
     if not (numbers[1:] > numbers[:-1]).all():
         raise ValueError("the numbers of its episodes do not rise")
+    _check_episodes({name.removeprefix(_EPISODES): t for name, t in tensors.items()}, sizes["videos"])
+
+
+def _check_episodes(episodes: Mapping[str, Tensor], n_videos: int) -> None:
+    """Refuse, by a ``ValueError``, episodes that no test deals, in which a query could know its answer."""
+    own, support, query = (episodes[name] for name in ("class_indices", "support", "query"))
+    _check_distinct(own, "have a class twice")
+    videos, classes = [support.flatten(1), query], [own.repeat_interleave(support.shape[-1], -1)]
+    classes.append(own.gather(-1, episodes["query_labels"]))
+    if "unknown" in episodes:
+        videos.append(episodes["unknown"])
+        classes.append(episodes["unknown_classes"])
+        if (classes[-1].unsqueeze(-1) == own.unsqueeze(-2)).any():
+            raise ValueError("unknown queries of its episodes are of classes that these have")
+    _check_distinct(torch.cat(videos, -1), "have a video twice")
+    of_videos = torch.cat(videos, -1).flatten()
+    found = own.new_zeros(n_videos).scatter_(0, of_videos, torch.cat(classes, -1).flatten())
+    if (found[of_videos] != torch.cat(classes, -1).flatten()).any():
+        raise ValueError("a video of its episodes is of two classes")
+
+
+def _check_distinct(rows: Tensor, what: str) -> None:
+    ordered = rows.sort(-1).values
+    if (ordered[..., 1:] == ordered[..., :-1]).any():
+        raise ValueError(f"its episodes {what}")
 
 
 def _finite(numbers: Mapping[str, float]) -> dict[str, float]:

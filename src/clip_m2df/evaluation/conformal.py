@@ -309,8 +309,14 @@ class Calibration:
             score, aurocs, settings, thresholds, goes_by = (state[name] for name in names)
             if score not in SCORES or not (isinstance(aurocs, Mapping) and isinstance(goes_by, Mapping)):
                 raise ValueError(f"has the score {score!r:.40}")
-            if not aurocs.keys() <= SCORES.keys() or not all(0 <= float(share) <= 1 for share in aurocs.values()):
+            if aurocs and aurocs.keys() != SCORES.keys():
+                raise ValueError("has areas of other scores")
+            if not all(type(share) is float and 0 <= share <= 1 for share in aurocs.values()):
                 raise ValueError("has areas that are no shares")
+            if not all(type(value) in (str, int, float) for value in goes_by.values()):
+                raise ValueError("has values of options that are none")
+            if not all(isinstance(t, Tensor) and t.layout == torch.strided for t in (settings, thresholds)):
+                raise ValueError("has no tables")
             if settings.dtype != torch.int64 or settings.ndim != 2 or settings.shape[1] != 3 or not len(settings):
                 raise ValueError("has no numbers of classes and examples")
             if (settings[:, 0] < 2).any() or (settings[:, 1] < 1).any() or (settings[:, 2] < settings[:, 0]).any():
@@ -322,8 +328,9 @@ class Calibration:
             if thresholds.isnan().any() or (thresholds.diff() > 0).any():
                 raise ValueError("has thresholds that rise with the error rate")
             return cls(score, dict(aurocs), settings.cpu(), thresholds.cpu(), dict(goes_by))
-        except (ValueError, TypeError, AttributeError, RuntimeError) as error:
-            raise UserError(f"the calibration is damaged: it {error}; calibrate again") from error
+        except (ValueError, TypeError, RuntimeError) as error:
+            why = error if type(error) is ValueError else "has parts of other types"
+            raise UserError(f"the calibration is damaged: it {why}; calibrate again") from error
 
 
 @torch.no_grad()
@@ -358,7 +365,7 @@ def calibrate(
     player = Player(head, features, prompt_table, videos, text_fusion=text_fusion, memory=memory)
     errors = [step / STEPS for step in range(1, STEPS)]
     settings, known, unknown, aurocs = [], [], [], []
-    for n_shot in n_shots:
+    for n_shot in dict.fromkeys(n_shots):
         classes = [c for c, of_class in enumerate(videos) if len(of_class) > n_shot]
         for n_way in range(2, len(classes) + 1) if n_ways is None else [n for n in n_ways if n <= len(classes)]:
             # Numbers of the settings and not of an order: what is asked for beside it changes nothing.

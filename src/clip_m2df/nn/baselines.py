@@ -446,12 +446,15 @@ def build_head(name: str, options: Mapping[str, Any]) -> Head:
         kind = inspect.signature(cls).parameters[option].annotation
         if kind in (bool, "bool") and value not in (True, False):
             raise UserError(f"head_options: {option} is {value!r:.80}; it must be true or false")
+        if value is None and kind in (int, float, "int", "float"):  # which a check of a range takes for not given
+            raise UserError(f"head_options: {option} is null; it must be a number, or be left out")
     try:
         return cls(**options)
     except UserError:
         raise
-    except (TypeError, ValueError) as error:
-        raise UserError(f"head_options: {cls.__name__} does not take {dict(options)!r:.200}: {error}") from error
+    except (TypeError, ValueError, OverflowError, MemoryError, RuntimeError) as error:  # torch's where memory ends
+        why = " ".join(str(error).split())  # below which torch may put where in its own code
+        raise UserError(f"head_options: {cls.__name__} does not take {dict(options)!r:.200}: {why:.200}") from error
 
 
 def options_of(cls: type[Head]) -> tuple[str, ...]:

@@ -14,6 +14,8 @@ from clip_m2df.nn.prompts import SelectedPrompts
 
 # What the published code multiplies positions with before it adds them to the features.
 POSITION_SCALE = 0.1
+# Tuples of a video, at most: each of a query is compared with each of a shot.
+MOST_TUPLES = 10_000
 
 
 class TupleEncoder(nn.Module):
@@ -101,6 +103,12 @@ class TRXHead(Head):
                 f"trx compares tuples of {most} frames, and videos have {frames}: take more frames (data.frames), or"
                 " smaller tuples (model.head_options.tuples)"
             )
+        for size in self.tuples:
+            if (count := math.comb(frames, size)) > MOST_TUPLES:
+                raise UserError(
+                    f"trx compares tuples of {size} frames, of which videos of {frames} have {count}, more than"
+                    f" {MOST_TUPLES}: take fewer frames (data.frames), or other tuples (model.head_options.tuples)"
+                )
 
     def prototype(self, embedded: Embedded, prompts: Tensor) -> Embedded:
         """The tuples of all shots, and which of them are real: all, as long as nothing is padded."""

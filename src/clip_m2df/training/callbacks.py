@@ -337,6 +337,8 @@ class Calibrator(lightning.Callback):
         kept = next((c for c in trainer.checkpoint_callbacks if isinstance(c, RunCheckpoint)), None)
         if kept is None or not kept.last_model_path or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
+        if not trainer.limit_val_batches:
+            return
         best = kept.best_model_path if kept.best_model_score is not None else ""
         files = [path for path in (best, kept.last_model_path) if path]
         try:
@@ -358,13 +360,13 @@ def calibrate_checkpoints(
         n_shots: numbers of examples of a class.
 
     Raises:
-        UserError: the videos can't be read, or a file can't be written.
+        UserError: the videos can't be read or are too few, or a file can't be written.
     """
     model.to(trainer.strategy.root_device).eval()
     features, found = None, {}
     with ended_by_sigterm(f"the training is whole in {files[-1]}; validate --calibrate calibrates it"):
         table = data.calibration_table(MOST_CLIPS)
-        if table is None or not trainer.limit_val_batches:
+        if table is None:
             return
         for file in files:
             checkpoint = read_checkpoint(file)
@@ -382,8 +384,11 @@ def calibrate_checkpoints(
                 checkpoint["calibration"] = calibration.state()
                 RunCheckpointIO().save_checkpoint(checkpoint, file)
     if calibration is None:
-        say("sets of labels can't be calibrated: no two classes of val have two videos that can be read")
-        return
+        raise UserError(
+            f"sets of labels can't be calibrated for {', '.join(map(str, sorted({*n_shots})))} examples: no two classes"
+            f" of val have {min(n_shots) + 1} videos that can be read and are cut from different sources; add videos to"
+            " val, or calibrate for fewer examples"
+        )
     left_out = sorted({*n_shots} - {*calibration.n_shots})
     missing = f"; val has too few videos of a class for {', '.join(map(str, left_out))}" if left_out else ""
     say(f"sets of labels are calibrated on val for {calibration}{missing}; predict --error gives them")

@@ -311,15 +311,32 @@ class CLIPM2DF(lightning.LightningModule):
                 " measure it by clip-m2df test, or train with another head"
             )
         data = getattr(self._trainer, "datamodule", None)
+        self.check_data(data, self.reading)
+        table = getattr(data, "table", None)
+        if isinstance(table, FeatureTable):
+            backbone = cast(CLIPBackbone, self.model.backbone)
+            if table.class_embeddings and not self.image_size and backbone.text is None:
+                backbone.keep_classes(table.class_embeddings)  # which goes into its checkpoints
+            else:
+                self.model.take_class_embeddings(table.class_embeddings)
+        self.model.check_has_prompts()
+
+    def check_data(self, data: object, reading: Mapping[str, Any] | None) -> None:
+        """Refuse data with another number of frames than the head takes, or with features that are not the model's.
+
+        Args:
+            data: a data module, which has read its manifest; of other people's nothing is known.
+            reading: how the videos of the model's training were read, see :attr:`reading`.
+
+        Raises:
+            UserError: says which, and what to give.
+        """
         frames = getattr(getattr(data, "reader", None), "frames", None)
         if isinstance(frames, int):  # other people's readers may be anything
             self.model.head.check_frames(frames)
         table = getattr(data, "table", None)
-        if isinstance(table, FeatureTable):
-            self._take_table(table)
-        self.model.check_has_prompts()
-
-    def _take_table(self, table: FeatureTable) -> None:
+        if not isinstance(table, FeatureTable):
+            return
         backbone = cast(CLIPBackbone, self.model.backbone)
         if table.dim != backbone.dim:
             raise UserError(
@@ -327,16 +344,12 @@ class CLIPM2DF(lightning.LightningModule):
                 f" ({self.source}) {backbone.dim}: give a table of its own tower's features, or for another width"
                 " model.backbone features"
             )
-        frames = table.frames if self.reading is None else self.reading["frames"]
+        frames = table.frames if reading is None else reading["frames"]
         if table.frames != frames:
             raise UserError(
                 f"the features in {table.source} are of {table.frames} frames, and the model ({self.source}) was"
                 f" trained on {frames}: give a table of as many"
             )
-        if table.class_embeddings and not self.image_size and backbone.text is None:
-            backbone.keep_classes(table.class_embeddings)  # which goes into its checkpoints
-        else:
-            self.model.take_class_embeddings(table.class_embeddings)
 
     def forward(self, episode: Episode | FeatureEpisode) -> HeadOutput:
         """Score the queries of a batch of episodes."""
