@@ -34,7 +34,8 @@ model:
 
 What is not given has its default. An option that does not exist is refused. `clip-m2df fit --print_config` prints the
 whole configuration and ends; that of a run is kept as `config.yaml` in its folder. `validate` and `test` take the same
-options, and `test` also `report` and `bundle`; what a checkpoint was trained with can't be changed then.
+options, `test` also `report`, `also` and `bundle`, and `validate` also `calibrate`; what a checkpoint was trained with
+can't be changed then.
 
 ## The command's own
 
@@ -46,7 +47,11 @@ options, and `test` also `report` and `bundle`; what a checkpoint was trained wi
 | `ckpt_path` | `str` | `null` | `best`, `last` or a file: `fit` goes on from it, `validate` and `test` measure it |
 | `weights_only` | `bool` | `null` | Lightning's; whatever it says, no code in a checkpoint is run |
 | `report` | `str` | `null` | of `test`: a page for a browser, .html ([reports](report.md)) |
+| `also` | `str` | `null` | of `test`, on the command line, as often as you like: a further manifest that is\
+ [tested too](training.md#on-other-data-sets) |
 | `bundle` | `str` | `null` | of `test`: a file by which others [replay it](training.md#a-test-that-others-can-replay) |
+| `calibrate` | `list[int]` | `null` | of `validate`: numbers of examples of a class, for which the checkpoint gets a\
+ [calibration](guarantees.md#where-the-calibration-comes-from) in the place of its own |
 | `trainer.*` | | | Lightning's Trainer, its `max_steps` in optimiser steps; `default_root_dir` is the run's folder |
 
 `data.episodes_per_step` and `data.validate_every` set the Trainer's `accumulate_grad_batches` and `val_check_interval`.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from clip_m2df import CLIPM2DF, FewShotClassifier, UserError
-from clip_m2df.evaluation.conformal import nonconformity
+from clip_m2df.evaluation.conformal import STEPS, class_threshold, least_error, nonconformity
 from clip_m2df.evaluation.open_set import SCORES
 
 DIM, FRAMES, NONE = 16, 4, "none of these"
@@ -108,6 +108,25 @@ def test_where_classes_are_too_few_for_an_error_rate_sets_are_full_and_that_is_s
     assert any(len(labels) < 4 for labels in without)
 
 
+def test_the_error_rate_that_is_said_to_be_allowed_is_allowed() -> None:
+    """1/11 = 0.0909… of ten classes is rounded up to a step, as error rates are rounded down to one."""
+    classifier = calibrated(further=10)
+    for error in (0.05, 0.0949):
+        with pytest.warns(UserWarning, match=r"10 classes allow 0\.095 or more"):
+            classifier.predict_sets(QUERIES, error=error)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        classifier.predict_sets(QUERIES, error=0.095)
+
+
+@pytest.mark.parametrize("n_classes", range(1, 200))
+def test_the_least_error_rate_is_the_first_step_with_a_threshold(n_classes: int) -> None:
+    scores = torch.arange(n_classes, dtype=torch.float64)
+    steps = [step / STEPS for step in range(1, STEPS)]
+    thresholds = class_threshold(scores, torch.arange(n_classes), steps)
+    assert steps[int(thresholds.isfinite().int().argmax())] == least_error(n_classes)
+
+
 def test_a_set_may_be_empty() -> None:
     """A clip between two classes is likely of neither, and close to both."""
     classifier = calibrated(further=19)
@@ -129,7 +148,7 @@ def test_what_a_calibration_needs_is_said_and_nothing_changes_without_it() -> No
     for further, why in (
         (classes(100, 2, 9), "of the 2 further classes 2 have 3 clips or more, too few for 3 classes with 2 examples"),
         (classes(100, 9, 2), "of the 9 further classes 0 have 3 clips or more"),
-        (classes(2, 9, 9), "'class 2' is a class of the classifier: calibrate on others"),
+        (classes(2, 9, 9), "the classifier has 'class 2' itself: calibrate on other classes"),
         ({}, "no classes"),
     ):
         known = before.calibration

@@ -767,3 +767,26 @@ def test_what_sets_need_is_said(
     )
     every = {*LABELS[:2], "none of these"}
     assert all(set(json.loads(row["set"])) == every for row in read_csv(tmp_path / "labels.csv"))
+
+
+def test_a_model_that_is_calibrated_with_each_prompt_in_turn_makes_sets_so(
+    support: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make_model(selection="each")
+    generator = torch.Generator().manual_seed(0)
+    features, prompts = (torch.randn(*shape, 64, generator=generator) for shape in ((20, 8), (5,)))
+    model.calibration = model.calibrate(features, prompts, [range(c, c + 4) for c in range(0, 20, 4)], [1, 2])
+    model.save_pretrained(tmp_path / "model")
+    videos, output = videos_of(folder), tmp_path / "labels.csv"
+    run = predict_args(support, videos, output, "--ckpt_path", str(tmp_path / "model"), "--error", "0.4")
+    assert "the calibration is for selection each, not for argmax: give selection each" in fails(run, capsys)
+    assert main([*run, "--selection", "each"]) == 0
+    classifier = FewShotClassifier.from_checkpoint(tmp_path / "model", selection="each").fit(support)
+    expected = [list(labels) for labels in classifier.predict_sets(videos, error=0.4)]
+    assert [json.loads(row["set"]) for row in read_csv(output)] == expected
+    assert "sample" in fails([*run, "--selection", "sample"], capsys)
+    classifier.save(tmp_path / "classifier")
+    saved = predict_args(None, videos, output, "--ckpt_path", str(tmp_path / "classifier"), "--error", "0.4")
+    assert main(saved) == 0
+    assert [json.loads(row["set"]) for row in read_csv(output)] == expected
+    assert "leave --selection out" in fails([*saved, "--selection", "each"], capsys)

@@ -1,6 +1,7 @@
 """The knobs of the embedded benchmark: the videos that they render, and the episodes that a test plays of them."""
 
 import csv
+import itertools
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -250,9 +251,11 @@ def test_knobs_are_for_tests_of_the_embedded_benchmark(manifest: Path) -> None:
         EpisodeDataModule(str(manifest), knobs=knobs)
     with pytest.raises(UserError, match="knobs and episodes_file both say what a test plays; leave out one"):
         make(knobs=knobs, episodes_file="episodes.jsonl")
-    for stage in ("fit", "validate"):
-        with pytest.raises(UserError, match=r"data\.knobs makes test episodes harder; leave it out for"):
-            make(knobs=knobs).setup(stage)
+    for stage, changed in itertools.product(("fit", "validate"), (knobs, {"twins": 0.5})):
+        with pytest.raises(UserError, match=r"data\.knobs changes the episodes of tests alone; leave it out for"):
+            make(knobs=changed).setup(stage)
+    with pytest.raises(UserError, match=r"only its tests with --data\.knobs\.twins have groups"):
+        make(episodes="grouped").setup("test")
     with pytest.raises(UserError, match="motion_shapes has no family 'orders'; choose from demo, scene, order"):
         render(family="orders")
     with pytest.raises(UserError, match="some split needs videos"):

@@ -85,6 +85,7 @@ def test_fit_calibrates_best_and_last_with_their_own_weights(
     assert (
         "calibrated on val for 2 to 4 classes with 1, 3, 5 examples; val has too few videos of a class for 10" in said
     )
+    assert "with a promise for rates from 0.2 on" in said
     val = [(row, label) for row, label in enumerate(LABELS) if label.startswith("val")]
     content = read_feature_table(table)
     rows = [(video.path, video.label) for video in content.manifest.videos if video.split == "val"]
@@ -162,6 +163,21 @@ def test_validate_calibrates_for_other_numbers_of_examples(
     assert main(run("validate", table, tmp_path, "--ckpt_path=best", "--calibrate=[2,4,2]")) == 0
     assert_same(checkpoint(tmp_path, "best"), after)
     assert main(run("validate", table, tmp_path, "--ckpt_path=best")) == 0
+
+
+def test_fit_calibrates_for_the_numbers_of_its_own_callback_and_for_none_not_at_all(
+    table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = "--trainer.callbacks+=clip_m2df.training.callbacks.Calibrator"
+    assert main(run("fit", table, tmp_path / "none", own, "--trainer.callbacks.n_shots=[]")) == 0
+    assert "calibrated" not in capsys.readouterr().out
+    assert main(run("fit", table, tmp_path / "other", own, "--trainer.callbacks.n_shots=[2]")) == 0
+    for name in ("best", "last"):
+        other = checkpoint(tmp_path / "other", name)
+        assert {*other["calibration"]["settings"][:, 1].tolist()} == {2}
+        assert "calibration" not in checkpoint(tmp_path / "none", name)
+    refused = run("fit", table, tmp_path / "refused", own, "--trainer.callbacks.n_shots=[0]")
+    assert "n_shots" in fails(refused, capsys)
 
 
 def test_a_training_that_goes_on_leaves_the_calibration_of_former_weights_behind(table: Path, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ from clip_m2df.classifier.support import (
 )
 from clip_m2df.datasets.manifest import class_key
 from clip_m2df.errors import UserError, printable, require, some
-from clip_m2df.evaluation.conformal import Thresholds, nonconformity
+from clip_m2df.evaluation.conformal import Thresholds, least_error, nonconformity
 from clip_m2df.evaluation.explanation import Explanation, compared_classes, explain
 from clip_m2df.evaluation.open_set import SCORES
 from clip_m2df.hub import has_adapters_apart, other_model
@@ -450,7 +450,7 @@ class FewShotClassifier:
         examples = list_examples(further)
         own = {class_key(label): label for label in self._classes}
         if shared := [own[class_key(str(label))] for label in examples if class_key(str(label)) in own]:
-            raise UserError(f"{some(map(repr, shared))} is a class of the classifier: calibrate on others")
+            raise UserError(f"the classifier has {some(map(repr, shared))} itself: calibrate on other classes")
         classes = list(make_classes(self.encoder, examples, texts or {}).values())
         check_disjoint([*self._classes.values(), *classes])
         enough = [c for c in classes if len(c.features) > n_shot]
@@ -482,7 +482,8 @@ class FewShotClassifier:
         self._check_fitted()
         require(above=0, below=1, error=error)
         remedy = (
-            "give clips of further classes to calibrate, or calibrate the checkpoint by clip-m2df validate --calibrate"
+            "calibrate on clips of further classes, by FewShotClassifier.calibrate(folder), or calibrate the checkpoint"
+            " by clip-m2df validate --calibrate"
         )
         known = self.calibration
         if known is None:
@@ -491,7 +492,7 @@ class FewShotClassifier:
         for name in own | known.goes_by:
             if own.get(name) != (value := known.goes_by.get(name)):
                 raise UserError(
-                    f"the calibration is for {name} {value}, not for {own.get(name)}: give {value}, or {remedy}"
+                    f"the calibration is for {name} {value}, not for {own.get(name)}: give {name} {value}, or {remedy}"
                 )
         counts = [len(c.features) for c in self._classes.values()]
         usable = [n for n in known.n_shots if n <= min(counts) and known.n_classes(len(counts), n)]
@@ -509,7 +510,7 @@ class FewShotClassifier:
         if math.isinf(thresholds.known):
             warnings.warn(
                 f"the {n_classes} classes of the calibration are too few for an error rate of {error:g}, and every set"
-                f" has all labels: {n_classes} classes allow {1 / (n_classes + 1):.3f} or more",
+                f" has all labels: {n_classes} classes allow {least_error(n_classes):g} or more",
                 stacklevel=3,
             )
         elif math.isinf(thresholds.unknown):

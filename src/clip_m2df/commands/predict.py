@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 UntrainedHead = Literal["otam", "nearest_prototype", "bi_mhm", "zero_shot", "linear_probe", "tip_adapter"]
 # As Lightning calls them.
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+# The ways to pick a prompt by which predictions repeat.
+Repeatable = Literal["argmax", "expectation", "each"]
 TABLE_FORMATS = (".csv", ".jsonl")
 # Of the broken videos that are named in print.
 MOST_NAMED = 5
@@ -62,6 +64,7 @@ def predict_videos(
     head: UntrainedHead | None = None,
     head_options: Sequence[str] | None = None,
     template: Sequence[str] | None = None,
+    selection: Repeatable | None = None,
     support: Path | None = None,
     texts: Path | None = None,
     videos: Sequence[str],
@@ -98,6 +101,8 @@ def predict_videos(
         head: How a clip is compared with the examples, with --backbone; otam by default.
         head_options: Options of that head, as in smoothing=0.1.
         template: The prompt, with {} where the class goes, or several; by default the model's own.
+        selection: How queries get their prompts, as model.selection of a test; argmax by default. A model that was
+            calibrated with another one makes sets of labels with that one alone.
         support: A folder with a folder of examples for each class, or a feature table, each row of which is an example
             of its label; not with a saved classifier.
         texts: What prompts say of classes, where that is not their names: a CSV with the columns label and text.
@@ -172,6 +177,7 @@ def predict_videos(
         "frames": frames,
         "resize": resize,
         "template": template,
+        "selection": selection,
     }
     reading: dict[str, Any] = {"device": device, "precision": precision, "threshold": threshold, "timeout": timeout}
     reading["workers"] = os.cpu_count() if workers is None else workers
@@ -309,6 +315,7 @@ def _fit_classifier(
     rows = [clip for _, clip in every if isinstance(clip, TableRow)]
     prompts = [(row.label, row.prompt.tolist()) for row in rows if row.prompt is not None]
     options: dict[str, Any] = {} if told["template"] is None else {"template": list(told["template"])}
+    options |= {} if told["selection"] is None else {"selection": told["selection"]}
     reading = {"frames": told["frames"], "resize": told["resize"], **reading}
     if ckpt_path is not None:
         # Of a published checkpoint, which keeps none of them, and of the CLIP that its training began with.

@@ -136,7 +136,7 @@ def _group_remarks(dataset: str, own: str | None, groups: Mapping[VideoFile, str
     """A line that says by which rule videos have groups, and how many."""
     sizes = Counter(group for group in groups.values() if group)
     unknown = [repr(file.inner_path) for file, group in groups.items() if not group]
-    rule = f"what {own!r} finds in its path" if own is not None else ""
+    rule = f"what '{own}' finds in its path" if own is not None else ""
     if own is None and dataset in BENCHMARKS:
         rule = BENCHMARKS[dataset].group_rule
     if not rule or not sizes:

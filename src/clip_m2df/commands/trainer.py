@@ -179,7 +179,8 @@ class CLI(LightningCLI):
         folder = Path(options.default_root_dir or ".")
         self.report = RunReport(several=bool(self.others))
         options.callbacks = [*_listed(options.callbacks), self.report]
-        if subcommand == "fit":  # before a dashboard gives the best checkpoint away
+        if subcommand == "fit" and not any(isinstance(c, Calibrator) for c in options.callbacks):
+            # before a dashboard gives the best checkpoint away
             options.callbacks.insert(0, Calibrator())
         if options.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in options.callbacks):
             options.callbacks.append(RunProgressBar())

@@ -271,7 +271,7 @@ class EpisodeDataModule(lightning.LightningDataModule):
             stage: ``fit``, ``validate`` or ``test``.
         """
         if stage != "test" and self.knobs != motion_shapes.NO_KNOBS:
-            raise UserError("data.knobs makes test episodes harder; leave it out for anything but a test")
+            raise UserError("data.knobs changes the episodes of tests alone; leave it out for anything but a test")
         self._look_as_the_tower()
         if self.manifest is None:
             self._read_manifest()
@@ -508,10 +508,15 @@ class EpisodeDataModule(lightning.LightningDataModule):
             if self.cache is not None:
                 self.reader = read_from_cache(self.cache, manifest, self.reader, str(path), check_files=check_files)
         if self.eval_shape.grouped and not any(video.group for video in manifest.videos):
+            remedy = (
+                "let clip-m2df prepare write the manifest, or check --fix find videos that look alike, or fill the"
+                " column in by hand with what each video was cut from"
+            )
+            if self.manifest_path in EMBEDDED:
+                remedy = "only its tests with --data.knobs.twins have groups"
             raise UserError(
-                f"grouped episodes go by the column group, and no video of {self.manifest_path} has a group: let"
-                " clip-m2df prepare write the manifest, or check --fix find videos that look alike, or fill the column"
-                " in by hand with what each video was cut from; or give --data.episodes random"
+                f"grouped episodes go by the column group, and no video of {self.manifest_path} has a group: {remedy};"
+                " or give --data.episodes random"
             )
         self.manifest = manifest if self.class_texts in (None, []) else manifest.with_texts(self.class_texts)
 

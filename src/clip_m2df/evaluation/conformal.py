@@ -221,6 +221,15 @@ MOST_CLIPS = 24
 N_SHOTS = (1, 3, 5, 10)
 
 
+def least_error(n_classes: int) -> float:
+    """The least error rate that there can be a promise for: the first step that is not below 1/(k + 1).
+
+    Args:
+        n_classes: k, of the calibration.
+    """
+    return -(-STEPS // (n_classes + 1)) / STEPS
+
+
 class Thresholds(NamedTuple):
     """The nonconformity up to which a label is in the set.
 

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from clip_m2df.episode import TableEpisodes, of_all_ranks
 from clip_m2df.episodes.datamodule import EpisodeDataModule
-from clip_m2df.errors import UserError, console, ended_by_sigterm, say, some
+from clip_m2df.errors import UserError, console, ended_by_sigterm, require, say, some
 from clip_m2df.evaluation.bank import EpisodeBank, encode_videos
 from clip_m2df.evaluation.bundle import Facts, check_bundle, write_bundle
-from clip_m2df.evaluation.conformal import MOST_CLIPS, N_SHOTS
+from clip_m2df.evaluation.conformal import MOST_CLIPS, N_SHOTS, least_error
 from clip_m2df.evaluation.evidence import Played
 from clip_m2df.evaluation.metrics import OPEN_SET, class_results
 from clip_m2df.evaluation.open_set import MEASURES, SCORES, best_score
@@ -330,19 +330,29 @@ class RunReport(lightning.Callback):
 
 
 class Calibrator(lightning.Callback):
-    """Ends a training by calibrating its checkpoints, the best and the last."""
+    """Ends a training by calibrating its checkpoints, the best and the last.
+
+    Args:
+        n_shots: numbers of examples of a class; with none nothing is calibrated.
+    """
+
+    def __init__(self, n_shots: Sequence[int] = N_SHOTS) -> None:
+        require(least=1, **{f"n_shots[{i}]": number for i, number in enumerate(n_shots)})
+        self.n_shots = n_shots
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Calibrate, in the process of rank 0."""
         kept = next((c for c in trainer.checkpoint_callbacks if isinstance(c, RunCheckpoint)), None)
-        if kept is None or not kept.last_model_path or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if not self.n_shots or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if kept is None or not kept.last_model_path:
             return
         if not trainer.limit_val_batches:
             return
         best = kept.best_model_path if kept.best_model_score is not None else ""
         files = [path for path in (best, kept.last_model_path) if path]
         try:
-            calibrate_checkpoints(trainer, cast(CLIPM2DF, pl_module), trainer.datamodule, files, N_SHOTS)  # type: ignore[attr-defined]
+            calibrate_checkpoints(trainer, cast(CLIPM2DF, pl_module), trainer.datamodule, files, self.n_shots)  # type: ignore[attr-defined]
         except UserError as error:  # the training itself is worth more
             say(f"clip-m2df: warning: the checkpoints have no calibration: {error}", error=True)
 
@@ -391,7 +401,11 @@ def calibrate_checkpoints(
         )
     left_out = sorted({*n_shots} - {*calibration.n_shots})
     missing = f"; val has too few videos of a class for {', '.join(map(str, left_out))}" if left_out else ""
-    say(f"sets of labels are calibrated on val for {calibration}{missing}; predict --error gives them")
+    least = least_error(int(calibration.settings[:, 2].min()))
+    say(
+        f"sets of labels are calibrated on val for {calibration}{missing}; predict --error gives them, with a promise"
+        f" for rates from {least:g} on"
+    )
     if best := next(c.aurocs for c in found.values() if c is not None):
         say(chosen_score(best))
 
@@ -510,7 +524,8 @@ def chosen_score(aurocs: Mapping[str, float]) -> str:
     second = best_score({score: value for score, value in aurocs.items() if score != chosen})
     ahead = 100 * (aurocs[chosen] - aurocs[second])
     than = f"{ahead:.1f} points more than {second}" if ahead else f"as much as {second}"
-    return f"val chooses the score {chosen} to tell unknown queries by: AUROC {100 * aurocs[chosen]:.1f} %, {than}"
+    best = f"AUROC {100 * aurocs[chosen]:.1f} % on val, {than}"
+    return f"val chooses the score {chosen} to tell unknown queries by: {best}"
 
 
 def write_report(folder: Path, stage: str, class_names: Sequence[str], confusion: Tensor) -> list[Path]:
