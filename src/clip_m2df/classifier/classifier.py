@@ -489,7 +489,7 @@ class FewShotClassifier:
         if known is None:
             raise UserError(f"{self.model.source} has no calibration, by which sets of labels are made: {remedy}")
         own = self.model.goes_by(self.encoder.reader.frames)
-        for name in own | known.goes_by:
+        for name in {**own, **known.goes_by}:
             if own.get(name) != (value := known.goes_by.get(name)):
                 raise UserError(
                     f"the calibration is for {name} {value}, not for {own.get(name)}: give {name} {value}, or {remedy}"
