@@ -101,6 +101,11 @@ def test_where_classes_are_too_few_for_an_error_rate_sets_are_full_and_that_is_s
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert any(set(labels) != every for labels in classifier.predict_sets(QUERIES, error=0.1))
+    with pytest.warns(UserWarning, match=r"are too few for an error rate of 0\.053, .* allow 0\.055 or more"):
+        (more := calibrated(further=18)).predict_sets(QUERIES, error=0.053)  # 1/19 is 0.0526; steps are of 0.005
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert any(set(labels) != every for labels in more.predict_sets(QUERIES, error=0.055))
     with pytest.warns(UserWarning, match="'none of these' is in every set"):
         without = calibrated(further=3).predict_sets(QUERIES, error=0.4)
     assert all(NONE in labels for labels in without)

@@ -78,7 +78,9 @@ def test_the_promise_holds_for_clips_of_new_classes_where_clips_as_the_unit_brea
     assert inside["clips"] < 1 - error - 0.02
 
 
-@pytest.mark.parametrize(("n_way", "n_shot", "n_query"), [(2, 1, 2), (5, 3, 4), (N_CLASSES, 5, 1)])
+@pytest.mark.parametrize(
+    ("n_way", "n_shot", "n_query"), [(2, 1, 2), (5, 3, 4), (N_CLASSES - 1, 1, 4), (N_CLASSES, 5, 1)]
+)
 def test_every_class_comes_about_as_often_and_no_query_is_in_its_support(n_way: int, n_shot: int, n_query: int) -> None:
     rng = np.random.default_rng(0)
     of_episodes = deal_classes(range(N_CLASSES), n_way, n_query=n_query, n_known=20, rng=rng)
@@ -99,7 +101,11 @@ def test_every_class_comes_about_as_often_and_no_query_is_in_its_support(n_way: 
     for of_kind, most in ((known, n_query), (~known, 2 * n_query)):
         counts = dealt.classes[of_kind].bincount(minlength=N_CLASSES)
         assert counts.max() - counts.min() <= most
-    assert dealt.classes[known].bincount(minlength=N_CLASSES).min() >= 20
+    counts = dealt.classes[known].bincount(minlength=N_CLASSES)
+    assert counts.min() >= 20
+    assert counts.max() < 20 + 2 * n_query  # and no more than it takes
+    # So each class counts for the threshold of "none of these" too, however few are outside an episode.
+    assert len(dealt.classes[~known].unique()) == (N_CLASSES if n_way < N_CLASSES else 0)
 
 
 @pytest.mark.parametrize("name", ["m2df", "otam", "clip_fsar"])

@@ -40,7 +40,7 @@ from clip_m2df.classifier.support import (
 )
 from clip_m2df.datasets.manifest import class_key
 from clip_m2df.errors import UserError, printable, require, some
-from clip_m2df.evaluation.conformal import Thresholds, nonconformity
+from clip_m2df.evaluation.conformal import STEPS, Thresholds, nonconformity
 from clip_m2df.evaluation.explanation import Explanation, compared_classes, explain
 from clip_m2df.evaluation.open_set import SCORES
 from clip_m2df.hub import has_adapters_apart, other_model
@@ -507,9 +507,10 @@ class FewShotClassifier:
             )
         thresholds, n_classes = known.at(len(counts), n_shot, error), known.n_classes(len(counts), n_shot)
         if math.isinf(thresholds.known):
+            least = -(-STEPS // (n_classes + 1)) / STEPS  # to which rates are rounded down
             warnings.warn(
                 f"the {n_classes} classes of the calibration are too few for an error rate of {error:g}, and every set"
-                f" has all labels: {n_classes} classes allow {1 / (n_classes + 1):.3f} or more",
+                f" has all labels: {n_classes} classes allow {least:g} or more",
                 stacklevel=3,
             )
         elif math.isinf(thresholds.unknown):
