@@ -191,6 +191,21 @@ def test_other_settings_beside_it_change_nothing_of_a_calibration() -> None:
     assert both.at(4, 3, 0.2).known == alone.at(4, 3, 0.2).known
 
 
+def test_a_calibration_chooses_its_score_by_all_its_settings() -> None:
+    together = small_calibration(n_ways=[3, 4], n_shots=[1, 3])
+    alone = [small_calibration(n_ways=[n_way], n_shots=[n_shot]) for n_shot in (1, 3) for n_way in (3, 4)]
+    for name, mean in together.aurocs.items():
+        assert mean == pytest.approx(sum(one.aurocs[name] for one in alone) / 4, abs=1e-12)
+    assert together.score == max(together.aurocs, key=lambda name: together.aurocs[name])
+
+
+def test_an_error_rate_that_floats_put_below_its_step_is_of_the_step() -> None:
+    found = small_calibration(n_ways=[4])
+    assert 0.29 * STEPS < 58
+    assert found.at(4, 3, 0.29) == tuple(found.thresholds[1, :, 57].tolist())
+    assert found.thresholds[1, :, 57].ne(found.thresholds[1, :, 56]).any()
+
+
 def test_classes_with_too_few_videos_are_left_out_of_a_calibration() -> None:
     features, prompts = videos()
     head = build_head("otam", {"dim": features.shape[-1]})
