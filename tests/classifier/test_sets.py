@@ -15,6 +15,7 @@ from torch import Tensor
 from clip_m2df import CLIPM2DF, FewShotClassifier, UserError
 from clip_m2df.evaluation.conformal import STEPS, class_threshold, least_error, nonconformity
 from clip_m2df.evaluation.open_set import SCORES
+from tests.classifier.conftest import make_model, noise
 
 DIM, FRAMES, NONE = 16, 4, "none of these"
 
@@ -102,6 +103,11 @@ def test_where_classes_are_too_few_for_an_error_rate_sets_are_full_and_that_is_s
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert any(set(labels) != every for labels in classifier.predict_sets(QUERIES, error=0.1))
+    with pytest.warns(UserWarning, match=r"are too few for an error rate of 0\.053, .* allow 0\.055 or more"):
+        (more := calibrated(further=18)).predict_sets(QUERIES, error=0.053)  # 1/19 is 0.0526; steps are of 0.005
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert any(set(labels) != every for labels in more.predict_sets(QUERIES, error=0.055))
     with pytest.warns(UserWarning, match="'none of these' is in every set"):
         without = calibrated(further=3).predict_sets(QUERIES, error=0.4)
     assert all(NONE in labels for labels in without)
@@ -125,6 +131,46 @@ def test_the_least_error_rate_is_the_first_step_with_a_threshold(n_classes: int)
     steps = [step / STEPS for step in range(1, STEPS)]
     thresholds = class_threshold(scores, torch.arange(n_classes), steps)
     assert steps[int(thresholds.isfinite().int().argmax())] == least_error(n_classes)
+
+
+def test_what_is_at_a_threshold_is_in_the_set() -> None:
+    """Where all clips are alike, each fits each class as badly as those of the calibration did."""
+
+    def alike(n: int) -> list[Tensor]:
+        return list(torch.ones(n, FRAMES, DIM))
+
+    classifier = make().fit({f"class {c}": alike(1) for c in range(3)})
+    classifier.calibrate({f"further {c}": alike(3) for c in range(9)})
+    every = {"class 0", "class 1", "class 2", NONE}
+    assert [set(labels) for labels in classifier.predict_sets(alike(2), error=0.2)] == [every, every]
+
+
+def test_sets_go_by_as_many_examples_as_there_is_a_calibration_for() -> None:
+    classifier, alone = fitted(n_shot=2), calibrated()
+    further = torch.stack([torch.stack(clips) for clips in classes(100, 9, 8).values()])
+    videos = [range(8 * c, 8 * c + 8) for c in range(9)]
+    classifier.calibration = classifier.model.calibrate(further.flatten(0, 1), torch.zeros(9, DIM), videos, [1, 2], [3])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # that examples are left out
+        found = classifier.predict_sets(QUERIES, error=0.2)
+    expected = alone.predict_sets(QUERIES, error=0.2)
+    assert [{*labels} - {NONE} for labels in found] == [{*labels} - {NONE} for labels in expected]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.9])
+def test_sets_are_of_the_probabilities_by_which_clips_are_predicted(share: float) -> None:
+    """Those fused with the text, if they are, as in the calibration."""
+    model = make_model("otam", text_fusion=share)
+    classifier = FewShotClassifier(model, frames=4).fit({f"class {c}": [noise(c, 4)] for c in range(3)})
+    classifier.calibrate({f"further {c}": [noise(100 + 2 * c, 4), noise(101 + 2 * c, 4)] for c in range(9)})
+    assert classifier.calibration is not None
+    queries = [noise(seed, 4) for seed in range(50, 58)]
+    threshold = classifier.calibration.at(3, 1, 0.3).known
+    probabilities = torch.from_numpy(classifier.predict_proba(queries))
+    found = [{*labels} - {NONE} for labels in classifier.predict_sets(queries, error=0.3)]
+    inside = (-probabilities.log() <= threshold).tolist()
+    assert found == [{f"class {c}" for c, within in enumerate(row) if within} for row in inside]
+    assert 0 < sum(map(len, found)) < 24
 
 
 def test_a_set_may_be_empty() -> None:

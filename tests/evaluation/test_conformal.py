@@ -78,7 +78,9 @@ def test_the_promise_holds_for_clips_of_new_classes_where_clips_as_the_unit_brea
     assert inside["clips"] < 1 - error - 0.02
 
 
-@pytest.mark.parametrize(("n_way", "n_shot", "n_query"), [(2, 1, 2), (5, 3, 4), (N_CLASSES, 5, 1)])
+@pytest.mark.parametrize(
+    ("n_way", "n_shot", "n_query"), [(2, 1, 2), (5, 3, 4), (N_CLASSES - 1, 1, 4), (N_CLASSES, 5, 1)]
+)
 def test_every_class_comes_about_as_often_and_no_query_is_in_its_support(n_way: int, n_shot: int, n_query: int) -> None:
     rng = np.random.default_rng(0)
     of_episodes = deal_classes(range(N_CLASSES), n_way, n_query=n_query, n_known=20, rng=rng)
@@ -99,7 +101,11 @@ def test_every_class_comes_about_as_often_and_no_query_is_in_its_support(n_way: 
     for of_kind, most in ((known, n_query), (~known, 2 * n_query)):
         counts = dealt.classes[of_kind].bincount(minlength=N_CLASSES)
         assert counts.max() - counts.min() <= most
-    assert dealt.classes[known].bincount(minlength=N_CLASSES).min() >= 20
+    counts = dealt.classes[known].bincount(minlength=N_CLASSES)
+    assert counts.min() >= 20
+    assert counts.max() < 20 + 2 * n_query  # and no more than it takes
+    # So each class counts for the threshold of "none of these" too, however few are outside an episode.
+    assert len(dealt.classes[~known].unique()) == (N_CLASSES if n_way < N_CLASSES else 0)
 
 
 @pytest.mark.parametrize("name", ["m2df", "otam", "clip_fsar"])
@@ -183,6 +189,21 @@ def test_what_there_is_of_a_calibration_is_said() -> None:
 def test_other_settings_beside_it_change_nothing_of_a_calibration() -> None:
     both, alone = small_calibration(n_ways=[3, 4]), small_calibration(n_ways=[4], n_shots=[3])
     assert both.at(4, 3, 0.2).known == alone.at(4, 3, 0.2).known
+
+
+def test_a_calibration_chooses_its_score_by_all_its_settings() -> None:
+    together = small_calibration(n_ways=[3, 4], n_shots=[1, 3])
+    alone = [small_calibration(n_ways=[n_way], n_shots=[n_shot]) for n_shot in (1, 3) for n_way in (3, 4)]
+    for name, mean in together.aurocs.items():
+        assert mean == pytest.approx(sum(one.aurocs[name] for one in alone) / 4, abs=1e-12)
+    assert together.score == max(together.aurocs, key=lambda name: together.aurocs[name])
+
+
+def test_an_error_rate_that_floats_put_below_its_step_is_of_the_step() -> None:
+    found = small_calibration(n_ways=[4])
+    assert 0.29 * STEPS < 58
+    assert found.at(4, 3, 0.29) == tuple(found.thresholds[1, :, 57].tolist())
+    assert found.thresholds[1, :, 57].ne(found.thresholds[1, :, 56]).any()
 
 
 def test_classes_with_too_few_videos_are_left_out_of_a_calibration() -> None:

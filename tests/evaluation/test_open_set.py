@@ -11,7 +11,16 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from clip_m2df.errors import UserError
-from clip_m2df.evaluation.open_set import SCORES, OpenSet, auroc, aurocs_of, best_score, fpr_at_recall, oscr
+from clip_m2df.evaluation.open_set import (
+    SCORES,
+    OpenSet,
+    auroc,
+    aurocs_of,
+    best_score,
+    fpr_at_recall,
+    operating_curve,
+    oscr,
+)
 
 
 def drawn(seed: int, *, coarse: bool = False, n: int = 37, m: int = 23) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,8 +63,11 @@ def test_oscr_is_the_area_under_the_curve_of_all_thresholds(seed: int, coarse: b
 
 @pytest.mark.parametrize("coarse", [False, True])
 @pytest.mark.parametrize("recall", [0.05, 0.5, 0.95, 1.0])
-def test_the_false_positive_rate_is_that_of_the_highest_threshold_of_the_recall(recall: float, coarse: bool) -> None:
-    known, _, unknown = drawn(1, coarse=coarse, n=40)
+@pytest.mark.parametrize("n", [40, 33])  # 95 % of which are 38, and 32 of 31.35
+def test_the_false_positive_rate_is_that_of_the_highest_threshold_of_the_recall(
+    n: int, recall: float, coarse: bool
+) -> None:
+    known, _, unknown = drawn(1, coarse=coarse, n=n)
     reaching = [t for t in known.tolist() if (known >= t).double().mean() >= recall - 1e-9]
     expected = (unknown >= max(reaching)).double().mean().item()
     assert fpr_at_recall(known, unknown, recall) == pytest.approx(expected, abs=1e-12)
@@ -75,6 +87,13 @@ def test_cases_made_by_hand() -> None:
     assert oscr(same, torch.tensor([True, False, False]), same) == pytest.approx(1 / 6)
     assert fpr_at_recall(same, same) == 1
     assert auroc(torch.tensor([torch.inf, 0.0]), torch.tensor([-torch.inf, torch.inf])) == 2 / 4 + 0.5 / 4
+
+
+def test_a_point_of_the_operating_curve_is_above_the_first_unknown_query_too_many() -> None:
+    known, right, unknown = torch.tensor([3.0, 1.0]), torch.tensor([True, False]), torch.tensor([0.0, 1.0])
+    # The known query at 1 can't be accepted without the unknown one.
+    expected = [[0.0, 0.5, 0.5], [0.5, 1.0, 0.5], [1.0, 1.0, 0.5]]
+    assert operating_curve(known, right, unknown, points=3).tolist() == expected
 
 
 @pytest.mark.parametrize("n", [20, 40, 60, 100, 1000, 2380])

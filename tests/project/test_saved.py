@@ -1,4 +1,7 @@
-"""Files that version 0.1.0 saved load, and give the numbers that it gave; ``tests/saved/make.py`` tells of each."""
+"""Files of earlier versions load, and give the numbers that they gave.
+
+Those of version 0.1.0 are told of in ``tests/saved/make.py``, those with a calibration in ``make_calibrated.py``.
+"""
 
 import csv
 import json
@@ -9,12 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from clip_m2df import CLIPM2DF, FewShotClassifier
 from clip_m2df.cli import main
 from clip_m2df.nn.views import Dropout
 from tests.saved.make import cached_frames, described, measured, numbers_of
+from tests.saved.make_calibrated import LABELS, sets_of
 
 SAVED = Path(__file__).parents[1] / "saved"
 EXPECTED: dict[str, Any] = json.loads((SAVED / "expected.json").read_text(encoding="utf-8"))
@@ -80,6 +85,21 @@ def test_a_saved_classifier_predicts_the_same(saved: Path) -> None:
     }
     proba = classifier.predict_proba(expected["queries"])
     np.testing.assert_allclose(proba, ARRAYS["classifier/predict_proba"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "folder"])
+def test_a_saved_calibration_gives_the_same_sets(name: str) -> None:
+    expected = dict(np.load(SAVED / "calibrated.npz"))
+    support, queries = (torch.from_numpy(expected[key]) for key in ("support", "queries"))
+    if name == "folder":
+        classifier = FewShotClassifier.load(SAVED / "calibrated", device="cpu")
+    else:
+        classifier = FewShotClassifier.from_checkpoint(SAVED / "calibrated.ckpt", device="cpu")
+        assert classifier.calibration is not None
+        np.testing.assert_array_equal(classifier.calibration.settings, expected["settings"])
+        np.testing.assert_array_equal(classifier.calibration.thresholds, expected["thresholds"])
+        classifier.fit(dict(zip(LABELS, map(list, support), strict=True)))
+    np.testing.assert_array_equal(sets_of(classifier, queries), expected[f"{name}/sets"])
 
 
 def test_a_saved_run_is_tested_and_goes_on(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,8 @@ def deal_classes(
 ) -> list[tuple[Sequence[int], Sequence[int]]]:
     """The classes of episodes, and the others of which they have unknown queries, as many or as many as there are.
 
-    All classes come about equally often.
+    All classes come about equally often. Where fewer are left over than an episode has, each is among them at least
+    once.
 
     Args:
         classes: those that there are.
@@ -81,7 +82,9 @@ def deal_classes(
     """
     names, dealt = np.array(classes), np.zeros((2, len(classes)), dtype=int)
     episodes = []
-    while dealt[0].min() < n_known:
+    # A class that is never left over says nothing of unknown clips.
+    few = n_way < len(names) < 2 * n_way
+    while dealt[0].min() < n_known or (few and dealt[1].min() == 0):
         # Those that came least often, in an order of chance.
         order = np.lexsort((rng.random(len(names)), dealt[0]))
         own, others = order[:n_way], order[n_way:]
