@@ -14,6 +14,7 @@ calibration be kept in another form one day, files of that version come beside t
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,7 +64,8 @@ def main(folder: Path) -> None:
     found["folder/sets"] = sets_of(classifier, queries)
     kept = {name: getattr(model.calibration, name).numpy() for name in ("settings", "thresholds")}
     inputs = {"support": support.numpy(), "queries": queries.numpy(), "errors": np.array(ERRORS)}
-    np.savez_compressed(folder / "calibrated.npz", **inputs, **found, **kept)
+    arrays: dict[str, Any] = inputs | found | kept
+    np.savez_compressed(folder / "calibrated.npz", **arrays)
 
 
 if __name__ == "__main__":
