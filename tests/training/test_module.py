@@ -266,6 +266,11 @@ def test_text_fusion_mixes_the_texts_probabilities_in(tiny_clip_dir: Path, head:
         probabilities = text**0.9 * fused.output.logits[i].softmax(-1) ** 0.1
         assert torch.equal(fused.scores[i].argmax(-1), probabilities.argmax(-1))
     assert not torch.equal(fused.scores.argmax(-1), fused.output.logits.argmax(-1))
+    # The same videos as unknown queries have the same scores, the text's part included.
+    unknown: Any = {"unknown": batch["query"], "unknown_draws": batch["draws"]}
+    alike = model.validation_step(batch | unknown, 0)
+    assert alike.unknown is not None
+    torch.testing.assert_close(alike.unknown, fused.scores)
     model.text_fusion = 0.0
     plain = model.validation_step(batch, 0)
     assert torch.equal(plain.scores.argmax(-1), plain.output.logits.argmax(-1))
