@@ -167,6 +167,7 @@ class Player:
         self._pairs = torch.tensor(pairs, device=features.device)
         self._bank: EpisodeBank | None = None
 
+    @torch.no_grad()
     def play(self, episodes: IndexedEpisode) -> tuple[Tensor, Tensor]:
         """Play.
 
