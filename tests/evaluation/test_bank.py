@@ -205,8 +205,9 @@ def with_unknown(played: IndexedEpisode, n_unknown: int = 3, seed: int = 1) -> I
         ]
     )
     n = len(others)
-    classes = others.gather(1, torch.randint(others.shape[1], (n, n_unknown), generator=generator))
-    unknown = VIDEOS_A_CLASS * classes + torch.randint(VIDEOS_A_CLASS, (n, n_unknown), generator=generator)
+    drawn = torch.rand(n, others.shape[1] * VIDEOS_A_CLASS, generator=generator).argsort(-1)[:, :n_unknown]
+    classes = others.gather(1, drawn // VIDEOS_A_CLASS)
+    unknown = VIDEOS_A_CLASS * classes + drawn % VIDEOS_A_CLASS
     draws = torch.rand(n, n_unknown, generator=generator)
     extra: Any = {"unknown": unknown, "unknown_classes": classes, "unknown_draws": draws}
     merged: Any = played | extra

@@ -61,6 +61,6 @@ def test_each_score_has_a_row_beside_the_closed_accuracy() -> None:
 def test_the_score_that_val_chooses_is_said_and_by_how_much() -> None:
     said = chosen_score({"distance": 0.7, "probability": 0.71, "margin": 0.745, "energy": 0.6})
     assert "the score margin" in said
-    assert "AUROC 74.5 %, 3.5 points more than probability" in said
+    assert "AUROC 74.5 % on val, 3.5 points more than probability" in said
     assert "as much as margin" in chosen_score({"distance": 0.1, "probability": 0.8, "margin": 0.8, "energy": 0.1})
     assert "energy" in chosen_score({"distance": math.nan, "probability": 0.2, "margin": 0.1, "energy": 0.3})
