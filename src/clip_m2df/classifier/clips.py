@@ -386,8 +386,8 @@ class ClipEncoder:
         frames: int | None,
         resize: int | None,
         precision: str | None = None,
-        workers: int,
-        timeout: float,
+        workers: int = 0,
+        timeout: float = 60.0,
     ) -> None:
         if not model.image_size and resize is not None:
             raise UserError(
