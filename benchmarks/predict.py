@@ -89,7 +89,8 @@ def has_bf16() -> bool:
 
 def copies(clip: Path, count: int) -> list[str]:
     """As many files of the same content."""
-    return [shutil.copy(clip, clip.with_name(f"{clip.stem} {number}{clip.suffix}")) for number in range(count)]
+    paths = [clip.with_name(f"{clip.stem} {number}{clip.suffix}") for number in range(count)]
+    return [str(shutil.copy(clip, path)) for path in paths]
 
 
 class Plain:
@@ -105,7 +106,8 @@ class Plain:
 
         own = model.model.backbone
         config = {name: value for name, value in own.visual_config.items() if name != "kind"}
-        self.model: Any = CLIPVisionModelWithProjection(CLIPVisionConfig(**config)).eval().requires_grad_(False)
+        self.model: Any = CLIPVisionModelWithProjection(CLIPVisionConfig(**config))
+        self.model.eval().requires_grad_(False)  # type: ignore[no-untyped-call]
         self.model.load_state_dict({n.removeprefix("model."): w for n, w in own.visual.state_dict().items()})
         self.size, self.prototypes = model.image_size, prototypes
         self.mean, self.std = (torch.tensor(channels).view(3, 1, 1) for channels in (MEAN, STD))

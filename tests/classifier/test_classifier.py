@@ -445,14 +445,12 @@ def test_half_precision_gives_the_labels_of_float32(
 ) -> None:
     support = {label: videos[:2] for label, videos in scenes.items()}
     clips = [video for videos in scenes.values() for video in videos[2:]]
-    half, full = (make(head, precision=told).fit(support) for told in (precision, "32-true"))
+    frames = 6 if head == "ts_fsar" else 8  # as many as the head was made for
+    half, full = (make(head, precision=told, frames=frames).fit(support) for told in (precision, "32-true"))
     found, expected = half.predict_proba(clips), full.predict_proba(clips)
     assert not np.array_equal(found, expected)
-    # Where labels differ, float32 itself hardly told two classes apart.
-    first, second = np.sort(expected, -1)[:, :-3:-1].T
-    differ = found.argmax(-1) != expected.argmax(-1)
-    assert differ.mean() <= 0.1
-    assert (first / second)[differ].max(initial=1.0) < 1.05
+    assert found.argmax(-1).tolist() == expected.argmax(-1).tolist()
+    assert len(set(expected.argmax(-1))) > 2  # one label would show little
 
 
 # Clips that can't be read

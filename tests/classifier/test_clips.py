@@ -295,7 +295,7 @@ def test_reading_goes_on_while_the_tower_is_at_work(tmp_path: Path, videos: Path
     Meeting.read_so_far[:] = [threading.Event() for _ in clips]
     encoder = make("otam").encoder
     encoder.reader = Meeting(frames=8, resize=encoder.reader.resize, size=encoder.reader.size)
-    met = []
+    met: list[bool] = []
 
     def wait(*_: object) -> None:  # in the tower, for the clip after the one that is in it
         met.append(Meeting.read_so_far[min(len(met) + 1, count - 1)].wait(60))
