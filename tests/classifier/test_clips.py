@@ -30,7 +30,7 @@ from clip_m2df.classifier.clips import (
     videos_in,
 )
 from clip_m2df.video.isolation import Unreadable
-from clip_m2df.video.transforms import ClipReader, resize_and_crop
+from clip_m2df.video.transforms import ClipReader, read_isolated, resize_and_crop
 from tests import clips
 from tests.classifier.conftest import DeadlyReader, Make, noise
 
@@ -269,10 +269,20 @@ def test_workers_read_the_same_and_a_crash_costs_a_clip(
 def test_a_process_that_only_decodes_does_without_torch(videos: Path) -> None:
     script = (
         "import sys\nfrom clip_m2df.video.transforms import ClipReader, read_isolated\n"
-        f"pictures = read_isolated(ClipReader(), (0, {str(videos / 'eat' / '0.mp4')!r}), crop=False)\n"
+        f"pictures, _ = read_isolated(ClipReader(), (0, {str(videos / 'eat' / '0.mp4')!r}), crop=False)\n"
         "assert pictures.shape == (8, 32, 48, 3), pictures\nassert 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_strip_is_resized_where_its_memory_costs_nothing_else(tmp_path: Path) -> None:
+    for number in range(4):
+        clips.save_image(tmp_path / f"{number}.png", 50 * number, size=(90, 16))
+    read = read_isolated(READER, (0, str(tmp_path)), crop=False)
+    assert not isinstance(read, Unreadable)
+    pictures, is_cropped = read
+    assert is_cropped
+    assert torch.from_numpy(pictures).equal(read_clip(tmp_path, READER))
 
 
 # Through the tower

@@ -328,19 +328,21 @@ def read_clips(
     """
     files = [(index, name_of(clip)) for index, clip in enumerate(clips) if workers and name_of(clip)]
     here = ((index, _read(clip, reader)) for index, clip in enumerate(clips) if not (workers and name_of(clip)))
-    with closing(read_ahead(here, ahead)) as found:
-        yield from found
+    if len(files) < len(clips):
+        with closing(read_ahead(here, ahead)) as found:
+            yield from found
     if not files:
         return
     workers = min(workers, len(files))
     crop = len(files) >= WORTH_TORCH * workers
-    read = partial(read_isolated, reader, crop=crop)
-    with closing(isolated_map(read, files, workers=workers, timeout=timeout, ahead=ahead)) as results:
-        for (index, _), pictures in results:
-            if isinstance(pictures, Unreadable):
-                yield index, pictures
+    read_file = partial(read_isolated, reader, crop=crop)
+    with closing(isolated_map(read_file, files, workers=workers, timeout=timeout, ahead=ahead)) as results:
+        for (index, _), read in results:
+            if isinstance(read, Unreadable):
+                yield index, read
             else:
-                yield index, torch.from_numpy(pictures) if crop else reader.crop(as_clip(pictures))
+                pictures, is_cropped = read
+                yield index, torch.from_numpy(pictures) if is_cropped else reader.crop(as_clip(pictures))
 
 
 def _read(clip: Clip, reader: ClipReader) -> Tensor | Unreadable:
@@ -453,25 +455,27 @@ class ClipEncoder:
         with_features = ((i, self._known(clip)) for i, clip in enumerate(clips) if has_features(clip))
         block = min(TOGETHER, max(1, self._n_images() // self.reader.frames))
         options: dict[str, Any] = {"workers": self.workers, "timeout": self.timeout, "ahead": max(block, 4)}
-        frames = ((read[i], found) for i, found in read_clips([clips[i] for i in read], self.reader, **options))
         encoded: list[tuple[int, Encoded | Unreadable]] = []
         waiting: list[tuple[int, Tensor]] = []
-        for number, (index, found) in enumerate(itertools.chain(with_features, frames), 1):
-            if isinstance(found, Unreadable):
-                yield [(index, found)]
-            elif isinstance(found, Encoded):
-                encoded.append((index, found))
-            else:
-                waiting.append((index, found))
-            n_held = len(encoded) + len(waiting)
-            full = n_held == TOGETHER or number == len(clips)
-            if waiting and (full or len(waiting) == block):
-                features = self.frames(torch.stack([clip for _, clip in waiting]))
-                encoded += [(i, Encoded(f, _small(clip))) for (i, clip), f in zip(waiting, features, strict=True)]
-                waiting = []
-            if n_held and full:
-                yield encoded
-                encoded = []
+        # Closed, so that nobody reads on for an error of the tower.
+        with closing(read_clips([clips[index] for index in read], self.reader, **options)) as frames:
+            every = itertools.chain(with_features, ((read[i], found) for i, found in frames))
+            for number, (index, found) in enumerate(every, 1):
+                if isinstance(found, Unreadable):
+                    yield [(index, found)]
+                elif isinstance(found, Encoded):
+                    encoded.append((index, found))
+                else:
+                    waiting.append((index, found))
+                n_held = len(encoded) + len(waiting)
+                full = n_held == TOGETHER or number == len(clips)
+                if waiting and (full or len(waiting) == block):
+                    features = self.frames(torch.stack([clip for _, clip in waiting]))
+                    encoded += [(i, Encoded(f, _small(clip))) for (i, clip), f in zip(waiting, features, strict=True)]
+                    waiting = []
+                if n_held and full:
+                    yield encoded
+                    encoded = []
 
     def _n_images(self) -> int:
         """How many images go through the tower together."""

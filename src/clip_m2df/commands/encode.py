@@ -135,11 +135,11 @@ def encode_manifest(
             check_no_classes(output)
         leave_cores(workers)
         rows, parts = [], []
-        precision = precision or default_precision(model.device)
-        start, half = _start(data.manifest, root), PRECISIONS[precision]
+        computed_in = precision or default_precision(model.device)
+        start, half = _start(data.manifest, root), PRECISIONS[computed_in]
         for name, table in tables.items():
             with torch.no_grad(), torch.autocast(model.device.type, half, enabled=half is not None):
-                features = encode_videos(model.model, table, [], precision=precision)
+                features = encode_videos(model.model, table, [], precision=computed_in)
             kept = [i for i, video in enumerate(table.videos) if video.path not in table.unusable.reasons]
             parts.append(features[kept].cpu())
             for index in kept:
@@ -158,7 +158,7 @@ def encode_manifest(
     verb, head = ("fit", "") if embeddings else ("test", " --model.head otam")
     say(
         f"features of {len(rows)} clips, {features.shape[1]} frames of {features.shape[2]} numbers each, computed in"
-        f" {precision} on {model.device}, are in {output}{beside}; next:",
+        f" {computed_in} on {model.device}, are in {output}{beside}; next:",
         f"  clip-m2df {verb} --data.manifest {shlex.quote(str(output))} --model.backbone features{head}",
     )
     return 1 if broken else 0

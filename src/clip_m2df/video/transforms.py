@@ -400,20 +400,33 @@ class ClipReader:
         return self.crop(found[0], position, flip=flip), found[1]
 
 
-def read_isolated(reader: ClipReader, video: tuple[int, str], *, crop: bool) -> NDArray[np.uint8] | Unreadable:
+# How many times longer than the short side the other may be for frames to be resized beside others.
+MOST_ASPECT = 4
+
+
+def read_isolated(
+    reader: ClipReader, video: tuple[int, str], *, crop: bool
+) -> tuple[NDArray[np.uint8], bool] | Unreadable:
     """Read a video in a worker process.
 
     Args:
         reader: how.
         video: its number, for whoever asks, and its path.
-        crop: resize and crop too, which takes torch: a process that only decodes starts without it.
+        crop: resize and crop too, which takes torch: a process that only decodes starts without it. Frames that are
+            narrow strips are resized here anyway: that takes memory in the measure of their length.
 
     Returns:
-        uint8 ``(frames, 3, size, size)``, without ``crop`` ``(frames, height, width, 3)``; or why there is nothing.
+        uint8 ``(frames, 3, size, size)`` and True, or ``(frames, height, width, 3)`` and False; or why there is
+        nothing.
     """
     _, path = video
     try:
-        return reader.read(path)[0].numpy() if crop else reader.decode(path)[0]
+        if not crop:
+            pictures, _ = reader.decode(path)
+            height, width = pictures.shape[1:3]
+            if max(height, width) <= MOST_ASPECT * min(height, width):
+                return pictures, False
+        return reader.read(path)[0].numpy(), True
     except VideoError as error:
         return Unreadable(error.reason_for(path))
     except UserError as error:
