@@ -244,7 +244,7 @@ def test_every_clip_comes_with_its_frames_or_the_reason(videos: Path, broken: Pa
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL there")
-@pytest.mark.parametrize("worth", [200, 1], ids=["workers decode", "workers resize too"])
+@pytest.mark.parametrize("worth", [500, 1], ids=["workers decode", "workers resize too"])
 def test_workers_read_the_same_and_a_crash_costs_a_clip(
     worth: int, videos: Path, images: Path, broken: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -61,7 +61,7 @@ TOGETHER = 16
 # CPU's caches; of 128 it does not.
 IMAGES_ON_CPU, IMAGES = 8, 128
 # Files a worker from which on it resizes them itself, for which it imports torch.
-WORTH_TORCH = 200
+WORTH_TORCH = 500
 # What the visual tower computes in, by the names that Lightning has for it.
 PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 # Frames of a clip, and pixels of their short side, beyond which memory does not suffice.
