@@ -1,6 +1,7 @@
 """The one table of videos: reading, checking and writing it."""
 
 import csv
+import gc
 import hashlib
 import io
 import itertools
@@ -10,8 +11,10 @@ import shlex
 import unicodedata
 from array import array
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from operator import itemgetter
 from pathlib import Path
 
 from clip_m2df.errors import UserError, some
@@ -97,17 +100,13 @@ class Manifest:
         self.root = None if root is None else os.path.abspath(root)
         if not self.videos:
             raise UserError(f"{source} has no videos: add a row for each video")
-        _check(self.videos, lambda number: f"line {lines[number]}" if lines else f"row {number + 1}", source)
+        kinds = _check(self.videos, lambda number: f"line {lines[number]}" if lines else f"row {number + 1}", source)
         self._source = source
-        classes: dict[str, dict[str, list[Video]]] = {name: {} for name in SPLITS}
-        for video in self.videos:
-            classes[video.split].setdefault(video.label, []).append(video)
         self._splits = {}
-        for name, own in classes.items():
-            labels = tuple(sorted(own))
-            rows = tuple(tuple(own[label]) for label in labels)
-            if rows:
-                self._splits[name] = Split(name, labels, tuple(row[0].text for row in rows), rows)
+        for name in SPLITS:
+            own = sorted((label, text, tuple(rows)) for (label, split, text), rows in kinds.items() if split == name)
+            if own:
+                self._splits[name] = Split(name, *zip(*own, strict=True))
 
     @classmethod
     def read(cls, path: str | Path, root: str | Path | None = None, *, check_files: bool = True) -> "Manifest":
@@ -137,38 +136,53 @@ class Manifest:
             raise UserError(
                 f"the manifest {path} is a feature table by its name, and has no videos: give a CSV with their paths"
             )
+        with _no_collections():
+            manifest = cls._read(path, root)
+        if check_files:
+            manifest.check_files()
+        return manifest
+
+    @classmethod
+    def _read(cls, path: str | Path, root: str | Path | None) -> "Manifest":
         source, folder = f"the manifest {path}", os.path.dirname(os.path.abspath(path))
         rows = _read_cells(path, "manifest", _REQUIRED)
         _, header = next(rows)
-        path_at, label_at, split_at = map(header.index, _REQUIRED)
-        text_at = header.index("text") if "text" in header else None
+        path_at = header.index("path")
+        of_kind = itemgetter(*(header.index(name) for name in ("label", "split", "text") if name in header))
         others = [number for number, name in enumerate(header) if name not in (*_REQUIRED, "text")]
         # A million rows have few classes: what rows have in common is checked once, and kept once.
         kinds: dict[tuple[str, ...], list[str]] = {}  # label, split and text
-        extras: dict[tuple[str, ...], dict[str, str]] = {}
+        extras: dict[tuple[str, ...], dict[str, str]] = {(): {}}
         paths, kind_of, extra_of, lines = [], [], [], array("Q")
         for line, cells in rows:
-            key = cells[label_at], cells[split_at], "" if text_at is None else cells[text_at]
-            kind = kinds.get(key)
-            if kind is None or not cells[path_at].strip():
+            name = cells[path_at]
+            kind = kinds.get(key := of_kind(cells))
+            if kind is None or not name.strip():
                 row = _named(header, cells, _REQUIRED, f"line {line} of {source}")
                 kind = kinds[key] = [row["label"], row["split"], row.get("text", "")]
-            more = tuple([cells[number] for number in others])
-            extra = extras.get(more)
-            if extra is None:
-                extra = extras[more] = {header[number]: cells[number].strip() for number in others}
-            paths.append(cells[path_at])
+            more = tuple([cells[number] for number in others]) if others else ()
+            if more not in extras:
+                extras[more] = {header[number]: cells[number].strip() for number in others}
+            paths.append(name)
             kind_of.append(kind)
-            extra_of.append(extra)
+            extra_of.append(extras[more])
             lines.append(line)
         # Of several texts of a class the first; that it has only one is checked below.
         texts = {label: text for label, _, text in reversed(kinds.values()) if text}
         for kind in kinds.values():
             kind[2] = kind[2] or texts.get(kind[0], kind[0])
-        start = os.path.join(_start(paths, folder, root), "")
+        join, normal = os.path.join, os.path.normpath
+        start = join(_start(paths, folder, root), "")
         videos = [
-            Video(os.path.normpath(os.path.join(start, path)), *kind, extra)
-            for path, kind, extra in zip(paths, kind_of, extra_of, strict=True)
+            # What begins with a letter or a digit, and names no drive, is relative: to join it takes long.
+            Video(
+                normal(start + name if name[0].isalnum() and ":" not in name else join(start, name)),
+                label,
+                split,
+                text,
+                extra,
+            )
+            for name, (label, split, text), extra in zip(paths, kind_of, extra_of, strict=True)
         ]
         del paths, kind_of, extra_of
         manifest = cls(videos, root=folder, source=source, lines=lines)
@@ -182,8 +196,6 @@ class Manifest:
                 f" is {outside[0]}: if you trust the manifest with what is there, allow it with"
                 f" --data.root {shlex.quote(common)} (clip-m2df check and cache: --root)"
             )
-        if check_files:
-            manifest.check_files()
         return manifest
 
     def check_files(self, is_there: Callable[[str], bool] = os.path.exists) -> None:
@@ -284,6 +296,19 @@ class Manifest:
         write_table(path, "manifest", itertools.chain([[*_REQUIRED, "text", *extras]], rows))
 
 
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """Keep Python from looking for cycles among a million rows, which have none, again and again."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def same_files(paths: Iterable[str]) -> dict[str, str]:
     """Find paths that lead to the file, or folder, of an earlier one, by a link or by another spelling.
 
@@ -306,26 +331,32 @@ def _start(paths: Sequence[str], folder: str, root: str | Path | None) -> str:
     return folder if any(os.path.lexists(os.path.join(folder, path)) for path in paths) else os.path.abspath(root)
 
 
-def _check(videos: Sequence[Video], row_of: Callable[[int], str], source: str) -> None:
-    """Refuse an unknown split, a video listed twice and a class with two splits, spellings or texts."""
+def _check(
+    videos: Sequence[Video], row_of: Callable[[int], str], source: str
+) -> dict[tuple[str, str, str], list[Video]]:
+    """Refuse an unknown split, a video listed twice and a class with two splits, spellings or texts.
+
+    Returns:
+        The videos of each class, by its label, split and text.
+    """
     paths: set[str] = set()
-    kinds: set[tuple[str, str, str]] = set()
+    kinds: dict[tuple[str, str, str], list[Video]] = {}
     first_of_class: dict[str, tuple[Video, str]] = {}
+    case, normal = os.path.normcase, os.path.normpath
     for number, video in enumerate(videos):
-        # Equal on this file system, even where its names ignore case.
-        path = os.path.normcase(os.path.normpath(video.path))
+        # Equal on this file system, even where its names ignore case. The video's own string takes no memory.
+        path = case(normal(video.path))
+        paths.add(video.path if path == video.path else path)
         kind = video.label, video.split, video.text
-        if kind in kinds and path not in paths:
-            paths.add(video.path if path == video.path else path)  # the same object takes no memory
+        if kind in kinds and len(paths) > number:
+            kinds[kind].append(video)
             continue
-        kinds.add(kind)
         row = row_of(number)
         if video.split not in SPLITS:
             raise UserError(f"{row} of {source} has the split {video.split!r}: it can be {', '.join(SPLITS)}")
-        if path in paths:
-            earlier = next(n for n, v in enumerate(videos) if os.path.normcase(os.path.normpath(v.path)) == path)
-            raise UserError(f"{source} lists the video {video.path} twice, on {row_of(earlier)} and on {row}: remove one")
-        paths.add(path)
+        if len(paths) == number:
+            earlier = row_of(next(n for n, other in enumerate(videos) if case(normal(other.path)) == path))
+            raise UserError(f"{source} lists the video {video.path} twice, on {earlier} and on {row}: remove one")
         known, where = first_of_class.setdefault(class_key(video.label), (video, row))
         if known.split != video.split:
             named = "" if known.label == video.label else f" as {spelled(known.label, video.label)}"
@@ -340,6 +371,8 @@ def _check(videos: Sequence[Video], row_of: Callable[[int], str], source: str) -
                 f"the class {video.label!r} has two texts in {source}, {known.text!r} on {where} and {video.text!r} "
                 f"on {row}: give it one"
             )
+        kinds[kind] = [video]
+    return kinds
 
 
 def two_splits(label: str, first: str, second: str) -> UserError:
@@ -383,7 +416,8 @@ def _read_cells(path: str | Path, what: str, required: Sequence[str]) -> Iterato
     line = 1
     try:
         for cells in reader:
-            if reader.line_num > line or (may_have_nul and any("\0" in cell for cell in cells)):
+            last = reader.line_num
+            if last > line or (may_have_nul and any("\0" in cell for cell in cells)):
                 raise UserError(
                     f"line {line} of the {what} {path} has a line break or a NUL character in a cell: close the quote,"
                     " or remove it"
@@ -405,7 +439,7 @@ def _read_cells(path: str | Path, what: str, required: Sequence[str]) -> Iterato
                     f"line {line} of the {what} {path} has another number of cells than the header, {len(cells)} and"
                     f' not {len(header)}: put a cell that holds a comma in double quotes ("...")'
                 )
-            line = reader.line_num + 1
+            line = last + 1
     except csv.Error as error:
         raise UserError(
             f"line {line} of the {what} {path} is not valid CSV ({error}): check its quotes and commas"
