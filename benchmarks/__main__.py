@@ -17,6 +17,7 @@ NAMES = (
     "head",
     "matching",
     "own_videos",
+    "predict",
     "prepare",
     "soak",
     "startup",

@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import adapters, dashboard, double_loop, evaluation_head, head, matching, own_videos
+from benchmarks import (
+    adapters,
+    dashboard,
+    double_loop,
+    evaluation_head,
+    head,
+    matching,
+    own_videos,
+    predict,
+    train_step,
+)
 from benchmarks.__main__ import NAMES, main
 from benchmarks.evaluation_head import draw_episodes
 from benchmarks.timing import compare, line, report
@@ -83,8 +93,6 @@ def test_drawn_episodes_have_videos_of_their_classes() -> None:
 
 
 def test_a_step_at_a_video_at_a_time_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks import train_step
-
     monkeypatch.setitem(train_step.TOWERS, "small", {"kind": "resnet", "layers": [1, 1, 1, 1], "width": 8, "dim": 16})
     batch = random_batch(ON_CPU)
     losses = []
@@ -92,6 +100,21 @@ def test_a_step_at_a_video_at_a_time_is_the_same(monkeypatch: pytest.MonkeyPatch
         model = kind("small", ON_CPU).eval()
         losses.append(model.training_step(batch, 0).item())
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_labels_are_those_of_the_plain_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+    monkeypatch.setitem(
+        train_step.TOWERS, "small", {**train_step.VIT_B16, **small, "projection_dim": 32, "patch_size": 8}
+    )
+    sizes = {"n_clips": 2, "n_short": 2, "n_overlap": 20, "size": 32}
+    *labels, here, there, short = predict.cases("small", [predict.SHORT], repeat=1, sleep=0.001, **sizes)
+    assert len(labels) == 1 + predict.has_bf16()
+    assert all(case["off"] < predict.MOST_OFF for case in labels)
+    assert here["plain"] == pytest.approx(4 * 0.001)
+    assert there["plain"] == pytest.approx(4 * 0.0005)
+    assert short["ours"] > 0
 
 
 def test_own_videos_are_drawn_apart() -> None:
