@@ -197,7 +197,9 @@ def examine(task: tuple[str, int, str], decoder: Decoder = "auto") -> Finding:
 
     path, frames, mark = task
     choose = partial(segment_indices, frames=frames)
-    broken, beside, facts = [], [], None
+    broken: list[str] = []
+    beside: list[str] = []
+    facts = None
     try:
         with reader.as_video_error(path):
             if doubt := reader.decoder_doubt(path, decoder):
@@ -252,7 +254,7 @@ def looks_of(clip: "NDArray[np.uint8]") -> "NDArray[np.uint8]":
     import numpy as np
 
     chosen = clip[np.unique(np.linspace(0, len(clip) - 1, _LOOKS).round().astype(int))]
-    grey = chosen.sum(1, dtype=np.float32) / np.float32(3)
+    grey = (chosen[:, 0].astype(np.float32) + chosen[:, 1] + chosen[:, 2]) / np.float32(3)
     small = _smaller(_smaller(grey.swapaxes(1, 2)).swapaxes(1, 2))
     here, right, below = small[:, :-1, :-1], small[:, :-1, 1:], small[:, 1:, :-1]
     return np.packbits(np.stack([here < right, here < below], axis=1).reshape(len(small), BITS), axis=1)
@@ -267,7 +269,7 @@ def _smaller(pictures: "NDArray[np.float32]") -> "NDArray[np.float32]":
     import numpy as np
 
     lines, shares, fused = _taps(pictures.shape[1])
-    total = pictures[:, lines[0]] * shares[0]
+    total: NDArray[np.float32] = pictures[:, lines[0]] * shares[0]
     for line, share, is_fused in zip(lines[1:], shares[1:], fused[1:], strict=True):
         taken = pictures[:, line]
         summed = total + taken * share
@@ -294,7 +296,7 @@ def _taps(length: int) -> "tuple[NDArray[np.int64], NDArray[np.float32], NDArray
     def single(value: float) -> float:
         return float(np.float32(value))
 
-    scale = single(np.float32(length) / np.float32(SIDE + 1))
+    scale = single(length / (SIDE + 1))
     reach, inverse = max(scale, 1.0), single(1 / max(scale, 1.0))
     sums = []
     for line in range(SIDE + 1):

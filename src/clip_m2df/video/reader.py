@@ -179,9 +179,7 @@ def probe(path: str) -> VideoFacts:
             return read_facts(container, stream, decoded, orientation)
 
 
-def examine_video(
-    path: str, choose: Choose, *, decoder: Decoder = "auto"
-) -> tuple[NDArray[np.uint8], int, VideoFacts]:
+def examine_video(path: str, choose: Choose) -> tuple[NDArray[np.uint8], int, VideoFacts]:
     """Read chosen frames of a video file as :func:`read_pictures` does, and its facts as :func:`probe` does.
 
     It is decoded once where the frames are not to be had by seeking.
@@ -190,19 +188,18 @@ def examine_video(
         UserError: As :func:`read_pictures`.
         ChoiceError: The same.
     """
-    if _READERS[decoder] is _read_pyav:
-        path = _find(path)
-        with as_video_error(path):
-            with _open(path, path) as (container, stream):
-                packets = read_packets(container, stream)
-            wanted = chosen_frames(choose, packets.n_frames) if packets.n_frames else []
-            if wanted and not packets.runs(set(wanted)):
-                pictures, decoded, orientation = _decode(path, set(wanted), to_end=True)
-                if len(pictures) == len(set(wanted)):
-                    with _open(path, path) as (container, stream):
-                        facts = read_facts(container, stream, decoded, orientation)
-                    return _stack(pictures, wanted), packets.n_frames, facts
-    return *read_pictures(path, choose, decoder=decoder), probe(path)
+    path = _find(path)
+    with as_video_error(path):
+        with _open(path, path) as (container, stream):
+            packets = read_packets(container, stream)
+        wanted = chosen_frames(choose, packets.n_frames) if packets.n_frames else []
+        if wanted and not packets.runs(set(wanted)):
+            pictures, decoded, orientation = _decode(path, set(wanted), to_end=True)
+            if len(pictures) == len(set(wanted)):
+                with _open(path, path) as (container, stream):
+                    facts = read_facts(container, stream, decoded, orientation)
+                return _stack(pictures, wanted), packets.n_frames, facts
+    return *read_pictures(path, choose), probe(path)
 
 
 def decoder_doubt(path: str, decoder: Decoder) -> str:
@@ -470,9 +467,7 @@ def _decode_runs(path: str, packets: PacketTable, numbers: set[int]) -> dict[int
     return pictures
 
 
-def _decode(
-    path: str, numbers: set[int], *, to_end: bool = False
-) -> tuple[dict[int, _Picture], int, Orientation]:
+def _decode(path: str, numbers: set[int], *, to_end: bool = False) -> tuple[dict[int, _Picture], int, Orientation]:
     """Decode up to the last of the numbered frames, or to the end.
 
     Returns:
