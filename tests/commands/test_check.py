@@ -4,6 +4,8 @@ import io
 import os
 import random
 import struct
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -17,7 +19,7 @@ import torch
 from clip_m2df import motion_shapes
 from clip_m2df.cli import main
 from clip_m2df.commands import check
-from clip_m2df.commands.check import COLUMNS, Finding, check_videos, examine, find_groups, read_findings
+from clip_m2df.commands.check import COLUMNS, Finding, check_videos, examine, find_groups, looks_of, read_findings
 from clip_m2df.datasets.manifest import Manifest, Video
 from clip_m2df.errors import UserError
 from clip_m2df.files import locked
@@ -373,15 +375,59 @@ def test_every_kind_of_video(tmp_path: Path, workers: Workers, capsys: pytest.Ca
 
 
 def test_whatever_a_file_does_to_a_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> torch.Tensor:
+    def fail(*_: object) -> None:
         raise MemoryError("no room for 65535 x 65535")
 
-    monkeypatch.setattr(video, "read_frames", fail)
+    monkeypatch.setattr(video, "examine_video", fail)
     finding = examine((str(tmp_path / "a.mp4"), 8, "1:2"))
     assert finding.failure == "reading it fails: MemoryError: no room for 65535 x 65535"
 
 
+def test_a_worker_needs_no_torch(tmp_path: Path) -> None:
+    path = render(tmp_path / "a.mp4", 9, size=SMALL)
+    code = (
+        "import sys; from clip_m2df.commands.check import examine\n"
+        "finding = examine((sys.argv[1], 8, '1:2')); print(finding.frames, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["9", "False"]
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_decoding_once_finds_what_reading_and_probing_do(tmp_path: Path, damaged: bool) -> None:
+    for number, group in enumerate((4, 12, 60)):  # of few groups of pictures, frames are had without seeking
+        path = render(tmp_path / f"{number}.mp4", 40, size=SMALL, options={"bf": "2", "g": str(group)})
+        if damaged:
+            lose_packet(path, 20)
+        for frames in (1, 8, 60):
+
+            def choose(n: int, frames: int = frames) -> list[int]:
+                return segment_indices(n, frames)
+
+            pictures, n_frames, facts = video.examine_video(str(path), choose)
+            clip, right = read_frames(str(path), choose)
+            assert np.array_equal(pictures, clip.permute(0, 2, 3, 1).numpy())
+            assert (n_frames, facts) == (right, video.probe(str(path)))
+
+
 # What videos were cut from
+
+
+@pytest.mark.parametrize("size", [(64, 64), (40, 64), (240, 340), (17, 17), (16, 18), (5, 9), (1, 1), (33, 256)])
+def test_looks_are_those_of_earlier_versions_to_the_bit(size: tuple[int, int]) -> None:
+    """Also of pictures that are plain in part, where neighbours are equal but for how sums are rounded."""
+    rng = np.random.default_rng(0)
+    height, width = size
+    noise = rng.integers(0, 256, (9, 3, height, width), dtype=np.uint8)
+    patches = rng.integers(0, 256, (8, 3, height // 8 + 1, width // 8 + 1), dtype=np.uint8)
+    patches = patches.repeat(8, 2).repeat(8, 3)[..., :height, :width]
+    for clip in (noise, patches, np.full((2, 3, height, width), 77, np.uint8)):
+        chosen = clip[np.unique(np.linspace(0, len(clip) - 1, 8).round().astype(int))]
+        grey = torch.from_numpy(chosen).float().mean(1, keepdim=True)
+        small = torch.nn.functional.interpolate(grey, (17, 17), mode="bilinear", antialias=True).squeeze(1).numpy()
+        here, right, below = small[:, :-1, :-1], small[:, :-1, 1:], small[:, 1:, :-1]
+        bits = np.stack([here < right, here < below], axis=1).reshape(len(small), -1)
+        assert np.array_equal(np.unpackbits(looks_of(clip), axis=1), bits)
 
 
 def test_cuts_of_one_recording_are_found_and_no_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """The one table of videos: reading, checking and writing it."""
 
 import csv
+import gc
 import hashlib
 import io
 import itertools
@@ -8,9 +9,12 @@ import os
 import re
 import shlex
 import unicodedata
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from operator import itemgetter
 from pathlib import Path
 
 from clip_m2df.errors import UserError, some
@@ -25,7 +29,7 @@ TABLE_SUFFIXES = (".safetensors", ".parquet")
 _REQUIRED = ("path", "label", "split")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Video:
     """One row of a manifest.
 
@@ -96,17 +100,13 @@ class Manifest:
         self.root = None if root is None else os.path.abspath(root)
         if not self.videos:
             raise UserError(f"{source} has no videos: add a row for each video")
-        rows = [f"line {n}" for n in lines] if lines else [f"row {n + 1}" for n in range(len(self.videos))]
-        _check(self.videos, rows, source)
+        kinds = _check(self.videos, lambda number: f"line {lines[number]}" if lines else f"row {number + 1}", source)
         self._source = source
-        classes: dict[str, dict[str, list[Video]]] = {name: {} for name in SPLITS}
-        for video in sorted(self.videos, key=lambda video: video.label):
-            classes[video.split].setdefault(video.label, []).append(video)
-        self._splits = {
-            name: Split(name, tuple(own), tuple(rows[0].text for rows in own.values()), tuple(map(tuple, own.values())))
-            for name, own in classes.items()
-            if own
-        }
+        self._splits = {}
+        for name in SPLITS:
+            own = sorted((label, text, tuple(rows)) for (label, split, text), rows in kinds.items() if split == name)
+            if own:
+                self._splits[name] = Split(name, *zip(*own, strict=True))
 
     @classmethod
     def read(cls, path: str | Path, root: str | Path | None = None, *, check_files: bool = True) -> "Manifest":
@@ -136,24 +136,59 @@ class Manifest:
             raise UserError(
                 f"the manifest {path} is a feature table by its name, and has no videos: give a CSV with their paths"
             )
-        rows = read_rows(path, "manifest", _REQUIRED)
+        with _no_collections():
+            manifest = cls._read(path, root)
+        if check_files:
+            manifest.check_files()
+        return manifest
+
+    @classmethod
+    def _read(cls, path: str | Path, root: str | Path | None) -> "Manifest":
         source, folder = f"the manifest {path}", os.path.dirname(os.path.abspath(path))
+        rows = _read_cells(path, "manifest", _REQUIRED)
+        _, header = next(rows)
+        path_at = header.index("path")
+        of_kind = itemgetter(*(header.index(name) for name in ("label", "split", "text") if name in header))
+        others = [number for number, name in enumerate(header) if name not in (*_REQUIRED, "text")]
+        # A million rows have few classes: what rows have in common is checked once, and kept once.
+        kinds: dict[tuple[str, ...], list[str]] = {}  # label, split and text
+        extras: dict[tuple[str, ...], dict[str, str]] = {(): {}}
+        paths, kind_of, extra_of, lines = [], [], [], array("Q")
+        for line, cells in rows:
+            name = cells[path_at]
+            kind = kinds.get(key := of_kind(cells))
+            if kind is None or not name.strip():
+                row = _named(header, cells, _REQUIRED, f"line {line} of {source}")
+                kind = kinds[key] = [row["label"], row["split"], row.get("text", "")]
+            more = tuple([cells[number] for number in others]) if others else ()
+            if more not in extras:
+                extras[more] = {header[number]: cells[number].strip() for number in others}
+            paths.append(name)
+            kind_of.append(kind)
+            extra_of.append(extras[more])
+            lines.append(line)
         # Of several texts of a class the first; that it has only one is checked below.
-        texts = {row["label"]: row["text"] for row in reversed(rows.values()) if row.get("text")}
-        start = _start([row["path"] for row in rows.values()], folder, root)
+        texts = {label: text for label, _, text in reversed(kinds.values()) if text}
+        for kind in kinds.values():
+            kind[2] = kind[2] or texts.get(kind[0], kind[0])
+        join, normal = os.path.join, os.path.normpath
+        start = join(_start(paths, folder, root), "")
         videos = [
+            # What begins with a letter or a digit, and names no drive, is relative: to join it takes long.
             Video(
-                path=os.path.abspath(os.path.join(start, row["path"])),
-                label=row["label"],
-                split=row["split"],
-                text=row.get("text") or texts.get(row["label"], row["label"]),
-                extra={name: cell for name, cell in row.items() if name not in (*_REQUIRED, "text")},
+                normal(start + name if name[0].isalnum() and ":" not in name else join(start, name)),
+                label,
+                split,
+                text,
+                extra,
             )
-            for row in rows.values()
+            for name, (label, split, text), extra in zip(paths, kind_of, extra_of, strict=True)
         ]
-        manifest = cls(videos, root=folder, source=source, lines=list(rows))
+        del paths, kind_of, extra_of
+        manifest = cls(videos, root=folder, source=source, lines=lines)
         folders = [folder] if root is None else [folder, os.path.abspath(root)]
-        outside = [v.path for v in videos if not any(lies_under(v.path, allowed) for allowed in folders)]
+        inside = tuple(os.path.join(allowed, "") for allowed in folders)
+        outside = [v.path for v in videos if not v.path.startswith(inside) and v.path not in folders]
         if outside:
             common = os.path.commonpath([os.path.dirname(path) for path in outside])
             raise UserError(
@@ -161,8 +196,6 @@ class Manifest:
                 f" is {outside[0]}: if you trust the manifest with what is there, allow it with"
                 f" --data.root {shlex.quote(common)} (clip-m2df check and cache: --root)"
             )
-        if check_files:
-            manifest.check_files()
         return manifest
 
     def check_files(self, is_there: Callable[[str], bool] = os.path.exists) -> None:
@@ -263,6 +296,19 @@ class Manifest:
         write_table(path, "manifest", itertools.chain([[*_REQUIRED, "text", *extras]], rows))
 
 
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """Keep Python from looking for cycles among a million rows, which have none, again and again."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def same_files(paths: Iterable[str]) -> dict[str, str]:
     """Find paths that lead to the file, or folder, of an earlier one, by a link or by another spelling.
 
@@ -285,16 +331,31 @@ def _start(paths: Sequence[str], folder: str, root: str | Path | None) -> str:
     return folder if any(os.path.lexists(os.path.join(folder, path)) for path in paths) else os.path.abspath(root)
 
 
-def _check(videos: Sequence[Video], rows: Sequence[str], source: str) -> None:
-    """Refuse an unknown split, a video listed twice and a class with two splits, spellings or texts."""
-    first_of_path: dict[str, str] = {}
+def _check(
+    videos: Sequence[Video], row_of: Callable[[int], str], source: str
+) -> dict[tuple[str, str, str], list[Video]]:
+    """Refuse an unknown split, a video listed twice and a class with two splits, spellings or texts.
+
+    Returns:
+        The videos of each class, by its label, split and text.
+    """
+    paths: set[str] = set()
+    kinds: dict[tuple[str, str, str], list[Video]] = {}
     first_of_class: dict[str, tuple[Video, str]] = {}
-    for video, row in zip(videos, rows, strict=True):
+    case, normal = os.path.normcase, os.path.normpath
+    for number, video in enumerate(videos):
+        # Equal on this file system, even where its names ignore case. The video's own string takes no memory.
+        path = case(normal(video.path))
+        paths.add(video.path if path == video.path else path)
+        kind = video.label, video.split, video.text
+        if kind in kinds and len(paths) > number:
+            kinds[kind].append(video)
+            continue
+        row = row_of(number)
         if video.split not in SPLITS:
             raise UserError(f"{row} of {source} has the split {video.split!r}: it can be {', '.join(SPLITS)}")
-        # Equal on this file system, even where its names ignore case.
-        earlier = first_of_path.setdefault(os.path.normcase(os.path.normpath(video.path)), row)
-        if earlier is not row:
+        if len(paths) == number:
+            earlier = row_of(next(n for n, other in enumerate(videos) if case(normal(other.path)) == path))
             raise UserError(f"{source} lists the video {video.path} twice, on {earlier} and on {row}: remove one")
         known, where = first_of_class.setdefault(class_key(video.label), (video, row))
         if known.split != video.split:
@@ -310,6 +371,8 @@ def _check(videos: Sequence[Video], rows: Sequence[str], source: str) -> None:
                 f"the class {video.label!r} has two texts in {source}, {known.text!r} on {where} and {video.text!r} "
                 f"on {row}: give it one"
             )
+        kinds[kind] = [video]
+    return kinds
 
 
 def two_splits(label: str, first: str, second: str) -> UserError:
@@ -333,16 +396,35 @@ def read_rows(path: str | Path, what: str, required: Sequence[str]) -> dict[int,
     Raises:
         UserError: If it cannot be read, or a row is at fault; the message names the line.
     """
-    reader = csv.reader(io.StringIO(read_text(path, what), newline=""), strict=True)
+    rows = _read_cells(path, what, required)
+    _, header = next(rows)
+    return {line: _named(header, cells, required, f"line {line} of the {what} {path}") for line, cells in rows}
+
+
+def _read_cells(path: str | Path, what: str, required: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
+    """Read a table as :func:`read_rows` does, and yield the line that a row starts on with its cells as they are.
+
+    The first row is the header, without spaces around its names.
+    """
+    text = read_text(path, what)
+    may_have_nul = "\0" in text
+    # Not io.StringIO, which takes four bytes a letter.
+    lines = io.TextIOWrapper(io.BytesIO(text.encode()), "utf-8", newline="")
+    del text
+    reader = csv.reader(lines, strict=True)
     header: list[str] = []
-    rows: dict[int, dict[str, str]] = {}
     line = 1
     try:
         for cells in reader:
-            where = f"line {line} of the {what} {path}"
-            if any(character in cell for cell in cells for character in "\n\r\0"):
-                raise UserError(f"{where} has a line break or a NUL character in a cell: close the quote, or remove it")
-            if cells and not header:
+            last = reader.line_num
+            if last > line or (may_have_nul and any("\0" in cell for cell in cells)):
+                raise UserError(
+                    f"line {line} of the {what} {path} has a line break or a NUL character in a cell: close the quote,"
+                    " or remove it"
+                )
+            if len(cells) == len(header) > 0:
+                yield line, cells
+            elif cells and not header:
                 header = [cell.strip() for cell in cells]
                 if missing := [name for name in required if name not in header]:
                     raise UserError(
@@ -351,24 +433,27 @@ def read_rows(path: str | Path, what: str, required: Sequence[str]) -> dict[int,
                     )
                 if twice := [name for name in header if header.count(name) > 1]:
                     raise UserError(f"the {what} {path} has the column {twice[0]!r} more than once: keep one")
+                yield line, header
             elif cells:
-                if len(cells) != len(header):
-                    raise UserError(
-                        f"{where} has another number of cells than the header, {len(cells)} and not {len(header)}: "
-                        'put a cell that holds a comma in double quotes ("...")'
-                    )
-                row = {name: cell if name == "path" else cell.strip() for name, cell in zip(header, cells, strict=True)}
-                if empty := [name for name in required if not row[name].strip()]:
-                    raise UserError(f"{where} has an empty {empty[0]}: fill it in or remove the row")
-                rows[line] = row
-            line = reader.line_num + 1
+                raise UserError(
+                    f"line {line} of the {what} {path} has another number of cells than the header, {len(cells)} and"
+                    f' not {len(header)}: put a cell that holds a comma in double quotes ("...")'
+                )
+            line = last + 1
     except csv.Error as error:
         raise UserError(
             f"line {line} of the {what} {path} is not valid CSV ({error}): check its quotes and commas"
         ) from error
     if not header:
         raise UserError(f"the {what} {path} is empty: it needs a header line with the columns {', '.join(required)}")
-    return rows
+
+
+def _named(header: Sequence[str], cells: Sequence[str], required: Sequence[str], where: str) -> dict[str, str]:
+    """A row's cells by column, without spaces around them but in ``path``; ``required`` ones may not be empty."""
+    row = {name: cell if name == "path" else cell.strip() for name, cell in zip(header, cells, strict=True)}
+    if empty := [name for name in required if not row[name].strip()]:
+        raise UserError(f"{where} has an empty {empty[0]}: fill it in or remove the row")
+    return row
 
 
 # A capital after a small letter or a digit, and the last capital of a run: HandstandPushups, TVShow.

@@ -174,13 +174,32 @@ def probe(path: str) -> VideoFacts:
     """
     path = os.path.abspath(path)
     with as_video_error(path):
-        decoded, orientation = 0, Orientation()
-        with _open(path, path) as (container, stream):
-            for decoded, frame in enumerate(_frames(container, stream), 1):
-                if decoded == 1:
-                    orientation = matrix_orientation(frame)
+        _, decoded, orientation = _decode(path, set(), to_end=True)
         with _open(path, path) as (container, stream):
             return read_facts(container, stream, decoded, orientation)
+
+
+def examine_video(path: str, choose: Choose) -> tuple[NDArray[np.uint8], int, VideoFacts]:
+    """Read chosen frames of a video file as :func:`read_pictures` does, and its facts as :func:`probe` does.
+
+    It is decoded once where the frames are not to be had by seeking.
+
+    Raises:
+        UserError: As :func:`read_pictures`.
+        ChoiceError: The same.
+    """
+    path = _find(path)
+    with as_video_error(path):
+        with _open(path, path) as (container, stream):
+            packets = read_packets(container, stream)
+        wanted = chosen_frames(choose, packets.n_frames) if packets.n_frames else []
+        if wanted and not packets.runs(set(wanted)):
+            pictures, decoded, orientation = _decode(path, set(wanted), to_end=True)
+            if len(pictures) == len(set(wanted)):
+                with _open(path, path) as (container, stream):
+                    facts = read_facts(container, stream, decoded, orientation)
+                return _stack(pictures, wanted), packets.n_frames, facts
+    return *read_pictures(path, choose), probe(path)
 
 
 def decoder_doubt(path: str, decoder: Decoder) -> str:
@@ -263,7 +282,7 @@ def _read_pyav(path: str, choose: Choose) -> tuple[NDArray[np.uint8], int]:
         numbers = set(wanted)
         pictures = _decode_runs(path, packets, numbers) if n_frames == packets.n_frames else {}
         if len(pictures) < len(numbers):
-            pictures, decoded = _decode(path, numbers)
+            pictures, decoded, _ = _decode(path, numbers)
         if len(pictures) == len(numbers):
             return _stack(pictures, wanted), n_frames
         # It ended before the last wanted frame, so this is fewer than before.
@@ -448,18 +467,24 @@ def _decode_runs(path: str, packets: PacketTable, numbers: set[int]) -> dict[int
     return pictures
 
 
-def _decode(path: str, numbers: set[int]) -> tuple[dict[int, _Picture], int]:
-    """Decode up to the last of the numbered frames; return those that there are, and how many were decoded."""
+def _decode(path: str, numbers: set[int], *, to_end: bool = False) -> tuple[dict[int, _Picture], int, Orientation]:
+    """Decode up to the last of the numbered frames, or to the end.
+
+    Returns:
+        Those of them that there are, how many frames were decoded, and how the first is meant to be seen.
+    """
     pictures: dict[int, _Picture] = {}
-    decoded = 0
+    decoded, orientation = 0, Orientation()
     with _open(path, path) as (container, stream):
-        for number, frame in enumerate(itertools.islice(_frames(container, stream), max(numbers) + 1)):
+        frames = _frames(container, stream)
+        for number, frame in enumerate(frames if to_end else itertools.islice(frames, max(numbers) + 1)):
             decoded = number + 1
             if number == 0:
-                view = _view(frame, matrix_orientation(frame))
+                orientation = matrix_orientation(frame)
+                view = _view(frame, orientation)
             if number in numbers:
                 pictures[number] = _picture(frame, view)
-    return pictures, decoded
+    return pictures, decoded, orientation
 
 
 def _frames(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:

