@@ -18,6 +18,7 @@ NAMES = (
     "head",
     "matching",
     "own_videos",
+    "predict",
     "prepare",
     "soak",
     "startup",

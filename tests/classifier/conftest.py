@@ -212,13 +212,13 @@ def videos_of(folder: Path) -> list[str]:
 class DeadlyReader(ClipReader):
     """As a decoder that crashes on some files does, or as one at work when its run is stopped."""
 
-    def read(self, path: str, uniforms: Tensor | None = None) -> tuple[Tensor, int]:
+    def decode(self, path: str, offsets: Tensor | None = None) -> tuple[NDArray[np.uint8], int]:
         if "crash" in path:
             os.kill(os.getpid(), signal.SIGKILL)
         if "stop" in path:
             os.kill(os.getppid(), signal.SIGTERM)
             signal.pause()
-        return super().read(path, uniforms)
+        return super().decode(path, offsets)
 
 
 class Labelled:

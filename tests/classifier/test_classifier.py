@@ -17,6 +17,7 @@ from clip_m2df.datasets.manifest import Split, Video
 from clip_m2df.episode import ResizeMode
 from clip_m2df.episodes.dataset import EpisodeDataset
 from clip_m2df.episodes.plan import EpisodePlan, EpisodeShape
+from clip_m2df.nn.baselines import HEADS
 from clip_m2df.nn.class_text import fuse_text
 from clip_m2df.video.reader import read_frames
 from clip_m2df.video.transforms import ClipReader
@@ -434,6 +435,22 @@ def test_half_precision_changes_the_last_digits(precision: str, make: Make) -> N
     assert not np.array_equal(found, expected)
     with pytest.raises(UserError, match="precision is '16': give one of 32-true, bf16-mixed, 16-mixed"):
         make("otam", precision="16")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize("head", HEADS)
+def test_half_precision_gives_the_labels_of_float32(
+    head: str, precision: str, make: Make, scenes: dict[str, list[str]]
+) -> None:
+    support = {label: videos[:2] for label, videos in scenes.items()}
+    clips = [video for videos in scenes.values() for video in videos[2:]]
+    frames = 6 if head == "ts_fsar" else 8  # as many as the head was made for
+    half, full = (make(head, precision=told, frames=frames).fit(support) for told in (precision, "32-true"))
+    found, expected = half.predict_proba(clips), full.predict_proba(clips)
+    assert not np.array_equal(found, expected)
+    assert found.argmax(-1).tolist() == expected.argmax(-1).tolist()
+    assert len(set(expected.argmax(-1))) > 2  # one label would show little
 
 
 # Clips that can't be read

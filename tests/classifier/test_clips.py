@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import subprocess
 import sys
+import threading
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 
 from clip_m2df import UserError
+from clip_m2df.classifier import clips as module
 from clip_m2df.classifier.clips import (
     as_frames,
     check_frames,
@@ -27,9 +30,9 @@ from clip_m2df.classifier.clips import (
     videos_in,
 )
 from clip_m2df.video.isolation import Unreadable
-from clip_m2df.video.transforms import ClipReader, resize_and_crop
+from clip_m2df.video.transforms import ClipReader, read_isolated, resize_and_crop
 from tests import clips
-from tests.classifier.conftest import DeadlyReader, noise
+from tests.classifier.conftest import DeadlyReader, Make, noise
 
 READER = ClipReader(frames=4, resize=24, size=16)
 
@@ -241,7 +244,11 @@ def test_every_clip_comes_with_its_frames_or_the_reason(videos: Path, broken: Pa
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL there")
-def test_workers_read_the_same_and_a_crash_costs_a_clip(videos: Path, images: Path, broken: Path) -> None:
+@pytest.mark.parametrize("worth", [500, 1], ids=["workers decode", "workers resize too"])
+def test_workers_read_the_same_and_a_crash_costs_a_clip(
+    worth: int, videos: Path, images: Path, broken: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "WORTH_TORCH", worth)
     listed: list[Any] = [noise(0), *videos_in(videos)[::4], noise(0, 0), images]
     listed += [*sorted(broken.iterdir()), broken / "none.mp4"]
     here = dict(read_clips(listed, READER))
@@ -257,6 +264,90 @@ def test_workers_read_the_same_and_a_crash_costs_a_clip(videos: Path, images: Pa
         else:
             assert isinstance(other, Tensor)
             assert other.equal(found)
+
+
+def test_a_process_that_only_decodes_does_without_torch(videos: Path) -> None:
+    script = (
+        "import sys\nfrom clip_m2df.video.transforms import ClipReader, read_isolated\n"
+        f"pictures, _ = read_isolated(ClipReader(), (0, {str(videos / 'eat' / '0.mp4')!r}), crop=False)\n"
+        "assert pictures.shape == (8, 32, 48, 3), pictures\nassert 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_strip_is_resized_where_its_memory_costs_nothing_else(tmp_path: Path) -> None:
+    for number in range(4):
+        clips.save_image(tmp_path / f"{number}.png", 50 * number, size=(90, 16))
+    read = read_isolated(READER, (0, str(tmp_path)), crop=False)
+    assert not isinstance(read, Unreadable)
+    pictures, is_cropped = read
+    assert is_cropped
+    assert torch.from_numpy(pictures).equal(read_clip(tmp_path, READER))
+
+
+# Through the tower
+
+
+class Meeting(ClipReader):
+    """Tells which clips it has read."""
+
+    read_so_far: ClassVar[list[threading.Event]] = []
+
+    def read(self, path: str, uniforms: Tensor | None = None) -> tuple[Tensor, int]:
+        found = super().read(path, uniforms)
+        self.read_so_far[int(Path(path).stem)].set()
+        return found
+
+
+def test_reading_goes_on_while_the_tower_is_at_work(tmp_path: Path, videos: Path, make: Make) -> None:
+    count = 5
+    clips = [shutil.copy(videos / "eat" / "0.mp4", tmp_path / f"{number}.mp4") for number in range(count)]
+    Meeting.read_so_far[:] = [threading.Event() for _ in clips]
+    encoder = make("otam").encoder
+    encoder.reader = Meeting(frames=8, resize=encoder.reader.resize, size=encoder.reader.size)
+    met: list[bool] = []
+
+    def wait(*_: object) -> None:  # in the tower, for the clip after the one that is in it
+        met.append(Meeting.read_so_far[min(len(met) + 1, count - 1)].wait(60))
+
+    handle = encoder.model.model.backbone.visual.register_forward_pre_hook(wait)
+    try:
+        found = {index for batch in encoder.encode(clips) for index, _ in batch}
+    finally:
+        handle.remove()
+    assert met == [True] * count
+    assert found == set(range(count))
+
+
+@pytest.mark.parametrize("frames", [1, 3, 8, 20])
+def test_images_go_through_the_tower_a_few_at_once_with_the_same_features(frames: int, make: Make) -> None:
+    encoder = make("otam", frames=frames).encoder
+    model, seen = encoder.model.model, []
+    clips = [noise(seed, 24) for seed in range(19)]
+    expected = torch.stack([model.encode_frames(read_clip(clip, encoder.reader)) for clip in clips])
+    handle = model.backbone.visual.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    try:
+        found = {index: clip for batch in encoder.encode(clips) for index, clip in batch}
+        alone = encoder.encode_one(clips[4]).features
+    finally:
+        handle.remove()
+    assert max(seen) <= module.IMAGES_ON_CPU
+    assert sum(seen) == 20 * frames
+    features = torch.stack([getattr(found[index], "features", torch.empty(0)) for index in range(len(clips))])
+    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
+    if frames == 8:  # a clip is a block of its own, whatever comes with it
+        assert features[4].equal(alone)
+
+
+@pytest.mark.parametrize(
+    ("device", "has_bf16", "precision"),
+    [("cpu", True, "32-true"), ("mps", True, "32-true"), ("cuda", True, "bf16-mixed"), ("cuda:1", False, "16-mixed")],
+)
+def test_the_precision_is_what_the_device_does_well(
+    device: str, has_bf16: bool, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bf16)
+    assert module.default_precision(torch.device(device)) == precision
 
 
 def test_names() -> None:

@@ -70,6 +70,7 @@ def test_the_tables_say_what_the_classifier_says(
     assert {path.name for path in tmp_path.iterdir()} == {"deep", "labels.jsonl"}
     assert "x [red]y " in printed.out
     assert f"the predictions are in {table}" in printed.out.replace("\n", "")
+    assert "the visual tower computed in 32-true on cpu" in printed.out
     assert "labelling" in printed.err
 
 

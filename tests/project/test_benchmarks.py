@@ -12,7 +12,18 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import adapters, dashboard, double_loop, evaluation_head, gpu, head, matching, own_videos, train_step
+from benchmarks import (
+    adapters,
+    dashboard,
+    double_loop,
+    evaluation_head,
+    gpu,
+    head,
+    matching,
+    own_videos,
+    predict,
+    train_step,
+)
 from benchmarks.__main__ import NAMES, main
 from benchmarks.evaluation_head import draw_episodes
 from benchmarks.timing import compare, line, report, table
@@ -105,6 +116,21 @@ def test_a_step_at_a_video_at_a_time_is_the_same(monkeypatch: pytest.MonkeyPatch
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 
+@pytest.mark.slow
+def test_labels_are_those_of_the_plain_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+    monkeypatch.setitem(
+        train_step.TOWERS, "small", {**train_step.VIT_B16, **small, "projection_dim": 32, "patch_size": 8}
+    )
+    sizes = {"n_clips": 2, "n_short": 2, "n_overlap": 20, "size": 32}
+    *labels, here, there, short = predict.cases("small", [predict.SHORT], repeat=1, sleep=0.001, **sizes)
+    assert len(labels) == 1 + predict.has_bf16()
+    assert all(case["off"] < predict.MOST_OFF for case in labels)
+    assert here["plain"] == pytest.approx(4 * 0.001)
+    assert there["plain"] == pytest.approx(4 * 0.0005)
+    assert short["ours"] > 0
+
+
 def test_own_videos_are_drawn_apart() -> None:
     videos = {f"class {c}": [f"{c}/{k}.mp4" for k in range(20)] for c in range(7)}
     drawn = own_videos.draw(videos, 3, 5)
@@ -168,8 +194,7 @@ def test_a_part_that_fails_on_a_gpu_costs_no_other(monkeypatch: pytest.MonkeyPat
     assert [case["case"] for case in found] == ["a: one", "a", "b: two", "all of it"]
     assert [case.get("within_bar") for case in found] == [None, False, None, True]
     assert "out of memory" in found[1]["error"]
-    monkeypatch.setattr(gpu, "MOST_SECONDS", 0.0)
-    _, *found = gpu.cases()
+    _, *found = gpu.cases(most_seconds=0.0)
     assert [case["case"] for case in found] == ["a", "b", "all of it"]
     assert not any(case["within_bar"] for case in found)
 

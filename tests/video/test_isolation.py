@@ -5,10 +5,11 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from clip_m2df.video.isolation import Unreadable, isolated_map
+from clip_m2df.video.isolation import Unreadable, isolated_map, read_ahead
 
 
 def double(item: int) -> int:
@@ -27,6 +28,12 @@ def double_or_worse(item: int) -> int:
 
 def refuse(item: int) -> int:
     raise ValueError(f"no {item}")
+
+
+def note(item: tuple[int, str]) -> int:
+    with open(item[1], "ab", buffering=0) as pipe:
+        pipe.write(b".")
+    return item[0]
 
 
 def say_and_count_threads(item: int) -> int:
@@ -91,3 +98,83 @@ def test_items_are_taken_as_workers_become_free() -> None:
     assert all(result == 2 * item for item, result in got.items())
     assert len(taken) <= 12
     results.close()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no FIFOs there")
+def test_workers_go_on_while_nobody_asks(tmp_path: Path) -> None:
+    pipe = str(tmp_path / "pipe")
+    os.mkfifo(pipe)
+    taken = []
+
+    def items() -> Iterator[tuple[int, str]]:
+        for number in itertools.count():
+            taken.append(number)
+            yield number, pipe
+
+    with open(os.open(pipe, os.O_RDWR), "rb", buffering=0) as told:
+        results = isolated_map(note, items(), workers=1, timeout=60, ahead=5)
+        first = next(results)[1]
+        for _ in range(7):  # two for the worker and five ahead; this waits for the last of them
+            assert told.read(1) == b"."
+        assert len(taken) == 7
+        assert first in taken
+        results.close()
+
+
+# In a thread
+
+
+def test_what_is_read_ahead_comes_in_its_order() -> None:
+    assert list(read_ahead(range(100), 3)) == list(range(100))
+    assert list(read_ahead([], 3)) == []
+
+
+def test_items_are_read_while_nobody_asks_and_no_more_than_may_wait() -> None:
+    reached = threading.Semaphore(0)
+    taken = []
+
+    def items() -> Iterator[int]:
+        for item in itertools.count():
+            taken.append(item)
+            reached.release()
+            yield item
+
+    results = read_ahead(items(), 3)
+    assert next(results) == 0
+    for _ in range(5):  # the first, three that wait, and one that finds no place
+        assert reached.acquire(timeout=60)
+    assert taken == list(range(5))
+    assert next(results) == 1
+    assert reached.acquire(timeout=60)
+    results.close()
+    assert taken == list(range(6))
+
+
+@pytest.mark.parametrize("error", [ValueError("no 4"), KeyboardInterrupt()])
+def test_an_error_comes_after_what_was_read_before_it(error: BaseException) -> None:
+    def items() -> Iterator[int]:
+        yield from range(4)
+        raise error
+
+    results = read_ahead(items(), 2)
+    assert [next(results) for _ in range(4)] == [0, 1, 2, 3]
+    with pytest.raises(type(error)) as raised:
+        next(results)
+    assert raised.value is error
+
+
+def test_an_end_waits_for_nothing_that_hangs() -> None:
+    stuck, free = threading.Event(), threading.Event()
+
+    def items() -> Iterator[int]:
+        yield 0
+        stuck.set()
+        free.wait(60)
+        yield 1
+
+    results = read_ahead(items(), 4)
+    assert next(results) == 0
+    assert stuck.wait(60)
+    results.close()
+    assert not free.is_set()
+    free.set()

@@ -144,9 +144,10 @@ class FewShotClassifier:
         resize: short side of the frames in pixels before the crop; by default as in the model's training, or the crop's
             own size where that is not known.
         threshold: the distance beyond which a clip is none of the classes, in the place of what the examples tell.
-        precision: what the visual tower computes in, ``32-true``, ``bf16-mixed`` or ``16-mixed``; the latter two are
-            faster on a GPU. All else is in float32.
-        workers: processes that read files; 0 reads in this one. With workers a script needs its code under
+        precision: what the visual tower computes in, ``32-true``, ``bf16-mixed`` or ``16-mixed``; by default
+            ``32-true``, and on CUDA ``bf16-mixed``, or ``16-mixed`` where the device has no bf16. All else is in
+            float32.
+        workers: processes that read files; 0 reads in a thread of this one. With workers a script needs its code under
             ``if __name__ == "__main__":``, and a file on which a decoder crashes or hangs costs that file only.
         timeout: seconds after which a file is given up, with workers.
 
@@ -166,7 +167,7 @@ class FewShotClassifier:
         frames: int | None = None,
         resize: int | None = None,
         threshold: float | None = None,
-        precision: str = "32-true",
+        precision: str | None = None,
         workers: int = 0,
         timeout: float = 60.0,
     ) -> None:
@@ -206,7 +207,7 @@ class FewShotClassifier:
         frames: int | None = None,
         resize: int | None = None,
         threshold: float | None = None,
-        precision: str = "32-true",
+        precision: str | None = None,
         workers: int = 0,
         timeout: float = 60.0,
         clip: str | os.PathLike[str] | None = None,
@@ -726,7 +727,7 @@ class FewShotClassifier:
         *,
         device: str | None = None,
         threshold: float | None = None,
-        precision: str = "32-true",
+        precision: str | None = None,
         workers: int = 0,
         timeout: float = 60.0,
         **options: Any,

@@ -5,9 +5,10 @@ import itertools
 import operator
 import os
 import warnings
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeAlias
 
@@ -23,9 +24,9 @@ from clip_m2df.errors import UserError, require, some
 from clip_m2df.files import file_of
 from clip_m2df.nn.weights import check_finite
 from clip_m2df.training.module import CLIPM2DF
-from clip_m2df.video.isolation import Unreadable, isolated_map
-from clip_m2df.video.reader import VideoError, is_video
-from clip_m2df.video.transforms import ClipReader
+from clip_m2df.video.isolation import Unreadable, isolated_map, read_ahead
+from clip_m2df.video.reader import VideoError, as_clip, is_video
+from clip_m2df.video.transforms import ClipReader, read_isolated
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,8 +55,13 @@ Clip: TypeAlias = "str | os.PathLike[str] | NDArray[Any] | Tensor | TableRow"
 # (clips, frames, dim).
 Clips: TypeAlias = "Clip | Iterable[Clip]"
 
-# Clips that are encoded together.
+# Clips that are scored together.
 TOGETHER = 16
+# Images that go through the tower together, on a CPU and on any other device. What 8 of a ViT-B/16 compute stays in a
+# CPU's caches; of 128 it does not.
+IMAGES_ON_CPU, IMAGES = 8, 128
+# Files a worker from which on it resizes them itself, for which it imports torch.
+WORTH_TORCH = 500
 # What the visual tower computes in, by the names that Lightning has for it.
 PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 # Frames of a clip, and pixels of their short side, beyond which memory does not suffice.
@@ -303,33 +309,45 @@ def as_frames(clip: NDArray[np.uint8] | Tensor, numbers: Sequence[int]) -> Tenso
 
 
 def read_clips(
-    clips: Sequence[Clip], reader: ClipReader, *, workers: int = 0, timeout: float = 60.0
-) -> Iterator[tuple[int, Tensor | Unreadable]]:
-    """Read many clips.
+    clips: Sequence[Clip], reader: ClipReader, *, workers: int = 0, timeout: float = 60.0, ahead: int = 4
+) -> Generator[tuple[int, Tensor | Unreadable], None, None]:
+    """Read many clips, beside what is done with them.
 
     Args:
         clips: what to read.
         reader: how.
-        workers: processes that read the files; 0 reads in this one. A file on which a process crashes or hangs is
-            unreadable, and nothing else is lost; in this one it would take everything with it.
+        workers: processes that read the files, no more than there are; 0 reads in a thread of this one. A file on which
+            a process crashes or hangs is unreadable, and nothing else is lost; in this one it would take everything
+            with it.
         timeout: seconds after which a file is given up, with workers.
+        ahead: clips that may have been read before anybody asks for them.
 
     Yields:
         The index of each clip with its frames, uint8 ``(frames, 3, size, size)``, or why there are none, as they are
         ready.
     """
-    tasks = [(reader, clip, index) for index, clip in enumerate(clips)]
-    for_workers = [task for task in tasks if workers and name_of(task[1])]
-    here = ((task, _read(task)) for task in tasks if not (workers and name_of(task[1])))
-    with closing(isolated_map(_read, for_workers, workers=max(workers, 1), timeout=timeout)) as results:
-        for (_, _, index), found in itertools.chain(here, results):
-            yield index, found if isinstance(found, Unreadable) else torch.from_numpy(found)
+    files = [(index, name_of(clip)) for index, clip in enumerate(clips) if workers and name_of(clip)]
+    here = ((index, _read(clip, reader)) for index, clip in enumerate(clips) if not (workers and name_of(clip)))
+    if len(files) < len(clips):
+        with closing(read_ahead(here, ahead)) as found:
+            yield from found
+    if not files:
+        return
+    workers = min(workers, len(files))
+    crop = len(files) >= WORTH_TORCH * workers
+    read_file = partial(read_isolated, reader, crop=crop)
+    with closing(isolated_map(read_file, files, workers=workers, timeout=timeout, ahead=ahead)) as results:
+        for (index, _), read in results:
+            if isinstance(read, Unreadable):
+                yield index, read
+            else:
+                pictures, is_cropped = read
+                yield index, torch.from_numpy(pictures) if is_cropped else reader.crop(as_clip(pictures))
 
 
-def _read(task: tuple[ClipReader, Clip, int]) -> NDArray[np.uint8] | Unreadable:
-    reader, clip, _ = task
+def _read(clip: Clip, reader: ClipReader) -> Tensor | Unreadable:
     try:
-        return read_clip(clip, reader).numpy()
+        return read_clip(clip, reader)
     except VideoError as error:
         return Unreadable(error.reason_for(name_of(clip)))
     except UserError as error:
@@ -369,9 +387,9 @@ class ClipEncoder:
         *,
         frames: int | None,
         resize: int | None,
-        precision: str = "32-true",
-        workers: int,
-        timeout: float,
+        precision: str | None = None,
+        workers: int = 0,
+        timeout: float = 60.0,
     ) -> None:
         if not model.image_size and resize is not None:
             raise UserError(
@@ -396,15 +414,20 @@ class ClipEncoder:
         if workers != int(workers):
             raise UserError(f"workers is {workers}: give a whole number")
         require(above=0, timeout=timeout)
-        if precision not in PRECISIONS:
+        if precision is not None and precision not in PRECISIONS:
             raise UserError(f"precision is {precision!r}: give one of {', '.join(PRECISIONS)}")
         self.model = model
-        self.precision = precision
+        self._precision = precision
         # Checkpoints of earlier versions lack both: there was one way.
         how = {"resize_mode": known.get("resize_mode", "short_side"), "sampling": known.get("sampling", "segments")}
         self.reader = ClipReader(frames=frames, resize=resize, size=size, **how)
         self.workers = int(workers)
         self.timeout = timeout
+
+    @property
+    def precision(self) -> str:
+        """What the visual tower computes in, where the model is now; see :class:`clip_m2df.FewShotClassifier`."""
+        return self._precision or default_precision(self.model.device)
 
     def settled(self, clips: Iterable[Clip]) -> Self:
         """The same for as many frames as the first clip has that comes as features, where nobody has said how many.
@@ -430,23 +453,33 @@ class ClipEncoder:
         self.check(clips)
         read = [index for index, clip in enumerate(clips) if not has_features(clip)]
         with_features = ((i, self._known(clip)) for i, clip in enumerate(clips) if has_features(clip))
-        options: dict[str, Any] = {"workers": self.workers, "timeout": self.timeout}
-        frames = ((read[i], found) for i, found in read_clips([clips[i] for i in read], self.reader, **options))
-        held: list[tuple[int, Tensor | Encoded]] = []
-        for number, (index, found) in enumerate(itertools.chain(with_features, frames), 1):
-            if isinstance(found, Unreadable):
-                yield [(index, found)]
-            else:
-                held.append((index, found))
-            if held and (len(held) == TOGETHER or number == len(clips)):
-                yield self._encode(held)
-                held = []
+        block = min(TOGETHER, max(1, self._n_images() // self.reader.frames))
+        options: dict[str, Any] = {"workers": self.workers, "timeout": self.timeout, "ahead": max(block, 4)}
+        encoded: list[tuple[int, Encoded | Unreadable]] = []
+        waiting: list[tuple[int, Tensor]] = []
+        # Closed, so that nobody reads on for an error of the tower.
+        with closing(read_clips([clips[index] for index in read], self.reader, **options)) as frames:
+            every = itertools.chain(with_features, ((read[i], found) for i, found in frames))
+            for number, (index, found) in enumerate(every, 1):
+                if isinstance(found, Unreadable):
+                    yield [(index, found)]
+                elif isinstance(found, Encoded):
+                    encoded.append((index, found))
+                else:
+                    waiting.append((index, found))
+                n_held = len(encoded) + len(waiting)
+                full = n_held == TOGETHER or number == len(clips)
+                if waiting and (full or len(waiting) == block):
+                    features = self.frames(torch.stack([clip for _, clip in waiting]))
+                    encoded += [(i, Encoded(f, _small(clip))) for (i, clip), f in zip(waiting, features, strict=True)]
+                    waiting = []
+                if n_held and full:
+                    yield encoded
+                    encoded = []
 
-    def _encode(self, held: Sequence[tuple[int, Tensor | Encoded]]) -> list[tuple[int, Encoded | Unreadable]]:
-        """What clips look like to the model, those that were read all at once."""
-        read = [frames for _, frames in held if isinstance(frames, Tensor)]
-        features = iter(self.frames(torch.stack(read)) if read else ())
-        return [(i, Encoded(next(features), _small(f)) if isinstance(f, Tensor) else f) for i, f in held]
+    def _n_images(self) -> int:
+        """How many images go through the tower together."""
+        return IMAGES_ON_CPU if self.model.device.type == "cpu" else IMAGES
 
     def _known(self, clip: Clip) -> Encoded | Unreadable:
         """A clip that comes as features, or why they are of no use."""
@@ -524,8 +557,9 @@ class ClipEncoder:
         """
         device, half = self.model.device, PRECISIONS[self.precision]
         with torch.autocast(device.type, half, enabled=half is not None):
-            features = self.model.model.encode_frames(frames.to(device))
-        features = features.to(self.model.model.head.scale.dtype)
+            blocks = frames.reshape(-1, *frames.shape[-3:]).split(self._n_images())
+            encoded = torch.cat([self.model.model.encode_frames(block.to(device)) for block in blocks])
+        features = encoded.to(self.model.model.head.scale.dtype).reshape(*frames.shape[:-3], -1)
         check_finite(features, self.model.source)
         if not features.any():
             raise UserError(
@@ -533,6 +567,13 @@ class ClipEncoder:
                 " another checkpoint"
             )
         return features
+
+
+def default_precision(device: torch.device) -> str:
+    """What a tower computes in on a device if nobody says: on CUDA the half precision that it is made for."""
+    if device.type != "cuda":
+        return "32-true"
+    return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
 
 
 def _small(frames: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import itertools
 import math
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from clip_m2df.classifier.clips import Clip, ClipEncoder, as_frames, check_frames, has_features
 from clip_m2df.classifier.support import ClassScorer
 from clip_m2df.errors import UserError, require
+from clip_m2df.video.isolation import read_ahead
 from clip_m2df.video.reader import sample_frames
 from clip_m2df.video.timing import count_samples, evenly_timed, exact_rate
 
@@ -113,10 +115,10 @@ def find_segments(
         known = encoder.features_of(video, any_length=True)
         features = known[_numbers_at("features", len(known), windows.rate, fps)]
     else:
-        cropped = map(encoder.reader.crop, _frames_at(video, windows.rate, fps))
         encoded = []
-        while chunk := list(itertools.islice(cropped, CHUNK)):
-            encoded.append(encoder.frames(torch.cat(chunk)))
+        with closing(read_ahead(map(encoder.reader.crop, _frames_at(video, windows.rate, fps)), CHUNK)) as cropped:
+            while chunk := list(itertools.islice(cropped, CHUNK)):
+                encoded.append(encoder.frames(torch.cat(chunk)))
         features = torch.cat(encoded) if encoded else torch.empty(0)
     if (n_frames := len(features)) < windows.frames:  # it is a clip, whose own frames repeat
         windows = windows._replace(rate=windows.rate * windows.frames / max(n_frames, 1))

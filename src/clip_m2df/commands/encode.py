@@ -42,7 +42,7 @@ def encode_manifest(
     size: int | None = None,
     flip: bool = False,
     device: str | None = None,
-    precision: Precision = "32-true",
+    precision: Precision | None = None,
     workers: int = 2,
 ) -> int:
     """Write the features of a manifest's videos as one table, which stands for them wherever videos are taken.
@@ -76,7 +76,8 @@ def encode_manifest(
         size: Side of the crop in pixels; by default that of the tower, whose positions are interpolated to another.
         flip: Mirror half of the augmentations.
         device: Where the towers run, such as cpu or cuda:1; on CUDA by default where there is any.
-        precision: What the visual tower computes in.
+        precision: What the visual tower computes in; 32-true by default, and on CUDA bf16-mixed, or 16-mixed where the
+            device has no bf16.
         workers: Processes that decode.
 
     Returns:
@@ -89,7 +90,7 @@ def encode_manifest(
     """
     import torch
 
-    from clip_m2df.classifier.clips import PRECISIONS
+    from clip_m2df.classifier.clips import PRECISIONS, default_precision
     from clip_m2df.commands.trainer import leave_cores
     from clip_m2df.datasets.feature_tables import check_no_classes, classes_file, is_feature_table, write_feature_table
     from clip_m2df.episodes.datamodule import EpisodeDataModule
@@ -134,10 +135,11 @@ def encode_manifest(
             check_no_classes(output)
         leave_cores(workers)
         rows, parts = [], []
-        start, half = _start(data.manifest, root), PRECISIONS[precision]
+        computed_in = precision or default_precision(model.device)
+        start, half = _start(data.manifest, root), PRECISIONS[computed_in]
         for name, table in tables.items():
             with torch.no_grad(), torch.autocast(model.device.type, half, enabled=half is not None):
-                features = encode_videos(model.model, table, [], precision=precision)
+                features = encode_videos(model.model, table, [], precision=computed_in)
             kept = [i for i, video in enumerate(table.videos) if video.path not in table.unusable.reasons]
             parts.append(features[kept].cpu())
             for index in kept:
@@ -155,8 +157,8 @@ def encode_manifest(
     # Without class embeddings a head that needs no prompts.
     verb, head = ("fit", "") if embeddings else ("test", " --model.head otam")
     say(
-        f"features of {len(rows)} clips, {features.shape[1]} frames of {features.shape[2]} numbers each, are in"
-        f" {output}{beside}; next:",
+        f"features of {len(rows)} clips, {features.shape[1]} frames of {features.shape[2]} numbers each, computed in"
+        f" {computed_in} on {model.device}, are in {output}{beside}; next:",
         f"  clip-m2df {verb} --data.manifest {shlex.quote(str(output))} --model.backbone features{head}",
     )
     return 1 if broken else 0

@@ -78,7 +78,7 @@ def predict_videos(
     frames: int | None = None,
     resize: int | None = None,
     device: str | None = None,
-    precision: Precision = "32-true",
+    precision: Precision | None = None,
     workers: int | None = None,
     timeout: float = 60.0,
 ) -> int:
@@ -118,7 +118,8 @@ def predict_videos(
         frames: Frames of a clip that the model sees; as many as in its training by default, or 8.
         resize: Short side of the frames in pixels before the crop; as in training by default, or the crop's side.
         device: Where the model runs, such as cpu or cuda:1; on CUDA by default where there is any.
-        precision: What the visual tower computes in; half of it is faster on a GPU, and changes the last digits.
+        precision: What the visual tower computes in; 32-true by default, and on CUDA bf16-mixed, or 16-mixed where the
+            device has no bf16. Half precision is faster, and changes the last digits.
         workers: Processes that decode, as many as there are cores by default; 0: this one, which a broken file may take
             with it.
         timeout: Seconds after which a video is given up, with workers.
@@ -209,7 +210,10 @@ def predict_videos(
             write_predictions(report, classifier, table, by_name, model, support, **asked)
         if part is not None:
             part.clear()
-    return _print_summary(table, "segments" if segments else "videos", output)
+    status = _print_summary(table, "segments" if segments else "videos", output)
+    if classifier.model.image_size:
+        say(f"the visual tower computed in {classifier.encoder.precision} on {classifier.model.device}")
+    return status
 
 
 def _list_videos(arguments: Sequence[str]) -> tuple[dict[str, Clip], set[str]]:

@@ -73,7 +73,7 @@ def write_predictions(
     shown = [content for content in explained if not has_features(clips[content["path"]])]
     options: dict[str, Any] = {"workers": encoder.workers, "timeout": encoder.timeout}
     read = read_clips([clips[content["path"]] for content in shown], encoder.reader, **options)
-    with closing(read) as found:  # type: ignore[type-var]
+    with closing(read) as found:
         for i, frames in track(found, "reporting", len(shown), console=console(error=True), disable=not shown):
             if isinstance(frames, Unreadable):  # since it was labelled
                 continue

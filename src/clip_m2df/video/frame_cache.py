@@ -33,19 +33,20 @@ import os
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import numpy as np
-import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
-from torch import Tensor
 
 from clip_m2df.episode import ResizeMode
 from clip_m2df.errors import UserError
 from clip_m2df.files import Fingerprint, check_regular, fingerprint, relative_path, whole_file
 from clip_m2df.video.reader import Choose, chosen_frames
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CACHE_FORMAT = "clip-m2df frames 1"
 REMEDY = "delete the shard and run `clip-m2df cache` again"
@@ -317,6 +318,8 @@ def encode_jpeg(frame: Tensor, quality: int) -> bytes:
 
 def decode_jpegs(images: Iterable[bytes]) -> Tensor:
     """Decode JPEGs of one size: uint8 ``(images, 3, height, width)``; a ``ValueError`` where that can't be done."""
+    import torch
+
     try:
         pictures = [np.asarray(Image.open(io.BytesIO(image), formats=["JPEG"]).convert("RGB")) for image in images]
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:

@@ -1,12 +1,17 @@
-"""Runs work on many videos in processes of their own: a decoder that crashes or hangs costs its file only."""
+"""Runs work on many videos beside what needs its results: in a thread, or in processes of their own.
+
+In a process a decoder that crashes or hangs costs its file only.
+"""
 
 import itertools
 import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, TimeoutError, wait
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from pebble import ProcessExpired, ProcessPool
@@ -20,7 +25,12 @@ class Unreadable(str):
 
 
 def isolated_map(
-    function: Callable[[Item], Result], items: Iterable[Item], *, workers: int | None, timeout: float
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    *,
+    workers: int | None,
+    timeout: float,
+    ahead: int = 0,
 ) -> Generator[tuple[Item, Result | Unreadable], None, None]:
     """Apply a function to each item in worker processes, which are replaced when one is lost.
 
@@ -31,6 +41,8 @@ def isolated_map(
         items: What to apply it to; they are taken as workers become free.
         workers: Processes; as many as there are cores by default.
         timeout: Seconds after which an item is given up and its process ended.
+        ahead: How many results may wait, beside those that the workers are at: with as many as are taken together, the
+            workers go on while nobody asks.
 
     Yields:
         Each item with its result, as they are ready, in any order.
@@ -43,7 +55,7 @@ def isolated_map(
         running: dict[Future[Any], Item] = {}
         try:
             while True:
-                for item in itertools.islice(remaining, 2 * workers - len(running)):
+                for item in itertools.islice(remaining, 2 * workers + ahead - len(running)):
                     running[pool.schedule(function, args=[item], timeout=timeout)] = item
                 if not running:
                     return
@@ -51,6 +63,43 @@ def isolated_map(
                     yield running.pop(future), _result_of(future, timeout)
         finally:
             pool.stop()  # type: ignore[no-untyped-call]
+
+
+def read_ahead(items: Iterable[Item], most: int) -> Generator[Item, None, None]:
+    """What an iterable yields, taken from it in a thread of its own before anybody asks.
+
+    An error that it raises is raised here, after all that came before it. When this ends early, the thread ends with
+    the item that it is at, and nothing waits for that: it may be a file on which a decoder hangs.
+
+    Args:
+        items: Taken in the thread alone.
+        most: How many items may wait.
+    """
+    ready: SimpleQueue[tuple[bool, Any]] = SimpleQueue()
+    free = threading.Semaphore(most)
+    ended = threading.Event()
+
+    def take() -> None:
+        try:
+            for item in items:
+                free.acquire()
+                if ended.is_set():
+                    return
+                ready.put((True, item))
+            ready.put((False, None))
+        except BaseException as error:  # an interruption too
+            ready.put((False, error))
+
+    threading.Thread(target=take, daemon=True).start()
+    try:
+        while (found := ready.get())[0]:
+            free.release()
+            yield found[1]
+        if found[1] is not None:
+            raise found[1]
+    finally:
+        ended.set()
+        free.release()
 
 
 def _start_worker() -> None:

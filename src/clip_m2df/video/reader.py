@@ -5,7 +5,11 @@ return neighbours of the frames they were asked for; reading from the start, as 
 reads everything with PyAV, and seeks only where its packets make the frame sure (see :mod:`~clip_m2df.video.seeking`).
 On VP8 and VP9 in WebM decord is exact too, but PyAV takes 0.9 to 1.1 times as long, and a flipped bit can make decord
 abort the whole process.
+
+torch is imported when a tensor is first asked for: a process that only decodes starts in a tenth of the time.
 """
+
+from __future__ import annotations
 
 import importlib
 import io
@@ -17,16 +21,14 @@ from contextlib import contextmanager, suppress
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import av
 import numpy as np
-import torch
 from av.container import InputContainer
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
-from torch import Tensor
 
 from clip_m2df.errors import UserError
 from clip_m2df.files import Fingerprint, fingerprint
@@ -42,6 +44,9 @@ from clip_m2df.video.images import (
 )
 from clip_m2df.video.seeking import CONTAINERS, PacketTable, decord_doubt, read_packets
 from clip_m2df.video.timing import VideoFacts, count_samples, evenly_timed, exact_rate, read_facts, timed
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Choose = Callable[[int], Sequence[int]]
 """From the number of frames that a video has to the numbers of those that are wanted."""
@@ -81,6 +86,24 @@ def read_frames(path: str, choose: Choose, *, decoder: Decoder = "auto") -> tupl
 
     Returns:
         uint8 RGB pixels, shape ``(frames, 3, height, width)``; and how many frames there were to choose from.
+
+    Raises:
+        UserError: As :func:`read_pictures`.
+        ChoiceError: The same.
+    """
+    pictures, n_frames = read_pictures(path, choose, decoder=decoder)
+    return as_clip(pictures), n_frames
+
+
+def as_clip(pictures: NDArray[np.uint8]) -> Tensor:
+    """Pictures ``(frames, height, width, 3)`` as a tensor ``(frames, 3, height, width)``."""
+    import torch
+
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2)
+
+
+def read_pictures(path: str, choose: Choose, *, decoder: Decoder = "auto") -> tuple[NDArray[np.uint8], int]:
+    """Read chosen frames as :func:`read_frames` does, without torch: ``(frames, height, width, 3)``.
 
     Raises:
         VideoError: If the file is not a video, or not one frame of it decodes.
@@ -226,7 +249,7 @@ def _find(path: str) -> str:
     return path
 
 
-def _read_pyav(path: str, choose: Choose) -> tuple[Tensor, int]:
+def _read_pyav(path: str, choose: Choose) -> tuple[NDArray[np.uint8], int]:
     """Decode the wanted frames by seeking, or else from the first frame to the last wanted one.
 
     Where damage costs a frame, those after it are one number lower; not if seeking passes over it, which hides the
@@ -248,18 +271,18 @@ def _read_pyav(path: str, choose: Choose) -> tuple[Tensor, int]:
     raise unreadable(path, _NO_FRAME)
 
 
-def _read_images(folder: str, choose: Choose) -> tuple[Tensor, int]:
+def _read_images(folder: str, choose: Choose) -> tuple[NDArray[np.uint8], int]:
     images = _list_images(folder)
     return _read_numbered(len(images), choose, lambda numbers: _pictures(images[number] for number in numbers))
 
 
-def _read_decord(path: str, choose: Choose) -> tuple[Tensor, int]:
+def _read_decord(path: str, choose: Choose) -> tuple[NDArray[np.uint8], int]:
     # More threads fail on some VP9 files. The reader lives as short as can be: it hangs after a fork.
     video = _import("decord").VideoReader(path, num_threads=1)
     return _read_numbered(len(video), choose, lambda numbers: video.get_batch(numbers).asnumpy())
 
 
-def _read_torchcodec(path: str, choose: Choose) -> tuple[Tensor, int]:
+def _read_torchcodec(path: str, choose: Choose) -> tuple[NDArray[np.uint8], int]:
     video = _import("torchcodec.decoders").VideoDecoder(path, seek_mode="exact", num_ffmpeg_threads=1)
     return _read_numbered(
         len(video), choose, lambda numbers: video.get_frames_at(indices=numbers).data.permute(0, 2, 3, 1).numpy()
@@ -268,7 +291,7 @@ def _read_torchcodec(path: str, choose: Choose) -> tuple[Tensor, int]:
 
 def _read_numbered(
     n_frames: int, choose: Choose, read: Callable[[list[int]], Iterable[_Picture]]
-) -> tuple[Tensor, int]:
+) -> tuple[NDArray[np.uint8], int]:
     """Read the chosen frames of what gives frames by their numbers, once each and in order."""
     wanted = chosen_frames(choose, n_frames)
     numbers = sorted(set(wanted))
@@ -309,6 +332,8 @@ def _sample_images(images: Sequence[str], rate: Fraction, fps: Fraction) -> Iter
 
 def _repeat(picture: _Picture, count: int) -> Iterator[Tensor]:
     """Yield copies of a picture, not as one clip: a slide may be shown for an hour."""
+    import torch
+
     for _ in range(count):
         yield torch.from_numpy(picture.copy()).permute(2, 0, 1)
 
@@ -472,8 +497,8 @@ def _picture(frame: VideoFrame, view: _View) -> _Picture:
     return view.orientation.apply(array)
 
 
-def _stack(pictures: dict[int, _Picture], wanted: Sequence[int]) -> Tensor:
-    return torch.from_numpy(np.stack([pictures[number] for number in wanted])).permute(0, 3, 1, 2)
+def _stack(pictures: dict[int, _Picture], wanted: Sequence[int]) -> NDArray[np.uint8]:
+    return np.stack([pictures[number] for number in wanted])
 
 
 class ChoiceError(ValueError):

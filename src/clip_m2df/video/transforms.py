@@ -1,21 +1,28 @@
-"""Which frames of a video are seen, and which part of them: the same for every frame of a clip."""
+"""Which frames of a video are seen, and which part of them: the same for every frame of a clip.
+
+torch is imported when pixels are first resized, see :mod:`clip_m2df.video.reader`.
+"""
+
+from __future__ import annotations
 
 import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from numpy.typing import NDArray
 
 from clip_m2df.episode import ResizeMode, Sampling
 from clip_m2df.errors import UserError
 from clip_m2df.video.frame_cache import DamagedCacheError, FrameCache
-from clip_m2df.video.reader import Decoder, read_frames
+from clip_m2df.video.isolation import Unreadable
+from clip_m2df.video.reader import Decoder, VideoError, as_clip, read_pictures
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def segment_indices(n_frames: int, frames: int, offsets: Tensor | None = None) -> list[int]:
@@ -86,6 +93,8 @@ def window_indices(n_frames: int, frames: int, offsets: Tensor | None = None) ->
     Returns:
         The frame numbers, each from 0 to ``n_frames - 1``.
     """
+    import torch
+
     length = n_frames // frames * frames
     latest = n_frames - length + 1
     start = latest * (0.5 if offsets is None else offsets[0].item())
@@ -143,6 +152,9 @@ def resize_clip(clip: Tensor, resize: int, mode: ResizeMode = "short_side") -> T
     Returns:
         uint8 pixels; the clip itself where it has that size.
     """
+    import torch
+    import torch.nn.functional as F
+
     height, width = clip.shape[-2:]
     short = min(height, width)
     if mode == "squash":
@@ -197,7 +209,7 @@ def resize_and_crop(
     if flip:
         clip = clip.flip(-1)
     # A view would carry the whole resized clip from a worker to the trainer.
-    return clip.contiguous(memory_format=torch.contiguous_format)
+    return clip.contiguous()
 
 
 # Uniforms that jitter_colours takes.
@@ -218,6 +230,8 @@ def jitter_colours(clip: Tensor, uniforms: Tensor) -> Tensor:
     Returns:
         uint8 pixels.
     """
+    import torch
+
     *amounts, u, v, w, grey = uniforms.tolist()
     brightness, contrast, saturation = (0.5 + amount for amount in amounts[:3])
     steps: list[Callable[[Tensor], Tensor]] = [
@@ -239,6 +253,8 @@ def jitter_colours(clip: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def _grey(pixels: Tensor) -> Tensor:
+    import torch
+
     return (pixels * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(-3, keepdim=True)
 
 
@@ -248,6 +264,8 @@ def _blend(pixels: Tensor, other: Tensor, share: float) -> Tensor:
 
 def _turn_hue(pixels: Tensor, turn: float) -> Tensor:
     """Turn the hue of HSV by a share of its circle; value and chroma stay."""
+    import torch
+
     red, green, blue = pixels.unbind(-3)
     value, chroma = pixels.amax(-3), pixels.amax(-3) - pixels.amin(-3)
     divisor = chroma.where(chroma > 0, 1.0)
@@ -331,6 +349,21 @@ class ClipReader:
             clip, resize=self.resize, size=self.size, position=position, flip=flip, mode=self.resize_mode
         )
 
+    def decode(self, path: str, offsets: Tensor | None = None) -> tuple[NDArray[np.uint8], int]:
+        """Decode the frames of a video that are seen, without torch but for those of ``window``.
+
+        Args:
+            path: the video, or a folder of numbered images.
+            offsets: where in its segment each frame lies, see :func:`segment_indices`.
+
+        Returns:
+            uint8 ``(frames, height, width, 3)``, and how many frames there were to choose from.
+
+        Raises:
+            VideoError: The video cannot be read.
+        """
+        return read_pictures(path, partial(self.choose, offsets=offsets), decoder=self.decoder)
+
     def read(self, path: str, uniforms: Tensor | None = None) -> tuple[Tensor, int]:
         """Decode, resize and crop.
 
@@ -353,13 +386,48 @@ class ClipReader:
             if len(rest):
                 y, x, mirrored = rest.tolist()
                 position, flip = (y, x), self.flip and mirrored < 0.5
-        choose = partial(self.choose, offsets=offsets)
         found = None
         try:
-            found = self.cache.read_frames(path, choose) if self.cache and self.is_cached(path) else None
+            if self.cache and self.is_cached(path):
+                found = self.cache.read_frames(path, partial(self.choose, offsets=offsets))
         except DamagedCacheError as error:
             if not os.path.exists(path):
                 raise
             warnings.warn(f"{error}; meanwhile the videos themselves are read", stacklevel=2)
-        clip, n_frames = found or read_frames(path, choose, decoder=self.decoder)
-        return self.crop(clip, position, flip=flip), n_frames
+        if found is None:
+            pictures, n_frames = self.decode(path, offsets)
+            found = as_clip(pictures), n_frames
+        return self.crop(found[0], position, flip=flip), found[1]
+
+
+# How many times longer than the short side the other may be for frames to be resized beside others.
+MOST_ASPECT = 4
+
+
+def read_isolated(
+    reader: ClipReader, video: tuple[int, str], *, crop: bool
+) -> tuple[NDArray[np.uint8], bool] | Unreadable:
+    """Read a video in a worker process.
+
+    Args:
+        reader: how.
+        video: its number, for whoever asks, and its path.
+        crop: resize and crop too, which takes torch: a process that only decodes starts without it. Frames that are
+            narrow strips are resized here anyway: that takes memory in the measure of their length.
+
+    Returns:
+        uint8 ``(frames, 3, size, size)`` and True, or ``(frames, height, width, 3)`` and False; or why there is
+        nothing.
+    """
+    _, path = video
+    try:
+        if not crop:
+            pictures, _ = reader.decode(path)
+            height, width = pictures.shape[1:3]
+            if max(height, width) <= MOST_ASPECT * min(height, width):
+                return pictures, False
+        return reader.read(path)[0].numpy(), True
+    except VideoError as error:
+        return Unreadable(error.reason_for(path))
+    except UserError as error:
+        return Unreadable(error)
