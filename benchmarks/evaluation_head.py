@@ -13,6 +13,7 @@ from torch import Tensor
 from benchmarks.ceilings import count_flops, matmul_speed
 from benchmarks.double_loop import DoubleLoopHead
 from benchmarks.timing import Case, report, seconds
+from benchmarks.train_step import to_device
 from clip_m2df.episode import IndexedEpisode
 from clip_m2df.evaluation.bank import EpisodeBank
 from clip_m2df.nn.head import HeadOutput
@@ -24,7 +25,9 @@ BATCH = 64
 BAR, MOST_OFF = 30.0, 1e-4
 
 
-def cases(n_episodes: int = 10_000, *, dim: int = 512, sample: int = 20, repeat: int = 3) -> Iterator[Case]:
+def cases(
+    n_episodes: int = 10_000, *, dim: int = 512, sample: int = 20, repeat: int = 3, device: str = "cpu"
+) -> Iterator[Case]:
     """One case, in seconds an episode; ``off`` is the largest difference of logits in the sample.
 
     ``floor`` is the time that the bank's matrix products and convolutions would take at the speed of a large product.
@@ -37,8 +40,10 @@ def cases(n_episodes: int = 10_000, *, dim: int = 512, sample: int = 20, repeat:
     episodes = draw_episodes(n_episodes, rng)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        head, plain_head = M2DFHead(dim=dim).eval(), DoubleLoopHead(dim=dim).eval()
+        head, plain_head = M2DFHead(dim=dim).eval().to(device), DoubleLoopHead(dim=dim).eval().to(device)
     plain_head.load_state_dict(head.state_dict())
+    features, prompts = features.to(device), prompts.to(device)
+    episodes = to_device(episodes, device)
 
     bank: EpisodeBank
 
@@ -57,10 +62,10 @@ def cases(n_episodes: int = 10_000, *, dim: int = 512, sample: int = 20, repeat:
         play_one(0)
         ours = statistics.median(seconds(play_all) for _ in range(repeat)) / n_episodes
         plain = statistics.median(seconds(lambda i=i: play_one(i)) for i in range(sample))  # type: ignore[misc]
-        logits = bank.play(torch.arange(sample)).logits
+        logits = bank.play(episodes["numbers"][:sample]).logits
         off = float((logits - torch.stack([play_one(i).logits for i in range(sample)])).abs().max())
     # Outside inference mode, under which weight norm can't be counted.
-    floor = count_flops(play_all) / n_episodes / matmul_speed("cpu", torch.float32)
+    floor = count_flops(play_all) / n_episodes / matmul_speed(device, torch.float32)
     yield report(
         "5-way 1-shot, an episode",
         ours,

@@ -51,6 +51,8 @@ def cases(
     size: int = 224,
     repeat: int = 3,
     sleep: float = 0.05,
+    device: str = "cpu",
+    workers: int = 0,
 ) -> Iterator[Case]:
     """Two cases a kind of clip, float32 and bf16; one a way of reading with stand-ins; and short clips by workers.
 
@@ -63,20 +65,22 @@ def cases(
         size: side of the tower's images.
         repeat: how often each is timed.
         sleep: seconds that the stand-in reads a clip.
+        device: of both towers.
+        workers: of our classifier where it is timed against the plain script.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        setting = replace(ON_CPU, size=size)
-        model = RandomCLIP(tower, setting, head="nearest_prototype", freeze_backbone=True)
+        setting = replace(ON_CPU, size=size, device=device)
+        model = RandomCLIP(tower, setting, head="nearest_prototype", freeze_backbone=True).to(device)
         prototypes = torch.randn(N_WAY, FRAMES, model.model.backbone.dim, generator=torch.Generator().manual_seed(1))
         plain = Plain(model, prototypes)
         for kind in kinds:
             clips = copies(render(folder / kind.name, kind), n_clips)
-            yield time_labels(kind, model, plain, clips, "32-true", repeat)
-            if has_bf16():
-                yield time_labels(kind, model, plain, clips, "bf16-mixed", repeat)
-        for workers in (0, 2):
-            yield time_overlap(workers, sleep, n_overlap)
+            yield time_labels(kind, model, plain, clips, "32-true", repeat, workers)
+            if torch.cuda.is_bf16_supported() if device == "cuda" else has_bf16():
+                yield time_labels(kind, model, plain, clips, "bf16-mixed", repeat, workers)
+        for readers in (0, 2):
+            yield time_overlap(readers, sleep, n_overlap)
         yield time_workers(copies(render(folder / "short", SHORT), n_short), repeat)
 
 
@@ -109,8 +113,9 @@ class Plain:
         self.model: Any = CLIPVisionModelWithProjection(CLIPVisionConfig(**config))
         self.model.eval().requires_grad_(False)  # type: ignore[no-untyped-call]
         self.model.load_state_dict({n.removeprefix("model."): w for n, w in own.visual.state_dict().items()})
-        self.size, self.prototypes = model.image_size, prototypes
-        self.mean, self.std = (torch.tensor(channels).view(3, 1, 1) for channels in (MEAN, STD))
+        self.model.to(model.device)
+        self.size, self.prototypes = model.image_size, prototypes.to(model.device)
+        self.mean, self.std = (torch.tensor(channels, device=model.device).view(3, 1, 1) for channels in (MEAN, STD))
 
     def label(self, clips: Sequence[str], precision: str) -> Tensor:
         """Probabilities of the classes ``(clips, n_way)``."""
@@ -121,7 +126,7 @@ class Plain:
         """The same of one clip."""
         with av.open(clip) as container:
             n_frames = container.streams.video[0].frames
-        frames = read_plainly(clip, segment_indices(n_frames, FRAMES))
+        frames = read_plainly(clip, segment_indices(n_frames, FRAMES)).to(self.mean.device)
         height, width = frames.shape[-2:]
         short = min(height, width)
         size = self.size * height // short, self.size * width // short
@@ -129,17 +134,19 @@ class Plain:
         top, left = round((size[0] - self.size) / 2), round((size[1] - self.size) / 2)
         frames = frames[..., top : top + self.size, left : left + self.size]
         half = PRECISIONS[precision]
-        with torch.autocast("cpu", half, enabled=half is not None):
+        with torch.autocast(self.mean.device.type, half, enabled=half is not None):
             features = self.model((frames / 255 - self.mean) / self.std).image_embeds
         cosines = cosine_similarity(features.float().mean(0), self.prototypes.mean(1), dim=-1)
         return (NearestPrototypeHead.logit_scale * cosines).softmax(-1)
 
 
-def time_labels(kind: Kind, model: CLIPM2DF, plain: Plain, clips: Sequence[str], precision: str, repeat: int) -> Case:
-    """Time labels, by our classifier without workers and by the plain script."""
-    classifier = FewShotClassifier(model, frames=FRAMES, precision=precision)
-    classifier.fit({f"class {number}": [features] for number, features in enumerate(plain.prototypes)})
-    off = np.abs(classifier.predict_proba(clips) - plain.label(clips, precision).numpy()).max()
+def time_labels(
+    kind: Kind, model: CLIPM2DF, plain: Plain, clips: Sequence[str], precision: str, repeat: int, workers: int
+) -> Case:
+    """Time labels, by our classifier and by the plain script."""
+    classifier = FewShotClassifier(model, frames=FRAMES, precision=precision, workers=workers)
+    classifier.fit({f"class {number}": [features] for number, features in enumerate(plain.prototypes.cpu())})
+    off = np.abs(classifier.predict_proba(clips) - plain.label(clips, precision).cpu().numpy()).max()
     times: list[tuple[float, float, float]] = []
     for _ in range(repeat):  # in turn: a machine's speed wanders
         ours = seconds(lambda: classifier.predict(clips))

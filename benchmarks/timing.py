@@ -1,19 +1,31 @@
 """How the benchmarks time and report."""
 
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 Case = dict[str, Any]
-"""``case``, a name; ``ours`` and ``plain``, seconds; ``ratio``, plain to ours; ``within_bar`` where there is a bar."""
+"""``case``, a name; ``ours`` and ``plain``, seconds; ``ratio``, plain to ours; ``within_bar`` where there is a bar;
+``floor``, the seconds that the work takes at the least, where they can be told."""
+TIMES = ("ours", "plain", "floor")
 
 
 def seconds(function: Callable[[], object]) -> float:
-    """How long one call takes."""
+    """How long one call takes, a GPU's part of it included."""
+    _finish()
     started = time.perf_counter()
     function()
+    _finish()
     return time.perf_counter() - started
+
+
+def _finish() -> None:
+    """Wait for the GPU, where torch is loaded and has begun to use one."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def compare(
@@ -59,10 +71,29 @@ def line(case: Case) -> str:
     """A case as it is printed."""
     cells = [f"{case['case']:32}"]
     for name, value in case.items():
-        if name in ("ours", "plain"):
+        if name in TIMES:
             cells.append(f"{name} {1000 * value:9.2f} ms")
-        elif isinstance(value, float):
-            cells.append(f"{name} {value:.3g}")
         elif name != "case":
-            cells.append(f"{name} {value}")
+            cells.append(f"{name} {_short(value)}")
     return "  ".join(cells)
+
+
+def table(cases: Sequence[Case]) -> str:
+    """Cases as a table in Markdown: times, ratio and whether the bar is met, and in the last column all else."""
+    columns = ("case", "ours", "floor", "plain", "ratio", "within_bar")
+    rows = [[*columns, "further"], ["---"] * (len(columns) + 1)]
+    for case in cases:
+        cells = [_cell(name, case[name]) if name in case else "" for name in columns]
+        further = ", ".join(f"{name} {_short(value)}" for name, value in case.items() if name not in columns)
+        rows.append([*cells, further])
+    return "".join(f"| {' | '.join(' '.join(cell.replace('|', '/').split()) for cell in row)} |\n" for row in rows)
+
+
+def _cell(name: str, value: Any) -> str:
+    if name not in TIMES:
+        return _short(value)
+    return f"{value:.3g} s" if value >= 1 else f"{1000 * value:.3g} ms"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

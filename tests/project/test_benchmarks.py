@@ -2,6 +2,9 @@
 
 import importlib
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from benchmarks import (
     dashboard,
     double_loop,
     evaluation_head,
+    gpu,
     head,
     matching,
     own_videos,
@@ -22,13 +26,23 @@ from benchmarks import (
 )
 from benchmarks.__main__ import NAMES, main
 from benchmarks.evaluation_head import draw_episodes
-from benchmarks.timing import compare, line, report
+from benchmarks.timing import compare, line, report, table
 from benchmarks.train_step import ON_CPU, RandomCLIP, random_batch
 from clip_m2df.classifier.segments import Segment
 from clip_m2df.motion_shapes import Action
 from clip_m2df.training.dashboard import Dashboard
 from tests.conftest import options
 from tests.nn import references
+
+SMALL = {"kind": "resnet", "layers": [1, 1, 1, 1], "width": 8, "dim": 16}
+# Runs the command as on a machine that lacks these packages.
+WITHOUT = """
+import sys
+for name in ("decord", "wandb", "jsonargparse"):
+    sys.modules[name] = None
+from benchmarks.__main__ import main
+sys.exit(main())
+"""
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -55,7 +69,7 @@ def test_an_episodes_head_is_equal_to_the_plain_one() -> None:
         assert 0 < case["off"] < head.MOST_OFF
         assert case["share"] == pytest.approx(1 / case["ratio"])
         assert 0 < case["kept"] < case["plain_kept"]
-        assert 0 < case["floor"] < 1
+        assert 0 < case["floor"] < case["plain"]
     assert batch["plain_kept"] == pytest.approx(head.BATCH * one["plain_kept"], rel=0.01)
 
 
@@ -93,7 +107,7 @@ def test_drawn_episodes_have_videos_of_their_classes() -> None:
 
 
 def test_a_step_at_a_video_at_a_time_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(train_step.TOWERS, "small", {"kind": "resnet", "layers": [1, 1, 1, 1], "width": 8, "dim": 16})
+    monkeypatch.setitem(train_step.TOWERS, "small", SMALL)
     batch = random_batch(ON_CPU)
     losses = []
     for kind in (RandomCLIP, train_step.OneByOne):
@@ -151,6 +165,71 @@ def test_a_case_tells_medians_and_whether_the_bar_is_met() -> None:
     assert report("fast and wrong", 2.0, 6.0, bar=3.0, within_bar=False)["within_bar"] is False
     printed = line(report("one", 0.002, 0.006, off=0.5))
     assert " ".join(printed.split()) == "one ours 2.00 ms plain 6.00 ms ratio 3 off 0.5"
+
+
+def test_a_table_has_a_row_a_case() -> None:
+    cases = [
+        {"case": "a | b"},
+        report("one", 0.002, 6.0, bar=4.0, floor=0.0015, gib=1.23456),
+        {"case": "two", "error": "first\nsecond", "within_bar": False},
+    ]
+    assert table(cases).splitlines() == [
+        "| case | ours | floor | plain | ratio | within_bar | further |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| a / b |  |  |  |  |  |  |",
+        "| one | 2 ms | 1.5 ms | 6 s | 3e+03 | True | gib 1.23, bar 4 |",
+        "| two |  |  |  |  | False | error first second |",
+    ]
+
+
+def test_a_part_that_fails_on_a_gpu_costs_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> Iterator[dict[str, Any]]:
+        yield report("one", 1.0, 2.0)
+        raise torch.OutOfMemoryError("out of memory")
+
+    works = lambda: [report("two", 1.0, 2.0)]  # noqa: E731
+    monkeypatch.setattr(gpu, "parts", lambda on_cuda: [("a", fails), ("b", works)])
+    machine, *found = gpu.cases()
+    assert torch.__version__ in machine["case"]
+    assert [case["case"] for case in found] == ["a: one", "a", "b: two", "all of it"]
+    assert [case.get("within_bar") for case in found] == [None, False, None, True]
+    assert "out of memory" in found[1]["error"]
+    _, *found = gpu.cases(most_seconds=0.0)
+    assert [case["case"] for case in found] == ["a", "b", "all of it"]
+    assert not any(case["within_bar"] for case in found)
+
+
+def test_two_runs_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(train_step.TOWERS, "small", SMALL)
+    case = gpu.two_runs("small", ON_CPU, repeat=1)
+    assert case["off"] == 0
+    assert case["within_bar"]
+    assert not torch.are_deterministic_algorithms_enabled()
+    rng = torch.Generator().manual_seed(0)
+
+    def other_batch(setting: train_step.Setting) -> Any:
+        batch = random_batch(setting)
+        return batch | {"query": torch.randint(256, batch["query"].shape, generator=rng, dtype=torch.uint8)}
+
+    monkeypatch.setattr(gpu, "random_batch", other_batch)
+    case = gpu.two_runs("small", ON_CPU, repeat=1)
+    assert case["off"] > 0
+    assert not case["within_bar"]
+
+
+@pytest.mark.slow
+def test_what_is_measured_on_a_gpu_runs_in_small_without_what_it_needs_not(tmp_path: Path) -> None:
+    files = tmp_path / "cases.json", tmp_path / "table.md"
+    command = [sys.executable, "-c", WITHOUT, "gpu", "--json", str(files[0]), "--table", str(files[1])]
+    root = Path(__file__).resolve().parents[2]
+    subprocess.run(command, check=False, cwd=root, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+    cases = json.loads(files[0].read_text())
+    assert not [case for case in cases if "error" in case]
+    of_parts = {case["case"].partition(": ")[0] for case in cases[1:-1]}
+    assert of_parts == {name for name, _ in gpu.parts(on_cuda=False)}
+    twice = [case["off"] for case in cases if case["case"].startswith("determinism: ")]
+    assert twice == [0, 0]
+    assert len(files[1].read_text().splitlines()) == len(cases) + 2
 
 
 @pytest.mark.parametrize(("ratio", "status"), [(8.0, 0), (2.0, 1)])
