@@ -22,6 +22,7 @@ from benchmarks import (
     matching,
     own_videos,
     predict,
+    prepare,
     train_step,
 )
 from benchmarks.__main__ import NAMES, main
@@ -245,3 +246,9 @@ def test_the_command_writes_json_and_ends_with_1_below_the_bar(
     (case,) = json.loads((tmp_path / "cases.json").read_text())
     assert case == {"case": "one", "ours": 1.0, "plain": ratio, "ratio": ratio, "bar": 4.0, "within_bar": not status}
     assert capsys.readouterr().out.startswith("one ")
+
+
+def test_reading_a_manifest_is_measured() -> None:
+    case = prepare.of_manifest(500)
+    assert case["case"] == "500 rows"
+    assert min(case["ours"], case["plain"], case["mebibytes"]) > 0

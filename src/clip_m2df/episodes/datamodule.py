@@ -342,6 +342,8 @@ class EpisodeDataModule(lightning.LightningDataModule):
     def _check_decoder(self, name: str) -> None:
         """Refuse at the start a split of which the decoder that was chosen may give other frames."""
         reader, doubts = self.reader, {}
+        if reader.decoder in ("auto", "pyav"):  # exact by themselves
+            return
         for video in itertools.chain(*self._datasets[name].split.videos):
             if not reader.is_cached(video.path):
                 with suppress(VideoError):  # which is said when it is read
