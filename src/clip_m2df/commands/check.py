@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from itertools import combinations_with_replacement
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, get_args
@@ -252,71 +252,15 @@ def examine(task: tuple[str, int, str], decoder: Decoder = "auto") -> Finding:
 def looks_of(clip: "NDArray[np.uint8]") -> "NDArray[np.uint8]":
     """The looks of some frames of a clip ``(frames, 3, height, width)``, ``(frames, 64)`` bytes."""
     import numpy as np
+    from PIL import Image
 
     chosen = clip[np.unique(np.linspace(0, len(clip) - 1, _LOOKS).round().astype(int))]
-    grey = (chosen[:, 0].astype(np.float32) + chosen[:, 1] + chosen[:, 2]) / np.float32(3)
-    small = _smaller(_smaller(grey.swapaxes(1, 2)).swapaxes(1, 2))
+    pictures = map(Image.fromarray, chosen.mean(1, dtype=np.float32))
+    # Pillow antialiases, and starts faster than torch.
+    resized = [picture.resize((SIDE + 1, SIDE + 1), Image.Resampling.BILINEAR) for picture in pictures]
+    small = np.stack([np.asarray(picture) for picture in resized])
     here, right, below = small[:, :-1, :-1], small[:, :-1, 1:], small[:, 1:, :-1]
     return np.packbits(np.stack([here < right, here < below], axis=1).reshape(len(small), BITS), axis=1)
-
-
-def _smaller(pictures: "NDArray[np.float32]") -> "NDArray[np.float32]":
-    """Scale pictures ``(n, height, width)`` to a height of ``SIDE + 1``, bilinear and antialiased.
-
-    As torch's ``interpolate`` does to the last bit, since looks compare neighbours that may be equal; tables of earlier
-    versions have its looks, and to import it takes a worker longer than hundreds of videos.
-    """
-    import numpy as np
-
-    lines, shares, fused = _taps(pictures.shape[1])
-    total: NDArray[np.float32] = pictures[:, lines[0]] * shares[0]
-    for line, share, is_fused in zip(lines[1:], shares[1:], fused[1:], strict=True):
-        taken = pictures[:, line]
-        summed = total + taken * share
-        if is_fused.any():  # with one rounding for product and sum, which double precision gives
-            exact = taken[:, is_fused].astype(np.float64) * share[is_fused] + total[:, is_fused]
-            summed[:, is_fused] = exact.astype(np.float32)
-        total = summed
-    return total
-
-
-@lru_cache
-def _taps(length: int) -> "tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_]]":
-    """Of what each of the ``SIDE + 1`` lines of a scaled picture is the sum, in torch's order and precision.
-
-    Args:
-        length: Lines of the picture.
-
-    Returns:
-        For each place in the sum, first the lines that are taken; then their shares ``(places, SIDE + 1, 1)``, 0 where
-        a sum is shorter; then whether product and sum are rounded at once: those that are left over of fours.
-    """
-    import numpy as np
-
-    def single(value: float) -> float:
-        return float(np.float32(value))
-
-    scale = single(length / (SIDE + 1))
-    reach, inverse = max(scale, 1.0), single(1 / max(scale, 1.0))
-    sums = []
-    for line in range(SIDE + 1):
-        centre = single(scale * (line + 0.5))
-        first = max(int(single(centre - reach) + 0.5), 0)
-        last = min(int(single(centre + reach) + 0.5), length)
-        shares = [single(max(1 - abs(single((single(k - centre) + 0.5) * inverse)), 0)) for k in range(first, last)]
-        whole = 0.0
-        for share in shares:
-            whole = single(whole + share)
-        sums.append((first, [single(share / whole) for share in shares]))
-    most = max(len(shares) for _, shares in sums)
-    lines, table = np.zeros((most, SIDE + 1), np.int64), np.zeros((most, SIDE + 1, 1), np.float32)
-    fused = np.zeros((most, SIDE + 1), bool)
-    for line, (first, shares) in enumerate(sums):
-        count = len(shares)
-        lines[:count, line] = range(first, first + count)
-        table[:count, line, 0] = shares
-        fused[count - (count - 1) % 4 : count, line] = True
-    return lines, table, fused
 
 
 def find_groups(videos: Sequence[Video], looks: Mapping[str, str], root: str | None) -> dict[str, str]:
