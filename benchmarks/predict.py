@@ -113,7 +113,7 @@ class Plain:
         self.model: Any = CLIPVisionModelWithProjection(CLIPVisionConfig(**config))
         self.model.eval().requires_grad_(False)  # type: ignore[no-untyped-call]
         self.model.load_state_dict({n.removeprefix("model."): w for n, w in own.visual.state_dict().items()})
-        self.model.to(model.device)
+        self.model.to(model.device)  # type: ignore[arg-type]
         self.size, self.prototypes = model.image_size, prototypes.to(model.device)
         self.mean, self.std = (torch.tensor(channels, device=model.device).view(3, 1, 1) for channels in (MEAN, STD))
 

@@ -123,7 +123,7 @@ def test_labels_are_those_of_the_plain_script(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(
         train_step.TOWERS, "small", {**train_step.VIT_B16, **small, "projection_dim": 32, "patch_size": 8}
     )
-    sizes = {"n_clips": 2, "n_short": 2, "n_overlap": 20, "size": 32}
+    sizes: dict[str, Any] = {"n_clips": 2, "n_short": 2, "n_overlap": 20, "size": 32}
     *labels, here, there, short = predict.cases("small", [predict.SHORT], repeat=1, sleep=0.001, **sizes)
     assert len(labels) == 1 + predict.has_bf16()
     assert all(case["off"] < predict.MOST_OFF for case in labels)
