@@ -22,8 +22,8 @@ from clip_m2df.video.isolation import Unreadable
 
 # Said of a clip that is too far from every class.
 NONE_OF_THESE = "none of these"
-# How many clips are scored at once.
-QUERIES = 64
+# How many clips are scored at once: at most so many, and so many pairs of frames of a clip and a class.
+QUERIES, CELLS = 64, 2**21
 
 
 @dataclass(frozen=True)
@@ -255,12 +255,18 @@ class ClassScorer:
         least = self.model.model.head.least_distance(query.shape[-2])
         return scores.float().log_softmax(-1), -logits - least
 
+    def at_once(self, frames: int) -> int:
+        """How many queries of a number of frames go through the head together."""
+        n_way = len(self.prompts)
+        # With each class's prompt a query is embedded as often as there are classes.
+        most = QUERIES // n_way if self.model.model.head.query_prompt == "each" else QUERIES
+        return max(1, min(most, CELLS // (n_way * frames**2)))
+
     def scores(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """The head's logits and the scores that tell the class, both ``(n, n_way)``, of ``query (n, frames, dim)``."""
         head, share = self.model.model.head, self.model.text_fusion
         scored = []
-        # With each class's prompt a query is embedded as often as there are classes.
-        for chunk in query.split(max(QUERIES // len(self.prompts), 1) if head.query_prompt == "each" else QUERIES):
+        for chunk in query.split(self.at_once(query.shape[-2])):
             logits = self.score(chunk).logits
             scored.append((logits, fuse_text(head, share, logits, chunk, self.prompts)))
         logits, scores = (torch.cat(column) for column in zip(*scored, strict=True))
