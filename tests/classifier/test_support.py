@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clip_m2df import CLIPM2DF, UserError
+from clip_m2df.classifier import support
 from clip_m2df.classifier.support import QUERIES, ClassScorer, SupportClass, check_disjoint
 from clip_m2df.nn.baselines import head_class
 from clip_m2df.nn.head import Embedded, Head, HeadOutput
@@ -232,6 +233,19 @@ def test_many_clips_are_scored_as_one_by_one(head: str) -> None:
             alone = scorer.label(query[k : k + 1])
             torch.testing.assert_close(alone[0][0], log_probabilities[k], atol=1e-5, rtol=1e-5)
             torch.testing.assert_close(alone[1][0], distances[k], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("head", ["m2df", "otam", "trx"])
+@torch.no_grad()
+def test_scores_do_not_depend_on_how_many_clips_are_scored_at_once(head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, query = plain_model(head), make_queries(7)
+    scorer = ClassScorer(model, make_classes(model, (2, 1, 3)))
+    whole = scorer.label(query)
+    for cells, at_once in ((1, 1), (2 * 3 * FRAMES**2, 2), (3 * 3 * FRAMES**2 - 1, 2), (3 * 3 * FRAMES**2, 3)):
+        monkeypatch.setattr(support, "CELLS", cells)
+        assert scorer.at_once(FRAMES) == at_once
+        for found, expected in zip(scorer.label(query), whole, strict=True):
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 # Classes

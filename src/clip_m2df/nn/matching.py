@@ -18,8 +18,6 @@ R = TypeVar("R")
 
 # Added to the product of the norms; part of the published numbers.
 COSINE_EPS = 0.01
-# How many cells of a column OTAM works on at once, for each thread: as many as torch gives a thread at least.
-COLUMN = 2**15
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
@@ -58,9 +56,9 @@ def cosine(x: Tensor, y: Tensor) -> Tensor:
         ``(…, n, m)``, finite with finite gradients at zero vectors too.
     """
     # norm, not sqrt(Σx²): the latter's gradient at a zero vector is not a number.
-    norms = (x.norm(dim=-1).unsqueeze(-1) * y.norm(dim=-1).unsqueeze(-2)).add_(COSINE_EPS)
+    norms = x.norm(dim=-1).unsqueeze(-1) * y.norm(dim=-1).unsqueeze(-2)
     products: Tensor = x @ y.transpose(-1, -2)
-    return products.div_(norms)
+    return products.div(norms + COSINE_EPS)
 
 
 def token_cosines(query: Tensor, prototype: Tensor) -> Tensor:
@@ -110,30 +108,15 @@ def otam(costs: Tensor, *, smoothing: float = 0.5, single_direction: bool = Fals
         ``(…)``.
     """
     # Columns first, then rows, then pairs, so that each step works on what lies together.
-    columns = costs.movedim((-1, -2), (0, 1)).reshape(costs.shape[-1], costs.shape[-2], -1).contiguous()
+    scores = costs.reshape(-1, *costs.shape[-2:]).permute(2, 1, 0).contiguous() / -smoothing
     align: Callable[[Tensor], Tensor] = _LogTotal.apply
-    square = costs.shape[-1] == costs.shape[-2]
-    totals = []
-    for block in columns.split(_pairs_at_once(costs), -1):
-        scores = block / -smoothing
-        if single_direction:
-            total = align(scores)
-        elif square:  # both directions in one scan
-            total = align(torch.cat((scores, scores.transpose(0, 1)), -1)).view(2, -1).sum(0)
-        else:
-            total = align(scores) + align(scores.transpose(0, 1))
-        totals.append(total)
-    return (-smoothing * torch.cat(totals)).view(costs.shape[:-2])
-
-
-def _pairs_at_once(costs: Tensor) -> int:
-    """So many that a column of their tables stays in a core's cache; on a GPU all.
-
-    A multiple of 64, so that no number depends on where it is cut: torch computes the last few of a tensor apart.
-    """
-    if costs.device.type != "cpu":
-        return max(1, costs.numel())
-    return max(64, COLUMN * torch.get_num_threads() // costs.shape[-2] // 64 * 64)
+    if single_direction:
+        total = align(scores)
+    elif costs.shape[-1] == costs.shape[-2]:  # both directions in one scan
+        total = align(torch.cat((scores, scores.transpose(0, 1)), -1)).view(2, -1).sum(0)
+    else:
+        total = align(scores) + align(scores.transpose(0, 1))
+    return (-smoothing * total).view(costs.shape[:-2])
 
 
 class _LogTotal(torch.autograd.Function):
@@ -155,17 +138,15 @@ class _LogTotal(torch.autograd.Function):
         two = torch.full_like(first[0], math.log(2))
         for score in first[1:]:
             cells.append(score + torch.logaddexp(two, cells[-1]))
-        last = torch.stack(cells)
-        columns = [last]
+        columns = [torch.stack(cells)]
         for score in others:
             # Row 0 has one predecessor. It is built apart: logaddexp(−inf, −inf) has no gradient.
-            last = score + torch.cat((last[:1], torch.logaddexp(last[:-1], last[1:])))
-            if ctx.needs_input_grad[0]:
-                columns.append(last)
+            left = columns[-1]
+            columns.append(score + torch.cat((left[:1], torch.logaddexp(left[:-1], left[1:]))))
         # Last padded column, cost 0: C_i = C_{i−1} + A_{i−1} + A_i, of which the last row is wanted.
+        last = columns[-1]
         total = torch.cat((last, last[:-1])).logsumexp(0)
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(torch.stack(columns), total)
+        ctx.save_for_backward(torch.stack(columns), total)
         return total
 
     @staticmethod
