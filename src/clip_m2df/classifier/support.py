@@ -23,7 +23,7 @@ from clip_m2df.video.isolation import Unreadable
 # Said of a clip that is too far from every class.
 NONE_OF_THESE = "none of these"
 # How many clips are scored at once: at most so many, and so many pairs of frames of a clip and a class.
-QUERIES, CELLS = 64, 2**21
+QUERIES, CELLS = 64, 2**22
 
 
 @dataclass(frozen=True)
