@@ -125,11 +125,10 @@ class EpisodeShape:
                 f" {outside} videos, too few for unknown_queries {self.n_unknown}: lower unknown_queries or n_way, or"
                 " add classes to the manifest"
             )
-        sizes = [Counter(map(source, videos)) for videos in split.videos] if self.grouped else []
         fixed = [
             f"{name!r} has {len(own)} group{'' if len(own) == 1 else 's'}"
-            for name, own in zip(split.class_names, sizes, strict=False)
-            if not self.can_part(own, ())
+            for name, videos in zip(split.class_names, split.videos, strict=True)
+            if self.grouped and not self.can_part(own := Counter(map(source, videos)), ())
         ]
         if fixed:
             raise UserError(
