@@ -44,9 +44,9 @@ check-wheel:
 	build/venv/bin/python -m pip install --quiet build/*.whl --constraint constraints.txt
 	build/venv/bin/python scripts/check_wheel.py
 
-# The documentation site, in build/site; the theme would advertise its successor.
+# The documentation site, in build/site.
 docs: .venv/installed
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	$(BIN)/python -m zensical build --clean --strict
 
 format: .venv/installed
 	$(BIN)/ruff format .

@@ -4,6 +4,7 @@ import importlib
 import inspect
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -55,13 +56,16 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    project = tmp_path_factory.mktemp("project")
+    shutil.copytree(DOCS, project / "docs")
+    settings = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    (project / "mkdocs.yml").write_text(settings.replace("[src]", f"[{ROOT / 'src'}]"), encoding="utf-8")
+    command = [sys.executable, "-m", "zensical", "build", "--strict", "--config-file", str(project / "mkdocs.yml")]
     # No name is looked up where there is a proxy, and nobody listens at this one.
     nowhere = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), "http://127.0.0.1:9")
     built = subprocess.run(command, cwd=ROOT, env=os.environ | nowhere, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr  # a warning ends a strict build, too
-    return folder
+    return project / "build" / "site"
 
 
 # ------------------------------------------------------------------------------------------------------------ the site

@@ -1,6 +1,6 @@
 """What the documentation site needs beside Markdown: equations as MathML, and links from docstrings' roles.
 
-mkdocs calls ``on_page_content`` with each page (``hooks`` in ``mkdocs.yml``).
+An extension of Python-Markdown, named in ``mkdocs.yml``; it sees pages and docstrings alike.
 """
 
 import re
@@ -8,6 +8,8 @@ from html import unescape
 from typing import Any
 
 from latex2mathml.converter import convert
+from markdown import Extension, Markdown
+from markdown.postprocessors import Postprocessor
 
 # What pymdownx.arithmatex leaves of $…$ and $$…$$.
 EQUATION = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.+?)\\[)\]]</\1>', re.DOTALL)
@@ -15,9 +17,25 @@ EQUATION = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.+?)\\[)\]]</\1>'
 ROLE = re.compile(r":(?:attr|class|func|meth|mod):<code>([\w.]+)</code>")
 
 
-def on_page_content(html: str, **_: Any) -> str:
-    """Rewrite a page's HTML."""
-    return ROLE.sub(_link, EQUATION.sub(_mathml, html))
+class SiteExtension(Extension):
+    """Rewrites the HTML of a page, or of a docstring in it."""
+
+    def extendMarkdown(self, md: Markdown) -> None:  # noqa: N802
+        """Run after everything else."""
+        md.postprocessors.register(SitePostprocessor(md), "site", -100)
+
+
+class SitePostprocessor(Postprocessor):
+    """Turns equations into MathML, and roles into links."""
+
+    def run(self, text: str) -> str:
+        """Rewrite HTML."""
+        return ROLE.sub(_link, EQUATION.sub(_mathml, text))
+
+
+def makeExtension(**_: Any) -> SiteExtension:  # noqa: N802
+    """Give Python-Markdown what it asks a module for."""
+    return SiteExtension()
 
 
 def _mathml(equation: re.Match[str]) -> str:
