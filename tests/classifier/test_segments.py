@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import multiprocessing
+import os
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -243,3 +247,64 @@ def test_what_is_no_video(classifier: FewShotClassifier, tmp_path: Path) -> None
     ):
         with pytest.raises(UserError, match=message):
             classifier.segments(video, fps=4)
+
+
+# In a process of its own
+
+
+@pytest.fixture
+def isolating() -> FewShotClassifier:
+    """Reads files in processes of their own, which may take a second for a frame."""
+    classifier = FewShotClassifier(make_model("otam"), workers=1, timeout=1)
+    return classifier.fit({"red": coloured(RED, 8, 1), "blue": coloured(BLUE, 8, 2)})
+
+
+def test_a_process_of_its_own_finds_the_same(
+    isolating: FewShotClassifier, scenes: dict[str, list[str]], images: Path, tmp_path: Path
+) -> None:
+    here = FewShotClassifier(isolating.model).fit({"red": coloured(RED, 8, 1), "blue": coloured(BLUE, 8, 2)})
+    long = clips.render(tmp_path / "long.mp4", n_frames=200, size=(60, 40))
+    for path, options in ((long, {}), (next(iter(scenes.values()))[0], {"window": 0.5}), (images, {"fps": 3.0})):
+        assert isolating.segments(path, **options) == here.segments(path, **options)
+    with pytest.raises(UserError) as there:
+        isolating.segments(tmp_path / "none.mp4")
+    with pytest.raises(UserError, match="there is no such file") as expected:
+        here.segments(tmp_path / "none.mp4")
+    assert str(there.value) == str(expected.value)
+    with pytest.raises(UserError, match="which have no times: give fps"):
+        isolating.segments(images)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL there")
+def test_a_decoder_that_crashes_costs_its_video(
+    isolating: FewShotClassifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = clips.render(tmp_path / "long.mp4", n_frames=240, size=(48, 32))
+    encode = isolating.model.model.encode_frames
+
+    def encode_and_kill(frames: Tensor) -> Tensor:
+        for process in multiprocessing.active_children():
+            assert process.pid is not None
+            os.kill(process.pid, signal.SIGKILL)
+        return encode(frames)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(isolating.model.model, "encode_frames", encode_and_kill)
+        with pytest.raises(UserError, match=r"cannot read the video .*long.mp4: the decoder crashed \(SIGKILL\)"):
+            isolating.segments(path, window=0.25)
+    assert isolating.segments(path)[-1].end == 20.0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no leases there")
+def test_a_decoder_that_hangs_costs_its_video(isolating: FewShotClassifier, tmp_path: Path) -> None:
+    import fcntl
+
+    path = clips.render(tmp_path / "long.mp4", n_frames=24, size=(48, 32))
+    # Who opens the file waits until the lease is given back.
+    signal.signal(signal.SIGIO, signal.SIG_IGN)
+    with open(path, "r+b") as file:
+        fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        with pytest.raises(UserError, match=r"long.mp4: the decoder hangs: not done after 1 s"):
+            isolating.segments(path)
+    assert isolating.segments(path)[-1].end == 2.0
+    assert not multiprocessing.active_children()

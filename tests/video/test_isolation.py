@@ -5,11 +5,12 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from clip_m2df.video.isolation import Unreadable, isolated_map, read_ahead
+from clip_m2df.video.isolation import Unreadable, isolated_map, isolated_stream, read_ahead
 
 
 def double(item: int) -> int:
@@ -34,6 +35,22 @@ def note(item: tuple[int, str]) -> int:
     with open(item[1], "ab", buffering=0) as pipe:
         pipe.write(b".")
     return item[0]
+
+
+def count_or_worse(end: int, then: int) -> Iterator[int]:
+    yield from range(end)
+    yield double_or_worse(then)
+
+
+def count_then_refuse(end: int) -> Iterator[int]:
+    yield from range(end)
+    refuse(end)
+
+
+def note_each(pipe: str) -> Iterator[bytes]:
+    for number in itertools.count():
+        note((number, pipe))
+        yield bytes(1 << 20)
 
 
 def say_and_count_threads(item: int) -> int:
@@ -119,6 +136,55 @@ def test_workers_go_on_while_nobody_asks(tmp_path: Path) -> None:
         assert len(taken) == 7
         assert first in taken
         results.close()
+
+
+# As a stream
+
+
+def test_a_stream_is_what_the_function_yields() -> None:
+    assert list(isolated_stream(partial(range, 100), timeout=60)) == list(range(100))
+    assert list(isolated_stream(partial(range, 0), timeout=60)) == []
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL there")
+@pytest.mark.parametrize(
+    ("then", "reason"),
+    [
+        (3, "the decoder crashed (SIGKILL)"),
+        (5, "the decoder hangs: not done after 1 s"),
+        (7, "the decoder crashed (exit status 3)"),
+    ],
+)
+@pytest.mark.parametrize("before", [0, 3])
+def test_a_stream_that_crashes_or_hangs_ends_with_the_reason(then: int, reason: str, before: int) -> None:
+    found = list(isolated_stream(partial(count_or_worse, before, then), timeout=1))
+    assert found == [*range(before), reason]
+    assert isinstance(found[-1], Unreadable)
+    assert not multiprocessing.active_children()
+
+
+def test_an_error_of_a_stream_is_raised_here_after_what_came_before() -> None:
+    stream = isolated_stream(partial(count_then_refuse, 2), timeout=60)
+    assert [next(stream), next(stream)] == [0, 1]
+    with pytest.raises(ValueError, match="no 2"):
+        next(stream)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no FIFOs there")
+def test_a_stream_is_one_item_ahead_and_ends_when_it_is_closed(tmp_path: Path) -> None:
+    pipe = str(tmp_path / "pipe")
+    os.mkfifo(pipe)
+    stream = isolated_stream(partial(note_each, pipe), timeout=60)
+    reader = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
+    assert len(next(stream)) == 1 << 20
+    assert len(next(stream)) == 1 << 20
+    (process,) = multiprocessing.active_children()
+    stream.close()
+    assert not process.is_alive()
+    assert 2 <= len(os.read(reader, 100)) <= 3
+    os.close(reader)
 
 
 # In a thread

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from clip_m2df.cli import main
 from clip_m2df.errors import UserError
 from clip_m2df.video.frame_cache import FrameCache, decode_jpegs, encode_jpeg
-from clip_m2df.video.reader import VideoError, decoder_doubt, probe, read_frames, sample_frames
+from clip_m2df.video.reader import VideoError, decoder_doubt, probe, read_frames, sample_pictures
 from clip_m2df.video.transforms import resize_clip, segment_indices
 from tests.classifier.conftest import make_model, read_csv
 
@@ -140,7 +140,7 @@ def test_all_are_labelled() -> None:
 def test_regular_times_are_within_the_video(path: Path) -> None:
     facts = probe(str(path))
     assert facts.fps is not None
-    n_sampled = sum(1 for _ in sample_frames(str(path), facts.fps))
+    n_sampled = sum(1 for _ in sample_pictures(str(path), facts.fps))
     assert abs(n_sampled - facts.frames) <= max(2, 0.35 * facts.frames)  # some rates vary
 
 

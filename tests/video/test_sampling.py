@@ -5,11 +5,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import av
+import numpy as np
 import pytest
 import torch
 
 from clip_m2df.errors import UserError
-from clip_m2df.video.reader import VideoError, read_frames, sample_frames
+from clip_m2df.video.reader import VideoError, as_clip, read_frames, sample_pictures
 from clip_m2df.video.timing import Timed, count_samples, timed
 from tests.clips import (
     HEIGHT,
@@ -35,7 +36,7 @@ RATES = (0.5, 0.8, 2.5, 6, 7, 12, 24, 29.97)
 
 def sampled(path: Path, rate: float, *, fps: float | None = None) -> list[int]:
     """The numbers of the frames at regular times, as their pictures tell."""
-    return [number for frame in sample_frames(str(path), rate, fps=fps) for number in numbers(frame[None])]
+    return [number for frame in sample_pictures(str(path), rate, fps=fps) for number in numbers(as_clip(frame[None]))]
 
 
 def spans(path: Path) -> list[tuple[Fraction, Fraction]]:
@@ -72,10 +73,11 @@ def test_frames_are_those_of_the_definition(folder: Path, name: str) -> None:
     assert len(clip) == len(times) == N_FRAMES
     for rate in RATES:
         expected = by_definition(times, rate)
-        found = list(sample_frames(str(path), rate))
-        assert all(frame.dtype == torch.uint8 and frame.shape == clip.shape[1:] for frame in found)
-        assert numbers(torch.stack(found)) == expected
-        assert torch.stack(found).equal(clip[expected])
+        found = list(map(torch.from_numpy, sample_pictures(str(path), rate)))
+        assert all(frame.dtype == torch.uint8 and frame.permute(2, 0, 1).shape == clip.shape[1:] for frame in found)
+        sampled_clip = torch.stack(found).permute(0, 3, 1, 2)
+        assert numbers(sampled_clip) == expected
+        assert sampled_clip.equal(clip[expected])
 
 
 @pytest.mark.parametrize("name", ["h264_b_frames.mp4", "h264_shifted.mp4", "h264.ts", "mpeg4_b_frames.avi"])
@@ -133,21 +135,21 @@ def test_only_frames_that_are_given_are_converted_each_once(folder: Path, monkey
 
 def test_frames_are_decoded_when_they_are_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded = note_times(monkeypatch)
-    found = sample_frames(str(folder / "h264_b_frames.mp4"), 6)
+    found = sample_pictures(str(folder / "h264_b_frames.mp4"), 6)
     assert decoded == []
     for k in range(N_FRAMES // 2 - 1):
-        assert numbers(next(found)[None]) == [2 * k + 1]
+        assert numbers(as_clip(next(found)[None])) == [2 * k + 1]
         assert len(decoded) == 2 * k + 3  # it takes the next one to know that a frame ends
     assert len(list(found)) == 1
     assert len(decoded) == N_FRAMES
 
 
 def test_each_frame_has_memory_of_its_own(folder: Path) -> None:
-    found = sample_frames(str(folder / "h264_b_frames.mp4"), 24)
+    found = sample_pictures(str(folder / "h264_b_frames.mp4"), 24)
     first = next(found)
-    kept = first.clone()
-    first.zero_()
-    assert next(found).equal(kept)
+    kept = first.copy()
+    first[:] = 0
+    assert (next(found) == kept).all()
 
 
 # Frames without a time
@@ -233,7 +235,7 @@ def test_whatever_else_fails_is_the_fault_of_the_file(folder: Path, monkeypatch:
 def test_rates_that_make_no_sense(folder: Path, value: float) -> None:
     for name, rate, fps in (("rate", value, None), ("rate", value, 3.0), ("fps", 3.0, value)):
         with pytest.raises(UserError, match=f"{name} is {value}; it must be above 0"):
-            sample_frames(str(folder / "h264.mkv"), rate, fps=fps)
+            sample_pictures(str(folder / "h264.mkv"), rate, fps=fps)
 
 
 # Folders of images
@@ -245,7 +247,7 @@ def test_images_are_shown_at_the_rate_that_is_given(tmp_path: Path) -> None:
     assert sampled(tmp_path, 5, fps=10) == [1, 3, 5, 7, 9, 11]
     assert sampled(tmp_path, 10, fps=5) == [k // 2 for k in range(24)]
     assert sampled(tmp_path, 3, fps=10) == [1, 5, 8, 11]  # at 1/6, 3/6, 5/6 and 7/6 s
-    found = torch.stack(list(sample_frames(str(tmp_path), 5, fps=10)))
+    found = as_clip(np.stack(list(sample_pictures(str(tmp_path), 5, fps=10))))
     assert found.equal(read_frames(str(tmp_path), lambda _: range(1, 12, 2))[0])
 
 
@@ -253,8 +255,8 @@ def test_only_images_that_are_shown_are_read(tmp_path: Path) -> None:
     save_images(tmp_path, 8)
     (tmp_path / "4.png").write_bytes(b"no image")
     assert sampled(tmp_path, 5, fps=10) == [1, 3, 5, 7]
-    found = sample_frames(str(tmp_path), 10, fps=10)
-    assert numbers(torch.stack([next(found) for _ in range(4)])) == [0, 1, 2, 3]
+    found = sample_pictures(str(tmp_path), 10, fps=10)
+    assert numbers(as_clip(np.stack([next(found) for _ in range(4)]))) == [0, 1, 2, 3]
     with pytest.raises(VideoError, match=r"4\.png"):
         next(found)
 
@@ -262,6 +264,6 @@ def test_only_images_that_are_shown_are_read(tmp_path: Path) -> None:
 def test_images_have_no_times(tmp_path: Path) -> None:
     save_image(tmp_path / "1.png", 1)
     with pytest.raises(UserError, match="is a folder of images, which have no times: give fps") as caught:
-        sample_frames(str(tmp_path), 1)
+        sample_pictures(str(tmp_path), 1)
     assert str(tmp_path) in str(caught.value)
     assert not isinstance(caught.value, VideoError)

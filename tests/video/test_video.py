@@ -21,7 +21,7 @@ from torch import Tensor
 from clip_m2df.errors import UserError
 from clip_m2df.video import reader as video
 from clip_m2df.video.images import order_images
-from clip_m2df.video.reader import Choose, Decoder, VideoError, probe, read_frames, sample_frames
+from clip_m2df.video.reader import Choose, Decoder, VideoError, as_clip, probe, read_frames, sample_pictures
 from clip_m2df.video.timing import VideoFacts
 from clip_m2df.video.transforms import segment_indices
 from tests.clips import (
@@ -78,14 +78,14 @@ def refusal(path: Path, decoder: Decoder = "auto") -> str:
     assert "\n" not in message
     if decoder in ("auto", "pyav"):
         with pytest.raises(VideoError) as caught:
-            list(sample_frames(str(path), 5, fps=5))
+            list(sample_pictures(str(path), 5, fps=5))
         assert str(caught.value) == message
     return message
 
 
 def sampled(path: Path | str, rate: float) -> Tensor:
     """The frames at regular times, as one clip."""
-    return torch.stack(list(sample_frames(str(path), rate)))
+    return as_clip(np.stack(list(sample_pictures(str(path), rate))))
 
 
 # Frames are the right ones
@@ -598,7 +598,7 @@ def test_what_lies_beside_the_frames_is_told_apart(tmp_path: Path, frame: str, o
             save_image(tmp_path / other.format(number), 255)
     save_image(tmp_path / "thumb_99.png", 255)  # which has a number of its own
     assert numbers(read(tmp_path)) == list(range(12))
-    assert len(list(sample_frames(str(tmp_path), 12, fps=12))) == 12
+    assert len(list(sample_pictures(str(tmp_path), 12, fps=12))) == 12
 
 
 @pytest.mark.parametrize(
@@ -650,7 +650,7 @@ def test_tags_of_images_say_how_they_are_seen(tmp_path: Path, form: str, orienta
     # The middle of each block, as JPEG and WebP blur its edges.
     middles = np.s_[:, 12::24, 16::32] if orientation > 4 else np.s_[:, 16::32, 12::24]
     assert np.abs(clip[middles].astype(int) - np.stack(expected)[middles]).max() < 12
-    assert torch.stack(list(sample_frames(str(tmp_path), 5, fps=5))).equal(read(tmp_path))
+    assert as_clip(np.stack(list(sample_pictures(str(tmp_path), 5, fps=5)))).equal(read(tmp_path))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,8 +17,8 @@ from torch import Tensor
 from clip_m2df.classifier.clips import Clip, ClipEncoder, as_frames, check_frames, has_features
 from clip_m2df.classifier.support import ClassScorer
 from clip_m2df.errors import UserError, require
-from clip_m2df.video.isolation import read_ahead
-from clip_m2df.video.reader import sample_frames
+from clip_m2df.video.isolation import Unreadable, isolated_stream, read_ahead
+from clip_m2df.video.reader import as_clip, sample_pictures, unreadable
 from clip_m2df.video.timing import count_samples, evenly_timed, exact_rate
 
 # Frames that are resized and encoded together.
@@ -116,7 +117,9 @@ def find_segments(
         features = known[_numbers_at("features", len(known), windows.rate, fps)]
     else:
         encoded = []
-        with closing(read_ahead(map(encoder.reader.crop, _frames_at(video, windows.rate, fps)), CHUNK)) as cropped:
+        with closing(
+            read_ahead(map(encoder.reader.crop, _frames_at(video, windows.rate, fps, encoder)), CHUNK)
+        ) as cropped:
             while chunk := list(itertools.islice(cropped, CHUNK)):
                 encoded.append(encoder.frames(torch.cat(chunk)))
         features = torch.cat(encoded) if encoded else torch.empty(0)
@@ -136,19 +139,26 @@ def find_segments(
     return join(choices.tolist(), scores.softmax(-1), names, windows.rate)
 
 
-def _frames_at(video: Clip, rate: float, fps: float | None) -> Iterator[Tensor]:
+def _frames_at(video: Clip, rate: float, fps: float | None, encoder: ClipEncoder) -> Iterator[Tensor]:
     """The frames of a video at regular times, one by one: uint8 ``(1, 3, height, width)``.
+
+    A file is read in a process of its own if the encoder has workers.
 
     Raises:
         UserError: the video can't be read, or frames without times come without ``fps``.
     """
-    if isinstance(video, str | os.PathLike):
-        if fps is not None:
-            exact_rate("fps", fps)
-            require(least=SLOWEST, fps=fps)
-        return (frame.unsqueeze(0) for frame in sample_frames(os.fspath(video), rate, fps=fps))
-    frames = check_frames(video)
-    return (as_frames(frames, [number]) for number in _numbers_at("frames in memory", len(frames), rate, fps))
+    if not isinstance(video, str | os.PathLike):
+        frames = check_frames(video)
+        yield from (as_frames(frames, [number]) for number in _numbers_at("frames in memory", len(frames), rate, fps))
+        return
+    if fps is not None:
+        exact_rate("fps", fps)
+        require(least=SLOWEST, fps=fps)
+    read = partial(sample_pictures, os.fspath(video), rate, fps=fps)
+    for picture in isolated_stream(read, timeout=encoder.timeout) if encoder.workers else read():
+        if isinstance(picture, Unreadable):
+            raise unreadable(os.fspath(video), picture)
+        yield as_clip(picture[None])
 
 
 def _numbers_at(what: str, n_frames: int, rate: float, fps: float | None) -> list[int]:

@@ -115,7 +115,7 @@ def predict_videos(
         threshold: With --reject: the distance from which on; by default what the examples tell.
         error: Give each video a set of labels too, "none of these" among them, that misses the truth at this rate at
             most, such as 0.1; for that the classes must be such as those of the calibration, with which fit ends.
-        segments: What happens when in long videos, which are read in this process.
+        segments: What happens when in long videos.
         window: With --segments: length of a window in seconds, about that of the examples; 2 by default.
         stride: With --segments: seconds from one window to the next; a quarter of the window by default.
         smoothing: With --segments: seconds over which scores are averaged; half the window by default.
@@ -127,7 +127,7 @@ def predict_videos(
             device has no bf16. Half precision is faster, and changes the last digits.
         workers: Processes that decode, as many as there are cores by default; 0: this one, which a broken file may take
             with it.
-        timeout: Seconds after which a video is given up, with workers.
+        timeout: Seconds after which a video is given up, with workers; with --segments after so many without a frame.
 
     Returns:
         The exit status: 0, or 1 if a video can't be read or a folder has none.

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, TimeoutError, wait
+from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
@@ -65,6 +66,67 @@ def isolated_map(
             pool.stop()  # type: ignore[no-untyped-call]
 
 
+def isolated_stream(
+    function: Callable[[], Iterable[Result]], *, timeout: float
+) -> Generator[Result | Unreadable, None, None]:
+    """Yield what a function's iterable yields, in order, from a process of its own.
+
+    The process is one item ahead, and ends when this generator does. What it prints to stderr is dropped.
+
+    Args:
+        function: As for :func:`isolated_map`, so too what it raises.
+        timeout: Seconds without an item after which the process is ended.
+
+    Yields:
+        The items; and last the reason, if the process crashed or took too long.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send_items, args=(function, sender), daemon=True)
+    process.start()
+    sender.close()  # so that the end of the process is the end of the pipe
+    try:
+        kind, found = _receive(receiver, None)  # once everything is imported
+        while kind != "end":
+            kind, found = _receive(receiver, timeout)
+            if kind == "error":
+                raise found
+            if kind == "item":
+                yield found
+    except TimeoutError:
+        yield Unreadable(_hangs(timeout))
+    except EOFError:
+        process.join()
+        yield Unreadable(_crashed(process.exitcode))
+    finally:
+        process.kill()
+        process.join()
+        receiver.close()
+
+
+def _receive(receiver: Connection, timeout: float | None) -> tuple[str, Any]:
+    if not receiver.poll(timeout):
+        raise TimeoutError
+    try:
+        found: tuple[str, Any] = receiver.recv()
+    except OSError as error:  # it ended in the middle of an item
+        raise EOFError from error
+    return found
+
+
+def _send_items(function: Callable[[], Iterable[Any]], sender: Connection) -> None:
+    _start_worker()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is for the main process, which ends this one
+    sender.send(("start", None))
+    try:
+        for item in function():
+            sender.send(("item", item))
+    except Exception as error:
+        sender.send(("error", error))
+    else:
+        sender.send(("end", None))
+
+
 def read_ahead(items: Iterable[Item], most: int) -> Generator[Item, None, None]:
     """What an iterable yields, taken from it in a thread of its own before anybody asks.
 
@@ -116,8 +178,16 @@ def _result_of(future: Future[Result], timeout: float) -> Result | Unreadable:
     try:
         return future.result()
     except TimeoutError:
-        return Unreadable(f"the decoder hangs: not done after {timeout:g} s")
+        return Unreadable(_hangs(timeout))
     except ProcessExpired as error:
-        code = error.exitcode or 0
-        ending = signal.Signals(-code).name if code < 0 else f"exit status {code}"
-        return Unreadable(f"the decoder crashed ({ending})")
+        return Unreadable(_crashed(error.exitcode))
+
+
+def _hangs(timeout: float) -> str:
+    return f"the decoder hangs: not done after {timeout:g} s"
+
+
+def _crashed(exitcode: int | None) -> str:
+    code = exitcode or 0
+    ending = signal.Signals(-code).name if code < 0 else f"exit status {code}"
+    return f"the decoder crashed ({ending})"

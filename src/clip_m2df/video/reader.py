@@ -125,7 +125,7 @@ def read_pictures(path: str, choose: Choose, *, decoder: Decoder = "auto") -> tu
         return read(path, choose)
 
 
-def sample_frames(path: str, rate: float, *, fps: float | None = None) -> Iterator[Tensor]:
+def sample_pictures(path: str, rate: float, *, fps: float | None = None) -> Iterator[NDArray[np.uint8]]:
     """Read the frames of a video at regular times, in one pass that never holds more than a few of them.
 
     Times are counted from the first frame's. What is shown at one is the last frame that has begun, and the video ends
@@ -137,8 +137,8 @@ def sample_frames(path: str, rate: float, *, fps: float | None = None) -> Iterat
         fps: How many frames of the video a second has. A folder of images needs it; it overrides a file's own times.
 
     Returns:
-        uint8 RGB pixels, shape ``(3, height, width)``, as :func:`read_frames` gives them, for each such time within
-        the video: none at all for one that is not longer than 0.5 / rate.
+        uint8 RGB pixels, shape ``(height, width, 3)``, for each such time within the video: none at all for one that
+        is not longer than 0.5 / rate.
 
     Raises:
         VideoError: If the file is not a video, or not one frame of it decodes; in part only when frames are asked for.
@@ -330,7 +330,7 @@ def _import(module: str) -> Any:
 _READERS = {"auto": _read_pyav, "decord": _read_decord, "pyav": _read_pyav, "torchcodec": _read_torchcodec}
 
 
-def _sample_pyav(path: str, rate: Fraction, fps: Fraction | None) -> Iterator[Tensor]:
+def _sample_pyav(path: str, rate: Fraction, fps: Fraction | None) -> Iterator[_Picture]:
     view: _View | None = None
     with as_video_error(path), _open(path, path) as (container, stream):
         frames = _frames(container, stream)
@@ -343,18 +343,16 @@ def _sample_pyav(path: str, rate: Fraction, fps: Fraction | None) -> Iterator[Te
         raise unreadable(path, _NO_FRAME)
 
 
-def _sample_images(images: Sequence[str], rate: Fraction, fps: Fraction) -> Iterator[Tensor]:
+def _sample_images(images: Sequence[str], rate: Fraction, fps: Fraction) -> Iterator[_Picture]:
     shown = [(image, count) for image, count in count_samples(evenly_timed(images, fps), rate) if count]
     for picture, (_, count) in zip(_pictures(image for image, _ in shown), shown, strict=True):
         yield from _repeat(picture, count)
 
 
-def _repeat(picture: _Picture, count: int) -> Iterator[Tensor]:
+def _repeat(picture: _Picture, count: int) -> Iterator[_Picture]:
     """Yield copies of a picture, not as one clip: a slide may be shown for an hour."""
-    import torch
-
     for _ in range(count):
-        yield torch.from_numpy(picture.copy()).permute(2, 0, 1)
+        yield picture.copy()
 
 
 def _list_images(folder: str) -> list[str]:
