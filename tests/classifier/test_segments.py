@@ -264,7 +264,9 @@ def test_a_process_of_its_own_finds_the_same(
 ) -> None:
     here = FewShotClassifier(isolating.model).fit({"red": coloured(RED, 8, 1), "blue": coloured(BLUE, 8, 2)})
     long = clips.render(tmp_path / "long.mp4", n_frames=200, size=(60, 40))
-    for path, options in ((long, {}), (next(iter(scenes.values()))[0], {"window": 0.5}), (images, {"fps": 3.0})):
+    scene = next(iter(scenes.values()))[0]
+    asked: list[tuple[Any, dict[str, Any]]] = [(long, {}), (scene, {"window": 0.5}), (images, {"fps": 3.0})]
+    for path, options in asked:
         assert isolating.segments(path, **options) == here.segments(path, **options)
     with pytest.raises(UserError) as there:
         isolating.segments(tmp_path / "none.mp4")

@@ -5,7 +5,9 @@ says how the classes compare (docs/own_videos.md has the figures).
 """
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import groupby
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -52,7 +54,7 @@ def calibrate(model: CLIPM2DF, classes: Sequence[SupportClass]) -> float | None:
 
 
 def _by_scorers(model: CLIPM2DF, classes: Sequence[SupportClass]) -> tuple[Tensor, Tensor]:
-    """What :func:`_by_blocks` finds, each example scored against classes put together anew."""
+    """What :func:`_by_blocks` finds, each example scored against classes put together for it."""
     belongs, strange = [], [torch.empty(0)]
     for index, own in enumerate(classes):
         before, after = classes[:index], classes[index + 1 :]
@@ -80,25 +82,26 @@ def _by_blocks(model: CLIPM2DF, classes: Sequence[SupportClass]) -> tuple[Tensor
     for block in (examples[k : k + at_once] for k in range(0, len(examples), at_once)):
         query = torch.stack([classes[index].features[i] for index, i in block])
         owner = torch.tensor([index for index, _ in block], device=query.device)
-        kept = Embedded.stack([classes[index].embedded.map(lambda tensor, i=i: tensor[i]) for index, i in block])
+        kept = Embedded.stack([classes[index].embedded.map(itemgetter(i)) for index, i in block])
         alone, beside, selected = _embed(head, query, scorer.prompts, owner, kept)
         if len(classes) > 1:
             logits = head.match(beside, scorer.prototypes, selected).logits
             check_finite(logits, model.source)
             strange.append(logits.scatter(-1, owner.unsqueeze(-1), -torch.inf).amax(-1))
-        place = 0
+        start = 0
         for index, of_class in groupby(block, key=lambda example: example[0]):
             rows = [i for _, i in of_class]
-            here = slice(place, place := place + len(rows))
+            here = slice(start, start := start + len(rows))
             if len(classes[index].features) > 1:
                 # Each example is an episode by itself, of one query and one class.
                 one = [1, 1] if head.query_prompt == "each" else [1]
-                episodes = alone.map(lambda tensor, here=here, one=one: tensor[here].unflatten(0, (-1, *one)))
+                episodes = alone.map(itemgetter(here)).map(partial(torch.unflatten, dim=0, sizes=(-1, *one)))
                 prototypes = _without_one(head, classes[index], rows).map(lambda tensor: tensor.unsqueeze(1))
                 of_query = SelectedPrompts(*(tensor[here].unsqueeze(1) for tensor in selected))
                 belongs.append(head.match(episodes, prototypes, of_query).logits.flatten())
     least = head.least_distance(frames)
-    return tuple(-torch.cat(logits) - least if logits else torch.empty(0) for logits in (belongs, strange))
+    own, other = (-torch.cat(logits) - least if logits else torch.empty(0) for logits in (belongs, strange))
+    return own, other
 
 
 def _embed(
@@ -140,7 +143,7 @@ def _without_one(head: Head, own: SupportClass, rows: Sequence[int]) -> Embedded
     parts = []
     for some in torch.tensor(rows).split(max(1, QUERIES // n)):
         others = torch.stack([everyone[everyone != i] for i in some])
-        embedded = own.embedded.map(lambda tensor, others=others: tensor[others])
+        embedded = own.embedded.map(itemgetter(others))
         parts.append(head.prototype(embedded, own.prompt.expand(len(some), -1)))
     return Embedded.cat(parts)
 
