@@ -18,9 +18,11 @@ from clip_m2df import FewShotClassifier, UserError
 from clip_m2df.classifier.rejection import calibrate, near_identical
 from clip_m2df.classifier.support import NONE_OF_THESE, ClassScorer, SupportClass
 from clip_m2df.nn.baselines import Baseline
+from clip_m2df.nn.m2df import M2DFHead
+from clip_m2df.nn.prompts import SelectedPrompts, prompt_probabilities, prompt_scores, select_prompts
 from clip_m2df.training.module import CLIPM2DF
 from clip_m2df.video.reader import read_frames
-from tests.classifier.conftest import Make, make_class, make_model, noise, plain_model
+from tests.classifier.conftest import SMALL, Make, make_class, make_model, noise, plain_model
 
 DIM, FRAMES = 64, 6
 
@@ -33,7 +35,21 @@ class Ruler(Baseline):
         return -(query[..., 0].mean(-1).unsqueeze(-1) - positions.unsqueeze(-2)).abs()
 
 
-RULER = f"{__name__}.Ruler"
+class Chooser(M2DFHead):
+    """Gives each query the prompt that fits it least."""
+
+    def select_prompts(self, query: Tensor, prompts: Tensor, draws: Tensor | None = None) -> SelectedPrompts:
+        return select_prompts(prompt_probabilities(-prompt_scores(query, prompts, self.top_k), 1.0), prompts, "argmax")
+
+
+RULER, CHOOSER = f"{__name__}.Ruler", f"{__name__}.Chooser"
+
+
+def model_of(head: str) -> CLIPM2DF:
+    """The model of a head, or of CLIP-M²DF's with a way to select prompts."""
+    if head in ("each", "expectation"):
+        return make_model(selection=head)
+    return make_model(head, SMALL) if head == CHOOSER else plain_model(head)
 
 
 def on_the_ruler(*places: Sequence[float]) -> tuple[CLIPM2DF, list[SupportClass]]:
@@ -85,14 +101,26 @@ def best_balanced(belongs: Sequence[float], strange: Sequence[float]) -> float:
     return max(balanced(cut, belongs, strange) for cut in cuts)
 
 
+def widest_best(belongs: Sequence[float], strange: Sequence[float]) -> float:
+    """The middle of the widest gap in which a cut is best; the largest distance where none is better than chance."""
+    values, best = sorted([*belongs, *strange]), best_balanced(belongs, strange)
+    if best < 0.5 + 1e-9:
+        return values[-1]
+    pairs = [(then - one, (then + one) / 2) for one, then in itertools.pairwise(values)]
+    return max(pair for pair in pairs if balanced(pair[1], belongs, strange) > best - 1e-9)[1]
+
+
 # The threshold
 
 
 @pytest.mark.parametrize("spread", [0.3, 1.0])
 @pytest.mark.parametrize("shots", [(3, 3, 3), (4, 1, 2), (2, 5)])
-@pytest.mark.parametrize("head", ["m2df", "each", "otam", "nearest_prototype", "linear_probe", "tip_adapter", "trx"])
+@pytest.mark.parametrize(
+    "head",
+    ["m2df", "each", "expectation", CHOOSER, "otam", "nearest_prototype", "linear_probe", "tip_adapter", "trx"],
+)
 def test_the_threshold_sorts_the_examples_best(head: str, shots: tuple[int, ...], spread: float) -> None:
-    model = make_model(selection="each") if head == "each" else plain_model(head)
+    model = model_of(head)
     classes = at_random(model, shots, spread)
     belongs, strange = distances_by_loops(model, classes)
     assert len(belongs) == sum(n for n in shots if n > 1)
@@ -100,6 +128,7 @@ def test_the_threshold_sorts_the_examples_best(head: str, shots: tuple[int, ...]
     threshold = calibrate(model, classes)
     assert threshold is not None
     assert balanced(threshold, belongs, strange) == pytest.approx(best_balanced(belongs, strange))
+    assert threshold == pytest.approx(widest_best(belongs, strange), abs=1e-4)
     gap = min(abs(threshold - d) for d in (*belongs, *strange))
     assert gap > 1e-4  # between examples, so that rounding can't matter
 
@@ -139,7 +168,7 @@ def test_with_one_example_a_class_it_is_the_median_of_what_does_not_belong(head:
 
 @pytest.mark.parametrize("head", ["m2df", "each", "otam"])
 def test_with_one_class_it_is_the_largest_of_what_belongs(head: str) -> None:
-    model = make_model(selection="each") if head == "each" else plain_model(head)
+    model = model_of(head)
     classes = at_random(model, (4,), 0.5)
     belongs, strange = distances_by_loops(model, classes)
     assert strange == []

@@ -64,7 +64,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # No name is looked up where there is a proxy, and nobody listens at this one.
     nowhere = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), "http://127.0.0.1:9")
     built = subprocess.run(command, cwd=ROOT, env=os.environ | nowhere, capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr  # a warning ends a strict build, too
+    assert built.returncode == 0, built.stdout + built.stderr  # a warning ends a strict build, too
     return project / "build" / "site"
 
 
